@@ -1,0 +1,223 @@
+"""The shape of every configuration: one frozen pydantic model a section, nothing but defaults and ranges.
+
+Rules that look at two sections at once live in ``rules.py``; reading files and overrides in ``load.py``.
+Sizes are in sequences where a name ends in ``_batch``, in tokens where it ends in ``_tokens`` or ``seq_len``.
+"""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Positive = Annotated[int, Field(gt=0)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+
+
+class Section(BaseModel):
+    """A section of a config: immutable, and strict about unknown keys."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+
+
+# ---------------------------------------------------------------------------------------------------- a run
+class Run(Section):
+    """Where a run lives and what makes it repeatable. The run directory is ``root/name``."""
+
+    name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
+    root: Path = Path("runs")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
+
+
+class Tokenizer(Section):
+    """A transformers fast tokenizer: a folder, or a name on the hub."""
+
+    path: str
+
+
+class Source(Section):
+    """One corpus of token shards, named by its ``manifest.json`` (or the folder that holds it)."""
+
+    name: str = "text"
+    shards: str
+    weight: Annotated[float, Field(gt=0)] = 1.0
+
+
+class Validation(Section):
+    """Held-out shards, how often they are scored during training, and on how many rows."""
+
+    shards: str
+    every_steps: Positive = 200
+    rows: Positive = 256
+
+
+class Data(Section):
+    """What is read and how it is cut into rows of ``seq_len`` tokens."""
+
+    seq_len: Annotated[int, Field(gt=1)]
+    sources: Annotated[list[Source], Field(min_length=1)]
+    validation: Validation | None = None
+    lanes: Union[Literal["auto"], Positive] = "auto"
+    block: Positive = 1024  # rows of a lane that are shuffled together
+    cross_document: bool = True  # False: a token attends to its own document only
+    verify: bool = True  # check each chunk's checksum when it is first read
+    prefetch_steps: Positive = 2  # steps that the reader thread stays ahead
+
+
+class Model(Section):
+    """A transformers architecture by name with its config, or pretrained weights to start from."""
+
+    architecture: str | None = None
+    config: dict[str, Any] = {}
+    pretrained: str | None = None
+    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    trust_remote_code: bool = False
+
+
+class Named(Section):
+    """A plug-in by name, with the options that the plug-in itself declares."""
+
+    name: str
+    options: dict[str, Any] = {}
+
+
+class Optim(Section):
+    """AdamW (Loshchilov & Hutter 2019). Norms, biases and other vectors are not decayed."""
+
+    name: Literal["adamw"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-4
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    eps: Annotated[float, Field(gt=0)] = 1e-8
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0 = off
+
+
+class Schedule(Section):
+    """The learning rate as a pure function of the step: a warmup, then the named shape."""
+
+    name: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: Annotated[int, Field(ge=0)] = 0
+    decay_fraction: Fraction = 0.2  # wsd: the last part of the run, in which it decays
+    min_ratio: Fraction = 0.1  # of the peak, where the decay ends
+
+
+class Train(Section):
+    """How long and how wide. Exactly one of ``steps``, ``epochs``, ``tokens``; accumulation is derived."""
+
+    steps: Positive | None = None
+    epochs: Annotated[float, Field(gt=0)] | None = None
+    tokens: Positive | None = None
+    global_batch: Positive
+    micro_batch: Positive
+
+
+class Engine(Section):
+    """DeepSpeed's side of a run. ``extra`` is merged into its config last, and may not repeat a derived key."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16", "fp16"] = "bf16"
+    offload: Literal["none", "optimizer", "parameters"] = "none"  # "parameters" (stage 3) includes the optimizer
+    activation_checkpointing: bool = False
+    compile: bool = False
+    extra: dict[str, Any] = {}
+
+
+class Checkpoint(Section):
+    """When a run is saved and what is kept. The newest verified checkpoint is never removed."""
+
+    every_steps: Positive | None = None
+    every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
+    keep_last: Positive = 2
+    keep_every_steps: Positive | None = None  # checkpoints of these steps are permanent
+    async_: Annotated[bool, Field(alias="async")] = True
+
+
+class Metrics(Section):
+    """What is written while training."""
+
+    every_steps: Positive = 10
+    tensorboard: bool = True
+
+
+class Cluster(Section):
+    """What a submitter asks Slurm for. Read by submitters only; inside an allocation the allocation wins."""
+
+    nodes: Positive = 1
+    gpus_per_node: Annotated[int, Field(ge=0)] | None = None
+    partition: str | None = None
+    account: str | None = None
+    time: str | None = None
+    sbatch: dict[str, Any] = {}
+    submitit: dict[str, Any] = {}
+
+
+class RunConfig(Section):
+    """A whole run. The section that is present says which job it is: ``objective`` is pretraining."""
+
+    run: Run
+    tokenizer: Tokenizer
+    data: Data
+    model: Model
+    objective: Named
+    optim: Optim = Optim()
+    schedule: Schedule = Schedule()
+    train: Train
+    engine: Engine = Engine()
+    checkpoint: Checkpoint = Checkpoint()
+    metrics: Metrics = Metrics()
+    cluster: Cluster = Cluster()
+
+    @property
+    def run_dir(self) -> Path:
+        return self.run.root / self.run.name
+
+
+# ------------------------------------------------------------------------------------------------- a corpus
+class TextSource(Section):
+    """Documents: a folder of files, tables with a text column, a ``datasets`` name, or tars of raw text."""
+
+    format: Literal["text", "jsonl", "csv", "parquet", "hub", "webdataset"] = "text"
+    path: str  # file, folder or glob; for "hub" the data set's name
+    pattern: str = "**/*"  # which files of a folder; comma-separated globs
+    exclude: str = ""  # which of them to leave out
+    field: str = "text"  # column of a table, or the extension (and json field: "json.text") in a tar
+    subset: str | None = None  # "hub": the configuration
+    hub_split: str = "train"
+
+
+class Split(Section):
+    """Which documents are held out: by a hash of the text, so a document never changes sides."""
+
+    validation: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.01
+    salt: str = ""
+
+
+class TokenizerTraining(Section):
+    """How a tokenizer is trained and where it is saved."""
+
+    path: Path
+    kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
+    vocab_size: Annotated[int, Field(ge=260)] = 32768
+    lowercase: bool = False  # wordpiece: BERT's uncased normalisation
+    min_frequency: Positive = 2
+    max_documents: Positive | None = None  # train on the first N documents only
+    special_tokens: list[str] = []  # beside the kind's own
+
+
+class ShardBuild(Section):
+    """Where shards are written, and how large. ``path`` receives ``train/`` and ``validation/``."""
+
+    path: Path
+    name: str = "shard"
+    shard_mb: Annotated[float, Field(gt=0)] = 128.0
+    chunk_mb: Annotated[float, Field(gt=0)] = 2.0
+    procs: Union[Literal["auto"], Positive] = "auto"
+
+
+class CorpusConfig(Section):
+    """From raw text to a tokenizer and shards: the CONFIG of ``tokenizer train`` and ``shards build``."""
+
+    source: TextSource
+    split: Split = Split()
+    tokenizer: TokenizerTraining
+    shards: ShardBuild

@@ -1,0 +1,42 @@
+"""What the ranks agree on before a step's backward pass: one small all-reduce on the host.
+
+Counts, flags and digests are summed as int64, which wraps modulo 2^64: just what the batch digest wants.
+"""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as torch_dist
+
+from hfscale.dist.group import host_group
+
+
+@dataclass(frozen=True)
+class Agreed:
+    """The same on every rank. A flag is set if any rank raised it."""
+
+    counts: dict[str, int]  # global number of items of each loss term
+    stop: bool
+    due: bool
+    failed: bool
+    digest: int  # sum modulo 2^64, as a signed int64
+
+
+def agree(*, counts: Mapping[str, int], stop: bool, due: bool, failed: bool, digest: int) -> Agreed:
+    """Return the sums over all ranks, in one collective of a few dozen bytes."""
+    names = sorted(counts)
+    facts = torch.tensor([stop, due, failed, digest, *(counts[name] for name in names)], dtype=torch.int64)
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(facts, group=host_group())
+    stops, dues, failures, total, *sums = facts.tolist()
+    return Agreed(counts=dict(zip(names, sums, strict=True)), stop=stops > 0, due=dues > 0, failed=failures > 0, digest=total)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return ``values`` (any shape, on the host) summed over all ranks, in float64."""
+    total = values.detach().to("cpu", torch.float64)
+    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+        torch_dist.all_reduce(total, group=host_group())
+    return total

@@ -1,0 +1,68 @@
+"""The process group of a job: NCCL between GPUs, gloo between CPUs, and always a gloo group for small host-side facts."""
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from dataclasses import replace
+from datetime import timedelta
+
+import torch
+import torch.distributed as torch_dist
+
+from hfscale.dist.world import World, free_port
+from hfscale.errors import ConfigError
+
+TIMEOUT = timedelta(minutes=30)  # above the longest checkpoint write; hangs are found by their heartbeats, sooner
+
+_host_group: torch_dist.ProcessGroup | None = None
+
+
+def start(world: World) -> torch.device:
+    """Join the group and return this rank's device.
+
+    Raises:
+        ConfigError: if the rendezvous cannot be reached, or its port is taken.
+    """
+    global _host_group
+    if not world.master_port:
+        world = replace(world, master_port=free_port())
+    os.environ.update(world.export())  # DeepSpeed reads them itself
+    on_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+    if on_gpu:
+        if world.local_rank >= torch.cuda.device_count():
+            raise ConfigError("more ranks on this node than GPUs", where="LOCAL_RANK", value=world.local_rank,
+                              remedy=f"start at most {torch.cuda.device_count()} ranks here (--procs)")
+        torch.cuda.set_device(device)
+    try:
+        torch_dist.init_process_group("nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.world_size, timeout=TIMEOUT,
+                                      init_method=f"tcp://{world.master_addr}:{world.master_port}", device_id=device if on_gpu else None)
+    except (RuntimeError, ValueError, torch_dist.DistError) as error:
+        if "EADDRINUSE" not in str(error) and "in use" not in str(error):
+            raise
+        raise ConfigError("the port of the rendezvous is in use", where=f"{world.master_addr}:{world.master_port}",
+                          remedy="choose another MASTER_PORT, or let the launcher choose a free one") from error
+    _host_group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
+    return device
+
+
+def host_group() -> torch_dist.ProcessGroup | None:
+    """Return the gloo group, for tensors on the CPU and for objects."""
+    return _host_group
+
+
+def barrier() -> None:
+    """Return when every rank has come here."""
+    if torch_dist.is_initialized():
+        torch_dist.barrier(group=_host_group)
+
+
+def shutdown() -> None:
+    """Leave the group together: a rank that just exits can abort the ones still inside a collective."""
+    global _host_group
+    if not torch_dist.is_initialized():
+        return
+    barrier()
+    _host_group = None
+    with suppress(RuntimeError):  # the peer may have closed its end first; the barrier above is what mattered
+        torch_dist.destroy_process_group()

@@ -1,0 +1,57 @@
+"""This process's place among the ranks of a job: the only file that reads the world from the environment.
+
+Every launcher starts ranks with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...); srun's
+SLURM_* ones are understood too, and a process with neither is a world of one.
+"""
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from hfscale.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class World:
+    """Ranks are counted from 0; ``local_*`` are those of this node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0  # 0: a world of one picks a free port
+
+    @classmethod
+    def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
+        """Return the place that torchrun's or Slurm's variables give, else a world of one.
+
+        Raises:
+            ConfigError: if they contradict each other.
+        """
+        if "RANK" in env:
+            names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
+            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        else:
+            return cls()
+        rank, world_size, local_rank, local_world_size = (int(env.get(name, default)) for name, default in zip(names, "0101", strict=True))
+        if not 0 <= rank < world_size or "MASTER_PORT" not in env:
+            raise ConfigError("the environment names no place in the world", where="environment",
+                              value={name: env.get(name) for name in (*names, "MASTER_ADDR", "MASTER_PORT")},
+                              remedy="start the job with `hfscale`, torchrun or srun, which set these variables")
+        return cls(rank, world_size, local_rank, local_world_size, env.get("MASTER_ADDR", "127.0.0.1"), int(env["MASTER_PORT"]))
+
+    def export(self) -> dict[str, str]:
+        """Return the variables that DeepSpeed and torch expect of this place."""
+        return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
+                "LOCAL_WORLD_SIZE": str(self.local_world_size), "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+
+
+def free_port() -> int:
+    """Return a TCP port that is free on this machine now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]

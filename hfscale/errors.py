@@ -1,0 +1,55 @@
+"""Errors that a user can act on, and the exit codes every command and job shares.
+
+A ``UserError`` is printed on one screen without a traceback and ends the process with exit code 2.
+Anything else that escapes is a defect of ours and keeps its traceback.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from difflib import get_close_matches
+
+EXIT_DONE = 0
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
+EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
+
+_UNSET = object()
+
+
+class UserError(Exception):
+    """What went wrong, where, the value that was found, and what to do about it."""
+
+    def __init__(self, what: str, *, where: object = "", value: object = _UNSET, remedy: str = "") -> None:
+        self.what, self.where, self.remedy = what, str(where), remedy
+        self.value = None if value is _UNSET else value
+        lines = [what]
+        if self.where:
+            lines.append(f"  where:  {self.where}")
+        if value is not _UNSET:
+            lines.append(f"  value:  {value!r}")
+        if remedy:
+            lines.append(f"  remedy: {remedy}")
+        super().__init__("\n".join(lines))
+
+
+class ConfigError(UserError):
+    """A configuration that cannot run."""
+
+
+class DataError(UserError):
+    """Text, tokens, shards or tokenizers that are missing, damaged or do not fit together."""
+
+
+class CheckpointError(UserError):
+    """A checkpoint or run directory that cannot be used as asked."""
+
+
+class UnhealthyError(Exception):
+    """Training produced numbers that must not be saved or trained on (exit code 76)."""
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a phrase that offers the valid names nearest to ``name``, or all of them."""
+    known = sorted(known)
+    close = get_close_matches(name, known, n=3, cutoff=0.5)
+    return f"did you mean {' or '.join(close)}?" if close else f"valid names: {', '.join(known)}"

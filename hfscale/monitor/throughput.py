@@ -1,0 +1,50 @@
+"""How fast a run goes: seconds a step, of which waiting for data, tokens a second, and model FLOPs utilisation."""
+from __future__ import annotations
+
+import resource
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+class Throughput:
+    """Averages over the steps since the last ``report``; what happens between steps (validation, logging) is not counted."""
+
+    def __init__(self, *, tokens_per_step: int, flops_per_token: float, peak_flops: float | None,
+                 clock: Callable[[], float] = time.perf_counter) -> None:
+        """``peak_flops`` is that of all ranks together, per second; None (CPU) gives an ``mfu`` of None."""
+        self._tokens, self._flops, self._peak, self._clock = tokens_per_step, flops_per_token, peak_flops, clock
+        self._steps, self._step_s, self._wait_s = 0, 0.0, 0.0
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Time one optimizer step."""
+        start = self._clock()
+        yield
+        self._step_s += self._clock() - start
+        self._steps += 1
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Time the part of a step that waits for data."""
+        start = self._clock()
+        yield
+        self._wait_s += self._clock() - start
+
+    def report(self) -> dict[str, float | None]:
+        """Return the averages since the last report, and start anew."""
+        steps, step_s = max(self._steps, 1), max(self._step_s, 1e-9)
+        tokens_per_s = steps * self._tokens / step_s
+        figures = {"step_s": step_s / steps, "data_wait_s": self._wait_s / steps, "tokens_per_s": tokens_per_s,
+                   "mfu": tokens_per_s * self._flops / self._peak if self._peak else None}
+        self._steps, self._step_s, self._wait_s = 0, 0.0, 0.0
+        return figures
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """Return the most memory that this rank has held: allocated on its GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB

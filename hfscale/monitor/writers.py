@@ -1,0 +1,84 @@
+"""Where a run's figures go: ``metrics.jsonl`` (the record), TensorBoard (the picture) and the console (one line).
+
+Only rank 0 holds a ``MetricsLog``. A resumed run appends: a step that is logged again carries a higher ``attempt``,
+and TensorBoard drops what the earlier attempt wrote for the steps that are repeated.
+"""
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from hfscale.log import logger
+
+CONSOLE = (("loss", "{:.4f}"), ("validation_loss", "{:.4f}"), ("lr", "{:.2e}"), ("grad_norm", "{:.3f}"), ("mfu", "{:.1%}"))
+
+
+class MetricsLog:
+    """Appends one record a logged step. ``first_step`` is the first step that this attempt will log."""
+
+    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
+        self.total_steps = total_steps
+        path = run_dir / "metrics.jsonl"
+        self.attempt = _repair(path) + 1
+        # One unbuffered write a record: a kill can tear at most the last line, and the next start removes a torn one.
+        self._file = open(path, "ab", buffering=0)
+        self._board = None
+        if tensorboard:
+            from torch.utils.tensorboard import SummaryWriter
+            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+
+    def write(self, record: dict[str, Any]) -> None:
+        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers."""
+        self._file.write(json.dumps({**record, "attempt": self.attempt}).encode() + b"\n")
+        if self._board is not None:
+            for name, value in _flat(record):
+                if name not in ("step", "batch_digest"):
+                    self._board.add_scalar(name, value, record["step"])
+            self._board.flush()
+        logger.info(self._line(record))
+
+    def close(self) -> None:
+        os.fsync(self._file.fileno())
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _line(self, record: dict[str, Any]) -> str:
+        parts = [f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
+        parts += [f"{name} {form.format(record[name])}" for name, form in CONSOLE if record.get(name) is not None]
+        left_s = (self.total_steps - record["step"]) * record["step_s"]
+        parts += [f"{_short(record['tokens_per_s'])} tokens/s", f"data wait {record['data_wait_s'] / max(record['step_s'], 1e-9):.0%}",
+                  f"left {int(left_s // 3600)}:{int(left_s % 3600 // 60):02}:{int(left_s % 60):02}"]
+        return "  ".join(parts)
+
+
+def _repair(path: Path) -> int:
+    """Return the last attempt that ``path`` records (0 if none), after cutting off a line that a kill left torn."""
+    if not path.exists():
+        return 0
+    content = path.read_bytes()
+    whole = content.rfind(b"\n") + 1
+    if whole < len(content):
+        os.truncate(path, whole)
+    last = content[:whole].rstrip(b"\n").rpartition(b"\n")[2]
+    return int(json.loads(last).get("attempt", 0)) if last else 0
+
+
+def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Return ``record`` as (name, number) pairs; nested names are joined by a slash and None is left out."""
+    pairs: list[tuple[str, float]] = []
+    for name, value in record.items():
+        if isinstance(value, dict):
+            pairs += _flat(value, f"{prefix}{name}/")
+        elif value is not None:
+            pairs.append((prefix + name, float(value)))
+    return pairs
+
+
+def _short(number: float) -> str:
+    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.3g}{unit}"
+    return f"{number:.0f}"
