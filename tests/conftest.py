@@ -1,0 +1,29 @@
+"""What every test gets: ranks that end with the session, and skips for hardware that is not there."""
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.ranks import close_ranks
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes at once: threads would only fight
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
+os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidiactl").exists() else None
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _ranks_end_with_the_session() -> Iterator[None]:
+    yield
+    close_ranks()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip tests marked ``gpu`` where there is none (found without importing torch)."""
+    if Path("/dev/nvidiactl").exists():
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))

@@ -1,0 +1,29 @@
+"""A rank finds its place from torchrun's or Slurm's variables, and says so when they name none."""
+import pytest
+
+from hfscale.dist.world import World
+from hfscale.errors import ConfigError
+
+
+def test_a_bare_process_is_a_world_of_one():
+    assert World.from_environment({}) == World()
+
+
+def test_torchruns_variables():
+    env = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "node7", "MASTER_PORT": "2950"}
+    world = World.from_environment(env)
+    assert world == World(3, 4, 1, 2, "node7", 2950)
+    assert World.from_environment(world.export()) == world
+
+
+def test_slurms_variables_count_only_for_more_than_one_task():
+    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4",
+             "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
+    assert World.from_environment(slurm) == World(5, 8, 1, 4, "n1", 29500)
+    assert World.from_environment({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == World()  # a shell inside an allocation
+
+
+@pytest.mark.parametrize("env", [{"RANK": "4", "WORLD_SIZE": "4", "MASTER_PORT": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}])
+def test_an_impossible_place_is_refused(env):
+    with pytest.raises(ConfigError, match="no place in the world"):
+        World.from_environment(env)

@@ -1,0 +1,34 @@
+"""metrics.jsonl survives a kill, counts attempts, and TensorBoard shows one value a step."""
+import json
+
+import pytest
+
+from hfscale.monitor.writers import MetricsLog
+
+RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "step_s": 0.1, "data_wait_s": 0.01, "tokens_per_s": 1234.0, "mfu": None,
+          "batch_digest": 2**64 - 1, "source_loss": {"web": 2.5}}
+
+
+def steps(log: MetricsLog, *numbers: int) -> None:
+    for number in numbers:
+        log.write({"step": number, **RECORD})
+    log.close()
+
+
+def test_a_resume_appends_with_the_next_attempt_and_drops_a_torn_line(tmp_path):
+    steps(MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False), 1, 2, 3)
+    with open(tmp_path / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 4, "lo')  # a kill in the middle of a write
+    steps(MetricsLog(tmp_path, first_step=3, total_steps=9, tensorboard=False), 3, 4)
+    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["step"], record["attempt"]) for record in records] == [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
+    assert records[0]["batch_digest"] == 2**64 - 1  # whole, not rounded to a float
+
+
+def test_tensorboard_shows_one_value_a_step(tmp_path):
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    steps(MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=True), 1, 2, 3)
+    steps(MetricsLog(tmp_path, first_step=3, total_steps=9, tensorboard=True), 3, 4)
+    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+    assert "source_loss/web" in events.Tags()["scalars"] and "mfu" not in events.Tags()["scalars"]

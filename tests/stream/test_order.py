@@ -1,0 +1,204 @@
+"""The order is brute-forced: every layout small enough to list is listed, and the large ones are sampled."""
+from __future__ import annotations
+
+import time
+import tracemalloc
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hfscale.errors import ConfigError, DataError
+from hfscale.stream.order import Order, mix, permute, resolve_lanes
+
+layouts = st.tuples(
+    st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),  # rows of each shard
+    st.integers(1, 32),  # lanes
+    st.integers(1, 48),  # block
+    st.integers(0, 2**63 - 1),  # seed
+)
+
+
+def make(layout) -> Order:
+    shard_rows, lanes, block, seed = layout
+    return Order(shard_rows, seed=seed, lanes=min(lanes, sum(shard_rows)), block=block)
+
+
+def global_step(order: Order, start: int, global_batch: int, world_size: int) -> np.ndarray:
+    slices = [order.steps(start, count=1, global_batch=global_batch, rank=r, world_size=world_size)[0] for r in range(world_size)]
+    return np.concatenate(slices)
+
+
+@settings(max_examples=400, deadline=None)
+@given(layouts, st.integers(0, 2**40))
+def test_every_epoch_holds_every_row_exactly_once(layout, epoch):
+    order = make(layout)
+    places = order.locate(np.arange(order.rows) + epoch * order.rows)
+    seen = sorted(zip(places.shard.tolist(), places.row.tolist()))
+    assert seen == [(s, r) for s, rows in enumerate(layout[0]) for r in range(rows)]
+    assert set(places.epoch.tolist()) == {epoch}
+
+
+@settings(max_examples=200, deadline=None)
+@given(layouts, st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8)), min_size=1, max_size=8))
+def test_any_chain_of_sizes_yields_the_oracle(layout, chain):
+    """World size and global batch change at every stop; the chain straddles epoch ends, and often a batch is longer than an epoch."""
+    order, position, read = make(layout), 0, []
+    for world_size, share in chain:
+        step = global_step(order, position, world_size * share, world_size)
+        assert sorted(step.tolist()) == list(range(position, position + world_size * share))  # each position once, on one rank
+        np.testing.assert_array_equal(step, global_step(order, position, world_size * share, 1))  # the same batch in the same order
+        read.append(np.sort(step))
+        position += world_size * share
+    np.testing.assert_array_equal(np.concatenate(read), np.arange(position))
+
+
+@given(layouts, st.integers(0, 10_000), st.integers(1, 5), st.integers(1, 4))
+@settings(max_examples=100, deadline=None)
+def test_many_steps_at_once_are_the_steps_one_by_one(layout, start, count, world_size):
+    order = make(layout)
+    many = order.steps(start, count=count, global_batch=4 * world_size, rank=world_size - 1, world_size=world_size)
+    for k in range(count):
+        one = order.steps(start + k * 4 * world_size, count=1, global_batch=4 * world_size, rank=world_size - 1, world_size=world_size)
+        np.testing.assert_array_equal(many[k], one[0])
+
+
+def test_locate_depends_on_the_position_alone():
+    order = Order([50, 7, 90], seed=5, lanes=6, block=8)
+    positions = np.random.default_rng(0).integers(0, 5 * order.rows, 2000)
+    together, fresh = order.locate(positions), Order([50, 7, 90], seed=5, lanes=6, block=8)
+    for p in (0, 17, 1999):
+        alone = fresh.locate(positions[p:p + 1])
+        assert [alone.shard[0], alone.row[0], alone.lane[0]] == [together.shard[p], together.row[p], together.lane[p]]
+
+
+def test_the_order_never_changes_between_versions():
+    """A run made by an older version resumes on its own order: these numbers are a promise."""
+    places = Order([5, 2, 6], seed=17, lanes=4, block=2).locate(np.arange(24, 32))
+    assert list(zip(places.epoch.tolist(), places.lane.tolist(), places.shard.tolist(), places.row.tolist())) == GOLDEN
+    big = Order(np.arange(1000) % 97, seed=1, lanes=64, block=1024).locate(np.arange(10**9, 10**9 + 5000))
+    assert int((mix(big.shard.astype(np.uint64) << np.uint64(32) | big.row.astype(np.uint64))).sum()) == GOLDEN_SUM
+
+
+GOLDEN = [(1, 3, 1, 1), (1, 0, 2, 2), (2, 0, 2, 1), (2, 1, 2, 4), (2, 2, 0, 1), (2, 3, 0, 4), (2, 0, 2, 0), (2, 1, 2, 5)]
+GOLDEN_SUM = 15903114539794337467
+
+
+def test_epochs_and_seeds_differ():
+    def rows(seed, epoch):
+        places = order_of(seed).locate(np.arange(1000) + epoch * 1000)
+        return places.shard * 1000 + places.row
+
+    def order_of(seed):
+        return Order([100] * 10, seed=seed, lanes=10, block=100)
+
+    lists = [rows(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)]
+    for k, a in enumerate(lists):
+        for b in lists[:k]:
+            assert (a == b).mean() < 0.02
+
+
+def test_a_step_reads_from_as_many_lanes_as_it_can():
+    order = Order([1000] * 100, seed=3, lanes=64, block=256)
+    places = order.locate(order.steps(12345 * 64, count=1, global_batch=64, rank=0, world_size=1)[0])
+    assert places.lane.tolist() == list(range(64))
+    assert len(set(places.shard.tolist())) >= 60  # 64 distant places of a line of 100 shards
+
+
+# ------------------------------------------------------------------------------------------ quality of the permutation
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 100, 1000, 1024, 1025])
+def test_permute_is_a_bijection_for_every_key(size):
+    x = np.arange(size, dtype=np.int64)
+    for key in range(50):
+        y = permute(x, np.full(size, size), np.full(size, key, dtype=np.uint64))
+        assert sorted(y.tolist()) == x.tolist()
+
+
+def chi2_per_degree(counts: np.ndarray) -> float:
+    expected = counts.sum() / counts.size
+    return float(((counts - expected) ** 2 / expected).sum() / (counts.size - 1))
+
+
+@pytest.mark.parametrize("size", [5, 24, 64, 100])
+def test_every_place_gets_every_row_equally_often(size):
+    """Over 20,000 keys each (place, row) pair comes equally often: chi-square a degree of freedom is 1 within 5 sigma."""
+    keys = mix(np.arange(20_000, dtype=np.uint64))
+    counts = np.zeros((size, size))
+    for x in range(size):
+        y = permute(np.full(keys.size, x), np.full(keys.size, size), keys)
+        counts[x] = np.bincount(y, minlength=size)
+    degrees = (size - 1) ** 2
+    assert abs(chi2_per_degree(counts) * (size * size - 1) / degrees - 1) < 5 * np.sqrt(2 / degrees)
+
+
+@pytest.mark.parametrize("size", [64, 1024])
+def test_neighbours_are_torn_apart(size):
+    """The image of x + 1, seen from that of x, is uniform over the other places: no low bit survives."""
+    keys = mix(np.arange(40_000, dtype=np.uint64))
+    x = (mix(keys) % np.uint64(size - 1)).astype(np.int64)
+    domain = np.full(keys.size, size)
+    gap = (permute(x + 1, domain, keys) - permute(x, domain, keys)) % size
+    counts = np.bincount(gap, minlength=size)
+    assert counts[0] == 0
+    assert abs(chi2_per_degree(counts[1:]) - 1) < 5 * np.sqrt(2 / (size - 2))
+
+
+@pytest.mark.parametrize("bits", [6, 10])
+def test_every_input_bit_moves_every_output_bit(bits):
+    """Avalanche: flipping any bit of x or of the key flips each output bit in half of the cases."""
+    rng = np.random.default_rng(1)
+    n, size = 30_000, 1 << bits
+    x, keys = rng.integers(0, size, n), rng.integers(0, 2**63, n).astype(np.uint64)
+    y = permute(x, np.full(n, size), keys)
+    changes = [permute(x ^ (1 << b), np.full(n, size), keys) for b in range(bits)]
+    changes += [permute(x, np.full(n, size), keys ^ np.uint64(1 << b)) for b in (0, 1, 31, 33, 62)]
+    for changed in changes:
+        flips = ((y ^ changed)[:, None] >> np.arange(bits) & 1).mean(axis=0)
+        assert np.abs(flips - 0.5).max() < 0.03  # 10 sigma of the sample; a bijection of 64 values is off by 0.008 itself
+
+
+def test_blocks_of_lanes_and_epochs_are_permuted_apart():
+    order = Order([4096], seed=9, lanes=4, block=64)
+    places = order.locate(np.arange(2 * 4096))
+    line = places.row.reshape(2, 1024, 4).transpose(0, 2, 1).reshape(2 * 4 * 16, 64)  # (epoch, lane, block) x place
+    within = line % 64
+    assert len({tuple(b) for b in within.tolist()}) == 128  # no two blocks alike
+    corr = np.corrcoef(within)
+    assert np.abs(corr[np.triu_indices(128, 1)]).max() < 0.62  # 8128 pairs of 64: 5 sigma of chance
+
+
+# ------------------------------------------------------------------------------------------------------- size and errors
+def test_a_trillion_tokens_start_at_once():
+    """100,000 shards, 1e12 tokens, 4,096 ranks, at 50 %: under a second and 200 MB, whatever the position."""
+    shard_rows = np.full(100_000, 9765) + np.arange(100_000) % 7
+    tracemalloc.start()
+    began = time.perf_counter()
+    order = Order(shard_rows, seed=1, lanes="auto", block=1024)
+    positions = order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)[0]
+    places = order.locate(positions)
+    assert time.perf_counter() - began < 1.0
+    assert tracemalloc.get_traced_memory()[1] < 50e6
+    tracemalloc.stop()
+    assert order.rows * 1024 > 1e12 and (places.row < shard_rows[places.shard]).all()
+
+
+def test_a_trillion_tokens_exactly_once_in_a_window():
+    """Whole blocks of one lane of a huge run are permutations of the rows they stand for."""
+    order = Order(np.full(100_000, 9765), seed=1, lanes=256, block=1024)
+    lane, block = 77, 1234
+    i = np.arange(block * 1024, (block + 1) * 1024)
+    places = order.locate(i * 256 + lane)
+    assert len(set(zip(places.shard.tolist(), places.row.tolist()))) == 1024
+    assert len(set(places.shard.tolist())) <= 2
+
+
+def test_lanes():
+    assert resolve_lanes("auto", 10) == 1  # one block: a full permutation
+    assert resolve_lanes("auto", 6000) == 6
+    assert resolve_lanes("auto", 10**9) == 256
+    assert resolve_lanes(64, 64) == 64
+    with pytest.raises(ConfigError, match="more lanes than rows.*\n.*data.lanes.*\n.*65"):
+        resolve_lanes(65, 64)
+    with pytest.raises(DataError, match="no rows"):
+        Order([0, 0], seed=1, lanes=1, block=1)
