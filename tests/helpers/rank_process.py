@@ -18,14 +18,16 @@ def main() -> None:
     """Serve calls that arrive as ``(module:function, args, kwargs)``."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test session leaves no ranks behind
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR1, all_threads=True)
+    faulthandler.register(signal.SIGUSR2, all_threads=True)
     pipe = Connection(int(sys.argv[1]))
 
     import torch
-    import torch.distributed as dist
+
+    from hfscale.dist.group import start
+    from hfscale.dist.world import World
 
     torch.set_num_threads(1)
-    dist.init_process_group("gloo")
+    start(World.from_environment())
     while True:
         try:
             address, args, kwargs = pickle.loads(pipe.recv_bytes())

@@ -19,7 +19,6 @@ import contextlib
 import os
 import pickle
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -28,6 +27,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
+
+from hfscale.dist.world import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
 _groups: dict[int, RankGroup] = {}
@@ -66,13 +67,6 @@ def close_ranks(world_size: int | None = None) -> None:
         group = _groups.pop(size, None)
         if group is not None:
             group.close()
-
-
-def free_port() -> int:
-    """Return a TCP port that nobody listens on right now."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 def _address(function: Callable[..., Any]) -> str:
@@ -141,7 +135,7 @@ class RankGroup:
     def _stacks(self, silent: list[int], starts: list[int], timeout_s: float) -> str:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR1)  # faulthandler writes all stacks into the log
+                process.send_signal(signal.SIGUSR2)  # faulthandler writes all stacks into the log
         time.sleep(1.0)
         parts = [f"ranks {silent} did not answer in {timeout_s:g} s"]
         return "\n".join(parts + [self._output(rank, starts[rank]) for rank in range(len(self.processes))])
