@@ -1,0 +1,161 @@
+"""What every pretraining objective offers the loop, and the table of objectives.
+
+An objective turns rows of the stream into a ``Batch``, and a batch into *sums* per row and term. The step divides by the
+global count, so how a batch is cut into micro-batches and ranks does not change the gradient:
+
+    gradient of  sum over terms  weight * (sum over all rows of all ranks) / (global count)
+
+Each backward gets ``weight * its sum * world_size / global count``: the engine averages gradients over ``world_size`` ranks.
+A term of weight 0 is only reported (an accuracy, say). Shape legend: B rows, T tokens, L = ``seq_len``.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from hfscale.config.schema import Named, Section
+from hfscale.errors import ConfigError, nearest
+from hfscale.registry import load_plugin
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+    from hfscale.stream.rows import Rows
+
+OBJECTIVES: dict[str, str] = {"clm": "hfscale.objectives.clm:CausalLM"}
+
+
+class Model(Protocol):
+    """The engine, or a bare model: called with keywords, returns an output with ``.logits``."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __call__(self, **inputs: Any) -> Any: ...
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What an objective may need to know of the run."""
+
+    seq_len: int
+    micro_batch: int = 1
+    seed: int = 0  # of masks, spans and crops: they are drawn from (seed, position of the row)
+    cross_document: bool = True
+    tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
+    model_config: PretrainedConfig | None = None  # None: before there is a model
+
+
+@dataclass
+class Batch:
+    """One micro-batch. ``counts`` stays on the CPU, so that counting never waits for a device."""
+
+    inputs: dict[str, Tensor]  # keywords of the model
+    labels_BT: Tensor  # int64; IGNORE_INDEX where nothing is asked
+    input_ids: Tensor  # int64 (B, T): the rows before any corruption, for the batch digest
+    counts: dict[str, Tensor]  # term -> int64 (B,): how many items of each row are scored
+    source_B: Tensor  # int16: which corpus each row is from
+    position_B: Tensor  # int64: the row's place in the run's order
+    document_ids_BT: Tensor | None = None  # int32: documents numbered within their row; None = one document
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return this batch with everything that enters the model or the loss on ``device``."""
+
+        def move(tensor: Tensor | None) -> Any:
+            return None if tensor is None else tensor.to(device, non_blocking=True)
+
+        return replace(
+            self, inputs={name: move(t) for name, t in self.inputs.items()}, labels_BT=move(self.labels_BT),
+            input_ids=move(self.input_ids), document_ids_BT=move(self.document_ids_BT),
+        )  # fmt: skip
+
+
+class Objective:
+    """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, ``loss``, ``weights``."""
+
+    class Options(Section):
+        """No options."""
+
+    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+
+    def __init__(self, options: Section, setting: Setting) -> None:
+        self.options, self.setting = options, setting
+        self._sums: dict[str, Tensor] = {}
+
+    def weights(self) -> dict[str, float]:
+        """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only."""
+        raise NotImplementedError
+
+    def collate(self, rows: Rows) -> Batch:
+        """Return the batch of ``rows`` on the CPU. Depends on the rows, their positions and the seed alone."""
+        raise NotImplementedError
+
+    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a weight."""
+        raise NotImplementedError
+
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval mode, before step 1.
+
+        Raises:
+            ConfigError: with the remedy.
+        """
+
+    def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
+        """Return ``{term: n}``, the scored items of these micro-batches. Sum over ranks gives the global counts."""
+        totals = dict.fromkeys(self.weights(), 0)
+        for batch in batches:
+            for term, count_B in batch.counts.items():
+                totals[term] += int(count_B.sum())
+        return totals
+
+    def losses(self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int], *, world_size: int) -> Iterator[Tensor]:
+        """Yield one scalar for each backward of the step, ``weight * sum * world_size / global count``; fp32.
+
+        By default one micro-batch after the other. What was measured is there for ``take_sums`` at the end of the step.
+        """
+        self._sums = {}
+        for batch in batches:
+            sums = self.loss(model, batch)
+            self.record(sums)
+            scales = {term: weight * world_size / max(1, global_counts[term]) for term, weight in self.weights().items() if weight}
+            yield torch.stack([scale * sums[term].sum() for term, scale in scales.items()]).sum()
+
+    def record(self, sums: Mapping[str, Tensor]) -> None:
+        """Add this rank's ``{term: sums_B}`` to what ``take_sums`` returns; without waiting for the device."""
+        for term, sums_B in sums.items():
+            total = sums_B.detach().sum(dtype=torch.float64)
+            self._sums[term] = self._sums[term] + total if term in self._sums else total
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Return ``{term: sum}`` (fp64 scalars) of this rank's part of the step just made, and forget it."""
+        sums, self._sums = self._sums, {}
+        return sums
+
+
+def load_objective(named: Named, setting: Setting) -> Objective:
+    """Return the objective that a config names, with its options checked.
+
+    Raises:
+        ConfigError: for an unknown objective or option, or a value out of range.
+    """
+    objective: type[Objective] = load_plugin("objective", OBJECTIVES, named.name)
+    return objective(check_options(objective.Options, named.options), setting)
+
+
+def check_options(schema: type[Section], options: Mapping[str, Any]) -> Section:
+    """Return ``options`` as ``schema``, or raise a ConfigError that names every bad one and the nearest valid names."""
+    try:
+        return schema(**options)
+    except ValidationError as error:
+        lines = []
+        for problem in error.errors():
+            name = ".".join(map(str, problem["loc"]))
+            unknown = problem["type"] == "extra_forbidden"
+            lines.append(f"{name}: unknown option; {nearest(name, schema.model_fields)}" if unknown else f"{name}: {problem['msg']}")
+        raise ConfigError("; ".join(lines), where="objective.options", value=dict(options)) from error

@@ -1,0 +1,91 @@
+"""Causal language modelling: every token is predicted from those before it.
+
+    loss = - sum over t of log p(x_{t+1} | x_1 .. x_t)  /  number of predicted tokens
+
+Shape legend: B rows, T = ``seq_len`` tokens, V vocabulary. A row of the stream holds T + 1 tokens: inputs are the first T,
+labels the last T. Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners, sec. 2.
+With ``cross_document`` a token sees whatever came before it in its row, as in GPT-2 and Llama training. Without it a token
+sees its own document only, positions start at 0 in each document, and no document is asked to predict the next one.
+"""
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from hfscale.errors import ConfigError
+from hfscale.objectives.base import Batch, Model, Objective
+from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.isolation import keep_apart, movement
+
+if TYPE_CHECKING:
+    from hfscale.stream.rows import Rows
+
+
+class CausalLM(Objective):
+    """GPT-like pretraining, for any architecture of ``AutoModelForCausalLM``."""
+
+    auto_model = "AutoModelForCausalLM"
+
+    def weights(self) -> dict[str, float]:
+        """Return the one term, ``clm``: nats a predicted token."""
+        return {"clm": 1.0}
+
+    def collate(self, rows: Rows) -> Batch:
+        """Return inputs and next-token labels of the rows (B, T + 1); a filler row asks nothing."""
+        inputs_BT, labels_BT = rows.ids_BL[:, :-1], rows.ids_BL[:, 1:]
+        ignored_BT = ~rows.valid_B[:, None].expand_as(labels_BT)
+        document_ids_BT = None
+        if not self.setting.cross_document:
+            if rows.document_ids_BL is None:
+                raise ValueError("data.cross_document: false needs rows with document ids")
+            document_ids_BT = rows.document_ids_BL[:, :-1]
+            ignored_BT = ignored_BT | (document_ids_BT != rows.document_ids_BL[:, 1:])
+        return Batch(
+            inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
+            counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position, document_ids_BT=document_ids_BT,
+        )  # fmt: skip
+
+    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Return ``{"clm": sums_B}`` in nats."""
+        return {"clm": token_losses(self.logits(model, batch), batch.labels_BT).sum(1)}
+
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
+        if batch.document_ids_BT is None:
+            return model(**batch.inputs, use_cache=False).logits
+        return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config)  # type: ignore[arg-type]
+
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse a model that sees the future (an encoder), or another document where documents are to be kept apart."""
+        config, middle = self.setting.model_config, self.setting.seq_len // 2
+        assert config is not None, "check() needs Setting.model_config"
+        shape = (self.setting.micro_batch, self.setting.seq_len)  # as in training: the live kernels, no recompilation
+        first, second = slice(0, middle), slice(middle, None)
+        documents_BT = torch.zeros(shape, dtype=torch.int32)
+        documents_BT[:, second] = 1
+
+        def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+            batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
+            return self.logits(model, batch.to(device))
+
+        moved = movement(lambda ids_BT: logits(ids_BT, None), shape, config.vocab_size, changed=second, watched=first)
+        if moved:
+            raise ConfigError(
+                f"clm: the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
+                where="model.architecture", value=config.model_type,
+                remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm",
+            )  # fmt: skip
+        if self.setting.cross_document:
+            return
+        try:
+            moved = movement(lambda ids_BT: logits(ids_BT, documents_BT), shape, config.vocab_size, changed=first, watched=second)
+            leak = f"documents leak: changing document A moves the logits of document B by {moved:.3g}" if moved else ""
+        except (TypeError, ValueError) as error:  # an architecture without position ids, or with a mask of its own
+            leak = f"this architecture cannot keep documents apart: {error}"
+        if leak:
+            raise ConfigError(
+                leak, where="data.cross_document: false", value=f"{config.model_type} with attention {config._attn_implementation}",
+                remedy="set model.attention=sdpa, choose an architecture that takes position ids, or set data.cross_document=true",
+            )  # fmt: skip
