@@ -1,0 +1,49 @@
+"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from hfscale.errors import DataError
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Return once ``path`` holds ``data`` on disk; a crash leaves the old file or the new one, never a part.
+
+    Raises:
+        DataError: if there is no room for it.
+    """
+    temporary = path.with_name(f".{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            sync(file.fileno())
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    publish(temporary, path)
+
+
+def publish(temporary: Path, final: Path) -> None:
+    """Return once the (already synced) ``temporary`` is known as ``final``, also after a power cut."""
+    os.replace(temporary, final)
+    folder = os.open(final.parent, os.O_RDONLY)
+    try:
+        sync(folder)
+    finally:
+        os.close(folder)
+
+
+def sync(descriptor: int) -> None:
+    """Return once the file behind ``descriptor`` is on disk."""
+    os.fsync(descriptor)
+
+
+def cannot_write(path: Path, error: OSError) -> DataError:
+    """Return the error to raise when ``path`` could not be written: the cause, and the room that is left."""
+    try:
+        status = os.statvfs(path.parent)
+        room = f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB free there"
+    except OSError:
+        room = "the folder cannot be read"
+    return DataError(f"cannot write: {error.strerror or error}", where=path,
+                     remedy=f"{room}; make room or choose another folder, then run the same command again: it continues")

@@ -1,0 +1,66 @@
+"""``NAME-%06d.idx``: where each member of a shard lies, so that a reader needs no tar headers.
+
+A token shard has two members a chunk, ``%09d.ends.npy`` then ``%09d.tokens.bin``; a raw-text shard one a sample.
+On disk: magic, SHA-256 of the tar (which shard it belongs to), count, MEMBER records, XXH3-64 of all before it.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import xxhash
+
+from hfscale.errors import DataError
+from hfscale.shards.files import write_atomically
+
+MAGIC = b"HFSIDX1\n"
+MEMBER = np.dtype([
+    ("offset", "<u8"),  # of the payload in the tar; a multiple of 512
+    ("bytes", "<u8"),  # of the payload
+    ("tokens", "<u8"),
+    ("documents", "<u8"),  # that end in this chunk
+    ("checksum", "<u8"),  # XXH3-64 of the payload
+])
+_HEAD = len(MAGIC) + 32 + 8
+
+
+@dataclass(frozen=True, eq=False)
+class ShardIndex:
+    """The members of one shard, as a MEMBER array in the order of the tar."""
+
+    tar_digest: str  # SHA-256, hex
+    members: np.ndarray
+
+    @property
+    def ends(self) -> np.ndarray:
+        """The members that hold document ends, one a chunk."""
+        return self.members[0::2]
+
+    @property
+    def tokens(self) -> np.ndarray:
+        """The members that hold token ids, one a chunk."""
+        return self.members[1::2]
+
+    def save(self, path: Path) -> None:
+        """Return once the index is on disk, whole or not at all."""
+        body = MAGIC + bytes.fromhex(self.tar_digest) + np.uint64(len(self.members)).astype("<u8").tobytes() + self.members.tobytes()
+        write_atomically(path, body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
+
+    @classmethod
+    def load(cls, path: Path) -> ShardIndex:
+        """Return the index at ``path``.
+
+        Raises:
+            DataError: if it is missing, truncated or damaged.
+        """
+        remedy = "restore it from a copy, or build the shards again in another folder"
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise DataError(f"the index of a shard cannot be read: {error.strerror}", where=path, remedy=remedy) from None
+        body, checksum = data[:-8], data[-8:]
+        if not data.startswith(MAGIC) or xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") != checksum:
+            raise DataError("the index of a shard is damaged", where=path, remedy=remedy)
+        digest = body[len(MAGIC):len(MAGIC) + 32].hex()
+        return cls(tar_digest=digest, members=np.frombuffer(body, MEMBER, offset=_HEAD))

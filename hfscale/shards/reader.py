@@ -1,0 +1,143 @@
+"""One token shard as an array: any range of tokens, and where documents end, straight from the page cache.
+
+Positions are token positions in the shard. Each chunk's checksum is checked once, when it is first touched.
+"""
+from __future__ import annotations
+
+import mmap
+from bisect import bisect_right
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from hfscale.errors import DataError
+from hfscale.shards.index import ShardIndex
+from hfscale.shards.manifest import ShardEntry
+
+FEW_ROWS = 6  # below which a gather costs more than it saves
+GATHERED_ROWS = 64  # at once: what is between map and output stays in the cache
+
+
+class ShardReader:
+    """A memory-mapped shard. Opening reads the index only; a thread may read while another reads.
+
+    Raises:
+        DataError: if tar or index are missing, do not belong together, or have another size than the manifest says.
+    """
+
+    def __init__(self, folder: str | Path, entry: ShardEntry, *, dtype: np.dtype[Any], verify: bool = True) -> None:
+        self.path, self.entry = Path(folder) / entry.name, entry
+        self._dtype, self._verify = np.dtype(dtype), verify
+        index = ShardIndex.load(Path(folder) / entry.index_name)
+        if index.tar_digest != entry.digest:
+            raise self._damage("the index belongs to another shard than the manifest names")
+        try:
+            with open(self.path, "rb") as file:
+                self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        except (OSError, ValueError) as error:
+            raise self._damage(f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        if len(self._map) != entry.bytes:
+            raise self._damage(f"the shard has {len(self._map):,} bytes, its manifest says {entry.bytes:,}")
+        self._ends, self._tokens = index.ends, index.tokens
+        self._starts: list[int] = [0, *np.cumsum(self._tokens["tokens"], dtype=np.int64).tolist()]  # first token of each chunk, and the end
+        self._chunk_starts = np.array(self._starts)
+        self._payloads = (self._tokens["offset"] // self._dtype.itemsize).astype(np.int64)  # of chunks, in tokens from the tar's begin
+        self._first_documents: list[int] = [0, *np.cumsum(self._ends["documents"], dtype=np.int64).tolist()]
+        if self._starts[-1] != entry.tokens or self._first_documents[-1] != entry.documents:
+            raise self._damage(f"the index counts {self._starts[-1]:,} tokens in {self._first_documents[-1]:,} documents, "
+                               f"the manifest {entry.tokens:,} in {entry.documents:,}")
+        self._token_views: list[np.ndarray | None] = [None] * len(self._tokens)
+        self._end_views: list[np.ndarray | None] = [None] * len(self._ends)
+
+    def __len__(self) -> int:
+        return self.entry.tokens
+
+    def read_tokens(self, start: int, stop: int, out: np.ndarray) -> None:
+        """Return with ``out`` (stop - start,) filled with tokens [start, stop), converted to its dtype without a copy between."""
+        if not 0 <= start <= stop <= len(self):
+            raise IndexError(f"tokens [{start}, {stop}) of a shard with {len(self)}")
+        chunk = bisect_right(self._starts, start) - 1
+        position = start
+        while position < stop:
+            tokens, first = self._chunk_tokens(chunk), self._starts[chunk]
+            part = min(stop, self._starts[chunk + 1])
+            out[position - start:part - start] = tokens[position - first:part - first]
+            position, chunk = part, chunk + 1
+
+    def read_rows(self, starts: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
+        """Return with row ``at[k]`` of ``out`` (n, length) filled with the ``length`` tokens from ``starts[k]`` on, for every k.
+
+        Rows within one chunk are gathered many at a time, four times as fast as one by one; the others cross into the next chunk.
+        """
+        length = out.shape[1]
+        chunks = np.searchsorted(self._chunk_starts, starts, side="right") - 1
+        inside = starts + length <= self._chunk_starts[chunks + 1]
+        if len(starts) < FEW_ROWS:
+            inside[:] = False
+        for k in np.flatnonzero(~inside).tolist():
+            self.read_tokens(int(starts[k]), int(starts[k]) + length, out[at[k]])
+        for chunk in set(chunks[inside].tolist()):
+            self._chunk_tokens(chunk)  # its checksum
+        size = self._dtype.itemsize
+        windows = np.ndarray((len(self._map) // size - length + 1, length), self._dtype, self._map, strides=(size, size))
+        offsets, at = (starts - self._chunk_starts[chunks] + self._payloads[chunks])[inside], at[inside]
+        for k in range(0, len(at), GATHERED_ROWS):
+            out[at[k:k + GATHERED_ROWS]] = windows[offsets[k:k + GATHERED_ROWS]]
+
+    def ends(self, start: int, stop: int) -> np.ndarray:
+        """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
+        first = max(bisect_right(self._starts, start) - 1, 0)
+        found = []
+        for chunk in range(first, len(self._ends)):
+            base = self._starts[chunk]
+            if base >= stop:
+                break
+            ends = self._chunk_ends(chunk)
+            low, high = np.searchsorted(ends, (start - base, stop - base), side="right")
+            found.append(ends[low:high].astype(np.int64) + base)
+        return np.concatenate(found) if found else np.empty(0, np.int64)
+
+    def locate(self, position: int) -> tuple[str, int]:
+        """Return the name of the member that holds token ``position``, and the number of its document in the shard.
+
+        The document that another shard began is number 0.
+        """
+        if not 0 <= position < len(self):
+            raise IndexError(f"token {position} of a shard with {len(self)}")
+        chunk = bisect_right(self._starts, position) - 1
+        before = int(np.searchsorted(self._chunk_ends(chunk), position - self._starts[chunk], side="right"))
+        return member_name(chunk, "tokens.bin"), self._first_documents[chunk] + before
+
+    def _chunk_tokens(self, chunk: int) -> np.ndarray:
+        view = self._token_views[chunk]
+        if view is None:
+            view = self._payload(self._tokens[chunk], member_name(chunk, "tokens.bin")).view(self._dtype)
+            self._token_views[chunk] = view
+        return view
+
+    def _chunk_ends(self, chunk: int) -> np.ndarray:
+        view = self._end_views[chunk]
+        if view is None:
+            member = self._ends[chunk]
+            payload = self._payload(member, member_name(chunk, "ends.npy"))
+            view = payload[len(payload) - 4 * int(member["documents"]):].view("<u4")  # what follows the .npy header
+            self._end_views[chunk] = view
+        return view
+
+    def _payload(self, member: np.void, name: str) -> np.ndarray:
+        offset, size = int(member["offset"]), int(member["bytes"])
+        payload = np.frombuffer(self._map, np.uint8, size, offset)
+        if self._verify and xxhash.xxh3_64_intdigest(memoryview(payload)) != int(member["checksum"]):
+            raise self._damage(f"member {name} at offset {offset:,} ({size:,} bytes) does not match its checksum")
+        return payload
+
+    def _damage(self, what: str) -> DataError:
+        remedy = "restore the shard from a copy or build it again; `hfscale shards verify` lists all damage"
+        return DataError(what, where=self.path, remedy=remedy)
+
+
+def member_name(chunk: int, part: str) -> str:
+    """Return the name in the tar of a ``part`` ("tokens.bin" or "ends.npy") of a chunk."""
+    return f"{chunk:09d}.{part}"

@@ -1,0 +1,148 @@
+"""Token shards: documents in, plain WebDataset tars out, the same bytes for the same documents.
+
+A shard holds a fixed number of tokens, cut anywhere: shard k of a corpus is tokens [k*S, (k+1)*S) of its stream.
+So the point at which a killed build continues is the end of its last whole shard, and nothing else.
+"""
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import xxhash
+
+from hfscale.shards.files import cannot_write, publish, sync
+from hfscale.shards.index import MEMBER, ShardIndex
+from hfscale.shards.manifest import ShardEntry
+
+BLOCK = 512  # of a tar: headers and payloads start at its multiples
+
+
+class ShardWriter:
+    """Cuts one stream of documents into chunks and shards. ``committed`` is called with each shard that is on disk.
+
+    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the first shard.
+    """
+
+    def __init__(self, folder: Path, *, name: str, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
+                 committed: Callable[[ShardEntry], None], first: int = 0) -> None:
+        self._folder, self._name, self._committed = folder, name, committed
+        self._shard_chunks, self._number = shard_chunks, first
+        self._buffer = np.empty(chunk_tokens, dtype)
+        self._used = 0  # tokens of the buffer that are filled
+        self._ends: list[int] = []  # exclusive ends of the documents that end in the buffer
+        self._tar: _Tar | None = None
+        folder.mkdir(parents=True, exist_ok=True)
+
+    def add(self, tokens: np.ndarray, *, ends_here: bool = True) -> None:
+        """Return once ``tokens`` (a document with its end-of-document id, or a part of it) are taken over."""
+        done = 0
+        while True:
+            count = min(len(tokens) - done, len(self._buffer) - self._used)
+            self._buffer[self._used:self._used + count] = tokens[done:done + count]
+            self._used += count
+            done += count
+            if done == len(tokens):
+                break
+            self._flush_chunk()
+        if ends_here:
+            self._ends.append(self._used)
+        if self._used == len(self._buffer):
+            self._flush_chunk()
+
+    def close(self) -> None:
+        """Return once the last, shorter shard is on disk."""
+        if self._used:
+            self._flush_chunk()
+        if self._tar:
+            self._finish_shard()
+
+    def abort(self) -> None:
+        """Return with the shard under way forgotten; what is committed stays."""
+        if self._tar:
+            self._tar.file.close()
+            self._tar = None
+
+    def _flush_chunk(self) -> None:
+        if self._tar is None:
+            self._tar = _Tar(self._folder / f"{self._name}-{self._number:06d}.tar")
+        self._tar.add(self._buffer[:self._used], np.array(self._ends, "<u4"))
+        self._used, self._ends = 0, []
+        if self._tar.chunks == self._shard_chunks:
+            self._finish_shard()
+
+    def _finish_shard(self) -> None:
+        assert self._tar is not None
+        entry = self._tar.finish()
+        self._tar = None
+        self._number += 1
+        self._committed(entry)
+
+
+class _Tar:
+    """One shard being written under a temporary name."""
+
+    def __init__(self, path: Path) -> None:
+        from webdataset.writer import TarWriter  # slow to import
+
+        self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
+        try:
+            self.file = _HashedFile(self._temporary)
+        except OSError as error:
+            raise cannot_write(path, error) from error
+        self._writer = TarWriter(self.file, user="hfscale", group="hfscale", mtime=0, compress=False, encoder=False)
+        self._writer.tarstream.format = tarfile.USTAR_FORMAT  # webdataset leaves it at tarfile's default, PAX
+        self._members: list[tuple[int, int, int, int, int]] = []
+        self._offset, self._max_id, self.chunks = 0, -1, 0
+
+    def add(self, tokens: np.ndarray, ends: np.ndarray) -> None:
+        """Return once a chunk is handed to the tar. ``ends`` are relative to the chunk."""
+        npy = io.BytesIO()
+        np.save(npy, ends)
+        payloads = {"ends.npy": npy.getvalue(), "tokens.bin": tokens.tobytes()}  # in the order that TarWriter gives them
+        try:
+            self._writer.write({"__key__": f"{self.chunks:09d}", **payloads})
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+        for payload, n_tokens, n_documents in zip(payloads.values(), (0, len(tokens)), (len(ends), 0), strict=True):
+            checksum = xxhash.xxh3_64_intdigest(payload)
+            self._members.append((self._offset + BLOCK, len(payload), n_tokens, n_documents, checksum))
+            self._offset += BLOCK + -(-len(payload) // BLOCK) * BLOCK
+        self._max_id = max(self._max_id, int(tokens.max()))
+        self.chunks += 1
+
+    def finish(self) -> ShardEntry:
+        """Return the entry of the shard, which is on disk with its index under its final name."""
+        try:
+            self._writer.close()
+            self.file.flush()
+            sync(self.file.fileno())
+            self.file.close()
+        except OSError as error:
+            raise cannot_write(self._path, error) from error
+        publish(self._temporary, self._path)
+        index = ShardIndex(self.file.sha256.hexdigest(), np.array(self._members, MEMBER))
+        index.save(self._path.with_suffix(".idx"))
+        return ShardEntry(name=self._path.name, bytes=os.path.getsize(self._path), tokens=int(index.tokens["tokens"].sum()),
+                          documents=int(index.ends["documents"].sum()), digest=index.tar_digest, max_id=self._max_id)
+
+
+class _HashedFile(io.FileIO):
+    """A file that knows the SHA-256 of what was written to it, so that nothing is read again."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path, "wb")
+        self.sha256 = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        view = memoryview(data)
+        self.sha256.update(view)
+        done = 0
+        while done < len(view):  # a raw write may be short
+            done += super().write(view[done:]) or 0
+        return done
