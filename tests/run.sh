@@ -1,0 +1,33 @@
+#!/usr/bin/env bash
+# Set up everything and run the tests:   bash tests/run.sh [quick] [pytest arguments]
+#   bash tests/run.sh                     ruff, mypy and all tests
+#   bash tests/run.sh quick               ruff, mypy and the quick tests (under two minutes)
+#   bash tests/run.sh tests/stream -x     some tests
+# WORKERS=N sets the number of test processes (one a core without it).
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+source launch/setup.sh
+
+selection=()
+if [ "${1:-}" = quick ]; then selection=(-m "not slow"); shift; fi
+
+missing=()
+while read -r package _; do  # system packages that tests need
+    case $package in ''|'#'*) continue ;; esac
+    dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
+done < tests/apt-packages.txt
+[ ${#missing[@]} -eq 0 ] || stop "System packages are missing: ${missing[*]}" "  remedy: apt-get install -y --no-install-recommends ${missing[*]}"
+
+prepare_python dev
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}
+failed=0
+if [ $# -eq 0 ]; then
+    say "Style and types"
+    run "$PYTHON" -m ruff check . || failed=1
+    run "$PYTHON" -m mypy || failed=1
+fi
+say "Tests"
+workers=${WORKERS:-$("$PYTHON" -c 'import os; print(len(os.sched_getaffinity(0)))')}
+# loadfile keeps a file's tests together: they share what their fixtures trained
+run "$PYTHON" -m pytest -n "$workers" --dist loadfile --durations=15 "${selection[@]}" "$@" || failed=1
+exit $failed
