@@ -1,0 +1,221 @@
+"""From positions to micro-batches: a thread of this process reads steps ahead into a ring of preallocated slabs.
+
+A slab holds the rows of this rank for a few steps, so that the hand-over between threads (tens of microseconds) and the arithmetic
+of the order are paid once a slab. The first slab is one step, the next two, then four ...: the first batch comes at once.
+
+    reader thread:   free slab -> order.steps, order.locate -> rows.fill -> full slab
+    training:        take() -> views into the slab;  advance() -> the step is done; after its last step the slab is free again
+
+The state is the number of rows consumed. It moves in advance(), never at prefetch, so whatever the reader was ahead is read again.
+Worker processes would cost about 1 ms a batch in hand-over alone.
+"""
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+
+from hfscale.errors import DataError
+from hfscale.stream.order import Order
+from hfscale.stream.rows import Rows, TokenRows
+
+SLAB_TOKENS = 2**19  # of a slab (4 MiB of ids), where a step is not larger
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB."""
+
+    fingerprint: str  # of the data
+    seed: int
+    seq_len: int
+    lanes: int
+    block: int
+    epoch_rows: int
+    consumed_rows: int = 0
+    version: int = STATE_VERSION
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.consumed_rows * self.seq_len
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, with the fraction of the one under way."""
+        return self.consumed_rows / self.epoch_rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as JSON types."""
+        return {**asdict(self), "consumed_tokens": self.consumed_tokens}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
+        """Return the state that ``to_dict`` gave.
+
+        Raises:
+            DataError: if it is not of this version.
+        """
+        if content.get("version") != STATE_VERSION:
+            raise DataError("a stream state of an unknown version", where="the checkpoint's state.json", value=content.get("version"),
+                            remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it")
+        return cls(**{name: value for name, value in content.items() if name != "consumed_tokens"})
+
+
+class Stream:
+    """This rank's micro-batches of each step, from any state on, on any number of ranks.
+
+    ``global_batch`` must divide by ``world_size * micro_batch``; the reader stays ``prefetch_steps`` ahead, or a slab where that is more.
+    ``take`` and ``advance`` belong to one thread.
+
+    Raises:
+        DataError: if ``state`` is of other data or of another order; it names what differs.
+    """
+
+    def __init__(self, rows: TokenRows, order: Order, *, global_batch: int, micro_batch: int, rank: int, world_size: int,
+                 state: StreamState | None = None, prefetch_steps: int = 2, with_documents: bool = False, pin_memory: bool = False) -> None:
+        assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)  # rules.py has checked it
+        self._rows, self._order = rows, order
+        fresh = StreamState(rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows)
+        self._state = fresh if state is None else state
+        _check_same(fresh, self._state)
+        self._global_batch, self._micro_batch, self._rank, self._world_size = global_batch, micro_batch, rank, world_size
+        share = global_batch // world_size
+        self._slab_steps = max(1, SLAB_TOKENS // (share * rows.seq_len))
+        slabs = 1 + -(-prefetch_steps // self._slab_steps)  # one being trained on, the others being filled
+        self._free: queue.SimpleQueue[_Slab | None] = queue.SimpleQueue()
+        self._full: queue.SimpleQueue[_Slab | BaseException] = queue.SimpleQueue()
+        for _ in range(slabs):
+            self._free.put(_Slab(self._slab_steps, share, rows.seq_len + 1, with_documents=with_documents, pin_memory=pin_memory))
+        self._slab: _Slab | None = None  # being trained on
+        self._step = 0  # of the slab
+        self._error: BaseException | None = None
+        self._reader = threading.Thread(target=self._read_ahead, args=(self._state.consumed_rows,), name="stream-reader", daemon=True)
+        self._reader.start()
+
+    def take(self) -> list[Rows]:
+        """Return this rank's micro-batches of the next step; until ``advance`` the same again. Their memory is reused after that.
+
+        Raises:
+            DataError: if the data is missing or damaged, or whatever else stopped the reader thread.
+        """
+        if self._error is not None:
+            raise self._error
+        if self._slab is None:
+            slab = self._full.get()
+            if isinstance(slab, BaseException):
+                self._error = slab
+                raise slab
+            self._slab, self._step = slab, 0
+        return self._slab.micro_batches(self._step, self._micro_batch)
+
+    def advance(self) -> None:
+        """Return with the taken step counted as consumed: its optimizer step is complete."""
+        assert self._slab is not None, "advance() without take()"
+        self._state = replace(self._state, consumed_rows=self._state.consumed_rows + self._global_batch)
+        self._step += 1
+        if self._step == self._slab.steps:
+            self._free.put(self._slab)
+            self._slab = None
+
+    def state(self) -> StreamState:
+        """Return where the stream stands: after the steps that were completed by ``advance``."""
+        return self._state
+
+    def close(self) -> None:
+        """Return with the reader thread ended. The stream can no longer be taken from."""
+        if self._error is None:
+            self._error = RuntimeError("the stream is closed")
+        self._free.put(None)
+        self._reader.join()
+
+    def _read_ahead(self, start: int) -> None:
+        """Fill free slabs from position ``start`` on until told to stop; what goes wrong is handed over like a slab."""
+        steps = 1
+        try:
+            while (slab := self._free.get()) is not None:
+                positions = self._order.steps(start, count=steps, global_batch=self._global_batch,
+                                              rank=self._rank, world_size=self._world_size)
+                slab.fill(self._rows, self._order, positions)
+                self._full.put(slab)
+                start += steps * self._global_batch
+                steps = min(2 * steps, self._slab_steps)
+        except BaseException as error:  # it belongs to the thread that trains
+            self._full.put(error)
+
+
+class EvaluationRows:
+    """The same ``count`` rows at every evaluation, spread evenly over the data: whole micro-batches, equally many on each rank.
+
+    The last micro-batches are filled up with rows of ``valid_B`` False. Rows are read again at each pass, into the same memory.
+    """
+
+    def __init__(self, rows: TokenRows, *, count: int, micro_batch: int, rank: int, world_size: int, with_documents: bool = False) -> None:
+        self._rows, self._micro_batch, self._rank, self._world_size = rows, micro_batch, rank, world_size
+        self._ends = np.cumsum(rows.shard_rows)
+        self.available = int(self._ends[-1])
+        self.count = min(count, self.available)
+        self._slab = _Slab(1, micro_batch, rows.seq_len + 1, with_documents=with_documents, pin_memory=False)
+
+    def __len__(self) -> int:
+        """The number of micro-batches of each rank."""
+        return -(-self.count // (self._world_size * self._micro_batch))
+
+    def __iter__(self) -> Iterator[Rows]:
+        """Yield this rank's micro-batches, each good until the next."""
+        for turn in range(len(self)):
+            first = (turn * self._world_size + self._rank) * self._micro_batch
+            position = np.arange(first, first + self._micro_batch)
+            line = np.minimum(position, self.count - 1) * self.available // self.count
+            shard = np.searchsorted(self._ends, line, side="right")
+            self._slab.fill_rows(self._rows, position, shard, line - self._ends[shard] + self._rows.shard_rows[shard])
+            [batch] = self._slab.micro_batches(0, self._micro_batch)
+            yield replace(batch, valid_B=batch.position < self.count)
+
+
+class _Slab:
+    """Memory for this rank's rows of a few steps, allocated once. torch and numpy see the same bytes."""
+
+    def __init__(self, steps: int, step_rows: int, length: int, *, with_documents: bool, pin_memory: bool) -> None:
+        self._step_rows, n = step_rows, steps * step_rows
+        self._ids = torch.empty((n, length), dtype=torch.int64, pin_memory=pin_memory)
+        self._documents = torch.empty((n, length), dtype=torch.int32, pin_memory=pin_memory) if with_documents else None
+        self._position = torch.empty(n, dtype=torch.int64)
+        self._valid, self._source = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16)
+        self.steps = 0  # that are filled
+
+    def fill(self, rows: TokenRows, order: Order, positions: np.ndarray) -> None:
+        """Return with the rows at ``positions`` (steps, step_rows) read."""
+        places = order.locate(positions.ravel())
+        self.fill_rows(rows, positions.ravel(), places.shard, places.row)
+        self.steps = len(positions)
+
+    def fill_rows(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
+        """Return with row ``numbers[k]`` of shard ``shards[k]`` read, for each k."""
+        n = len(positions)
+        self._position[:n] = torch.from_numpy(positions)
+        rows.fill(shards, numbers, self._ids[:n].numpy())
+        if self._documents is not None:
+            rows.fill_document_ids(shards, numbers, self._documents[:n].numpy())
+
+    def micro_batches(self, step: int, size: int) -> list[Rows]:
+        """Return the micro-batches of ``size`` rows of a step, as views."""
+        cuts = [slice(first, first + size) for first in range(step * self._step_rows, (step + 1) * self._step_rows, size)]
+        return [Rows(self._ids[cut], None if self._documents is None else self._documents[cut], self._valid[cut], self._source[cut],
+                     self._position[cut]) for cut in cuts]
+
+
+def _check_same(ours: StreamState, saved: StreamState) -> None:
+    names = {"fingerprint": "data.sources (the shards themselves)", "seed": "run.seed", "seq_len": "data.seq_len", "lanes": "data.lanes",
+             "block": "data.block", "epoch_rows": "rows an epoch"}
+    differ = [f"{where}: {getattr(saved, name)} in the checkpoint, {getattr(ours, name)} now"
+              for name, where in names.items() if getattr(ours, name) != getattr(saved, name)]
+    if differ:
+        raise DataError("the checkpoint continues another stream of data; rows would be repeated or lost", where="; ".join(differ),
+                        remedy="give back the data and these values, or start a new run with another run.name")

@@ -1,0 +1,105 @@
+"""Rows of tokens out of a corpus of shards: row s of a shard is its tokens [s * L, s * L + L + 1).
+
+L = ``seq_len`` is chosen at train time; neighbouring rows share one token, so that each token is predicted once.
+
+Shape legend: B rows, L + 1 tokens each (inputs and, one later, labels); n rows asked for, anywhere in any shards.
+"""
+from __future__ import annotations
+
+import resource
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hfscale.errors import DataError
+from hfscale.shards.manifest import TEXT, Manifest
+from hfscale.shards.reader import ShardReader
+
+if TYPE_CHECKING:  # so that checks on the login node need no torch
+    from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Rows:
+    """One micro-batch as it leaves the stream, on the CPU."""
+
+    ids_BL: Tensor  # int64 (B, L + 1)
+    document_ids_BL: Tensor | None  # int32 (B, L + 1): documents numbered from 0 within their row; None where nobody asked
+    valid_B: Tensor  # bool: False marks a filler row, which is not scored
+    source_B: Tensor  # int16: which of data.sources
+    position: Tensor  # int64 (B,): the row's place in the order of the run (P), or of the validation rows
+
+
+class TokenRows:
+    """The rows of the shards of one manifest. Not for two threads at once.
+
+    Raises:
+        DataError: if the manifest is missing or damaged, is of raw text, or no shard is as long as a row.
+    """
+
+    def __init__(self, path: str | Path, *, seq_len: int, verify: bool = True) -> None:
+        self.manifest = Manifest.load(path)
+        if self.manifest.dtype == TEXT:
+            raise DataError("these are shards of raw text, not of tokens", where=path,
+                            remedy="make token shards of them: `hfscale shards build CONFIG`")
+        self.seq_len, self._verify = seq_len, verify
+        self.shard_rows = np.array([max(0, shard.tokens - 1) // seq_len for shard in self.manifest.shards], dtype=np.int64)
+        if not self.shard_rows.any():
+            longest = max((shard.tokens for shard in self.manifest.shards), default=0)
+            raise DataError("no shard is as long as a row", where=path, value=longest,
+                            remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len")
+        self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the data: the digest of its manifest."""
+        return self.manifest.fingerprint
+
+    def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
+        """Return with ``ids_BL[k]`` (n, L + 1; any integer dtype) filled with row ``rows[k]`` of shard ``shards[k]``.
+
+        Raises:
+            DataError: if a shard is missing or damaged; it names shard, member and offset.
+        """
+        for reader, at in self._by_shard(shards):
+            reader.read_rows(rows[at] * self.seq_len, ids_BL, at)
+
+    def fill_document_ids(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
+        """Return with ``ids_BL[k]`` (n, L + 1; int32) filled with the number of its document in that row, counted from 0."""
+        ids_BL[:] = 0
+        for reader, at in self._by_shard(shards):
+            starts = rows[at] * self.seq_len
+            ends = reader.ends(int(starts.min()), int(starts.max()) + self.seq_len)
+            first, last = np.searchsorted(ends, starts, side="right"), np.searchsorted(ends, starts + self.seq_len, side="right")
+            counts = last - first  # documents that begin within the row
+            nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+            places = ends[np.repeat(first, counts) + nth] - np.repeat(starts, counts)
+            ids_BL[np.repeat(at, counts), places] = 1
+        np.cumsum(ids_BL, axis=1, dtype=ids_BL.dtype, out=ids_BL)
+
+    def close(self) -> None:
+        """Return with every shard closed."""
+        self._open.clear()
+
+    def _by_shard(self, shards: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray]]:
+        """Yield each shard's reader with the places in ``shards`` that name it."""
+        order = np.argsort(shards, kind="stable")
+        cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
+        for first, last in pairwise(cuts):
+            yield self._reader(int(shards[order[first]])), order[first:last]
+
+    def _reader(self, shard: int) -> ShardReader:
+        """Return the open shard; the one that was not used for the longest time is closed to make room."""
+        if shard not in self._open:
+            if len(self._open) >= self._most_open:
+                self._open.popitem(last=False)
+            self._open[shard] = ShardReader(self.manifest.folder, self.manifest.shards[shard], dtype=self.manifest.numpy_dtype,
+                                            verify=self._verify)
+        self._open.move_to_end(shard)
+        return self._open[shard]

@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import resource
+
+import numpy as np
+import pytest
+
+from hfscale.errors import DataError
+from hfscale.shards.manifest import Manifest
+from hfscale.stream.rows import TokenRows
+
+
+def every_row(rows: TokenRows) -> tuple[np.ndarray, np.ndarray]:
+    shards = np.repeat(np.arange(len(rows.shard_rows)), rows.shard_rows)
+    return shards, np.concatenate([np.arange(n) for n in rows.shard_rows])
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+@pytest.mark.parametrize("seq_len", [8, 100, 1000])  # 1000: every row crosses a chunk
+@pytest.mark.parametrize("few", [False, True])
+def test_rows_are_the_tokens(make_corpus, dtype, seq_len, few):
+    """Every row of every shard, in a random order, many at once (gathered) and few at once (one by one)."""
+    corpus = make_corpus(dtype=dtype)
+    rows = TokenRows(corpus.folder, seq_len=seq_len)
+    assert rows.shard_rows.tolist() == [(len(tokens) - 1) // seq_len for tokens in corpus.tokens]
+    shards, numbers = every_row(rows)
+    mixed = np.random.default_rng(1).permutation(len(shards))
+    shards, numbers = shards[mixed], numbers[mixed]
+    ids, documents = np.full((len(shards), seq_len + 1), -1), np.full((len(shards), seq_len + 1), -1, dtype=np.int32)
+    for part in np.array_split(np.arange(len(shards)), len(shards) if few else 1):
+        filled, numbered = ids[part], documents[part]
+        rows.fill(shards[part], numbers[part], filled)
+        rows.fill_document_ids(shards[part], numbers[part], numbered)
+        ids[part], documents[part] = filled, numbered
+    for k, (shard, number) in enumerate(zip(shards, numbers, strict=True)):
+        first, last = number * seq_len, (number + 1) * seq_len + 1
+        np.testing.assert_array_equal(ids[k], corpus.tokens[shard][first:last])
+        begins = np.isin(np.arange(first + 1, last), corpus.ends[shard])  # a document begins where the one before has ended
+        np.testing.assert_array_equal(documents[k], [0, *np.cumsum(begins)])
+
+
+def test_neighbours_share_one_token_and_nothing_is_left_over(make_corpus):
+    corpus = make_corpus()
+    rows = TokenRows(corpus.folder, seq_len=50)
+    shards, numbers = every_row(rows)
+    ids = np.empty((len(shards), 51), dtype=np.int64)
+    rows.fill(shards, numbers, ids)
+    targets = sum(rows.shard_rows * 50)
+    assert targets > sum(len(tokens) - 1 - 50 for tokens in corpus.tokens)  # less than a row of each shard is never a target
+    assert (ids[:-1, -1] == ids[1:, 0])[np.diff(shards) == 0].all()
+
+
+def test_shards_beyond_the_limit_are_closed_and_opened_again(make_corpus):
+    corpus = make_corpus(tokens=60_000, chunk_tokens=300, shard_chunks=2)
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (64, hard))
+        rows = TokenRows(corpus.folder, seq_len=64)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    shards, numbers = every_row(rows)
+    ids = np.empty((len(shards), 65), dtype=np.int64)
+    for _ in range(2):
+        rows.fill(shards, numbers, ids)
+        assert len(rows._open) == 32 < len(corpus.tokens)
+        assert all((ids[k] == corpus.tokens[s][r * 64:r * 64 + 65]).all() for k, (s, r) in enumerate(zip(shards, numbers, strict=True)))
+    rows.close()
+
+
+def test_damage_is_named(make_corpus):
+    corpus = make_corpus()
+    tar = sorted(corpus.folder.glob("*.tar"))[1]
+    content = bytearray(tar.read_bytes())
+    place = content.index(corpus.tokens[1][700:].tobytes()[:64])  # in the second chunk
+    content[place + 10] ^= 1
+    tar.write_bytes(content)
+    ids = np.empty((1, 65), dtype=np.int64)
+    one = np.array([1])
+    with pytest.raises(DataError, match=rf"000000001.tokens.bin at offset {place:,}[\s\S]*{tar.name}"):
+        TokenRows(corpus.folder, seq_len=64).fill(one, np.array([11]), ids)
+    many = np.arange(20)
+    with pytest.raises(DataError, match=r"000000001\.tokens\.bin"):
+        TokenRows(corpus.folder, seq_len=64).fill(np.full(20, 1), many, np.empty((20, 65), dtype=np.int64))
+    TokenRows(corpus.folder, seq_len=64, verify=False).fill(one, np.array([11]), ids)
+    TokenRows(corpus.folder, seq_len=64).fill(one, np.array([2]), ids)  # the first chunk is whole
+    np.testing.assert_array_equal(ids[0], corpus.tokens[1][128:193])
+    tar.unlink()
+    with pytest.raises(DataError, match=tar.name):
+        TokenRows(corpus.folder, seq_len=64).fill(one, np.array([2]), ids)
+
+
+def test_what_cannot_be_rows_is_refused(make_corpus, tmp_path):
+    with pytest.raises(DataError, match="no manifest"):
+        TokenRows(tmp_path, seq_len=8)
+    corpus = make_corpus(tokens=50)
+    with pytest.raises(DataError, match=r"no shard is as long as a row[\s\S]*50[\s\S]*data.seq_len \+ 1 = 51"):
+        TokenRows(corpus.folder, seq_len=50)
+    assert TokenRows(corpus.folder, seq_len=49).shard_rows.tolist() == [1]
+    Manifest(dtype="text", tokenizer=None, source={}, shards=()).save(tmp_path)
+    with pytest.raises(DataError, match="raw text"):
+        TokenRows(tmp_path, seq_len=8)
