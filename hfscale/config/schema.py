@@ -2,16 +2,37 @@
 
 Rules that look at two sections at once live in ``rules.py``; reading files and overrides in ``load.py``.
 Sizes are in sequences where a name ends in ``_batch``, in tokens where it ends in ``_tokens`` or ``seq_len``.
+Paths are relative to the current directory, and absolute once validated: a job may start somewhere else.
 """
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+
+def _absolute(path: Path) -> Path:
+    return Path(os.path.abspath(path.expanduser()))
+
+
+def _absolute_unless_url(path: str) -> str:
+    return path if re.match(r"\w+:", path) else str(_absolute(Path(path)))
+
+
+def _absolute_unless_hub_name(path: str) -> str:
+    """A folder that exists, or a spelling that the hub has no names of, is a path; ``gpt2`` and ``org/name`` stay."""
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    return str(_absolute(Path(path))) if is_path else path
+
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+LocalPath = Annotated[Path, AfterValidator(_absolute), Field(validate_default=True)]
+PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_url)]
+PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_name)]
 
 
 class Section(BaseModel):
@@ -25,28 +46,28 @@ class Run(Section):
     """Where a run lives and what makes it repeatable. The run directory is ``root/name``."""
 
     name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
-    root: Path = Path("runs")
+    root: LocalPath = Path("runs")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
 
 
 class Tokenizer(Section):
     """A transformers fast tokenizer: a folder, or a name on the hub."""
 
-    path: str
+    path: PathOrHubName
 
 
 class Source(Section):
     """One corpus of token shards, named by its ``manifest.json`` (or the folder that holds it)."""
 
     name: str = "text"
-    shards: str
+    shards: PathOrUrl
     weight: Annotated[float, Field(gt=0)] = 1.0
 
 
 class Validation(Section):
     """Held-out shards, how often they are scored during training, and on how many rows."""
 
-    shards: str
+    shards: PathOrUrl
     every_steps: Positive = 200
     rows: Positive = 256
 
@@ -69,7 +90,7 @@ class Model(Section):
 
     architecture: str | None = None
     config: dict[str, Any] = {}
-    pretrained: str | None = None
+    pretrained: PathOrHubName | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
 
@@ -195,7 +216,7 @@ class Split(Section):
 class TokenizerTraining(Section):
     """How a tokenizer is trained and where it is saved."""
 
-    path: Path
+    path: LocalPath
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
     vocab_size: Annotated[int, Field(ge=260)] = 32768
     lowercase: bool = False  # wordpiece: BERT's uncased normalisation
@@ -207,7 +228,7 @@ class TokenizerTraining(Section):
 class ShardBuild(Section):
     """Where shards are written, and how large. ``path`` receives ``train/`` and ``validation/``."""
 
-    path: Path
+    path: LocalPath
     name: str = "shard"
     shard_mb: Annotated[float, Field(gt=0)] = 128.0
     chunk_mb: Annotated[float, Field(gt=0)] = 2.0

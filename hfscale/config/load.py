@@ -1,0 +1,282 @@
+"""From a YAML file, the files it extends and `key=value` overrides to one frozen config that knows where each value came from.
+
+Values are YAML 1.2's: `3e-4` is a number, `24:00:00` and `no` are strings. A key is written with dots, `data.sources.0.shards`.
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Generic, TypeVar, get_args
+
+import yaml
+from pydantic import BaseModel, ValidationError
+
+from hfscale.config import rules
+from hfscale.config.schema import RunConfig, Section
+from hfscale.errors import ConfigError, nearest
+
+COMMAND_LINE = "command line"
+DEFAULT = "default"
+S = TypeVar("S", bound=Section)
+
+
+@dataclass(frozen=True)
+class Loaded(Generic[S]):
+    """A valid config; ``sources`` gives file:line or the command line for every key that somebody wrote."""
+
+    config: S
+    sources: dict[str, str]
+
+    def source(self, key: str) -> str:
+        """Return where the value of ``key`` came from; a value inside a written list or mapping came with it."""
+        while key:
+            if key in self.sources:
+                return self.sources[key]
+            key = key.rpartition(".")[0] if key.rpartition(".")[2].isdigit() else ""
+        return DEFAULT
+
+
+@dataclass
+class Tree:
+    """Nested values as written, not yet checked, and the source of every key."""
+
+    values: dict[str, Any] = field(default_factory=dict)
+    sources: dict[str, str] = field(default_factory=dict)
+
+    def merge(self, other: Tree) -> None:
+        """Lay ``other`` on top: mappings are merged, everything else is replaced."""
+        self._merge(self.values, other.values, "")
+        self.sources.update(other.sources)
+
+    def _merge(self, below: Any, above: Any, prefix: str) -> None:
+        for key, value in above.items():
+            name = f"{prefix}{key}"
+            if isinstance(below, list):  # only an override can say `sources.0.shards`
+                if not (key.isdigit() and int(key) < len(below)):
+                    raise ConfigError(f"{prefix.rstrip('.')} is a list of {len(below)}", where=COMMAND_LINE, value=name,
+                                      remedy=f"count from 0 to {len(below) - 1}, or give the whole list")
+                key = int(key)
+            old = below[key] if isinstance(below, list) else below.get(key)
+            if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and all(k.isdigit() for k in value))):
+                self._merge(old, value, f"{name}.")
+            else:
+                below[key] = value
+                for stale in [known for known in self.sources if known.startswith(f"{name}.")]:
+                    del self.sources[stale]
+
+
+# -------------------------------------------------------------------------------------------------- public
+def load_config(path: Path | str, overrides: Sequence[str] = (), schema: type[S] = RunConfig) -> Loaded[S]:  # type: ignore[assignment]
+    """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
+
+    Raises:
+        ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
+    """
+    tree = read_tree(path, overrides)
+    try:
+        config = schema.model_validate(tree.values)
+    except ValidationError as error:
+        raise _report(path, tree, _problems(error, tree, schema)) from None
+    problems = rules.problems(config) if isinstance(config, RunConfig) else []
+    if problems:
+        raise _report(path, tree, problems)
+    return Loaded(config, tree.sources)
+
+
+def read_tree(path: Path | str, overrides: Sequence[str] = ()) -> Tree:
+    """Return what ``path``, the files it extends and ``overrides`` say, unchecked."""
+    tree = _read(Path(path), chain=())
+    for override in overrides:
+        tree.merge(_parse_override(override))
+    return tree
+
+
+def to_yaml(config: Section) -> str:
+    """Return a YAML text that loads to an equal config, every default written out."""
+    return yaml.dump(config.model_dump(mode="json", by_alias=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+
+
+def json_schema(schema: type[Section] = RunConfig) -> dict[str, Any]:
+    """Return a JSON schema for editors. Nothing is required at the top, because a file may extend others."""
+    described = schema.model_json_schema(by_alias=True)
+    described.pop("required", None)
+    text = {"type": "string"}
+    described["properties"]["extends"] = {"description": "files this one builds on, relative to it; the later wins",
+                                          "anyOf": [text, {"type": "array", "items": text}]}
+    return described
+
+
+def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield ``(dotted key, value)`` for every leaf; an empty mapping or list is a leaf."""
+    if values and isinstance(values, dict | list):
+        for key, value in values.items() if isinstance(values, dict) else enumerate(values):
+            yield from flatten(value, f"{prefix}.{key}" if prefix else str(key))
+    else:
+        yield prefix, values
+
+
+# -------------------------------------------------------------------------------------------------- reading
+class _Loader(yaml.SafeLoader):
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+
+class _Dumper(yaml.SafeDumper):
+    yaml_implicit_resolvers: dict[str, Any] = {}
+
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+for _tag, _pattern, _first in (  # YAML 1.2's core schema; PyYAML's own is 1.1, with `no`, sexagesimal numbers and a text `3e-4`
+    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
+    ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
+    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)", list("-+.0123456789")),
+):
+    for _class in (_Loader, _Dumper):
+        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # Python's int takes 10_000 too
+_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(re.sub(r"\.([a-zA-Z])", r"\1", node.value)))  # .inf, .nan
+
+
+def _compose(text: str, *, where: str) -> tuple[_Loader, yaml.Node | None]:
+    loader = _Loader(text)
+    try:
+        return loader, loader.get_single_node()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        raise ConfigError(f"not YAML: {error.problem or error.context}", where=f"{where}:{mark.line + 1}" if mark else where) from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"not YAML: {error}", where=where) from None
+
+
+def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
+    """Return the tree of a file, laid over the trees of what it extends."""
+    if path.resolve() in chain:
+        raise ConfigError("configs extend each other in a circle", where=" -> ".join(p.name for p in (*chain, path)),
+                          remedy="take one `extends` out")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
+        raise ConfigError(f"cannot read the config: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}", where=path,
+                          remedy=nearest(path.name, beside) if beside else "check the path") from None
+    loader, node = _compose(text, where=str(path))
+    own = Tree()
+    if node is not None:
+        if not isinstance(node, yaml.MappingNode):
+            raise ConfigError("a config is a mapping of sections", where=f"{path}:1", value=text[:60])
+        own.values = _plain(loader, node, "", str(path), own.sources)
+    bases = own.values.pop("extends", None) or []
+    where = own.sources.pop("extends", str(path))
+    bases = [bases] if isinstance(bases, str) else bases
+    if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
+        raise ConfigError("`extends` is a file or a list of files, relative to this one", where=where, value=bases)
+    tree = Tree()
+    for base in bases:
+        file = path.parent / Path(base).expanduser()
+        if not file.is_file():
+            raise ConfigError(f"no such file to extend: {base}", where=where, value=str(file),
+                              remedy="it is relative to the file that says it")
+        tree.merge(_read(file, chain=(*chain, path.resolve())))
+    tree.merge(own)
+    return tree
+
+
+def _plain(loader: _Loader, node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> Any:
+    """Return the plain value of a YAML node, and note the line of every key in ``sources``."""
+    if isinstance(node, yaml.MappingNode):
+        values: dict[str, Any] = {}
+        for key_node, value_node in node.value:
+            key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
+            if key in values:
+                raise ConfigError(f"{prefix}{key} is written twice", where=where, value=key, remedy="keep one of them")
+            sources[f"{prefix}{key}"] = where
+            values[key] = _plain(loader, value_node, f"{prefix}{key}.", file, sources)
+        return values
+    if isinstance(node, yaml.SequenceNode):
+        return [_plain(loader, item, f"{prefix}{i}.", file, sources) for i, item in enumerate(node.value)]
+    try:
+        return loader.construct_object(node, deep=True)
+    except (yaml.YAMLError, ValueError) as error:
+        raise ConfigError(f"not YAML: {error}", where=f"{file}:{node.start_mark.line + 1}") from None
+
+
+def _parse_override(text: str) -> Tree:
+    """Return the tree that holds the one value of ``key=value``."""
+    key, equals, value = text.partition("=")
+    key = key.strip()
+    if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
+        raise ConfigError("an override is written key=value", where=COMMAND_LINE, value=text, remedy="for example train.steps=100")
+    loader, node = _compose(value, where=f"{COMMAND_LINE}, {key}")
+    tree = Tree()
+    parsed = None if node is None else _plain(loader, node, f"{key}.", COMMAND_LINE, tree.sources)
+    tree.sources = dict.fromkeys([*tree.sources, key], COMMAND_LINE)
+    for part in reversed(key.split(".")):
+        parsed = {part: parsed}
+    tree.values = parsed  # type: ignore[assignment]
+    return tree
+
+
+# -------------------------------------------------------------------------------------------------- errors
+def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list[tuple[str, str]]:
+    """Return ``(key, what is wrong)`` once a key: pydantic reports every branch of a union by itself."""
+    found: dict[str, list[str]] = {}
+    for item in error.errors(include_url=False):
+        here: Any = tree.values
+        parts: list[str] = []
+        for part in item["loc"]:  # the location goes on with names of union branches, which are not keys
+            is_key = (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int) and part < len(here))
+            if is_key:
+                here = here[part]
+                parts.append(str(part))
+            elif item["type"] == "missing":
+                parts.append(str(part))
+        key = ".".join(parts)
+        if item["type"] == "missing":
+            message = "is required"
+        elif item["type"] == "extra_forbidden":
+            message = f"unknown key; {_nearest_key(parts, schema)}"
+        else:
+            message = f"{here!r:.80}: {item['msg'][0].lower()}{item['msg'][1:]}".replace("input should", "should")
+        found.setdefault(key, []).append(message)
+    return [(key, "; or ".join(dict.fromkeys(messages))) for key, messages in found.items()]
+
+
+def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
+    """Return the keys of a section, with the section below a key or None."""
+    def below(annotation: Any) -> type[BaseModel] | None:
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            return annotation
+        return next((found for part in get_args(annotation) if (found := below(part))), None)
+
+    return {info.alias or name: below(info.annotation) for name, info in schema.model_fields.items()}
+
+
+def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
+    """Return the nearest valid keys of the same section; or the same key where it belongs, if it was put in a wrong section."""
+    *sections, name = parts
+    section: type[BaseModel] | None = schema
+    for part in sections:
+        section = section if part.isdigit() or section is None else _fields(section)[part]
+    elsewhere = [f"{top}.{name}" for top, below in _fields(schema).items() if below and name in _fields(below)]
+    if elsewhere:
+        return f"did you mean {' or '.join(elsewhere)}?"
+    return nearest(name, [*_fields(section)] if section else [])
+
+
+def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:
+    """Return one error that lists all problems in the order of their lines."""
+    loaded: Loaded[Any] = Loaded(None, tree.sources)
+
+    def place(key: str) -> str:
+        source = loaded.source(key)
+        return str(path) if source == DEFAULT else source
+
+    lines = sorted((f"{place(key)}: {key}: {message}" for key, message in problems),
+                   key=lambda line: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)])
+    count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
+    return ConfigError("\n  ".join([f"{count} in the config {path}", *lines]),
+                       remedy="`hfscale show --schema` prints every key with its type and default")

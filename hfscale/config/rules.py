@@ -1,0 +1,149 @@
+"""What two sections of a config have to do with each other: contradictions, batch arithmetic, and what a resume may change.
+
+What DeepSpeed refuses is in ``engine/ds_config.py``, what a model refuses in ``models/build.py``; both are checked before a run starts.
+"""
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from hfscale.config.schema import RunConfig, Section, Train
+from hfscale.errors import ConfigError
+
+
+def problems(config: RunConfig) -> list[tuple[str, str]]:
+    """Return ``(key, what is wrong)`` for everything that sections of a valid shape contradict each other in."""
+    train, data, model = config.train, config.data, config.model
+    found = []
+    lengths = [name for name in ("steps", "epochs", "tokens") if getattr(train, name) is not None]
+    if len(lengths) != 1:
+        given = " and ".join(f"train.{name}" for name in lengths) or "none of them"
+        remedy = f"; take one back with train.{lengths[0]}=null" if lengths else ""
+        found.append((f"train.{lengths[-1]}" if lengths else "train.steps",
+                      f"a run is as long as exactly one of train.steps, train.epochs and train.tokens says, here {given}{remedy}"))
+    if train.global_batch % train.micro_batch:
+        found.append(("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}; "
+                      f"{_nearest_text(_divisors(train.global_batch), train.micro_batch)} would"))
+    if (model.architecture is None) == (model.pretrained is None):
+        found.append(("model.architecture",
+                      "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
+    if len(data.sources) > 1:
+        found.append(("data.sources", f"{len(data.sources)} sources: mixtures are not there yet, give one"))
+    return found
+
+
+def notices(config: RunConfig) -> list[str]:
+    """Return what is allowed but probably not meant."""
+    said = []
+    if config.train.steps is not None and config.schedule.warmup_steps >= config.train.steps:
+        said.append(f"schedule.warmup_steps={config.schedule.warmup_steps} is not below train.steps={config.train.steps}: "
+                    "the learning rate never gets to optim.lr")
+    if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
+        said.append(f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in less memory)")
+    return said
+
+
+# ----------------------------------------------------------------------------------------- batch arithmetic
+@dataclass(frozen=True)
+class BatchPlan:
+    """How a global batch is cut. All but ``accumulation`` and ``world_size`` are in sequences."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int  # micro-batches that a rank takes a step
+    world_size: int
+
+    @property
+    def equation(self) -> str:
+        return (f"global_batch {self.global_batch} = micro_batch {self.micro_batch} x accumulation {self.accumulation}"
+                f" x world_size {self.world_size}")
+
+
+def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
+    """Return the cut of ``global_batch`` into equal micro-batches of ``world_size`` ranks.
+
+    Raises:
+        ConfigError: if there is none; it gives the nearest values that would do.
+    """
+    accumulation, rest = divmod(global_batch, micro_batch * world_size)
+    if rest == 0:
+        return BatchPlan(global_batch, micro_batch, accumulation, world_size)
+    unit = micro_batch * world_size
+    offers = [f"train.global_batch={_nearest_text([accumulation * unit, (accumulation + 1) * unit], global_batch)}"]
+    if global_batch % world_size == 0:
+        offers.append(f"train.micro_batch={_nearest_text(_divisors(global_batch // world_size), micro_batch)}")
+    if global_batch % micro_batch == 0:
+        offers.append(f"{_nearest_text(_divisors(global_batch // micro_batch), world_size)} ranks")
+    raise ConfigError(f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} ranks",
+                      where="train.global_batch", value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
+                      remedy=", or ".join(offers))
+
+
+def total_steps(train: Train, *, rows: int, seq_len: int) -> int:
+    """Return the steps of a run over ``rows`` rows an epoch: the whole steps that cover ``train.epochs`` or ``train.tokens``."""
+    if train.steps is not None:
+        return train.steps
+    wanted_rows = train.tokens / seq_len if train.tokens is not None else (train.epochs or 0) * rows
+    return max(1, math.ceil(wanted_rows / train.global_batch - 1e-9))
+
+
+def _divisors(number: int) -> list[int]:
+    return [n for n in range(1, number + 1) if number % n == 0] if number < 10**6 else [1, number]
+
+
+def _nearest_text(values: list[int], wanted: int) -> str:
+    """Return the greatest value below and the least above ``wanted``."""
+    below, above = [v for v in values if 0 < v < wanted], [v for v in values if v > wanted]
+    return " or ".join(str(v) for v in (*below[-1:], *above[:1]))
+
+
+# --------------------------------------------------------------------------------------------------- resume
+# What a key's change means to a run that has already trained; the longest matching prefix decides, and the rest is free.
+Change = Literal["refused", "noticed", "free"]
+CHANGES: dict[str, Change] = {
+    "run.seed": "refused", "tokenizer": "refused", "objective": "refused",
+    "model": "refused", "model.attention": "free", "model.trust_remote_code": "free",
+    "data.seq_len": "refused", "data.lanes": "refused", "data.block": "refused",  # the order of rows is made of these
+    "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
+    "data.cross_document": "noticed",
+    "train": "noticed", "train.micro_batch": "free", "optim": "noticed", "schedule": "noticed",
+}
+
+
+@dataclass(frozen=True)
+class Difference:
+    """One key whose value is not the one that the run directory was made with."""
+
+    key: str
+    old: Any
+    new: Any
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.old!r} -> {self.new!r}"
+
+
+def resume_differences(old: RunConfig, new: RunConfig) -> tuple[list[Difference], list[Difference]]:
+    """Return what a resume of ``old`` as ``new`` must be refused for, and what is accepted with a notice."""
+    found: dict[Change, list[Difference]] = {"refused": [], "noticed": [], "free": []}
+    for difference in differences(old, new):
+        prefixes = [prefix for prefix in CHANGES if f"{difference.key}.".startswith(f"{prefix}.")]
+        found[CHANGES[max(prefixes, key=len)] if prefixes else "free"].append(difference)
+    return found["refused"], found["noticed"]
+
+
+def differences(old: Section, new: Section) -> list[Difference]:
+    """Return every key whose value differs, in the order of the schema."""
+    return list(_differences(old.model_dump(mode="json", by_alias=True), new.model_dump(mode="json", by_alias=True), ""))
+
+
+def _differences(old: Any, new: Any, key: str) -> Iterator[Difference]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in dict.fromkeys([*old, *new]):
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for index, pair in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*pair, f"{key}.{index}" if key else str(index))
+    elif old != new:
+        yield Difference(key, old, new)
