@@ -1,0 +1,236 @@
+"""The one place that talks to DeepSpeed: five verbs over a partitioned model, and live views of its state.
+
+``engine(...)`` forward, ``backward`` (as often as there are micro-batches), one ``step``, ``fragments`` to save and load,
+``close``. Always call the engine, never ``engine.module``: at ZeRO 3 the latter gives wrong gradients without an error.
+A process group must be up before anything here is called (``hfscale.dist.group``).
+"""
+from __future__ import annotations
+
+import gc
+import warnings
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor, nn
+
+from hfscale.config.schema import RunConfig
+from hfscale.engine import fragments as parts
+from hfscale.engine.ds_config import deepspeed_config, running_stage
+from hfscale.engine.fragments import Fragment
+from hfscale.errors import ConfigError, UnhealthyError
+
+LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic scaler (fp16)
+
+
+@dataclass(frozen=True)
+class StepStats:
+    """What one optimizer step did."""
+
+    grad_norm: float  # L2 over the whole model, before clipping; inf when skipped
+    lr: float
+    skipped: bool = False  # fp16 only: the loss scale was too high and has been lowered
+
+
+@contextmanager
+def construction(config: RunConfig, *, device_type: str) -> Iterator[None]:
+    """Build a transformers model inside: at ZeRO 3 each parameter is partitioned as soon as it exists."""
+    if running_stage(config.engine) < 3:
+        yield
+        return
+    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
+
+    _join_process_group()
+    alive = HfDeepSpeedConfig(deepspeed_config(config, device_type=device_type))  # transformers holds it weakly
+    try:
+        yield
+    finally:
+        unset_hf_deepspeed_config()
+        del alive
+
+
+def gathered(params: Iterable[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[Any]:
+    """Return a context in which ``params`` are whole on every rank. All ranks must enter; with ``modify`` rank 0's values stay."""
+    split = [param for param in params if hasattr(param, "ds_id")]
+    return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None) if split else nullcontext()
+
+
+class Engine:
+    """A model under DeepSpeed at one ZeRO stage. Make one with ``create``; ``close`` it before the process group."""
+
+    def __init__(self, ds: Any, adamw: torch.optim.AdamW, config: RunConfig) -> None:
+        self._ds, self._adamw = ds, adamw
+        self._zero = ds.optimizer  # at stage 0 it is ``adamw`` itself
+        self._clip_norm = config.optim.clip_norm
+        self._norm = 0.0
+        self._lr_used: set[float] = set()
+        self.stage: int = running_stage(config.engine)
+        self.precision: str = config.engine.precision
+        self.device: torch.device = ds.device
+        self.rank, self.world_size = torch_dist.get_rank(), torch_dist.get_world_size()
+        adamw.register_step_pre_hook(self._before_update)
+
+    @classmethod
+    def create(cls, model: nn.Module, *, config: RunConfig, device: torch.device) -> Engine:
+        """Return the engine that trains ``model``, which it takes over (and casts, at 16 bit).
+
+        Raises:
+            ConfigError: if ``engine.*`` asks for what cannot run here.
+        """
+        settings = deepspeed_config(config, device_type=device.type)
+        if config.engine.activation_checkpointing:
+            _enable_activation_checkpointing(model)
+        _join_process_group()
+        adamw = torch.optim.AdamW(_param_groups(model, config.optim.weight_decay), lr=0.0, betas=config.optim.betas,
+                                  eps=config.optim.eps, fused=True)
+        ds, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+        if config.engine.compile:
+            ds.compile()
+        return cls(ds, adamw, config)
+
+    @property
+    def module(self) -> nn.Module:
+        """The model, to look at: names, config, shapes. Never call it."""
+        return self._ds.module
+
+    @property
+    def tied(self) -> dict[str, str]:
+        """Other names of tied parameters -> the name whose fragments hold them."""
+        return parts.tied(self.module)
+
+    # ------------------------------------------------------------------------------------------- training
+    def __call__(self, **inputs: Any) -> Any:
+        """Return the model's output."""
+        return self._ds(**inputs)
+
+    def backward(self, loss: Tensor) -> None:
+        """Add the gradient of a scalar. The ranks' gradients are averaged: scale the loss by world size / global count."""
+        self._ds.backward(loss, scale_wrt_gas=False)
+
+    def step(self, lr: float) -> StepStats:
+        """Return what the update with everything accumulated since the last step did: clip, check, AdamW at ``lr``.
+
+        Raises:
+            UnhealthyError: on every rank, with weights and moments untouched, if the gradient is not finite
+                (fp16: the step is skipped and the loss scale lowered instead). The engine must not be trained further.
+        """
+        for group in self._adamw.param_groups:
+            group["lr"] = lr
+        self._lr_used.clear()
+        self._ds.step()
+        skipped = bool(getattr(self._zero, "overflow", False))
+        if skipped:
+            if self.precision != "fp16":
+                raise UnhealthyError(f"the gradient of step {self._ds.global_steps} is not finite; weights were not changed")
+            return StepStats(float("inf"), lr, skipped=True)
+        assert self._lr_used == {lr}, f"AdamW used learning rates {self._lr_used}, not {lr}"
+        return StepStats(self._norm if self.stage == 0 else float(self._ds.get_global_grad_norm()), lr)
+
+    def _before_update(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
+        """Run by torch just before AdamW changes anything. ZeRO has clipped and checked by now; without it, we do."""
+        self._lr_used.update(group["lr"] for group in adamw.param_groups)
+        if self.stage == 0:
+            grads = [param.grad for group in adamw.param_groups for param in group["params"] if param.grad is not None]
+            norm = torch.nn.utils.get_total_norm(grads)
+            self._norm = norm.item()
+            if not torch.isfinite(norm):
+                raise UnhealthyError(f"the gradient of step {self._ds.global_steps + 1} is not finite; weights were not changed")
+            if self._clip_norm:
+                torch.nn.utils.clip_grads_with_norm_(
+                    [param for group in adamw.param_groups for param in group["params"]], self._clip_norm, norm)
+
+    @contextmanager
+    def eval_mode(self) -> Iterator[None]:
+        """No gradients, no dropout inside."""
+        training = self.module.training
+        self.module.eval()
+        try:
+            with torch.no_grad():
+                yield
+        finally:
+            self.module.train(training)
+
+    def gathered(self, params: Iterable[nn.Parameter] | None = None) -> AbstractContextManager[Any]:
+        """Return a context in which ``params`` (default: all) are whole on every rank, to read. All ranks must enter."""
+        return gathered(self.module.parameters() if params is None else params)
+
+    # ---------------------------------------------------------------------------------------------- state
+    def fragments(self, *, owned: bool = True) -> list[Fragment]:
+        """Return live views of this rank's state.
+
+        ``owned``: a share that is disjoint from other ranks' and with them covers everything, to be saved. Otherwise all
+        that this rank holds, to be loaded; call ``after_load`` when it has been written.
+        """
+        replicated = parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
+        if owned:
+            replicated = parts.share(replicated, rank=self.rank, world_size=self.world_size)
+        if self.stage == 0:
+            return list(replicated)
+        own = parts.partitioned(self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank)
+        return [*own, *replicated]
+
+    @torch.no_grad()
+    def after_load(self) -> None:
+        """Derive the weights that the model computes with from the fp32 weights just written into ``fragments``. Collective."""
+        if self.stage in (1, 2):
+            self._zero.update_lp_params()
+        elif self.stage == 3:  # as at the end of DeepSpeed's own step
+            self._zero._partition_all_parameters()
+            for group in range(len(self._zero.fp32_partitioned_groups_flat)):
+                self._zero._reassign_or_swap_out_partitioned_parameters(group)
+            self._zero._post_step(set())
+
+    def scalars(self) -> dict[str, Any]:
+        """Return the state that is not a tensor: Adam's step count and the loss scaler's."""
+        steps = {int(state["step"]) for state in parts.adam_states(self._adamw)}
+        assert len(steps) <= 1, f"parameters of one optimizer stand at different steps: {steps}"
+        scaler = getattr(self._zero, "loss_scaler", None) if self.precision == "fp16" else None
+        return {"adam_step": max(steps, default=0),
+                "loss_scaler": None if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE_STATE}}
+
+    def load_scalars(self, scalars: dict[str, Any]) -> None:
+        """Take over what ``scalars`` returned, on whatever stage and world size."""
+        self.fragments(owned=False)  # so that Adam's state exists
+        for state in parts.adam_states(self._adamw):
+            state["step"].fill_(scalars["adam_step"])
+        if self.precision == "fp16" and scalars["loss_scaler"]:
+            for key, value in scalars["loss_scaler"].items():
+                setattr(self._zero.loss_scaler, key, value)
+
+    def close(self) -> None:
+        """Tear DeepSpeed down while all ranks are still there. Collective; a second call does nothing."""
+        if self._ds is None:
+            return
+        torch_dist.barrier()
+        self._ds.destroy()
+        self._ds = self._zero = self._adamw = None  # type: ignore[assignment]
+        gc.collect()
+
+
+def _join_process_group() -> None:
+    """Let DeepSpeed use the process group that is up. Its shared-memory kernel serves inference only, and wants a compiler."""
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*is deprecated")  # DeepSpeed's calls
+
+
+def _param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not. Shapes are the unpartitioned ones."""
+    trained = [param for param in model.parameters() if param.requires_grad]
+    if not trained:
+        raise ConfigError("the model has no parameter to train", where="model")
+    decayed = {id(param) for param in trained if len(getattr(param, "ds_shape", param.shape)) >= 2}
+    groups = [{"params": [param for param in trained if id(param) in decayed], "weight_decay": weight_decay},
+              {"params": [param for param in trained if id(param) not in decayed], "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _enable_activation_checkpointing(model: nn.Module) -> None:
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise ConfigError("this architecture has no activation checkpointing", where="engine.activation_checkpointing", value=True,
+                          remedy="engine.activation_checkpointing=false")
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

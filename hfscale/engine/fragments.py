@@ -1,0 +1,111 @@
+"""Where each rank's share of the model and optimizer lives, the same view at every ZeRO stage.
+
+A fragment is a range of a flattened parameter with its fp32 weight and Adam's two moments: live, flat views, so
+copying from them saves and copying into them loads. DeepSpeed's own checkpoints tie a run to its stage and world
+size; ranges of named parameters tie it to nothing.
+
+Legend: W ranks; a parameter has ``numel`` elements, flattened row by row.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements ``start .. start + numel`` of the flattened tensor ``name``."""
+
+    name: str  # as in ``model.named_parameters()`` or ``named_buffers()``
+    shape: tuple[int, ...]  # of the whole tensor
+    start: int
+    tensors: dict[str, Tensor]  # "weight", and if trained "exp_avg", "exp_avg_sq"; 1-D, equally long, live
+
+    @property
+    def numel(self) -> int:
+        return self.tensors["weight"].numel()
+
+
+def partitioned(module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.AdamW, rank: int) -> Iterator[Fragment]:
+    """Yield what ZeRO gave to this rank. Fragments of different ranks never overlap."""
+    param: Any  # DeepSpeed hangs its own attributes on it
+    for name, param in module.named_parameters():
+        if stage == 3:
+            shape, size = tuple(param.ds_shape), param.ds_tensor.numel()
+            start = rank * size
+            real = min(size, param.ds_numel - start)  # the last partition is padded
+            if real <= 0:
+                continue
+            if param.requires_grad:
+                group, offset, _ = zero.grad_position[zero.get_param_id(param)]
+                flat = zero.fp32_partitioned_groups_flat[group]
+                tensors = {key: value.narrow(0, offset, real) for key, value in _trained(adamw, flat).items()}
+            else:
+                tensors = {"weight": param.ds_tensor.detach().narrow(0, 0, real)}
+            yield Fragment(name, shape, start, tensors)
+        elif param.requires_grad and param._hp_mapping is not None:  # None: it lies on other ranks
+            mapping = param._hp_mapping
+            flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
+            here = mapping.get_hp_fragment_address()
+            tensors = {key: value.narrow(0, here.start, here.numel) for key, value in _trained(adamw, flat).items()}
+            yield Fragment(name, tuple(param.shape), mapping.lp_fragment_address.start, tensors)
+
+
+def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> Iterator[Fragment]:
+    """Yield, whole, what every rank holds: persistent buffers, below stage 3 frozen parameters, at stage 0 all parameters."""
+    for name, param in module.named_parameters():
+        if stage == 0 and param.requires_grad:
+            yield Fragment(name, tuple(param.shape), 0, {key: value.view(-1) for key, value in _trained(adamw, param).items()})
+        elif stage < 3 and not param.requires_grad:
+            yield Fragment(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
+    for path, child in module.named_modules():
+        for name, buffer in child._buffers.items():
+            if buffer is not None and name not in child._non_persistent_buffers_set:
+                yield Fragment(f"{path}.{name}" if path else name, tuple(buffer.shape), 0, {"weight": buffer.detach().view(-1)})
+
+
+def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Iterator[Fragment]:
+    """Yield this rank's part of ``fragments`` laid end to end and cut into W nearly equal ranges."""
+    whole = list(fragments)
+    total = sum(fragment.numel for fragment in whole)
+    first, last = rank * total // world_size, (rank + 1) * total // world_size
+    position = 0
+    for fragment in whole:
+        start, stop = max(first - position, 0), min(last - position, fragment.numel)
+        if start < stop:
+            part = {key: value.narrow(0, start, stop - start) for key, value in fragment.tensors.items()}
+            yield Fragment(fragment.name, fragment.shape, fragment.start + start, part)
+        position += fragment.numel
+
+
+def tied(module: nn.Module) -> dict[str, str]:
+    """Return ``{other name: name it is saved under}`` for parameters that are one and the same."""
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, param in module.named_parameters(remove_duplicate=False):
+        if id(param) in first:
+            aliases[name] = first[id(param)]
+        else:
+            first[id(param)] = name
+    return aliases
+
+
+def adam_states(adamw: torch.optim.AdamW) -> list[dict[str, Any]]:
+    return list(adamw.state.values())
+
+
+def _trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
+    """Return a parameter's fp32 weight and moments, which are made here if no step has made them yet."""
+    state = adamw.state[weight]
+    if not state:
+        fused = adamw.defaults["fused"]
+        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if fused else "cpu")
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
+    return {"weight": weight.detach(), **{key: state[key] for key in MOMENTS}}
