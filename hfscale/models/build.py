@@ -1,0 +1,167 @@
+"""A transformers model from its config: checked first, built anywhere, with the same first weights everywhere.
+
+``check_model_config`` needs no weights and runs on a login node. ``build_model`` runs on every rank: inside ``context`` (ZeRO 3
+gives each rank its part of every parameter as soon as a module is made) nothing is drawn; ``init.py`` draws afterwards.
+"""
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
+
+from hfscale.config.schema import Model
+from hfscale.errors import ConfigError, nearest
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig, PreTrainedModel
+
+    from hfscale.models.init import Gather
+
+# families whose first positions are taken by the padding id (fairseq's habit)
+_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "ibert", "data2vec-text", "mpnet"}
+
+
+def special_ids(tokenizer: Any) -> dict[str, int | None]:
+    """Return the config values of a tokenizer's bos, eos and padding ids, for ``overrides``.
+
+    Padding is None unless it is a token of its own: embeddings never train their padding row, and a config's default
+    (OPT: 1) may be an ordinary token of this tokenizer.
+    """
+    bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad if pad not in (bos, eos) else None}
+
+
+def check_model_config(
+    model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
+    """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len`` positions.
+
+    ``overrides`` replace an architecture's defaults; ``model.config`` replaces both. A pretrained config keeps its own values
+    but for ``model.config``.
+
+    Raises:
+        ConfigError: for an unknown architecture or key, a value the architecture refuses, too few positions or ids.
+    """
+    if model.pretrained is not None:
+        config = _pretrained_config(model)
+    else:
+        config_class = _config_class(model.architecture)
+        known = _accepted(lambda: _known_keys(config_class), model)
+        _check_keys(model.config, known, model.architecture)
+        defaults = {"vocab_size": vocab_size} | {key: value for key, value in (overrides or {}).items() if key in known}
+        config = _accepted(lambda: config_class(**(defaults | model.config)), model)
+    _check_room(config, vocab_size=vocab_size, seq_len=seq_len)
+    return config
+
+
+def build_model(
+    model: Model, *, auto_model: str, vocab_size: int, seq_len: int, seed: int, dtype: torch.dtype | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext, gather: Gather | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:  # fmt: skip
+    """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO stage and world size.
+
+    ``context`` is entered around the construction and ``gather`` around each draw (``init.initialize``); both do nothing
+    below ZeRO 3. Pretrained weights are loaded afterwards, with ``load.load_weights``.
+
+    Raises:
+        ConfigError: as ``check_model_config``, and where the architecture has no such ``auto_model`` or refuses its config.
+    """
+    import torch
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    from hfscale.models.init import initialize
+
+    config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
+
+    def construct() -> PreTrainedModel:
+        with no_init_weights(), context():
+            return getattr(transformers, auto_model).from_config(
+                config, dtype=dtype or torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
+            )
+
+    built = _accepted(construct, model)
+    untouched = initialize(built, seed=seed, gather=gather)
+    if untouched and model.pretrained is None:
+        raise ConfigError(
+            f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
+            value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture",
+        )  # fmt: skip
+    return built.train()
+
+
+def _config_class(architecture: str | None) -> Any:
+    from transformers import CONFIG_MAPPING
+
+    if architecture is None:
+        raise ConfigError("no model is named", where="model", remedy="set model.architecture (gpt2, llama, ...) or model.pretrained")
+    if architecture not in CONFIG_MAPPING:
+        raise ConfigError("unknown architecture", where="model.architecture", value=architecture, remedy=_few(architecture, CONFIG_MAPPING))
+    return CONFIG_MAPPING[architecture]
+
+
+def _few(name: str, known: Any) -> str:
+    """Return ``nearest``, but not hundreds of names."""
+    phrase = nearest(name, known)
+    return phrase if phrase.startswith("did") else "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, bert, t5, ..."
+
+
+def _pretrained_config(model: Model) -> PretrainedConfig:
+    from transformers import AutoConfig
+
+    assert model.pretrained is not None
+    try:
+        config = AutoConfig.from_pretrained(model.pretrained, trust_remote_code=model.trust_remote_code)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "no pretrained model here", where="model.pretrained", value=model.pretrained,
+            remedy=f"give a transformers folder or a hub name that is already downloaded ({str(error).splitlines()[0]})",
+        ) from error  # fmt: skip
+    _check_keys(model.config, _known_keys(type(config)) | set(vars(config)), config.model_type)
+    for key, value in model.config.items():
+        setattr(config, key, value)
+    return config
+
+
+def _known_keys(config_class: Any) -> set[str]:
+    return {key for key in config_class().to_dict() if not key.startswith("_")} | set(config_class.attribute_map) | {"num_labels"}
+
+
+def _check_keys(values: Mapping[str, Any], known: set[str], architecture: str | None) -> None:
+    unknown = sorted(set(values) - known)
+    if unknown:
+        offers = "; ".join(f"{key}: {nearest(key, known)}" for key in unknown)
+        raise ConfigError(f"{architecture} has no such config key", where="model.config", value=unknown, remedy=offers)
+
+
+def _accepted(make: Callable[[], Any], model: Model) -> Any:
+    """Return ``make()``; what transformers says against the user's values becomes a ConfigError."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    try:
+        return make()
+    except (StrictDataclassError, ValueError, TypeError, KeyError, AssertionError, ImportError) as error:
+        reason = " ".join(str(error).split())[:300]
+        remedy = "set model.attention=eager" if "ttention" in reason else "see the architecture's page in the transformers documentation"
+        name = model.architecture or model.pretrained
+        raise ConfigError(f"{name}: {reason}", where="model", value=model.config, remedy=remedy) from error
+
+
+def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> None:
+    if config.vocab_size < vocab_size:
+        raise ConfigError(
+            f"the model has {config.vocab_size} ids for a tokenizer of {vocab_size}", where="model.config.vocab_size",
+            value=config.vocab_size, remedy=f"leave it out, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)",
+        )  # fmt: skip
+    key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+    positions = getattr(config, key, None)
+    if not isinstance(positions, int) or positions < 1:
+        return  # relative positions (T5, XLNet): no limit
+    taken = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    if seq_len > positions - taken:
+        raise ConfigError(
+            f"rows of {seq_len} tokens need more than the model's {positions} positions", where=f"data.seq_len, model.config.{key}",
+            value=seq_len, remedy=f"set model.config.{key}={seq_len + taken}, or data.seq_len={positions - taken} or less",
+        )  # fmt: skip

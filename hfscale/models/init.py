@@ -1,0 +1,98 @@
+"""First weights that depend on the seed and the module's path alone.
+
+A plain build and a ZeRO 3 build draw in different orders, devices and precisions, so transformers' own numbers differ between
+them (and bare ``zero.Init`` leaves torch's defaults: GPT-2 then starts at loss 124 instead of 9). Here, at every stage alike:
+modules are walked children first, each module's own and direct children's parameters are gathered, their data is exchanged
+for fp32 on the CPU, torch is seeded with sha256(seed, path), the architecture's ``_init_weights`` draws, and the numbers are
+copied back. No rank ever holds more than one module's part. Source: transformers' ``initialize_weights_zero3`` (the walk).
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import Parameter
+from transformers import PreTrainedModel
+from transformers.initialization import guard_torch_init_functions
+
+from hfscale.errors import ConfigError
+
+Gather = Callable[[Sequence[Parameter]], AbstractContextManager[Any]]  # makes parameters whole, and keeps what rank 0 wrote
+
+
+def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> list[str]:
+    """Return the names of parameters that the architecture leaves undrawn (they are NaN); all others are drawn, then tied.
+
+    Every rank must call this alike: gathering is collective. torch's global generator is left as it was.
+
+    Raises:
+        ConfigError: for an architecture whose initialization reaches parameters that the walk does not gather.
+    """
+    _float_buffers_to_fp32(model)
+    undrawn = set(model.parameters())
+    with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
+        for path, module, owner in _children_first("", model, model):
+            params = dict.fromkeys(p for near in (module, *module.children()) for p in near.parameters(recurse=False))
+            far = {p: p._version for p in module.parameters() if p not in params}
+            with gather(list(params)) if gather and params else nullcontext(), _fp32_on_cpu(params, undrawn):
+                for thing in (module, *params, *module.buffers(recurse=False)):
+                    thing._is_hf_initialized = False  # type: ignore[union-attr, assignment, attr-defined]
+                torch.default_generator.manual_seed(_seed(seed, path))
+                owner._init_weights(module)
+                own = list(module.parameters(recurse=False))
+                if own and all(p.isnan().all() for p in own) and callable(reset := getattr(module, "reset_parameters", None)):
+                    reset()  # a torch module that the architecture leaves to torch (openai-gpt's norms)
+            if gather and any(p._version != version for p, version in far.items()):
+                raise ConfigError(
+                    f"the first weights of {path or 'the model'} reach deeper than its direct children, where ZeRO 3 has only parts",
+                    where="engine.zero_stage", value=type(module).__name__,
+                    remedy="set engine.zero_stage=2, or choose another architecture",
+                )  # fmt: skip
+    names = [name for name, p in model.named_parameters() if p in undrawn]
+    model.tie_weights()
+    return names
+
+
+def _children_first(path: str, module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+    """Yield (path, module, the model whose ``_init_weights`` is in charge of it)."""
+    for name, child in module.named_children():
+        yield from _children_first(f"{path}.{name}" if path else name, child, child if isinstance(child, PreTrainedModel) else owner)
+    yield path, module, owner
+
+
+@contextmanager
+def _fp32_on_cpu(params: dict[Parameter, None], undrawn: set[Parameter]) -> Iterator[None]:
+    """Exchange the parameters' data for fp32 on the CPU, NaN where nothing was drawn yet, and copy it back at the end.
+
+    What nobody draws keeps its constructor's value where that is a constant vector (a zero bias); anything else stays NaN.
+    """
+    homes = {p: p.data for p in params}
+    for p, home in homes.items():
+        p.data = torch.full(home.shape, torch.nan, device="cpu") if p in undrawn else home.to("cpu", torch.float32, copy=True)
+    yield
+    for p, home in homes.items():
+        if not p.data.sum().isnan():
+            undrawn.discard(p)
+            home.copy_(p.data)
+        elif p.dim() < 2 and home.min() == home.max():
+            undrawn.discard(p)
+        else:
+            home.fill_(torch.nan)
+        p.data = home
+
+
+def _float_buffers_to_fp32(model: nn.Module) -> None:
+    """Make float buffers (rotary frequencies) fp32, as in a plain fp32 build: ZeRO 3's context makes them in 16 bits."""
+    for module in model.modules():
+        for name, buffer in list(module.named_buffers(recurse=False)):
+            if buffer.is_floating_point():
+                setattr(module, name, buffer.float())
+
+
+def _seed(seed: int, path: str) -> int:
+    digest = hashlib.sha256(f"{seed}/{path}".encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
