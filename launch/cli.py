@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hfscale.errors import EXIT_USER_ERROR, UserError, nearest
+from hfscale.errors import EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, nearest
 
 VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
@@ -58,6 +58,9 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
+    except UnhealthyError as error:
+        print(f"unhealthy: {error}", file=sys.stderr)
+        sys.exit(EXIT_UNHEALTHY)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args
+from typing import Any, Generic, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -68,7 +68,11 @@ class Tree:
 
 
 # -------------------------------------------------------------------------------------------------- public
-def load_config(path: Path | str, overrides: Sequence[str] = (), schema: type[S] = RunConfig) -> Loaded[S]:  # type: ignore[assignment]
+@overload
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Loaded[RunConfig]: ...
+@overload
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[S]) -> Loaded[S]: ...
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] = RunConfig) -> Loaded[Any]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
 
     Raises:

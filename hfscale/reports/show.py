@@ -1,0 +1,79 @@
+"""What a config comes to: every value with its source, and the numbers that follow from several of them. Needs no torch."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
+from hfscale.config.rules import notices, solve_batch, total_steps
+from hfscale.config.schema import CorpusConfig, RunConfig, Section
+from hfscale.errors import DataError
+from hfscale.shards.manifest import Manifest
+
+WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
+
+
+def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
+    """Return which kind of config a file is: only a corpus has a ``source`` or ``shards`` section."""
+    return CorpusConfig if {"source", "shards"} & read_tree(path, overrides).values.keys() else RunConfig
+
+
+def show_schema(path: Path | str | None = None) -> str:
+    """Return the JSON schema of a run's config, or of the kind that ``path`` is."""
+    return json.dumps(json_schema(schema_of(path) if path else RunConfig), indent=2)
+
+
+def show_config(path: Path | str, overrides: Sequence[str] = (), *, procs: int | None = None) -> str:
+    """Return a table of key, value and source, then the derived numbers.
+
+    Raises:
+        ConfigError: for everything that is wrong with the config, and for a batch that ``procs`` ranks cannot share.
+    """
+    loaded: Loaded[Any] = load_config(path, overrides, schema=schema_of(path, overrides))
+    rows = [(key, _text(value), loaded.source(key)) for key, value in flatten(loaded.config.model_dump(mode="json", by_alias=True))]
+    facts = derived(loaded.config, procs=procs) if isinstance(loaded.config, RunConfig) else []
+    return "\n".join([*_columns(rows), *(["", *_columns(facts)] if facts else [])])
+
+
+def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, str]]:
+    """Return ``(name, value)`` of what the config implies; data that is not there yet leaves its numbers out."""
+    train, seq_len = config.train, config.data.seq_len
+    facts = [("run directory", f"{config.run_dir} ({'exists' if config.run_dir.exists() else 'new'})")]
+    if procs is not None:
+        facts.append(("batch", solve_batch(train.global_batch, micro_batch=train.micro_batch, world_size=procs).equation))
+    else:
+        fitting = [size for size in WORLD_SIZES if train.global_batch % (size * train.micro_batch) == 0]
+        facts.append(("batch", f"accumulation {', '.join(str(train.global_batch // size // train.micro_batch) for size in fitting)}"
+                               f" on world_size {', '.join(map(str, fitting))}"))
+    facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
+    rows = _rows(config)
+    if rows or train.epochs is None:
+        steps = total_steps(train, rows=rows or 0, seq_len=seq_len)
+        facts.append(("steps", f"{steps:,}"))
+        facts.append(("tokens", f"{steps * train.global_batch * seq_len:,}"))
+        if rows:
+            facts.append(("epochs", f"{steps * train.global_batch / rows:.3g} of {rows:,} rows"))
+    else:
+        facts.append(("steps", f"not known before there are shards at {config.data.sources[0].shards}"))
+    return [*facts, *(("notice", line) for line in notices(config))]
+
+
+def _rows(config: RunConfig) -> int | None:
+    """Return the rows of an epoch, or None where the shards are not there yet. A row needs one token more than it predicts."""
+    try:
+        shards = Manifest.load(config.data.sources[0].shards).shards
+    except DataError:
+        return None
+    return sum((shard.tokens - 1) // config.data.seq_len for shard in shards if shard.tokens)
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+
+
+def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    """Return the rows as lines with aligned columns; one long value does not push the others away."""
+    widths = [min(48, max(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

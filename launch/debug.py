@@ -1,0 +1,76 @@
+"""The debug launcher: one rank in this process, a few tiny steps in RUN-debug, and pdb where an error happens.
+
+What the command line says wins over the tiny values, so `train.steps=100` is honoured. The real run is never touched.
+"""
+from __future__ import annotations
+
+import pdb
+import shutil
+import sys
+
+from hfscale import log, worker
+from hfscale.config.load import COMMAND_LINE, Loaded
+from hfscale.config.rules import solve_batch
+from hfscale.config.schema import RunConfig
+from hfscale.errors import EXIT_DONE, UserError
+from hfscale.log import logger
+from launch import run_dir
+from launch.local import gpu_count
+from launch.request import Request, check
+
+SUFFIX = "-debug"
+_LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "encoder_layers")
+
+
+def launch(request: Request) -> int:
+    """Return the exit code of a tiny run in the foreground; earlier attempts in RUN-debug are replaced.
+
+    Raises:
+        UserError: as any launcher.
+    """
+    log.setup()
+    wanted = request.load()
+    on_gpu = gpu_count() > 0
+    loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
+    config = loaded.config
+    batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1)
+    check(config, device_type="cuda" if on_gpu else "cpu")
+    if request.dry_run:
+        print(f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in the foreground")
+        return EXIT_DONE
+    with run_dir.locked(config.run_dir):
+        if (config.run_dir / run_dir.CONFIG).is_file():
+            logger.info(f"replacing the earlier debug run in {config.run_dir}")
+            for old in config.run_dir.iterdir():
+                if old.name != run_dir.LOCK:
+                    shutil.rmtree(old) if old.is_dir() else old.unlink()
+        run_dir.compare(config)
+        file = run_dir.record(loaded, launcher="debug", procs=1)
+        try:
+            return worker.run(file)
+        except UserError:
+            raise
+        except Exception:
+            if sys.stdin.isatty():
+                pdb.post_mortem()
+            raise
+
+
+def tiny(wanted: Loaded[RunConfig], *, on_gpu: bool) -> list[str]:
+    """Return the overrides that make ``wanted`` tiny, less those that the command line gives itself."""
+    config = wanted.config
+    layers = {f"model.config.{key}": 2 for key in _LAYER_KEYS if key in config.model.config}
+    micro_batch, accumulation = min(2, config.train.micro_batch), min(2, config.train.global_batch // config.train.micro_batch)
+    small = {
+        "train.micro_batch": micro_batch, "train.global_batch": micro_batch * accumulation,
+        "data.seq_len": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
+        "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
+    }
+    if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
+        small |= {"train.steps": 6, "train.epochs": "null", "train.tokens": "null"}
+    if config.data.validation is not None:
+        small |= {"data.validation.rows": 4, "data.validation.every_steps": 4}
+    if not on_gpu and config.engine.precision == "fp16":
+        small["engine.precision"] = "fp32"
+    chosen = [f"{key}={value}" for key, value in small.items() if wanted.source(key) != COMMAND_LINE]
+    return [*chosen, f"run.name={config.run.name.removesuffix(SUFFIX)}{SUFFIX}"]

@@ -1,0 +1,246 @@
+"""The local launcher: one plain process a rank on this machine, watched until all have ended.
+
+Ctrl-C and SIGTERM reach every rank once, as SIGTERM: they save together and leave with 75. A second Ctrl-C kills. Ranks
+have process groups of their own, and the kernel kills them when the launcher dies.
+"""
+from __future__ import annotations
+
+import codecs
+import ctypes
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+from typing import IO, Any
+
+from hfscale import log
+from hfscale.config.rules import BatchPlan, notices, solve_batch
+from hfscale.dist.world import World, free_port
+from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
+from hfscale.log import logger
+from launch import run_dir
+from launch.request import Request, check
+
+GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
+TAIL_LINES = 30
+_ACCELERATORS = ("/dev/nvidiactl", "/dev/kfd", "/dev/dxg")
+_libc = ctypes.CDLL(None) if sys.platform == "linux" else None
+PR_SET_PDEATHSIG = 1
+
+
+def launch(request: Request) -> int:
+    """Return the exit code of a run on this machine: that of the rank that failed first, or 0.
+
+    Raises:
+        UserError: for what can be refused before a process is started.
+    """
+    log.setup()
+    loaded = request.load()
+    config = loaded.config
+    gpus = gpu_count()
+    procs = request.procs or gpus or min(2, _cores())
+    if 0 < gpus < procs:
+        raise ConfigError(f"{procs} ranks on {gpus} GPUs", where="--procs", value=procs,
+                          remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU")
+    batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
+    check(config, device_type="cuda" if gpus else "cpu")
+    said = [*notices(config), *run_dir.compare(config)]
+    port = _given_port(request.port) if request.port else free_port()
+    for line in said:
+        logger.info(f"notice: {line}")
+    if request.dry_run:
+        print(_plan(request, config.run_dir, batch, port))
+        return EXIT_DONE
+    with run_dir.locked(config.run_dir):
+        run_dir.compare(config)  # again: what was written between the first look and the lock counts
+        file = run_dir.record(loaded, launcher="local", procs=procs)
+        logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
+        if config.metrics.tensorboard:
+            logger.info(tensorboard_line(config.run_dir))
+        code = run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs")
+    if code == EXIT_STOPPED:
+        logger.info(f"stopped; the same command goes on, and so does: hfscale pretrain {config.run_dir}")
+    return code
+
+
+# --------------------------------------------------------------------------------------------------- machine
+def gpu_count() -> int:
+    """Return the GPUs that torch may use; torch is asked only where a driver is, because importing it takes a second."""
+    if not any(Path(device).exists() for device in _ACCELERATORS):
+        return 0
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def tensorboard_line(path: Path) -> str:
+    """Return the command that shows a run's curves, and the tunnel to it when this is a remote machine."""
+    line = f"curves: tensorboard --logdir {path / 'tensorboard'}"
+    if "SSH_CONNECTION" in os.environ:
+        line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
+    return line
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _given_port(port: int) -> int:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"the port cannot be used: {error.strerror}", where="--port", value=port,
+                              remedy="leave --port out: a free one is found") from None
+    return port
+
+
+def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
+    """Return what a real run would do."""
+    return "\n".join([batch.equation, f"run directory {path} ({'goes on' if (path / run_dir.CONFIG).is_file() else 'new'})",
+                      *(f"RANK={rank} WORLD_SIZE={batch.world_size} MASTER_ADDR=127.0.0.1 MASTER_PORT={port} "
+                        f"{sys.executable} -m {request.worker} {path / run_dir.CONFIG}" for rank in range(batch.world_size))])
+
+
+# ----------------------------------------------------------------------------------------------------- ranks
+@dataclass
+class Rank:
+    """One started process, with its log file and the byte where this attempt begins in it."""
+
+    number: int
+    process: subprocess.Popen[bytes]
+    log: Path
+    begins: int
+    pumps: list[Thread] = field(default_factory=list)
+
+    def tail(self) -> str:
+        with open(self.log, "rb") as file:
+            file.seek(self.begins)
+            return "\n".join(file.read().decode(errors="replace").splitlines()[-TAIL_LINES:])
+
+    def kill(self) -> None:
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
+
+
+def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> int:
+    """Return the exit code of ``procs`` processes of ``command``. Each has its log; rank 0's goes to the console as well."""
+    logs.mkdir(exist_ok=True)
+    ranks: list[Rank] = []
+    try:
+        with _forwarding(ranks) as asked:
+            for number in range(procs):
+                ranks.append(_start(command, World(number, procs, number, procs, "127.0.0.1", port), logs))
+                if asked:
+                    ranks[-1].process.terminate()
+            for pump in (pump for rank in ranks for pump in rank.pumps):
+                pump.start()  # not earlier: no thread may run where processes are forked
+            failed = _watch(ranks)
+    finally:
+        for rank in ranks:
+            if rank.process.poll() is None:
+                rank.kill()
+                rank.process.wait()
+            for pump in (pump for pump in rank.pumps if pump.ident):
+                pump.join(timeout=2.0)  # a grandchild may keep the pipe open
+    return _verdict(failed, ranks, asked)
+
+
+def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
+    path = logs / f"rank-{world.rank}.log"
+    file = open(path, "ab", buffering=0)
+    begins = file.tell()
+    env = {"OMP_NUM_THREADS": str(max(1, _cores() // world.world_size)), "PYTHONUNBUFFERED": "1"} | dict(os.environ) | world.export()
+    launcher = os.getpid()
+
+    def die_with_launcher() -> None:
+        if _libc is not None:
+            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != launcher:  # it died before the line above
+            os._exit(1)
+
+    shown = world.rank == 0
+    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_launcher,
+                               stdout=subprocess.PIPE if shown else file, stderr=subprocess.PIPE if shown else file)
+    rank = Rank(world.rank, process, path, begins)
+    if not shown:
+        file.close()
+    for pipe, console in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)) if shown else ():
+        rank.pumps.append(Thread(target=_pump, args=(pipe, console, file), daemon=True))
+    return rank
+
+
+def _pump(pipe: IO[bytes], console: IO[str], file: IO[bytes]) -> None:
+    """Copy a pipe to the console and to a file until it ends; a console that went away does not stop the run."""
+    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # a read may end inside a character
+    while data := os.read(pipe.fileno(), 65536):
+        with suppress(OSError):
+            file.write(data)
+        with suppress(OSError, ValueError):
+            console.write(decode(data))
+            console.flush()
+
+
+@contextmanager
+def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
+    """Pass the first request to stop on to every rank, and kill them at a second Ctrl-C. Yields the signals seen so far."""
+    asked: list[int] = []
+
+    def handle(number: int, _frame: Any) -> None:
+        asked.append(number)
+        if len(asked) == 1:
+            logger.info(f"{signal.Signals(number).name}: asking the ranks to save and stop (Ctrl-C again kills them)")
+        for rank in ranks:
+            if len(asked) == 1:
+                rank.process.terminate()
+            elif number == signal.SIGINT:
+                rank.kill()
+
+    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+              if signal.getsignal(number) is not signal.SIG_IGN}  # nohup asks for SIGHUP to be ignored
+    try:
+        yield asked
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _watch(ranks: Sequence[Rank]) -> Rank | None:
+    """Return the rank that failed first, once all have ended; the others are killed ``GRACE_S`` after it."""
+    failed, deadline = None, float("inf")
+    while running := [rank for rank in ranks if rank.process.poll() is None]:
+        if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):
+            failed, deadline = min(down, key=lambda rank: rank.process.returncode), time.monotonic() + GRACE_S  # a killed one first
+        if time.monotonic() > deadline:
+            for rank in running:
+                rank.kill()
+        time.sleep(0.02)
+    return failed or next((rank for rank in ranks if rank.process.returncode), None)
+
+
+def _verdict(failed: Rank | None, ranks: Sequence[Rank], asked: Sequence[int]) -> int:
+    """Return the exit code to pass on, after saying which rank failed and what it said last."""
+    if failed is None:
+        return EXIT_DONE
+    code = failed.process.returncode
+    if code == -signal.SIGTERM and asked:
+        return EXIT_STOPPED  # it had not come to where it listens, so there was nothing to save
+    if code == EXIT_STOPPED or (code == EXIT_USER_ERROR and ranks[0].process.returncode == EXIT_USER_ERROR):
+        return code  # said on the console already
+    if code < 0:
+        guess = " (out of memory? see `dmesg`)" if code == -signal.SIGKILL and not asked else ""
+        reason = f"was killed by {signal.Signals(-code).name}{guess}"
+        code = 128 - code
+    else:
+        reason = f"ended with exit code {code}"
+    last = "" if failed.number == 0 else f"; its last lines:\n{failed.tail()}"
+    logger.error(f"rank {failed.number} {reason}; log: {failed.log}{last}")
+    return code

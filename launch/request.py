@@ -1,0 +1,73 @@
+"""What was asked for: a config or a run, overrides, and how to start it. Every launcher takes one `Request` and returns an exit code.
+
+A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS`.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from hfscale.config.load import Loaded, load_config
+from hfscale.config.schema import RunConfig
+from hfscale.engine.ds_config import deepspeed_config
+from hfscale.errors import ConfigError
+from hfscale.shards.manifest import Manifest
+
+LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch"}
+CONFIG = "config.yaml"
+
+
+@dataclass(frozen=True)
+class Request:
+    """``source`` is a YAML file or a run directory; None lets the launcher choose ``procs`` and ``port``."""
+
+    source: str
+    overrides: tuple[str, ...] = ()
+    procs: int | None = None
+    port: int | None = None
+    dry_run: bool = False
+    worker: str = "hfscale.worker"  # the module that is one rank; another one in tests
+
+    def load(self, extra: Sequence[str] = ()) -> Loaded[RunConfig]:
+        """Return the config that was asked for, with ``extra`` overrides last.
+
+        Raises:
+            ConfigError: for everything that is wrong with it.
+        """
+        return load_config(config_file(self.source), [*_home(self.source), *self.overrides, *extra])
+
+
+def config_file(source: str) -> Path:
+    """Return the YAML file that ``source`` stands for: itself, or the resolved config of a run directory.
+
+    Raises:
+        ConfigError: if it is a folder that is not a run's.
+    """
+    path = Path(source)
+    if path.is_dir() and not (path / CONFIG).is_file():
+        raise ConfigError("this folder is not a run directory", where=path,
+                          remedy=f"give a YAML file, or a run directory, which holds {CONFIG}")
+    return path / CONFIG if path.is_dir() else path
+
+
+def _home(source: str) -> list[str]:
+    """Return the overrides that keep a run where it lies, also after it was moved."""
+    path = Path(source).resolve()
+    return [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
+
+
+def check(config: RunConfig, *, device_type: str) -> None:
+    """Return if nothing that can be known without torch speaks against this run.
+
+    Raises:
+        UserError: for what the engine refuses on this device, and for data or a tokenizer that is not there.
+    """
+    deepspeed_config(config, device_type=device_type)
+    held_out = [config.data.validation.shards] if config.data.validation else []
+    for shards in (*(source.shards for source in config.data.sources), *held_out):
+        if "://" not in shards:
+            Manifest.load(shards)
+    if Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
+        raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
+                          remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")

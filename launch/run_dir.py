@@ -1,0 +1,141 @@
+"""The run directory: made once, then only added to. One launcher at a time may work in it.
+
+    RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in environment.json
+    RUN_DIR/environment.json  one entry an attempt: command, versions, host, code revision, sources of values, changes
+    RUN_DIR/lock              held by the launcher (or job) that works here
+"""
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import platform
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from hfscale.config.load import Loaded, load_config, to_yaml
+from hfscale.config.rules import differences, resume_differences
+from hfscale.config.schema import RunConfig
+from hfscale.errors import CheckpointError, ConfigError
+from hfscale.shards.files import write_atomically
+from launch.request import CONFIG
+
+ENVIRONMENT = "environment.json"
+LOCK = "lock"
+PACKAGES = ("hfscale", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "webdataset", "numpy", "pydantic", "safetensors")
+
+
+def compare(config: RunConfig) -> list[str]:
+    """Return notices about what this config changes in its run directory; nothing is written.
+
+    Raises:
+        CheckpointError: if the directory is somebody else's, or a run that has trained with what may not change.
+    """
+    path = config.run_dir
+    if path.exists() and not path.is_dir():
+        raise CheckpointError("the run directory is a file", where=path, remedy=_other_name(config))
+    if not (path / CONFIG).is_file():
+        names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
+        if foreign := sorted(names - {LOCK, ENVIRONMENT}):  # a launcher that was killed early leaves these
+            raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
+                                  remedy=_other_name(config))
+        return []
+    if not _has_trained(path):
+        return []
+    refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
+    if refused:
+        changes = "".join(f"\n          {difference}" for difference in refused)
+        raise CheckpointError(f"this run has trained with another config; a resume cannot change:{changes}", where=path,
+                              remedy=f"{_other_name(config)} starts a new run with this config")
+    return [f"the run goes on with {difference}" for difference in noticed]
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold ``path`` against every other launcher, making it if need be. The kernel lets go when this process ends, however it ends.
+
+    Raises:
+        CheckpointError: if a run is at work there; it names that one.
+        ConfigError: if the directory cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = open(path / LOCK, "a+", encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"cannot make the run directory: {error.strerror}", where=path, remedy="choose another run.root") from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            file.seek(0)
+            raise CheckpointError("another job is at work in this run directory", where=path, value=file.read().strip() or "unknown",
+                                  remedy="wait for it, stop it, or start this one under another run.name") from None
+        file.truncate(0)
+        print(f"process {os.getpid()} on {socket.gethostname()} since {_now()}", file=file, flush=True)
+        try:
+            yield
+        finally:
+            file.truncate(0)
+
+
+def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
+    """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``."""
+    path = loaded.config.run_dir
+    old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
+    attempts = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) if (path / ENVIRONMENT).is_file() else []
+    entry = {"started": _now(), "command": sys.argv, "cwd": os.getcwd(), "launcher": launcher, "procs": procs,
+             "host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version(),
+             "versions": _versions(), "code": _revision(),
+             "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
+             "sources": loaded.sources}
+    text = json.dumps([*attempts, entry], indent=1, ensure_ascii=False, default=str)
+    write_atomically(path / ENVIRONMENT, text.encode())  # first, so that a replaced value is on record
+    write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
+    return path / CONFIG
+
+
+def _has_trained(path: Path) -> bool:
+    metrics = path / "metrics.jsonl"
+    return any((path / "checkpoints").glob("step-*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _other_name(config: RunConfig) -> str:
+    """Return an override that names a run directory which is not there yet."""
+    number = 2
+    while (config.run.root / f"{config.run.name}-{number}").exists():
+        number += 1
+    return f"run.name={config.run.name}-{number}"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _versions() -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def _revision() -> dict[str, Any]:
+    """Return the commit that the code is at, and whether it was changed since; nulls outside a git checkout."""
+    def git(*arguments: str) -> str | None:
+        try:
+            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    status = git("status", "--porcelain", "--untracked-files=no")
+    return {"revision": git("rev-parse", "HEAD"), "changed": None if status is None else bool(status)}
