@@ -43,7 +43,8 @@ class ShardReader:
         self._ends, self._tokens = index.ends, index.tokens
         self._starts: list[int] = [0, *np.cumsum(self._tokens["tokens"], dtype=np.int64).tolist()]  # first token of each chunk, and the end
         self._chunk_starts = np.array(self._starts)
-        self._payloads = (self._tokens["offset"] // self._dtype.itemsize).astype(np.int64)  # of chunks, in tokens from the tar's begin
+        payloads = self._tokens["offset"].astype(np.int64) // self._dtype.itemsize
+        self._shifts = payloads - self._chunk_starts[:-1]  # from a position in the shard to one in the tar, in tokens
         self._first_documents: list[int] = [0, *np.cumsum(self._ends["documents"], dtype=np.int64).tolist()]
         if self._starts[-1] != entry.tokens or self._first_documents[-1] != entry.documents:
             raise self._damage(f"the index counts {self._starts[-1]:,} tokens in {self._first_documents[-1]:,} documents, "
@@ -72,32 +73,32 @@ class ShardReader:
         Rows within one chunk are gathered many at a time, four times as fast as one by one; the others cross into the next chunk.
         """
         length = out.shape[1]
-        chunks = np.searchsorted(self._chunk_starts, starts, side="right") - 1
-        inside = starts + length <= self._chunk_starts[chunks + 1]
         if len(starts) < FEW_ROWS:
-            inside[:] = False
+            for start, k in zip(starts.tolist(), at.tolist(), strict=True):
+                self.read_tokens(start, start + length, out[k])
+            return
+        chunks = np.searchsorted(self._chunk_starts, starts, side="right") - 1
+        for chunk in set(chunks.tolist()):
+            self._chunk_tokens(chunk)  # its checksum
+        inside = starts + length <= self._chunk_starts[chunks + 1]
         for k in np.flatnonzero(~inside).tolist():
             self.read_tokens(int(starts[k]), int(starts[k]) + length, out[at[k]])
-        for chunk in set(chunks[inside].tolist()):
-            self._chunk_tokens(chunk)  # its checksum
         size = self._dtype.itemsize
         windows = np.ndarray((len(self._map) // size - length + 1, length), self._dtype, self._map, strides=(size, size))
-        offsets, at = (starts - self._chunk_starts[chunks] + self._payloads[chunks])[inside], at[inside]
+        offsets, at = (starts + self._shifts[chunks])[inside], at[inside]
         for k in range(0, len(at), GATHERED_ROWS):
             out[at[k:k + GATHERED_ROWS]] = windows[offsets[k:k + GATHERED_ROWS]]
 
     def ends(self, start: int, stop: int) -> np.ndarray:
         """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
-        first = max(bisect_right(self._starts, start) - 1, 0)
-        found = []
-        for chunk in range(first, len(self._ends)):
-            base = self._starts[chunk]
-            if base >= stop:
+        found = [np.empty(0, np.int64)]
+        for chunk in range(bisect_right(self._starts, start) - 1, len(self._ends)):
+            if self._starts[chunk] >= stop:
                 break
-            ends = self._chunk_ends(chunk)
-            low, high = np.searchsorted(ends, (start - base, stop - base), side="right")
-            found.append(ends[low:high].astype(np.int64) + base)
-        return np.concatenate(found) if found else np.empty(0, np.int64)
+            found.append(self._chunk_ends(chunk).astype(np.int64) + self._starts[chunk])
+        ends = np.concatenate(found)
+        low, high = np.searchsorted(ends, (start, stop), side="right")
+        return ends[low:high]
 
     def locate(self, position: int) -> tuple[str, int]:
         """Return the name of the member that holds token ``position``, and the number of its document in the shard.
@@ -129,7 +130,7 @@ class ShardReader:
     def _payload(self, member: np.void, name: str) -> np.ndarray:
         offset, size = int(member["offset"]), int(member["bytes"])
         payload = np.frombuffer(self._map, np.uint8, size, offset)
-        if self._verify and xxhash.xxh3_64_intdigest(memoryview(payload)) != int(member["checksum"]):
+        if self._verify and xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
             raise self._damage(f"member {name} at offset {offset:,} ({size:,} bytes) does not match its checksum")
         return payload
 

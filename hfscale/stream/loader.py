@@ -24,7 +24,8 @@ from hfscale.errors import DataError
 from hfscale.stream.order import Order
 from hfscale.stream.rows import Rows, TokenRows
 
-SLAB_TOKENS = 2**19  # of a slab (4 MiB of ids), where a step is not larger
+SLAB_TOKENS = 2**20  # of a slab (8 MiB of ids), where a step is not larger
+SLAB_STEPS = 64  # at most: more would not make the hand-over cheaper
 STATE_VERSION = 1
 
 
@@ -85,14 +86,15 @@ class Stream:
         fresh = StreamState(rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows)
         self._state = fresh if state is None else state
         _check_same(fresh, self._state)
-        self._global_batch, self._micro_batch, self._rank, self._world_size = global_batch, micro_batch, rank, world_size
+        self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         share = global_batch // world_size
-        self._slab_steps = max(1, SLAB_TOKENS // (share * rows.seq_len))
+        self._slab_steps = max(1, min(SLAB_STEPS, SLAB_TOKENS // (share * rows.seq_len)))
         slabs = 1 + -(-prefetch_steps // self._slab_steps)  # one being trained on, the others being filled
         self._free: queue.SimpleQueue[_Slab | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Slab | BaseException] = queue.SimpleQueue()
         for _ in range(slabs):
-            self._free.put(_Slab(self._slab_steps, share, rows.seq_len + 1, with_documents=with_documents, pin_memory=pin_memory))
+            self._free.put(_Slab(self._slab_steps, share, micro_batch, length=rows.seq_len + 1, with_documents=with_documents,
+                                 pin_memory=pin_memory))
         self._slab: _Slab | None = None  # being trained on
         self._step = 0  # of the slab
         self._error: BaseException | None = None
@@ -113,7 +115,7 @@ class Stream:
                 self._error = slab
                 raise slab
             self._slab, self._step = slab, 0
-        return self._slab.micro_batches(self._step, self._micro_batch)
+        return self._slab.batches[self._step]
 
     def advance(self) -> None:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
@@ -142,7 +144,7 @@ class Stream:
             while (slab := self._free.get()) is not None:
                 positions = self._order.steps(start, count=steps, global_batch=self._global_batch,
                                               rank=self._rank, world_size=self._world_size)
-                slab.fill(self._rows, self._order, positions)
+                slab.fill_steps(self._rows, self._order, positions)
                 self._full.put(slab)
                 start += steps * self._global_batch
                 steps = min(2 * steps, self._slab_steps)
@@ -161,7 +163,7 @@ class EvaluationRows:
         self._ends = np.cumsum(rows.shard_rows)
         self.available = int(self._ends[-1])
         self.count = min(count, self.available)
-        self._slab = _Slab(1, micro_batch, rows.seq_len + 1, with_documents=with_documents, pin_memory=False)
+        self._slab = _Slab(1, micro_batch, micro_batch, length=rows.seq_len + 1, with_documents=with_documents, pin_memory=False)
 
     def __len__(self) -> int:
         """The number of micro-batches of each rank."""
@@ -174,41 +176,40 @@ class EvaluationRows:
             position = np.arange(first, first + self._micro_batch)
             line = np.minimum(position, self.count - 1) * self.available // self.count
             shard = np.searchsorted(self._ends, line, side="right")
-            self._slab.fill_rows(self._rows, position, shard, line - self._ends[shard] + self._rows.shard_rows[shard])
-            [batch] = self._slab.micro_batches(0, self._micro_batch)
+            self._slab.fill(self._rows, position, shard, line - self._ends[shard] + self._rows.shard_rows[shard])
+            [[batch]] = self._slab.batches
             yield replace(batch, valid_B=batch.position < self.count)
 
 
 class _Slab:
-    """Memory for this rank's rows of a few steps, allocated once. torch and numpy see the same bytes."""
+    """Memory for this rank's rows of a few steps, and the micro-batches that are views of it, made once."""
 
-    def __init__(self, steps: int, step_rows: int, length: int, *, with_documents: bool, pin_memory: bool) -> None:
-        self._step_rows, n = step_rows, steps * step_rows
-        self._ids = torch.empty((n, length), dtype=torch.int64, pin_memory=pin_memory)
-        self._documents = torch.empty((n, length), dtype=torch.int32, pin_memory=pin_memory) if with_documents else None
-        self._position = torch.empty(n, dtype=torch.int64)
-        self._valid, self._source = torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16)
+    def __init__(self, steps: int, step_rows: int, micro_batch: int, *, length: int, with_documents: bool, pin_memory: bool) -> None:
+        n = steps * step_rows
+        ids = torch.empty((n, length), dtype=torch.int64, pin_memory=pin_memory)
+        documents = torch.empty((n, length), dtype=torch.int32, pin_memory=pin_memory) if with_documents else None
+        position, valid, source = torch.empty(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16)
+        cuts = [slice(first, first + micro_batch) for first in range(0, n, micro_batch)]
+        batches = [Rows(ids[cut], None if documents is None else documents[cut], valid[cut], source[cut], position[cut]) for cut in cuts]
+        per_step = step_rows // micro_batch
+        self.batches = [batches[first:first + per_step] for first in range(0, len(batches), per_step)]  # of each step
         self.steps = 0  # that are filled
+        self._ids, self._position = ids.numpy(), position.numpy()
+        self._documents = None if documents is None else documents.numpy()
 
-    def fill(self, rows: TokenRows, order: Order, positions: np.ndarray) -> None:
+    def fill_steps(self, rows: TokenRows, order: Order, positions: np.ndarray) -> None:
         """Return with the rows at ``positions`` (steps, step_rows) read."""
         places = order.locate(positions.ravel())
-        self.fill_rows(rows, positions.ravel(), places.shard, places.row)
+        self.fill(rows, positions.ravel(), places.shard, places.row)
         self.steps = len(positions)
 
-    def fill_rows(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
+    def fill(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
         """Return with row ``numbers[k]`` of shard ``shards[k]`` read, for each k."""
         n = len(positions)
-        self._position[:n] = torch.from_numpy(positions)
-        rows.fill(shards, numbers, self._ids[:n].numpy())
+        self._position[:n] = positions
+        rows.fill(shards, numbers, self._ids[:n])
         if self._documents is not None:
-            rows.fill_document_ids(shards, numbers, self._documents[:n].numpy())
-
-    def micro_batches(self, step: int, size: int) -> list[Rows]:
-        """Return the micro-batches of ``size`` rows of a step, as views."""
-        cuts = [slice(first, first + size) for first in range(step * self._step_rows, (step + 1) * self._step_rows, size)]
-        return [Rows(self._ids[cut], None if self._documents is None else self._documents[cut], self._valid[cut], self._source[cut],
-                     self._position[cut]) for cut in cuts]
+            rows.fill_document_ids(shards, numbers, self._documents[:n])
 
 
 def _check_same(ours: StreamState, saved: StreamState) -> None:

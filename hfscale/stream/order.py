@@ -63,7 +63,7 @@ class Order:
         if self.rows == 0:
             raise DataError("no rows to order: every shard is empty or shorter than a row", where="data.sources")
         self.seed, self.block, self.lanes = seed, block, resolve_lanes(lanes, self.rows, block=block)
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
 
     def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
         """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
@@ -84,26 +84,25 @@ class Order:
         first = i // self.block * self.block  # of its block, counted in the lane
         size = np.minimum(self.block, short + (lane < longer) - first)
         lane_start = lane * short + np.minimum(lane, longer)
+        name = (lane << 43 | first).astype(np.uint64)  # one block, one name: no lane has 2**43 rows
         shard, row = np.empty_like(p), np.empty_like(p)
-        for e in np.unique(epoch).tolist():
+        for e in range(int(epoch.min()), int(epoch.max()) + 1):
             at = np.flatnonzero(epoch == e)
-            name = (lane[at] << 43 | first[at]).astype(np.uint64)  # one block, one name: a lane of 2**43 rows would be too long
-            keys = mix(name ^ _key(self.seed, e, _BLOCKS))
-            line = lane_start[at] + first[at] + permute(i[at] - first[at], size[at], keys)
-            shards, ends = self._epoch(e)
+            shards, ends, key = self._epoch(e)
+            line = lane_start[at] + first[at] + permute(i[at] - first[at], size[at], mix(name[at] ^ key))
             ordinal = np.searchsorted(ends, line, side="right")
             shard[at] = shards[ordinal]
             row[at] = line - ends[ordinal] + self.shard_rows[shard[at]]
         return Places(epoch, lane, shard, row)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the shards in the order of ``epoch``, and the line's length after each (both S); the last few epochs are kept."""
+    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Return the shards in the order of ``epoch``, the line's length after each (both S), and the key of its blocks (1,)."""
         if epoch not in self._epochs:
             names = np.arange(len(self.shard_rows), dtype=np.uint64)
             shards = np.argsort(mix(names ^ _key(self.seed, epoch, _SHARDS)), kind="stable")
             if len(self._epochs) >= 4:
-                self._epochs.clear()
-            self._epochs[epoch] = shards, np.cumsum(self.shard_rows[shards])
+                self._epochs.clear()  # a run goes from one to the next
+            self._epochs[epoch] = shards, np.cumsum(self.shard_rows[shards]), _key(self.seed, epoch, _BLOCKS)
         return self._epochs[epoch]
 
 

@@ -72,16 +72,16 @@ class TokenRows:
 
     def fill_document_ids(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
         """Return with ``ids_BL[k]`` (n, L + 1; int32) filled with the number of its document in that row, counted from 0."""
-        ids_BL[:] = 0
+        length = self.seq_len + 1
         for reader, at in self._by_shard(shards):
-            starts = rows[at] * self.seq_len
+            starts, row_starts = rows[at] * self.seq_len, np.arange(len(at)) * length  # in the shard; in the rows laid end to end
             ends = reader.ends(int(starts.min()), int(starts.max()) + self.seq_len)
             first, last = np.searchsorted(ends, starts, side="right"), np.searchsorted(ends, starts + self.seq_len, side="right")
-            counts = last - first  # documents that begin within the row
-            nth = np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
-            places = ends[np.repeat(first, counts) + nth] - np.repeat(starts, counts)
-            ids_BL[np.repeat(at, counts), places] = 1
-        np.cumsum(ids_BL, axis=1, dtype=ids_BL.dtype, out=ids_BL)
+            begun = last - first  # documents that begin within each row
+            begins = ends[np.repeat(first, begun) + _count_up(begun)] + np.repeat(row_starts - starts, begun)
+            edges = np.sort(np.concatenate([row_starts, begins]))
+            numbers = _count_up(begun + 1).astype(np.int32)
+            ids_BL[at] = np.repeat(numbers, np.diff(edges, append=len(at) * length)).reshape(-1, length)
 
     def close(self) -> None:
         """Return with every shard closed."""
@@ -103,3 +103,8 @@ class TokenRows:
                                             verify=self._verify)
         self._open.move_to_end(shard)
         return self._open[shard]
+
+
+def _count_up(counts: np.ndarray) -> np.ndarray:
+    """Return 0, 1, ..., c - 1 for each c of ``counts``, one after the other."""
+    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
