@@ -1,0 +1,127 @@
+"""The build order of a training job, on one screen: data, objective, model, engine, checkpoints, stream, loop.
+
+Each part is built from the config and from parts above it, and from nothing below.
+"""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from importlib.metadata import version
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.weights import open_weights
+from hfscale.config.rules import solve_batch, total_steps
+from hfscale.config.schema import RunConfig
+from hfscale.dist.stop import StopRequest
+from hfscale.dist.world import World
+from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.schedule import learning_rate
+from hfscale.errors import DataError
+from hfscale.log import logger
+from hfscale.models.build import build_model, special_ids
+from hfscale.models.flops import flops_per_token, peak_flops
+from hfscale.models.load import load_weights
+from hfscale.monitor.throughput import Throughput
+from hfscale.monitor.writers import MetricsLog
+from hfscale.objectives.base import Objective, Setting, load_objective
+from hfscale.stream.loader import EvaluationRows, Stream, StreamState
+from hfscale.stream.order import Order
+from hfscale.stream.rows import TokenRows
+from hfscale.tokenizer import load_tokenizer, tokenizer_digest
+from hfscale.training.evaluator import Evaluator
+from hfscale.training.loop import Trainer, TrainState
+
+
+def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trainer:
+    """Return the trainer of ``config``, resumed from the run's newest good checkpoint if there is one.
+
+    Raises:
+        UserError: for anything in the config, the data or the checkpoints that cannot be used together.
+    """
+    data, train = config.data, config.train
+    batch = solve_batch(train.global_batch, micro_batch=train.micro_batch, world_size=world.world_size)
+    logger.info(batch.equation)
+
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    rows = open_rows(data.sources[0].shards, config, tokenizer)
+    model = build(config, tokenizer, device)
+    objective = load_objective(config.objective, Setting(
+        seq_len=data.seq_len, micro_batch=train.micro_batch, seed=config.run.seed, cross_document=data.cross_document,
+        tokenizer=tokenizer, model_config=model.config))
+
+    flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+    engine = Engine.create(model, config=config, device=device)
+    with engine.eval_mode():
+        objective.check(engine, device=device)
+
+    checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
+    saved = checkpoints.load_latest(engine)
+    order = Order(rows.shard_rows, seed=config.run.seed, lanes=data.lanes, block=data.block)
+    stream = Stream(rows, order, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=world.rank,
+                    world_size=world.world_size, state=StreamState.from_dict(saved["stream"]) if saved else None,
+                    prefetch_steps=data.prefetch_steps, with_documents=not data.cross_document, pin_memory=device.type == "cuda")
+    state = TrainState(saved["step"], saved["tokens_seen"]) if saved else TrainState()
+    steps = total_steps(train, rows=order.rows, seq_len=data.seq_len)
+    logger.info(f"resumed at step {state.step} of {steps}" if saved else f"starting at step 0 of {steps}")
+
+    peak = peak_flops(device, precision=config.engine.precision)
+    return Trainer(
+        engine=engine, stream=stream, objective=objective, checkpoints=checkpoints, state=state, stop=StopRequest().listen(),
+        throughput=Throughput(tokens_per_step=train.global_batch * data.seq_len, flops_per_token=flops,
+                              peak_flops=peak and peak * world.world_size),
+        learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
+        describe=describe(config, rows, tokenizer, world), total_steps=steps, seed=config.run.seed, rank=world.rank,
+        world_size=world.world_size, metrics_every=config.metrics.every_steps, **validation(config, objective, tokenizer, world),
+        log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
+                       tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)
+
+
+def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+    """Return the model with its initial (or pretrained) weights, partitioned where the ZeRO stage says so."""
+    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+
+    def gather(params: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
+        return gathered(params, modify=True)
+
+    model = build_model(config.model, auto_model=objective.auto_model, vocab_size=len(tokenizer), seq_len=config.data.seq_len,
+                        seed=config.run.seed, context=lambda: construction(config, device_type=device.type), gather=gather,
+                        overrides=special_ids(tokenizer))
+    if config.model.pretrained is not None:
+        load_weights(model, open_weights(config.model.pretrained), gather)
+    return model
+
+
+def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenRows:
+    """Return the rows of a manifest, after checking that this tokenizer made them.
+
+    Raises:
+        DataError: if another one did.
+    """
+    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify)
+    made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    if made_by != have:
+        raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
+                        remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")
+    return rows
+
+
+def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, Any]:
+    """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
+    held_out = config.data.validation
+    if held_out is None:
+        return {}
+    rows = EvaluationRows(open_rows(held_out.shards, config, tokenizer), count=held_out.rows, micro_batch=config.train.micro_batch,
+                          rank=world.rank, world_size=world.world_size, with_documents=not config.data.cross_document)
+    return {"evaluator": Evaluator(objective, rows), "validate_every": held_out.every_steps}
+
+
+def describe(config: RunConfig, rows: TokenRows, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, Any]:
+    """Return what every checkpoint of this run says about itself, beside its position."""
+    return {"world_size": world.world_size, "zero_stage": config.engine.zero_stage, "precision": config.engine.precision,
+            "data_fingerprint": rows.fingerprint, "tokenizer_digest": tokenizer_digest(tokenizer), "schedule": config.schedule.model_dump(),
+            "rng": "torch is seeded from blake2b(seed/step/rank/micro-batch) before each forward",
+            "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")}}

@@ -1,0 +1,95 @@
+"""Export: a checkpoint becomes a transformers folder, and is published only if transformers gives the run's own logits.
+
+Every checkpoint carries the live engine's logits on a small probe batch, so the proof needs neither the run nor its GPUs.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import torch
+import transformers
+
+from hfscale.checkpoint.export import compare_logits, write_weights
+from hfscale.checkpoint.probe import read_probe
+from hfscale.errors import CheckpointError
+from hfscale.jobs.opening import RunModel, open_run
+from hfscale.log import logger
+
+# relative L2 difference that rounding explains: 16-bit engines may run other kernels than the machine that exports
+TOLERANCE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
+
+
+def run(name: str, out: Path) -> float:
+    """Return the relative difference of logits of the model now published at ``out``.
+
+    Raises:
+        CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits differ; then nothing is published.
+    """
+    if out.exists():
+        raise CheckpointError("this folder exists already; nothing was written", where=out, remedy="name another folder, or remove it")
+    source = open_run(name)
+    if source is None:
+        raise CheckpointError("no run or checkpoint of hfscale here", where=name, remedy="name a run directory, or a folder in its checkpoints/")
+    partial = out.with_name(out.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted export left; nobody else writes this name
+    partial.mkdir(parents=True)
+    write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+    source.skeleton.config.save_pretrained(partial)
+    if source.skeleton.can_generate():
+        source.skeleton.generation_config.save_pretrained(partial)
+    source.tokenizer.save_pretrained(partial)
+    difference = prove(source, partial)
+    (partial / "README.md").write_text(card(source, difference), "utf-8")
+    partial.replace(out)
+    logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
+    return difference
+
+
+def prove(source: RunModel, folder: Path) -> float:
+    """Return the relative difference between the engine's logits at the save and those of ``folder`` loaded by transformers.
+
+    Raises:
+        CheckpointError: if they differ by more than rounding explains.
+    """
+    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=source.config.model.attention).eval()
+    probe = read_probe(source.checkpoint)
+    with torch.no_grad():
+        got = probe.pick(model(probe.ids_BT).logits)
+    return compare_logits(got, probe.logits, tolerance=TOLERANCE[source.config.engine.precision])
+
+
+def state(source: RunModel) -> dict:
+    """Return what the checkpoint says of itself."""
+    return json.loads((source.checkpoint / "state.json").read_text("utf-8"))
+
+
+def card(source: RunModel, difference: float) -> str:
+    """Return the model card: the run's facts, and how to use the model."""
+    at, config = state(source), source.config
+    parameters = sum(p.numel() for p in source.skeleton.parameters())
+    return f"""---
+library_name: transformers
+tags: [hfscale]
+---
+# {config.run.name}
+
+| | |
+|---|---|
+| architecture | {source.skeleton.config.model_type}, {parameters:,} parameters |
+| objective | {config.objective.name} |
+| trained on | {at["tokens_seen"]:,} tokens in {at["step"]:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens |
+| data | {", ".join(source_.name for source_ in config.data.sources)} (fingerprint `{at["data_fingerprint"][:16]}`) |
+| tokenizer | {len(source.tokenizer):,} ids (digest `{at["tokenizer_digest"][:16]}`) |
+| precision, ZeRO stage, ranks | {at["precision"]}, {at["zero_stage"]}, {at["world_size"]} |
+| seed | {config.run.seed} |
+| versions | {", ".join(f"{name} {version}" for name, version in at["versions"].items())}, transformers {transformers.__version__} at export |
+| proof | logits equal to the training engine's, relative difference {difference:.1e} |
+
+```python
+from transformers import pipeline
+generator = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
+print(generator("Once upon a time", max_new_tokens=40)[0]["generated_text"])
+```
+"""

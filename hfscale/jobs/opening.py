@@ -1,0 +1,91 @@
+"""A model by name, whatever kind of place that is: a run, one of its checkpoints, an export, a transformers folder, a hub name."""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.initialization import no_init_weights
+
+from hfscale.checkpoint import layout
+from hfscale.checkpoint.weights import WeightsReader, open_weights
+from hfscale.config.load import load_config
+from hfscale.config.schema import RunConfig
+from hfscale.errors import CheckpointError
+from hfscale.models.build import check_model_config, special_ids
+from hfscale.objectives.base import Setting, load_objective
+from hfscale.tokenizer import load_tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """A checkpoint of a run: ``skeleton`` has the shapes (meta device), ``reader`` the weights, verified."""
+
+    config: RunConfig
+    checkpoint: Path
+    skeleton: PreTrainedModel
+    reader: WeightsReader
+    tokenizer: PreTrainedTokenizerBase
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision in which the run computed."""
+        return DTYPES[self.config.engine.precision]
+
+    def model(self) -> PreTrainedModel:
+        """Return the model with its weights, on the CPU, in evaluation mode."""
+        state = {name: self.reader.read(name).to(self.dtype) for name in self.reader.names()}
+        return type(self.skeleton).from_pretrained(None, config=self.skeleton.config, state_dict=state, dtype=self.dtype).eval()
+
+
+def open_run(name: str) -> RunModel | None:
+    """Return the checkpoint that ``name`` stands for (of a run: its newest good one), or None if it is nothing of ours.
+
+    Raises:
+        CheckpointError: if it is a run without a checkpoint, or one whose files do not match its manifest.
+    """
+    path = Path(name)
+    if path.parent.name == layout.FOLDER and (path / layout.MANIFEST).is_file():
+        run_dir, checkpoint = path.parent.parent, path
+    elif (path / layout.FOLDER).is_dir():
+        run_dir, committed = path, layout.committed(path / layout.FOLDER)
+        if not committed:
+            raise CheckpointError("this run has no checkpoint yet", where=name, remedy="let it train until its first save")
+        checkpoint = committed[-1]
+    else:
+        return None
+    config = load_config(run_dir / "config.yaml").config
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    return RunModel(config, checkpoint, _skeleton(config, tokenizer), open_weights(checkpoint), tokenizer)
+
+
+def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Return the causal model that ``name`` stands for, on the GPU if there is one, and its tokenizer.
+
+    Raises:
+        UserError: if there is no such model.
+    """
+    run = open_run(name)
+    if run is not None:
+        model, tokenizer = run.model(), run.tokenizer
+    else:
+        tokenizer = load_tokenizer(name)
+        try:
+            model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+        except (OSError, ValueError) as error:
+            raise CheckpointError("no causal language model here", where=name, value=str(error).splitlines()[0],
+                                  remedy="name a run, a checkpoint, an export, or a transformers folder") from error
+    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+
+
+def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    setting = Setting(seq_len=config.data.seq_len, tokenizer=tokenizer)
+    auto_model = getattr(transformers, load_objective(config.objective, setting).auto_model)
+    model_config = check_model_config(config.model, vocab_size=len(tokenizer), seq_len=config.data.seq_len, overrides=special_ids(tokenizer))
+    with torch.device("meta"), no_init_weights():
+        return auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=config.model.attention,
+                                      trust_remote_code=config.model.trust_remote_code)

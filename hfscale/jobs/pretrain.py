@@ -1,0 +1,17 @@
+"""Pretraining: the stream drives the objective under the engine until the steps are done or a stop is asked for."""
+from __future__ import annotations
+
+from hfscale.config.schema import RunConfig
+from hfscale.dist import group
+from hfscale.dist.world import World
+from hfscale.jobs.build import build_trainer
+
+
+def run(config: RunConfig, world: World) -> bool:
+    """Return True when done, False when stopped on request and saved."""
+    device = group.start(world)
+    trainer = build_trainer(config, world, device)
+    done = trainer.run()
+    trainer.close()
+    group.shutdown()
+    return done

@@ -1,0 +1,160 @@
+"""The training loop: everything that happens in a step, in order, and nothing about any model or objective.
+
+A step takes its micro-batches, agrees with the other ranks on counts and flags, runs one backward pass a micro-batch, updates the
+weights once, and only then advances. What observes a step (metrics, validation) comes after it and changes nothing.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.dist.agree import Agreed, agree, sum_over_ranks
+from hfscale.dist.stop import StopRequest
+from hfscale.engine.engine import Engine, StepStats
+from hfscale.errors import CheckpointError
+from hfscale.log import logger
+from hfscale.monitor.throughput import Throughput, peak_memory_gib
+from hfscale.monitor.writers import MetricsLog
+from hfscale.objectives.base import Batch, Objective
+from hfscale.stream.digest import batch_digest
+from hfscale.stream.loader import Stream
+from hfscale.training.evaluator import Evaluator
+
+
+@dataclass
+class TrainState:
+    """How far a run has come. ``rows`` and the data's position are the stream's."""
+
+    step: int = 0
+    tokens_seen: int = 0
+
+
+@dataclass
+class Trainer:
+    """The parts of a run, and the loop over them. ``learning_rate`` gives the rate of an update, counted from 1."""
+
+    engine: Engine
+    stream: Stream
+    objective: Objective
+    checkpoints: CheckpointManager
+    throughput: Throughput
+    stop: StopRequest
+    learning_rate: Callable[[int], float]
+    describe: dict[str, Any]  # what every checkpoint says about the run
+    total_steps: int
+    seed: int
+    rank: int
+    world_size: int
+    metrics_every: int
+    validate_every: int | None = None
+    evaluator: Evaluator | None = None
+    log: MetricsLog | None = None  # rank 0 only
+    state: TrainState = field(default_factory=TrainState)
+
+    def run(self) -> bool:
+        """Return True when all steps are done, False when stopped on request; either way the last step is saved.
+
+        Raises:
+            UnhealthyError: on every rank, before a non-finite gradient reaches the weights.
+            CheckpointError: if a background write failed on any rank.
+        """
+        while self.state.step < self.total_steps:
+            with self.throughput.step():
+                agreed, stats = self._step()
+            last = self.state.step == self.total_steps
+            self._observe(agreed, stats, last=last)
+            if agreed.failed:
+                raise CheckpointError("a checkpoint could not be written", where=f"before step {self.state.step}",
+                                      value=str(self.checkpoints.failed() or "failed on another rank; see its log"),
+                                      remedy="free the disk or mend the folder, then run the same command again")
+            if agreed.stop or agreed.due or last:
+                self._save()
+            if agreed.stop and not last:
+                self.checkpoints.wait()
+                return False
+        self.checkpoints.wait()
+        return True
+
+    def _step(self) -> tuple[Agreed, StepStats]:
+        step = self.state.step
+        with self.throughput.waiting():
+            rows = self.stream.take()
+        batches = [self.objective.collate(micro) for micro in rows]
+        logged = self._logged(step + 1)
+        agreed = agree(counts=self.objective.counts(batches), stop=self.stop.requested, due=self.checkpoints.due(step + 1),
+                       failed=self.checkpoints.failed() is not None, digest=batch_digest(ids(batches)) if logged else 0)
+        on_device = [batch.to(self.engine.device) for batch in batches]
+        losses = self.objective.losses(self.engine, on_device, agreed.counts, world_size=self.world_size)
+        for loss in seeded(losses, seed=self.seed, step=step, rank=self.rank):
+            self.engine.backward(loss)
+        stats = self.engine.step(self.learning_rate(step + 1))
+        self.stream.advance()
+        self.state.step += 1
+        self.state.tokens_seen = self.stream.state().consumed_tokens
+        return agreed, stats
+
+    def _logged(self, step: int) -> bool:
+        return step % self.metrics_every == 0 or step == self.total_steps or self._validated(step)
+
+    def _validated(self, step: int) -> bool:
+        return self.validate_every is not None and (step % self.validate_every == 0 or step == self.total_steps)
+
+    def _observe(self, agreed: Agreed, stats: StepStats, *, last: bool) -> None:
+        """Log this step. Every rank takes part in the sums; only rank 0 writes."""
+        step = self.state.step
+        if not self._logged(step):
+            return
+        record: dict[str, Any] = {"step": step, **self._global_losses(agreed), "lr": stats.lr, "grad_norm": stats.grad_norm,
+                                  "tokens_seen": self.state.tokens_seen, **self.throughput.report(), "epoch": self.stream.state().epoch,
+                                  "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
+        if self.evaluator is not None and self._validated(step):
+            record |= {f"validation_{name}": value for name, value in self.evaluator.run(self.engine).items()}
+        if self.log is not None:
+            self.log.write(record)
+
+    def _global_losses(self, agreed: Agreed) -> dict[str, float]:
+        """Return the global loss of the step just made, and of each term where there are several."""
+        sums = self.objective.take_sums()
+        names = sorted(sums)
+        totals = sum_over_ranks(torch.stack([sums[name] for name in names])).tolist()
+        terms = {name: total / max(agreed.counts[name], 1) for name, total in zip(names, totals, strict=True)}
+        loss = sum(self.objective.weights()[name] * value for name, value in terms.items())
+        return {"loss": loss} | ({f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {})
+
+    def close(self) -> None:
+        """Leave in order, all ranks together: the reader thread, the record, then the engine."""
+        self.stream.close()
+        if self.log is not None:
+            self.log.close()
+        self.engine.close()
+
+    def _save(self) -> None:
+        state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen, "stream": self.stream.state().to_dict()}
+        self.checkpoints.save(self.engine, state, step=self.state.step)
+        logger.info(f"checkpoint of step {self.state.step}")
+
+
+def ids(batches: Iterable[Batch]) -> list[torch.Tensor]:
+    """Return the input ids (B, T) of every micro-batch, as they enter the engine."""
+    return [batch.input_ids for batch in batches]
+
+
+def seeded(losses: Iterator[torch.Tensor], *, seed: int, step: int, rank: int) -> Iterator[torch.Tensor]:
+    """Yield ``losses``, each computed after torch was seeded from (seed, step, rank, micro-batch).
+
+    So dropout never depends on how many draws came before, and a resumed step repeats itself.
+    """
+    micro_batch = 0
+    while True:
+        name = f"{seed}/{step}/{rank}/{micro_batch}".encode()
+        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1)
+        try:
+            yield next(losses)
+        except StopIteration:
+            return
+        micro_batch += 1
