@@ -65,7 +65,7 @@ class ShardWriter:
     def abort(self) -> None:
         """Return with the shard under way forgotten; what is committed stays."""
         if self._tar:
-            self._tar.file.close()
+            self._tar.discard()
             self._tar = None
 
     def _flush_chunk(self) -> None:
@@ -115,6 +115,11 @@ class _Tar:
             self._offset += BLOCK + -(-len(payload) // BLOCK) * BLOCK
         self._max_id = max(self._max_id, int(tokens.max()))
         self.chunks += 1
+
+    def discard(self) -> None:
+        """Return with the unfinished shard gone."""
+        self.file.close()
+        self._temporary.unlink(missing_ok=True)
 
     def finish(self) -> ShardEntry:
         """Return the entry of the shard, which is on disk with its index under its final name."""

@@ -1,0 +1,168 @@
+"""From a corpus to token shards: ``PATH/train`` and ``PATH/validation``, each with its manifest.
+
+One process reads, splits and writes; the others tokenize. What is written depends on the documents, the tokenizer and
+the sizes alone: not on the number of processes, and not on how often the build was killed and run again.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfscale.config.schema import CorpusConfig, ShardBuild
+from hfscale.corpus.encode import encode_documents
+from hfscale.corpus.ledger import Ledger, Mark
+from hfscale.corpus.progress import Progress, available_cores
+from hfscale.corpus.source import Corpus, open_corpus
+from hfscale.corpus.split import Counts, Document, Side, assign
+from hfscale.errors import DataError
+from hfscale.shards import manifest as manifests
+from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
+from hfscale.shards.writer import ShardWriter
+from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
+
+
+def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
+    """Return the manifests of the shards under ``config.shards.path``, built, finished, or found finished.
+
+    Raises:
+        DataError: for a source without documents, a missing tokenizer, a folder that holds another build, a source that
+            changed since the build was interrupted, or a full disk. The same call continues what was begun.
+    """
+    corpus = open_corpus(config.source)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    info = TokenizerInfo(tokenizer_digest(config.tokenizer.path), vocabulary_size(tokenizer), end_of_document_id(tokenizer))
+    sides: list[Side] = ["train", "validation"] if config.split.validation else ["train"]
+    shards = config.shards
+    dtype = np.dtype("<u2" if info.vocab_size <= 2**16 else "<u4")
+    chunk_tokens = max(1, round(shards.chunk_mb * 1e6 / dtype.itemsize))
+    shard_chunks = max(1, round(shards.shard_mb / shards.chunk_mb))
+    plan: dict[str, Any] = {
+        "version": manifests.VERSION, "source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": asdict(info),
+        "shards": {"name": shards.name, "dtype": dtype.name, "chunk_tokens": chunk_tokens, "shard_chunks": shard_chunks}}
+    with Ledger(shards.path, plan) as ledger:
+        folders = {side: shards.path / side for side in sides}
+        if all((folder / manifests.FILE_NAME).exists() for folder in folders.values()):
+            return {side: Manifest.load(folder) for side, folder in folders.items()}
+        writers = {side: _Side(side, folders[side], shards, dtype, chunk_tokens, shard_chunks, ledger) for side in sides}
+        try:
+            counts = _write(config, corpus, writers, tokenizer.backend_tokenizer.to_str(), info)
+        finally:
+            for writer in writers.values():
+                writer.writer.abort()
+        source = {**plan["source"], "split": plan["split"], "seen": {**asdict(counts), "undecodable": corpus.undecodable}}
+        _check_sides(writers, counts, corpus, config)
+        built = {side: Manifest(dtype=dtype.name, tokenizer=info, source={**source, "side": side}, shards=tuple(ledger.shards[side]),
+                                folder=folders[side]) for side in sides}
+        for side, manifest in built.items():
+            manifest.save(folders[side])
+        return built
+
+
+def _write(config: CorpusConfig, corpus: Corpus, sides: dict[Side, _Side], tokenizer_json: str, info: TokenizerInfo) -> Counts:
+    """Return what was seen, once every document is in a shard."""
+    counts = Counts()
+    procs = available_cores() if config.shards.procs == "auto" else config.shards.procs
+    dtype = next(iter(sides.values())).dtype
+    with Progress("tokenizing", corpus.total_bytes) as progress:
+        def pending() -> Iterator[Document]:
+            for document in assign(corpus.documents(), config.split, counts):
+                if sides[document.side].wants(document):
+                    yield document
+                else:
+                    progress.advance(document.size)
+
+        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=info.eod_id, dtype=dtype.str, procs=procs):
+            sides[document.side].add(document, ids)
+            progress.advance(document.size, tokens=len(ids))
+    for side in sides.values():
+        side.close()
+    return counts
+
+
+class _Side:
+    """One side's shards: what is committed is skipped, what follows is written."""
+
+    def __init__(self, side: Side, folder: Path, shards: ShardBuild, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
+                 ledger: Ledger) -> None:
+        self.dtype, self._side, self._folder, self._ledger = dtype, side, folder, ledger
+        self._mark = ledger.marks[side]
+        done = ledger.shards[side]
+        for shard in done:
+            _check_present(folder, shard)
+        self._tokens = sum(shard.tokens for shard in done)  # committed
+        self._ended = sum(shard.documents for shard in done)  # of committed tokens
+        self._seen = self._added = 0  # documents that were read; that are skipped or in the writer
+        self._start = self._tokens - self._mark.offset  # of the next document, in tokens of the side
+        self._hash = hashlib.blake2b(digest_size=16)
+        self._current = b""
+        self.writer = ShardWriter(folder, name=shards.name, dtype=dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
+                                  committed=self._commit, first=len(done))
+
+    def wants(self, document: Document) -> bool:
+        """Return False for a document that lies in committed shards as a whole."""
+        self._seen += 1
+        if self._seen <= self._mark.documents:
+            self._pass(document.digest)
+            return False
+        return True
+
+    def add(self, document: Document, ids: np.ndarray) -> None:
+        """Return with the part of the document that is not yet in shards written."""
+        first = self._added == self._mark.documents
+        self._current = document.digest
+        if first:
+            self._check_same()
+        self.writer.add(ids[self._mark.offset:] if first else ids)
+        self._start += len(ids)
+        self._pass(document.digest)
+
+    def close(self) -> None:
+        """Return with the last shard committed."""
+        if self._added <= self._mark.documents:
+            self._check_same()
+        self.writer.close()
+
+    def _pass(self, digest: bytes) -> None:
+        self._added += 1
+        self._hash.update(digest)
+
+    def _commit(self, shard: ShardEntry) -> None:
+        self._tokens += shard.tokens
+        self._ended += shard.documents
+        digest = self._hash.copy()
+        if self._ended > self._added:  # the document under way ends exactly with the shard
+            digest.update(self._current)
+            mark = Mark(self._added + 1, 0, digest.hexdigest())
+        else:
+            mark = Mark(self._added, self._tokens - self._start, digest.hexdigest())
+        self._ledger.commit(self._side, shard, mark)
+
+    def _check_same(self) -> None:
+        if self._mark.digest and (self._added != self._mark.documents or self._hash.hexdigest() != self._mark.digest):
+            raise DataError("the source has changed since this build was interrupted", where=self._folder,
+                            remedy="restore the source and run again, or set shards.path to a new folder")
+
+
+def _check_present(folder: Path, shard: ShardEntry) -> None:
+    path = folder / shard.name
+    size = path.stat().st_size if path.exists() else None
+    if size != shard.bytes or not (folder / shard.index_name).exists():
+        raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
+                        remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
+
+
+def _check_sides(sides: dict[Side, _Side], counts: Counts, corpus: Corpus, config: CorpusConfig) -> None:
+    left_out = (f"{counts.documents:,} documents read: {counts.empty:,} empty, {counts.duplicates:,} duplicates, {counts.invalid:,} "
+                f"invalid; {corpus.undecodable:,} files not UTF-8" + (f" such as {corpus.examples[0]}" if corpus.examples else ""))
+    empty = [side for side, writer in sides.items() if not writer._added]
+    if len(empty) == len(sides):
+        raise DataError("the source holds no text", where=config.source.path, value=left_out,
+                        remedy="look at source.path and source.pattern")
+    if empty:
+        raise DataError(f"no document fell to the {empty[0]} side", where="split.validation", value=config.split.validation,
+                        remedy=f"{left_out}; with so few, choose another split.validation (0 = hold nothing out) and another shards.path")

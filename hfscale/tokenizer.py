@@ -1,0 +1,82 @@
+"""Loading a tokenizer, and the digest by which shards, runs and exports know that they mean the same one."""
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from hfscale.errors import DataError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+FILE_NAME = "tokenizer.json"
+
+
+def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
+    """Return the fast tokenizer in a folder, or of a name on the hub.
+
+    Raises:
+        DataError: if there is none, or only a slow (pure Python) one.
+    """
+    from transformers import AutoTokenizer
+    from transformers.utils import logging
+
+    remedy = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one) or the name of a model on the hub"
+    if Path(path).is_dir() and not any(Path(path).iterdir()):
+        raise DataError("the tokenizer's folder is empty", where=path, remedy=remedy)
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()  # its advice about other models' configs is not about the tokenizer
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path))
+    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for the same thing
+        first_line = str(error).strip().split("\n")[0]
+        raise DataError(f"cannot load a tokenizer: {first_line}", where=path, remedy=remedy) from error
+    finally:
+        logging.set_verbosity(level)
+    if not getattr(tokenizer, "is_fast", False):
+        raise DataError("this tokenizer has no fast version", where=path, value=type(tokenizer).__name__, remedy=remedy)
+    return cast("PreTrainedTokenizerFast", tokenizer)
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
+    """Return the SHA-256 (hex) of the canonical ``tokenizer.json``, of a tokenizer or of the folder or hub name it is in.
+
+    Saving, loading and using a tokenizer (padding, truncation) do not change it, nor do fields that newer versions
+    of ``tokenizers`` add with a false or null default.
+    """
+    if isinstance(tokenizer, (str, Path)):
+        file = Path(tokenizer) / FILE_NAME
+        content = file.read_text("utf-8") if file.is_file() else load_tokenizer(tokenizer).backend_tokenizer.to_str()
+    else:
+        content = tokenizer.backend_tokenizer.to_str()
+    try:
+        parsed = json.loads(content)
+    except ValueError as error:
+        raise DataError(f"{FILE_NAME} is not JSON: {error}", where=tokenizer) from None
+    canonical = _prune({**parsed, "padding": None, "truncation": None})
+    merges = canonical.get("model", {}).get("merges")
+    if merges and isinstance(merges[0], str):  # as older files have them
+        canonical["model"]["merges"] = [merge.split(" ") for merge in merges]
+    return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def end_of_document_id(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return the id that follows each document in shards: the tokenizer's end of sequence, or else its separator."""
+    for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
+        if token_id is not None:
+            return int(token_id)
+    raise DataError("this tokenizer has neither an eos_token nor a sep_token, so documents cannot be told apart",
+                    where=tokenizer.name_or_path, remedy="add one, e.g. tokenizer.add_special_tokens({'eos_token': '</s>'}), and save it")
+
+
+def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
+    """Return one more than the largest id that the tokenizer can give, added tokens included."""
+    return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
+
+
+def _prune(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _prune(item) for key, item in value.items() if item is not None and item is not False}
+    return [_prune(item) for item in value] if isinstance(value, list) else value

@@ -1,0 +1,90 @@
+"""``hfscale shards``: from text to token shards, and what is in them."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from hfscale.errors import DataError
+
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build, index, verify and describe shards.")
+SHOWN = 20  # findings that are printed in full
+
+
+@app.command(epilog="Example: hfscale shards build corpus.yaml source.path=books shards.path=data/books shards.procs=8")
+def build(config: Annotated[Path, typer.Argument(help="YAML with sections source, split, tokenizer, shards")],
+          overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None) -> None:  # noqa: UP045 (typer, 3.10)
+    """Tokenize a corpus into PATH/train and PATH/validation. A killed build continues when it is run again."""
+    from hfscale.config.load import load_config
+    from hfscale.config.schema import CorpusConfig
+
+    loaded = load_config(config, overrides or [], schema=CorpusConfig).config
+    from hfscale.corpus.build import build_shards
+
+    try:
+        built = build_shards(loaded)
+    except KeyboardInterrupt:
+        raise DataError("interrupted", where=loaded.shards.path, remedy="run the same command again: it continues") from None
+    for side, manifest in built.items():
+        print(f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents {len(manifest.shards):>5,} shards  "
+              f"{manifest.folder}")
+    seen = built["train"].source["seen"]
+    print(f"{seen['documents']:,} documents read; left out: {seen['duplicates']:,} duplicates, {seen['empty']:,} empty, "
+          f"{seen['invalid']:,} invalid, {seen['undecodable']:,} files not UTF-8")
+
+
+@app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")
+def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDataset tars with text")],
+          out: Annotated[Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")] = None,  # noqa: UP045
+          field: Annotated[Optional[str], typer.Option(help="extension that holds the text; default: txt, json or text")] = None) -> None:  # noqa: UP045
+    """Make index and manifest for raw-text tars of others. The tars are only read."""
+    from hfscale.corpus.progress import available_cores
+    from hfscale.shards.raw import index_tars
+
+    folders = {tar.parent for tar in tars}
+    if missing := [tar for tar in tars if not tar.is_file()]:
+        raise DataError("there is no such tar", where=missing[0], remedy="give files such as data/*.tar")
+    if out is None and len(folders) > 1:
+        raise DataError("the tars lie in several folders", value=sorted(map(str, folders))[:4],
+                        remedy="say where the manifest goes: --out FOLDER")
+    from tqdm import tqdm
+
+    with tqdm(total=len(tars), desc="indexing", unit="tar", disable=None) as bar:
+        manifest = index_tars(tars, folder=out or folders.pop(), extension=field, threads=available_cores(), checked=lambda _: bar.update())
+    print(f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}")
+
+
+@app.command(epilog="Example: hfscale shards verify data/books")
+def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")]) -> None:
+    """Check every byte and count against manifest and index; all damage in one report."""
+    from tqdm import tqdm
+
+    from hfscale.corpus.progress import available_cores
+    from hfscale.shards.verify import manifests_at
+    from hfscale.shards.verify import verify as verify_manifest
+
+    findings: list[str] = []
+    for manifest in manifests_at(path):
+        with tqdm(total=manifest.bytes, desc=f"verifying {manifest.folder.name}", unit="B", unit_scale=True, disable=None) as bar:
+            found = verify_manifest(manifest, threads=available_cores(), checked=lambda entry, bar=bar: bar.update(entry.bytes))
+        findings += found
+        print(f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens  {manifest.folder}")
+    if findings:
+        more = [f"... and {len(findings) - SHOWN:,} more"] if len(findings) > SHOWN else []
+        raise DataError("damage was found:\n  " + "\n  ".join([*findings[:SHOWN], *more]), where=path,
+                        remedy="restore these shards from a copy, or build them again in another folder")
+
+
+@app.command(epilog="Example: hfscale shards stats data/books")
+def stats(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")]) -> None:
+    """Print tokens, documents, bytes and the lengths of documents."""
+    from hfscale.shards.stats import describe, unigram_entropy
+    from hfscale.shards.verify import manifests_at
+
+    found = {manifest.folder.name: manifest for manifest in manifests_at(path)}
+    for manifest in found.values():
+        print(describe(manifest))
+    if {"train", "validation"} <= found.keys():
+        entropy = unigram_entropy(found["train"], found["validation"])
+        print(f"unigram entropy of validation under train: {entropy:.3f} nats a token (a model that learnt frequencies only)")
