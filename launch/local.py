@@ -106,8 +106,12 @@ def _given_port(port: int) -> int:
 def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     """Return what a real run would do."""
     return "\n".join([batch.equation, f"run directory {path} ({'goes on' if (path / run_dir.CONFIG).is_file() else 'new'})",
-                      *(f"RANK={rank} WORLD_SIZE={batch.world_size} MASTER_ADDR=127.0.0.1 MASTER_PORT={port} "
-                        f"{sys.executable} -m {request.worker} {path / run_dir.CONFIG}" for rank in range(batch.world_size))])
+                      *(" ".join([*(f"{name}={value}" for name, value in _place(rank, batch.world_size, port).export().items()),
+                                  sys.executable, "-m", request.worker, str(path / run_dir.CONFIG)]) for rank in range(batch.world_size))])
+
+
+def _place(rank: int, procs: int, port: int) -> World:
+    return World(rank, procs, rank, procs, "127.0.0.1", port)
 
 
 # ----------------------------------------------------------------------------------------------------- ranks
@@ -131,19 +135,19 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
 
 
-def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> int:
+def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path, grace_s: float = GRACE_S) -> int:
     """Return the exit code of ``procs`` processes of ``command``. Each has its log; rank 0's goes to the console as well."""
     logs.mkdir(exist_ok=True)
     ranks: list[Rank] = []
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                ranks.append(_start(command, World(number, procs, number, procs, "127.0.0.1", port), logs))
+                ranks.append(_start(command, _place(number, procs, port), logs))
                 if asked:
                     ranks[-1].process.terminate()
             for pump in (pump for rank in ranks for pump in rank.pumps):
                 pump.start()  # not earlier: no thread may run where processes are forked
-            failed = _watch(ranks)
+            failed = _watch(ranks, grace_s=grace_s)
     finally:
         for rank in ranks:
             if rank.process.poll() is None:
@@ -213,12 +217,12 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[Rank]) -> Rank | None:
-    """Return the rank that failed first, once all have ended; the others are killed ``GRACE_S`` after it."""
+def _watch(ranks: Sequence[Rank], *, grace_s: float) -> Rank | None:
+    """Return the rank that failed first, once all have ended; the others are killed ``grace_s`` after it."""
     failed, deadline = None, float("inf")
     while running := [rank for rank in ranks if rank.process.poll() is None]:
         if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):
-            failed, deadline = min(down, key=lambda rank: rank.process.returncode), time.monotonic() + GRACE_S  # a killed one first
+            failed, deadline = min(down, key=lambda rank: rank.process.returncode), time.monotonic() + grace_s  # a killed one first
         if time.monotonic() > deadline:
             for rank in running:
                 rank.kill()

@@ -4,6 +4,7 @@ Values are YAML 1.2's: `3e-4` is a number, `24:00:00` and `no` are strings. A ke
 """
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -46,11 +47,14 @@ class Tree:
     sources: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Tree) -> None:
-        """Lay ``other`` on top: mappings are merged, everything else is replaced."""
+        """Lay ``other`` on top: mappings are merged, everything else is replaced; so is what belongs to another architecture or plug-in."""
         self._merge(self.values, other.values, "")
         self.sources.update(other.sources)
 
     def _merge(self, below: Any, above: Any, prefix: str) -> None:
+        for kind, belonging in (("architecture", "config"), ("name", "options")):
+            if isinstance(below, dict) and {kind, belonging} <= above.keys() and below.get(kind, above[kind]) != above[kind]:
+                below[belonging] = None
         for key, value in above.items():
             name = f"{prefix}{key}"
             if isinstance(below, list):  # only an override can say `sources.0.shards`
@@ -63,8 +67,7 @@ class Tree:
                 self._merge(old, value, f"{name}.")
             else:
                 below[key] = value
-                for stale in [known for known in self.sources if known.startswith(f"{name}.")]:
-                    del self.sources[stale]
+                self.sources = {known: source for known, source in self.sources.items() if not known.startswith(f"{name}.")}
 
 
 # -------------------------------------------------------------------------------------------------- public
@@ -91,9 +94,10 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type
 
 def read_tree(path: Path | str, overrides: Sequence[str] = ()) -> Tree:
     """Return what ``path``, the files it extends and ``overrides`` say, unchecked."""
-    tree = _read(Path(path), chain=())
+    tree, written = _read(Path(path), chain=()), Tree()
     for override in overrides:
-        tree.merge(_parse_override(override))
+        written.merge(_parse_override(override))
+    tree.merge(written)
     return tree
 
 
@@ -122,27 +126,35 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------------- reading
+def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
+    """Return YAML 1.2's core schema in PyYAML's form, which by itself is 1.1: with `no`, sexagesimal numbers and a text `3e-4`."""
+    schema = (
+        ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
+        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+        ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
+        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)", "-+.0123456789"),
+    )
+    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
+    for name, pattern, first_characters in schema:
+        for first in first_characters:
+            table.setdefault(first, []).append((f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$")))
+    return table
+
+
 class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+    yaml_implicit_resolvers = _resolvers()
+    yaml_constructors = yaml.SafeLoader.yaml_constructors | {
+        "tag:yaml.org,2002:int": lambda _, node: int(node.value),  # Python's int takes 10_000 too
+        "tag:yaml.org,2002:float": lambda _, node: float(re.sub(r"\.([a-zA-Z])", r"\1", node.value)),  # .inf, .nan
+    }
 
 
-class _Dumper(yaml.SafeDumper):
-    yaml_implicit_resolvers: dict[str, Any] = {}
+class _Dumper(yaml.SafeDumper):  # what either version would take for something else is quoted, so any reader gets a text back
+    yaml_implicit_resolvers = {first: [*_resolvers().get(first, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])]
+                               for first in {*_resolvers(), *yaml.SafeDumper.yaml_implicit_resolvers}}
 
     def ignore_aliases(self, data: Any) -> bool:
         return True
-
-
-for _tag, _pattern, _first in (  # YAML 1.2's core schema; PyYAML's own is 1.1, with `no`, sexagesimal numbers and a text `3e-4`
-    ("null", r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-    ("bool", r"true|True|TRUE|false|False|FALSE", list("tTfF")),
-    ("int", r"[-+]?[0-9][0-9_]*", list("-+0123456789")),
-    ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)", list("-+.0123456789")),
-):
-    for _class in (_Loader, _Dumper):
-        _class.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), _first)
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda _, node: int(node.value))  # Python's int takes 10_000 too
-_Loader.add_constructor("tag:yaml.org,2002:float", lambda _, node: float(re.sub(r"\.([a-zA-Z])", r"\1", node.value)))  # .inf, .nan
 
 
 def _compose(text: str, *, where: str) -> tuple[_Loader, yaml.Node | None]:
@@ -167,14 +179,15 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(f"cannot read the config: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}", where=path,
                           remedy=nearest(path.name, beside) if beside else "check the path") from None
-    loader, node = _compose(text, where=str(path))
+    label = os.path.normpath(path)
+    loader, node = _compose(text, where=label)
     own = Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError("a config is a mapping of sections", where=f"{path}:1", value=text[:60])
-        own.values = _plain(loader, node, "", str(path), own.sources)
+            raise ConfigError("a config is a mapping of sections", where=f"{label}:1", value=text[:60])
+        own.values = _plain(loader, node, "", label, own.sources)
     bases = own.values.pop("extends", None) or []
-    where = own.sources.pop("extends", str(path))
+    where = own.sources.pop("extends", label)
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
         raise ConfigError("`extends` is a file or a list of files, relative to this one", where=where, value=bases)

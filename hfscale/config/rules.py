@@ -75,7 +75,7 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
     if global_batch % world_size == 0:
         offers.append(f"train.micro_batch={_nearest_text(_divisors(global_batch // world_size), micro_batch)}")
     if global_batch % micro_batch == 0:
-        offers.append(f"{_nearest_text(_divisors(global_batch // micro_batch), world_size)} ranks")
+        offers.append(f"world_size {_nearest_text(_divisors(global_batch // micro_batch), world_size)}")
     raise ConfigError(f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} ranks",
                       where="train.global_batch", value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
                       remedy=", or ".join(offers))

@@ -201,6 +201,7 @@ class TextSource(Section):
     path: str  # file, folder or glob; for "hub" the data set's name
     pattern: str = "**/*"  # which files of a folder; comma-separated globs
     exclude: str = ""  # which of them to leave out
+    document_mb: Annotated[float, Field(gt=0)] = 4.0  # a longer text file becomes several documents, cut at line ends
     field: str = "text"  # column of a table, or the extension (and json field: "json.text") in a tar
     subset: str | None = None  # "hub": the configuration
     hub_split: str = "train"
