@@ -10,9 +10,9 @@ A term of weight 0 is only reported (an accuracy, say). Shape legend: B rows, T 
 """
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import ValidationError
@@ -29,14 +29,7 @@ if TYPE_CHECKING:
 
 OBJECTIVES: dict[str, str] = {"clm": "hfscale.objectives.clm:CausalLM"}
 
-
-class Model(Protocol):
-    """The engine, or a bare model: called with keywords, returns an output with ``.logits``."""
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    def __call__(self, **inputs: Any) -> Any: ...
+Model = Callable[..., Any]  # the engine, or a bare model: called with keywords, returns an output with ``.logits``
 
 
 @dataclass(frozen=True)

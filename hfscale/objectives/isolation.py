@@ -25,7 +25,8 @@ def keep_apart(model: Any, inputs: dict[str, Tensor], document_ids_BT: Tensor, *
         return logits.view(*document_ids_BT.shape, -1)
     if has_sliding_window(config):  # a mask of ours would replace the window; transformers finds the documents by their positions
         return model(**inputs, position_ids=positions_BT, use_cache=False).logits
-    mask_B1TT = document_mask(document_ids_BT, dtype=model.dtype)
+    dtype = getattr(model, "module", model).dtype  # an engine shows its model; the mask must have the precision it computes in
+    mask_B1TT = document_mask(document_ids_BT, dtype=dtype)
     return model(**inputs, position_ids=positions_BT, attention_mask=mask_B1TT, use_cache=False).logits
 
 

@@ -1,0 +1,14 @@
+"""Rows as the stream gives them, made from lists of documents."""
+from __future__ import annotations
+
+import torch
+
+from hfscale.stream.rows import Rows
+
+
+def make_rows(documents: list[list[int]], *, valid: list[bool] | None = None, seed: int = 0, vocab: int = 320) -> Rows:
+    """Return rows whose documents have these lengths (each row's lengths sum to T + 1), with random ids."""
+    ids_BL = torch.randint(vocab, (len(documents), sum(documents[0])), generator=torch.Generator().manual_seed(seed))
+    document_ids_BL = torch.stack([torch.repeat_interleave(torch.arange(len(row)), torch.tensor(row)) for row in documents]).int()
+    B = len(documents)
+    return Rows(ids_BL, document_ids_BL, torch.tensor(valid or [True] * B), torch.zeros(B, dtype=torch.int16), torch.arange(B))
