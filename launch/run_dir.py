@@ -20,6 +20,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from hfscale.checkpoint import layout
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import differences, resume_differences
 from hfscale.config.schema import RunConfig
@@ -103,7 +104,7 @@ def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
 
 def _has_trained(path: Path) -> bool:
     metrics = path / "metrics.jsonl"
-    return any((path / "checkpoints").glob("step-*")) or (metrics.is_file() and metrics.stat().st_size > 0)
+    return bool(layout.candidates(path / layout.FOLDER)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _other_name(config: RunConfig) -> str:

@@ -1,0 +1,29 @@
+"""A folder with what a launcher looks at before it starts ranks: a config, a manifest of shards, a tokenizer's folder."""
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hfscale.shards.manifest import Manifest, ShardEntry
+
+CONFIG = """\
+run: {name: first}
+tokenizer: {path: ./tokenizer}
+data: {seq_len: 32, sources: [{shards: shards}]}
+model: {architecture: gpt2, config: {n_layer: 3, n_head: 2, n_embd: 16}}
+objective: {name: clm}
+engine: {precision: fp32}
+train: {steps: 10, global_batch: 8, micro_batch: 2}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "config.yaml").write_text(CONFIG)
+    (tmp_path / "tokenizer").mkdir()
+    (tmp_path / "shards").mkdir()
+    shard = ShardEntry(name="shard-000000.tar", bytes=1024, tokens=4000, documents=3, digest="0", max_id=9)
+    Manifest(dtype="uint16", tokenizer=None, source={}, shards=(shard,)).save(tmp_path / "shards")
+    return tmp_path
