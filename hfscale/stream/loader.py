@@ -3,7 +3,7 @@
 A slab holds the rows of this rank for a few steps, so that the hand-over between threads (tens of microseconds) and the arithmetic
 of the order are paid once a slab. The first slab is one step, the next two, then four ...: the first batch comes at once.
 
-    reader thread:   free slab -> order.steps, order.locate -> rows.fill -> full slab
+    reader thread:   free slab -> the next rows of the plan (order.steps, order.locate) -> rows.fill -> full slab
     training:        take() -> views into the slab;  advance() -> the step is done; after its last step the slab is free again
 
 The state is the number of rows consumed. It moves in advance(), never at prefetch, so whatever the reader was ahead is read again.
@@ -24,8 +24,9 @@ from hfscale.errors import DataError
 from hfscale.stream.order import Order
 from hfscale.stream.rows import Rows, TokenRows
 
-SLAB_TOKENS = 2**20  # of a slab (8 MiB of ids), where a step is not larger
+SLAB_TOKENS = 2**19  # of a slab (4 MiB of ids), where a step is not larger
 SLAB_STEPS = 64  # at most: more would not make the hand-over cheaper
+PLAN_ROWS = 8192  # located at once: 0.1 us a row then, four times that for 256
 STATE_VERSION = 1
 
 
@@ -84,21 +85,23 @@ class Stream:
         assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)  # rules.py has checked it
         self._rows, self._order = rows, order
         fresh = StreamState(rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows)
-        self._state = fresh if state is None else state
-        _check_same(fresh, self._state)
+        self._opened = fresh if state is None else state
+        _check_same(fresh, self._opened)
+        self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
-        share = global_batch // world_size
-        self._slab_steps = max(1, min(SLAB_STEPS, SLAB_TOKENS // (share * rows.seq_len)))
-        slabs = 1 + -(-prefetch_steps // self._slab_steps)  # one being trained on, the others being filled
+        self._share = global_batch // world_size  # rows of this rank in a step
+        slab_steps = max(1, min(SLAB_STEPS, SLAB_TOKENS // (self._share * rows.seq_len)))
+        slabs = 1 + -(-prefetch_steps // slab_steps)  # one being trained on, the others being filled
+        self._slab_rows = slab_steps * self._share
         self._free: queue.SimpleQueue[_Slab | None] = queue.SimpleQueue()
         self._full: queue.SimpleQueue[_Slab | BaseException] = queue.SimpleQueue()
         for _ in range(slabs):
-            self._free.put(_Slab(self._slab_steps, share, micro_batch, length=rows.seq_len + 1, with_documents=with_documents,
+            self._free.put(_Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, with_documents=with_documents,
                                  pin_memory=pin_memory))
         self._slab: _Slab | None = None  # being trained on
         self._step = 0  # of the slab
         self._error: BaseException | None = None
-        self._reader = threading.Thread(target=self._read_ahead, args=(self._state.consumed_rows,), name="stream-reader", daemon=True)
+        self._reader = threading.Thread(target=self._read_ahead, args=(self._consumed,), name="stream-reader", daemon=True)
         self._reader.start()
 
     def take(self) -> list[Rows]:
@@ -120,7 +123,7 @@ class Stream:
     def advance(self) -> None:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
         assert self._slab is not None, "advance() without take()"
-        self._state = replace(self._state, consumed_rows=self._state.consumed_rows + self._global_batch)
+        self._consumed += self._global_batch
         self._step += 1
         if self._step == self._slab.steps:
             self._free.put(self._slab)
@@ -128,7 +131,7 @@ class Stream:
 
     def state(self) -> StreamState:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
-        return self._state
+        return replace(self._opened, consumed_rows=self._consumed)
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
@@ -139,17 +142,26 @@ class Stream:
 
     def _read_ahead(self, start: int) -> None:
         """Fill free slabs from position ``start`` on until told to stop; what goes wrong is handed over like a slab."""
-        steps = 1
         try:
+            plan = self._plan(start)
             while (slab := self._free.get()) is not None:
-                positions = self._order.steps(start, count=steps, global_batch=self._global_batch,
-                                              rank=self._rank, world_size=self._world_size)
-                slab.fill_steps(self._rows, self._order, positions)
+                slab.fill(self._rows, *next(plan))
                 self._full.put(slab)
-                start += steps * self._global_batch
-                steps = min(2 * steps, self._slab_steps)
         except BaseException as error:  # it belongs to the thread that trains
             self._full.put(error)
+
+    def _plan(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Yield positions, shards and rows of one slab after the other, from ``start`` on. Many rows are located at once."""
+        steps, most = 1, max(1, PLAN_ROWS // self._slab_rows) * self._slab_rows // self._share
+        while True:
+            positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
+                                          world_size=self._world_size).ravel()
+            places = self._order.locate(positions)
+            for first in range(0, len(positions), self._slab_rows):
+                part = slice(first, first + self._slab_rows)
+                yield positions[part], places.shard[part], places.row[part]
+            start += steps * self._global_batch
+            steps = min(2 * steps, most)
 
 
 class EvaluationRows:
@@ -193,19 +205,14 @@ class _Slab:
         batches = [Rows(ids[cut], None if documents is None else documents[cut], valid[cut], source[cut], position[cut]) for cut in cuts]
         per_step = step_rows // micro_batch
         self.batches = [batches[first:first + per_step] for first in range(0, len(batches), per_step)]  # of each step
-        self.steps = 0  # that are filled
+        self.steps, self._step_rows = 0, step_rows  # how many are filled; rows of each
         self._ids, self._position = ids.numpy(), position.numpy()
         self._documents = None if documents is None else documents.numpy()
-
-    def fill_steps(self, rows: TokenRows, order: Order, positions: np.ndarray) -> None:
-        """Return with the rows at ``positions`` (steps, step_rows) read."""
-        places = order.locate(positions.ravel())
-        self.fill(rows, positions.ravel(), places.shard, places.row)
-        self.steps = len(positions)
 
     def fill(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
         """Return with row ``numbers[k]`` of shard ``shards[k]`` read, for each k."""
         n = len(positions)
+        self.steps = n // self._step_rows
         self._position[:n] = positions
         rows.fill(shards, numbers, self._ids[:n])
         if self._documents is not None:

@@ -38,6 +38,16 @@ class Places:
     row: np.ndarray
 
 
+@dataclass(frozen=True)
+class _Epoch:
+    """The line of an epoch: its shards in order, where each begins and ends in the line (all S), and the key of its blocks."""
+
+    shards: np.ndarray
+    begins: np.ndarray
+    ends: np.ndarray
+    key: np.uint64
+
+
 def resolve_lanes(lanes: Union[Literal["auto"], int], rows: int, *, block: int = 1024) -> int:
     """Return the number of lanes of a run over ``rows`` rows an epoch.
 
@@ -63,7 +73,7 @@ class Order:
         if self.rows == 0:
             raise DataError("no rows to order: every shard is empty or shorter than a row", where="data.sources")
         self.seed, self.block, self.lanes = seed, block, resolve_lanes(lanes, self.rows, block=block)
-        self._epochs: dict[int, tuple[np.ndarray, np.ndarray, np.ndarray]] = {}
+        self._epochs: dict[int, _Epoch] = {}
 
     def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
         """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
@@ -83,26 +93,29 @@ class Order:
         short, longer = divmod(self.rows, self.lanes)  # the first `longer` lanes hold one row more than `short`
         first = i // self.block * self.block  # of its block, counted in the lane
         size = np.minimum(self.block, short + (lane < longer) - first)
-        lane_start = lane * short + np.minimum(lane, longer)
-        name = (lane << 43 | first).astype(np.uint64)  # one block, one name: no lane has 2**43 rows
+        earliest = int(epoch.min())
+        layouts = [self._epoch(e) for e in range(earliest, int(epoch.max()) + 1)]
+        block = (lane << 43 | first).astype(np.uint64)  # its name in the epoch: no lane has 2**43 rows
+        line = lane * short + np.minimum(lane, longer) + first
+        if self.block > 1:
+            keys = mix(block ^ np.array([layout.key for layout in layouts])[epoch - earliest])
+            line += permute(i - first, size, keys)
         shard, row = np.empty_like(p), np.empty_like(p)
-        for e in range(int(epoch.min()), int(epoch.max()) + 1):
+        for e, layout in enumerate(layouts, start=earliest):
             at = np.flatnonzero(epoch == e)
-            shards, ends, key = self._epoch(e)
-            line = lane_start[at] + first[at] + permute(i[at] - first[at], size[at], mix(name[at] ^ key))
-            ordinal = np.searchsorted(ends, line, side="right")
-            shard[at] = shards[ordinal]
-            row[at] = line - ends[ordinal] + self.shard_rows[shard[at]]
+            ordinal = np.searchsorted(layout.ends, line[at], side="right")
+            shard[at] = layout.shards[ordinal]
+            row[at] = line[at] - layout.begins[ordinal]
         return Places(epoch, lane, shard, row)
 
-    def _epoch(self, epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return the shards in the order of ``epoch``, the line's length after each (both S), and the key of its blocks (1,)."""
+    def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
-            names = np.arange(len(self.shard_rows), dtype=np.uint64)
-            shards = np.argsort(mix(names ^ _key(self.seed, epoch, _SHARDS)), kind="stable")
             if len(self._epochs) >= 4:
                 self._epochs.clear()  # a run goes from one to the next
-            self._epochs[epoch] = shards, np.cumsum(self.shard_rows[shards]), _key(self.seed, epoch, _BLOCKS)
+            names = np.arange(len(self.shard_rows), dtype=np.uint64)
+            shards = np.argsort(mix(names ^ _key(self.seed, epoch, _SHARDS)), kind="stable")
+            ends = np.cumsum(self.shard_rows[shards])
+            self._epochs[epoch] = _Epoch(shards, ends - self.shard_rows[shards], ends, _key(self.seed, epoch, _BLOCKS)[0])
         return self._epochs[epoch]
 
 
