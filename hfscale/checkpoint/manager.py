@@ -1,0 +1,230 @@
+"""Saves and loads a run: snapshot in front, writing behind, committed by one rename, loaded only if every digest matches.
+
+A save, as all ranks live it:
+    save()           wait for the previous one; agree that the disk has room; copy the state into buffers that are kept
+    writer threads   write and hash this rank's file; leave a record of it
+    rank 0's thread  waits for all records, writes the manifest, renames the folder, prunes
+No thread takes part in a collective: they meet through files, and the ranks' main threads agree in ``save`` and ``wait``.
+"""
+from __future__ import annotations
+
+import json
+import shutil
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as torch_dist
+from torch import Tensor
+
+from hfscale.checkpoint import layout
+from hfscale.checkpoint.manifest import Entry, verify, write_file, write_manifest
+from hfscale.checkpoint.probe import make_probe
+from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
+from hfscale.config.schema import Checkpoint
+from hfscale.dist.group import host_group
+from hfscale.engine.engine import Engine
+from hfscale.engine.fragments import Fragment
+from hfscale.errors import CheckpointError
+from hfscale.log import logger
+
+POLL_S = 0.02
+HEADROOM_BYTES = 64 * 2**20  # beside the tensors: headers, state, manifest
+
+
+class CheckpointManager:
+    """The checkpoints of one run, seen from one rank. Every method but ``due`` and ``failed`` is called by all ranks together."""
+
+    def __init__(self, folder: Path, *, config: Checkpoint, rank: int, world_size: int,
+                 clock: Callable[[], float] = time.monotonic) -> None:
+        self.folder, self._config, self._rank, self._world_size, self._clock = folder, config, rank, world_size, clock
+        self._saved_at = clock()
+        self._buffers: list[Tensor] = []  # kept from save to save: fresh memory would cost as much time as writing
+        self._thread: threading.Thread | None = None
+        self._failure: BaseException | None = None
+        self._gave_up = threading.Event()
+        self.stall_s = 0.0  # of the last save: how long training waited
+        self.write_s = 0.0  # of the last save that was written: how long its writer took
+
+    # ---------------------------------------------------------------------------------------------- when
+    def due(self, step: int) -> bool:
+        """Return True on rank 0 when ``step`` should be saved; the ranks agree on it by the step's all-reduce."""
+        if self._rank:
+            return False
+        steps = (self._config.every_steps, self._config.keep_every_steps)
+        minutes = self._config.every_minutes
+        return any(every and step % every == 0 for every in steps) or (
+            minutes is not None and self._clock() - self._saved_at >= minutes * 60)
+
+    def failed(self) -> BaseException | None:
+        """Return what stopped this rank's last background write, if anything did."""
+        return self._failure
+
+    # ---------------------------------------------------------------------------------------------- save
+    def save(self, engine: Engine, state: dict[str, Any], *, step: int) -> None:
+        """Save the engine and ``state`` (JSON) as the checkpoint of ``step``; with ``async`` it is committed behind.
+
+        Raises:
+            CheckpointError: on all ranks, if the disk lacks room or the previous save failed; older checkpoints stay.
+        """
+        began = self._clock()
+        self.wait()
+        fragments = engine.fragments()
+        self._prepare(fragments, step=step)
+        small = {layout.STATE: json.dumps({**state, "engine": engine.scalars(), "tied": engine.tied}, indent=1).encode()}
+        if probe := make_probe(engine):
+            small[layout.PROBE] = probe.to_bytes()
+        snapshot = self._snapshot(fragments)
+        self._saved_at = self._clock()
+        self.stall_s = self._saved_at - began
+        self._thread = threading.Thread(target=self._write, name=f"checkpoint-{step}", daemon=True, kwargs={
+            "snapshot": snapshot, "small": small if self._rank == 0 else {}, "step": step})
+        self._thread.start()
+        if not self._config.async_:
+            self.wait()
+            self.stall_s = self._clock() - began
+
+    def wait(self) -> None:
+        """Return when the save under way is committed.
+
+        Raises:
+            CheckpointError: on all ranks, if it failed on any.
+        """
+        while True:
+            busy = self._thread is not None and self._thread.is_alive()
+            any_busy, any_failed = _any_rank(busy, self._failure is not None)
+            if any_failed:
+                self._gave_up.set()
+                raise CheckpointError("a checkpoint could not be written; older ones are untouched", where=self.folder,
+                                      value=str(self._failure or "failed on another rank"),
+                                      remedy="free the disk or mend the folder, then run the same command again")
+            if not any_busy:
+                return
+            time.sleep(POLL_S)
+
+    def _prepare(self, fragments: Sequence[Fragment], *, step: int) -> None:
+        """Agree that there is room, and clear the ground: one folder, empty, before any rank writes."""
+        needed = torch.tensor(sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values()))
+        torch_dist.all_reduce(needed, group=host_group())
+        problem: list[str | None] = [None]
+        if self._rank == 0:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                layout.clear_leftovers(self.folder)
+                need, free = int(needed) + HEADROOM_BYTES, shutil.disk_usage(self.folder).free
+                if need > free:
+                    problem = [f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"]
+                else:
+                    (self._partial(step) / layout.RECORDS).mkdir(parents=True)
+                    (self._partial(step) / layout.ENGINE).mkdir()
+            except OSError as error:
+                problem = [f"the checkpoint folder cannot be written: {error}"]
+        torch_dist.broadcast_object_list(problem, src=0, group=host_group())
+        if problem[0]:
+            raise CheckpointError(problem[0], where=self.folder, remedy="free or mend the disk, then run the same command again; "
+                                  "checkpoint.keep_last=1 keeps fewer")
+
+    def _snapshot(self, fragments: Sequence[Fragment]) -> list[Fragment]:
+        """Return ``fragments`` copied to this manager's buffers on the CPU."""
+        live = [tensor for fragment in fragments for tensor in fragment.tensors.values()]
+        if [(t.numel(), t.dtype) for t in live] != [(t.numel(), t.dtype) for t in self._buffers]:
+            self._buffers = [torch.empty(t.numel(), dtype=t.dtype, pin_memory=t.device.type == "cuda") for t in live]
+        for buffer, tensor in zip(self._buffers, live, strict=True):
+            buffer.copy_(tensor, non_blocking=True)
+        if any(tensor.device.type == "cuda" for tensor in live):
+            torch.cuda.synchronize()
+        copies = iter(self._buffers)
+        return [Fragment(f.name, f.shape, f.start, {kind: next(copies) for kind in f.tensors}) for f in fragments]
+
+    # -------------------------------------------------------------------------------- the writer's thread
+    def _write(self, *, snapshot: Sequence[Fragment], small: dict[str, bytes], step: int) -> None:
+        began = time.monotonic()
+        try:
+            partial = self._partial(step)
+            entry = write_file(partial, layout.rank_file(self._rank), serialize(snapshot))
+            layout.sync_folder(partial / layout.ENGINE)
+            record = partial / layout.RECORDS / f"{self._rank}.json"
+            record.with_suffix(".new").write_text(json.dumps(asdict(entry)))
+            record.with_suffix(".new").rename(record)
+            if self._rank == 0:
+                self._commit([write_file(partial, path, [content]) for path, content in small.items()], step=step)
+                self.write_s = time.monotonic() - began
+                logger.info(f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s, writing took {self.write_s:.2f} s")
+        except BaseException as error:  # whatever it is, the run must hear of it
+            self._failure = error
+        self.write_s = time.monotonic() - began
+
+    def _commit(self, own: list[Entry], *, step: int) -> None:
+        """Wait for every rank's record, then make the folder a checkpoint. On rank 0 only."""
+        partial, target = self._partial(step), self.folder / layout.step_name(step)
+        records = [partial / layout.RECORDS / f"{rank}.json" for rank in range(self._world_size)]
+        while not all(record.exists() for record in records):
+            if self._gave_up.wait(POLL_S):
+                raise RuntimeError("another rank could not write its part")
+        entries = [Entry(**json.loads(record.read_text())) for record in records]
+        shutil.rmtree(partial / layout.RECORDS)
+        write_manifest(partial, own + entries, step=step)
+        layout.sync_folder(partial)
+        if target.exists():
+            logger.warning(f"{target} was there already; it is kept as {layout.reject(target)}")
+        partial.rename(target)
+        layout.sync_folder(self.folder)
+        layout.prune(self.folder, keep_last=self._config.keep_last, keep_every_steps=self._config.keep_every_steps)
+
+    def _partial(self, step: int) -> Path:
+        return self.folder / (layout.step_name(step) + layout.PARTIAL)
+
+    # ---------------------------------------------------------------------------------------------- load
+    def load_latest(self, engine: Engine) -> dict[str, Any] | None:
+        """Return the state of the newest good checkpoint, now loaded into ``engine``; None if the run has none yet.
+
+        The world size and ZeRO stage may differ from those of the save. Damaged checkpoints are moved to ``rejected/``.
+
+        Raises:
+            CheckpointError: if there are checkpoints, but none is intact, or the newest is of another model or format.
+        """
+        names: list[Any] = [[path.name for path in layout.candidates(self.folder)] if self._rank == 0 else None]
+        torch_dist.broadcast_object_list(names, src=0, group=host_group())
+        found = [self.folder / name for name in names[0]]
+        for checkpoint in reversed(found):
+            if problems := self._problems(checkpoint):
+                self._reject(checkpoint, problems)
+                continue
+            began = time.monotonic()
+            state = json.loads((checkpoint / layout.STATE).read_text())
+            reader = FragmentReader(checkpoint)
+            load_fragments(reader, engine.fragments(owned=False))
+            reader.close()
+            engine.load_scalars(state["engine"])
+            engine.after_load()
+            logger.info(f"loaded {checkpoint} in {time.monotonic() - began:.1f} s")
+            return state
+        if found:
+            raise CheckpointError("no checkpoint of this run is intact; all were moved to rejected/", where=self.folder,
+                                  value=[path.name for path in found],
+                                  remedy="run again to start from step 0, or copy a good checkpoint back")
+        return None
+
+    def _problems(self, checkpoint: Path) -> list[str]:
+        """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files."""
+        mine = verify(checkpoint, part=self._rank, parts=self._world_size)
+        everyone: list[Any] = [None] * self._world_size
+        torch_dist.all_gather_object(everyone, mine, group=host_group())
+        return sorted({problem for problems in everyone for problem in problems})
+
+    def _reject(self, checkpoint: Path, problems: list[str]) -> None:
+        torch_dist.barrier(group=host_group())  # nobody reads it any more
+        if self._rank == 0:
+            logger.warning(f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}")
+        torch_dist.barrier(group=host_group())
+
+
+def _any_rank(*flags: bool) -> list[bool]:
+    """Return each flag, True if it is on any rank."""
+    seen = torch.tensor(flags, dtype=torch.int32)
+    torch_dist.all_reduce(seen, group=host_group())
+    return [count > 0 for count in seen.tolist()]

@@ -1,0 +1,106 @@
+"""What a checkpoint consists of: every file with its size and SHA-256. Written last; without it there is no checkpoint."""
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from hfscale.checkpoint import layout
+from hfscale.errors import CheckpointError
+
+VERSION = 1
+CHUNK = 8 * 2**20  # bytes hashed at a time
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file, by its path in the checkpoint."""
+
+    path: str
+    bytes: int
+    sha256: str
+
+
+def write_file(folder: Path, path: str, chunks: Iterable[memoryview | bytes]) -> Entry:
+    """Return the entry of a file just written and synced; it is hashed on the way, never read again."""
+    digest, size = hashlib.sha256(), 0
+    target = folder / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with open(target, "wb", buffering=0) as file:
+        for chunk in chunks:
+            rest = memoryview(chunk).cast("B")
+            digest.update(rest)
+            size += len(rest)
+            while rest:
+                rest = rest[file.write(rest):]
+        os.fsync(file.fileno())
+    return Entry(path, size, digest.hexdigest())
+
+
+def write_manifest(folder: Path, entries: Iterable[Entry], *, step: int) -> None:
+    """Make ``folder`` a checkpoint. It carries a digest of itself, so an edited manifest is found too."""
+    body = {"version": VERSION, "step": step, "files": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.path)]}
+    text = json.dumps({**body, "sha256": _digest(body)}, indent=1)
+    write_file(folder, layout.MANIFEST, [text.encode()])
+
+
+def read_manifest(checkpoint: Path) -> list[Entry]:
+    """Return the entries of a checkpoint's manifest.
+
+    Raises:
+        CheckpointError: if a newer hfscale wrote it. The checkpoint may well be good.
+        ValueError: if it is missing, damaged or edited; says how.
+    """
+    try:
+        read = json.loads((checkpoint / layout.MANIFEST).read_bytes())
+        digest = read.pop("sha256")
+        version, step, files = read["version"], read["step"], [Entry(**entry) for entry in read["files"]]
+    except FileNotFoundError:
+        raise ValueError(f"{layout.MANIFEST} is missing: the checkpoint was never committed, or copied in part") from None
+    except (ValueError, TypeError, KeyError, AttributeError):
+        raise ValueError(f"{layout.MANIFEST} is not readable") from None
+    if digest != _digest(read):
+        raise ValueError(f"{layout.MANIFEST} was changed after it was written")
+    if version > VERSION:
+        raise CheckpointError("a newer version of hfscale wrote this checkpoint", where=checkpoint, value=version,
+                              remedy=f"update hfscale: this one knows format {VERSION}")
+    if layout.step_name(step) != checkpoint.name:
+        raise ValueError(f"{layout.MANIFEST} is that of step {step}")
+    return files
+
+
+def problem_with(checkpoint: Path, entry: Entry) -> str | None:
+    """Return what is wrong with one file, or None if size and digest match."""
+    path = checkpoint / entry.path
+    try:
+        size = path.stat().st_size
+        if size != entry.bytes:
+            return f"{entry.path} has {size} bytes instead of {entry.bytes}"
+        digest = hashlib.sha256()
+        with open(path, "rb", buffering=0) as file:
+            while chunk := file.read(CHUNK):
+                digest.update(chunk)
+    except OSError as error:
+        return f"{entry.path} is missing" if isinstance(error, FileNotFoundError) else f"{entry.path}: {error.strerror}"
+    return None if digest.hexdigest() == entry.sha256 else f"{entry.path} does not have the digest it was written with"
+
+
+def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> list[str]:
+    """Return everything wrong with a checkpoint; none means that it may be loaded.
+
+    Of its files, only each ``parts``-th from ``part`` on is read, so that ranks can share the work.
+    """
+    try:
+        entries = read_manifest(checkpoint)
+    except ValueError as error:
+        return [str(error)]
+    with ThreadPoolExecutor(4) as pool:
+        return [problem for problem in pool.map(lambda entry: problem_with(checkpoint, entry), entries[part::parts]) if problem]
+
+
+def _digest(body: object) -> str:
+    return hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,67 @@
+"""A few of the live engine's logits on fixed tokens, stored in each checkpoint: an export must give the same.
+
+Legend: B rows, T tokens, V vocabulary; P positions and C columns of V are kept.
+"""
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from hfscale.checkpoint import layout
+from hfscale.engine.engine import Engine
+from hfscale.errors import CheckpointError
+
+ROWS, TOKENS, POSITIONS, COLUMNS = 2, 16, 4, 64
+
+
+@dataclass(frozen=True)
+class Probe:
+    """What went in, and what of the logits came out."""
+
+    ids_BT: Tensor  # int64
+    positions_P: Tensor
+    columns_C: Tensor
+    logits: Tensor  # (B, P, C), fp32
+
+    def pick(self, logits_BTV: Tensor) -> Tensor:
+        """Return the part of ``logits_BTV`` that the probe kept: (B, P, C), fp32, on the CPU."""
+        return logits_BTV[:, self.positions_P][..., self.columns_C].float().cpu()
+
+    def to_bytes(self) -> bytes:
+        return save({"ids": self.ids_BT, "positions": self.positions_P, "columns": self.columns_C, "logits": self.logits})
+
+
+def make_probe(engine: Engine) -> Probe | None:
+    """Return the engine's logits on the fixed tokens. Collective. None for a model without a vocabulary or logits of its own."""
+    config = getattr(engine.module, "config", None)
+    vocab_size = getattr(config, "vocab_size", None)
+    if vocab_size is None or getattr(config, "is_encoder_decoder", False):
+        return None
+    tokens = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
+    ids = torch.randint(vocab_size, (ROWS, tokens), generator=torch.Generator().manual_seed(0))
+    positions = torch.arange(max(0, tokens - POSITIONS), tokens)
+    columns = torch.linspace(0, vocab_size - 1, min(COLUMNS, vocab_size)).long()
+    with engine.eval_mode():
+        logits = getattr(engine(input_ids=ids.to(engine.device)), "logits", None)
+    if logits is None or logits.ndim != 3:
+        return None
+    empty = Probe(ids, positions, columns, torch.empty(0))
+    return Probe(ids, positions, columns, empty.pick(logits.cpu()).contiguous())
+
+
+def read_probe(checkpoint: Path) -> Probe:
+    """Return the probe of a checkpoint.
+
+    Raises:
+        CheckpointError: if it has none.
+    """
+    path = checkpoint / layout.PROBE
+    if not path.is_file():
+        raise CheckpointError("this checkpoint has no logits to compare with", where=path,
+                              remedy="export a checkpoint of a model that gives logits")
+    tensors = load_file(path)
+    return Probe(tensors["ids"], tensors["positions"], tensors["columns"], tensors["logits"])

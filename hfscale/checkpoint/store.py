@@ -1,0 +1,119 @@
+"""Fragments on disk: one safetensors file a rank, with ranges of named tensors that any rank of any run can read.
+
+A file's keys say what they hold: ``transformer.wte.weight[0:1164].exp_avg`` is elements 0 to 1163 of the flattened parameter.
+The shapes of the whole tensors are in the file's metadata. Which rank wrote a range means nothing to a reader.
+"""
+from __future__ import annotations
+
+import json
+import re
+import struct
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hfscale.checkpoint import layout
+from hfscale.checkpoint.manifest import CHUNK
+from hfscale.engine.fragments import Fragment
+from hfscale.errors import CheckpointError
+
+DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
+               torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<kind>\w+)")
+
+
+def serialize(fragments: Sequence[Fragment]) -> Iterator[memoryview | bytes]:
+    """Yield the bytes of a safetensors file with ``fragments``, whose tensors lie on the CPU; nothing is copied."""
+    shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", "shapes": json.dumps(shapes)}}
+    tensors, offset = [], 0
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            stop = offset + tensor.numel() * tensor.element_size()
+            key = f"{fragment.name}[{fragment.start}:{fragment.start + fragment.numel}].{kind}"
+            header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, stop]}
+            tensors.append(tensor)
+            offset = stop
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    yield struct.pack("<Q", len(text)) + text
+    for tensor in tensors:
+        raw = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        for start in range(0, len(raw), CHUNK):
+            yield raw[start:start + CHUNK]
+
+
+class FragmentReader:
+    """Tensors of a checkpoint by name and range, put together from whichever files hold them. Verify the checkpoint first.
+
+    Memory: what is asked for, and nothing else; files are mapped, not read.
+    """
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._files = ExitStack()
+        self.shapes: dict[str, tuple[int, ...]] = {}
+        self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}  # (name, kind) -> (start, stop, file, key)
+        for path in sorted((checkpoint / layout.ENGINE).glob("rank-*.safetensors")):
+            file = self._files.enter_context(safe_open(path, framework="pt"))
+            self.shapes |= {name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
+            for key in file.keys():  # noqa: SIM118  (not a dict)
+                match = KEY.fullmatch(key)
+                assert match, f"{path} holds {key}"
+                place = (int(match["start"]), int(match["stop"]), file, key)
+                self._ranges.setdefault((match["name"], match["kind"]), []).append(place)
+        for places in self._ranges.values():
+            places.sort(key=lambda place: place[:2])
+
+    def kinds(self, name: str) -> set[str]:
+        """Return which tensors are there for a parameter: "weight", and its moments if it was trained."""
+        return {kind for have, kind in self._ranges if have == name}
+
+    def read(self, name: str, kind: str, *, start: int, out: Tensor) -> Tensor:
+        """Return ``out`` (1-D), filled with the elements of the flattened tensor from ``start`` on.
+
+        Raises:
+            CheckpointError: if the files do not cover the range.
+        """
+        stop, filled = start + out.numel(), start
+        for first, last, file, key in self._ranges.get((name, kind), []):
+            lo, hi = max(first, filled), min(last, stop)
+            if lo == filled and lo < hi:
+                out[lo - start:hi - start].copy_(file.get_slice(key)[lo - first:hi - first])
+                filled = hi
+        if filled != stop:
+            raise CheckpointError("the checkpoint does not hold a whole tensor", where=name, value=f"{kind}: {filled} of {start}:{stop}",
+                                  remedy="this is a defect; `hfscale checkpoints RUN --verify` shows whether files changed")
+        return out
+
+    def dtype(self, name: str) -> torch.dtype:
+        _, _, file, key = self._ranges[name, "weight"][0]
+        return next(dtype for dtype, text in DTYPE_NAMES.items() if text == file.get_slice(key).get_dtype())
+
+    def close(self) -> None:
+        self._files.close()
+
+
+def load_fragments(reader: FragmentReader, fragments: Sequence[Fragment]) -> None:
+    """Fill the live views ``fragments`` from a checkpoint of any world size and stage.
+
+    Raises:
+        CheckpointError: before anything is changed, if the checkpoint is one of another model.
+    """
+    wrong = []
+    for fragment in fragments:
+        have = reader.shapes.get(fragment.name)
+        if have != fragment.shape:
+            wrong.append(f"{fragment.name}: {list(fragment.shape)}, in the checkpoint {'missing' if have is None else list(have)}")
+        elif missing := set(fragment.tensors) - reader.kinds(fragment.name):
+            wrong.append(f"{fragment.name}: no {' and '.join(sorted(missing))} in the checkpoint")
+    if wrong:
+        raise CheckpointError(f"the checkpoint is one of another model: {len(wrong)} tensors differ", where="checkpoints", value=wrong[:5],
+                              remedy="use the model section the run was started with, or another run.name")
+    for fragment in fragments:
+        for kind, tensor in fragment.tensors.items():
+            reader.read(fragment.name, kind, start=fragment.start, out=tensor)

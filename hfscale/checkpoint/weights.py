@@ -1,0 +1,133 @@
+"""One way to read a model's weights, tensor by tensor, wherever they come from: a run, a checkpoint of any stage, a transformers folder."""
+from __future__ import annotations
+
+import json
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from hfscale.checkpoint import layout
+from hfscale.checkpoint.manifest import verify
+from hfscale.checkpoint.store import DTYPE_NAMES, FragmentReader
+from hfscale.errors import CheckpointError
+
+INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
+
+
+class WeightsReader(Protocol):
+    """Tensors by name. Nothing is in memory but what was asked for."""
+
+    def names(self) -> list[str]: ...
+
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def dtype(self, name: str) -> torch.dtype: ...
+
+    def read(self, name: str) -> Tensor: ...
+
+    def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
+        """Return elements ``start .. start + numel`` of the flattened tensor, 1-D."""
+        ...
+
+
+def open_weights(path: str | Path) -> WeightsReader:
+    """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a folder or hub name of transformers.
+
+    Raises:
+        CheckpointError: if there are none, or a checkpoint does not match its manifest.
+    """
+    folder = Path(path)
+    if (folder / layout.FOLDER).is_dir():
+        found = layout.committed(folder / layout.FOLDER)
+        if not found:
+            raise CheckpointError("this run has no checkpoint yet", where=folder, remedy="let it train until its first save")
+        folder = found[-1]
+    if (folder / layout.MANIFEST).is_file():
+        return CheckpointWeights(folder)
+    if not folder.is_dir():
+        folder = _from_hub(str(path))
+    return FolderWeights(folder)
+
+
+class CheckpointWeights:
+    """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it is tied to."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        if problems := verify(checkpoint):
+            raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
+                                  remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
+        self._reader = FragmentReader(checkpoint)
+        self._tied: dict[str, str] = json.loads((checkpoint / layout.STATE).read_text())["tied"]
+
+    def names(self) -> list[str]:
+        return [*self._reader.shapes, *self._tied]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reader.shapes[self._tied.get(name, name)]
+
+    def dtype(self, name: str) -> torch.dtype:
+        return self._reader.dtype(self._tied.get(name, name))
+
+    def read(self, name: str) -> Tensor:
+        return self.read_slice(name, start=0, numel=torch.Size(self.shape(name)).numel()).view(self.shape(name))
+
+    def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
+        name = self._tied.get(name, name)
+        return self._reader.read(name, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(name)))
+
+
+class FolderWeights:
+    """The safetensors of a transformers folder, one file or several."""
+
+    def __init__(self, folder: Path) -> None:
+        if (folder / INDEX).is_file():
+            where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        elif (folder / SINGLE).is_file():
+            with safe_open(folder / SINGLE, framework="pt") as file:
+                where = dict.fromkeys(file.keys(), SINGLE)
+        else:
+            raise CheckpointError("no safetensors weights here", where=folder, value=sorted(p.name for p in folder.glob("*"))[:10],
+                                  remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened")
+        self._files = ExitStack()
+        opened = {}
+        for name in sorted(set(where.values())):
+            if not (folder / name).is_file():
+                raise CheckpointError("a file of the weights is missing", where=folder / name, remedy="copy the folder again, whole")
+            opened[name] = self._files.enter_context(safe_open(folder / name, framework="pt"))
+        self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].get_slice(name).get_shape())
+
+    def dtype(self, name: str) -> torch.dtype:
+        text = self._tensors[name].get_slice(name).get_dtype()
+        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == text)
+
+    def read(self, name: str) -> Tensor:
+        return self._tensors[name].get_tensor(name)
+
+    def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
+        shape = self.shape(name)
+        if not shape:
+            return self.read(name).view(-1)[start:start + numel]
+        row = torch.Size(shape[1:]).numel()  # safetensors slices by rows: read those that cover the range
+        first, last = start // row, -(-(start + numel) // row)
+        return self._tensors[name].get_slice(name)[first:last].reshape(-1)[start - first * row:][:numel]
+
+
+def _from_hub(name: str) -> Path:
+    """Return where the weights of a hub model lie on this machine, fetched if that is allowed (HF_HUB_OFFLINE)."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
+    except Exception as error:  # its errors have no common base
+        raise CheckpointError("no weights here: neither a folder nor a model on the hub that can be reached", where=name,
+                              value=str(error).splitlines()[0], remedy="name a run, a checkpoint or a transformers folder") from error
