@@ -135,7 +135,7 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
 
 
-def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path, grace_s: float = GRACE_S) -> int:
+def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> int:
     """Return the exit code of ``procs`` processes of ``command``. Each has its log; rank 0's goes to the console as well."""
     logs.mkdir(exist_ok=True)
     ranks: list[Rank] = []
@@ -147,7 +147,7 @@ def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path, grac
                     ranks[-1].process.terminate()
             for pump in (pump for rank in ranks for pump in rank.pumps):
                 pump.start()  # not earlier: no thread may run where processes are forked
-            failed = _watch(ranks, grace_s=grace_s)
+            failed = _watch(ranks)
     finally:
         for rank in ranks:
             if rank.process.poll() is None:
@@ -217,12 +217,12 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _watch(ranks: Sequence[Rank], *, grace_s: float) -> Rank | None:
-    """Return the rank that failed first, once all have ended; the others are killed ``grace_s`` after it."""
+def _watch(ranks: Sequence[Rank]) -> Rank | None:
+    """Return the rank that failed first, once all have ended; the others are killed ``GRACE_S`` after it."""
     failed, deadline = None, float("inf")
     while running := [rank for rank in ranks if rank.process.poll() is None]:
         if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):
-            failed, deadline = min(down, key=lambda rank: rank.process.returncode), time.monotonic() + grace_s  # a killed one first
+            failed, deadline = min(down, key=lambda rank: rank.process.returncode), time.monotonic() + GRACE_S  # a killed one first
         if time.monotonic() > deadline:
             for rank in running:
                 rank.kill()

@@ -16,11 +16,12 @@ from tests.helpers.cli import ROOT
 
 DRIVER = """
 import sys
-from launch.local import launch
+from launch import local
 from launch.request import Request
 from hfscale.errors import UserError
+local.GRACE_S = float(sys.argv[2])
 try:
-    code = launch(Request("config.yaml", worker="tests.launch.acting_rank", procs=int(sys.argv[1])))
+    code = local.launch(Request("config.yaml", worker="tests.launch.acting_rank", procs=int(sys.argv[1])))
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     code = 2
@@ -31,9 +32,8 @@ sys.exit(code)
 def start(folder: Path, act: str, *, procs: int = 2, grace_s: float = 0.3) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "ACT": act, "CUDA_VISIBLE_DEVICES": ""}
     env.pop("OMP_NUM_THREADS", None)
-    driver = DRIVER.replace("import sys\n", f"import sys\nfrom launch import local\nlocal.run_ranks.__kwdefaults__['grace_s'] = {grace_s}\n", 1)
-    return subprocess.Popen([sys.executable, "-c", driver, str(procs)], cwd=folder, env=env, text=True, stdin=subprocess.DEVNULL,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen([sys.executable, "-c", DRIVER, str(procs), str(grace_s)], cwd=folder, env=env, text=True,
+                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
 
 
 def finish(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:

@@ -1,0 +1,116 @@
+"""A run directory is made once, goes on, refuses what contradicts it, and forgets nothing."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from hfscale.config.load import load_config
+from hfscale.errors import CheckpointError, ConfigError, UserError
+from launch import run_dir
+from launch.request import Request, check
+
+
+def attempt(*overrides: str, source: str = "config.yaml") -> list[str]:
+    loaded = Request(source, overrides).load()
+    with run_dir.locked(loaded.config.run_dir):
+        said = run_dir.compare(loaded.config)
+        run_dir.record(loaded, launcher="local", procs=2)
+    return said
+
+
+def trained(folder: Path) -> Path:
+    attempt()
+    (folder / "runs/first/metrics.jsonl").write_text('{"step": 1}\n')
+    return folder / "runs/first"
+
+
+def test_a_new_run_records_what_made_it(folder: Path):
+    assert attempt("optim.lr=1e-3") == []
+    path = folder / "runs/first"
+    assert load_config(path / "config.yaml").config == Request("config.yaml", ("optim.lr=1e-3",)).load().config
+    [entry] = json.loads((path / "environment.json").read_text())
+    assert entry["sources"]["optim.lr"] == "command line"
+    assert entry["sources"]["run.name"] == "config.yaml:1"
+    assert entry["versions"]["pydantic"]
+    assert (entry["procs"], entry["changes"]) == (2, [])
+
+
+def test_an_untrained_run_takes_any_config(folder: Path):
+    attempt()
+    assert attempt("run.seed=3", "data.seq_len=16") == []
+    entries = json.loads((folder / "runs/first/environment.json").read_text())
+    assert entries[1]["changes"] == ["run.seed: 17 -> 3", "data.seq_len: 32 -> 16"]
+
+
+def test_a_trained_run_refuses_what_it_was_not_trained_with(folder: Path):
+    path = trained(folder)
+    before = (path / "config.yaml").read_text()
+    (folder / "runs/first-2").mkdir()
+    with pytest.raises(CheckpointError) as caught:
+        attempt("run.seed=3", "data.seq_len=16", "optim.lr=1e-3")
+    text = str(caught.value)
+    assert "run.seed: 17 -> 3" in text
+    assert "data.seq_len: 32 -> 16" in text
+    assert "optim.lr" not in text
+    assert "run.name=first-3" in text, "a name that is free"
+    assert (path / "config.yaml").read_text() == before
+
+
+def test_a_trained_run_goes_on_with_notices_and_keeps_the_old_values(folder: Path):
+    path = trained(folder)
+    [notice] = attempt("train.steps=20", "engine.zero_stage=3")
+    assert "train.steps: 10 -> 20" in notice
+    assert load_config(path / "config.yaml").config.engine.zero_stage == 3
+    assert json.loads((path / "environment.json").read_text())[1]["changes"] == ["train.steps: 10 -> 20", "engine.zero_stage: 1 -> 3"]
+
+
+def test_a_run_directory_is_a_config_and_may_be_moved(folder: Path):
+    trained(folder)
+    (folder / "runs").rename(folder / "elsewhere")
+    assert attempt("train.steps=30", source="elsewhere/first") == ["the run goes on with train.steps: 10 -> 30"]
+    assert load_config(folder / "elsewhere/first/config.yaml").config.run_dir == folder / "elsewhere/first"
+    assert not (folder / "runs").exists()
+
+
+def test_other_folders_are_left_alone(folder: Path):
+    (folder / "runs/first").mkdir(parents=True)
+    (folder / "runs/first/thesis.tex").write_text("mine")
+    with pytest.raises(CheckpointError, match=r"thesis\.tex"):
+        attempt()
+    with pytest.raises(ConfigError, match="not a run directory"):
+        Request("shards").load()
+    (folder / "runs/file").write_text("")
+    with pytest.raises(CheckpointError, match="is a file"):
+        run_dir.compare(Request("config.yaml", ("run.name=file",)).load().config)
+    with pytest.raises(ConfigError, match="cannot make the run directory"), run_dir.locked(folder / "config.yaml/below"):
+        pass
+
+
+def test_an_attempt_that_was_killed_early_is_no_obstacle(folder: Path):
+    attempt()
+    (folder / "runs/first/config.yaml").unlink()
+    assert attempt() == []
+
+
+def test_one_at_a_time(folder: Path):
+    path = folder / "runs/first"
+    with run_dir.locked(path), pytest.raises(CheckpointError, match="another job is at work"), run_dir.locked(path):
+        pass
+    with run_dir.locked(folder / "runs/first"):
+        pass
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (("data.sources.0.shards=nowhere",), "nowhere"),
+    (("data.validation.shards=nowhere",), "nowhere"),
+    (("tokenizer.path=./nothing",), "hfscale tokenizer train"),
+    (("engine.precision=fp16",), "fp16 needs a GPU"),
+    (("engine.offload=parameters",), "stage 3"),
+    (("engine.extra={zero_optimization: {stage: 2}}",), "engine.extra"),
+])
+def test_what_can_be_known_before_is_checked_before(folder: Path, overrides: tuple[str, ...], words: str):
+    with pytest.raises(UserError, match=words):
+        check(Request("config.yaml", overrides).load().config, device_type="cpu")
+    check(Request("config.yaml").load().config, device_type="cpu")
