@@ -22,10 +22,13 @@ readarray -t made < <("$PYTHON" - "$folder" <<'PYTHON'
 import json, re, sys, sysconfig
 from pathlib import Path
 
-folder, name, pattern, exclude, prompt = sys.argv[1], "quickstart", "**/*", "", "def __init__(self"
+folder, name, pattern, exclude, prompt, document_mb = sys.argv[1], "quickstart", "**/*", "", "def __init__(self", 4.0
 if folder:
     name += "-" + re.sub(r"[^\w.-]+", "-", Path(folder).name)
-    for file in sorted(p for p in Path(folder).rglob("*") if p.is_file()):
+    files = sorted(p for p in Path(folder).rglob("*") if p.is_file())
+    # a few long files must give enough documents for some to be held out
+    document_mb = min(4.0, max(0.004, sum(p.stat().st_size for p in files) / 200e6))
+    for file in files:
         start = file.read_bytes()[:4000].decode("utf-8", "ignore").split()
         if start:
             prompt = start[0][:12]
@@ -42,6 +45,7 @@ source:
   path: {text(folder)}
   pattern: {text(pattern)}
   exclude: {text(exclude)}
+  document_mb: {document_mb:.3f}
 split: {{validation: 0.05}}
 tokenizer: {{kind: bpe, vocab_size: 4096, path: {text(f"{corpus}/tokenizer")}}}
 shards: {{path: {text(f"{corpus}/shards")}, shard_mb: 8, chunk_mb: 1}}

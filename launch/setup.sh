@@ -57,7 +57,7 @@ prepare_python() {
         return
     fi
     say "Installing hfscale${extra:+ with its $extra tools} into $prefix (pins: constraints.txt; a few minutes the first time)"
-    [ -e /dev/nvidiactl ] || echo "    No GPU here: torch from PyPI would bring several GB of CUDA. To avoid it, point PIP_EXTRA_INDEX_URL at PyTorch's CPU wheels."
+    [ -e /dev/nvidiactl ] || echo "    No GPU here: torch from PyPI may bring several GB of CUDA; PIP_EXTRA_INDEX_URL or PIP_FIND_LINKS can point at CPU wheels instead."
     target=.${extra:+[$extra]}
     # DS_BUILD_OPS=0: DeepSpeed's compiled kernels are optional, and building them needs CUDA's compiler.
     run env DS_BUILD_OPS=0 "$PYTHON" -m pip install --disable-pip-version-check -c constraints.txt -e "$target" || stop "" \

@@ -1,6 +1,6 @@
 """Raw text as a stream of documents, always in the same order: files by path, rows by number.
 
-A text file is a document. One longer than ``PIECE_BYTES`` becomes several, cut at line ends, so that a whole corpus in
+A text file is a document. One longer than ``document_mb`` becomes several, cut at line ends, so that a whole corpus in
 one file can be split, spread over processes and read in bounded memory.
 """
 from __future__ import annotations
@@ -23,7 +23,6 @@ from hfscale.config.schema import TextSource
 from hfscale.errors import DataError, nearest
 from hfscale.shards.tars import walk
 
-PIECE_BYTES = 4 << 20
 EXAMPLES = 3  # of skipped files that a report names
 
 
@@ -63,9 +62,10 @@ class Corpus:
         return {"format": self.source.format, **chosen, "files": len(self.files), "bytes": self.total_bytes, "listing": self.digest}
 
     def _text(self, file: Path) -> Iterator[str]:
+        limit = max(1, round(self.source.document_mb * 1e6))
         with _open(file) as stream:
-            while piece := stream.read(PIECE_BYTES):
-                if len(piece) == PIECE_BYTES:
+            while piece := stream.read(limit):
+                if len(piece) == limit:
                     piece += stream.readline()
                 try:
                     yield piece.decode("utf-8-sig")
@@ -145,14 +145,14 @@ def _csv(file: Path, name: str) -> Iterator[str]:
         lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(stream))
         rows = csv.DictReader(lines)
         while True:
-            where = f"{file}:{rows.line_num + 1}"
             try:
                 row = next(rows)
             except StopIteration:
                 return
             except (UnicodeDecodeError, csv.Error) as error:
-                raise DataError(f"not a readable csv row: {error}", where=where, remedy="a header line, commas, UTF-8") from None
-            yield _text_of(row, name, where)
+                raise DataError(f"not a readable csv row: {error}", where=f"{file}:{rows.line_num + 1}",
+                                remedy="a header line, commas, UTF-8") from None
+            yield _text_of(row, name, f"{file}:{rows.line_num}")
 
 
 def _parquet(file: Path, name: str) -> Iterator[str]:
