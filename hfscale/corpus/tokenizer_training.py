@@ -37,6 +37,7 @@ class Recipe:
     tokenizer: Tokenizer
     trainer: Any
     names: dict[str, str]
+    inputs: tuple[str, ...] = ("input_ids", "attention_mask")  # of the models that it is for
     by_line: bool = False  # train on lines, where a whole document as one "word" would be too long
 
 
@@ -139,7 +140,7 @@ def _wordpiece(training: TokenizerTraining) -> Recipe:
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
     trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_common(training, [*names.values()]))
-    return Recipe(tokenizer, trainer, names)
+    return Recipe(tokenizer, trainer, names, inputs=("input_ids", "token_type_ids", "attention_mask"))
 
 
 def _unigram(training: TokenizerTraining) -> Recipe:
@@ -178,7 +179,8 @@ def _finish(recipe: Recipe, kind: str) -> None:
 def _wrap(recipe: Recipe) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False, **recipe.names)
+    return PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False,
+                                   model_input_names=list(recipe.inputs), **recipe.names)
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, Any]) -> None:

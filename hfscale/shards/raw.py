@@ -80,7 +80,7 @@ def _index(tar: Path, extension: str | None) -> ShardIndex:
             if key != current and members:
                 close(current, members)
                 members = {}
-            if name in members:
+            if name.lower() in members:
                 raise DataError("a sample has two members of one name", where=f"{tar}, member {member.name}")
             current, members[name.lower()] = key, member
         if members:

@@ -30,11 +30,11 @@ def manifests_at(path: str | Path) -> list[Manifest]:
     return [Manifest.load(one) for one in inner or [folder]]
 
 
-def verify(manifest: Manifest, *, threads: int, checked: Callable[[ShardEntry], None] = lambda entry: None) -> list[str]:
-    """Return what is wrong with the shards of ``manifest``, one line a finding; ``checked`` is called after each shard."""
+def verify(manifest: Manifest, *, threads: int, advance: Callable[[int], object] = lambda size: None) -> list[str]:
+    """Return what is wrong with the shards of ``manifest``, one line a finding; ``advance`` is told the bytes of each that is done."""
     def check(entry: ShardEntry) -> list[str]:
         findings = [f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)]
-        checked(entry)
+        advance(entry.bytes)
         return findings
 
     with ThreadPoolExecutor(threads) as pool:  # hashing leaves the interpreter free

@@ -146,6 +146,8 @@ class _HashedFile(io.FileIO):
 
     def write(self, data: Any) -> int:
         view = memoryview(data)
+        if self.closed:
+            return len(view)  # discarded: tarfile still flushes when it is forgotten
         self.sha256.update(view)
         done = 0
         while done < len(view):  # a raw write may be short

@@ -67,7 +67,7 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one 
     findings: list[str] = []
     for manifest in manifests_at(path):
         with tqdm(total=manifest.bytes, desc=f"verifying {manifest.folder.name}", unit="B", unit_scale=True, disable=None) as bar:
-            found = verify_manifest(manifest, threads=available_cores(), checked=lambda entry, bar=bar: bar.update(entry.bytes))
+            found = verify_manifest(manifest, threads=available_cores(), advance=bar.update)
         findings += found
         print(f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens  {manifest.folder}")
     if findings:
