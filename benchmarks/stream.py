@@ -165,9 +165,10 @@ def main() -> None:
     lines = []
     for name in readers:
         reached = ratio(later[name], later[base])
-        lines.append([name, spread(first[name], form="{:.0f}"), f"{ratio(first[name], first[base]):.2f}", spread(later[name], form="{:.0f}"),
-                      f"{reached:.2f}", verdict(reached, at_least=targets[name]) if name in targets else ""])
-    half = median(resumes["0.5"]) * 1e3
+        lines.append([name, spread(first[name], form="{:.0f}"), f"{ratio(first[name], first[base]):.2f}",
+                      spread(later[name], form="{:.0f}"), f"{reached:.2f}",
+                      verdict(reached, at_least=targets[name]) if name in targets else ""])
+    half, peak_gib = median(resumes["0.5"]) * 1e3, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     record("stream", "\n\n".join([
         f"{where} {arguments.tokens:.3g} tokens, batches of {BATCH} x {SEQ} int64, one process. M tokens/s, median (quartiles) of "
         f"{arguments.turns} turns; ratios to the flat file of the same turn. First pass: with opening, checksums, page faults.",
@@ -175,8 +176,7 @@ def main() -> None:
         "Resume, from a state to the first batch, checksums included: "
         + ", ".join(f"{median(seconds) * 1e3:.1f} ms at {place} epochs" for place, seconds in resumes.items())
         + f". At 50 %: {verdict(half, at_most=20)} ms.",
-        order_alone(arguments.turns) + f" Peak memory of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20:.2f} GiB, "
-        "mapped pages of the corpus included.",
+        order_alone(arguments.turns) + f" Peak memory of this process: {peak_gib:.2f} GiB, mapped pages of the corpus included.",
     ]))
 
 

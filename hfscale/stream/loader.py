@@ -26,7 +26,7 @@ from hfscale.stream.rows import Rows, TokenRows
 
 SLAB_TOKENS = 2**19  # of a slab (4 MiB of ids), where a step is not larger
 SLAB_STEPS = 64  # at most: more would not make the hand-over cheaper
-PLAN_ROWS = 8192  # located at once: 0.1 us a row then, four times that for 256
+PLAN_ROWS = 8192  # of all ranks that are placed at once, in whole steps: 0.1 us a row then, four times that for 256
 STATE_VERSION = 1
 
 
@@ -90,7 +90,8 @@ class Stream:
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         self._share = global_batch // world_size  # rows of this rank in a step
-        slab_steps = max(1, min(SLAB_STEPS, SLAB_TOKENS // (self._share * rows.seq_len)))
+        slab_steps = max(1, min(SLAB_STEPS, SLAB_TOKENS // (self._share * rows.seq_len), PLAN_ROWS // global_batch))
+        self._plan_steps = max(1, PLAN_ROWS // global_batch // slab_steps) * slab_steps
         slabs = 1 + -(-prefetch_steps // slab_steps)  # one being trained on, the others being filled
         self._slab_rows = slab_steps * self._share
         self._free: queue.SimpleQueue[_Slab | None] = queue.SimpleQueue()
@@ -144,15 +145,15 @@ class Stream:
         """Fill free slabs from position ``start`` on until told to stop; what goes wrong is handed over like a slab."""
         try:
             plan = self._plan(start)
-            while (slab := self._free.get()) is not None:
+            while (slab := self._free.get()) is not None and self._error is None:  # until close()
                 slab.fill(self._rows, *next(plan))
                 self._full.put(slab)
         except BaseException as error:  # it belongs to the thread that trains
             self._full.put(error)
 
     def _plan(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield positions, shards and rows of one slab after the other, from ``start`` on. Many rows are located at once."""
-        steps, most = 1, max(1, PLAN_ROWS // self._slab_rows) * self._slab_rows // self._share
+        """Yield positions, shards and rows of one slab after the other, from ``start`` on. Many steps are placed at once."""
+        steps = 1
         while True:
             positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
                                           world_size=self._world_size).ravel()
@@ -161,7 +162,7 @@ class Stream:
                 part = slice(first, first + self._slab_rows)
                 yield positions[part], places.shard[part], places.row[part]
             start += steps * self._global_batch
-            steps = min(2 * steps, most)
+            steps = min(2 * steps, self._plan_steps)
 
 
 class EvaluationRows:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from hfscale.errors import DataError
+from hfscale.stream import loader
 from hfscale.stream.digest import batch_digest
 from hfscale.stream.loader import EvaluationRows, Stream, StreamState
 from hfscale.stream.order import Order
@@ -55,6 +56,20 @@ def test_any_chain_of_stops_gives_the_uninterrupted_run(make_corpus):
         digests += part
     assert digests == oracle
     assert state == last
+
+
+@pytest.mark.parametrize(("slab_tokens", "slab_steps", "plan_rows", "prefetch_steps"), [
+    (1, 64, 1, 1), (3 * 24 * SEQ, 64, 24 * 20, 2), (10**9, 5, 24 * 11, 9), (10**9, 2, 10**6, 40),
+])
+def test_slabs_plans_and_prefetch_change_nothing(make_corpus, monkeypatch, slab_tokens, slab_steps, plan_rows, prefetch_steps):
+    corpus = make_corpus()
+    oracle, positions, _ = train(corpus, 90)
+    monkeypatch.setattr(loader, "SLAB_TOKENS", slab_tokens)
+    monkeypatch.setattr(loader, "SLAB_STEPS", slab_steps)
+    monkeypatch.setattr(loader, "PLAN_ROWS", plan_rows)
+    digests, other, _ = train(corpus, 90, prefetch_steps=prefetch_steps)
+    assert digests == oracle
+    np.testing.assert_array_equal(other, positions)
 
 
 def test_one_epoch_holds_every_row_once(make_corpus):
