@@ -24,7 +24,7 @@ from hfscale.errors import DataError
 from hfscale.log import logger
 from hfscale.models.build import build_model, special_ids
 from hfscale.models.flops import flops_per_token, peak_flops
-from hfscale.models.load import load_weights
+from hfscale.models.load import load_weights, local_folder
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
@@ -91,7 +91,7 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.d
                         seed=config.run.seed, context=lambda: construction(config, device_type=device.type), gather=gather,
                         overrides=special_ids(tokenizer))
     if config.model.pretrained is not None:
-        load_weights(model, open_weights(config.model.pretrained), gather)
+        load_weights(model, open_weights(local_folder(config.model.pretrained)), gather)
     return model
 
 

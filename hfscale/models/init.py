@@ -9,7 +9,7 @@ copied back. No rank ever holds more than one module's part. Source: transformer
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
@@ -32,18 +32,21 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
     Raises:
         ConfigError: for an architecture whose initialization reaches parameters that the walk does not gather.
     """
+    model.tie_weights()  # a tied tensor is drawn by its last module; so far only the construction of ZeRO 3 has tied them
     _float_buffers_to_fp32(model)
     undrawn = set(model.parameters())
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for path, module, owner in _children_first("", model, model):
-            params = dict.fromkeys(p for near in (module, *module.children()) for p in near.parameters(recurse=False))
-            far = {p: p._version for p in module.parameters() if p not in params}
-            with gather(list(params)) if gather and params else nullcontext(), _fp32_on_cpu(params, undrawn):
-                for thing in (module, *params, *module.buffers(recurse=False)):
+            near = _near(path, module, model.all_tied_weights_keys)
+            far = {p: p._version for p in module.parameters() if p not in near}
+            with gather(list(near)) if gather and near else nullcontext(), _fp32_on_cpu(list(near), undrawn):
+                for thing in (module, *module.buffers(recurse=False)):
                     thing._is_hf_initialized = False  # type: ignore[union-attr, assignment, attr-defined]
+                for p, is_copy in near.items():
+                    p._is_hf_initialized = is_copy  # type: ignore[attr-defined]
                 torch.default_generator.manual_seed(_seed(seed, path))
                 owner._init_weights(module)
-                own = list(module.parameters(recurse=False))
+                own = [p for p in module.parameters(recurse=False) if not near[p]]
                 if own and all(p.isnan().all() for p in own) and callable(reset := getattr(module, "reset_parameters", None)):
                     reset()  # a torch module that the architecture leaves to torch (openai-gpt's norms)
             if gather and any(p._version != version for p, version in far.items()):
@@ -52,9 +55,20 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                     where="engine.zero_stage", value=type(module).__name__,
                     remedy="set engine.zero_stage=2, or choose another architecture",
                 )  # fmt: skip
-    names = [name for name, p in model.named_parameters() if p in undrawn]
     model.tie_weights()
-    return names
+    return [name for name, p in model.named_parameters() if p in undrawn]
+
+
+def _near(path: str, module: nn.Module, tied: Mapping[str, str]) -> dict[Parameter, bool]:
+    """Return the module's own and direct children's parameters; True = a copy by a tie, which another module draws.
+
+    Judged by name, since some builds are tied already and others not yet; one that has its own name here too is no copy.
+    """
+    near: dict[Parameter, bool] = {}
+    for name, p in module.named_parameters(prefix=path, remove_duplicate=False):
+        if name.removeprefix(f"{path}.").count(".") <= 1:
+            near[p] = near.get(p, True) and name in tied
+    return near
 
 
 def _children_first(path: str, module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
@@ -65,7 +79,7 @@ def _children_first(path: str, module: nn.Module, owner: PreTrainedModel) -> Ite
 
 
 @contextmanager
-def _fp32_on_cpu(params: dict[Parameter, None], undrawn: set[Parameter]) -> Iterator[None]:
+def _fp32_on_cpu(params: list[Parameter], undrawn: set[Parameter]) -> Iterator[None]:
     """Exchange the parameters' data for fp32 on the CPU, NaN where nothing was drawn yet, and copy it back at the end.
 
     What nobody draws keeps its constructor's value where that is a constant vector (a zero bias); anything else stays NaN.

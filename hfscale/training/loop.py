@@ -17,7 +17,6 @@ from hfscale.dist.agree import Agreed, agree, sum_over_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.engine.engine import Engine, StepStats
 from hfscale.errors import CheckpointError
-from hfscale.log import logger
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Batch, Objective
@@ -136,7 +135,6 @@ class Trainer:
     def _save(self) -> None:
         state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen, "stream": self.stream.state().to_dict()}
         self.checkpoints.save(self.engine, state, step=self.state.step)
-        logger.info(f"checkpoint of step {self.state.step}")
 
 
 def ids(batches: Iterable[Batch]) -> list[torch.Tensor]:
@@ -152,9 +150,16 @@ def seeded(losses: Iterator[torch.Tensor], *, seed: int, step: int, rank: int) -
     micro_batch = 0
     while True:
         name = f"{seed}/{step}/{rank}/{micro_batch}".encode()
-        torch.manual_seed(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1)
+        seed_generators(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1)
         try:
             yield next(losses)
         except StopIteration:
             return
         micro_batch += 1
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the generators in use as ``torch.manual_seed`` does, which without a GPU formats a stack trace each time (0.3 ms)."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed(seed)
