@@ -116,7 +116,7 @@ class _Side:
         first = self._added == self._mark.documents
         self._current = document.digest
         if first:
-            self._check_same()
+            self._check_same(document.digest)
         self.writer.add(ids[self._mark.offset:] if first else ids)
         self._start += len(ids)
         self._pass(document.digest)
@@ -124,7 +124,7 @@ class _Side:
     def close(self) -> None:
         """Return with the last shard committed."""
         if self._added <= self._mark.documents:
-            self._check_same()
+            self._check_same(None)
         self.writer.close()
 
     def _pass(self, digest: bytes) -> None:
@@ -139,11 +139,16 @@ class _Side:
             digest.update(self._current)
             mark = Mark(self._added + 1, 0, digest.hexdigest())
         else:
-            mark = Mark(self._added, self._tokens - self._start, digest.hexdigest())
+            offset = self._tokens - self._start
+            digest.update(self._current if offset else b"")
+            mark = Mark(self._added, offset, digest.hexdigest())
         self._ledger.commit(self._side, shard, mark)
 
-    def _check_same(self) -> None:
-        if self._mark.digest and (self._added != self._mark.documents or self._hash.hexdigest() != self._mark.digest):
+    def _check_same(self, cut: bytes | None) -> None:
+        """Return if the documents before the mark are the same as ever, and so is the one that the mark cuts (None: there is none)."""
+        digest = self._hash.copy()
+        digest.update(cut if cut and self._mark.offset else b"")
+        if self._mark.digest and (self._added != self._mark.documents or digest.hexdigest() != self._mark.digest):
             raise DataError("the source has changed since this build was interrupted", where=self._folder,
                             remedy="restore the source and run again, or set shards.path to a new folder")
 

@@ -27,7 +27,7 @@ class Mark:
 
     documents: int = 0  # whole documents before it
     offset: int = 0  # tokens of the next document before it
-    digest: str = ""  # of those documents' digests, to see that the source is still the same
+    digest: str = ""  # of those documents' digests, and the next one's if it is cut: is the source still the same?
 
 
 class Ledger:
@@ -54,6 +54,10 @@ class Ledger:
             raise DataError("another build is writing here", where=folder, remedy=remedy) from None
         try:
             self._read(json.loads(json.dumps(plan)))
+        except (ValueError, KeyError, TypeError) as error:
+            self.close()
+            raise DataError(f"the ledger of a build is damaged: {error}", where=self.path,
+                            remedy="set shards.path to a new folder, or remove this one if it is not needed") from None
         except BaseException:
             self.close()
             raise

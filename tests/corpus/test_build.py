@@ -166,10 +166,16 @@ def interrupted(corpus: Path, out: str) -> CorpusConfig:
     return settings
 
 
-def test_a_source_that_changed_since_the_interruption_is_refused(corpus: Path) -> None:
-    settings = interrupted(corpus, "changed")
-    file = Path(settings.source.path) / "000.txt"
-    file.write_text(file.read_text().swapcase())  # same names, same sizes
+@pytest.mark.parametrize("which", ["first", "cut"])
+def test_a_source_that_changed_since_the_interruption_is_refused(corpus: Path, which: str) -> None:
+    settings = interrupted(corpus, f"changed-{which}")
+    train = [json.loads(line) for line in (settings.shards.path / "ledger.jsonl").read_bytes().splitlines()[1:]]
+    mark = next(line["mark"] for line in reversed(train) if line["side"] == "train")
+    assert mark["offset"] > 0
+    corpus_of = assign(open_corpus(settings.source).documents(), settings.split, Counts())
+    text = [document.text for document in corpus_of if document.side == "train"][mark["documents"] if which == "cut" else 0]
+    file = next(file for file in Path(settings.source.path).rglob("*.txt") if file.read_bytes() == text.encode())
+    file.write_bytes(text[:-1].encode() + (b"?" if len(text[-1].encode()) == 1 else "？".encode()))  # same name, same size
     with pytest.raises(DataError, match="has changed since this build was interrupted"):
         build_shards(settings)
 
@@ -179,6 +185,13 @@ def test_a_missing_committed_shard_is_reported(corpus: Path) -> None:
     (settings.shards.path / "train" / "shard-000000.tar").unlink()
     with pytest.raises(DataError, match="missing or has another size"):
         build_shards(settings)
+
+
+def test_a_damaged_ledger_is_refused(corpus: Path) -> None:
+    (corpus / "torn").mkdir()
+    (corpus / "torn" / "ledger.jsonl").write_text('{"plan": \n')
+    with pytest.raises(DataError, match="ledger of a build is damaged"):
+        build_shards(config(corpus, "torn"))
 
 
 @pytest.mark.usefixtures("built")
