@@ -79,7 +79,7 @@ class Order:
         """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
 
         A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into ``world_size`` equal slices,
-        so that a rank stays with its lanes' shards. Whatever the slices, the step is the same.
+        so where lanes divide the global batch a rank stays with its lanes' shards. Whatever the slices, the step is the same.
         """
         positions = start + np.arange(count * global_batch, dtype=np.int64).reshape(count, global_batch)
         by_lane = np.argsort(positions % self.rows % self.lanes, axis=1, kind="stable")
