@@ -7,12 +7,13 @@ from __future__ import annotations
 import pdb
 import shutil
 import sys
+import traceback
 
 from hfscale import log, worker
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.rules import solve_batch
 from hfscale.config.schema import RunConfig
-from hfscale.errors import EXIT_DONE, UserError
+from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
 from launch import run_dir
 from launch.local import gpu_count
@@ -48,12 +49,13 @@ def launch(request: Request) -> int:
         file = run_dir.record(loaded, launcher="debug", procs=1)
         try:
             return worker.run(file)
-        except UserError:
+        except (UserError, UnhealthyError):
             raise
         except Exception:
+            traceback.print_exc()
             if sys.stdin.isatty():
                 pdb.post_mortem()
-            raise
+            return 1
 
 
 def tiny(wanted: Loaded[RunConfig], *, on_gpu: bool) -> list[str]:

@@ -1,10 +1,31 @@
-"""What the debug launcher makes of a config; that it trains is tested with the jobs."""
+"""The debug launcher: tiny, in the foreground, in a directory of its own, with a debugger where it breaks."""
 from __future__ import annotations
 
+import os
+import pty
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
+
+from hfscale.config.load import load_config
 from launch.debug import tiny
 from launch.request import Request
+from tests.helpers.cli import ROOT, hfscale
+from tests.helpers.corpus import make_corpus
+
+BROKEN = """
+import sys
+from hfscale import worker
+from launch import debug
+from launch.request import Request
+def run(file):
+    clue = "found" + "it"
+    raise RuntimeError("broken")
+worker.run = run
+sys.exit(debug.launch(Request("config.yaml")))
+"""
 
 
 def test_tiny_values_give_way_to_the_command_line(folder: Path):
@@ -26,3 +47,33 @@ def test_any_length_and_precision_becomes_tiny(folder: Path):
     assert (config.engine.precision, config.engine.compile) == ("fp32", False)
     again = Request("config.yaml", ("run.name=first-debug",))
     assert again.load(tiny(again.load(), on_gpu=False)).config.run.name == "first-debug"
+
+
+def test_an_error_opens_the_debugger_on_a_terminal_only(folder: Path):
+    env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
+    command = [sys.executable, "-c", BROKEN]
+    done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert "RuntimeError: broken" in done.stderr
+    assert "(Pdb)" not in done.stdout
+
+    ours, theirs = pty.openpty()
+    os.write(ours, b"p clue\nquit\n")
+    done = subprocess.run(command, cwd=folder, env=env, stdin=theirs, capture_output=True, text=True, timeout=60)
+    os.close(ours), os.close(theirs)
+    assert done.returncode == 1
+    assert "(Pdb)" in done.stdout
+    assert "'foundit'" in done.stdout
+
+
+@pytest.mark.slow
+def test_a_debug_run_trains_and_starts_afresh_each_time(tmp_path: Path):
+    make_corpus(tmp_path)
+    (tmp_path / "llama.yaml").write_text(f"extends: {ROOT / 'configs/debug/tiny_llama.yaml'}\ntokenizer: {{path: tokenizer}}\n"
+                                         "data: {sources: [{shards: shards/train}], validation: {shards: shards/validation}}\n")
+    for _ in range(2):
+        done = hfscale("pretrain", "llama.yaml", "data.seq_len=32", "--launcher", "debug", cwd=tmp_path)
+        assert "step 6/6" in done.stderr
+    assert "replacing the earlier debug run" in done.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-llama-debug"]
+    assert load_config(tmp_path / "runs/tiny-llama-debug/config.yaml").config.engine.zero_stage == 3
