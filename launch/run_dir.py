@@ -26,6 +26,7 @@ from hfscale.config.rules import differences, resume_differences
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.shards.files import write_atomically
+from hfscale.tokenizer import tokenizer_digest
 from launch.request import CONFIG
 
 ENVIRONMENT = "environment.json"
@@ -51,6 +52,8 @@ def compare(config: RunConfig) -> list[str]:
     if not _has_trained(path):
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
+    if any(difference.key == "tokenizer.path" for difference in refused) and _is_the_runs_tokenizer(path, config.tokenizer.path):
+        refused = [difference for difference in refused if difference.key != "tokenizer.path"]  # it was only moved
     if refused:
         changes = "".join(f"\n          {difference}" for difference in refused)
         raise CheckpointError(f"this run has trained with another config; a resume cannot change:{changes}", where=path,
@@ -105,6 +108,14 @@ def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
 def _has_trained(path: Path) -> bool:
     metrics = path / "metrics.jsonl"
     return bool(layout.candidates(path / layout.FOLDER)) or (metrics.is_file() and metrics.stat().st_size > 0)
+
+
+def _is_the_runs_tokenizer(path: Path, tokenizer: str) -> bool:
+    """Return whether the folder ``tokenizer`` has the digest that the newest checkpoint of the run speaks of."""
+    saved = layout.committed(path / layout.FOLDER)
+    if not saved or not Path(tokenizer).is_dir():
+        return False
+    return json.loads((saved[-1] / layout.STATE).read_text("utf-8")).get("tokenizer_digest") == tokenizer_digest(tokenizer)
 
 
 def _other_name(config: RunConfig) -> str:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from hfscale.checkpoint.manifest import write_file, write_manifest
 from hfscale.config.load import load_config
 from hfscale.errors import CheckpointError, ConfigError, UserError
+from hfscale.tokenizer import tokenizer_digest
 from launch import run_dir
 from launch.request import Request, check
 
@@ -72,6 +74,20 @@ def test_a_run_directory_is_a_config_and_may_be_moved(folder: Path):
     assert attempt("train.steps=30", source="elsewhere/first") == ["the run goes on with train.steps: 10 -> 30"]
     assert load_config(folder / "elsewhere/first/config.yaml").config.run_dir == folder / "elsewhere/first"
     assert not (folder / "runs").exists()
+
+
+def test_a_moved_tokenizer_is_the_same_and_another_one_is_not(folder: Path):
+    path = trained(folder)
+    (folder / "tokenizer/tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}}}')
+    entry = write_file(path / "checkpoints/step-00000001", "state.json",
+                       [json.dumps({"tokenizer_digest": tokenizer_digest(folder / "tokenizer")}).encode()])
+    write_manifest(path / "checkpoints/step-00000001", [entry], step=1)
+    (folder / "tokenizer").rename(folder / "moved")
+    assert attempt("tokenizer.path=./moved") == []
+    (folder / "moved/tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"b": 0}}}')
+    (folder / "moved").rename(folder / "other")
+    with pytest.raises(CheckpointError, match=r"tokenizer\.path: .*moved.* -> .*other"):
+        attempt("tokenizer.path=./other")
 
 
 def test_other_folders_are_left_alone(folder: Path):
