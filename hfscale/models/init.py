@@ -32,7 +32,6 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
     Raises:
         ConfigError: for an architecture whose initialization reaches parameters that the walk does not gather.
     """
-    model.tie_weights()  # a tied tensor is drawn by its last module; so far only the construction of ZeRO 3 has tied them
     _float_buffers_to_fp32(model)
     undrawn = set(model.parameters())
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
@@ -62,7 +61,7 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
 def _near(path: str, module: nn.Module, tied: Mapping[str, str]) -> dict[Parameter, bool]:
     """Return the module's own and direct children's parameters; True = a copy by a tie, which another module draws.
 
-    Judged by name, since some builds are tied already and others not yet; one that has its own name here too is no copy.
+    Judged by name, since only transformers' own ZeRO 3 build is tied already; one that has its own name here too is no copy.
     """
     near: dict[Parameter, bool] = {}
     for name, p in module.named_parameters(prefix=path, remove_duplicate=False):

@@ -2,7 +2,7 @@
 
 Shape legend: B sequences, T tokens, V vocabulary, N = B * T. Logits may be fp32, bf16 or fp16.
 Autograd's own path keeps the logits three times in fp32; here they are kept once, as the model made them, and one chunk of
-fp32 numbers is in flight at a time. On a CPU, where a chunk stays in the cache, that is also two to ten times faster.
+fp32 numbers is in flight at a time. On a CPU, where a chunk stays in the cache, it is also 1.5 to 3 times faster.
 """
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # labels that ask nothing; same value as transformers
-CPU_CHUNK, GPU_CHUNK = 1 << 18, 1 << 26  # numbers in flight: 1 MiB of cache; few kernel launches and 256 MiB
+CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # numbers in flight: 4 MiB of cache; few kernel launches and 256 MiB
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:

@@ -102,6 +102,12 @@ def test_ties_hold() -> None:
     assert model.lm_head.weight is model.transformer.wte.weight
 
 
+def test_a_tied_embedding_is_drawn_as_an_embedding_not_as_the_head() -> None:
+    weight = build("bert").bert.embeddings.word_embeddings.weight
+    assert (weight[SPECIAL_IDS["pad_token_id"]] == 0).all()
+    assert (weight[SPECIAL_IDS["pad_token_id"] + 1] != 0).all()
+
+
 def test_undrawn_parameters_are_named() -> None:
     class Odd(GPT2LMHeadModel):
         def __init__(self, config: GPT2Config) -> None:
