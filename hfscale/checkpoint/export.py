@@ -19,7 +19,8 @@ from hfscale.errors import CheckpointError
 SHARD_BYTES = 2 * 2**30
 
 
-def write_weights(reader: WeightsReader, skeleton: PreTrainedModel, folder: Path, *, dtype: torch.dtype, shard_bytes: int = SHARD_BYTES) -> None:
+def write_weights(reader: WeightsReader, skeleton: PreTrainedModel, folder: Path, *, dtype: torch.dtype,
+                  shard_bytes: int = SHARD_BYTES) -> None:
     """Write every tensor of ``skeleton`` (a model on the meta device) from ``reader`` into ``folder`` as safetensors.
 
     Tied tensors are written once, as transformers does.

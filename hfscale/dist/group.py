@@ -17,6 +17,16 @@ TIMEOUT = timedelta(minutes=30)  # above the longest checkpoint write; hangs are
 _host_group: torch_dist.ProcessGroup | None = None
 
 
+def default_device() -> torch.device:
+    """Return the device of a process that works alone: the current GPU if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def device_name(device: torch.device) -> str:
+    """Return what computes: "cpu", or the GPU's name."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+
+
 def start(world: World) -> torch.device:
     """Join the group and return this rank's device.
 

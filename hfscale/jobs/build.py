@@ -10,12 +10,13 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import RunConfig
+from hfscale.dist.group import device_name
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.engine import Engine, construction, gathered
@@ -31,7 +32,7 @@ from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows, Stream, StreamState
 from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
-from hfscale.tokenizer import load_tokenizer, tokenizer_digest
+from hfscale.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
 from hfscale.training.evaluator import Evaluator
 from hfscale.training.loop import Trainer, TrainState
 
@@ -53,7 +54,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
         seq_len=data.seq_len, micro_batch=train.micro_batch, seed=config.run.seed, cross_document=data.cross_document,
         tokenizer=tokenizer, model_config=model.config))
 
-    flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters()))
+    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of the whole, at ZeRO 3
+    flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=parameters)
     engine = Engine.create(model, config=config, device=device)
     with engine.eval_mode():
         objective.check(engine, device=device)
@@ -74,20 +76,20 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
         throughput=Throughput(tokens_per_step=train.global_batch * data.seq_len, flops_per_token=flops,
                               peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
-        describe=describe(config, rows, tokenizer, world), total_steps=steps, seed=config.run.seed, rank=world.rank,
+        describe=describe(config, rows, tokenizer, world, device), total_steps=steps, seed=config.run.seed, rank=world.rank,
         world_size=world.world_size, metrics_every=config.metrics.every_steps, **validation(config, objective, tokenizer, world),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)
 
 
-def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.device) -> PreTrainedModel:
+def build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> PreTrainedModel:
     """Return the model with its initial (or pretrained) weights, partitioned where the ZeRO stage says so."""
     objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
 
     def gather(params: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return gathered(params, modify=True)
 
-    model = build_model(config.model, auto_model=objective.auto_model, vocab_size=len(tokenizer), seq_len=config.data.seq_len,
+    model = build_model(config.model, auto_model=objective.auto_model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len,
                         seed=config.run.seed, context=lambda: construction(config, device_type=device.type), gather=gather,
                         overrides=special_ids(tokenizer))
     if config.model.pretrained is not None:
@@ -95,13 +97,18 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerBase, device: torch.d
     return model
 
 
-def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> TokenRows:
+def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
     """Return the rows of a manifest, after checking that this tokenizer made them.
 
     Raises:
-        DataError: if another one did.
+        DataError: if another one did, or there are ids that it cannot give.
     """
     rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify)
+    assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
+    if rows.manifest.max_id >= vocabulary_size(tokenizer):
+        raise DataError("these shards hold ids that the tokenizer does not have", where=shards,
+                        value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
+                        remedy="build the shards again with this tokenizer, or give back the one that made them")
     made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     if made_by != have:
         raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
@@ -109,7 +116,7 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerBase
     return rows
 
 
-def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, Any]:
+def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, Any]:
     """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
     held_out = config.data.validation
     if held_out is None:
@@ -119,9 +126,10 @@ def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTok
     return {"evaluator": Evaluator(objective, rows), "validate_every": held_out.every_steps}
 
 
-def describe(config: RunConfig, rows: TokenRows, tokenizer: PreTrainedTokenizerBase, world: World) -> dict[str, Any]:
+def describe(config: RunConfig, rows: TokenRows, tokenizer: PreTrainedTokenizerFast, world: World, device: torch.device) -> dict[str, Any]:
     """Return what every checkpoint of this run says about itself, beside its position."""
-    return {"world_size": world.world_size, "zero_stage": config.engine.zero_stage, "precision": config.engine.precision,
+    return {"device": device_name(device), "world_size": world.world_size,
+            "zero_stage": config.engine.zero_stage, "precision": config.engine.precision,
             "data_fingerprint": rows.fingerprint, "tokenizer_digest": tokenizer_digest(tokenizer), "schedule": config.schedule.model_dump(),
             "rng": "torch is seeded from blake2b(seed/step/rank/micro-batch) before each forward",
             "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")}}

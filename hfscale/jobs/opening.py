@@ -6,17 +6,19 @@ from pathlib import Path
 
 import torch
 import transformers
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
+from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
+from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError
 from hfscale.models.build import check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
-from hfscale.tokenizer import load_tokenizer
+from hfscale.tokenizer import load_tokenizer, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -29,7 +31,7 @@ class RunModel:
     checkpoint: Path
     skeleton: PreTrainedModel
     reader: WeightsReader
-    tokenizer: PreTrainedTokenizerBase
+    tokenizer: PreTrainedTokenizerFast
 
     @property
     def dtype(self) -> torch.dtype:
@@ -63,12 +65,13 @@ def open_run(name: str) -> RunModel | None:
     return RunModel(config, checkpoint, _skeleton(config, tokenizer), open_weights(checkpoint), tokenizer)
 
 
-def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     """Return the causal model that ``name`` stands for, on the GPU if there is one, and its tokenizer.
 
     Raises:
         UserError: if there is no such model.
     """
+    disable_progress_bar()
     run = open_run(name)
     if run is not None:
         model, tokenizer = run.model(), run.tokenizer
@@ -79,13 +82,14 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         except (OSError, ValueError) as error:
             raise CheckpointError("no causal language model here", where=name, value=str(error).splitlines()[0],
                                   remedy="name a run, a checkpoint, an export, or a transformers folder") from error
-    return model.to("cuda" if torch.cuda.is_available() else "cpu"), tokenizer
+    return model.to(default_device()), tokenizer  # type: ignore[arg-type]
 
 
-def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     setting = Setting(seq_len=config.data.seq_len, tokenizer=tokenizer)
     auto_model = getattr(transformers, load_objective(config.objective, setting).auto_model)
-    model_config = check_model_config(config.model, vocab_size=len(tokenizer), seq_len=config.data.seq_len, overrides=special_ids(tokenizer))
+    model_config = check_model_config(config.model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len,
+                                      overrides=special_ids(tokenizer))
     with torch.device("meta"), no_init_weights():
         return auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=config.model.attention,
                                       trust_remote_code=config.model.trust_remote_code)

@@ -4,9 +4,11 @@ Shape legend: B prompts of a batch, T tokens of the longest of them. Shorter pro
 """
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any, cast
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -18,7 +20,7 @@ from hfscale.errors import ConfigError
 class Sampling:
     """How the next token is drawn. ``temperature`` 0 takes the likeliest."""
 
-    max_new_tokens: int = 64
+    max_new_tokens: int = 64  # fewer where the model's positions end
     temperature: float = 0.8
     top_p: float = 0.95
     seed: int = 17
@@ -43,17 +45,17 @@ def generate(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompts
     pending = iter(prompts)
     while chunk := list(islice(pending, batch)):
         rows = [_encode(tokenizer, prompt) for prompt in chunk]
-        _check_room(model, chunk, [len(row) for row in rows], sampling=sampling)
         width = max(map(len, rows))
+        new_tokens = min(sampling.max_new_tokens, _room(model, chunk[[len(row) for row in rows].index(width)], width))
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
         ids_BT = torch.tensor([[pad] * (width - len(row)) + row for row in rows], device=model.device)
         mask_BT = torch.tensor([[0] * (width - len(row)) + [1] * len(row) for row in rows], device=model.device)
-        drawn = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
+        drawn: dict[str, Any] = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
         with torch.inference_mode():
-            out_BT = model.generate(ids_BT, attention_mask=mask_BT, max_new_tokens=sampling.max_new_tokens, pad_token_id=pad,
+            out_BT = cast("Any", model).generate(ids_BT, attention_mask=mask_BT, max_new_tokens=new_tokens, pad_token_id=pad,
                                     **(drawn if sampling.temperature > 0 else {"do_sample": False}))
         for prompt, row in zip(chunk, out_BT, strict=True):
-            yield {"id": prompt.id, "prompt": prompt.text, "text": tokenizer.decode(row[width:], skip_special_tokens=True)}
+            yield {"id": prompt.id, "prompt": prompt.text, "text": str(tokenizer.decode(row[width:], skip_special_tokens=True))}
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
@@ -63,10 +65,12 @@ def _encode(tokenizer: PreTrainedTokenizerBase, prompt: Prompt) -> list[int]:
     return ids or [start or 0]
 
 
-def _check_room(model: PreTrainedModel, prompts: list[Prompt], lengths: list[int], *, sampling: Sampling) -> None:
+def _room(model: PreTrainedModel, prompt: Prompt, length: int) -> int:
+    """Return how many tokens the model's positions leave after a prompt of ``length`` tokens."""
     positions = getattr(model.config, "max_position_embeddings", None)
-    for prompt, length in zip(prompts, lengths, strict=True):
-        if positions is not None and length + sampling.max_new_tokens > positions:
-            raise ConfigError(f"prompt {prompt.id!r} leaves no room in the model's {positions} positions", where=f"prompt {prompt.id}",
-                              value=f"{length} tokens + {sampling.max_new_tokens} new ones",
-                              remedy=f"shorten it to {max(positions - sampling.max_new_tokens, 0)} tokens or lower --max-new-tokens")
+    if positions is None:
+        return sys.maxsize
+    if length >= positions:
+        raise ConfigError(f"prompt {prompt.id!r} leaves no room in the model's {positions} positions", where=f"prompt {prompt.id}",
+                          value=f"{length} tokens", remedy=f"shorten it to {positions - 1} tokens or fewer")
+    return positions - length

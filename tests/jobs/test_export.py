@@ -1,0 +1,137 @@
+"""A run leaves as a transformers folder with the engine's own logits, or not at all; and goes on with prompts."""
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
+
+from hfscale.checkpoint.export import write_weights
+from hfscale.errors import CheckpointError, DataError
+from hfscale.jobs import export
+from hfscale.jobs.opening import open_run
+from hfscale.jobs.predict import read_prompts, write_predictions
+from tests.helpers.cli import hfscale
+from tests.helpers.corpus import LLAMA, run_values
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Llama-like run at ZeRO 3 in bf16, saved by two ranks."""
+    folder = tmp_path_factory.mktemp("export")
+    config = folder / "run.yaml"
+    config.write_text(yaml.safe_dump(run_values(corpus, folder, "run", model=LLAMA, engine={"zero_stage": 3, "precision": "bf16"})))
+    hfscale("pretrain", config, "--procs", 2)
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def exported(run: Path) -> Path:
+    out = run / "exports" / "model"
+    printed = hfscale("export", run, out).stdout
+    assert "from transformers import pipeline" in printed and str(out) in printed
+    return out
+
+
+def test_transformers_loads_it(exported: Path) -> None:
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(tokenizer)
+    assert "logits equal" in (exported / "README.md").read_text()
+    text = pipeline("text-generation", model=str(exported))("import", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert text.startswith("import") and len(text) > len("import")
+    ours = hfscale("predict", exported, "--prompt", "import", "--max-new-tokens", 4, "--temperature", 0).stdout
+    assert ours.strip() == text.strip()
+
+
+def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
+    before = (exported / "model.safetensors").read_bytes()
+    refused = hfscale("export", run, exported, check=False)
+    assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
+    assert (exported / "model.safetensors").read_bytes() == before
+
+
+class Planted:
+    """A weights reader with a fault: tensors by another name."""
+
+    def __init__(self, reader: Any, swaps: dict[str, str]) -> None:
+        self._reader, self._swaps = reader, swaps
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._reader, name)
+
+    def read(self, name: str) -> torch.Tensor:
+        return self._reader.read(self._swaps.get(name, name))
+
+
+def test_swapped_layers_are_not_published(run: Path, tmp_path: Path) -> None:
+    source = open_run(str(run))
+    assert source is not None
+    swap = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
+    names = {name: name.replace(layer, other) for name in source.reader.names() for layer, other in swap.items() if layer in name}
+    write_weights(Planted(source.reader, names), source.skeleton, tmp_path, dtype=source.dtype)  # type: ignore[arg-type]
+    source.skeleton.config.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="does not give the run's logits"):
+        export.prove(source, tmp_path)
+
+
+def test_missing_tensors_are_named(run: Path, tmp_path: Path) -> None:
+    source = open_run(str(run))
+    assert source is not None
+    reader = Planted(source.reader, {})
+    reader.names = lambda: [name for name in source.reader.names() if "norm" not in name]  # type: ignore[method-assign]
+    with pytest.raises(CheckpointError, match="missing or misshapen") as error:
+        write_weights(reader, source.skeleton, tmp_path, dtype=source.dtype)  # type: ignore[arg-type]
+    assert "layernorm" in str(error.value)
+
+
+def test_shards_hold_every_tensor_once(run: Path, tmp_path: Path) -> None:
+    source = open_run(str(run))
+    assert source is not None
+    write_weights(source.reader, source.skeleton, tmp_path, dtype=source.dtype, shard_bytes=20_000)
+    source.skeleton.config.save_pretrained(tmp_path)
+    files = sorted(tmp_path.glob("model-*.safetensors"))
+    assert len(files) > 2
+    names = [name for file in files for name in load_file(file)]
+    assert sorted(names) == sorted(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"])
+    assert len(names) == len(set(names))
+    assert export.prove(source, tmp_path) < 1e-6
+
+
+def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("exports"))
+    [file] = copy.glob("checkpoints/step-*/engine/rank-00001.safetensors")
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    refused = hfscale("export", copy, tmp_path / "out", check=False)
+    assert refused.returncode == 2 and "rank-00001.safetensors" in refused.stderr and not (tmp_path / "out").exists()
+
+
+def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
+    prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
+    prompts.write_text('{"prompt": "import os"}\n\n{"prompt": "你好\u2028", "id": "zh"}\n{"prompt": ""}\n', "utf-8")
+    hfscale("predict", run, "--data", prompts, "--out", out, "--max-new-tokens", 5)
+    lines = [json.loads(line) for line in out.read_text("utf-8").split("\n") if line]
+    assert [(line["id"], line["prompt"]) for line in lines] == [("0", "import os"), ("zh", "你好\u2028"), ("3", "")]
+    assert all(isinstance(line["text"], str) for line in lines)
+    with pytest.raises(DataError, match="exists already"):
+        write_predictions(out, [])
+
+
+@pytest.mark.parametrize(("content", "message"), [
+    ('{"prompt": "a"}\n{"prompt": 3}', r"no text under 'prompt'[\s\S]*:2"), ('{"prompt": ', r"not JSON[\s\S]*:1"), ("", "no prompts"),
+    ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice")])  # fmt: skip
+def test_broken_prompts_name_their_line(tmp_path: Path, content: str, message: str) -> None:
+    path = tmp_path / "prompts.jsonl"
+    path.write_text(content)
+    with pytest.raises(DataError, match=message):
+        read_prompts(path)
