@@ -170,4 +170,4 @@ def _check_sides(sides: dict[Side, _Side], counts: Counts, corpus: Corpus, confi
                         remedy="look at source.path and source.pattern")
     if empty:
         raise DataError(f"no document fell to the {empty[0]} side", where="split.validation", value=config.split.validation,
-                        remedy=f"{left_out}; with so few, choose another split.validation (0 = hold nothing out) and another shards.path")
+                        remedy=f"{left_out}; cut text files into more documents (source.document_mb) or set split.validation=0")

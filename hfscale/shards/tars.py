@@ -33,7 +33,8 @@ def walk(path: Path) -> Iterator[Member]:
     with file:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
-                while (info := tar.next()) is not None:
+                # an empty tar stays at offset 0, from where Python 3.10 would seek to -1
+                while tar.offset and (info := tar.next()) is not None:  # type: ignore[attr-defined]
                     if info.offset_data + info.size > size:
                         raise DataError(f"the tar is cut short inside member {info.name} at offset {info.offset_data:,}",
                                         where=path, remedy=remedy)
