@@ -15,7 +15,12 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 source launch/setup.sh
 prepare_python
 
-hfscale() { printf '    $ hfscale %s\n' "$*"; "$PYTHON" -m launch.cli "$@"; }
+hfscale() {  # show the command, quoted so that it can be copied, and run it
+    local word line='    $ hfscale'
+    for word in "$@"; do case $word in *[!A-Za-z0-9_./=,:-]*) line+=" '$word'" ;; *) line+=" $word" ;; esac; done
+    printf '%s\n' "$line"
+    "$PYTHON" -m launch.cli "$@"
+}
 
 # The corpus: a YAML for the two commands that read text, and a prompt in the language of the text
 readarray -t made < <("$PYTHON" - "$folder" <<'PYTHON'
@@ -77,16 +82,17 @@ run, corpus = sys.argv[1:]
 records = [json.loads(line) for line in open(f"{run}/metrics.jsonl", encoding="utf-8")]
 loss = [r["validation_loss"] for r in records if "validation_loss" in r][-1]
 unigram = unigram_entropy(*(Manifest.load(f"{corpus}/shards/{side}") for side in ("train", "validation")))
-print(f"    validation loss {loss:.3f} nats a token; a model that only counts tokens gets {unigram:.3f} (unigram entropy): {unigram - loss:.3f} less")
+print(f"    validation loss {loss:.3f} nats a token; a model that only counts tokens gets {unigram:.3f} (the unigram entropy): {unigram - loss:.3f} nats better")
 PYTHON
+activate=
+[ "$PYTHON" != "$PWD/.venv/bin/python" ] || activate="source .venv/bin/activate"
 cat <<END
 
-Next:
-  source ${PYTHON%/python}/activate
-  tensorboard --logdir $run/tensorboard           # the curves
-  hfscale pretrain $run train.steps=1000          # train on, from the last checkpoint
-  hfscale predict $run --prompt "..."             # write text from the run itself
-  hfscale checkpoints $run --verify               # what is saved
-  hfscale show $run/config.yaml                   # every value of the config
-  hfscale export $run MY_FOLDER                   # the model for transformers
+Next${activate:+, after  $activate}:
+  tensorboard --logdir $run/tensorboard                # the curves
+  hfscale pretrain $run train.steps=1000               # resume: train on from the last checkpoint
+  hfscale predict $run --prompt "..." --temperature 0.5    # another text
+  hfscale checkpoints $run --verify                    # what is saved, and whether it is whole
+  hfscale show $run/config.yaml                        # every value of the config
+  hfscale export $run my-model                         # the model as it is now, for transformers
 END
