@@ -35,7 +35,7 @@ class WeightsReader(Protocol):
 
 
 def open_weights(path: str | Path) -> WeightsReader:
-    """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a folder or hub name of transformers.
+    """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a folder of transformers.
 
     Raises:
         CheckpointError: if there are none, or a checkpoint does not match its manifest.
@@ -49,7 +49,7 @@ def open_weights(path: str | Path) -> WeightsReader:
     if (folder / layout.MANIFEST).is_file():
         return CheckpointWeights(folder)
     if not folder.is_dir():
-        folder = _from_hub(str(path))
+        raise CheckpointError("there is no such folder", where=path, remedy="name a run, a checkpoint or a transformers folder")
     return FolderWeights(folder)
 
 
@@ -120,14 +120,3 @@ class FolderWeights:
         row = torch.Size(shape[1:]).numel()  # safetensors slices by rows: read those that cover the range
         first, last = start // row, -(-(start + numel) // row)
         return self._tensors[name].get_slice(name)[first:last].reshape(-1)[start - first * row:][:numel]
-
-
-def _from_hub(name: str) -> Path:
-    """Return where the weights of a hub model lie on this machine, fetched if that is allowed (HF_HUB_OFFLINE)."""
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json"]))
-    except Exception as error:  # its errors have no common base
-        raise CheckpointError("no weights here: neither a folder nor a model on the hub that can be reached", where=name,
-                              value=str(error).splitlines()[0], remedy="name a run, a checkpoint or a transformers folder") from error

@@ -202,10 +202,14 @@ class Engine:
                 setattr(self._zero.loss_scaler, key, value)
 
     def close(self) -> None:
-        """Tear DeepSpeed down while all ranks are still there. Collective; a second call does nothing."""
+        """Tear DeepSpeed down while all ranks are still there. Collective; a second call does nothing.
+
+        ZeRO 3 leaves all-gathers under way. A gloo thread that ends one while the interpreter is finalizing wants the GIL to
+        drop its tensors, cannot have it, and aborts the process. A barrier on DeepSpeed's own group waits for them.
+        """
         if self._ds is None:
             return
-        torch_dist.barrier()
+        torch_dist.barrier(group=self._ds.seq_data_parallel_group)
         self._ds.destroy()
         self._ds = self._zero = self._adamw = None  # type: ignore[assignment]
         gc.collect()

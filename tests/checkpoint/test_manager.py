@@ -33,6 +33,7 @@ def train_and_save(folder: Path, stage: int, precision: str = "fp32", *, save_at
     """Train from the newest checkpoint of ``folder`` (or the start) to ``steps``, saving on the way; tell what happened."""
     config = tiny_config(stage, precision, world_size=torch.distributed.get_world_size())
     engine, checkpoints = tiny_engine(config, dropout), manager(folder, **options)
+    logits(engine)  # a run probes its model before it loads
     loaded = checkpoints.load_latest(engine)
     start = loaded["step"] if loaded else 0
     at_start, seen = full_state(engine), logits(engine)
