@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from hfscale.errors import DataError
+from hfscale.hub import local_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -24,12 +25,13 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     from transformers.utils import logging
 
     remedy = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one) or the name of a model on the hub"
-    if Path(path).is_dir() and not any(Path(path).iterdir()):
+    folder = local_folder(path, where="the tokenizer")
+    if not any(folder.iterdir()):
         raise DataError("the tokenizer's folder is empty", where=path, remedy=remedy)
     level = logging.get_verbosity()
     logging.set_verbosity_error()  # its advice about other models' configs is not about the tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path))
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for the same thing
         first_line = str(error).strip().split("\n")[0]
         raise DataError(f"cannot load a tokenizer: {first_line}", where=path, remedy=remedy) from error

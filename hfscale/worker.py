@@ -11,6 +11,8 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
+import torch
+
 from hfscale import log
 from hfscale.config.load import load_config
 from hfscale.dist.world import World
@@ -24,6 +26,8 @@ def run(config_path: Path) -> int:
     world = World.from_environment()
     log.setup(rank=world.rank)
     config = load_config(config_path).config
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints on stdout that it found none
     job = import_module(JOBS[next(section for section in JOBS if hasattr(config, section))])
     return EXIT_DONE if job.run(config, world) else EXIT_STOPPED
 

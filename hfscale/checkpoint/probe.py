@@ -6,14 +6,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
 from hfscale.checkpoint import layout
-from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError
+
+if TYPE_CHECKING:  # an export needs no DeepSpeed
+    from hfscale.engine.engine import Engine
 
 ROWS, TOKENS, POSITIONS, COLUMNS = 2, 16, 4, 64
 

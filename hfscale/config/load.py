@@ -227,9 +227,12 @@ def _parse_override(text: str) -> Tree:
     key = key.strip()
     if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
         raise ConfigError("an override is written key=value", where=COMMAND_LINE, value=text, remedy="for example train.steps=100")
-    loader, node = _compose(value, where=f"{COMMAND_LINE}, {key}")
     tree = Tree()
-    parsed = None if node is None else _plain(loader, node, f"{key}.", COMMAND_LINE, tree.sources)
+    if value.startswith(("*", "&", "!", "%", "@", "`")):  # YAML's own signs have no use in one value; a glob is meant
+        parsed: Any = value
+    else:
+        loader, node = _compose(value, where=f"{COMMAND_LINE}, {key}")
+        parsed = None if node is None else _plain(loader, node, f"{key}.", COMMAND_LINE, tree.sources)
     tree.sources = dict.fromkeys([*tree.sources, key], COMMAND_LINE)
     for part in reversed(key.split(".")):
         parsed = {part: parsed}

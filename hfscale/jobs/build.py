@@ -22,10 +22,11 @@ from hfscale.dist.world import World
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.errors import DataError
+from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.models.build import build_model, special_ids
 from hfscale.models.flops import flops_per_token, peak_flops
-from hfscale.models.load import load_weights, local_folder
+from hfscale.models.load import load_weights
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
@@ -93,7 +94,8 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device: torch.d
                         seed=config.run.seed, context=lambda: construction(config, device_type=device.type), gather=gather,
                         overrides=special_ids(tokenizer))
     if config.model.pretrained is not None:
-        load_weights(model, open_weights(local_folder(config.model.pretrained)), gather)
+        folder = local_folder(config.model.pretrained, where="model.pretrained", weights=True)
+        load_weights(model, open_weights(folder), gather)
     return model
 
 

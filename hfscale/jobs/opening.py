@@ -16,6 +16,7 @@ from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError
+from hfscale.hub import local_folder
 from hfscale.models.build import check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.tokenizer import load_tokenizer, vocabulary_size
@@ -78,7 +79,7 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     else:
         tokenizer = load_tokenizer(name)
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(name).eval()
+            model = transformers.AutoModelForCausalLM.from_pretrained(local_folder(name, where="MODEL", weights=True)).eval()
         except (OSError, ValueError) as error:
             raise CheckpointError("no causal language model here", where=name, value=str(error).splitlines()[0],
                                   remedy="name a run, a checkpoint, an export, or a transformers folder") from error

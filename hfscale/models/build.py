@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError, nearest
+from hfscale.hub import local_folder
 
 if TYPE_CHECKING:
     import torch
@@ -112,12 +113,13 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
     from transformers import AutoConfig
 
     assert model.pretrained is not None
+    folder = local_folder(str(model.pretrained), where="model.pretrained")
     try:
-        config = AutoConfig.from_pretrained(model.pretrained, trust_remote_code=model.trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
         raise ConfigError(
             "no pretrained model here", where="model.pretrained", value=model.pretrained,
-            remedy=f"give a transformers folder or a hub name that is already downloaded ({str(error).splitlines()[0]})",
+            remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})",
         ) from error  # fmt: skip
     _check_keys(model.config, _known_keys(type(config)) | set(vars(config)), config.model_type)
     for key, value in model.config.items():

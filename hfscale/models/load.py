@@ -9,14 +9,13 @@ import re
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import CheckpointError
 from hfscale.log import logger
 from hfscale.models.init import Gather
 
@@ -35,25 +34,6 @@ class Loaded:
 
     missing: tuple[str, ...]
     unexpected: tuple[str, ...]
-
-
-def local_folder(pretrained: str) -> Path:
-    """Return the folder of a transformers model: the path itself, or the hub's snapshot (from the cache on offline nodes).
-
-    Raises:
-        ConfigError: if it is neither.
-    """
-    if Path(pretrained).is_dir():
-        return Path(pretrained)
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(pretrained, allow_patterns=["*.safetensors", "*.json", "*.txt", "*.model"]))
-    except (OSError, ValueError) as error:
-        raise ConfigError(
-            "no pretrained model here", where="model.pretrained", value=pretrained,
-            remedy=f"give a folder, or a hub name that can be fetched or is in the cache ({str(error).splitlines()[0]})",
-        ) from error  # fmt: skip
 
 
 def load_weights(model: PreTrainedModel, reader: Reader, gather: Gather | None = None) -> Loaded:

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 from hfscale.config.schema import CorpusConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
-from hfscale.errors import DataError
+from hfscale.errors import ConfigError, DataError
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
 
 SENTENCES = ["The tokenizer learns Café words.", "今天我们学习语言模型。", "def main(): return 42", "Words, words\tand more words!"]
@@ -135,7 +135,7 @@ def test_the_digest_survives_use_and_saving_and_tells_tokenizers_apart(tmp_path:
 def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="folder is empty"):
         load_tokenizer(tmp_path)
-    with pytest.raises(DataError, match="cannot load a tokenizer"):
+    with pytest.raises(ConfigError, match="neither a folder here"):
         load_tokenizer(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text("{")
     with pytest.raises(DataError, match="cannot load a tokenizer"):

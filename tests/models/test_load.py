@@ -1,16 +1,14 @@
 """Pretrained weights under other names, from other heads, whole or partitioned."""
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
 from transformers import AutoModel, BertForMaskedLM, GPT2Model
 
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import CheckpointError
 from hfscale.models.build import build_model
-from hfscale.models.load import load_weights, local_folder
+from hfscale.models.load import load_weights
 from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, VOCAB
 
@@ -83,12 +81,6 @@ def test_weights_that_do_not_fit_are_refused() -> None:
         load_weights(model, DictReader({"wte.weight": torch.zeros(10, 32)}))
     with pytest.raises(CheckpointError, match="none of"):
         load_weights(model, DictReader({"vision.patch": torch.zeros(3)}))
-
-
-def test_where_a_pretrained_model_lies(tmp_path: Path) -> None:
-    assert local_folder(str(tmp_path)) == tmp_path
-    with pytest.raises(ConfigError, match=r"model\.pretrained"):
-        local_folder("nobody/has-this-model")
 
 
 def load_partitioned(weights: dict[str, Tensor]) -> bool:
