@@ -101,9 +101,9 @@ def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_weights_change
         assert "step 2 is not finite" in message and changed == [] and same_logits
 
 
-def views(stage: int, precision: str) -> dict[str, object]:
+def views(stage: int, precision: str, **options: object) -> dict[str, object]:
     """Overwrite the live views with the state of another engine, and compute."""
-    config = tiny_config(stage, precision, world_size=2)
+    config = tiny_config(stage, precision, world_size=2, **options)
     trained = tiny_engine(config)
     for step in (1, 2):
         train_step(trained, config, step)
@@ -127,6 +127,11 @@ def views(stage: int, precision: str) -> dict[str, object]:
 def test_fragments_are_the_whole_state_and_writing_them_restores_it(stage, precision):
     for result in run_ranks(views, 2, stage, precision):
         assert result == {"state": [], "logits": True, "losses": True, "scalars": {"adam_step": 4, "loss_scaler": None}}
+
+
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "parameters")])
+def test_offloaded_state_is_saved_and_restored_too(stage, offload):
+    assert run_ranks(views, 2, stage, "bf16", offload=offload)[0]["losses"] is True
 
 
 class WithFrozenParts(torch.nn.Module):
