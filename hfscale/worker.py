@@ -11,8 +11,6 @@ import traceback
 from importlib import import_module
 from pathlib import Path
 
-import torch
-
 from hfscale import log
 from hfscale.config.load import load_config
 from hfscale.dist.world import World
@@ -23,6 +21,8 @@ JOBS = {"objective": "hfscale.jobs.pretrain"}  # the section of a config that na
 
 def run(config_path: Path) -> int:
     """Return the exit code of the job that ``config_path`` describes."""
+    import torch
+
     world = World.from_environment()
     log.setup(rank=world.rank)
     config = load_config(config_path).config

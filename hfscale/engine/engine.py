@@ -38,19 +38,13 @@ class StepStats:
 
 @contextmanager
 def construction(config: RunConfig, *, device_type: str) -> Iterator[None]:
-    """Build a transformers model inside: at ZeRO 3 each parameter is partitioned as soon as it exists."""
+    """Build a transformers model inside: at ZeRO 3 each parameter is partitioned as soon as its module exists."""
     if running_stage(config.engine) < 3:
         yield
         return
-    from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
-
     _join_process_group()
-    alive = HfDeepSpeedConfig(deepspeed_config(config, device_type=device_type))  # transformers holds it weakly
-    try:
+    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, device_type=device_type)):
         yield
-    finally:
-        unset_hf_deepspeed_config()
-        del alive
 
 
 def gathered(params: Iterable[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[Any]:

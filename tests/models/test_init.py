@@ -11,11 +11,11 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
 from transformers.initialization import no_init_weights
-from transformers.integrations.deepspeed import HfDeepSpeedConfig, unset_hf_deepspeed_config
 
 from hfscale.errors import ConfigError
 from hfscale.models.build import build_model
 from hfscale.models.init import initialize
+from tests.engine.tiny import tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, SPECIAL_IDS, VOCAB
 
@@ -38,33 +38,25 @@ def digests(model: nn.Module, gather: Any = None, dtype: torch.dtype = torch.flo
     return out
 
 
-def zero3_digests(family: str, dtype: torch.dtype, through_transformers: bool) -> tuple[dict[str, str], int, int]:
+def zero3_digests(family: str, precision: str) -> tuple[dict[str, str], int, int]:
     """Run on each rank: digests of a ZeRO 3 build, numbers held by this rank, numbers in the model."""
-    import deepspeed
+    from hfscale.engine.engine import construction, gathered
 
     def gather(params: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
-        return deepspeed.zero.GatheredParameters(list(params), modifier_rank=0)
+        return gathered(params, modify=True)
 
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}, "bf16": {"enabled": dtype == torch.bfloat16}}
-    if through_transformers:  # which then partitions by itself, draws, and ties before we do
-        alive = HfDeepSpeedConfig(settings)
-        model = build(family, gather=gather)
-        unset_hf_deepspeed_config()
-        del alive
-    else:
-        model = build(family, context=lambda: deepspeed.zero.Init(config_dict_or_path=settings), gather=gather)
+    config = tiny_config(3, precision, world_size=2)
+    model = build(family, context=lambda: construction(config, device_type="cpu"), gather=gather)
     assert all(p.numel() == 0 for p in model.parameters()), "a parameter was left whole"
     held = sum(p.ds_tensor.numel() for p in model.parameters())
     return digests(model, gather), held, sum(p.ds_numel for p in model.parameters())
 
 
-@pytest.mark.parametrize("through_transformers", [False, True], ids=["zero.Init", "HfDeepSpeedConfig"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_zero3_on_two_ranks_equals_a_plain_build(family: str, dtype: torch.dtype, through_transformers: bool) -> None:
-    plain = digests(build(family), dtype=dtype)
-    for built, held, total in run_ranks(zero3_digests, 2, family, dtype, through_transformers):
+def test_zero3_on_two_ranks_equals_a_plain_build(family: str, precision: str) -> None:
+    plain = digests(build(family), dtype={"fp32": torch.float32, "bf16": torch.bfloat16}[precision])
+    for built, held, total in run_ranks(zero3_digests, 2, family, precision):
         assert built == plain
         assert held <= total / 2 + 100 * len(built)  # padding of each parameter aside
 

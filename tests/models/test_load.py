@@ -1,6 +1,10 @@
 """Pretrained weights under other names, from other heads, whole or partitioned."""
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -9,6 +13,7 @@ from transformers import AutoModel, BertForMaskedLM, GPT2Model
 from hfscale.errors import CheckpointError
 from hfscale.models.build import build_model
 from hfscale.models.load import load_weights
+from tests.engine.tiny import tiny_config
 from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, VOCAB
 
@@ -84,16 +89,14 @@ def test_weights_that_do_not_fit_are_refused() -> None:
 
 
 def load_partitioned(weights: dict[str, Tensor]) -> bool:
-    import deepspeed
+    from hfscale.engine.engine import construction, gathered
 
-    def gather(params: list[nn.Parameter]) -> deepspeed.zero.GatheredParameters:
-        return deepspeed.zero.GatheredParameters(list(params), modifier_rank=0)
+    def gather(params: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
+        return gathered(params, modify=True)
 
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3}}
     auto_model, config = FAMILIES["gpt2"]
     model = build_model(config, auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=2, gather=gather,
-                        context=lambda: deepspeed.zero.Init(config_dict_or_path=settings))  # fmt: skip
+                        context=lambda: construction(tiny_config(3, world_size=2), device_type="cpu"))  # fmt: skip
     load_weights(model, DictReader(weights), gather)
     assert all(p.numel() == 0 for p in model.parameters())
     with gather(list(model.parameters())):
