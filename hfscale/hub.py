@@ -8,7 +8,7 @@ from hfscale.errors import ConfigError
 SMALL, WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"], ["*.safetensors"]
 
 
-def local_folder(name: str | Path, *, where: str, weights: bool = False) -> Path:
+def local_folder(name: str | Path, *, where: str, weights: bool = False, remedy: str = "give a folder") -> Path:
     """Return the folder ``name``; if there is none, the hub's snapshot, from the cache or (once) from the hub.
 
     Only JSON, text and, with ``weights``, safetensors are fetched: nothing pickled.
@@ -30,4 +30,4 @@ def local_folder(name: str | Path, *, where: str, weights: bool = False) -> Path
     except Exception as error:  # the hub's client raises its own, its transport's and the system's
         reason = str(error).splitlines()[0]
         raise ConfigError("neither a folder here nor a model that the hub gives", where=where, value=str(name),
-                          remedy=f"give a folder, or a hub name that can be fetched or is in the cache ({reason})") from error
+                          remedy=f"{remedy}, or a hub name that can be fetched or is in the cache ({reason})") from error

@@ -24,8 +24,8 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     from transformers import AutoTokenizer
     from transformers.utils import logging
 
-    remedy = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one) or the name of a model on the hub"
-    folder = local_folder(path, where="the tokenizer")
+    remedy = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one)"
+    folder = local_folder(path, where="tokenizer.path", remedy=remedy)
     if not any(folder.iterdir()):
         raise DataError("the tokenizer's folder is empty", where=path, remedy=remedy)
     level = logging.get_verbosity()

@@ -55,7 +55,8 @@ def phase(folder: Path) -> str:
     return f"writing, {len(list(partial.glob('records/*.json')))} of 2 ranks done"
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [30])
 def test_killed_at_random_moments_every_start_loads_the_newest_and_nothing_else(tmp_path, kills):
     rng, phases, ranks = random.Random(3), Counter(), Ranks(tmp_path / "errors")
     killed, straight = tmp_path / "killed", tmp_path / "straight"

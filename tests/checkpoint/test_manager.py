@@ -3,7 +3,7 @@ from __future__ import annotations
 
 import resource
 import subprocess
-from itertools import pairwise, product
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ def each(folder: Path, cases: list[str], **options: Any) -> dict[str, dict[str, 
     return {case: train_and_save(folder / case, int(case[0]), case[2:], **options) for case in cases}
 
 
-@pytest.mark.parametrize("cases", [
-    ["1-bf16", "3-fp32"], pytest.param([f"{s}-{p}" for s, p in product(STAGES, PRECISIONS)], marks=pytest.mark.slow)], ids=["two", "all"])
-def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path, cases):
+@pytest.mark.slow
+def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path):
+    cases = ["1-bf16", "3-fp32"]  # tests/jobs/test_exact_resume.py has all of them, through the command line
     options = {"dropout": 0.1, "save_at": (3,), "steps": 6}
     straight = run_ranks(each, 2, tmp_path, cases, **options)[0]
     resumed = run_ranks(each, 2, tmp_path, cases, fresh=True, **{**options, "save_at": (5,)})[0]  # 3 -> 6, saves 5
