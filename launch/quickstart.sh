@@ -34,9 +34,8 @@ if folder:
     # a few long files must give enough documents for some to be held out
     document_mb = min(4.0, max(0.004, sum(p.stat().st_size for p in files) / 200e6))
     for file in files:
-        start = file.read_bytes()[:4000].decode("utf-8", "ignore").split()
-        if start:
-            prompt = start[0][:12]
+        if start := re.search(r"[^\W\d_]{2,12}", file.read_bytes()[:4000].decode("utf-8", "ignore")):
+            prompt = start[0]
             break
 else:
     folder, pattern = sysconfig.get_path("stdlib"), "**/*.py,**/*.txt,**/*.rst"
@@ -70,7 +69,7 @@ hfscale pretrain configs/pretrain/quickstart.yaml "run.name=$name" "tokenizer.pa
 say "4/5 A folder that transformers loads"
 if [ -e "$run/exports/model" ]; then echo "    $run/exports/model is there already"; else hfscale export "$run" "$run/exports/model"; fi
 say "5/5 What it writes after: $prompt"
-hfscale predict "$run/exports/model" --prompt "$prompt"
+hfscale predict "$run/exports/model" --prompt "$prompt" --max-new-tokens 150
 
 say "Done"
 "$PYTHON" - "$run" "$corpus" <<'PYTHON'
