@@ -26,7 +26,7 @@ from hfscale.dist.world import World, free_port
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from launch import run_dir
-from launch.request import Request, check
+from launch.request import Request, check, check_parts
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -56,6 +56,7 @@ def launch(request: Request) -> int:
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
+        check_parts(config)
         print(_plan(request, config.run_dir, batch, port))
         return EXIT_DONE
     with run_dir.locked(config.run_dir):

@@ -21,8 +21,8 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
-from hfscale.errors import DataError
 from hfscale.hub import local_folder
+from hfscale.jobs.check import open_rows
 from hfscale.log import logger
 from hfscale.models.build import build_model, special_ids
 from hfscale.models.flops import flops_per_token, peak_flops
@@ -97,25 +97,6 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device: torch.d
         folder = local_folder(config.model.pretrained, where="model.pretrained", weights=True)
         load_weights(model, open_weights(folder), gather)
     return model
-
-
-def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
-    """Return the rows of a manifest, after checking that this tokenizer made them.
-
-    Raises:
-        DataError: if another one did, or there are ids that it cannot give.
-    """
-    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify)
-    assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
-    if rows.manifest.max_id >= vocabulary_size(tokenizer):
-        raise DataError("these shards hold ids that the tokenizer does not have", where=shards,
-                        value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
-                        remedy="build the shards again with this tokenizer, or give back the one that made them")
-    made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
-    if made_by != have:
-        raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
-                        remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")
-    return rows
 
 
 def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import verify
 
 ROOT = Path(__file__).resolve().parents[2]
+KILLS = 30
 
 
 class Ranks:
@@ -56,11 +57,10 @@ def phase(folder: Path) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [30])
-def test_killed_at_random_moments_every_start_loads_the_newest_and_nothing_else(tmp_path, kills):
+def test_killed_at_random_moments_every_start_loads_the_newest_and_nothing_else(tmp_path):
     rng, phases, ranks = random.Random(3), Counter(), Ranks(tmp_path / "errors")
     killed, straight = tmp_path / "killed", tmp_path / "straight"
-    for _ in range(kills):
+    for _ in range(KILLS):
         pids = ranks.start(killed, steps=10_000)
         newest = layout.committed(killed)
         assert ranks.line("loaded") == ([str(layout.step_of(newest[-1])), "True"] if newest else ["0", "None"])

@@ -59,17 +59,6 @@ def test_a_port_in_use_is_refused(folder: Path):
     assert "the port cannot be used" in done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["local", "debug"])
-def test_a_dry_run_says_what_would_happen_and_writes_nothing(folder: Path, launcher: str):
-    text = hfscale("pretrain", "config.yaml", "--dry-run", "--launcher", launcher, "--procs", 2, cwd=folder).stdout
-    assert "global_batch" in text
-    assert str(folder / "runs/first") in text
-    assert not (folder / "runs").exists()
-    if launcher == "local":
-        assert "global_batch 8 = micro_batch 2 x accumulation 2 x world_size 2" in text
-        assert text.count("-m hfscale.worker") == 2
-
-
 def test_show_gives_values_sources_and_derived_numbers(folder: Path):
     text = hfscale("show", "config.yaml", "train.steps=null", "train.epochs=2", "schedule.warmup_steps=5", "--procs", 2, cwd=folder).stdout
     rows = {line.split()[0]: line.split()[1:] for line in text.splitlines() if line}

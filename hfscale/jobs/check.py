@@ -1,0 +1,46 @@
+"""Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
+from __future__ import annotations
+
+from transformers import PreTrainedTokenizerFast
+
+from hfscale.config.schema import RunConfig
+from hfscale.errors import DataError
+from hfscale.models.build import check_model_config, special_ids
+from hfscale.objectives.base import Setting, load_objective
+from hfscale.stream.order import resolve_lanes
+from hfscale.stream.rows import TokenRows
+from hfscale.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
+
+
+def check(config: RunConfig) -> None:
+    """Return if tokenizer, shards, objective and model fit together.
+
+    Raises:
+        UserError: for the first of them that does not.
+    """
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    rows = open_rows(config.data.sources[0].shards, config, tokenizer)
+    resolve_lanes(config.data.lanes, int(rows.shard_rows.sum()), block=config.data.block)
+    if config.data.validation is not None:
+        open_rows(config.data.validation.shards, config, tokenizer)
+    load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    check_model_config(config.model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len, overrides=special_ids(tokenizer))
+
+
+def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
+    """Return the rows of a manifest, after checking that this tokenizer made them.
+
+    Raises:
+        DataError: if another one did, or there are ids that it cannot give.
+    """
+    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify)
+    assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
+    if rows.manifest.max_id >= vocabulary_size(tokenizer):
+        raise DataError("these shards hold ids that the tokenizer does not have", where=shards,
+                        value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
+                        remedy="build the shards again with this tokenizer, or give back the one that made them")
+    made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    if made_by != have:
+        raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
+                        remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")
+    return rows
