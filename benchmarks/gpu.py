@@ -20,7 +20,7 @@ import torch
 from benchmarks.candidates import Work
 from benchmarks.common import machine, ratio, record, spread, table
 from benchmarks.synthetic import make_shards, make_tokenizer
-from benchmarks.turns import Job, Turn, take_turns
+from benchmarks.turns import Job, Turn, end_with_jobs, take_turns
 
 OURS, TORCH_LOOP, DS_LOOP = "hfscale pretrain", "hand-written torch loop", "hand-written DeepSpeed loop"
 
@@ -110,6 +110,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small models, on whatever device is there")
     parser.add_argument("--out", type=Path, help="write the table to this file, after each model, and not into RESULTS.md")
     asked = parser.parse_args()
+    end_with_jobs()
     if not (asked.tiny or torch.cuda.is_available()):
         raise SystemExit("there is no GPU here; `--tiny` runs the same code on a CPU")
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")

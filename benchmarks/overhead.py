@@ -3,12 +3,13 @@
 The three train the same small GPT-2 from the same weights on the same rows, with the same batch, precision, ZeRO stage, AdamW and
 clipping, and log every 10 steps. First each takes a few steps, logging each, to show that they do the same work; then they take turns.
 
-    python -m benchmarks.overhead [--turns 9] [--procs 2 1] [--precision bf16] [--zero-stage 1]
+    python -m benchmarks.overhead [--launches 3] [--turns 5] [--procs 2 1] [--precision bf16] [--zero-stage 1]
 """
 from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -20,7 +21,7 @@ import numpy as np
 from benchmarks.candidates import Work
 from benchmarks.common import machine, ratio, record, spread, table, verdict
 from benchmarks.synthetic import make_shards, make_tokenizer
-from benchmarks.turns import Job, Turn, take_turns
+from benchmarks.turns import Job, Turn, end_with_jobs, take_turns
 
 VOCAB, SEQ_LEN, MICRO_BATCH = 4096, 128, 4
 SHAPE = {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": SEQ_LEN, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -49,9 +50,11 @@ def same_work(work: Work, env: dict[str, str]) -> str:
     losses = {}
     for name, command in candidates(replace(work, log_every=1, steps=SAME_STEPS)).items():
         job = Job(name, command, env=env)
-        for _ in range(SAME_STEPS):
-            job.wait()
-        job.kill()
+        try:
+            for _ in range(SAME_STEPS):
+                job.wait()
+        finally:
+            job.kill()
         losses[name] = np.array([job.losses[step] for step in range(1, SAME_STEPS + 1)])
     apart = {name: np.abs(losses[name] - losses[OURS]).max() for name in (LOOP, TRAINER)}
     if max(apart.values()) > 0.02:
@@ -60,24 +63,28 @@ def same_work(work: Work, env: dict[str, str]) -> str:
             f"the others' are at most {apart[LOOP]:.4f} ({LOOP}) and {apart[TRAINER]:.4f} ({TRAINER}) away.")
 
 
-def measure(work: Work, *, threads: int, turns: int, lines: int) -> str:
-    """Return the report on one number of processes."""
+def measure(work: Work, *, threads: int, launches: int, turns: int, lines: int) -> str:
+    """Return the report on one number of processes. New launches even out what a process keeps for life (where its memory lies)."""
     env = {"OMP_NUM_THREADS": str(threads), "TOKENIZERS_PARALLELISM": "false", "DS_ACCELERATOR": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     work.write_rows(limit=10**6)
     same = same_work(work, env)
-    jobs = []
-    try:
-        for name, command in candidates(work).items():
-            jobs.append(Job(name, command, env=env))
-            jobs[-1].warm_up(lines=3)
-        taken = take_turns(jobs, turns=turns, lines=lines)
-    finally:
-        for job in jobs:
-            job.kill()
-    return report(taken, work, threads=threads, lines=lines) + f"\n\n{same}"
+    taken: dict[str, list[Turn]] = {}
+    for _ in range(launches):
+        shutil.rmtree(work.folder / "runs")
+        jobs: list[Job] = []
+        try:
+            for name, command in candidates(work).items():
+                jobs.append(Job(name, command, env=env))
+                jobs[-1].warm_up(lines=3)
+            for name, measured in take_turns(jobs, turns=turns, lines=lines).items():
+                taken.setdefault(name, []).extend(measured)
+        finally:
+            for job in jobs:
+                job.kill()
+    return report(taken, work, threads=threads, launches=launches, lines=lines) + f"\n\n{same}"
 
 
-def report(taken: dict[str, list[Turn]], work: Work, *, threads: int, lines: int) -> str:
+def report(taken: dict[str, list[Turn]], work: Work, *, threads: int, launches: int, lines: int) -> str:
     """Return the figures of ``taken`` in markdown."""
     seconds = {name: [turn.step_s for turn in turns] for name, turns in taken.items()}
     tokens = work.tokens_per_step
@@ -92,7 +99,7 @@ def report(taken: dict[str, list[Turn]], work: Work, *, threads: int, lines: int
     return "\n".join([
         f"### {title}", "",
         table(["", "tokens/s", "ms a step (quartiles)", "ms of processor time a step", "ours / it"], rows), "",
-        f"{len(seconds[OURS])} turns of {10 * lines} steps each; ratios are medians over the turns. Of the hand-written loop: "
+        f"{len(seconds[OURS])} turns in {launches} launches, {10 * lines} steps each; ratios are medians over the turns. Of the loop: "
         f"{loop:.3f}, {verdict(loop, at_least=0.98)}. Of the Trainer: {trainer:.3f}, {verdict(trainer, at_least=1.0)}. "
         f"Step: {under} ms."])
 
@@ -102,24 +109,27 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--procs", type=int, nargs="+", default=[2, 1])
     parser.add_argument("--threads", type=int, help="of each process; default: cores / processes, as the local launcher has it")
-    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--launches", type=int, default=3)
+    parser.add_argument("--turns", type=int, default=5, help="in a launch")
     parser.add_argument("--lines", type=int, default=5, help="logged steps (of 10 steps) in a turn")
     parser.add_argument("--precision", default="bf16")
     parser.add_argument("--zero-stage", type=int, default=1)
     parser.add_argument("--no-record", action="store_true", help="print only")
     asked = parser.parse_args()
+    end_with_jobs()
     where = machine("torch", "deepspeed", "transformers")
     with tempfile.TemporaryDirectory(prefix="hfscale-overhead-") as folder:
         prepare(Path(folder))
-        parts = [measure(Work(Path(folder), seq_len=SEQ_LEN, micro_batch=MICRO_BATCH, procs=procs, precision=asked.precision,
-                              zero_stage=asked.zero_stage), turns=asked.turns, lines=asked.lines,
-                         threads=asked.threads or max(1, cores // procs)) for procs in asked.procs]
-    body = "\n\n".join([f"{where} GPT-2 of {SHAPE['n_layer']} layers, width {SHAPE['n_embd']}, vocabulary {VOCAB}, "
-                        f"{MICRO_BATCH} rows of {SEQ_LEN} tokens a process.", *parts])
-    if asked.no_record:
-        print(body)
-    else:
-        record("overhead", body)
+        parts = [f"{where} GPT-2 of {SHAPE['n_layer']} layers, width {SHAPE['n_embd']}, vocabulary {VOCAB}, "
+                 f"{MICRO_BATCH} rows of {SEQ_LEN} tokens a process."]
+        for procs in asked.procs:
+            work = Work(Path(folder), seq_len=SEQ_LEN, micro_batch=MICRO_BATCH, procs=procs, precision=asked.precision,
+                        zero_stage=asked.zero_stage)
+            parts.append(measure(work, threads=asked.threads or max(1, cores // procs), launches=asked.launches, turns=asked.turns,
+                                 lines=asked.lines))
+            print(parts[-1], flush=True)
+    if not asked.no_record:
+        record("overhead", "\n\n".join(parts))
 
 
 if __name__ == "__main__":

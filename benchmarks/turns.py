@@ -8,7 +8,9 @@ from __future__ import annotations
 import os
 import queue
 import re
+import signal
 import subprocess
+import sys
 import threading
 import time
 from collections import deque
@@ -114,6 +116,11 @@ class Job:
 
     def _cpu_s(self) -> float:
         return sum(sum(process.cpu_times()[:2]) for process in self._tree())
+
+
+def end_with_jobs() -> None:
+    """Make SIGTERM an exception, so that ``finally`` ends the jobs: a stopped process would stay for ever."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 
 def take_turns(jobs: Sequence[Job], *, turns: int, lines: int) -> dict[str, list[Turn]]:

@@ -8,11 +8,12 @@ import deepspeed
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rows import adamw_of, micro_batches, model_of, read_work
+from rows import adamw_of, build_nothing, micro_batches, model_of, read_work
 
 
 def main() -> None:
     work = read_work()
+    build_nothing()
     deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
     rank, world = dist.get_rank(), dist.get_world_size()
     model = model_of(work)

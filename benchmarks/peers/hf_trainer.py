@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from rows import model_of, read_work
+from rows import build_nothing, model_of, read_work
 from torch.utils.data import Dataset, SequentialSampler
 from transformers import Trainer, TrainerCallback, TrainingArguments
 
@@ -44,6 +44,7 @@ class PrintSteps(TrainerCallback):
 
 def main() -> None:
     work = read_work()
+    build_nothing()
     on_cpu = not torch.cuda.is_available()
     arguments = TrainingArguments(
         output_dir=work["scratch"], max_steps=work["steps"], per_device_train_batch_size=work["micro_batch"],

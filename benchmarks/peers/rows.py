@@ -43,3 +43,10 @@ def adamw_of(model: torch.nn.Module, work: dict[str, Any]) -> torch.optim.AdamW:
     groups = [{"params": [p for p in model.parameters() if p.ndim >= 2], "weight_decay": work["weight_decay"]},
               {"params": [p for p in model.parameters() if p.ndim < 2], "weight_decay": 0.0}]
     return torch.optim.AdamW(groups, lr=work["lr"], betas=work["betas"], eps=work["eps"], fused=True)
+
+
+def build_nothing() -> None:
+    """Keep DeepSpeed from compiling its CPU kernel for inference, which training does not use: a killed build leaves a lock for ever."""
+    import deepspeed
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
