@@ -28,6 +28,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     start(World.from_environment())
+    pipe.send_bytes(pickle.dumps((True, None)))  # ready
     while True:
         try:
             address, args, kwargs = pickle.loads(pipe.recv_bytes())

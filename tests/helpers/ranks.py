@@ -31,6 +31,7 @@ from typing import Any
 from hfscale.dist.world import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+START_TIMEOUT_S = 300.0  # importing torch and meeting the others, on a busy machine
 _groups: dict[int, RankGroup] = {}
 
 
@@ -83,6 +84,7 @@ class RankGroup:
 
     def __init__(self, world_size: int) -> None:
         self.logs = [tempfile.TemporaryFile() for _ in range(world_size)]
+        self._starts = [0] * world_size  # where each log's part of the current call begins
         self.pipes: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
         port = str(free_port())
@@ -96,6 +98,11 @@ class RankGroup:
                                                    stdin=subprocess.DEVNULL, pass_fds=[there.fileno()]))
             there.close()
             self.pipes.append(here)
+        try:
+            self._collect(START_TIMEOUT_S)
+        except BaseException:
+            self.close()
+            raise
 
     def alive(self) -> bool:
         """Return whether every rank still runs."""
@@ -104,45 +111,49 @@ class RankGroup:
     def call(self, address: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, timeout_s: float) -> list[Any]:
         """Return the results of one call on every rank."""
         message = pickle.dumps((address, args, kwargs))
-        starts = [log.seek(0, os.SEEK_END) for log in self.logs]
+        self._starts = [log.seek(0, os.SEEK_END) for log in self.logs]
         for rank, pipe in enumerate(self.pipes):
             try:
                 pipe.send_bytes(message)
             except OSError as error:
-                raise RankFailure(f"rank {rank} is gone\n{self._output(rank, starts[rank])}") from error
+                raise RankFailure(f"rank {rank} is gone\n{self._output(rank)}") from error
+        return self._collect(timeout_s)
+
+    def _collect(self, timeout_s: float) -> list[Any]:
+        """Return one answer of every rank."""
         waiting = {pipe: rank for rank, pipe in enumerate(self.pipes)}
         results: dict[int, Any] = {}
         deadline = time.monotonic() + timeout_s
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
-                raise RankFailure(self._stacks(sorted(waiting.values()), starts, timeout_s))
+                raise RankFailure(self._stacks(sorted(waiting.values()), timeout_s))
             for pipe in ready:
                 rank = waiting.pop(pipe)  # type: ignore[arg-type, call-overload]
-                results[rank] = self._receive(rank, starts[rank])
+                results[rank] = self._receive(rank)
         return [results[rank] for rank in range(len(self.processes))]
 
-    def _receive(self, rank: int, start: int) -> Any:
+    def _receive(self, rank: int) -> Any:
         try:
             ok, value = pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             code = self.processes[rank].wait()
-            raise RankFailure(f"rank {rank} ended with exit code {code}\n{self._output(rank, start)}") from None
+            raise RankFailure(f"rank {rank} ended with exit code {code}\n{self._output(rank)}") from None
         if ok:
             return value
-        raise RankFailure(f"rank {rank} raised\n{value}\n{self._output(rank, start)}")
+        raise RankFailure(f"rank {rank} raised\n{value}\n{self._output(rank)}")
 
-    def _stacks(self, silent: list[int], starts: list[int], timeout_s: float) -> str:
+    def _stacks(self, silent: list[int], timeout_s: float) -> str:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR2)  # faulthandler writes all stacks into the log
         time.sleep(1.0)
         parts = [f"ranks {silent} did not answer in {timeout_s:g} s"]
-        return "\n".join(parts + [self._output(rank, starts[rank]) for rank in range(len(self.processes))])
+        return "\n".join(parts + [self._output(rank) for rank in range(len(self.processes))])
 
-    def _output(self, rank: int, start: int, *, limit: int = 6000) -> str:
+    def _output(self, rank: int, *, limit: int = 6000) -> str:
         log = self.logs[rank]
-        log.seek(start)
+        log.seek(self._starts[rank])
         text = log.read().decode(errors="replace")
         return f"--- output of rank {rank}\n{text[-limit:]}"
 
