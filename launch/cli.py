@@ -18,6 +18,7 @@ VERBS = {  # a verb is listed when it works
     "shards": "Build, index, verify and describe token shards.",
     "pretrain": "Train from a config, or go on with a run.",
     "show": "Print a config as it resolves, and where each value came from.",
+    "batch": "Print the texts that a step of a run was trained on.",
     "checkpoints": "List a run's checkpoints; verify them.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",
     "predict": "Generate text from a run or an export.",

@@ -7,11 +7,18 @@ from pathlib import Path
 
 import pytest
 
+from tests.helpers.corpus import make_corpus
 from tests.helpers.ranks import close_ranks
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes at once: threads would only fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidiactl").exists() else None
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with ``tokenizer/`` and ``shards/{train,validation}/`` of some of Python's own source."""
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session", autouse=True)

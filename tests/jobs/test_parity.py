@@ -11,31 +11,11 @@ import pytest
 
 from tests.helpers.corpus import GPT2, LLAMA, run_values
 from tests.helpers.ranks import run_ranks
+from tests.helpers.training import train
 
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 MODELS = {"gpt2": {**GPT2, "config": GPT2["config"] | NO_DROPOUT}, "llama": LLAMA}
 pytestmark = pytest.mark.slow
-
-
-def train(values: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the records of a short run on the ranks that are up; on ranks other than 0, nothing."""
-    import torch
-
-    from hfscale.config.schema import RunConfig
-    from hfscale.dist.world import World
-    from hfscale.jobs.build import build_trainer
-
-    torch.set_num_threads(1)
-    config = RunConfig.model_validate(values)
-    config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
-    records: list[dict[str, Any]] = []
-    if trainer.log is not None:
-        write = trainer.log.write
-        trainer.log.write = lambda record: (records.append(record), write(record))[1]  # type: ignore[method-assign]
-    trainer.run()
-    trainer.close()
-    return records
 
 
 @pytest.mark.parametrize("model", MODELS)

@@ -1,0 +1,101 @@
+"""The batch time machine: what a step of a run was trained on, rebuilt from the order alone, and proven by its digest.
+
+Needs the shards and the run directory, but no GPU, no checkpoint and none of the other ranks.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hfscale.config.load import load_config
+from hfscale.config.schema import RunConfig
+from hfscale.errors import DataError
+from hfscale.shards.reader import ShardReader
+from hfscale.stream.digest import digest_rows
+from hfscale.stream.order import Order
+from hfscale.stream.rows import TokenRows
+from hfscale.tokenizer import load_tokenizer
+
+
+@dataclass(frozen=True)
+class Row:
+    """One row of a step: its place in the run's order and in the data, and its text. ``start`` counts tokens of the shard."""
+
+    position: int
+    source: str
+    shard: str
+    start: int
+    member: str
+    documents: tuple[int, int]  # the first and last whose tokens it holds, numbered in the shard
+    text: str
+
+
+@dataclass(frozen=True)
+class Step:
+    """The rows of a step's global batch in the order of the run, and the digest of their ids beside the one that was logged."""
+
+    rows: list[Row]
+    digest: int
+    logged: int | None  # None where this step was not logged
+
+
+def rebuild(run_dir: Path, *, step: int) -> Step:
+    """Return what step ``step`` (from 1) of a run was trained on.
+
+    Raises:
+        DataError: if the step lies outside the run, or the shards are not those of the run.
+    """
+    config = load_config(run_dir / "config.yaml").config
+    records = {record["step"]: record for record in _records(run_dir)}
+    start, stop = _positions(records, config, step, where=run_dir)
+    source = config.data.sources[0]
+    data = TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify)
+    order = Order(data.shard_rows, seed=config.run.seed, lanes=config.data.lanes, block=config.data.block)
+    places = order.locate(np.arange(start, stop))
+    ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
+    data.fill(places.shard, places.row, ids_BL)
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    rows = []
+    for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
+        entry, first = data.manifest.shards[shard], row * config.data.seq_len
+        reader = ShardReader(data.manifest.folder, entry, dtype=data.manifest.numpy_dtype, verify=False)  # `fill` has verified it
+        (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
+        rows.append(Row(start + k, source.name, entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))
+    logged = records.get(step, {}).get("batch_digest")
+    return Step(rows, digest_rows(ids_BL[:, :-1]), logged)
+
+
+def _positions(records: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path) -> tuple[int, int]:
+    """Return the positions [start, stop) of a step, from the log where it is there: ``global_batch`` may have changed on the way."""
+    if step < 1:
+        raise DataError("steps count from 1", where="--step", value=step)
+    last = max(records, default=0)
+    if step > last:
+        raise DataError("this run has not come to that step", where=where, value=step, remedy=f"its last logged step is {last}")
+
+    def rows(number: int) -> int | None:
+        return 0 if number == 0 else records[number]["tokens_seen"] // config.data.seq_len if number in records else None
+
+    before, after = rows(step - 1), rows(step)
+    if before is None and after is None:  # between logged steps: count on from the nearest one before
+        near = max(number for number in (0, *records) if number < step)
+        before = (rows(near) or 0) + (step - 1 - near) * config.train.global_batch
+    if before is None:
+        assert after is not None
+        before = after - config.train.global_batch
+    return before, after if after is not None else before + config.train.global_batch
+
+
+def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of ``metrics.jsonl``; of a step that was repeated, the last one counts."""
+    path = run_dir / "metrics.jsonl"
+    if not path.is_file():
+        raise DataError("this run has logged nothing yet", where=path, remedy="name a run directory that has trained")
+    for line in path.read_text("utf-8").split("\n"):
+        if line.endswith("}"):
+            yield json.loads(line)

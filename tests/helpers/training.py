@@ -1,0 +1,25 @@
+"""A short run of the real trainer on ranks that are up already: for tests that look at many runs."""
+from __future__ import annotations
+
+from typing import Any
+
+
+def train(values: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the records of a short run; on ranks other than 0, nothing. For ``run_ranks``."""
+    import torch
+
+    from hfscale.config.schema import RunConfig
+    from hfscale.dist.world import World
+    from hfscale.jobs.build import build_trainer
+
+    torch.set_num_threads(1)
+    config = RunConfig.model_validate(values)
+    config.run_dir.mkdir(parents=True, exist_ok=True)
+    trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
+    records: list[dict[str, Any]] = []
+    if trainer.log is not None:
+        write = trainer.log.write
+        trainer.log.write = lambda record: (records.append(record), write(record))[1]  # type: ignore[method-assign]
+    trainer.run()
+    trainer.close()
+    return records
