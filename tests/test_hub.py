@@ -1,7 +1,6 @@
-"""A name is a folder here or the hub's; without a network that is said at once."""
+"""A name is a folder here or the hub's; what is neither is said so."""
 from __future__ import annotations
 
-import time
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,7 @@ def test_a_folder_is_itself(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["nobody/has-this-model", "./no/such/folder", "runs/nowhere", "äöü"])
-def test_what_is_nowhere_is_refused_without_waiting(name: str) -> None:
-    began = time.monotonic()
+def test_what_is_nowhere_is_refused(name: str) -> None:
     with pytest.raises(ConfigError, match="neither a folder here") as error:
         local_folder(name, where="model.pretrained")
     assert "model.pretrained" in str(error.value) and name in str(error.value)
-    assert time.monotonic() - began < 15

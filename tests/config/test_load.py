@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -148,10 +147,8 @@ def test_the_json_schema_knows_every_section_and_extends():
     assert json_schema(CorpusConfig)["properties"].keys() >= {"source", "shards"}
 
 
-def test_a_bad_config_is_refused_within_a_second_and_without_torch(folder: Path):
+def test_a_bad_config_is_refused_without_torch(folder: Path):
     code = ("import sys\nfrom hfscale.config.load import load_config\nfrom hfscale.errors import ConfigError\n"
             "try:\n    load_config('base.yaml', ['train.stepz=1'])\n"
             "except ConfigError:\n    sys.exit(7 if 'torch' in sys.modules else 0)\n")
-    began = time.monotonic()
     assert subprocess.run([sys.executable, "-c", code], env={"PYTHONPATH": str(Path(__file__).parents[2])}).returncode == 0
-    assert time.monotonic() - began < 1.0

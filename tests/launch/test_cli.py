@@ -4,7 +4,6 @@ from __future__ import annotations
 import importlib
 import json
 import socket
-import time
 from pathlib import Path
 
 import pytest
@@ -13,14 +12,9 @@ from launch.cli import VERBS
 from tests.helpers.cli import hfscale
 
 
-def test_help_is_quick_and_lists_what_works():
-    times = []
-    for _ in range(3):
-        began = time.monotonic()
-        text = hfscale("--help").stdout
-        times.append(time.monotonic() - began)
-    assert all(verb in text for verb in VERBS)
-    assert min(times) < 0.3
+def test_help_lists_what_works():
+    text = hfscale("--help").stdout  # its time is benchmarks/startup.py's; that it loads nothing slow, tests/test_house.py's
+    assert [verb for verb in VERBS if verb not in text] == []
 
 
 @pytest.mark.parametrize("verb", VERBS)

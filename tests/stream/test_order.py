@@ -1,7 +1,6 @@
 """The order is brute-forced: every layout small enough to list is listed, and the large ones are sampled."""
 from __future__ import annotations
 
-import time
 import tracemalloc
 
 import numpy as np
@@ -170,14 +169,12 @@ def test_blocks_of_lanes_and_epochs_are_permuted_apart():
 
 # ------------------------------------------------------------------------------------------------------- size and errors
 def test_a_trillion_tokens_start_at_once():
-    """100,000 shards, 1e12 tokens, 4,096 ranks, at 50 %: under a second and 200 MB, whatever the position."""
+    """100,000 shards, 1e12 tokens, 4,096 ranks, at 50 %: in little memory, whatever the position (its time: benchmarks/stream.py)."""
     shard_rows = np.full(100_000, 9765) + np.arange(100_000) % 7
     tracemalloc.start()
-    began = time.perf_counter()
     order = Order(shard_rows, seed=1, lanes="auto", block=1024)
     positions = order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)[0]
     places = order.locate(positions)
-    assert time.perf_counter() - began < 1.0
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()
     assert order.rows * 1024 > 1e12 and (places.row < shard_rows[places.shard]).all()
