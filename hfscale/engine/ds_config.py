@@ -47,7 +47,7 @@ def deepspeed_config(config: RunConfig, *, device_type: str) -> dict[str, Any]:
         "gradient_clipping": 0.0 if stage == 0 else config.optim.clip_norm,  # at stage 0 the engine itself clips
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well, without a compiler
-        "bf16": {"enabled": engine.precision == "bf16"},
+        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": False},  # the norm tells, without another pass
         "fp16": {"enabled": engine.precision == "fp16"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device
     }

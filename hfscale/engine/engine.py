@@ -7,6 +7,7 @@ A process group must be up before anything here is called (``hfscale.dist.group`
 from __future__ import annotations
 
 import gc
+import math
 import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -122,20 +123,22 @@ class Engine:
                 raise UnhealthyError(f"the gradient of step {self._ds.global_steps} is not finite; weights were not changed")
             return StepStats(float("inf"), lr, skipped=True)
         assert self._lr_used == {lr}, f"AdamW used learning rates {self._lr_used}, not {lr}"
-        return StepStats(self._norm if self.stage == 0 else float(self._ds.get_global_grad_norm()), lr)
+        return StepStats(self._norm, lr)
 
     def _before_update(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
-        """Run by torch just before AdamW changes anything. ZeRO has clipped and checked by now; without it, we do."""
+        """Run by torch just before AdamW changes anything: the last moment to look at the gradient. ZeRO has clipped it by now."""
         self._lr_used.update(group["lr"] for group in adamw.param_groups)
-        if self.stage == 0:
-            grads = [param.grad for group in adamw.param_groups for param in group["params"] if param.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
-            self._norm = norm.item()
-            if not torch.isfinite(norm):
-                raise UnhealthyError(f"the gradient of step {self._ds.global_steps + 1} is not finite; weights were not changed")
-            if self._clip_norm:
-                torch.nn.utils.clip_grads_with_norm_(
-                    [param for group in adamw.param_groups for param in group["params"]], self._clip_norm, norm)
+        self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
+        if not math.isfinite(self._norm):
+            raise UnhealthyError(f"the gradient of step {self._ds.global_steps + 1} is not finite; weights were not changed")
+
+    def _clip(self, adamw: torch.optim.Optimizer) -> float:
+        """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
+        params = [param for group in adamw.param_groups for param in group["params"]]
+        norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        if self._clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(params, self._clip_norm, norm)
+        return norm.item()
 
     @contextmanager
     def eval_mode(self) -> Iterator[None]:
