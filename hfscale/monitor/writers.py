@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,9 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers."""
-        self._file.write(json.dumps({**record, "attempt": self.attempt}).encode() + b"\n")
+        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what is not finite becomes None."""
+        record = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in record.items()}
+        self._file.write(json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n")
         if self._board is not None:
             for name, value in _flat(record):
                 if name not in ("step", "batch_digest"):

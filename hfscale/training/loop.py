@@ -66,7 +66,7 @@ class Trainer:
             with self.throughput.step():
                 agreed, stats = self._step()
             last = self.state.step == self.total_steps
-            self._observe(agreed, stats, last=last)
+            self._observe(agreed, stats)
             if agreed.failed:
                 raise CheckpointError("a checkpoint could not be written", where=f"before step {self.state.step}",
                                       value=str(self.checkpoints.failed() or "failed on another rank; see its log"),
@@ -103,7 +103,7 @@ class Trainer:
     def _validated(self, step: int) -> bool:
         return self.validate_every is not None and (step % self.validate_every == 0 or step == self.total_steps)
 
-    def _observe(self, agreed: Agreed, stats: StepStats, *, last: bool) -> None:
+    def _observe(self, agreed: Agreed, stats: StepStats) -> None:
         """Log this step. Every rank takes part in the sums; only rank 0 writes."""
         step = self.state.step
         if not self._logged(step):

@@ -25,6 +25,14 @@ def test_a_resume_appends_with_the_next_attempt_and_drops_a_torn_line(tmp_path):
     assert records[0]["batch_digest"] == 2**64 - 1  # whole, not rounded to a float
 
 
+def test_what_is_not_finite_is_null(tmp_path):
+    log = MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False)
+    log.write({"step": 1, **RECORD, "grad_norm": float("inf"), "validation_loss": float("nan")})  # a step that fp16 skipped
+    log.close()
+    [record] = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert record["grad_norm"] is None and record["validation_loss"] is None and record["loss"] == 2.5
+
+
 def test_tensorboard_shows_one_value_a_step(tmp_path):
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     steps(MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=True), 1, 2, 3)
