@@ -5,6 +5,7 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 """
 from __future__ import annotations
 
+import errno
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -44,6 +45,14 @@ class CheckpointError(UserError):
     """A checkpoint or run directory that cannot be used as asked."""
 
 
+def user_error(error: OSError) -> UserError | None:
+    """Return the user's error behind one of the system: no space, no permission, a read-only disk. None where it is none."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        return None
+    return UserError(f"cannot read or write: {error.strerror}", where=error.filename or "",
+                     remedy="make room or choose another folder, then run the same command again")
+
+
 class UnhealthyError(Exception):
     """Training produced numbers that must not be saved or trained on (exit code 76)."""
 
@@ -52,4 +61,6 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """Return a phrase that offers the valid names nearest to ``name``, or all of them."""
     known = sorted(known)
     close = get_close_matches(name, known, n=3, cutoff=0.5)
+    if not known:
+        return "there are none"
     return f"did you mean {' or '.join(close)}?" if close else f"valid names: {', '.join(known)}"

@@ -14,7 +14,7 @@ from pathlib import Path
 from hfscale import log
 from hfscale.config.load import load_config
 from hfscale.dist.world import World
-from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError
+from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, user_error
 
 JOBS = {"objective": "hfscale.jobs.pretrain"}  # the section of a config that names the job -> its module, with run(config, world) -> bool
 
@@ -42,6 +42,12 @@ def main() -> None:
     except UnhealthyError as error:
         print(f"unhealthy: {error}", file=sys.stderr)
         code = EXIT_UNHEALTHY
+    except OSError as error:
+        if mistake := user_error(error):
+            print(f"error: {mistake}", file=sys.stderr)
+        else:
+            traceback.print_exc()
+        code = EXIT_USER_ERROR if mistake else 1
     except BaseException:  # whatever it is, this rank must not linger in a collective's destructor
         traceback.print_exc()
         code = 1

@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hfscale.errors import EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, nearest
+from hfscale.errors import EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, nearest, user_error
 
 VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
@@ -58,6 +58,11 @@ def main() -> None:
         app(prog_name="hfscale")
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)
+    except OSError as error:
+        if (mistake := user_error(error)) is None:
+            raise
+        print(f"error: {mistake}", file=sys.stderr)
         sys.exit(EXIT_USER_ERROR)
     except UnhealthyError as error:
         print(f"unhealthy: {error}", file=sys.stderr)

@@ -42,6 +42,7 @@ def launch(request: Request) -> int:
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
         if (config.run_dir / run_dir.CONFIG).is_file():
+            run_dir.made_by_alone(config.run_dir, launcher="debug")
             logger.info(f"replacing the earlier debug run in {config.run_dir}")
             for old in config.run_dir.iterdir():
                 if old.name != run_dir.LOCK:

@@ -61,11 +61,13 @@ def launch(request: Request) -> int:
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
         run_dir.compare(config)  # again: what was written between the first look and the lock counts
-        file = run_dir.record(loaded, launcher="local", procs=procs)
-        logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
-        if config.metrics.tensorboard:
-            logger.info(tensorboard_line(config.run_dir))
-        code = run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs")
+        with run_dir.restored_if_refused(config.run_dir) as codes:
+            file = run_dir.record(loaded, launcher="local", procs=procs)
+            logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
+            if config.metrics.tensorboard:
+                logger.info(tensorboard_line(config.run_dir))
+            codes.append(run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs"))
+    [code] = codes
     if code == EXIT_STOPPED:
         logger.info(f"stopped; the same command goes on, and so does: hfscale pretrain {config.run_dir}")
     return code

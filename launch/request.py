@@ -4,6 +4,7 @@ A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS
 """
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +12,7 @@ from pathlib import Path
 from hfscale.config.load import Loaded, load_config
 from hfscale.config.schema import RunConfig
 from hfscale.engine.ds_config import deepspeed_config
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, DataError
 from hfscale.shards.manifest import Manifest
 
 LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch"}
@@ -77,8 +78,11 @@ def check(config: RunConfig, *, device_type: str) -> None:
     deepspeed_config(config, device_type=device_type)
     held_out = [config.data.validation.shards] if config.data.validation else []
     for shards in (*(source.shards for source in config.data.sources), *held_out):
-        if "://" not in shards:
-            Manifest.load(shards)
+        manifest = Manifest.load(shards)
+        there = set(os.listdir(manifest.folder))
+        if missing := [name for shard in manifest.shards for name in (shard.name, shard.index_name) if name not in there]:
+            raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
+                            remedy="restore them from a copy, or build the shards again")
     if Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
         raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
                           remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")

@@ -24,7 +24,7 @@ from hfscale.checkpoint import layout
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import differences, resume_differences
 from hfscale.config.schema import RunConfig
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
 from hfscale.shards.files import write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.request import CONFIG
@@ -93,16 +93,56 @@ def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
     """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``."""
     path = loaded.config.run_dir
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
-    attempts = json.loads((path / ENVIRONMENT).read_text(encoding="utf-8")) if (path / ENVIRONMENT).is_file() else []
     entry = {"started": _now(), "command": sys.argv, "cwd": os.getcwd(), "launcher": launcher, "procs": procs,
              "host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version(),
              "versions": _versions(), "code": _revision(),
              "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
              "sources": loaded.sources}
-    text = json.dumps([*attempts, entry], indent=1, ensure_ascii=False, default=str)
+    text = json.dumps([*_attempts(path), entry], indent=1, ensure_ascii=False, default=str)
     write_atomically(path / ENVIRONMENT, text.encode())  # first, so that a replaced value is on record
     write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
     return path / CONFIG
+
+
+@contextmanager
+def restored_if_refused(path: Path) -> Iterator[list[int]]:
+    """Yield a list for the exit code of an attempt; if it was refused before its first logged step, the run keeps its old config."""
+    config, metrics = path / CONFIG, path / "metrics.jsonl"
+    old = config.read_bytes() if config.is_file() else None
+    logged = metrics.stat().st_size if metrics.is_file() else 0
+    codes: list[int] = []
+    yield codes
+    if codes == [EXIT_USER_ERROR] and old is not None and logged == (metrics.stat().st_size if metrics.is_file() else 0):
+        write_atomically(config, old)
+
+
+def made_by_alone(path: Path, *, launcher: str) -> None:
+    """Return if every attempt in a run directory was made by ``launcher``.
+
+    Raises:
+        CheckpointError: if another one has trained there.
+    """
+    launchers = {str(attempt.get("launcher")) for attempt in _attempts(path)}
+    if launchers != {launcher}:
+        raise CheckpointError(f"this is not a run of the {launcher} launcher, which starts anew each time", where=path,
+                              value=sorted(launchers),
+                              remedy="run.name=... gives the debug run another name; its directory ends in -debug")
+
+
+def _attempts(path: Path) -> list[dict[str, Any]]:
+    """Return the entries of ``environment.json``, oldest first.
+
+    Raises:
+        CheckpointError: if it is damaged.
+    """
+    file = path / ENVIRONMENT
+    if not file.is_file():
+        return []
+    try:
+        return list(json.loads(file.read_text("utf-8")))
+    except ValueError as error:
+        raise CheckpointError(f"the record of earlier attempts is damaged: {error}", where=file,
+                              remedy="restore it, or move it away: the run itself does not need it") from None
 
 
 def _has_trained(path: Path) -> bool:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -39,7 +40,11 @@ def write_weights(reader: WeightsReader, skeleton: PreTrainedModel, folder: Path
     for number, names in enumerate(plan, 1):
         file = "model.safetensors" if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
         tensors = {name: reader.read(name).to(dtype).contiguous() for name in names}
-        save_file(tensors, folder / file, metadata={"format": "pt"})
+        try:
+            save_file(tensors, folder / file, metadata={"format": "pt"})
+        except SafetensorError as error:  # it wraps the system's
+            raise CheckpointError(f"the weights cannot be written: {error}", where=folder.parent.parent,
+                                  remedy="make room, or export to another disk; nothing was published") from error
         weight_map |= dict.fromkeys(names, file)
     if len(plan) > 1:
         size = sum((folder / file).stat().st_size for file in set(weight_map.values()))

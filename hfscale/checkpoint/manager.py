@@ -29,7 +29,7 @@ from hfscale.config.schema import Checkpoint
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, UnhealthyError
 from hfscale.log import logger
 
 POLL_S = 0.02
@@ -70,14 +70,17 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: on all ranks, if the disk lacks room or the previous save failed; older checkpoints stay.
+            UnhealthyError: on all ranks, if the model no longer computes finite numbers.
         """
         began = self._clock()
         self.wait()
-        fragments = engine.fragments()
-        self._prepare(fragments, step=step)
         small = {layout.STATE: json.dumps({**state, "engine": engine.scalars(), "tied": engine.tied}, indent=1).encode()}
         if probe := make_probe(engine):
+            if not probe.logits.isfinite().all():
+                raise UnhealthyError("the model's logits are not finite; nothing was saved, older checkpoints are untouched")
             small[layout.PROBE] = probe.to_bytes()
+        fragments = engine.fragments()
+        self._prepare(fragments, step=step)
         snapshot = self._snapshot(fragments)
         self._saved_at = self._clock()
         self.stall_s = self._saved_at - began
@@ -116,6 +119,9 @@ class CheckpointManager:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clear_leftovers(self.folder)
                 need, free = int(needed) + HEADROOM_BYTES, shutil.disk_usage(self.folder).free
+                if need > free:  # what this save would make superfluous may as well go now; the newest good one always stays
+                    self._prune()
+                    free = shutil.disk_usage(self.folder).free
                 if need > free:
                     problem = [f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"]
                 else:
@@ -173,6 +179,9 @@ class CheckpointManager:
             logger.warning(f"{target} was there already; it is kept as {layout.reject(target)}")
         partial.rename(target)
         layout.sync_folder(self.folder)
+        self._prune()
+
+    def _prune(self) -> None:
         layout.prune(self.folder, keep_last=self._config.keep_last, keep_every_steps=self._config.keep_every_steps)
 
     def _partial(self, step: int) -> Path:

@@ -29,6 +29,8 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
                       "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
+    found += [(f"data.sources.{number}.shards", "remote shards are not there yet: give a folder of this machine")
+              for number, source in enumerate(data.sources) if "://" in source.shards]
     if len(data.sources) > 1:
         found.append(("data.sources", f"{len(data.sources)} sources: mixtures are not there yet, give one"))
     return found

@@ -30,6 +30,8 @@ def _absolute_unless_hub_name(path: str) -> str:
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
+FileName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
 LocalPath = Annotated[Path, AfterValidator(_absolute), Field(validate_default=True)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_url)]
 PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_name)]
@@ -38,14 +40,14 @@ PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unl
 class Section(BaseModel):
     """A section of a config: immutable, and strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=())
+    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False)
 
 
 # ---------------------------------------------------------------------------------------------------- a run
 class Run(Section):
     """Where a run lives and what makes it repeatable. The run directory is ``root/name``."""
 
-    name: Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
+    name: FileName
     root: LocalPath = Path("runs")
     seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
 
@@ -107,7 +109,7 @@ class Optim(Section):
 
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0 = off
@@ -219,7 +221,7 @@ class TokenizerTraining(Section):
 
     path: LocalPath
     kind: Literal["bpe", "wordpiece", "unigram"] = "bpe"
-    vocab_size: Annotated[int, Field(ge=260)] = 32768
+    vocab_size: Annotated[int, Field(ge=260, le=10_000_000)] = 32768
     lowercase: bool = False  # wordpiece: BERT's uncased normalisation
     min_frequency: Positive = 2
     max_documents: Positive | None = None  # train on the first N documents only
@@ -230,7 +232,7 @@ class ShardBuild(Section):
     """Where shards are written, and how large. ``path`` receives ``train/`` and ``validation/``."""
 
     path: LocalPath
-    name: str = "shard"
+    name: FileName = "shard"
     shard_mb: Annotated[float, Field(gt=0)] = 128.0
     chunk_mb: Annotated[float, Field(gt=0)] = 2.0
     procs: Union[Literal["auto"], Positive] = "auto"

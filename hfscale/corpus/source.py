@@ -95,7 +95,11 @@ def _list_files(source: TextSource) -> tuple[Path, list[Path]]:
     if path.is_dir():
         root = path
         patterns = [pattern.strip() for pattern in source.pattern.split(",")]
-        found = {file for pattern in patterns for file in root.glob(pattern)}
+        try:
+            found = {file for pattern in patterns for file in root.glob(pattern)}
+        except (NotImplementedError, ValueError) as error:
+            raise DataError(f"not a pattern: {error}", where="source.pattern", value=source.pattern,
+                            remedy="globs relative to source.path, such as **/*.txt") from None
     elif has_magic(source.path):
         parts = path.parts
         fixed = next(i for i, part in enumerate(parts) if has_magic(part))
@@ -134,7 +138,7 @@ def _jsonl(file: Path, name: str) -> Iterator[str]:
             where = f"{file}:{number}"
             try:
                 row = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 raise DataError(f"not a JSON line: {error}", where=where, remedy="one JSON object a line, in UTF-8") from None
             yield _text_of(row, name, where)
 

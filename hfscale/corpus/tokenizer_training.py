@@ -8,10 +8,11 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "training_report.json"
 HELD_OUT_BYTES = 8 << 20  # of text for the report
+LONG_WORD = re.compile(r"\S{1000}")  # base64, DNA, Chinese: training takes time quadratic in the longest word, which is then broken
 
 
 @dataclass
@@ -39,6 +41,14 @@ class Recipe:
     names: dict[str, str]
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")  # of the models that it is for
     by_line: bool = False  # train on lines, where a whole document as one "word" would be too long
+
+
+@dataclass
+class Sides:
+    """What was read of each side: how many documents to train on, and some texts to measure on."""
+
+    trained: int = 0
+    held_out: list[str] = field(default_factory=list)
 
 
 def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
@@ -55,17 +65,19 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     if folder.exists():
         return _report_of(folder, plan)
     recipe = RECIPES[config.tokenizer.kind](config.tokenizer)
-    held_out: list[str] = []
-    counts = Counts()
+    sides, counts = Sides(), Counts()
     with Progress("reading", corpus.total_bytes) as progress:
-        texts = _training_texts(config, corpus, counts, held_out, progress)
+        texts = _training_texts(config, corpus, counts, sides, progress)
         recipe.tokenizer.train_from_iterator(_lines(texts) if recipe.by_line else texts, recipe.trainer)
     _finish(recipe, config.tokenizer.kind)
     tokenizer = _wrap(recipe)
     if not counts.documents - counts.empty:
         raise DataError("the source holds no text", where=config.source.path, remedy="look at source.path and source.pattern")
-    measured_on = "held-out text" if held_out else "training text (nothing was held out)"
-    measured = held_out or _first_texts(corpus, config)
+    if not sides.trained:
+        raise DataError("no document fell to the train side", where="split.validation", value=config.split.validation,
+                        remedy="give more documents, cut long ones into more (source.document_mb), or set split.validation=0")
+    measured_on = "held-out text" if sides.held_out else "training text (nothing was held out)"
+    measured = sides.held_out or _first_texts(corpus, config)
     report = {**measure(tokenizer, measured), "measured_on": measured_on,
               "documents": counts.documents, "duplicates": counts.duplicates, "undecodable": corpus.undecodable, "skipped": corpus.examples}
     _save(tokenizer, folder, {"plan": json.loads(json.dumps(plan)), "report": report})
@@ -84,20 +96,20 @@ def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, A
             "vocabulary_used": round(len(used) / len(tokenizer), 4)}
 
 
-def _training_texts(config: CorpusConfig, corpus: Corpus, counts: Counts, held_out: list[str], progress: Progress) -> Iterator[str]:
-    """Yield the texts of the train side; some of the other side are kept in ``held_out``."""
-    trained = held_out_bytes = 0
+def _training_texts(config: CorpusConfig, corpus: Corpus, counts: Counts, sides: Sides, progress: Progress) -> Iterator[str]:
+    """Yield the texts of the train side, long words broken; some of the other side are kept in ``sides``."""
+    held_out_bytes = 0
     for document in _documents(config, corpus, counts):
         progress.advance(document.size)
         if document.side == "validation":
             if held_out_bytes < HELD_OUT_BYTES:
-                held_out.append(document.text)
+                sides.held_out.append(document.text)
                 held_out_bytes += document.size
             continue
-        if trained == config.tokenizer.max_documents:
+        if sides.trained == config.tokenizer.max_documents:
             break
-        trained += 1
-        yield document.text
+        sides.trained += 1
+        yield LONG_WORD.sub(r"\g<0>\n", document.text)
 
 
 def _documents(config: CorpusConfig, corpus: Corpus, counts: Counts) -> Iterator[Document]:

@@ -120,7 +120,7 @@ class Engine:
         skipped = bool(getattr(self._zero, "overflow", False))
         if skipped:
             if self.precision != "fp16":
-                raise UnhealthyError(f"the gradient of step {self._ds.global_steps} is not finite; weights were not changed")
+                raise UnhealthyError("the gradient is not finite; weights were not changed")
             return StepStats(float("inf"), lr, skipped=True)
         assert self._lr_used == {lr}, f"AdamW used learning rates {self._lr_used}, not {lr}"
         return StepStats(self._norm, lr)
@@ -130,7 +130,7 @@ class Engine:
         self._lr_used.update(group["lr"] for group in adamw.param_groups)
         self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
         if not math.isfinite(self._norm):
-            raise UnhealthyError(f"the gradient of step {self._ds.global_steps + 1} is not finite; weights were not changed")
+            raise UnhealthyError("the gradient is not finite; weights were not changed")
 
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""

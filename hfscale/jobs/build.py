@@ -69,7 +69,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
                     prefetch_steps=data.prefetch_steps, with_documents=not data.cross_document, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"]) if saved else TrainState()
     steps = total_steps(train, rows=order.rows, seq_len=data.seq_len)
-    logger.info(f"resumed at step {state.step} of {steps}" if saved else f"starting at step 0 of {steps}")
+    nothing_left = "; nothing is left to do, train.steps says how far" if state.step >= steps else ""
+    logger.info(f"resumed at step {state.step} of {steps}{nothing_left}" if saved else f"starting at step 0 of {steps}")
 
     peak = peak_flops(device, precision=config.engine.precision)
     return Trainer(

@@ -5,8 +5,8 @@ Every checkpoint carries the live engine's logits on a small probe batch, so the
 from __future__ import annotations
 
 import json
-import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
-from hfscale.jobs.opening import RunModel, open_run
+from hfscale.jobs.opening import RunModel, attention, open_run
 from hfscale.log import logger
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
@@ -36,17 +36,18 @@ def run(name: str, out: Path) -> float:
     if source is None:
         raise CheckpointError("no run or checkpoint of hfscale here", where=name,
                               remedy="name a run directory, or a folder in its checkpoints/")
-    partial = out.with_name(out.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # what an interrupted export left; nobody else writes this name
-    partial.mkdir(parents=True)
-    write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
-    source.skeleton.config.save_pretrained(partial)
-    if source.skeleton.can_generate():
-        source.skeleton.generation_config.save_pretrained(partial)
-    source.tokenizer.save_pretrained(partial)
-    difference = prove(source, partial)
-    (partial / "README.md").write_text(card(source, difference), "utf-8")
-    partial.replace(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # a name of our own, removed whatever happens
+        partial = Path(scratch) / "model"
+        partial.mkdir()
+        write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+        source.skeleton.config.save_pretrained(partial)
+        if source.skeleton.can_generate():
+            source.skeleton.generation_config.save_pretrained(partial)
+        source.tokenizer.save_pretrained(partial)
+        difference = prove(source, partial)
+        (partial / "README.md").write_text(card(source, difference), "utf-8")
+        partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
     return difference
 
@@ -58,7 +59,7 @@ def prove(source: RunModel, folder: Path) -> float:
         CheckpointError: if they differ by more than rounding explains.
     """
     device = default_device()
-    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=source.config.model.attention)
+    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention(source.config))
     model.to(device).eval()  # type: ignore[arg-type]
     probe = read_probe(source.checkpoint)
     with torch.no_grad():

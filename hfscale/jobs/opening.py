@@ -6,12 +6,14 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from transformers.initialization import no_init_weights
+from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.weights import WeightsReader, open_weights
+from hfscale.checkpoint.weights import CheckpointWeights, WeightsReader
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.dist.group import default_device
@@ -51,19 +53,20 @@ def open_run(name: str) -> RunModel | None:
     Raises:
         CheckpointError: if it is a run without a checkpoint, or one whose files do not match its manifest.
     """
+    disable_progress_bar()
     path = Path(name)
     if path.parent.name == layout.FOLDER and (path / layout.MANIFEST).is_file():
         run_dir, checkpoint = path.parent.parent, path
     elif (path / layout.FOLDER).is_dir():
-        run_dir, committed = path, layout.committed(path / layout.FOLDER)
-        if not committed:
+        run_dir, found = path, layout.candidates(path / layout.FOLDER)
+        if not found:
             raise CheckpointError("this run has no checkpoint yet", where=name, remedy="let it train until its first save")
-        checkpoint = committed[-1]
+        checkpoint = found[-1]  # damaged ones too: silently taking an older one would be a lie
     else:
         return None
     config = load_config(run_dir / "config.yaml").config
     tokenizer = load_tokenizer(config.tokenizer.path)
-    return RunModel(config, checkpoint, _skeleton(config, tokenizer), open_weights(checkpoint), tokenizer)
+    return RunModel(config, checkpoint, _skeleton(config, tokenizer), CheckpointWeights(checkpoint), tokenizer)
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -72,18 +75,24 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
     Raises:
         UserError: if there is no such model.
     """
-    disable_progress_bar()
     run = open_run(name)
     if run is not None:
         model, tokenizer = run.model(), run.tokenizer
     else:
-        tokenizer = load_tokenizer(name)
+        folder = local_folder(name, where="MODEL", weights=True, remedy="name a run, a checkpoint, an export, a transformers folder")
+        tokenizer = load_tokenizer(folder)
         try:
-            model = transformers.AutoModelForCausalLM.from_pretrained(local_folder(name, where="MODEL", weights=True)).eval()
-        except (OSError, ValueError) as error:
+            model = transformers.AutoModelForCausalLM.from_pretrained(folder).eval()
+        except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError("no causal language model here", where=name, value=str(error).splitlines()[0],
                                   remedy="name a run, a checkpoint, an export, or a transformers folder") from error
     return model.to(default_device()), tokenizer  # type: ignore[arg-type]
+
+
+def attention(config: RunConfig) -> str:
+    """Return the run's attention, or its equal on a machine that lacks the run's kernels."""
+    wanted = config.model.attention
+    return "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
 
 
 def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
@@ -92,5 +101,5 @@ def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrain
     model_config = check_model_config(config.model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len,
                                       overrides=special_ids(tokenizer))
     with torch.device("meta"), no_init_weights():
-        return auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=config.model.attention,
+        return auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=attention(config),
                                       trust_remote_code=config.model.trust_remote_code)

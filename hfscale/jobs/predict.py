@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def read_prompts(path: Path, *, field: str = "prompt") -> list[Prompt]:
         DataError: for a missing file, a broken line, a line without the field, or an id that occurs twice.
     """
     try:
-        lines = path.read_text("utf-8").split("\n")  # not splitlines: JSON strings may hold U+2028
+        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
     except (OSError, UnicodeDecodeError) as error:
         raise DataError("the prompts cannot be read", where=path, value=str(error), remedy="give a JSONL file in UTF-8") from error
     prompts: dict[str, Prompt] = {}
@@ -37,9 +38,9 @@ def read_prompts(path: Path, *, field: str = "prompt") -> list[Prompt]:
         where = f"{path}:{number + 1}"
         try:
             record = json.loads(line)
-        except ValueError as error:
-            raise DataError(f"not JSON: {error}", where=where, value=line[:80]) from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str):
+        except (ValueError, RecursionError) as error:
+            raise DataError(f"not JSON: {error}", where=where, value=line[:80], remedy="one JSON object a line, in UTF-8") from error
+        if not isinstance(record, dict) or not isinstance(record.get(field), str) or not is_text(record[field]):
             raise DataError(f"no text under {field!r}", where=where, value=line[:80], remedy=f'write {{"{field}": "..."}} on each line')
         prompt = Prompt(str(record.get("id", number)), record[field])
         if prompt.id in prompts:
@@ -50,6 +51,15 @@ def read_prompts(path: Path, *, field: str = "prompt") -> list[Prompt]:
     return list(prompts.values())
 
 
+def is_text(value: str) -> bool:
+    """Return whether ``value`` can be written as UTF-8; half of a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 def write_predictions(path: Path, predictions: Iterable[dict[str, str]]) -> int:
     """Return how many predictions were written to ``path`` as JSONL; it appears whole or not at all.
 
@@ -58,7 +68,7 @@ def write_predictions(path: Path, predictions: Iterable[dict[str, str]]) -> int:
     """
     if path.exists():
         raise DataError("this file exists already; nothing was written", where=path, remedy="give another --out, or remove it")
-    part = path.with_name(path.name + ".part")
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     count = 0
     part.parent.mkdir(parents=True, exist_ok=True)
     with open(part, "w", encoding="utf-8") as file:

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import Model
-from hfscale.errors import ConfigError, nearest
+from hfscale.errors import ConfigError, UserError, nearest
 from hfscale.hub import local_folder
 
 if TYPE_CHECKING:
@@ -140,12 +140,12 @@ def _check_keys(values: Mapping[str, Any], known: set[str], architecture: str | 
 
 def _accepted(make: Callable[[], Any], model: Model) -> Any:
     """Return ``make()``; what transformers says against the user's values becomes a ConfigError."""
-    from huggingface_hub.errors import StrictDataclassError
-
     try:
         return make()
-    except (StrictDataclassError, ValueError, TypeError, KeyError, AssertionError, ImportError) as error:
-        reason = " ".join(str(error).split())[:300]
+    except UserError:
+        raise
+    except Exception as error:  # whatever an architecture does with impossible sizes: divide by zero, run out of memory, ...
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
         remedy = "set model.attention=eager" if "ttention" in reason else "see the architecture's page in the transformers documentation"
         name = model.architecture or model.pretrained
         raise ConfigError(f"{name}: {reason}", where="model", value=model.config, remedy=remedy) from error

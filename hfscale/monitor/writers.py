@@ -11,6 +11,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from hfscale.errors import CheckpointError
 from hfscale.log import logger
 
 CONSOLE = (("loss", "{:.4f}"), ("validation_loss", "{:.4f}"), ("lr", "{:.2e}"), ("grad_norm", "{:.3f}"), ("mfu", "{:.1%}"))
@@ -65,7 +66,11 @@ def _repair(path: Path) -> int:
     if whole < len(content):
         os.truncate(path, whole)
     last = content[:whole].rstrip(b"\n").rpartition(b"\n")[2]
-    return int(json.loads(last).get("attempt", 0)) if last else 0
+    try:
+        return int(json.loads(last)["attempt"]) if last else 0
+    except (ValueError, TypeError, KeyError):
+        raise CheckpointError("the last line of the run's metrics is damaged", where=path, value=last[:80].decode(errors="replace"),
+                              remedy="remove that line, or move the file away: the run itself does not need it") from None
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

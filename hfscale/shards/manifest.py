@@ -89,6 +89,12 @@ class Manifest:
             raise DataError(f"the manifest is damaged: {error}", where=path, remedy="restore it, or build the shards again") from None
         if manifest.dtype not in DTYPES:
             raise DataError("a manifest with an unknown dtype", where=path, value=manifest.dtype, remedy=f"known: {', '.join(DTYPES)}")
+        numbers = [getattr(shard, name) for shard in shards for name in ("bytes", "tokens", "documents", "max_id")]
+        if not all(isinstance(number, int) for number in numbers):
+            raise DataError("the manifest is damaged: counts are no numbers", where=path, remedy="restore it, or build the shards again")
+        if (manifest.tokenizer is None) != (manifest.dtype == TEXT):
+            raise DataError("the manifest is damaged: token shards name their tokenizer, raw text has none", where=path,
+                            value=content["tokenizer"], remedy="restore it, or build the shards again")
         return manifest
 
     def save(self, folder: str | Path) -> Path:

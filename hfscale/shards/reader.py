@@ -49,6 +49,8 @@ class ShardReader:
         if self._starts[-1] != entry.tokens or self._first_documents[-1] != entry.documents:
             raise self._damage(f"the index counts {self._starts[-1]:,} tokens in {self._first_documents[-1]:,} documents, "
                                f"the manifest {entry.tokens:,} in {entry.documents:,}")
+        if (self._tokens["bytes"] != self._tokens["tokens"] * self._dtype.itemsize).any():
+            raise self._damage(f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token")
         self._token_views: list[np.ndarray | None] = [None] * len(self._tokens)
         self._end_views: list[np.ndarray | None] = [None] * len(self._ends)
 
@@ -86,6 +88,9 @@ class ShardReader:
         size = self._dtype.itemsize
         windows = np.ndarray((len(self._map) // size - length + 1, length), self._dtype, self._map, strides=(size, size))
         offsets, at = (starts + self._shifts[chunks])[inside], at[inside]
+        if len(at) > 1 and len(steps := set(np.diff(offsets).tolist())) == 1 and (step := steps.pop()) > 0 and (np.diff(at) == 1).all():
+            out[at[0]:at[-1] + 1] = windows[offsets[0]:offsets[-1] + 1:step]  # in order: one slice, converted without a copy between
+            return
         for k in range(0, len(at), GATHERED_ROWS):
             out[at[k:k + GATHERED_ROWS]] = windows[offsets[k:k + GATHERED_ROWS]]
 

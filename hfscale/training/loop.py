@@ -16,7 +16,7 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.dist.agree import Agreed, agree, sum_over_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.engine.engine import Engine, StepStats
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, UnhealthyError
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Batch, Objective
@@ -64,7 +64,10 @@ class Trainer:
         """
         while self.state.step < self.total_steps:
             with self.throughput.step():
-                agreed, stats = self._step()
+                try:
+                    agreed, stats = self._step()
+                except UnhealthyError as error:
+                    raise UnhealthyError(f"step {self.state.step + 1}: {error}; the newest checkpoint is older") from error
             last = self.state.step == self.total_steps
             self._observe(agreed, stats)
             if agreed.failed:

@@ -19,7 +19,7 @@ def predict(
     max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
     temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
     top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0)] = 17,
+    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 17,
     batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
 ) -> None:
     """Go on with a prompt, or with every prompt of a JSONL file: {"id", "prompt", "text"} a line.
@@ -31,10 +31,12 @@ def predict(
     if (prompt is None) == (data is None):
         raise typer.BadParameter("give either --prompt or --data")
     from hfscale import log
-    from hfscale.jobs.predict import read_prompts, run, write_predictions
+    from hfscale.jobs.predict import is_text, read_prompts, run, write_predictions
     from hfscale.training.predictor import Prompt, Sampling
 
     log.setup()
+    if prompt is not None and not is_text(prompt):
+        raise typer.BadParameter("--prompt is not UTF-8")
     prompts = [Prompt("0", prompt)] if prompt is not None else read_prompts(data, field=field) if data is not None else []
     sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
     predictions = run(model, prompts, sampling=sampling, batch=batch)

@@ -15,7 +15,7 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.probe import read_probe
 from hfscale.config.schema import Checkpoint
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, UnhealthyError
 from tests.engine.tiny import full_state, logits, same, tiny_config, tiny_engine, train_step
 from tests.helpers.ranks import run_ranks
 
@@ -178,6 +178,26 @@ def test_another_model_is_refused_before_anything_is_loaded(tmp_path):
     for message in run_ranks(write_another_model, 2, tmp_path):
         assert "another model" in message and "transformer.h.1" in message
     assert layout.committed(tmp_path), "it is not damaged, so it stays"
+
+
+def ruined(folder: Path) -> str:
+    engine = tiny_engine(tiny_config(1, world_size=2))
+    for fragment in engine.fragments(owned=False):
+        fragment.tensors["weight"].fill_(float("inf"))
+    engine.after_load()
+    try:
+        manager(folder).save(engine, {"step": 1}, step=1)
+    except UnhealthyError as error:
+        return str(error)
+    finally:
+        engine.close()
+    return ""
+
+
+def test_a_model_that_computes_no_numbers_is_not_saved(tmp_path):
+    for message in run_ranks(ruined, 2, tmp_path):
+        assert "logits are not finite; nothing was saved" in message
+    assert list(tmp_path.iterdir()) == []
 
 
 def limited(folder: Path, limit_on: int) -> list[str]:

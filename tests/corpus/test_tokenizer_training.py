@@ -150,3 +150,21 @@ def test_a_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
     tokenizer.eos_token = None
     with pytest.raises(DataError, match="neither an eos_token nor a sep_token"):
         end_of_document_id(tokenizer)
+
+
+def test_a_corpus_that_is_all_held_out_trains_nothing(tmp_path: Path) -> None:
+    values = config(tmp_path).model_dump(mode="json")
+    for file in sorted((tmp_path / "text").iterdir())[1:]:
+        file.unlink()
+    values["split"]["validation"] = 0.999999
+    with pytest.raises(DataError, match=r"no document fell to the train side[\s\S]*split.validation"):
+        train_tokenizer(CorpusConfig.model_validate(values))
+    assert not (tmp_path / "tok").exists()
+
+
+@pytest.mark.parametrize("kind", ["bpe", "wordpiece"])
+def test_words_without_an_end_do_not_take_for_ever(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "text").mkdir()
+    for k in range(8):
+        (tmp_path / "text" / f"{k}.txt").write_text("a" * 250_000 + f" word{k}")  # quadratic: two minutes and more
+    assert train_tokenizer(config(tmp_path, kind=kind))["documents"] == 8

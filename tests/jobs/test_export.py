@@ -116,6 +116,25 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None
     assert refused.returncode == 2 and "rank-00001.safetensors" in refused.stderr and not (tmp_path / "out").exists()
 
 
+def test_the_newest_checkpoint_is_meant_even_when_it_lost_its_manifest(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "run"
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("exports"))
+    [newest] = (copy / "checkpoints").glob("step-*")
+    shutil.copytree(newest, newest.with_name("step-00000005"))
+    (newest / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match=r"manifest.json"):
+        open_run(str(copy))
+
+
+def test_files_of_others_are_left_alone(run: Path, tmp_path: Path) -> None:
+    theirs = tmp_path / "out.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("years of work")
+    assert export.run(str(run), tmp_path / "out") < 1e-6
+    assert (theirs / "thesis.txt").read_text() == "years of work"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"], "nothing is left behind"
+
+
 def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "import os"}\n\n{"prompt": "你好\u2028", "id": "zh"}\n{"prompt": ""}\n', "utf-8")
@@ -129,6 +148,7 @@ def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "message"), [
     ('{"prompt": "a"}\n{"prompt": 3}', r"no text under 'prompt'[\s\S]*:2"), ('{"prompt": ', r"not JSON[\s\S]*:1"), ("", "no prompts"),
+    ('{"prompt": "a\\ud800"}', "no text under"), ("[" * 100_000, "not JSON"),
     ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice")])  # fmt: skip
 def test_broken_prompts_name_their_line(tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "prompts.jsonl"

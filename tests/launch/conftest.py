@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hfscale.shards.manifest import Manifest, ShardEntry
+from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 
 CONFIG = """\
 run: {name: first}
@@ -25,5 +25,8 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "shards").mkdir()
     shard = ShardEntry(name="shard-000000.tar", bytes=1024, tokens=4000, documents=3, digest="0", max_id=9)
-    Manifest(dtype="uint16", tokenizer=None, source={}, shards=(shard,)).save(tmp_path / "shards")
+    for name in (shard.name, shard.index_name):
+        (tmp_path / "shards" / name).touch()
+    made_by = TokenizerInfo(digest="0", vocab_size=10, eod_id=0)
+    Manifest(dtype="uint16", tokenizer=made_by, source={}, shards=(shard,)).save(tmp_path / "shards")
     return tmp_path

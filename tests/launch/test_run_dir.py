@@ -130,3 +130,35 @@ def test_what_can_be_known_before_is_checked_before(folder: Path, overrides: tup
     with pytest.raises(UserError, match=words):
         check(Request("config.yaml", overrides).load().config, device_type="cpu")
     check(Request("config.yaml").load().config, device_type="cpu")
+
+
+@pytest.mark.parametrize(("code", "kept"), [(2, True), (1, False), (0, False), (75, False)])
+def test_a_refused_attempt_leaves_the_run_its_config(folder: Path, code: int, kept: bool):
+    path = trained(folder)
+    before = (path / "config.yaml").read_bytes()
+    with run_dir.restored_if_refused(path) as codes:
+        attempt("train.steps=99")
+        codes.append(code)
+    assert ((path / "config.yaml").read_bytes() == before) is kept
+    with run_dir.restored_if_refused(path) as codes:  # a mistake that shows after it has trained on
+        attempt("train.steps=100")
+        with open(path / "metrics.jsonl", "a") as file:
+            file.write('{"step": 2}\n')
+        codes.append(2)
+    assert load_config(path / "config.yaml").config.train.steps == 100
+
+
+def test_only_runs_of_the_debug_launcher_are_made_anew(folder: Path):
+    path = trained(folder)
+    with pytest.raises(CheckpointError, match=r"not a run of the debug launcher[\s\S]*local"):
+        run_dir.made_by_alone(path, launcher="debug")
+    run_dir.made_by_alone(path, launcher="local")
+    (path / "environment.json").write_text("[{")
+    with pytest.raises(CheckpointError, match=r"damaged[\s\S]*environment.json"):
+        run_dir.made_by_alone(path, launcher="local")
+
+
+def test_missing_shards_are_named_before_ranks_start(folder: Path):
+    (folder / "shards" / "shard-000000.idx").unlink()
+    with pytest.raises(UserError, match=r"1 files of the shards are missing[\s\S]*shard-000000.idx"):
+        check(Request("config.yaml").load().config, device_type="cpu")

@@ -38,6 +38,12 @@ def test_a_bad_config_is_refused_with_a_remedy(model: dict[str, Any], says: str)
     assert says in str(error.value)
 
 
+def test_sizes_that_cannot_be_built_are_the_users_error() -> None:
+    model = Model(architecture="gpt2", config={"n_head": 0})
+    with pytest.raises(ConfigError, match=r"ZeroDivisionError[\s\S]*where:  model"):
+        build_model(model, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=32, seed=1)
+
+
 @pytest.mark.parametrize(("model", "auto_model", "says"), [
     ({"architecture": "gpt2", "config": {**TINY, "n_head": 5}}, "AutoModelForCausalLM", "divisible"),
     ({"architecture": "t5"}, "AutoModelForCausalLM", "AutoModelForCausalLM"),

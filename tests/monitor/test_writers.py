@@ -3,6 +3,7 @@ import json
 
 import pytest
 
+from hfscale.errors import CheckpointError
 from hfscale.monitor.writers import MetricsLog
 
 RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "step_s": 0.1, "data_wait_s": 0.01, "tokens_per_s": 1234.0, "mfu": None,
@@ -23,6 +24,13 @@ def test_a_resume_appends_with_the_next_attempt_and_drops_a_torn_line(tmp_path):
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [(record["step"], record["attempt"]) for record in records] == [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
     assert records[0]["batch_digest"] == 2**64 - 1  # whole, not rounded to a float
+
+
+def test_a_damaged_record_is_named_and_kept(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}}\n')
+    with pytest.raises(CheckpointError, match=r"damaged[\s\S]*metrics.jsonl"):
+        MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}}\n'
 
 
 def test_what_is_not_finite_is_null(tmp_path):
