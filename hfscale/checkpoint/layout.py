@@ -7,10 +7,12 @@
 """
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 FOLDER = "checkpoints"  # of a run directory
 MANIFEST = "manifest.json"
@@ -44,6 +46,12 @@ def candidates(folder: Path) -> list[Path]:
 def committed(folder: Path) -> list[Path]:
     """Return the committed checkpoints of ``folder``, oldest first. Their digests are not checked here."""
     return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
+
+
+def newest_state(run_dir: Path) -> dict[str, Any] | None:
+    """Return what the newest committed checkpoint of a run says of its position, or None if there is none."""
+    found = committed(run_dir / FOLDER)
+    return json.loads((found[-1] / STATE).read_text("utf-8")) if found else None
 
 
 def reject(checkpoint: Path) -> Path:

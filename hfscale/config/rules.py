@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfscale.config.schema import RunConfig, Section, Train
-from hfscale.errors import ConfigError
+from hfscale.config.schema import Data, RunConfig, Section, Train
+from hfscale.errors import ConfigError, nearest
 
 
 def problems(config: RunConfig) -> list[tuple[str, str]]:
@@ -31,9 +31,22 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
                       "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
     found += [(f"data.sources.{number}.shards", "remote shards are not there yet: give a folder of this machine")
               for number, source in enumerate(data.sources) if "://" in source.shards]
-    if len(data.sources) > 1:
-        found.append(("data.sources", f"{len(data.sources)} sources: mixtures are not there yet, give one"))
-    return found
+    return found + list(_mixture_problems(data))
+
+
+def _mixture_problems(data: Data) -> Iterator[tuple[str, str]]:
+    weights = {source.name: source.weight for source in data.sources}
+    for number, source in enumerate(data.sources):
+        if source.name in [other.name for other in data.sources[:number]]:
+            yield f"data.sources.{number}.name", f"two sources are named {source.name}: give each a name of its own"
+    if not any(weights.values()):
+        yield "data.sources", "the weights sum to nothing: give at least one source a weight above 0"
+    for number, stage in enumerate(data.stages):
+        key = f"data.stages.{number}.weights"
+        yield from ((key, f"there is no source {name}; {nearest(name, weights)}") for name in stage.weights if name not in weights)
+        weights |= {name: weight for name, weight in stage.weights.items() if name in weights}
+        if not any(weights.values()):
+            yield key, "from this stage on all weights are 0: a source that is not named keeps its weight"
 
 
 def notices(config: RunConfig) -> list[str]:
@@ -108,6 +121,7 @@ CHANGES: dict[str, Change] = {
     "run.seed": "refused", "tokenizer": "refused", "objective": "refused",
     "model": "refused", "model.attention": "free", "model.trust_remote_code": "free",
     "data.seq_len": "refused", "data.lanes": "refused", "data.block": "refused",  # the order of rows is made of these
+    "data.stages": "noticed",
     "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
     "data.cross_document": "noticed",
     "train": "noticed", "train.micro_batch": "free", "optim": "noticed", "schedule": "noticed",

@@ -63,7 +63,15 @@ class Source(Section):
 
     name: str = "text"
     shards: PathOrUrl
-    weight: Annotated[float, Field(gt=0)] = 1.0
+    weight: Annotated[float, Field(ge=0)] = 1.0  # its share of the rows, after division by the sum of all
+    max_epochs: Annotated[float, Field(gt=0)] | None = None  # then its share goes to the others
+
+
+class Stage(Section):
+    """From here on, the sources that are named have these weights; the others keep theirs."""
+
+    at: Union[Positive, Annotated[float, Field(gt=0, lt=1)]]  # steps done when it begins, or a fraction of the run's
+    weights: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
 
 
 class Validation(Section):
@@ -79,9 +87,10 @@ class Data(Section):
 
     seq_len: Annotated[int, Field(gt=1)]
     sources: Annotated[list[Source], Field(min_length=1)]
+    stages: list[Stage] = []
     validation: Validation | None = None
     lanes: Union[Literal["auto"], Positive] = "auto"
-    block: Positive = 1024  # rows of a lane that are shuffled together
+    block: Positive = 1024  # rows of a lane that are shuffled together; and of a mixture that hold its weights
     cross_document: bool = True  # False: a token attends to its own document only
     verify: bool = True  # check each chunk's checksum when it is first read
     prefetch_steps: Positive = 2  # steps that the reader thread stays ahead

@@ -31,8 +31,7 @@ from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows, Stream, StreamState
-from hfscale.stream.order import Order
-from hfscale.stream.rows import TokenRows
+from hfscale.stream.mixture import Mixture, open_mixture
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
 from hfscale.training.evaluator import Evaluator
 from hfscale.training.loop import Trainer, TrainState
@@ -49,11 +48,11 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
     logger.info(batch.equation)
 
     tokenizer = load_tokenizer(config.tokenizer.path)
-    rows = open_rows(data.sources[0].shards, config, tokenizer)
+    parts = [open_rows(source.shards, config, tokenizer) for source in data.sources]
     model = build(config, tokenizer, device)
     objective = load_objective(config.objective, Setting(
         seq_len=data.seq_len, micro_batch=train.micro_batch, seed=config.run.seed, cross_document=data.cross_document,
-        tokenizer=tokenizer, model_config=model.config))
+        sources=len(parts), tokenizer=tokenizer, model_config=model.config))
 
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of the whole, at ZeRO 3
     flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=parameters)
@@ -63,7 +62,7 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
 
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
-    order = Order(rows.shard_rows, seed=config.run.seed, lanes=data.lanes, block=data.block)
+    rows, order = open_mixture(config, parts, saved=saved)
     stream = Stream(rows, order, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=world.rank,
                     world_size=world.world_size, state=StreamState.from_dict(saved["stream"]) if saved else None,
                     prefetch_steps=data.prefetch_steps, with_documents=not data.cross_document, pin_memory=device.type == "cuda")
@@ -78,8 +77,9 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
         throughput=Throughput(tokens_per_step=train.global_batch * data.seq_len, flops_per_token=flops,
                               peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
-        describe=describe(config, rows, tokenizer, world, device), total_steps=steps, seed=config.run.seed, rank=world.rank,
-        world_size=world.world_size, metrics_every=config.metrics.every_steps, **validation(config, objective, tokenizer, world),
+        describe=describe(config, order, tokenizer, world, device), total_steps=steps, sources=order.names, seed=config.run.seed,
+        rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps,
+        **validation(config, objective, tokenizer, world),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)
 
@@ -110,10 +110,12 @@ def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTok
     return {"evaluator": Evaluator(objective, rows), "validate_every": held_out.every_steps}
 
 
-def describe(config: RunConfig, rows: TokenRows, tokenizer: PreTrainedTokenizerFast, world: World, device: torch.device) -> dict[str, Any]:
+def describe(config: RunConfig, order: Mixture, tokenizer: PreTrainedTokenizerFast, world: World,
+             device: torch.device) -> dict[str, Any]:
     """Return what every checkpoint of this run says about itself, beside its position."""
     return {"device": device_name(device), "world_size": world.world_size,
             "zero_stage": config.engine.zero_stage, "precision": config.engine.precision,
-            "data_fingerprint": rows.fingerprint, "tokenizer_digest": tokenizer_digest(tokenizer), "schedule": config.schedule.model_dump(),
+            "data_fingerprint": order.fingerprint, "tokenizer_digest": tokenizer_digest(tokenizer),
+            "schedule": config.schedule.model_dump(),
             "rng": "torch is seeded from blake2b(seed/step/rank/micro-batch) before each forward",
             "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")}}

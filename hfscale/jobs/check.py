@@ -3,11 +3,12 @@ from __future__ import annotations
 
 from transformers import PreTrainedTokenizerFast
 
+from hfscale.checkpoint import layout
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.models.build import check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
-from hfscale.stream.order import resolve_lanes
+from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
 
@@ -19,8 +20,8 @@ def check(config: RunConfig) -> None:
         UserError: for the first of them that does not.
     """
     tokenizer = load_tokenizer(config.tokenizer.path)
-    rows = open_rows(config.data.sources[0].shards, config, tokenizer)
-    resolve_lanes(config.data.lanes, int(rows.shard_rows.sum()), block=config.data.block)
+    open_mixture(config, [open_rows(source.shards, config, tokenizer) for source in config.data.sources],
+                 saved=layout.newest_state(config.run_dir))
     if config.data.validation is not None:
         open_rows(config.data.validation.shards, config, tokenizer)
     load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))

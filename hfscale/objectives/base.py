@@ -40,6 +40,7 @@ class Setting:
     micro_batch: int = 1
     seed: int = 0  # of masks, spans and crops: they are drawn from (seed, position of the row)
     cross_document: bool = True
+    sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
     tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
     model_config: PretrainedConfig | None = None  # None: before there is a model
 
@@ -100,11 +101,17 @@ class Objective:
         """
 
     def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
-        """Return ``{term: n}``, the scored items of these micro-batches. Sum over ranks gives the global counts."""
+        """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}`` where there are several sources.
+
+        Sum over ranks gives the global counts.
+        """
         totals = dict.fromkeys(self.weights(), 0)
         for batch in batches:
             for term, count_B in batch.counts.items():
-                totals[term] += int(count_B.sum())
+                apart = self._by_source(count_B, batch).tolist()
+                totals[term] += sum(apart)
+                if self.setting.sources > 1:
+                    totals |= {f"{term}/{s}": totals.get(f"{term}/{s}", 0) + n for s, n in enumerate(apart)}
         return totals
 
     def losses(self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int], *, world_size: int) -> Iterator[Tensor]:
@@ -115,20 +122,27 @@ class Objective:
         self._sums = {}
         for batch in batches:
             sums = self.loss(model, batch)
-            self.record(sums)
+            self.record(sums, batch)
             scales = {term: weight * world_size / max(1, global_counts[term]) for term, weight in self.weights().items() if weight}
             yield torch.stack([scale * sums[term].sum() for term, scale in scales.items()]).sum()
 
-    def record(self, sums: Mapping[str, Tensor]) -> None:
-        """Add this rank's ``{term: sums_B}`` to what ``take_sums`` returns; without waiting for the device."""
+    def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add the ``{term: sums_B}`` of ``batch`` to what ``take_sums`` returns; without waiting for the device."""
         for term, sums_B in sums.items():
-            total = sums_B.detach().sum(dtype=torch.float64)
+            total = self._by_source(sums_B.detach().double(), batch)
             self._sums[term] = self._sums[term] + total if term in self._sums else total
 
     def take_sums(self) -> dict[str, Tensor]:
-        """Return ``{term: sum}`` (fp64 scalars) of this rank's part of the step just made, and forget it."""
+        """Return ``{term: sum of each source}`` (fp64) of this rank's part of the step just made, and forget it."""
         sums, self._sums = self._sums, {}
         return sums
+
+    def _by_source(self, values_B: Tensor, batch: Batch) -> Tensor:
+        """Return the sum of the values of each source, in their type."""
+        if self.setting.sources == 1:
+            return values_B.sum()[None]
+        source_B = batch.source_B.to(values_B.device, torch.int64, non_blocking=True)
+        return values_B.new_zeros(self.setting.sources).index_add(0, source_B, values_B)
 
 
 def load_objective(named: Named, setting: Setting) -> Objective:

@@ -1,6 +1,6 @@
 """The batch time machine: what a step of a run was trained on, rebuilt from the order alone, and proven by its digest.
 
-Needs the shards and the run directory, but no GPU, no checkpoint and none of the other ranks.
+Needs the shards and the run directory, but no GPU, no weights and none of the other ranks.
 """
 from __future__ import annotations
 
@@ -12,12 +12,13 @@ from typing import Any
 
 import numpy as np
 
+from hfscale.checkpoint.layout import newest_state
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import digest_rows
-from hfscale.stream.order import Order
+from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.tokenizer import load_tokenizer
 
@@ -53,19 +54,19 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     config = load_config(run_dir / "config.yaml").config
     records = {record["step"]: record for record in _records(run_dir)}
     start, stop = _positions(records, config, step, where=run_dir)
-    source = config.data.sources[0]
-    data = TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify)
-    order = Order(data.shard_rows, seed=config.run.seed, lanes=config.data.lanes, block=config.data.block)
+    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify) for source in config.data.sources]
+    data, order = open_mixture(config, parts, saved=newest_state(run_dir))  # it knows the weights of earlier attempts
     places = order.locate(np.arange(start, stop))
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
     data.fill(places.shard, places.row, ids_BL)
     tokenizer = load_tokenizer(config.tokenizer.path)
     rows = []
+    sources = [order.names[number] for number in data.source_of(places.shard)]
     for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
-        entry, first = data.manifest.shards[shard], row * config.data.seq_len
-        reader = ShardReader(data.manifest.folder, entry, dtype=data.manifest.numpy_dtype, verify=False)  # `fill` has verified it
+        (manifest, entry), first = data.shard(shard), row * config.data.seq_len
+        reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
         (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
-        rows.append(Row(start + k, source.name, entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))
+        rows.append(Row(start + k, sources[k], entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))
     logged = records.get(step, {}).get("batch_digest")
     return Step(rows, digest_rows(ids_BL[:, :-1]), logged)
 

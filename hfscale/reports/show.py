@@ -56,14 +56,14 @@ def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, s
         if rows:
             facts.append(("epochs", f"{steps * train.global_batch / rows:.3g} of {rows:,} rows"))
     else:
-        facts.append(("steps", f"not known before there are shards at {config.data.sources[0].shards}"))
+        facts.append(("steps", f"not known before there are shards at {', '.join(source.shards for source in config.data.sources)}"))
     return [*facts, *(("notice", line) for line in notices(config))]
 
 
 def _rows(config: RunConfig) -> int | None:
     """Return the rows of an epoch, or None where the shards are not there yet. A row needs one token more than it predicts."""
     try:
-        shards = Manifest.load(config.data.sources[0].shards).shards
+        shards = [shard for source in config.data.sources for shard in Manifest.load(source.shards).shards]
     except DataError:
         return None
     return sum((shard.tokens - 1) // config.data.seq_len for shard in shards if shard.tokens)

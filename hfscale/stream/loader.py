@@ -14,8 +14,8 @@ from __future__ import annotations
 import queue
 import threading
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
-from typing import Any
+from dataclasses import asdict, dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -23,6 +23,9 @@ import torch
 from hfscale.errors import DataError
 from hfscale.stream.order import Order
 from hfscale.stream.rows import Rows, TokenRows
+
+if TYPE_CHECKING:
+    from hfscale.stream.mixture import Mixture
 
 SLAB_TOKENS = 2**19  # of a slab (4 MiB of ids), where a step is not larger
 SLAB_STEPS = 64  # at most: more would not make the hand-over cheaper
@@ -41,6 +44,8 @@ class StreamState:
     block: int
     epoch_rows: int
     consumed_rows: int = 0
+    sources: dict[str, list[Any]] = field(default_factory=dict)  # of a mixture: name -> [start of the fingerprint, rows consumed]
+    phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
     version: int = STATE_VERSION
 
     @property
@@ -55,7 +60,8 @@ class StreamState:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON types."""
-        return {**asdict(self), "consumed_tokens": self.consumed_tokens}
+        content = {**asdict(self), "consumed_tokens": self.consumed_tokens}
+        return {name: value for name, value in content.items() if self.sources or name not in ("sources", "phases")}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
@@ -80,12 +86,12 @@ class Stream:
         DataError: if ``state`` is of other data or of another order; it names what differs.
     """
 
-    def __init__(self, rows: TokenRows, order: Order, *, global_batch: int, micro_batch: int, rank: int, world_size: int,
+    def __init__(self, rows: TokenRows, order: Order | Mixture, *, global_batch: int, micro_batch: int, rank: int, world_size: int,
                  state: StreamState | None = None, prefetch_steps: int = 2, with_documents: bool = False, pin_memory: bool = False) -> None:
         assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)  # rules.py has checked it
         self._rows, self._order = rows, order
         fresh = StreamState(rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows)
-        self._opened = fresh if state is None else state
+        self._opened = replace(state or fresh, epoch_rows=order.rows)  # a source may have come to a mixture
         _check_same(fresh, self._opened)
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
@@ -113,6 +119,8 @@ class Stream:
         """
         if self._error is not None:
             raise self._error
+        if self._order.end is not None and self._consumed + self._global_batch > self._order.end:
+            raise DataError("every source has given its max_epochs", where="data.sources", value=f"{self._order.end:,} rows")
         if self._slab is None:
             slab = self._full.get()
             if isinstance(slab, BaseException):
@@ -132,7 +140,16 @@ class Stream:
 
     def state(self) -> StreamState:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
-        return replace(self._opened, consumed_rows=self._consumed)
+        return replace(self._opened, consumed_rows=self._consumed, **self._order.record(self._consumed))
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self._consumed * self._rows.seq_len
+
+    def epochs(self) -> dict[str, Any]:
+        """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far, with the fraction under way."""
+        return self._order.epochs(self._consumed)
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
@@ -207,7 +224,7 @@ class _Slab:
         per_step = step_rows // micro_batch
         self.batches = [batches[first:first + per_step] for first in range(0, len(batches), per_step)]  # of each step
         self.steps, self._step_rows = 0, step_rows  # how many are filled; rows of each
-        self._ids, self._position = ids.numpy(), position.numpy()
+        self._ids, self._position, self._source = ids.numpy(), position.numpy(), source.numpy()
         self._documents = None if documents is None else documents.numpy()
 
     def fill(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
@@ -215,6 +232,8 @@ class _Slab:
         n = len(positions)
         self.steps = n // self._step_rows
         self._position[:n] = positions
+        if len(rows.manifests) > 1:
+            self._source[:n] = rows.source_of(shards)
         rows.fill(shards, numbers, self._ids[:n])
         if self._documents is not None:
             rows.fill_document_ids(shards, numbers, self._documents[:n])
@@ -222,7 +241,7 @@ class _Slab:
 
 def _check_same(ours: StreamState, saved: StreamState) -> None:
     names = {"fingerprint": "data.sources (the shards themselves)", "seed": "run.seed", "seq_len": "data.seq_len", "lanes": "data.lanes",
-             "block": "data.block", "epoch_rows": "rows an epoch"}
+             "block": "data.block"}
     differ = [f"{where}: {getattr(saved, name)} in the checkpoint, {getattr(ours, name)} now"
               for name, where in names.items() if getattr(ours, name) != getattr(saved, name)]
     if differ:

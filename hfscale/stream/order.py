@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Union
+from typing import Any, Literal, Union
 
 import numpy as np
 
@@ -72,6 +72,7 @@ class Order:
         self.rows = int(self.shard_rows.sum())  # N: rows of one epoch
         if self.rows == 0:
             raise DataError("no rows to order: every shard is empty or shorter than a row", where="data.sources")
+        self.end = None  # epoch after epoch
         self.seed, self.block, self.lanes = seed, block, resolve_lanes(lanes, self.rows, block=block)
         self._epochs: dict[int, _Epoch] = {}
 
@@ -82,9 +83,7 @@ class Order:
         so where lanes divide the global batch a rank stays with its lanes' shards. Whatever the slices, the step is the same.
         """
         positions = start + np.arange(count * global_batch, dtype=np.int64).reshape(count, global_batch)
-        by_lane = np.argsort(positions % self.rows % self.lanes, axis=1, kind="stable")
-        share = global_batch // world_size
-        return np.take_along_axis(positions, by_lane[:, rank * share:(rank + 1) * share], axis=1)
+        return deal(positions, positions % self.rows % self.lanes, rank=rank, world_size=world_size)
 
     def locate(self, positions: np.ndarray) -> Places:
         """Return the places of ``positions`` (n, int64, in any order, of any epochs)."""
@@ -108,15 +107,30 @@ class Order:
             row[at] = line[at] - layout.begins[ordinal]
         return Places(epoch, lane, shard, row)
 
+    def epochs(self, position: int) -> dict[str, Any]:
+        """Return the passes over the data before ``position``, as the metrics have them."""
+        return {"epoch": position / self.rows}
+
+    def record(self, position: int) -> dict[str, Any]:
+        """Return what a state must hold beside the position: nothing. A mixture has more to say."""
+        return {}
+
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             if len(self._epochs) >= 4:
                 self._epochs.clear()  # a run goes from one to the next
             names = np.arange(len(self.shard_rows), dtype=np.uint64)
-            shards = np.argsort(mix(names ^ _key(self.seed, epoch, _SHARDS)), kind="stable")
+            shards = np.argsort(mix(names ^ key_of(self.seed, epoch, _SHARDS)), kind="stable")
             ends = np.cumsum(self.shard_rows[shards])
-            self._epochs[epoch] = _Epoch(shards, ends - self.shard_rows[shards], ends, _key(self.seed, epoch, _BLOCKS)[0])
+            self._epochs[epoch] = _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
         return self._epochs[epoch]
+
+
+def deal(positions: np.ndarray, lanes: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
+    """Return the share of ``rank`` in each step (count, global_batch / world_size) of ``positions``, whose ``lanes`` are alike in shape."""
+    by_lane = np.argsort(lanes, axis=1, kind="stable")
+    share = positions.shape[1] // world_size
+    return np.take_along_axis(positions, by_lane[:, rank * share:(rank + 1) * share], axis=1)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -153,7 +167,7 @@ def _feistel(x: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
     return halves[0] << right_bits | halves[1]
 
 
-def _key(*words: int) -> np.ndarray:
+def key_of(*words: int) -> np.ndarray:
     """Return a uint64 key (1,) of the words; every word, and its place, moves every bit."""
     key = np.zeros(1, dtype=np.uint64)
     for word in words:

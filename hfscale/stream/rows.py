@@ -1,4 +1,4 @@
-"""Rows of tokens out of a corpus of shards: row s of a shard is its tokens [s * L, s * L + L + 1).
+"""Rows of tokens out of corpora of shards: row s of a shard is its tokens [s * L, s * L + L + 1).
 
 L = ``seq_len`` is chosen at train time; neighbouring rows share one token, so that each token is predicted once.
 
@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfscale.errors import DataError
-from hfscale.shards.manifest import TEXT, Manifest
+from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
 from hfscale.shards.reader import ShardReader
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
@@ -31,7 +32,7 @@ class Rows:
     ids_BL: Tensor  # int64 (B, L + 1)
     document_ids_BL: Tensor | None  # int32 (B, L + 1): documents numbered from 0 within their row; None where nobody asked
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
-    source_B: Tensor  # int16: which of data.sources
+    source_B: Tensor  # int16: which source of the mixture
     position: Tensor  # int64 (B,): the row's place in the order of the run (P), or of the validation rows
 
 
@@ -44,6 +45,8 @@ class TokenRows:
 
     def __init__(self, path: str | Path, *, seq_len: int, verify: bool = True) -> None:
         self.manifest = Manifest.load(path)
+        self.manifests = [self.manifest]
+        self._first_shards = np.array([0])  # of each manifest, shards numbered through
         if self.manifest.dtype == TEXT:
             raise DataError("these are shards of raw text, not of tokens", where=path,
                             remedy="make token shards of them: `hfscale shards build CONFIG`")
@@ -56,9 +59,29 @@ class TokenRows:
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
+    @classmethod
+    def joined(cls, parts: Sequence[TokenRows]) -> TokenRows:
+        """Return the rows of several corpora as of one: shards are numbered through, and one limit holds for all open files."""
+        rows = copy(parts[0])
+        rows.manifests = [part.manifest for part in parts]
+        rows._first_shards = np.cumsum([0, *(len(part.shard_rows) for part in parts[:-1])])
+        rows.shard_rows = np.concatenate([part.shard_rows for part in parts])
+        rows._open = OrderedDict()
+        return rows
+
+    def source_of(self, shards: np.ndarray) -> np.ndarray:
+        """Return which of the joined corpora each of the shards (n) belongs to."""
+        return np.searchsorted(self._first_shards, shards, side="right") - 1
+
+    def shard(self, number: int) -> tuple[Manifest, ShardEntry]:
+        """Return a shard's entry, and the manifest that it stands in."""
+        source = int(self.source_of(np.array(number)))
+        manifest = self.manifests[source]
+        return manifest, manifest.shards[number - int(self._first_shards[source])]
+
     @property
     def fingerprint(self) -> str:
-        """What names the data: the digest of its manifest."""
+        """What names the data: the digest of its manifest (the first one's)."""
         return self.manifest.fingerprint
 
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
@@ -99,8 +122,8 @@ class TokenRows:
         if shard not in self._open:
             if len(self._open) >= self._most_open:
                 self._open.popitem(last=False)
-            self._open[shard] = ShardReader(self.manifest.folder, self.manifest.shards[shard], dtype=self.manifest.numpy_dtype,
-                                            verify=self._verify)
+            manifest, entry = self.shard(shard)
+            self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self._verify)
         self._open.move_to_end(shard)
         return self._open[shard]
 

@@ -50,6 +50,7 @@ class Trainer:
     rank: int
     world_size: int
     metrics_every: int
+    sources: tuple[str, ...] = ("text",)  # names, as the rows number them
     validate_every: int | None = None
     evaluator: Evaluator | None = None
     log: MetricsLog | None = None  # rank 0 only
@@ -97,7 +98,7 @@ class Trainer:
         stats = self.engine.step(self.learning_rate(step + 1))
         self.stream.advance()
         self.state.step += 1
-        self.state.tokens_seen = self.stream.state().consumed_tokens
+        self.state.tokens_seen = self.stream.consumed_tokens
         return agreed, stats
 
     def _logged(self, step: int) -> bool:
@@ -112,21 +113,29 @@ class Trainer:
         if not self._logged(step):
             return
         record: dict[str, Any] = {"step": step, **self._global_losses(agreed), "lr": stats.lr, "grad_norm": stats.grad_norm,
-                                  "tokens_seen": self.state.tokens_seen, **self.throughput.report(), "epoch": self.stream.state().epoch,
+                                  "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
                                   "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
         if self.evaluator is not None and self._validated(step):
             record |= {f"validation_{name}": value for name, value in self.evaluator.run(self.engine).items()}
         if self.log is not None:
             self.log.write(record)
 
-    def _global_losses(self, agreed: Agreed) -> dict[str, float]:
-        """Return the global loss of the step just made, and of each term where there are several."""
-        sums = self.objective.take_sums()
+    def _global_losses(self, agreed: Agreed) -> dict[str, Any]:
+        """Return the global loss of the step just made, and of each term and of each source where there are several."""
+        sums, weights, counts = self.objective.take_sums(), self.objective.weights(), agreed.counts
         names = sorted(sums)
-        totals = sum_over_ranks(torch.stack([sums[name] for name in names])).tolist()
-        terms = {name: total / max(agreed.counts[name], 1) for name, total in zip(names, totals, strict=True)}
-        loss = sum(self.objective.weights()[name] * value for name, value in terms.items())
-        return {"loss": loss} | ({f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {})
+        by_source = dict(zip(names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+        terms = {name: sum(totals) / max(counts[name], 1) for name, totals in by_source.items()}
+        losses = {"loss": sum(weights[name] * value for name, value in terms.items())}
+        losses |= {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
+        if len(self.sources) == 1:
+            return losses
+
+        def of_source(number: int) -> float | None:  # None: no row of it was in this step
+            asked = [name for name in names if weights[name] and counts[f"{name}/{number}"]]
+            return sum(weights[name] * by_source[name][number] / counts[f"{name}/{number}"] for name in asked) if asked else None
+
+        return losses | {"source_loss": {source: of_source(number) for number, source in enumerate(self.sources)}}
 
     def close(self) -> None:
         """Leave in order, all ranks together: the reader thread, the record, then the engine."""

@@ -26,7 +26,10 @@ def config(**sections: dict[str, Any]) -> RunConfig:
     ({"train": {"micro_batch": 3}}, "train.micro_batch", "2 or 4"),
     ({"model": {"pretrained": "gpt2"}}, "model.architecture", "exactly one"),
     ({"model": {"architecture": None}}, "model.architecture", "exactly one"),
-    ({"data": {"sources": [{"shards": "/a"}, {"shards": "/b", "name": "b"}]}}, "data.sources", "mixtures"),
+    ({"data": {"sources": [{"shards": "/a"}, {"shards": "/b"}]}}, "data.sources.1.name", "two sources are named text"),
+    ({"data": {"sources": [{"shards": "/a", "weight": 0}]}}, "data.sources", "sum to nothing"),
+    ({"data": {"stages": [{"at": 0.5, "weights": {"txet": 1}}]}}, "data.stages.0.weights", "no source txet; did you mean text"),
+    ({"data": {"stages": [{"at": 5, "weights": {"text": 0}}]}}, "data.stages.0.weights", "all weights are 0"),
 ])
 def test_contradictions(sections: dict[str, Any], key: str, words: str):
     [(found, message)] = problems(config(**sections))
@@ -90,6 +93,8 @@ def test_a_resume_is_refused(section: str, change: dict[str, Any]):
 @pytest.mark.parametrize(("section", "change"), [
     ("train", {"steps": 20}), ("train", {"global_batch": 16}), ("optim", {"lr": 1e-3}), ("schedule", {"name": "linear"}),
     ("data", {"sources": [{"shards": "/data/train", "weight": 2.0}]}),
+    ("data", {"stages": [{"at": 5, "weights": {"text": 2.0}}]}),
+    ("data", {"sources": [{"shards": "/data/train"}, {"shards": "/more", "name": "more"}]}),
 ])
 def test_a_resume_is_accepted_with_a_notice(section: str, change: dict[str, Any]):
     refused, noticed = resume_differences(config(), config(**{section: change}))

@@ -1,0 +1,242 @@
+"""Many sources in one order: blocks with a fixed number of rows of each source, permuted by a key of their own.
+
+Worked example: web 0.7 and code 0.3 in blocks of M = 10 rows, that is 7 and 3 rows a block. P = 25 is place 5 of the block that
+begins at 20. Say that block's permutation puts slot 8 there; slots 0-6 are web's and 7-9 code's, so this is row
+2 * 3 + (8 - 7) = 7 of code's own order (``order.py``): two blocks came before it. Nothing is counted along the way.
+
+A *phase* is a stretch of blocks alike: where it begins (in rows of the run), and the rows of each source in one block. A new one begins
+
+- exactly where a stage of the config begins: the block before it is cut short;
+- where a source has given its ``max_epochs``: its last block holds just what is left of it, the others share the rest by weight;
+- at the first end of a block after a resume with other weights or more sources: what was is recorded in the state of the stream.
+
+Shape legend: n positions asked for; S sources; F phases.
+"""
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from hfscale.config.rules import total_steps
+from hfscale.config.schema import RunConfig
+from hfscale.errors import ConfigError, DataError
+from hfscale.stream.loader import StreamState
+from hfscale.stream.order import Order, Places, deal, key_of, mix, permute
+from hfscale.stream.rows import TokenRows
+
+_SOURCES, _SLOTS = 3, 4  # purposes of a key; order.py has the others
+
+
+class Phase(NamedTuple):
+    """Blocks alike, from row ``begin`` of the run on: ``counts`` are the rows of each source in one block."""
+
+    begin: int
+    counts: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        """Rows of a block."""
+        return sum(self.counts)
+
+
+Stages = Sequence[tuple[int, Sequence[float]]]  # (first row of the run, weight of each source); the first stage begins at row 0
+
+
+def share(weights: Sequence[float], size: int, left: Sequence[int | None]) -> tuple[int, ...]:
+    """Return the rows of each source in a block of ``size``: largest remainder, but of no source more than it has ``left``.
+
+    What such a source lacks goes to the others by their weights; the sum is below ``size`` only where all with a weight are used up.
+    """
+    counts, sharing = [0] * len(weights), [s for s, weight in enumerate(weights) if weight > 0]
+    while sharing:
+        rest, total = size - sum(counts), sum(Fraction(weights[s]) for s in sharing)
+        exact = {s: Fraction(weights[s]) * rest / total for s in sharing}
+        by_remainder = sorted(sharing, key=lambda s: (exact[s] // 1 - exact[s], s))
+        longer = set(by_remainder[:rest - sum(int(x) for x in exact.values())])
+        given = {s: int(exact[s]) + (s in longer) for s in sharing}
+        short = {s: most for s in sharing if (most := left[s]) is not None and most < given[s]}
+        for s, n in (short or given).items():
+            counts[s] = n
+        sharing = [s for s in sharing if s not in short] if short else []
+    return tuple(counts)
+
+
+def plan(stages: Stages, *, block: int, caps: Sequence[int | None], past: Sequence[Phase] = (),
+         consumed: int = 0) -> tuple[list[Phase], int | None]:
+    """Return all phases of a run and the row at which it must end, every source used up (None: never).
+
+    Up to the end of the block in which row ``consumed`` lies they are those of the ``past``; from there on they follow the arguments.
+    """
+    phases = [Phase(begin, (*counts, *[0] * (len(caps) - len(counts)))) for begin, counts in past if begin < consumed]
+    at = phases[-1].begin - (phases[-1].begin - consumed) // phases[-1].size * phases[-1].size if phases else 0  # rounded up
+    used = [int(n) for n in _rows_before([*phases, Phase(at, (0,) * len(caps))])[-1]]
+    while True:
+        weights = [weights for row, weights in stages if row <= at][-1]
+        until = min((row - at for row, _ in stages if row > at), default=None)
+        size = block if until is None else min(block, until)
+        left = [None if cap is None else max(0, cap - n) for cap, n in zip(caps, used, strict=True)]
+        counts = share(weights, size, left)
+        if not any(counts):
+            return phases, at
+        if not phases or phases[-1].counts != counts:
+            phases.append(Phase(at, counts))
+        repeats = [have // count for have, count in zip(left, counts, strict=True) if have is not None and count]
+        repeats += [] if until is None else [until // size]
+        if not repeats:
+            return phases, None
+        at += min(repeats) * sum(counts)
+        used = [n + min(repeats) * count for n, count in zip(used, counts, strict=True)]
+
+
+def _rows_before(phases: Sequence[Phase]) -> np.ndarray:
+    """Return how many rows of each source come before each phase (F, S)."""
+    blocks = [(after.begin - phase.begin) // phase.size for phase, after in zip(phases, phases[1:])]
+    counts = np.array([phase.counts for phase in phases], dtype=np.int64)
+    return np.concatenate([np.zeros_like(counts[:1]), np.cumsum(counts[:-1] * np.array(blocks, dtype=np.int64)[:, None], axis=0)])
+
+
+class Mixture:
+    """The order of a run over S sources; with one source it is that source's own. The same interface as ``Order``.
+
+    ``fingerprints`` names the sources and their data; ``firsts`` numbers their shards through (``TokenRows.joined``).
+    """
+
+    def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase], end: int | None) -> None:
+        self.names, self.end, self._fingerprints, self._phases = tuple(fingerprints), end, fingerprints, phases
+        self.seed, self.block, self.lanes = orders[0].seed, orders[0].block, orders[0].lanes
+        self._orders = orders
+        self._rows, self._lanes = (np.array([getattr(order, what) for order in orders]) for what in ("rows", "lanes"))
+        self._first_shards = np.cumsum([0, *(len(order.shard_rows) for order in orders)])
+        self.rows = int(self._rows.sum())  # one epoch: as many rows as all sources hold
+        self._begins = np.array([phase.begin for phase in phases], dtype=np.int64)
+        self._counts = np.array([phase.counts for phase in phases], dtype=np.int64)
+        self._ends = np.cumsum(self._counts, axis=1)  # slots of a block
+        self._before = _rows_before(phases)
+        self._key = key_of(self.seed, _SLOTS)
+
+    @property
+    def fingerprint(self) -> str:
+        """What names all the data."""
+        prints = list(self._fingerprints.values())
+        return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+
+    def place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return the source of each position (n), and the place of its row in that source's own order (n)."""
+        if self.end is not None:
+            positions = np.minimum(positions, self.end - 1)  # what is read ahead of the end is never trained on
+        if len(self._orders) == 1:
+            return np.zeros_like(positions), positions
+        phase = np.searchsorted(self._begins, positions, side="right") - 1
+        size = self._ends[phase, -1]
+        block, slot = np.divmod(positions - self._begins[phase], size)
+        if (mixed := np.flatnonzero(self._counts.max(axis=1)[phase] < size)).size:
+            begin = (positions - slot)[mixed].astype(np.uint64)  # names the block
+            slot[mixed] = permute(slot[mixed], size[mixed], mix(begin ^ self._key))
+        source = (slot[:, None] >= self._ends[phase]).sum(axis=1)
+        count = self._counts[phase, source]
+        return source, self._before[phase, source] + block * count + slot - (self._ends[phase, source] - count)
+
+    def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
+        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on."""
+        positions = start + np.arange(count * global_batch, dtype=np.int64)
+        source, cursor = self.place(positions)
+        lane = source << 40 | cursor % self._rows[source] % self._lanes[source]
+        return deal(positions.reshape(count, global_batch), lane.reshape(count, global_batch), rank=rank, world_size=world_size)
+
+    def locate(self, positions: np.ndarray) -> Places:
+        """Return the places of ``positions`` (n); epochs and lanes are those of each row's source."""
+        source, cursor = self.place(positions)
+        if len(self._orders) == 1:
+            return self._orders[0].locate(cursor)
+        places = Places(*(np.empty_like(positions) for _ in range(4)))
+        for number, order in enumerate(self._orders):
+            if (at := np.flatnonzero(source == number)).size:
+                found = order.locate(cursor[at])
+                places.epoch[at], places.lane[at], places.row[at] = found.epoch, found.lane, found.row
+                places.shard[at] = found.shard + self._first_shards[number]
+        return places
+
+    def consumed(self, position: int) -> np.ndarray:
+        """Return how many rows of each source (S) come before ``position``."""
+        phase = int(np.searchsorted(self._begins, position, side="right")) - 1
+        block, slot = divmod(position - int(self._begins[phase]), int(self._ends[phase, -1]))
+        source, _ = self.place(np.arange(position - slot, position))
+        return self._before[phase] + block * self._counts[phase] + np.bincount(source, minlength=len(self._orders))
+
+    def epochs(self, position: int) -> dict[str, Any]:
+        """Return the passes over all the data, and over each source where there are several."""
+        if len(self._orders) == 1:
+            return self._orders[0].epochs(position)
+        passes = (self.consumed(position) / self._rows).tolist()
+        return {"epoch": position / self.rows, "source_epoch": dict(zip(self.names, passes, strict=True))}
+
+    def record(self, position: int) -> dict[str, Any]:
+        """Return what the state of a stream must say of the mixture at ``position``: its sources, and the phases begun; one has none."""
+        if len(self._orders) == 1:
+            return {}
+        rows = self.consumed(position).tolist()
+        return {"sources": {name: [print_[:12], n] for (name, print_), n in zip(self._fingerprints.items(), rows, strict=True)},
+                "phases": [[phase.begin, list(phase.counts)] for phase in self._phases if phase.begin < position]}
+
+
+def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mapping[str, Any] | None = None) -> tuple[TokenRows, Mixture]:
+    """Return the rows of ``data.sources`` (``parts``, in the order of the config) joined, and their order.
+
+    ``saved`` is the state of the checkpoint that the run goes on from. Sources keep the numbers that they had there; new ones follow.
+
+    Raises:
+        ConfigError: if a weight is too small for the block, a stage comes out of order, or the sources do not last for the run.
+        DataError: if a source of the checkpoint is gone or has other data.
+    """
+    data, train = config.data, config.train
+    state = StreamState.from_dict(saved["stream"]) if saved else None
+    given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
+    names = list(dict.fromkeys([*_known(state, {name: part.fingerprint for name, (_, part) in given.items()}), *given]))
+    rows = TokenRows.joined([given[name][1] for name in names])
+    orders = [Order(given[name][1].shard_rows, seed=config.run.seed if number == 0 else int(key_of(config.run.seed, number, _SOURCES)[0]),
+                    lanes=data.lanes, block=data.block) for number, name in enumerate(names)]
+
+    step, consumed = (saved["step"], state.consumed_rows) if saved and state else (0, 0)
+    steps = total_steps(train, rows=sum(order.rows for order in orders), seq_len=data.seq_len)
+    weights = {name: given[name][0].weight for name in names}
+    stages = [(0, list(weights.values()))]
+    last = 0
+    for number, stage in enumerate(data.stages):
+        begin = round(stage.at * steps) if isinstance(stage.at, float) else stage.at
+        if begin <= last:
+            raise ConfigError("a stage must begin after the one before it", where=f"data.stages.{number}.at", value=f"step {begin}",
+                              remedy=f"of {steps} steps, give one after {last}")
+        weights, last = weights | stage.weights, begin
+        stages.append((consumed + (begin - step) * train.global_batch, list(weights.values())))
+    for number, (_, values) in enumerate(stages):
+        for name, weight, count in zip(names, values, share(values, data.block, [None] * len(names)), strict=True):
+            if weight > 0 and count == 0:
+                raise ConfigError(f"the weight of {name} is too small: it gives no row in a block of {data.block}", value=weight,
+                                  where=f"data.stages.{number - 1}.weights" if number else "data.sources",
+                                  remedy="give a larger weight or data.block, or weight 0")
+
+    caps = [None if (most := given[name][0].max_epochs) is None else int(most * order.rows) for name, order in zip(names, orders)]
+    past = [Phase(begin, tuple(counts)) for begin, counts in state.phases] if state else []
+    phases, end = plan(stages, block=data.block if len(names) > 1 else 1, caps=caps, consumed=consumed,
+                       past=past or [Phase(0, (1,))])  # a run of one source can turn into a mixture at any row
+    if end is not None and consumed + (steps - step) * train.global_batch > end:
+        raise ConfigError(f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
+                          where="data.sources", remedy="give more epochs or more data, or fewer train.steps")
+    return rows, Mixture(orders, fingerprints={name: given[name][1].fingerprint for name in names}, phases=phases, end=end)
+
+
+def _known(state: StreamState | None, fingerprints: Mapping[str, str]) -> list[str]:
+    """Return the names of the sources that a checkpoint has seen, in its order, after checking that they are here and the same."""
+    if state is None or not state.sources:  # of one source, ``Stream`` compares the fingerprint; its name is free
+        return [name for name, print_ in fingerprints.items() if state is not None and print_ == state.fingerprint]
+    for name, (print_, _) in state.sources.items():
+        if not fingerprints.get(name, "").startswith(print_):
+            now = f"{fingerprints[name][:12]} now" if name in fingerprints else "not in data.sources now"
+            raise DataError(f"source {name} of the checkpoint {'has other data' if name in fingerprints else 'is gone'}",
+                            where="data.sources", value=f"{print_} in the checkpoint, {now}",
+                            remedy="give it back; weight 0 stops reading a source, and other data take a name of their own")
+    return list(state.sources)
