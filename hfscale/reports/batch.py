@@ -31,7 +31,7 @@ class Row:
     shard: str
     start: int
     member: str
-    documents: tuple[int, int]  # the first and last whose tokens it holds, numbered in the shard
+    documents: tuple[int, ...]  # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
     text: str
 
 
@@ -54,15 +54,18 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     records = {record["step"]: record for record in _records(run_dir)}
     start, stop = _positions(records, config, step, where=run_dir)
     source = config.data.sources[0]
-    data = TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify)
+    data = TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip")
     order = Order(data.shard_rows, seed=config.run.seed, lanes=config.data.lanes, block=config.data.block)
     places = order.locate(np.arange(start, stop))
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
-    data.fill(places.shard, places.row, ids_BL)
+    valid = data.fill(places.shard, places.row, ids_BL)
     tokenizer = load_tokenizer(config.tokenizer.path)
     rows = []
     for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
         entry, first = data.manifest.shards[shard], row * config.data.seq_len
+        if not valid[k]:
+            rows.append(Row(start + k, source.name, entry.name, first, "damaged", (), "(skipped)"))
+            continue
         reader = ShardReader(data.manifest.folder, entry, dtype=data.manifest.numpy_dtype, verify=False)  # `fill` has verified it
         (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
         rows.append(Row(start + k, source.name, entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))

@@ -53,7 +53,7 @@ def test_all_damage_is_in_one_report(tmp_path: Path) -> None:
     (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:1536])
     (tmp_path / names[2]).unlink()
     findings = "\n".join(verify(manifest, threads=2))
-    assert f"s-000000.tar: the member at offset {offset:,} does not match" in findings
+    assert f"s-000000.tar: member 000000001.tokens.bin at offset {offset:,} does not match" in findings
     assert "s-000001.tar: has 1,536 bytes" in findings
     assert "s-000002.tar: the shard is missing" in findings
 
