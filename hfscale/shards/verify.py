@@ -63,7 +63,7 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
         index = ShardIndex.load(manifest.folder / entry.index_name)
         members = list(walk(path))
     except DataError as error:
-        yield f"{error.what} ({error.where})"
+        yield error.what if error.where == str(path) else f"{error.what} ({error.where})"
         return
     if index.tar_digest != entry.digest:
         yield "the index belongs to another shard"
