@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import torch
@@ -144,7 +145,8 @@ class Trainer:
         sums = self.objective.take_sums()
         names = sorted(sums)
         totals = sum_over_ranks(torch.stack([sums[name] for name in names])).tolist()
-        terms = {name: total / max(agreed.counts[name], 1) for name, total in zip(names, totals, strict=True)}
+        counts = [agreed.counts[name] or nan for name in names]  # a step whose rows were all skipped has no loss, not a loss of 0
+        terms = {name: total / count for name, total, count in zip(names, totals, counts, strict=True)}
         loss = sum(self.objective.weights()[name] * value for name, value in terms.items())
         return {"loss": loss} | ({f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {})
 

@@ -66,6 +66,21 @@ def test_a_step_with_skipped_rows_is_rebuilt(damaged: Path, tmp_path: Path) -> N
     assert sum(row.member == "damaged" for step in steps for row in step.rows) == records[-1]["skipped_rows"]
 
 
+def test_a_step_without_a_valid_row_has_no_loss(damaged: Path, tmp_path: Path) -> None:
+    for side in ("train", "validation"):
+        for tar in (damaged / "shards" / side).glob("*.tar"):
+            (tmp_path / side).mkdir(exist_ok=True)
+            for name in (tar.with_suffix(".idx").name, "manifest.json"):
+                shutil.copy(tar.parent / name, tmp_path / side)
+    values = skip(damaged, tmp_path, "empty", max_skipped=1.0, train={"steps": 2}, optim={"lr": 1e-2, "weight_decay": 0.0})
+    values["data"] = {"seq_len": 32, "sources": [{"shards": str(tmp_path / "train")}], "on_error": "skip", "max_skipped": 1.0,
+                      "validation": {"shards": str(tmp_path / "validation"), "every_steps": 2, "rows": 8}}
+    run_ranks(train, 2, values)
+    records = [json.loads(line) for line in (tmp_path / "empty" / "metrics.jsonl").read_text().splitlines()]
+    assert [(record["loss"], record["grad_norm"], record["skipped_rows"]) for record in records] == [(None, 0.0, 16), (None, 0.0, 32)]
+    assert records[-1]["validation_loss"] is records[-1]["validation_perplexity"] is None
+
+
 def test_more_damage_than_allowed_stops_every_rank_at_the_same_step(damaged: Path, tmp_path: Path) -> None:
     values = skip(damaged, tmp_path, "over", max_skipped=0.0001)
     first, second = run_ranks(stopped_at, 2, values)
