@@ -80,7 +80,8 @@ def check(config: RunConfig, *, device_type: str) -> None:
     for shards in (*(source.shards for source in config.data.sources), *held_out):
         manifest = Manifest.load(shards)
         there = set(os.listdir(manifest.folder))
-        if missing := [name for shard in manifest.shards for name in (shard.name, shard.index_name) if name not in there]:
+        missing = [name for shard in manifest.shards for name in (shard.name, shard.index_name) if name not in there]
+        if missing and config.data.on_error == "stop":
             raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
                             remedy="restore them from a copy, or build the shards again")
     if Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():

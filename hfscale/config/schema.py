@@ -93,6 +93,8 @@ class Data(Section):
     block: Positive = 1024  # rows of a lane that are shuffled together; and of a mixture that hold its weights
     cross_document: bool = True  # False: a token attends to its own document only
     verify: bool = True  # check each chunk's checksum when it is first read
+    on_error: Literal["stop", "skip"] = "stop"  # skip: rows that touch damaged data train nothing, and are counted
+    max_skipped: Fraction = 0.001  # of the rows read; more than that stops the run
     prefetch_steps: Positive = 2  # steps that the reader thread stays ahead
 
 

@@ -66,7 +66,7 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
     stream = Stream(rows, order, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=world.rank,
                     world_size=world.world_size, state=StreamState.from_dict(saved["stream"]) if saved else None,
                     prefetch_steps=data.prefetch_steps, with_documents=not data.cross_document, pin_memory=device.type == "cuda")
-    state = TrainState(saved["step"], saved["tokens_seen"]) if saved else TrainState()
+    state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=order.rows, seq_len=data.seq_len)
     nothing_left = "; nothing is left to do, train.steps says how far" if state.step >= steps else ""
     logger.info(f"resumed at step {state.step} of {steps}{nothing_left}" if saved else f"starting at step 0 of {steps}")
@@ -78,7 +78,7 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
                               peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
         describe=describe(config, order, tokenizer, world, device), total_steps=steps, sources=order.names, seed=config.run.seed,
-        rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps,
+        rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps, max_skipped=data.max_skipped,
         **validation(config, objective, tokenizer, world),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)

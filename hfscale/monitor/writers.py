@@ -14,7 +14,8 @@ from typing import Any
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
 
-CONSOLE = (("loss", "{:.4f}"), ("validation_loss", "{:.4f}"), ("lr", "{:.2e}"), ("grad_norm", "{:.3f}"), ("mfu", "{:.1%}"))
+CONSOLE = (("loss", "{:.4f}"), ("validation_loss", "{:.4f}"), ("lr", "{:.2e}"), ("grad_norm", "{:.3f}"), ("mfu", "{:.1%}"),
+           ("skipped_rows", "{:,}"))
 
 
 class MetricsLog:

@@ -32,7 +32,7 @@ class Row:
     shard: str
     start: int
     member: str
-    documents: tuple[int, int]  # the first and last whose tokens it holds, numbered in the shard
+    documents: tuple[int, ...]  # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
     text: str
 
 
@@ -54,16 +54,20 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     config = load_config(run_dir / "config.yaml").config
     records = {record["step"]: record for record in _records(run_dir)}
     start, stop = _positions(records, config, step, where=run_dir)
-    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify) for source in config.data.sources]
+    skip = config.data.on_error == "skip"
+    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip) for source in config.data.sources]
     data, order = open_mixture(config, parts, saved=newest_state(run_dir))  # it knows the weights of earlier attempts
     places = order.locate(np.arange(start, stop))
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
-    data.fill(places.shard, places.row, ids_BL)
+    valid = data.fill(places.shard, places.row, ids_BL)
     tokenizer = load_tokenizer(config.tokenizer.path)
     rows = []
     sources = [order.names[number] for number in data.source_of(places.shard)]
     for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
         (manifest, entry), first = data.shard(shard), row * config.data.seq_len
+        if not valid[k]:
+            rows.append(Row(start + k, sources[k], entry.name, first, "damaged", (), "(skipped)"))
+            continue
         reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
         (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
         rows.append(Row(start + k, sources[k], entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))

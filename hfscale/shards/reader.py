@@ -5,6 +5,7 @@ Positions are token positions in the shard. Each chunk's checksum is checked onc
 from __future__ import annotations
 
 import mmap
+import tarfile
 from bisect import bisect_right
 from pathlib import Path
 from typing import Any
@@ -23,13 +24,15 @@ GATHERED_ROWS = 64  # at once: what is between map and output stays in the cache
 class ShardReader:
     """A memory-mapped shard. Opening reads the index only; a thread may read while another reads.
 
+    ``partial`` is for what is left of a damaged shard: one that was cut short is opened too, and ``ends`` leaves out what it cannot read.
+
     Raises:
         DataError: if tar or index are missing, do not belong together, or have another size than the manifest says.
     """
 
-    def __init__(self, folder: str | Path, entry: ShardEntry, *, dtype: np.dtype[Any], verify: bool = True) -> None:
+    def __init__(self, folder: str | Path, entry: ShardEntry, *, dtype: np.dtype[Any], verify: bool = True, partial: bool = False) -> None:
         self.path, self.entry = Path(folder) / entry.name, entry
-        self._dtype, self._verify = np.dtype(dtype), verify
+        self._dtype, self._verify, self._partial = np.dtype(dtype), verify, partial
         index = ShardIndex.load(Path(folder) / entry.index_name)
         if index.tar_digest != entry.digest:
             raise self._damage("the index belongs to another shard than the manifest names")
@@ -38,7 +41,7 @@ class ShardReader:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         except (OSError, ValueError) as error:
             raise self._damage(f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from None
-        if len(self._map) != entry.bytes:
+        if len(self._map) != entry.bytes and not partial:
             raise self._damage(f"the shard has {len(self._map):,} bytes, its manifest says {entry.bytes:,}")
         self._ends, self._tokens = index.ends, index.tokens
         self._starts: list[int] = [0, *np.cumsum(self._tokens["tokens"], dtype=np.int64).tolist()]  # first token of each chunk, and the end
@@ -53,6 +56,7 @@ class ShardReader:
             raise self._damage(f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token")
         self._token_views: list[np.ndarray | None] = [None] * len(self._tokens)
         self._end_views: list[np.ndarray | None] = [None] * len(self._ends)
+        self.bad: dict[int, DataError] = {}  # the damaged chunks that `whole` has come across
 
     def __len__(self) -> int:
         return self.entry.tokens
@@ -94,13 +98,30 @@ class ShardReader:
         for k in range(0, len(at), GATHERED_ROWS):
             out[at[k:k + GATHERED_ROWS]] = windows[offsets[k:k + GATHERED_ROWS]]
 
+    def whole(self, starts: np.ndarray, length: int) -> np.ndarray:
+        """Return for each k whether the chunks of tokens [starts[k], starts[k] + length) are undamaged; the others are in ``bad``."""
+        first = np.searchsorted(self._chunk_starts, starts, side="right") - 1
+        last = np.searchsorted(self._chunk_starts, starts + length, side="left")
+        spans = [range(*span) for span in zip(first.tolist(), last.tolist(), strict=True)]
+        for chunk in {chunk for span in set(spans) for chunk in span} - self.bad.keys():
+            try:
+                self._chunk_ends(chunk)
+                self._chunk_tokens(chunk)
+            except DataError as error:
+                self.bad[chunk] = error
+        return np.array([self.bad.keys().isdisjoint(span) for span in spans] if self.bad else np.ones(len(starts)), dtype=bool)
+
     def ends(self, start: int, stop: int) -> np.ndarray:
         """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
         found = [np.empty(0, np.int64)]
         for chunk in range(bisect_right(self._starts, start) - 1, len(self._ends)):
             if self._starts[chunk] >= stop:
                 break
-            found.append(self._chunk_ends(chunk).astype(np.int64) + self._starts[chunk])
+            try:
+                found.append(self._chunk_ends(chunk).astype(np.int64) + self._starts[chunk])
+            except DataError:
+                if not self._partial:
+                    raise
         ends = np.concatenate(found)
         low, high = np.searchsorted(ends, (start, stop), side="right")
         return ends[low:high]
@@ -134,9 +155,17 @@ class ShardReader:
 
     def _payload(self, member: np.void, name: str) -> np.ndarray:
         offset, size = int(member["offset"]), int(member["bytes"])
+        place = f"member {name} at offset {offset:,} ({size:,} bytes)"
+        if offset + size > len(self._map):
+            raise self._damage(f"{place} is cut off: the shard ends at {len(self._map):,}")
         payload = np.frombuffer(self._map, np.uint8, size, offset)
-        if self._verify and xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
-            raise self._damage(f"member {name} at offset {offset:,} ({size:,} bytes) does not match its checksum")
+        if self._verify:
+            if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
+                raise self._damage(f"{place} does not match its checksum")
+            try:  # we need no headers, but every other reader of the tar does
+                tarfile.TarInfo.frombuf(self._map[offset - tarfile.BLOCKSIZE:offset], "utf-8", "strict")
+            except tarfile.HeaderError as error:
+                raise self._damage(f"the header of {place} is damaged: {error}") from None
         return payload
 
     def _damage(self, what: str) -> DataError:

@@ -1,11 +1,12 @@
 """What shards hold, in numbers: lengths of documents, and how well counting tokens alone predicts them."""
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 
 import numpy as np
 
-from hfscale.errors import DataError
+from hfscale.errors import DataError, UserError
 from hfscale.shards.manifest import TEXT, Manifest
 from hfscale.shards.reader import ShardReader
 
@@ -34,11 +35,39 @@ def describe(manifest: Manifest) -> str:
     if manifest.dtype != TEXT and manifest.documents:
         lengths = document_lengths(manifest)
         lines.append(f"  tokens a document: mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}")
-        counts = np.bincount(np.frexp(lengths)[1] - 1)  # floor of log2
+        counts = histogram(lengths)
         for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
             bar = "#" * -(-int(counts[power]) * BAR // int(counts.max()))
             lines.append(f"  {2**power:>11,} - {2**(power + 1) - 1:<11,} {counts[power]:>9,} {bar}")
     return "\n".join(lines)
+
+
+def histogram(lengths: np.ndarray) -> np.ndarray:
+    """Return how many ``lengths`` (from 1 on) are in [2**k, 2**(k + 1)), for each k from 0 on."""
+    return np.bincount(np.frexp(lengths)[1] - 1)  # floor of log2
+
+
+def draw(manifests: Mapping[str, Manifest], path: Path) -> None:
+    """Return with the document lengths of each of the named manifests drawn into ``path``, a PNG.
+
+    Raises:
+        UserError: if matplotlib is not installed, or the picture cannot be written.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UserError("a picture needs matplotlib, which is not installed", where="--png", remedy="pip install matplotlib") from None
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.subplots()
+    for name, manifest in manifests.items():
+        counts = histogram(document_lengths(manifest))
+        axes.stairs(counts, 2.0 ** np.arange(len(counts) + 1), fill=True, alpha=0.5, label=f"{name}: {manifest.documents:,} documents")
+    axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents", title="Lengths of documents")
+    axes.legend()
+    try:
+        figure.savefig(path, format="png", dpi=120)
+    except OSError as error:
+        raise UserError(f"cannot write the picture: {error.strerror}", where=path, remedy="choose another file") from None
 
 
 def unigram_entropy(train: Manifest, validation: Manifest) -> float:

@@ -63,15 +63,17 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
         index = ShardIndex.load(manifest.folder / entry.index_name)
         members = list(walk(path))
     except DataError as error:
-        yield f"{error.what} ({error.where})"
+        yield error.what if error.where == str(path) else f"{error.what} ({error.where})"
         return
     if index.tar_digest != entry.digest:
         yield "the index belongs to another shard"
     with open(path, "rb") as file:
+        names = {member.offset: member.name for member in members}
         for member in index.members:
             file.seek(int(member["offset"]))
             if xxhash.xxh3_64_intdigest(file.read(int(member["bytes"]))) != int(member["checksum"]):
-                yield f"the member at offset {int(member['offset']):,} does not match its checksum"
+                offset = int(member["offset"])
+                yield f"member {names.get(offset, '(not in the tar)')} at offset {offset:,} does not match its checksum"
     if manifest.dtype != TEXT:
         yield from _check_tokens(manifest, entry, index, [(m.name, m.offset, m.size) for m in members])
 
@@ -82,6 +84,9 @@ def _check_tokens(manifest: Manifest, entry: ShardEntry, index: ShardIndex, in_t
     if indexed != in_tar:
         yield "the members of the tar are not those of the index"
         return
+    if (index.tokens["bytes"] != index.tokens["tokens"] * manifest.numpy_dtype.itemsize).any():
+        yield f"the manifest says {manifest.dtype}, but the chunks have another number of bytes a token"
+        return
     tokens = documents = 0
     largest = -1
     with open(manifest.folder / entry.name, "rb") as file:
@@ -91,7 +96,7 @@ def _check_tokens(manifest: Manifest, entry: ShardEntry, index: ShardIndex, in_t
             file.seek(int(ends_member["offset"]))
             try:
                 ends = np.load(io.BytesIO(file.read(int(ends_member["bytes"]))), allow_pickle=False)
-            except ValueError as error:
+            except (ValueError, EOFError) as error:
                 yield f"document ends at offset {int(ends_member['offset']):,} are not an array: {error}"
                 continue
             if (np.diff(ends.astype(np.int64), prepend=0) <= 0).any() or (len(ends) and ends[-1] > len(ids)):

@@ -208,7 +208,7 @@ class EvaluationRows:
             shard = np.searchsorted(self._ends, line, side="right")
             self._slab.fill(self._rows, position, shard, line - self._ends[shard] + self._rows.shard_rows[shard])
             [[batch]] = self._slab.batches
-            yield replace(batch, valid_B=batch.position < self.count)
+            yield replace(batch, valid_B=batch.valid_B & (batch.position < self.count))
 
 
 class _Slab:
@@ -224,7 +224,7 @@ class _Slab:
         per_step = step_rows // micro_batch
         self.batches = [batches[first:first + per_step] for first in range(0, len(batches), per_step)]  # of each step
         self.steps, self._step_rows = 0, step_rows  # how many are filled; rows of each
-        self._ids, self._position, self._source = ids.numpy(), position.numpy(), source.numpy()
+        self._ids, self._position, self._source, self._valid = ids.numpy(), position.numpy(), source.numpy(), valid.numpy()
         self._documents = None if documents is None else documents.numpy()
 
     def fill(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
@@ -234,7 +234,7 @@ class _Slab:
         self._position[:n] = positions
         if len(rows.manifests) > 1:
             self._source[:n] = rows.source_of(shards)
-        rows.fill(shards, numbers, self._ids[:n])
+        self._valid[:n] = rows.fill(shards, numbers, self._ids[:n])
         if self._documents is not None:
             rows.fill_document_ids(shards, numbers, self._documents[:n])
 

@@ -18,8 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfscale.errors import DataError
+from hfscale.log import logger
 from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
 from hfscale.shards.reader import ShardReader
+
+FILLER_ID = 0  # of the tokens of a row that is skipped: an id that every vocabulary has
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
     from torch import Tensor
@@ -39,18 +42,22 @@ class Rows:
 class TokenRows:
     """The rows of the shards of one manifest. Not for two threads at once.
 
+    With ``skip`` a row that touches a damaged chunk is filled with FILLER_ID and reported as not valid, where it would else be an error;
+    ``damage`` then has what was found, by (shard, chunk), where chunk -1 is the whole shard.
+
     Raises:
         DataError: if the manifest is missing or damaged, is of raw text, or no shard is as long as a row.
     """
 
-    def __init__(self, path: str | Path, *, seq_len: int, verify: bool = True) -> None:
+    def __init__(self, path: str | Path, *, seq_len: int, verify: bool = True, skip: bool = False) -> None:
         self.manifest = Manifest.load(path)
         self.manifests = [self.manifest]
         self._first_shards = np.array([0])  # of each manifest, shards numbered through
         if self.manifest.dtype == TEXT:
             raise DataError("these are shards of raw text, not of tokens", where=path,
                             remedy="make token shards of them: `hfscale shards build CONFIG`")
-        self.seq_len, self._verify = seq_len, verify
+        self.seq_len, self._verify, self._skip = seq_len, verify, skip
+        self.damage: dict[tuple[int, int], DataError] = {}
         self.shard_rows = np.array([max(0, shard.tokens - 1) // seq_len for shard in self.manifest.shards], dtype=np.int64)
         if not self.shard_rows.any():
             longest = max((shard.tokens for shard in self.manifest.shards), default=0)
@@ -66,7 +73,7 @@ class TokenRows:
         rows.manifests = [part.manifest for part in parts]
         rows._first_shards = np.cumsum([0, *(len(part.shard_rows) for part in parts[:-1])])
         rows.shard_rows = np.concatenate([part.shard_rows for part in parts])
-        rows._open = OrderedDict()
+        rows._open, rows.damage = OrderedDict(), {}
         return rows
 
     def source_of(self, shards: np.ndarray) -> np.ndarray:
@@ -84,19 +91,26 @@ class TokenRows:
         """What names the data: the digest of its manifest (the first one's)."""
         return self.manifest.fingerprint
 
-    def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
-        """Return with ``ids_BL[k]`` (n, L + 1; any integer dtype) filled with row ``rows[k]`` of shard ``shards[k]``.
+    def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:
+        """Return which rows are valid (n; bool), with ``ids_BL[k]`` (n, L + 1; any integer dtype) filled with row ``rows[k]`` of shard
+        ``shards[k]``.
 
         Raises:
-            DataError: if a shard is missing or damaged; it names shard, member and offset.
+            DataError: if a shard is missing or damaged and is not to be skipped; it names shard, member and offset.
         """
-        for reader, at in self._by_shard(shards):
+        valid = np.zeros(len(shards), dtype=bool)
+        for reader, at in self._by_shard(shards, rows):
             reader.read_rows(rows[at] * self.seq_len, ids_BL, at)
+            valid[at] = True
+        ids_BL[~valid] = FILLER_ID
+        return valid
 
     def fill_document_ids(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
         """Return with ``ids_BL[k]`` (n, L + 1; int32) filled with the number of its document in that row, counted from 0."""
         length = self.seq_len + 1
-        for reader, at in self._by_shard(shards):
+        if self._skip:
+            ids_BL[:] = 0
+        for reader, at in self._by_shard(shards, rows):
             starts, row_starts = rows[at] * self.seq_len, np.arange(len(at)) * length  # in the shard; in the rows laid end to end
             ends = reader.ends(int(starts.min()), int(starts.max()) + self.seq_len)
             first, last = np.searchsorted(ends, starts, side="right"), np.searchsorted(ends, starts + self.seq_len, side="right")
@@ -110,12 +124,31 @@ class TokenRows:
         """Return with every shard closed."""
         self._open.clear()
 
-    def _by_shard(self, shards: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray]]:
-        """Yield each shard's reader with the places in ``shards`` that name it."""
+    def _by_shard(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray]]:
+        """Yield each shard's reader with the places in ``shards`` that name it, less those whose rows are skipped."""
         order = np.argsort(shards, kind="stable")
         cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
         for first, last in pairwise(cuts):
-            yield self._reader(int(shards[order[first]])), order[first:last]
+            shard, at = int(shards[order[first]]), order[first:last]
+            if not self._skip:
+                yield self._reader(shard), at
+            elif (whole := self._whole(shard, rows[at])).any():
+                yield self._reader(shard), at[whole]
+
+    def _whole(self, shard: int, rows: np.ndarray) -> np.ndarray:
+        """Return which ``rows`` of a shard touch no damaged chunk (bool); damage is noted and logged when it is first met."""
+        if (shard, -1) in self.damage:
+            return np.zeros(len(rows), dtype=bool)
+        try:
+            reader = self._reader(shard)
+            whole, found = reader.whole(rows * self.seq_len, self.seq_len + 1), reader.bad
+        except DataError as error:
+            whole, found = np.zeros(len(rows), dtype=bool), {-1: error}
+        for chunk, damage in found.items():
+            if (shard, chunk) not in self.damage:
+                self.damage[shard, chunk] = damage
+                logger.warning(f"rows are skipped: {damage.what} ({damage.where})")
+        return whole
 
     def _reader(self, shard: int) -> ShardReader:
         """Return the open shard; the one that was not used for the longest time is closed to make room."""
@@ -123,7 +156,7 @@ class TokenRows:
             if len(self._open) >= self._most_open:
                 self._open.popitem(last=False)
             manifest, entry = self.shard(shard)
-            self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self._verify)
+            self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self._verify, partial=self._skip)
         self._open.move_to_end(shard)
         return self._open[shard]
 

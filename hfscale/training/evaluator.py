@@ -2,7 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from math import exp
+from math import exp, nan
 
 import torch
 
@@ -32,6 +32,6 @@ class Evaluator:
                     terms.setdefault(name, []).append(sums_B.detach().double().sum())
         names = sorted(terms)
         totals = sum_over_ranks(torch.tensor([[torch.stack(terms[name]).sum().item(), counts[name]] for name in names]))
-        loss = sum(self._objective.weights()[name] * total / max(count, 1.0)
+        loss = sum(self._objective.weights()[name] * total / (count or nan)  # no row could be read: no loss, not a loss of 0
                    for name, (total, count) in zip(names, totals.tolist(), strict=True))
         return {"loss": loss, "perplexity": exp(min(loss, 700.0))}

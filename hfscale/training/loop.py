@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from math import nan
 from typing import Any
 
 import torch
@@ -16,13 +17,16 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.dist.agree import Agreed, agree, sum_over_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.engine.engine import Engine, StepStats
-from hfscale.errors import CheckpointError, UnhealthyError
+from hfscale.errors import CheckpointError, DataError, UnhealthyError
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Batch, Objective
 from hfscale.stream.digest import batch_digest
 from hfscale.stream.loader import Stream
 from hfscale.training.evaluator import Evaluator
+
+SKIPPED = "skipped_rows"  # among what the ranks agree on, in the metrics and in a checkpoint's state
+SKIP_FLOOR_ROWS = 2**20  # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in lumps
 
 
 @dataclass
@@ -31,6 +35,7 @@ class TrainState:
 
     step: int = 0
     tokens_seen: int = 0
+    skipped_rows: int = 0  # that touched damaged data
 
 
 @dataclass
@@ -51,6 +56,7 @@ class Trainer:
     world_size: int
     metrics_every: int
     sources: tuple[str, ...] = ("text",)  # names, as the rows number them
+    max_skipped: float = 0.0  # of the rows read
     validate_every: int | None = None
     evaluator: Evaluator | None = None
     log: MetricsLog | None = None  # rank 0 only
@@ -62,6 +68,7 @@ class Trainer:
         Raises:
             UnhealthyError: on every rank, before a non-finite gradient reaches the weights.
             CheckpointError: if a background write failed on any rank.
+            DataError: on every rank, when more rows were skipped than ``max_skipped`` allows.
         """
         while self.state.step < self.total_steps:
             with self.throughput.step():
@@ -89,8 +96,10 @@ class Trainer:
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
         logged = self._logged(step + 1)
-        agreed = agree(counts=self.objective.counts(batches), stop=self.stop.requested, due=self.checkpoints.due(step + 1),
+        counts = self.objective.counts(batches) | {SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows)}
+        agreed = agree(counts=counts, stop=self.stop.requested, due=self.checkpoints.due(step + 1),
                        failed=self.checkpoints.failed() is not None, digest=batch_digest(ids(batches)) if logged else 0)
+        self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
         losses = self.objective.losses(self.engine, on_device, agreed.counts, world_size=self.world_size)
         for loss in seeded(losses, seed=self.seed, step=step, rank=self.rank):
@@ -100,6 +109,18 @@ class Trainer:
         self.state.step += 1
         self.state.tokens_seen = self.stream.consumed_tokens
         return agreed, stats
+
+    def _count_skipped(self, rows: int) -> None:
+        """Add the step's skipped rows, which all ranks know, or stop all of them together."""
+        if not rows:
+            return
+        self.state.skipped_rows += rows
+        stream = self.stream.state()
+        allowed = self.max_skipped * max(stream.consumed_rows, min(stream.epoch_rows, SKIP_FLOOR_ROWS))
+        if self.state.skipped_rows > allowed:
+            raise DataError("more data is damaged than data.max_skipped allows", where=f"step {self.state.step + 1}",
+                            value=f"{self.state.skipped_rows:,} rows skipped of {stream.consumed_rows:,} read, {int(allowed):,} allowed",
+                            remedy="restore the shards that the log names (`hfscale shards verify` lists all damage), or raise it")
 
     def _logged(self, step: int) -> bool:
         return step % self.metrics_every == 0 or step == self.total_steps or self._validated(step)
@@ -115,6 +136,8 @@ class Trainer:
         record: dict[str, Any] = {"step": step, **self._global_losses(agreed), "lr": stats.lr, "grad_norm": stats.grad_norm,
                                   "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
                                   "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
+        if self.state.skipped_rows:
+            record[SKIPPED] = self.state.skipped_rows
         if self.evaluator is not None and self._validated(step):
             record |= {f"validation_{name}": value for name, value in self.evaluator.run(self.engine).items()}
         if self.log is not None:
@@ -125,7 +148,7 @@ class Trainer:
         sums, weights, counts = self.objective.take_sums(), self.objective.weights(), agreed.counts
         names = sorted(sums)
         by_source = dict(zip(names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-        terms = {name: sum(totals) / max(counts[name], 1) for name, totals in by_source.items()}
+        terms = {name: sum(totals) / (counts[name] or nan) for name, totals in by_source.items()}  # all rows skipped: no loss, not 0
         losses = {"loss": sum(weights[name] * value for name, value in terms.items())}
         losses |= {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
         if len(self.sources) == 1:
@@ -145,7 +168,8 @@ class Trainer:
         self.engine.close()
 
     def _save(self) -> None:
-        state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen, "stream": self.stream.state().to_dict()}
+        state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen,
+                 SKIPPED: self.state.skipped_rows, "stream": self.stream.state().to_dict()}
         self.checkpoints.save(self.engine, state, step=self.state.step)
 
 

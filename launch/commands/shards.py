@@ -6,9 +6,9 @@ from typing import Annotated, Optional
 
 import typer
 
-from hfscale.errors import DataError
+from hfscale.errors import ConfigError, DataError
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build, index, verify and describe shards.")
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build, index, verify, describe and print shards.")
 SHOWN = 20  # findings that are printed in full
 
 
@@ -76,10 +76,11 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one 
                         remedy="restore these shards from a copy, or build them again in another folder")
 
 
-@app.command(epilog="Example: hfscale shards stats data/books")
-def stats(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")]) -> None:
+@app.command(epilog="Example: hfscale shards stats data/books --png lengths.png")
+def stats(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")],
+          png: Annotated[Optional[Path], typer.Option(help="draw the lengths of documents into this file too")] = None) -> None:  # noqa: UP045
     """Print tokens, documents, bytes and the lengths of documents."""
-    from hfscale.shards.stats import describe, unigram_entropy
+    from hfscale.shards.stats import describe, draw, unigram_entropy
     from hfscale.shards.verify import manifests_at
 
     found = {manifest.folder.name: manifest for manifest in manifests_at(path)}
@@ -88,3 +89,37 @@ def stats(path: Annotated[Path, typer.Argument(help="folder of a build, of one s
     if {"train", "validation"} <= found.keys():
         entropy = unigram_entropy(found["train"], found["validation"])
         print(f"unigram entropy of validation under train: {entropy:.3f} nats a token (a model that learnt frequencies only)")
+    if png is not None:
+        draw(found, png)
+        print(f"drawn  {png}")
+
+
+@app.command(epilog="Example: hfscale shards cat data/books/train --document 1000 --count 3")
+def cat(path: Annotated[Path, typer.Argument(help="folder with a manifest.json, or that file")],
+        document: Annotated[Optional[int], typer.Option(help="from this document (or sample of raw text) on; default: 0")] = None,  # noqa: UP045
+        row: Annotated[Optional[int], typer.Option(help="from this row of --seq-len tokens on, in the order of the shards")] = None,  # noqa: UP045
+        seq_len: Annotated[Optional[int], typer.Option(min=1, help="tokens of a row, as data.seq_len")] = None,  # noqa: UP045
+        key: Annotated[Optional[str], typer.Option(help="the sample with this key, of tars of raw text")] = None,  # noqa: UP045
+        count: Annotated[int, typer.Option(min=1, help="how many")] = 1,
+        tokenizer: Annotated[Optional[str], typer.Option(help="folder or hub name; default: the one beside the shards")] = None,  # noqa: UP045
+        ) -> None:
+    """Print documents, rows or samples as text."""
+    if sum(option is not None for option in (document, row, key)) > 1 or (row is None) != (seq_len is None):
+        raise ConfigError("give one of --document N, --key K, or --row N with --seq-len L")
+    from hfscale.reports.cat import documents, find_tokenizer, rows, samples
+    from hfscale.shards.manifest import TEXT, Manifest
+
+    manifest = Manifest.load(path)
+    if manifest.dtype == TEXT:
+        if row is not None:
+            raise DataError("tars of raw text have samples, not rows", where=path, remedy="give --document N or --key K")
+        found = samples(manifest, first=document or 0, count=count, key=key)
+    elif key is not None:
+        raise DataError("token shards have documents, not keys", where=path, remedy="give --document N, or --row N with --seq-len L")
+    else:
+        decode = find_tokenizer(manifest, tokenizer).decode
+        pieces = (rows(manifest, first=row, count=count, seq_len=seq_len) if row is not None and seq_len is not None
+                  else documents(manifest, first=document or 0, count=count))
+        found = ((title, str(decode(ids))) for title, ids in pieces)
+    for title, text in found:
+        print(f"--- {title}", text, sep="\n")

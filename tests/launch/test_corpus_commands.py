@@ -44,6 +44,9 @@ def test_verify_and_stats_of_both_sides(built: Path) -> None:
     stats = hfscale("shards", "stats", built).stdout
     assert "nats a token" in stats
     assert stats.count("tokens a document: mean") == 2
+    assert "drawn" in hfscale("shards", "stats", built, "--png", built / "lengths.png").stdout
+    assert (built / "lengths.png").read_bytes().startswith(b"\x89PNG")
+    assert "文件" in hfscale("shards", "cat", built / "train").stdout
 
 
 def test_damage_is_one_screen_and_exit_code_2(built: Path) -> None:

@@ -3,17 +3,18 @@ from __future__ import annotations
 
 import io
 import math
+import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from hfscale.errors import DataError
+from hfscale.errors import DataError, UserError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.raw import index_tars
-from hfscale.shards.stats import describe, document_lengths, unigram_entropy
+from hfscale.shards.stats import describe, document_lengths, draw, histogram, unigram_entropy
 from hfscale.shards.verify import manifests_at, verify
 from hfscale.shards.writer import ShardWriter
 
@@ -53,7 +54,7 @@ def test_all_damage_is_in_one_report(tmp_path: Path) -> None:
     (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:1536])
     (tmp_path / names[2]).unlink()
     findings = "\n".join(verify(manifest, threads=2))
-    assert f"s-000000.tar: the member at offset {offset:,} does not match" in findings
+    assert f"s-000000.tar: member 000000001.tokens.bin at offset {offset:,} does not match" in findings
     assert "s-000001.tar: has 1,536 bytes" in findings
     assert "s-000002.tar: the shard is missing" in findings
 
@@ -75,6 +76,19 @@ def test_lengths_cross_chunks_and_shards(tmp_path: Path) -> None:
     text = describe(manifest)
     assert "tokens     93 (uint16)" in text
     assert [line.split()[3] for line in text.splitlines() if "#" in line] == ["1", "1", "1", "1", "1"]
+
+
+def test_lengths_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = make(tmp_path, DOCUMENTS)
+    assert histogram(np.array([1, 2, 3, 4, 41])).tolist() == [1, 2, 1, 0, 0, 1]
+    picture = tmp_path / "lengths.png"
+    draw({"train": manifest}, picture)
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(UserError, match=r"cannot write the picture[\s\S]*no/where"):
+        draw({"train": manifest}, tmp_path / "no" / "where.png")
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    with pytest.raises(UserError, match=r"needs matplotlib[\s\S]*pip install matplotlib"):
+        draw({"train": manifest}, picture)
 
 
 def test_unigram_entropy_is_the_smoothed_cross_entropy(tmp_path: Path) -> None:

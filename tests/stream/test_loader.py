@@ -159,6 +159,37 @@ def test_damage_stops_the_step_that_needs_it_and_no_earlier_one(make_corpus):
     assert stream.state().consumed_rows == 24 * good
 
 
+@pytest.mark.parametrize("world_size", [1, 3])
+def test_skipped_rows_keep_their_places(make_corpus, world_size):
+    """With a shard missing, the same rows are not valid on any number of ranks, no other is touched, and evaluation leaves them out."""
+    corpus = make_corpus()
+    lost = sorted(corpus.folder.glob("*.tar"))[4]
+    order = Order(TokenRows(corpus.folder, seq_len=SEQ).shard_rows, seed=3, lanes=7, block=16)
+    whole = open_stream(corpus)
+    expected = [batch.ids_BL.clone() for batch in whole.take()]
+    whole.close()
+    lost.unlink()
+    rows = TokenRows(corpus.folder, seq_len=SEQ, skip=True)
+    streams = [Stream(rows if world_size == 1 else TokenRows(corpus.folder, seq_len=SEQ, skip=True), order, global_batch=24, micro_batch=2,
+                      rank=rank, world_size=world_size, with_documents=True) for rank in range(world_size)]
+    for step in range(45):  # more than an epoch
+        batches = [batch for stream in streams for batch in stream.take()]
+        position, valid = (torch.cat([getattr(batch, name) for batch in batches]).numpy() for name in ("position", "valid_B"))
+        np.testing.assert_array_equal(valid, order.locate(position).shard != 4)
+        ids = torch.cat([batch.ids_BL for batch in batches])
+        assert (ids[~torch.from_numpy(valid)] == 0).all()
+        if step == 0 and world_size == 1:
+            assert torch.equal(ids[torch.from_numpy(valid)], torch.cat(expected)[torch.from_numpy(valid)])
+        for stream in streams:
+            stream.advance()
+    for stream in streams:
+        stream.close()
+    n = rows.shard_rows
+    ranks = [EvaluationRows(TokenRows(corpus.folder, seq_len=SEQ, skip=True), count=10**9, micro_batch=5, rank=rank, world_size=world_size)
+             for rank in range(world_size)]
+    assert sum(int(batch.valid_B.sum()) for rank in ranks for batch in rank) == n.sum() - n[4]
+
+
 def test_close_ends_the_thread(make_corpus):
     before = threading.active_count()
     stream = open_stream(make_corpus())

@@ -1,0 +1,124 @@
+"""What stands in shards, to be read by a person: documents and rows by position, samples of raw text by position or key.
+
+Documents and rows are counted from 0 over all shards of a manifest, in its order. A document counts where it ends.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from hfscale.errors import DataError
+from hfscale.shards.index import ShardIndex
+from hfscale.shards.manifest import Manifest
+from hfscale.shards.reader import ShardReader
+from hfscale.shards.tars import walk
+from hfscale.stream.rows import TokenRows
+from hfscale.tokenizer import FILE_NAME, load_tokenizer, tokenizer_digest
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
+
+
+def find_tokenizer(manifest: Manifest, path: str | None) -> PreTrainedTokenizerFast:
+    """Return the tokenizer that made the ids: the one at ``path``, or else one in or beside the folders of the shards.
+
+    Raises:
+        DataError: if there is none, or ``path`` is another one.
+    """
+    assert manifest.tokenizer is not None
+    places = [Path(manifest.folder).absolute(), *Path(manifest.folder).absolute().parents[:2]]
+    beside = [str(folder) for place in places for folder in (place / "tokenizer", place) if (folder / FILE_NAME).is_file()]
+    for candidate in beside if path is None else [path]:
+        if tokenizer_digest(candidate) == manifest.tokenizer.digest:
+            return load_tokenizer(candidate)
+    if path is not None:
+        raise DataError("these shards were made with another tokenizer", where=manifest.folder, value=path,
+                        remedy=f"give the one with digest {manifest.tokenizer.digest[:16]}")
+    raise DataError("the tokenizer of these shards is not beside them", where=manifest.folder, value=beside,
+                    remedy=f"say where it is: --tokenizer FOLDER (digest {manifest.tokenizer.digest[:16]})")
+
+
+def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield a title and the ids of documents ``first``, ``first + 1``, ..., each with its end-of-document id."""
+    tokens = np.cumsum([0, *(shard.tokens for shard in manifest.shards)])  # before each shard, and in all
+    ended = np.cumsum([0, *(shard.documents for shard in manifest.shards)])
+    readers: dict[int, ShardReader] = {}
+
+    def place(line: np.ndarray, position: int) -> tuple[ShardReader, int, int]:
+        """Return the shard in which position ``position`` of ``line`` lies: its reader, its number, and the position within it."""
+        shard = int(np.searchsorted(line, position, side="right")) - 1
+        if shard not in readers:
+            readers[shard] = ShardReader(manifest.folder, manifest.shards[shard], dtype=manifest.numpy_dtype)
+        return readers[shard], shard, position - int(line[shard])
+
+    def end(number: int) -> int:
+        """Return the position after a document's last token, over all shards."""
+        reader, shard, document = place(ended, number)
+        return int(tokens[shard] + reader.ends(0, len(reader))[document])
+
+    wanted = _range("document", first, count, manifest.documents)
+    start = end(first - 1) if first else 0
+    for number in wanted:
+        stop = end(number)
+        parts, at = [], start
+        while at < stop:
+            reader, _, begin = place(tokens, at)
+            parts.append(np.empty(min(stop - at, len(reader) - begin), np.int64))
+            reader.read_tokens(begin, begin + len(parts[-1]), parts[-1])
+            at += len(parts[-1])
+        reader, shard, begin = place(tokens, start)
+        yield (f"document {number:,}  {manifest.shards[shard].name}  {reader.locate(begin)[0]}  {stop - start:,} tokens from {begin:,}",
+               np.concatenate(parts).tolist())
+        start = stop
+
+
+def rows(manifest: Manifest, *, first: int, count: int, seq_len: int) -> Iterator[tuple[str, list[int]]]:
+    """Yield a title and the ids (``seq_len`` of each, as they enter a model) of rows ``first``, ``first + 1``, ..."""
+    stream = TokenRows(manifest.folder, seq_len=seq_len)
+    before = np.cumsum([0, *stream.shard_rows])
+    ids = np.empty((1, seq_len + 1), np.int64)
+    for number in _range("row", first, count, int(before[-1])):
+        shard = int(np.searchsorted(before, number, side="right")) - 1
+        row = number - int(before[shard])
+        stream.fill(np.array([shard]), np.array([row]), ids)
+        yield f"row {number:,}  {manifest.shards[shard].name}  {seq_len:,} tokens from {row * seq_len:,}", ids[0, :-1].tolist()
+
+
+def samples(manifest: Manifest, *, first: int, count: int, key: str | None) -> Iterator[tuple[str, str]]:
+    """Yield a title and the text of samples ``first``, ``first + 1``, ... of tars of raw text, or of the first ``count`` with this key."""
+    from webdataset.tariterators import base_plus_ext  # slow to import
+
+    wanted = _range("sample", first, count, manifest.documents) if key is None else range(manifest.documents)
+    number = found = 0
+    for entry in manifest.shards:
+        if number + entry.documents <= wanted.start:
+            number += entry.documents
+            continue
+        index = ShardIndex.load(manifest.folder / entry.index_name)
+        if index.tar_digest != entry.digest:
+            raise DataError("the index belongs to another shard than the manifest names", where=manifest.folder / entry.index_name)
+        texts = set(index.members["offset"].tolist())
+        for member in walk(manifest.folder / entry.name):
+            if member.offset not in texts:
+                continue
+            if number in wanted and key in (None, base_plus_ext(member.name)[0]):
+                with open(manifest.folder / entry.name, "rb") as file:
+                    file.seek(member.offset)
+                    yield f"sample {number:,}  {entry.name}  {member.name}", file.read(member.size).decode(errors="replace")
+                found += 1
+            number += 1
+            if found == count:
+                return
+    if key is not None and not found:
+        raise DataError("no sample has this key", where=manifest.folder, value=key, remedy="a key is a member's name up to its first dot")
+
+
+def _range(what: str, first: int, count: int, there: int) -> range:
+    """Return the numbers asked for, as far as they are there."""
+    if not 0 <= first < there:
+        raise DataError(f"there is no such {what}", where=f"--{what if what == 'row' else 'document'}", value=first,
+                        remedy=f"they are numbered 0 to {there - 1:,}" if there else "these shards are empty")
+    return range(first, min(first + count, there))
