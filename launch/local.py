@@ -204,7 +204,7 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
     def handle(number: int, _frame: Any) -> None:
         asked.append(number)
         if len(asked) == 1:
-            logger.info(f"{signal.Signals(number).name}: asking the ranks to save and stop (Ctrl-C again kills them)")
+            logger.info(f"{signal.Signals(number).name}: asking the ranks to save and stop after this step (Ctrl-C again kills them)")
         for rank in ranks:
             if len(asked) == 1:
                 rank.process.terminate()

@@ -18,7 +18,7 @@ from hfscale.corpus.encode import encode_documents
 from hfscale.corpus.ledger import Ledger, Mark
 from hfscale.corpus.progress import Progress, available_cores
 from hfscale.corpus.source import Corpus, open_corpus
-from hfscale.corpus.split import Counts, Document, Side, assign
+from hfscale.corpus.split import Counts, Document, Side, assign, check_sides
 from hfscale.errors import DataError
 from hfscale.shards import manifest as manifests
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
@@ -44,6 +44,7 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
     plan: dict[str, Any] = {
         "version": manifests.VERSION, "source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": asdict(info),
         "shards": {"name": shards.name, "dtype": dtype.name, "chunk_tokens": chunk_tokens, "shard_chunks": shard_chunks}}
+    check_sides(config, sides)
     with Ledger(shards.path, plan) as ledger:
         folders = {side: shards.path / side for side in sides}
         if all((folder / manifests.FILE_NAME).exists() for folder in folders.values()):
@@ -55,7 +56,6 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
             for writer in writers.values():
                 writer.writer.abort()
         source = {**plan["source"], "split": plan["split"], "seen": {**asdict(counts), "undecodable": corpus.undecodable}}
-        _check_sides(writers, counts, corpus, config)
         built = {side: Manifest(dtype=dtype.name, tokenizer=info, source={**source, "side": side}, shards=tuple(ledger.shards[side]),
                                 folder=folders[side]) for side in sides}
         for side, manifest in built.items():
@@ -160,14 +160,3 @@ def _check_present(folder: Path, shard: ShardEntry) -> None:
         raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
                         remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
 
-
-def _check_sides(sides: dict[Side, _Side], counts: Counts, corpus: Corpus, config: CorpusConfig) -> None:
-    left_out = (f"{counts.documents:,} documents read: {counts.empty:,} empty, {counts.duplicates:,} duplicates, {counts.invalid:,} "
-                f"invalid; {corpus.undecodable:,} files not UTF-8" + (f" such as {corpus.examples[0]}" if corpus.examples else ""))
-    empty = [side for side, writer in sides.items() if not writer._added]
-    if len(empty) == len(sides):
-        raise DataError("the source holds no text", where=config.source.path, value=left_out,
-                        remedy="look at source.path and source.pattern")
-    if empty:
-        raise DataError(f"no document fell to the {empty[0]} side", where="split.validation", value=config.split.validation,
-                        remedy=f"{left_out}; cut text files into more documents (source.document_mb) or set split.validation=0")

@@ -106,7 +106,8 @@ def _list_files(source: TextSource) -> tuple[Path, list[Path]]:
         root = Path(*parts[:fixed])
         found = {Path(name) for name in glob(source.path, recursive=True)}
     else:
-        raise DataError("there is no such file or folder", where="source.path", value=source.path)
+        raise DataError("there is no such file or folder", where="source.path", value=str(path.absolute()),
+                        remedy="name a file, a folder or a glob: source.path=FOLDER")
     excluded = [pattern.strip() for pattern in source.exclude.split(",") if pattern.strip()]
 
     def wanted(file: Path) -> bool:

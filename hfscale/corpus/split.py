@@ -6,7 +6,9 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from hfscale.config.schema import Split
+from hfscale.config.schema import CorpusConfig, Split
+from hfscale.corpus.source import open_corpus
+from hfscale.errors import DataError
 
 Side = Literal["train", "validation"]
 DIGEST_BYTES = 16  # of BLAKE2b: a false duplicate among 10^12 documents has a chance of 10^-15
@@ -35,6 +37,31 @@ def side_of(digest: bytes, split: Split) -> Side:
     """Return the side of the document with this digest: about ``split.validation`` of all are held out."""
     draw = hashlib.blake2b(digest, digest_size=8, key=hashlib.sha256(split.salt.encode()).digest()).digest()
     return "validation" if int.from_bytes(draw, "little") < split.validation * 2**64 else "train"
+
+
+def check_sides(config: CorpusConfig, sides: Iterable[Side]) -> None:
+    """Return if each of the ``sides`` gets a document: for whoever would else find out at the end. Reads no further than it must.
+
+    Raises:
+        DataError: if one gets none; it names a fraction that works.
+    """
+    wanted = set(sides)
+    counts, corpus, digests = Counts(), open_corpus(config.source), []
+    for document in assign(corpus.documents(), config.split, counts):
+        wanted.discard(document.side)
+        digests.append(document.digest)
+        if not wanted:
+            return
+    if not digests:
+        left_out = (f"{counts.documents:,} documents read: {counts.empty:,} empty, {counts.duplicates:,} duplicates, {counts.invalid:,} "
+                    f"invalid; {corpus.undecodable:,} files not UTF-8" + (f" such as {corpus.examples[0]}" if corpus.examples else ""))
+        raise DataError("the source holds no text", where=config.source.path, value=left_out,
+                        remedy="look at source.path and source.pattern")
+    works = next((fraction for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+                  if len({side_of(digest, config.split.model_copy(update={"validation": fraction})) for digest in digests}) == 2), None)
+    enough = f"split.validation={works} gives both sides some" if works else "cut text files into more (source.document_mb)"
+    raise DataError(f"none of {len(digests):,} documents fell to the {wanted.pop()} side", where="split.validation",
+                    value=config.split.validation, remedy=f"{enough}; split.validation=0 holds nothing out")
 
 
 def assign(texts: Iterable[str], split: Split, counts: Counts) -> Iterator[Document]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
 from hfscale.corpus.progress import Progress
 from hfscale.corpus.source import Corpus, open_corpus
-from hfscale.corpus.split import Counts, Document, assign
+from hfscale.corpus.split import Counts, Document, assign, check_sides
 from hfscale.errors import DataError
 from hfscale.shards.files import cannot_write
 
@@ -64,6 +64,7 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     plan = {"source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": training}
     if folder.exists():
         return _report_of(folder, plan)
+    check_sides(config, ["train"])
     recipe = RECIPES[config.tokenizer.kind](config.tokenizer)
     sides, counts = Sides(), Counts()
     with Progress("reading", corpus.total_bytes) as progress:
@@ -71,28 +72,25 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
         recipe.tokenizer.train_from_iterator(_lines(texts) if recipe.by_line else texts, recipe.trainer)
     _finish(recipe, config.tokenizer.kind)
     tokenizer = _wrap(recipe)
-    if not counts.documents - counts.empty:
-        raise DataError("the source holds no text", where=config.source.path, remedy="look at source.path and source.pattern")
-    if not sides.trained:
-        raise DataError("no document fell to the train side", where="split.validation", value=config.split.validation,
-                        remedy="give more documents, cut long ones into more (source.document_mb), or set split.validation=0")
     measured_on = "held-out text" if sides.held_out else "training text (nothing was held out)"
     measured = sides.held_out or _first_texts(corpus, config)
     report = {**measure(tokenizer, measured), "measured_on": measured_on,
-              "documents": counts.documents, "duplicates": counts.duplicates, "undecodable": corpus.undecodable, "skipped": corpus.examples}
+              "trained_on": sides.trained, "documents": counts.documents,
+              "duplicates": counts.duplicates, "undecodable": corpus.undecodable, "skipped": corpus.examples}
     _save(tokenizer, folder, {"plan": json.loads(json.dumps(plan)), "report": report})
     return report
 
 
 def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Any]:
-    """Return ``vocab_size``, ``bytes_per_token`` and ``vocabulary_used`` (the share of the ids that occur) of ``texts``."""
+    """Return ``vocab_size``, ``bytes_per_token``, ``unknown`` (a share of the tokens) and ``vocabulary_used`` (of the ids) of ``texts``."""
     used: set[int] = set()
-    tokens = 0
+    tokens = unknown = 0
     for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
         tokens += len(encoding.ids)
         used.update(encoding.ids)
+        unknown += encoding.ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     size = sum(len(text.encode()) for text in texts)
-    return {"vocab_size": len(tokenizer), "bytes_per_token": round(size / max(tokens, 1), 4),
+    return {"vocab_size": len(tokenizer), "bytes_per_token": round(size / max(tokens, 1), 4), "unknown": round(unknown / max(tokens, 1), 6),
             "vocabulary_used": round(len(used) / len(tokenizer), 4)}
 
 
@@ -165,7 +163,8 @@ def _unigram(training: TokenizerTraining) -> Recipe:
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     common = _common(training, [*names.values()])
     del common["min_frequency"]  # this trainer prunes by likelihood instead
-    return Recipe(tokenizer, trainers.UnigramTrainer(unk_token="<unk>", **common), names, by_line=True)
+    trainer = trainers.UnigramTrainer(unk_token="<unk>", initial_alphabet=["\n", "\t"], **common)  # lines hold no line's end to learn from
+    return Recipe(tokenizer, trainer, names, by_line=True)
 
 
 def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:

@@ -57,10 +57,10 @@ def open_run(name: str) -> RunModel | None:
     path = Path(name)
     if path.parent.name == layout.FOLDER and (path / layout.MANIFEST).is_file():
         run_dir, checkpoint = path.parent.parent, path
-    elif (path / layout.FOLDER).is_dir():
+    elif (path / "config.yaml").is_file() and not (path / "config.json").is_file():
         run_dir, found = path, layout.candidates(path / layout.FOLDER)
         if not found:
-            raise CheckpointError("this run has no checkpoint yet", where=name, remedy="let it train until its first save")
+            raise CheckpointError("this run has no checkpoint yet", where=name, remedy=f"go on with it: hfscale pretrain {name}")
         checkpoint = found[-1]  # damaged ones too: silently taking an older one would be a lie
     else:
         return None

@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hfscale.config.schema import CorpusConfig
+from hfscale.config.schema import CorpusConfig, Split
 from hfscale.corpus.build import build_shards
 from hfscale.corpus.source import open_corpus
 from hfscale.corpus.split import Counts, assign
@@ -236,8 +237,16 @@ def test_no_text_and_an_empty_side_are_refused(corpus: Path) -> None:
         build_shards(settings)
     (text / "a.txt").write_text("the only document")
     settings = settings.model_copy(update={"shards": settings.shards.model_copy(update={"path": corpus / "few" / "again"})})
-    with pytest.raises(DataError, match="no document fell to the validation side"):
+    with pytest.raises(DataError, match="none of 1 documents fell to the validation side"):
         build_shards(settings)
+    for number in range(30):
+        (text / f"{number}.txt").write_text(f"document {number}")
+    settings = settings.model_copy(update={"split": Split(validation=1e-9)})
+    with pytest.raises(DataError, match=r"none of 31 documents(?s:.*)split.validation=0.\d+ gives both sides some") as error:
+        build_shards(settings)
+    assert not (corpus / "few" / "again").exists(), "nothing was written, so nothing is in the way"
+    works = float(re.search(r"validation=(0\.\d+)", str(error.value))[1])  # type: ignore[index]
+    assert build_shards(settings.model_copy(update={"split": Split(validation=works)}))["validation"].documents
 
 
 def test_a_full_disk_stops_the_build_with_the_room_that_is_left(corpus: Path, built: dict[str, bytes]) -> None:
