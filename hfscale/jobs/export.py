@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 import transformers
+from tokenizers import processors
+from transformers import PreTrainedTokenizerFast
 
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
@@ -44,12 +46,19 @@ def run(name: str, out: Path) -> float:
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
-        source.tokenizer.save_pretrained(partial)
+        (plain(source.tokenizer) if source.config.objective.name == "clm" else source.tokenizer).save_pretrained(partial)
         difference = prove(source, partial)
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
     return difference
+
+
+def plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, putting nothing around a text: as shards are made. A prompt that ends in [SEP] would be a document's end."""
+    if tokenizer("a")["input_ids"] != tokenizer("a", add_special_tokens=False)["input_ids"]:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    return tokenizer
 
 
 def prove(source: RunModel, folder: Path) -> float:

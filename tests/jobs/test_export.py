@@ -13,10 +13,13 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
 from hfscale.checkpoint.export import write_weights
+from hfscale.config.schema import CorpusConfig
+from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import CheckpointError, DataError
 from hfscale.jobs import export
 from hfscale.jobs.opening import open_run
 from hfscale.jobs.predict import read_prompts, write_predictions
+from hfscale.tokenizer import load_tokenizer
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import LLAMA, run_values
 
@@ -124,6 +127,20 @@ def test_the_newest_checkpoint_is_meant_even_when_it_lost_its_manifest(run: Path
     (newest / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest.json"):
         open_run(str(copy))
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
+def test_an_exported_causal_model_gets_prompts_without_an_end(tmp_path: Path, kind: str) -> None:
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.txt").write_text("the cat sat on the mat\n" * 50)
+    train_tokenizer(CorpusConfig.model_validate({"source": {"path": str(tmp_path / "text")}, "split": {"validation": 0},
+                                                 "tokenizer": {"path": str(tmp_path / kind), "kind": kind, "vocab_size": 300},
+                                                 "shards": {"path": str(tmp_path / "shards")}}))
+    tokenizer = load_tokenizer(tmp_path / kind)
+    bare = tokenizer("the cat", add_special_tokens=False)["input_ids"]
+    assert tokenizer("the cat")["input_ids"] != bare
+    export.plain(tokenizer).save_pretrained(tmp_path / "exported")
+    assert AutoTokenizer.from_pretrained(tmp_path / "exported")("the cat")["input_ids"] == bare
 
 
 def test_files_of_others_are_left_alone(run: Path, tmp_path: Path) -> None:
