@@ -102,7 +102,7 @@ class TokenRows:
         for reader, at in self._by_shard(shards, rows):
             reader.read_rows(rows[at] * self.seq_len, ids_BL, at)
             valid[at] = True
-        ids_BL[~valid] = FILLER_ID
+        ids_BL[np.flatnonzero(~valid)] = FILLER_ID
         return valid
 
     def fill_document_ids(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
