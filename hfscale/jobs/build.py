@@ -22,9 +22,9 @@ from hfscale.dist.world import World
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.hub import local_folder
-from hfscale.jobs.check import open_rows
+from hfscale.jobs.check import model_needs, open_rows
 from hfscale.log import logger
-from hfscale.models.build import build_model, special_ids
+from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.models.load import load_weights
 from hfscale.monitor.throughput import Throughput
@@ -32,7 +32,7 @@ from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows, Stream, StreamState
 from hfscale.stream.mixture import Mixture, open_mixture
-from hfscale.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
+from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import Evaluator
 from hfscale.training.loop import Trainer, TrainState
 
@@ -91,9 +91,8 @@ def build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device: torch.d
     def gather(params: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return gathered(params, modify=True)
 
-    model = build_model(config.model, auto_model=objective.auto_model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len,
-                        seed=config.run.seed, context=lambda: construction(config, device_type=device.type), gather=gather,
-                        overrides=special_ids(tokenizer))
+    model = build_model(config.model, auto_model=objective.auto_model, seed=config.run.seed, gather=gather,
+                        context=lambda: construction(config, device_type=device.type), **model_needs(config, tokenizer))
     if config.model.pretrained is not None:
         folder = local_folder(config.model.pretrained, where="model.pretrained", weights=True)
         load_weights(model, open_weights(folder), gather)

@@ -1,6 +1,8 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
 from __future__ import annotations
 
+from typing import Any
+
 from transformers import PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
@@ -25,7 +27,12 @@ def check(config: RunConfig) -> None:
     if config.data.validation is not None:
         open_rows(config.data.validation.shards, config, tokenizer)
     load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
-    check_model_config(config.model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len, overrides=special_ids(tokenizer))
+    check_model_config(config.model, **model_needs(config, tokenizer))
+
+
+def model_needs(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return what the run asks of its model, as keywords of ``check_model_config`` and ``build_model``."""
+    return {"vocab_size": vocabulary_size(tokenizer), "seq_len": config.data.seq_len, "overrides": special_ids(tokenizer)}
 
 
 def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:

@@ -19,9 +19,10 @@ from hfscale.config.schema import RunConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError
 from hfscale.hub import local_folder
-from hfscale.models.build import check_model_config, special_ids
+from hfscale.jobs.check import model_needs
+from hfscale.models.build import check_model_config
 from hfscale.objectives.base import Setting, load_objective
-from hfscale.tokenizer import load_tokenizer, vocabulary_size
+from hfscale.tokenizer import load_tokenizer
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -48,7 +49,7 @@ class RunModel:
 
 
 def open_run(name: str) -> RunModel | None:
-    """Return the checkpoint that ``name`` stands for (of a run: its newest good one), or None if it is nothing of ours.
+    """Return the checkpoint that ``name`` stands for (of a run: its newest), or None if it is nothing of ours.
 
     Raises:
         CheckpointError: if it is a run without a checkpoint, or one whose files do not match its manifest.
@@ -98,8 +99,9 @@ def attention(config: RunConfig) -> str:
 def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     setting = Setting(seq_len=config.data.seq_len, tokenizer=tokenizer)
     auto_model = getattr(transformers, load_objective(config.objective, setting).auto_model)
-    model_config = check_model_config(config.model, vocab_size=vocabulary_size(tokenizer), seq_len=config.data.seq_len,
-                                      overrides=special_ids(tokenizer))
+    model_config = check_model_config(config.model, **model_needs(config, tokenizer))
     with torch.device("meta"), no_init_weights():
-        return auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=attention(config),
-                                      trust_remote_code=config.model.trust_remote_code)
+        skeleton = auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=attention(config),
+                                          trust_remote_code=config.model.trust_remote_code)
+    skeleton.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
+    return skeleton

@@ -12,16 +12,16 @@ import yaml
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline
 
-from hfscale.checkpoint.export import write_weights
-from hfscale.config.schema import CorpusConfig
+from hfscale.checkpoint.export import untied_shapes, write_weights
+from hfscale.config.schema import CorpusConfig, RunConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import CheckpointError, DataError
-from hfscale.jobs import export
+from hfscale.jobs import export, opening
 from hfscale.jobs.opening import open_run
 from hfscale.jobs.predict import read_prompts, write_predictions
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.cli import hfscale
-from tests.helpers.corpus import LLAMA, run_values
+from tests.helpers.corpus import GPT2, LLAMA, run_values
 
 pytestmark = pytest.mark.slow
 
@@ -59,6 +59,14 @@ def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
     refused = hfscale("export", run, exported, check=False)
     assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
     assert (exported / "model.safetensors").read_bytes() == before
+
+
+def test_a_tied_tensor_is_counted_and_written_once(corpus: Path, tmp_path: Path) -> None:
+    config = RunConfig.model_validate(run_values(corpus, tmp_path, "run", model=GPT2))
+    skeleton = opening._skeleton(config, load_tokenizer(corpus / "tokenizer"))
+    names = untied_shapes(skeleton)
+    assert "transformer.wte.weight" in names and "lm_head.weight" not in names
+    assert sum(shape.numel() for shape in names.values()) == sum(p.numel() for p in skeleton.parameters())
 
 
 class Planted:
