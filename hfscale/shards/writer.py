@@ -26,7 +26,8 @@ BLOCK = 512  # of a tar: headers and payloads start at its multiples
 class ShardWriter:
     """Cuts one stream of documents into chunks and shards. ``committed`` is called with each shard that is on disk.
 
-    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the first shard.
+    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the first shard. ``taken``
+    is, while ``committed`` runs, how many tokens of the last ``add`` are on disk.
     """
 
     def __init__(self, folder: Path, *, name: str, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
@@ -34,20 +35,20 @@ class ShardWriter:
         self._folder, self._name, self._committed = folder, name, committed
         self._shard_chunks, self._number = shard_chunks, first
         self._buffer = np.empty(chunk_tokens, dtype)
-        self._used = 0  # tokens of the buffer that are filled
+        self._used = self.taken = 0  # tokens of the buffer that are filled; of a document that are in it or before it
         self._ends: list[int] = []  # exclusive ends of the documents that end in the buffer
         self._tar: _Tar | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, tokens: np.ndarray, *, ends_here: bool = True) -> None:
         """Return once ``tokens`` (a document with its end-of-document id, or a part of it) are taken over."""
-        done = 0
+        self.taken = 0
         while True:
-            count = min(len(tokens) - done, len(self._buffer) - self._used)
-            self._buffer[self._used:self._used + count] = tokens[done:done + count]
+            count = min(len(tokens) - self.taken, len(self._buffer) - self._used)
+            self._buffer[self._used:self._used + count] = tokens[self.taken:self.taken + count]
             self._used += count
-            done += count
-            if done == len(tokens):
+            self.taken += count
+            if self.taken == len(tokens):
                 break
             self._flush_chunk()
         if ends_here:
