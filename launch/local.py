@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from hfscale import log
 from hfscale.config.rules import BatchPlan, notices, solve_batch
-from hfscale.dist.world import World, free_port
+from hfscale.dist.world import World, available_cores, free_port
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from launch import run_dir
@@ -45,7 +45,7 @@ def launch(request: Request) -> int:
     loaded = request.load()
     config = loaded.config
     gpus = gpu_count()
-    procs = request.procs or gpus or min(2, _cores())
+    procs = request.procs or gpus or min(2, available_cores())
     if 0 < gpus < procs:
         raise ConfigError(f"{procs} ranks on {gpus} GPUs", where="--procs", value=procs,
                           remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU")
@@ -89,10 +89,6 @@ def tensorboard_line(path: Path) -> str:
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _given_port(port: int) -> int:
@@ -165,7 +161,8 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
     path = logs / f"rank-{world.rank}.log"
     file = open(path, "ab", buffering=0)
     begins = file.tell()
-    env = {"OMP_NUM_THREADS": str(max(1, _cores() // world.world_size)), "PYTHONUNBUFFERED": "1"} | dict(os.environ) | world.export()
+    threads = max(1, available_cores() // world.world_size)
+    env = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | dict(os.environ) | world.export()
     launcher = os.getpid()
 
     def die_with_launcher() -> None:

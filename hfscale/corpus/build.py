@@ -16,10 +16,11 @@ import numpy as np
 from hfscale.config.schema import CorpusConfig, ShardBuild
 from hfscale.corpus.encode import encode_documents
 from hfscale.corpus.ledger import Ledger, Mark, open_ledger
-from hfscale.corpus.progress import Progress, available_cores
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Counts, Document, Side, assign, check_sides
+from hfscale.dist.world import available_cores
 from hfscale.errors import DataError
+from hfscale.log import progress_bar
 from hfscale.shards import manifest as manifests
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
@@ -65,19 +66,21 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
 
 def _write(config: CorpusConfig, corpus: Corpus, sides: dict[Side, _Side], tokenizer_json: str, *, eod_id: int, dtype: str) -> Counts:
     """Return what was seen, once every document is in a shard."""
-    counts = Counts()
+    counts, tokens = Counts(), 0
     procs = available_cores() if config.shards.procs == "auto" else config.shards.procs
-    with Progress("tokenizing", corpus.total_bytes) as progress:
+    with progress_bar("tokenizing", corpus.total_bytes or None) as bar:
         def pending() -> Iterator[Document]:
             for document in assign(corpus.documents(), config.split, counts):
                 if sides[document.side].wants(document):
                     yield document
                 else:
-                    progress.advance(document.size)
+                    bar.update(document.size)
 
         for document, ids in encode_documents(pending(), tokenizer_json, eod_id=eod_id, dtype=dtype, procs=procs):
             sides[document.side].add(document, ids)
-            progress.advance(document.size, tokens=len(ids))
+            tokens += len(ids)
+            bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+            bar.update(document.size)
     for side in sides.values():
         side.close()
     return counts
