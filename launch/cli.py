@@ -1,6 +1,6 @@
 """The `hfscale` command. A verb's module is imported when the verb is used, so `--help` and typing errors are answered at once.
 
-Each verb is `launch/commands/VERB.py` with a typer app named `app`: one command, or, with a callback, a group of them.
+Each verb is `launch/commands/VERB.py` with a function of the verb's name, or, for a group of commands, a typer app named `app`.
 """
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
-from hfscale.errors import EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, nearest, user_error
+from hfscale.errors import UserError, exit_code, nearest
 
 VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
@@ -34,7 +34,11 @@ class Verbs(TyperGroup):
     def get_command(self, ctx: Any, name: str) -> Any:
         if name not in VERBS:
             raise UserError(f"there is no verb {name!r}", where="command line", remedy=nearest(name, VERBS))
-        command = typer.main.get_command(import_module(f"launch.commands.{name}").app)
+        module = import_module(f"launch.commands.{name}")
+        app = getattr(module, "app", None) or typer.Typer(rich_markup_mode=None, add_completion=False)
+        if not hasattr(module, "app"):
+            app.command()(getattr(module, name))
+        command = typer.main.get_command(app)
         command.name = name
         return command
 
@@ -56,17 +60,10 @@ def main() -> None:
     """Run one command line and end the process; a user's mistake is one screen on stderr and exit code 2."""
     try:
         app(prog_name="hfscale")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if (mistake := user_error(error)) is None:
+    except Exception as error:
+        if (code := exit_code(error)) is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except UnhealthyError as error:
-        print(f"unhealthy: {error}", file=sys.stderr)
-        sys.exit(EXIT_UNHEALTHY)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

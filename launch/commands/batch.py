@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
 def batch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     step: Annotated[int, typer.Option(help="Which optimizer step, counted from 1.")],

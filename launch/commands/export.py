@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory (its newest checkpoint) or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist.")],

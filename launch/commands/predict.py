@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
 def predict(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, an export, a transformers folder or a hub name.")],
     prompt: Annotated[str | None, typer.Option("--prompt", "--text", help="One text to go on with.")] = None,

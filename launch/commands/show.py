@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
 def show(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory.", show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides, values in YAML.",
