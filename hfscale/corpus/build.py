@@ -51,11 +51,7 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
         if all((folder / manifests.FILE_NAME).exists() for folder in folders.values()):
             return {side: Manifest.load(folder) for side, folder in folders.items()}
         writers = {side: _Side(side, folders[side], shards, dtype, chunk_tokens, shard_chunks, ledger) for side in sides}
-        try:
-            counts = _write(config, corpus, writers, tokenizer.backend_tokenizer.to_str(), eod_id=info.eod_id, dtype=dtype.str)
-        finally:
-            for writer in writers.values():
-                writer.writer.abort()
+        counts = _write(config, corpus, writers, tokenizer.backend_tokenizer.to_str(), eod_id=info.eod_id, dtype=dtype.str)
         source = {**plan["source"], "split": plan["split"], "seen": {**asdict(counts), "undecodable": corpus.undecodable}}
         built = {side: Manifest(dtype=dtype.name, tokenizer=info, source={**source, "side": side}, shards=tuple(ledger.shards[side]),
                                 folder=folders[side]) for side in sides}
@@ -99,8 +95,8 @@ class _Side:
         self._read = self._passed = 0  # documents that were read; that are skipped or in the writer
         self._hash = hashlib.blake2b(digest_size=16)  # of the documents passed
         self._length = self._skipped = 0  # tokens of the document under way; of them skipped
-        self.writer = ShardWriter(folder, name=shards.name, dtype=dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
-                                  committed=self._commit, first=len(ledger.shards[side]))
+        self._writer = ShardWriter(folder, name=shards.name, dtype=dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
+                                   committed=self._commit, first=len(ledger.shards[side]))
 
     def wants(self, document: Document) -> bool:
         """Return False for a document that lies in committed shards as a whole."""
@@ -114,13 +110,13 @@ class _Side:
         """Return with the part of the document that is not yet in shards written."""
         self._length, self._skipped = len(ids), self._mark.offset if self._passed == self._mark.documents else 0
         self._pass(document)
-        self.writer.add(ids[self._skipped:])
+        self._writer.add(ids[self._skipped:])
 
     def close(self) -> None:
         """Return with the last shard committed."""
         if self._passed < self._marked:
             raise self._changed()
-        self.writer.close()
+        self._writer.close()
 
     def _pass(self, document: Document) -> None:
         self._passed += 1
@@ -129,7 +125,7 @@ class _Side:
             raise self._changed()
 
     def _commit(self, shard: ShardEntry) -> None:
-        at = self._skipped + self.writer.taken
+        at = self._skipped + self._writer.taken
         cut = at < self._length  # the document under way goes on in the next shard
         self._ledger.commit(self._side, shard, Mark(self._passed - cut, at if cut else 0, self._hash.hexdigest()))
 
