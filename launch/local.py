@@ -24,7 +24,7 @@ from hfscale.dist.world import World, available_cores, free_port
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from launch import run_dir
-from launch.request import Request, check, check_parts
+from launch.request import Request, check
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -58,6 +58,8 @@ def launch(request: Request) -> int:
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
+        from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
+
         check_parts(config)
         print(_plan(request, config.run_dir, batch, port))
         return EXIT_DONE

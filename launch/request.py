@@ -58,17 +58,6 @@ def _home(source: str) -> list[str]:
     return [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
 
 
-def check_parts(config: RunConfig) -> None:
-    """Return if tokenizer, shards, objective and model fit together: for whoever does not start the ranks at once. Takes seconds.
-
-    Raises:
-        UserError: for the first of them that does not.
-    """
-    from hfscale.jobs.check import check as check_job
-
-    check_job(config)
-
-
 def check(config: RunConfig, *, device_type: str) -> None:
     """Return if nothing that can be known without torch speaks against this run.
 
