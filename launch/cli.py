@@ -1,11 +1,12 @@
 """The `hfscale` command. A verb's module is imported when the verb is used, so `--help` and typing errors are answered at once.
 
-Each verb is `launch/commands/VERB.py` with a function of the verb's name, or, for a group of commands, a typer app named `app`.
+A verb is a function of its name in `launch/commands/VERB.py`, or in `runs.py` beside it; a group of commands is a typer app named `app`.
 """
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import typer
@@ -34,7 +35,8 @@ class Verbs(TyperGroup):
     def get_command(self, ctx: Any, name: str) -> Any:
         if name not in VERBS:
             raise UserError(f"there is no verb {name!r}", where="command line", remedy=nearest(name, VERBS))
-        module = import_module(f"launch.commands.{name}")
+        own = f"launch.commands.{name}"
+        module = import_module(own if find_spec(own) else "launch.commands.runs")
         app = getattr(module, "app", None) or typer.Typer(rich_markup_mode=None, add_completion=False)
         if not hasattr(module, "app"):
             app.command()(getattr(module, name))
