@@ -89,7 +89,11 @@ class _Side:
                  ledger: Ledger) -> None:
         self._side, self._folder, self._ledger = side, folder, ledger
         for shard in ledger.shards[side]:
-            _check_present(folder, shard)
+            path = folder / shard.name
+            size = path.stat().st_size if path.exists() else None
+            if size != shard.bytes or not (folder / shard.index_name).exists():
+                raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
+                                remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
         self._mark = ledger.marks[side]
         self._marked = self._mark.documents + (self._mark.offset > 0)  # documents that its digest speaks of
         self._read = self._passed = 0  # documents that were read; that are skipped or in the writer
@@ -132,12 +136,3 @@ class _Side:
     def _changed(self) -> DataError:
         return DataError("the source has changed since this build was interrupted", where=self._folder,
                          remedy="restore the source and run again, or set shards.path to a new folder")
-
-
-def _check_present(folder: Path, shard: ShardEntry) -> None:
-    path = folder / shard.name
-    size = path.stat().st_size if path.exists() else None
-    if size != shard.bytes or not (folder / shard.index_name).exists():
-        raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
-                        remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
-

@@ -56,13 +56,16 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     if folder.exists():
         return _report_of(folder, plan)
     check_sides(config, ["train"])
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
     recipe, reading = RECIPES[config.tokenizer.kind](config.tokenizer), _Reading(config)
     with progress_bar("reading", corpus.total_bytes or None) as bar:
         texts = reading.training_texts(corpus.documents(), bar)
         if recipe.by_line:
             texts = (line for text in texts for line in text.splitlines() if line)
         recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
-    tokenizer = _wrap(recipe)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False,
+                                        model_input_names=list(recipe.inputs), **recipe.names)
     held_out = reading.samples["validation"]
     report = {**measure(tokenizer, held_out or reading.samples["train"]),
               "measured_on": "held-out text" if held_out else "training text (nothing was held out)", "trained_on": reading.trained,
@@ -153,13 +156,6 @@ def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
     extra = [token for token in training.special_tokens if token not in special]
     return {"vocab_size": training.vocab_size, "min_frequency": training.min_frequency, "special_tokens": special + extra,
             "show_progress": sys.stderr.isatty()}
-
-
-def _wrap(recipe: Recipe) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False,
-                                   model_input_names=list(recipe.inputs), **recipe.names)
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, Any]) -> None:
