@@ -6,6 +6,7 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
 
@@ -45,16 +46,22 @@ class CheckpointError(UserError):
     """A checkpoint or run directory that cannot be used as asked."""
 
 
-def user_error(error: OSError) -> UserError | None:
-    """Return the user's error behind one of the system: no space, no permission, a read-only disk. None where it is none."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-        return None
-    return UserError(f"cannot read or write: {error.strerror}", where=error.filename or "",
-                     remedy="make room or choose another folder, then run the same command again")
-
-
 class UnhealthyError(Exception):
     """Training produced numbers that must not be saved or trained on (exit code 76)."""
+
+
+def exit_code(error: BaseException) -> int | None:
+    """Return the exit code for an error that is not a defect of ours, after printing it; None for a defect.
+
+    Of the system's errors, no space, no permission and a read-only disk are the user's.
+    """
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
+        error = UserError(f"cannot read or write: {error.strerror}", where=error.filename or "",
+                          remedy="make room or choose another folder, then run the same command again")
+    if isinstance(error, (UserError, UnhealthyError)):
+        print(f"{'unhealthy' if isinstance(error, UnhealthyError) else 'error'}: {error}", file=sys.stderr)
+        return EXIT_UNHEALTHY if isinstance(error, UnhealthyError) else EXIT_USER_ERROR
+    return None
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

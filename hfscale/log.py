@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import logging
 import sys
+from typing import Any
 
 logger = logging.getLogger("hfscale")
 
@@ -17,3 +18,10 @@ def setup(*, rank: int = 0) -> None:
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     logger.propagate = False  # libraries configure the root logger as they please; our lines must not appear twice
+
+
+def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
+    """Return a tqdm bar on stderr, silent where that is no terminal; a ``total`` of None is not known."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=None, dynamic_ncols=True)

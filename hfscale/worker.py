@@ -14,7 +14,7 @@ from pathlib import Path
 from hfscale import log
 from hfscale.config.load import load_config
 from hfscale.dist.world import World
-from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, user_error
+from hfscale.errors import EXIT_DONE, EXIT_STOPPED, exit_code
 
 JOBS = {"objective": "hfscale.jobs.pretrain"}  # the section of a config that names the job -> its module, with run(config, world) -> bool
 
@@ -36,21 +36,11 @@ def main() -> None:
     """Run one rank and end its process."""
     try:
         code = run(Path(sys.argv[1]))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USER_ERROR
-    except UnhealthyError as error:
-        print(f"unhealthy: {error}", file=sys.stderr)
-        code = EXIT_UNHEALTHY
-    except OSError as error:
-        if mistake := user_error(error):
-            print(f"error: {mistake}", file=sys.stderr)
-        else:
+    except BaseException as error:  # whatever it is, this rank must not linger in a collective's destructor
+        known = exit_code(error)
+        if known is None:
             traceback.print_exc()
-        code = EXIT_USER_ERROR if mistake else 1
-    except BaseException:  # whatever it is, this rank must not linger in a collective's destructor
-        traceback.print_exc()
-        code = 1
+        code = known or 1
     sys.stdout.flush()
     sys.stderr.flush()
     if code not in (EXIT_DONE, EXIT_STOPPED):

@@ -1,17 +1,18 @@
 """The `hfscale` command. A verb's module is imported when the verb is used, so `--help` and typing errors are answered at once.
 
-Each verb is `launch/commands/VERB.py` with a typer app named `app`: one command, or, with a callback, a group of them.
+A verb is a function of its name in `launch/commands/VERB.py`, or in `runs.py` beside it; a group of commands is a typer app named `app`.
 """
 from __future__ import annotations
 
 import sys
 from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import typer
 from typer.core import TyperGroup
 
-from hfscale.errors import EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, nearest, user_error
+from hfscale.errors import UserError, exit_code, nearest
 
 VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
@@ -34,7 +35,12 @@ class Verbs(TyperGroup):
     def get_command(self, ctx: Any, name: str) -> Any:
         if name not in VERBS:
             raise UserError(f"there is no verb {name!r}", where="command line", remedy=nearest(name, VERBS))
-        command = typer.main.get_command(import_module(f"launch.commands.{name}").app)
+        own = f"launch.commands.{name}"
+        module = import_module(own if find_spec(own) else "launch.commands.runs")
+        app = getattr(module, "app", None) or typer.Typer(rich_markup_mode=None, add_completion=False)
+        if not hasattr(module, "app"):
+            app.command()(getattr(module, name))
+        command = typer.main.get_command(app)
         command.name = name
         return command
 
@@ -56,17 +62,10 @@ def main() -> None:
     """Run one command line and end the process; a user's mistake is one screen on stderr and exit code 2."""
     try:
         app(prog_name="hfscale")
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except OSError as error:
-        if (mistake := user_error(error)) is None:
+    except Exception as error:
+        if (code := exit_code(error)) is None:
             raise
-        print(f"error: {mistake}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)
-    except UnhealthyError as error:
-        print(f"unhealthy: {error}", file=sys.stderr)
-        sys.exit(EXIT_UNHEALTHY)
+        sys.exit(code)
 
 
 if __name__ == "__main__":

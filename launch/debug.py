@@ -17,7 +17,7 @@ from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
 from launch import run_dir
 from launch.local import gpu_count
-from launch.request import Request, check, check_parts
+from launch.request import Request, check
 
 SUFFIX = "-debug"
 _LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "encoder_layers")
@@ -37,6 +37,8 @@ def launch(request: Request) -> int:
     batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1)
     check(config, device_type="cuda" if on_gpu else "cpu")
     if request.dry_run:
+        from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
+
         check_parts(config)
         print(f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in the foreground")
         return EXIT_DONE

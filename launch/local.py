@@ -5,7 +5,6 @@ have process groups of their own, and the kernel kills them when the launcher di
 """
 from __future__ import annotations
 
-import codecs
 import ctypes
 import os
 import signal
@@ -15,18 +14,17 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from threading import Thread
-from typing import IO, Any
+from typing import Any
 
 from hfscale import log
 from hfscale.config.rules import BatchPlan, notices, solve_batch
-from hfscale.dist.world import World, free_port
+from hfscale.dist.world import World, available_cores, free_port
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from launch import run_dir
-from launch.request import Request, check, check_parts
+from launch.request import Request, check
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -45,17 +43,23 @@ def launch(request: Request) -> int:
     loaded = request.load()
     config = loaded.config
     gpus = gpu_count()
-    procs = request.procs or gpus or min(2, _cores())
+    procs = request.procs or gpus or min(2, available_cores())
     if 0 < gpus < procs:
         raise ConfigError(f"{procs} ranks on {gpus} GPUs", where="--procs", value=procs,
                           remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU")
     batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
     check(config, device_type="cuda" if gpus else "cpu")
     said = [*notices(config), *run_dir.compare(config)]
-    port = _given_port(request.port) if request.port else free_port()
+    try:
+        port = free_port(request.port or 0)
+    except OSError as error:
+        raise ConfigError(f"the port cannot be used: {error.strerror}", where="--port", value=request.port,
+                          remedy="leave --port out: a free one is found") from None
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
+        from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
+
         check_parts(config)
         print(_plan(request, config.run_dir, batch, port))
         return EXIT_DONE
@@ -91,21 +95,6 @@ def tensorboard_line(path: Path) -> str:
     return line
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _given_port(port: int) -> int:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind(("127.0.0.1", port))
-        except OSError as error:
-            raise ConfigError(f"the port cannot be used: {error.strerror}", where="--port", value=port,
-                              remedy="leave --port out: a free one is found") from None
-    return port
-
-
 def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     """Return what a real run would do."""
     return "\n".join([batch.equation, f"run directory {path} ({'goes on' if (path / run_dir.CONFIG).is_file() else 'new'})",
@@ -126,7 +115,7 @@ class Rank:
     process: subprocess.Popen[bytes]
     log: Path
     begins: int
-    pumps: list[Thread] = field(default_factory=list)
+    tees: list[subprocess.Popen[bytes]]  # that copy its output to the console and to the log
 
     def tail(self) -> str:
         with open(self.log, "rb") as file:
@@ -148,24 +137,22 @@ def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> i
                 ranks.append(_start(command, _place(number, procs, port), logs))
                 if asked:
                     ranks[-1].process.terminate()
-            for pump in (pump for rank in ranks for pump in rank.pumps):
-                pump.start()  # not earlier: no thread may run where processes are forked
             failed = _watch(ranks)
     finally:
         for rank in ranks:
             if rank.process.poll() is None:
                 rank.kill()
                 rank.process.wait()
-            for pump in (pump for pump in rank.pumps if pump.ident):
-                pump.join(timeout=2.0)  # a grandchild may keep the pipe open
+            for tee in rank.tees:
+                with suppress(subprocess.TimeoutExpired):
+                    tee.wait(timeout=2.0)  # a grandchild may keep the pipe open
     return _verdict(failed, ranks, asked)
 
 
 def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
     path = logs / f"rank-{world.rank}.log"
-    file = open(path, "ab", buffering=0)
-    begins = file.tell()
-    env = {"OMP_NUM_THREADS": str(max(1, _cores() // world.world_size)), "PYTHONUNBUFFERED": "1"} | dict(os.environ) | world.export()
+    threads = max(1, available_cores() // world.world_size)
+    env = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | dict(os.environ) | world.export()
     launcher = os.getpid()
 
     def die_with_launcher() -> None:
@@ -174,26 +161,17 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
         if os.getppid() != launcher:  # it died before the line above
             os._exit(1)
 
-    shown = world.rank == 0
-    process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=die_with_launcher,
-                               stdout=subprocess.PIPE if shown else file, stderr=subprocess.PIPE if shown else file)
-    rank = Rank(world.rank, process, path, begins)
-    if not shown:
-        file.close()
-    for pipe, console in ((process.stdout, sys.stdout), (process.stderr, sys.stderr)) if shown else ():
-        rank.pumps.append(Thread(target=_pump, args=(pipe, console, file), daemon=True))
-    return rank
-
-
-def _pump(pipe: IO[bytes], console: IO[str], file: IO[bytes]) -> None:
-    """Copy a pipe to the console and to a file until it ends; a console that went away does not stop the run."""
-    decode = codecs.getincrementaldecoder("utf-8")(errors="replace").decode  # a read may end inside a character
-    while data := os.read(pipe.fileno(), 65536):
-        with suppress(OSError):
-            file.write(data)
-        with suppress(OSError, ValueError):
-            console.write(decode(data))
-            console.flush()
+    tee = ["tee", "--append", "--output-error=warn", str(path)]  # a console that goes away does not stop the run
+    with open(path, "ab") as file:
+        begins = file.tell()
+        tees = [subprocess.Popen(tee, stdin=subprocess.PIPE, stdout=console, stderr=subprocess.DEVNULL, start_new_session=True)
+                for console in (1, 2) if world.rank == 0]
+        out, err = [tee.stdin for tee in tees] or (file, file)
+        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
+                                   preexec_fn=die_with_launcher)
+    for pipe in (tee.stdin for tee in tees if tee.stdin):
+        pipe.close()
+    return Rank(world.rank, process, path, begins, tees)
 
 
 @contextmanager

@@ -36,7 +36,9 @@ class Request:
         Raises:
             ConfigError: for everything that is wrong with it.
         """
-        return load_config(config_file(self.source), [*_home(self.source), *self.overrides, *extra])
+        path = Path(self.source).resolve()
+        home = [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []  # a run stays where it lies, also if moved
+        return load_config(config_file(self.source), [*home, *self.overrides, *extra])
 
 
 def config_file(source: str) -> Path:
@@ -50,23 +52,6 @@ def config_file(source: str) -> Path:
         raise ConfigError("this folder is not a run directory", where=path,
                           remedy=f"give a YAML file, or a run directory, which holds {CONFIG}")
     return path / CONFIG if path.is_dir() else path
-
-
-def _home(source: str) -> list[str]:
-    """Return the overrides that keep a run where it lies, also after it was moved."""
-    path = Path(source).resolve()
-    return [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
-
-
-def check_parts(config: RunConfig) -> None:
-    """Return if tokenizer, shards, objective and model fit together: for whoever does not start the ranks at once. Takes seconds.
-
-    Raises:
-        UserError: for the first of them that does not.
-    """
-    from hfscale.jobs.check import check as check_job
-
-    check_job(config)
 
 
 def check(config: RunConfig, *, device_type: str) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar, get_args, overload
@@ -21,6 +22,8 @@ from hfscale.errors import ConfigError, nearest
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 S = TypeVar("S", bound=Section)
+_WORDS = {"": None, "~": None} | {spelled(word): value for word, value in (("null", None), ("true", True), ("false", False))
+                                  for spelled in (str.lower, str.title, str.upper)}
 
 
 @dataclass(frozen=True)
@@ -126,46 +129,22 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
 
 
 # -------------------------------------------------------------------------------------------------- reading
-def _resolvers() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """Return YAML 1.2's core schema in PyYAML's form, which by itself is 1.1: with `no`, sexagesimal numbers and a text `3e-4`."""
-    schema = (
-        ("null", r"~|null|Null|NULL|", ("~", "n", "N", "")),
-        ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        ("int", r"[-+]?[0-9][0-9_]*", "-+0123456789"),
-        ("float", r"[-+]?(?:\.[0-9]+|[0-9]+(?:\.[0-9]*)?)(?:[eE][-+]?[0-9]+)?|[-+]?\.(?:inf|Inf)|\.(?:nan|NaN)", "-+.0123456789"),
-    )
-    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for name, pattern, first_characters in schema:
-        for first in first_characters:
-            table.setdefault(first, []).append((f"tag:yaml.org,2002:{name}", re.compile(f"^(?:{pattern})$")))
-    return table
+class _Dumper(yaml.SafeDumper):
+    """Quotes every text that begins like a number: versions of YAML disagree about 1e-3 and 24:00:00, and any reader gets a text back."""
+
+    def represent_str(self, data: str) -> yaml.ScalarNode:
+        return self.represent_scalar("tag:yaml.org,2002:str", data, style="'" if re.match(r"[-+.\d]", data) else None)
+
+    yaml_representers = yaml.SafeDumper.yaml_representers | {str: represent_str}  # type: ignore[assignment, operator]
 
 
-class _Loader(yaml.SafeLoader):
-    yaml_implicit_resolvers = _resolvers()
-    yaml_constructors = yaml.SafeLoader.yaml_constructors | {
-        "tag:yaml.org,2002:int": lambda _, node: int(node.value),  # Python's int takes 10_000 too
-        "tag:yaml.org,2002:float": lambda _, node: float(re.sub(r"\.([a-zA-Z])", r"\1", node.value)),  # .inf, .nan
-    }
-
-
-class _Dumper(yaml.SafeDumper):  # what either version would take for something else is quoted, so any reader gets a text back
-    yaml_implicit_resolvers = {first: [*_resolvers().get(first, []), *yaml.SafeDumper.yaml_implicit_resolvers.get(first, [])]
-                               for first in {*_resolvers(), *yaml.SafeDumper.yaml_implicit_resolvers}}
-
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _compose(text: str, *, where: str) -> tuple[_Loader, yaml.Node | None]:
-    loader = _Loader(text)
+def _compose(text: str, *, where: str) -> yaml.Node | None:
     try:
-        return loader, loader.get_single_node()
-    except yaml.MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise ConfigError(f"not YAML: {error.problem or error.context}", where=f"{where}:{mark.line + 1}" if mark else where) from None
+        return yaml.compose(text, Loader=yaml.BaseLoader)
     except yaml.YAMLError as error:
-        raise ConfigError(f"not YAML: {error}", where=where) from None
+        mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
+        where = f"{where}:{mark.line + 1}" if mark else where
+        raise ConfigError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where) from None
 
 
 def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
@@ -180,12 +159,11 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
         raise ConfigError(f"cannot read the config: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}", where=path,
                           remedy=nearest(path.name, beside) if beside else "check the path") from None
     label = os.path.normpath(path)
-    loader, node = _compose(text, where=label)
-    own = Tree()
+    node, own = _compose(text, where=label), Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError("a config is a mapping of sections", where=f"{label}:1", value=text[:60])
-        own.values = _plain(loader, node, "", label, own.sources)
+        own.values = _plain(node, "", label, own.sources)
     bases = own.values.pop("extends", None) or []
     where = own.sources.pop("extends", label)
     bases = [bases] if isinstance(bases, str) else bases
@@ -202,7 +180,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
     return tree
 
 
-def _plain(loader: _Loader, node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> Any:
+def _plain(node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> Any:
     """Return the plain value of a YAML node, and note the line of every key in ``sources``."""
     if isinstance(node, yaml.MappingNode):
         values: dict[str, Any] = {}
@@ -211,14 +189,24 @@ def _plain(loader: _Loader, node: yaml.Node, prefix: str, file: str, sources: di
             if key in values:
                 raise ConfigError(f"{prefix}{key} is written twice", where=where, value=key, remedy="keep one of them")
             sources[f"{prefix}{key}"] = where
-            values[key] = _plain(loader, value_node, f"{prefix}{key}.", file, sources)
+            values[key] = _plain(value_node, f"{prefix}{key}.", file, sources)
         return values
     if isinstance(node, yaml.SequenceNode):
-        return [_plain(loader, item, f"{prefix}{i}.", file, sources) for i, item in enumerate(node.value)]
-    try:
-        return loader.construct_object(node, deep=True)
-    except (yaml.YAMLError, ValueError) as error:
-        raise ConfigError(f"not YAML: {error}", where=f"{file}:{node.start_mark.line + 1}") from None
+        return [_plain(item, f"{prefix}{i}.", file, sources) for i, item in enumerate(node.value)]
+    if not node.tag.startswith("tag:yaml.org,"):
+        raise ConfigError("tags have no meaning in a config", where=f"{file}:{node.start_mark.line + 1}", value=node.tag)
+    quoted = isinstance(node, yaml.ScalarNode) and node.style  # or a block of text
+    return node.value if quoted else _scalar(node.value)
+
+
+def _scalar(text: str) -> Any:
+    """Return what an unquoted text stands for in YAML 1.2; PyYAML itself is 1.1, with `no`, sexagesimal numbers and a text `3e-4`."""
+    if text in _WORDS:
+        return _WORDS[text]
+    for number in (int, float) if re.fullmatch(r"[-+.0-9_eE]+", text) else ():
+        with suppress(ValueError):
+            return number(text)  # type: ignore[operator]
+    return text
 
 
 def _parse_override(text: str) -> Tree:
@@ -231,8 +219,8 @@ def _parse_override(text: str) -> Tree:
     if value.startswith(("*", "&", "!", "%", "@", "`")):  # YAML's own signs have no use in one value; a glob is meant
         parsed: Any = value
     else:
-        loader, node = _compose(value, where=f"{COMMAND_LINE}, {key}")
-        parsed = None if node is None else _plain(loader, node, f"{key}.", COMMAND_LINE, tree.sources)
+        node = _compose(value, where=f"{COMMAND_LINE}, {key}")
+        parsed = None if node is None else _plain(node, f"{key}.", COMMAND_LINE, tree.sources)
     tree.sources = dict.fromkeys([*tree.sources, key], COMMAND_LINE)
     for part in reversed(key.split(".")):
         parsed = {part: parsed}

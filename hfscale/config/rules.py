@@ -149,9 +149,10 @@ def resume_differences(old: RunConfig, new: RunConfig) -> tuple[list[Difference]
     return found["refused"], found["noticed"]
 
 
-def differences(old: Section, new: Section) -> list[Difference]:
-    """Return every key whose value differs, in the order of the schema."""
-    return list(_differences(old.model_dump(mode="json", by_alias=True), new.model_dump(mode="json", by_alias=True), ""))
+def differences(old: Section | dict[str, Any], new: Section | dict[str, Any]) -> list[Difference]:
+    """Return every key whose value differs, in the order of the schema (of the mapping)."""
+    before, after = (one.model_dump(mode="json", by_alias=True) if isinstance(one, Section) else one for one in (old, new))
+    return list(_differences(before, after, ""))
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[Difference]:

@@ -244,7 +244,7 @@ class ShardBuild(Section):
 
     path: LocalPath
     name: FileName = "shard"
-    shard_mb: Annotated[float, Field(gt=0)] = 128.0
+    shard_mb: Annotated[float, Field(gt=0)] = 128.0  # a shard is put together in memory, one a side
     chunk_mb: Annotated[float, Field(gt=0)] = 2.0
     procs: Union[Literal["auto"], Positive] = "auto"
 

@@ -15,11 +15,12 @@ import numpy as np
 
 from hfscale.config.schema import CorpusConfig, ShardBuild
 from hfscale.corpus.encode import encode_documents
-from hfscale.corpus.ledger import Ledger, Mark
-from hfscale.corpus.progress import Progress, available_cores
+from hfscale.corpus.ledger import Ledger, Mark, open_ledger
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Counts, Document, Side, assign, check_sides
+from hfscale.dist.world import available_cores
 from hfscale.errors import DataError
+from hfscale.log import progress_bar
 from hfscale.shards import manifest as manifests
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
@@ -45,16 +46,12 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
         "version": manifests.VERSION, "source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": asdict(info),
         "shards": {"name": shards.name, "dtype": dtype.name, "chunk_tokens": chunk_tokens, "shard_chunks": shard_chunks}}
     check_sides(config, sides)
-    with Ledger(shards.path, plan) as ledger:
+    with open_ledger(shards.path, plan) as ledger:
         folders = {side: shards.path / side for side in sides}
         if all((folder / manifests.FILE_NAME).exists() for folder in folders.values()):
             return {side: Manifest.load(folder) for side, folder in folders.items()}
         writers = {side: _Side(side, folders[side], shards, dtype, chunk_tokens, shard_chunks, ledger) for side in sides}
-        try:
-            counts = _write(config, corpus, writers, tokenizer.backend_tokenizer.to_str(), info)
-        finally:
-            for writer in writers.values():
-                writer.writer.abort()
+        counts = _write(config, corpus, writers, tokenizer.backend_tokenizer.to_str(), eod_id=info.eod_id, dtype=dtype.str)
         source = {**plan["source"], "split": plan["split"], "seen": {**asdict(counts), "undecodable": corpus.undecodable}}
         built = {side: Manifest(dtype=dtype.name, tokenizer=info, source={**source, "side": side}, shards=tuple(ledger.shards[side]),
                                 folder=folders[side]) for side in sides}
@@ -63,22 +60,23 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
         return built
 
 
-def _write(config: CorpusConfig, corpus: Corpus, sides: dict[Side, _Side], tokenizer_json: str, info: TokenizerInfo) -> Counts:
+def _write(config: CorpusConfig, corpus: Corpus, sides: dict[Side, _Side], tokenizer_json: str, *, eod_id: int, dtype: str) -> Counts:
     """Return what was seen, once every document is in a shard."""
-    counts = Counts()
+    counts, tokens = Counts(), 0
     procs = available_cores() if config.shards.procs == "auto" else config.shards.procs
-    dtype = next(iter(sides.values())).dtype
-    with Progress("tokenizing", corpus.total_bytes) as progress:
+    with progress_bar("tokenizing", corpus.total_bytes or None) as bar:
         def pending() -> Iterator[Document]:
             for document in assign(corpus.documents(), config.split, counts):
                 if sides[document.side].wants(document):
                     yield document
                 else:
-                    progress.advance(document.size)
+                    bar.update(document.size)
 
-        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=info.eod_id, dtype=dtype.str, procs=procs):
+        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=eod_id, dtype=dtype, procs=procs):
             sides[document.side].add(document, ids)
-            progress.advance(document.size, tokens=len(ids))
+            tokens += len(ids)
+            bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
+            bar.update(document.size)
     for side in sides.values():
         side.close()
     return counts
@@ -89,74 +87,52 @@ class _Side:
 
     def __init__(self, side: Side, folder: Path, shards: ShardBuild, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
                  ledger: Ledger) -> None:
-        self.dtype, self._side, self._folder, self._ledger = dtype, side, folder, ledger
+        self._side, self._folder, self._ledger = side, folder, ledger
+        for shard in ledger.shards[side]:
+            path = folder / shard.name
+            size = path.stat().st_size if path.exists() else None
+            if size != shard.bytes or not (folder / shard.index_name).exists():
+                raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
+                                remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
         self._mark = ledger.marks[side]
-        done = ledger.shards[side]
-        for shard in done:
-            _check_present(folder, shard)
-        self._tokens = sum(shard.tokens for shard in done)  # committed
-        self._ended = sum(shard.documents for shard in done)  # of committed tokens
-        self._seen = self._added = 0  # documents that were read; that are skipped or in the writer
-        self._start = self._tokens - self._mark.offset  # of the next document, in tokens of the side
-        self._hash = hashlib.blake2b(digest_size=16)
-        self._current = b""
-        self.writer = ShardWriter(folder, name=shards.name, dtype=dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
-                                  committed=self._commit, first=len(done))
+        self._marked = self._mark.documents + (self._mark.offset > 0)  # documents that its digest speaks of
+        self._read = self._passed = 0  # documents that were read; that are skipped or in the writer
+        self._hash = hashlib.blake2b(digest_size=16)  # of the documents passed
+        self._length = self._skipped = 0  # tokens of the document under way; of them skipped
+        self._writer = ShardWriter(folder, name=shards.name, dtype=dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
+                                   committed=self._commit, first=len(ledger.shards[side]))
 
     def wants(self, document: Document) -> bool:
         """Return False for a document that lies in committed shards as a whole."""
-        self._seen += 1
-        if self._seen <= self._mark.documents:
-            self._pass(document.digest)
+        self._read += 1
+        if self._read <= self._mark.documents:
+            self._pass(document)
             return False
         return True
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         """Return with the part of the document that is not yet in shards written."""
-        first = self._added == self._mark.documents
-        self._current = document.digest
-        if first:
-            self._check_same(document.digest)
-        self.writer.add(ids[self._mark.offset:] if first else ids)
-        self._start += len(ids)
-        self._pass(document.digest)
+        self._length, self._skipped = len(ids), self._mark.offset if self._passed == self._mark.documents else 0
+        self._pass(document)
+        self._writer.add(ids[self._skipped:])
 
     def close(self) -> None:
         """Return with the last shard committed."""
-        if self._added <= self._mark.documents:
-            self._check_same(None)
-        self.writer.close()
+        if self._passed < self._marked:
+            raise self._changed()
+        self._writer.close()
 
-    def _pass(self, digest: bytes) -> None:
-        self._added += 1
-        self._hash.update(digest)
+    def _pass(self, document: Document) -> None:
+        self._passed += 1
+        self._hash.update(document.digest)
+        if self._passed == self._marked and self._hash.hexdigest() != self._mark.digest:
+            raise self._changed()
 
     def _commit(self, shard: ShardEntry) -> None:
-        self._tokens += shard.tokens
-        self._ended += shard.documents
-        digest = self._hash.copy()
-        if self._ended > self._added:  # the document under way ends exactly with the shard
-            digest.update(self._current)
-            mark = Mark(self._added + 1, 0, digest.hexdigest())
-        else:
-            offset = self._tokens - self._start
-            digest.update(self._current if offset else b"")
-            mark = Mark(self._added, offset, digest.hexdigest())
-        self._ledger.commit(self._side, shard, mark)
+        at = self._skipped + self._writer.taken
+        cut = at < self._length  # the document under way goes on in the next shard
+        self._ledger.commit(self._side, shard, Mark(self._passed - cut, at if cut else 0, self._hash.hexdigest()))
 
-    def _check_same(self, cut: bytes | None) -> None:
-        """Return if the documents before the mark are the same as ever, and so is the one that the mark cuts (None: there is none)."""
-        digest = self._hash.copy()
-        digest.update(cut if cut and self._mark.offset else b"")
-        if self._mark.digest and (self._added != self._mark.documents or digest.hexdigest() != self._mark.digest):
-            raise DataError("the source has changed since this build was interrupted", where=self._folder,
-                            remedy="restore the source and run again, or set shards.path to a new folder")
-
-
-def _check_present(folder: Path, shard: ShardEntry) -> None:
-    path = folder / shard.name
-    size = path.stat().st_size if path.exists() else None
-    if size != shard.bytes or not (folder / shard.index_name).exists():
-        raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
-                        remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
-
+    def _changed(self) -> DataError:
+        return DataError("the source has changed since this build was interrupted", where=self._folder,
+                         remedy="restore the source and run again, or set shards.path to a new folder")

@@ -7,12 +7,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
+from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
 from hfscale.shards.files import cannot_write, sync
@@ -30,57 +31,61 @@ class Mark:
     digest: str = ""  # of those documents' digests, and the next one's if it is cut: is the source still the same?
 
 
-class Ledger:
-    """The open ledger of ``folder``, locked until ``close``. ``shards`` and ``marks`` are what earlier attempts committed.
+@contextmanager
+def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
+    """Yield the ledger of ``folder``, locked meanwhile; one that has no line at the end is taken away again.
 
     Raises:
         DataError: if another build is under way there, or was made with another ``plan`` (the message says what differs).
     """
+    path = folder / FILE_NAME
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = open(path, "a+b")  # held open: it carries the lock
+    except OSError as error:
+        raise cannot_write(path, error) from None
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise DataError("another build is writing here", where=folder,
+                            remedy="wait for it, or set shards.path to another folder") from None
+        try:
+            yield Ledger(path, file, json.loads(json.dumps(plan)))
+        finally:
+            if os.fstat(file.fileno()).st_size == 0:
+                path.unlink(missing_ok=True)
 
-    def __init__(self, folder: Path, plan: Mapping[str, Any]) -> None:
-        self.path = folder / FILE_NAME
+
+class Ledger:
+    """What was committed to a folder: ``shards`` and ``marks``, a line each. Made by ``open_ledger``."""
+
+    def __init__(self, path: Path, file: IO[bytes], plan: dict[str, Any]) -> None:
+        self._path, self._file = path, file
         self.shards: dict[Side, list[ShardEntry]] = {"train": [], "validation": []}
         self.marks: dict[Side, Mark] = {"train": Mark(), "validation": Mark()}
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._file = open(self.path, "a+b")  # held open: it carries the lock
-        except OSError as error:
-            raise cannot_write(self.path, error) from None
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._file.close()
-            remedy = "wait for it, or set shards.path to another folder"
-            raise DataError("another build is writing here", where=folder, remedy=remedy) from None
-        try:
-            self._read(json.loads(json.dumps(plan)))
-        except (ValueError, KeyError, TypeError) as error:
-            self.close()
-            raise DataError(f"the ledger of a build is damaged: {error}", where=self.path,
-                            remedy="set shards.path to a new folder, or remove this one if it is not needed") from None
-        except BaseException:
-            self.close()
-            raise
-
-    def _read(self, plan: dict[str, Any]) -> None:
-        self._file.seek(0)
-        content = self._file.read()
+        file.seek(0)
+        content = file.read()
         whole = content.rfind(b"\n") + 1
-        if whole < len(content):  # the last line of a killed build; its shard is written again
-            self._file.truncate(whole)
-        lines = [json.loads(line) for line in content[:whole].splitlines()]
-        if not lines:
-            if strangers := [child.name for child in sorted(self.path.parent.iterdir()) if child != self.path]:
-                raise DataError("this folder holds something that is not a build of shards", where=self.path.parent, value=strangers[:5],
+        file.truncate(whole)  # what follows is the last line of a killed build; its shard is written again
+        try:
+            begun, *lines = [json.loads(line) for line in content[:whole].splitlines()] or [{"plan": None}]
+            for line in lines:
+                self.shards[line["side"]].append(ShardEntry(**line["shard"]))
+                self.marks[line["side"]] = Mark(**line["mark"])
+            there = begun["plan"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"the ledger of a build is damaged: {error}", where=path,
+                            remedy="set shards.path to a new folder, or remove this one if it is not needed") from None
+        if there is None:
+            if strangers := [child.name for child in sorted(path.parent.iterdir()) if child != path]:
+                raise DataError("this folder holds something that is not a build of shards", where=path.parent, value=strangers[:5],
                                 remedy="set shards.path to a new folder")
             self._append({"plan": plan})
-            return
-        if differences := _differences(lines[0]["plan"], plan):
-            raise DataError("shards were already built here, or begun, from something else:\n    " + "\n    ".join(differences),
-                            where=self.path.parent, remedy="set shards.path to a new folder, or remove this one if it is not needed")
-        for line in lines[1:]:
-            self.shards[line["side"]].append(ShardEntry(**line["shard"]))
-            self.marks[line["side"]] = Mark(**line["mark"])
+        elif found := differences(there, plan):
+            changes = "".join(f"\n    {change.key}: there {change.old!r}, now {change.new!r}" for change in found)
+            raise DataError(f"shards were already built here, or begun, from something else:{changes}", where=path.parent,
+                            remedy="set shards.path to a new folder, or remove this one if it is not needed")
 
     def commit(self, side: Side, shard: ShardEntry, mark: Mark) -> None:
         """Return once it is on disk that ``shard`` is."""
@@ -93,28 +98,4 @@ class Ledger:
             self._file.flush()
             sync(self._file.fileno())
         except OSError as error:
-            raise cannot_write(self.path, error) from error
-
-    def close(self) -> None:
-        """Return with the folder free for another build; a ledger without a line is taken away again."""
-        empty = os.fstat(self._file.fileno()).st_size == 0
-        if empty:
-            self.path.unlink(missing_ok=True)
-        self._file.close()
-
-    def __enter__(self) -> Ledger:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
-        self.close()
-
-
-def _differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
-    found = []
-    for key in sorted({*old, *new}):
-        before, after = old.get(key), new.get(key)
-        if isinstance(before, Mapping) and isinstance(after, Mapping):
-            found += _differences(before, after, f"{prefix}{key}.")
-        elif before != after:
-            found.append(f"{prefix}{key}: there {before!r}, now {after!r}")
-    return found
+            raise cannot_write(self._path, error) from error

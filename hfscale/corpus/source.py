@@ -5,6 +5,7 @@ one file can be split, spread over processes and read in bounded memory.
 """
 from __future__ import annotations
 
+import codecs
 import csv
 import fnmatch
 import gzip
@@ -15,7 +16,7 @@ import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from glob import glob, has_magic
+from glob import has_magic
 from pathlib import Path
 from typing import IO, Any
 
@@ -45,14 +46,15 @@ class Corpus:
             DataError: if a file cannot be read or parsed, or has no such field; naming file and line.
         """
         self.undecodable, self.examples = 0, []
-        if self.source.format == "hub":
-            yield from _hub(self.source)
-        elif self.source.format == "text":
+        name = f"{self.source.field}.text" if (self.source.format, self.source.field) == ("webdataset", "json") else self.source.field
+        if self.source.format == "text":
             for file in self.files:
                 yield from self._text(file)
+        elif self.source.format == "hub":
+            yield from (_text_of(row, name, where) for where, row in _hub(self.source))
         else:
-            for file in self.files:
-                yield from READERS[self.source.format](file, self.source.field)
+            rows = READERS[self.source.format]
+            yield from (_text_of(row, name, where) for file in self.files for where, row in rows(file, name.split(".")[0]))
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies this source, without the machine's paths: the same files elsewhere are the same source."""
@@ -89,33 +91,24 @@ def open_corpus(source: TextSource) -> Corpus:
 
 
 def _list_files(source: TextSource) -> tuple[Path, list[Path]]:
-    path = Path(source.path)
-    if path.is_file():
-        return path.parent, [path]
-    if path.is_dir():
-        root = path
-        patterns = [pattern.strip() for pattern in source.pattern.split(",")]
-        try:
-            found = {file for pattern in patterns for file in root.glob(pattern)}
-        except (NotImplementedError, ValueError) as error:
-            raise DataError(f"not a pattern: {error}", where="source.pattern", value=source.pattern,
-                            remedy="globs relative to source.path, such as **/*.txt") from None
-    elif has_magic(source.path):
-        parts = path.parts
-        fixed = next(i for i, part in enumerate(parts) if has_magic(part))
-        root = Path(*parts[:fixed])
-        found = {Path(name) for name in glob(source.path, recursive=True)}
-    else:
-        raise DataError("there is no such file or folder", where="source.path", value=str(path.absolute()),
-                        remedy="name a file, a folder or a glob: source.path=FOLDER")
-    excluded = [pattern.strip() for pattern in source.exclude.split(",") if pattern.strip()]
-
-    def wanted(file: Path) -> bool:
-        name = file.relative_to(root)
-        hidden = any(part.startswith(".") for part in name.parts)
-        return not hidden and not any(fnmatch.fnmatchcase(name.as_posix(), pattern) for pattern in excluded) and file.is_file()
-
-    files = sorted(filter(wanted, found), key=lambda file: file.relative_to(root).as_posix())
+    """Return a folder and the chosen files below it. A glob is the pattern of the folder before its first wild card."""
+    root, patterns = Path(source.path), source.pattern.split(",")
+    if root.is_file():
+        return root.parent, [root]
+    if not root.is_dir():
+        fixed = next((number for number, part in enumerate(root.parts) if has_magic(part)), None)
+        if fixed is None:
+            raise DataError("there is no such file or folder", where="source.path", value=str(root.absolute()),
+                            remedy="name a file, a folder or a glob: source.path=FOLDER")
+        root, patterns = Path(*root.parts[:fixed]), [str(Path(*root.parts[fixed:]))]
+    try:
+        found = {file.relative_to(root) for pattern in patterns for file in root.glob(pattern.strip())}
+    except (NotImplementedError, ValueError) as error:
+        raise DataError(f"not a pattern: {error}", where="source.pattern", value=patterns,
+                        remedy="globs relative to source.path, such as **/*.txt") from None
+    excluded = [pattern.strip() for pattern in source.exclude.split(",")]
+    names = sorted(name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts) and (root / name).is_file())
+    files = [root / name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)]
     if not files:
         raise DataError("no file matches", where="source.path", value=source.path,
                         remedy=f"in a folder, pattern {source.pattern!r} and exclude {source.exclude!r} choose; hidden files never count")
@@ -131,79 +124,60 @@ def _open(file: Path) -> Iterator[IO[bytes]]:
         raise DataError(f"cannot read a source file: {getattr(error, 'strerror', None) or error}", where=file) from None
 
 
-def _jsonl(file: Path, name: str) -> Iterator[str]:
+# ----------------------------------------------------------- rows, each with its place: of a file, of which one column is wanted
+def _jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     with _open(file) as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{file}:{number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise DataError(f"not a JSON line: {error}", where=where, remedy="one JSON object a line, in UTF-8") from None
-            yield _text_of(row, name, where)
+            if line.strip():
+                where = f"{file}:{number}"
+                yield where, _parsed(line, where, "not a JSON line")
 
 
-def _csv(file: Path, name: str) -> Iterator[str]:
+def _csv(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     csv.field_size_limit(sys.maxsize)
     with _open(file) as stream:
-        lines = (line.decode("utf-8-sig" if number == 0 else "utf-8") for number, line in enumerate(stream))
-        rows = csv.DictReader(lines)
-        while True:
-            try:
-                row = next(rows)
-            except StopIteration:
-                return
-            except (UnicodeDecodeError, csv.Error) as error:
-                raise DataError(f"not a readable csv row: {error}", where=f"{file}:{rows.line_num + 1}",
-                                remedy="a header line, commas, UTF-8") from None
-            yield _text_of(row, name, f"{file}:{rows.line_num}")
+        rows = csv.DictReader(codecs.iterdecode(stream, "utf-8-sig"))
+        try:
+            for row in rows:
+                yield f"{file}:{rows.line_num}", row
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise DataError(f"not a readable csv row: {error}", where=f"{file}:{rows.line_num + 1}",
+                            remedy="a header line, commas, UTF-8") from None
 
 
-def _parquet(file: Path, name: str) -> Iterator[str]:
+def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     import pyarrow
     import pyarrow.parquet as parquet
 
-    number = 0
     try:
         with parquet.ParquetFile(file) as table:
-            column = name.split(".")[0]
-            if column not in table.schema_arrow.names:
-                raise _no_field(name, table.schema_arrow.names, str(file))
-            for batch in table.iter_batches(batch_size=1024, columns=[column]):
-                for row in batch.to_pylist():
-                    yield _text_of(row, name, f"{file}, row {number}")
-                    number += 1
+            columns = [column] if column in table.schema_arrow.names else None
+            batches = table.iter_batches(batch_size=1024, columns=columns)
+            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
+                yield f"{file}, row {number}", row
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"not a readable parquet file: {error}", where=file) from None
 
 
-def _webdataset(file: Path, name: str) -> Iterator[str]:
+def _webdataset(file: Path, column: str) -> Iterator[tuple[str, Any]]:
     from webdataset import WebDataset
 
     for _ in walk(file):  # webdataset would lose the rest of a damaged tar silently
         pass
-    extension, _, inner = name.partition(".")
     for sample in WebDataset(str(file), shardshuffle=False, empty_check=False):
         where = f"{file}, sample {sample['__key__']}"
-        fields = {key: value for key, value in sample.items() if not key.startswith("__")}
-        if extension not in fields:
-            raise _no_field(extension, fields, where)
-        payload = fields[extension]
-        if extension != "json":
+        row = {key: value for key, value in sample.items() if not key.startswith("__")}
+        if column == "json" and column in row:
+            row[column] = _parsed(row[column], where, "member .json is not JSON")
+        elif column in row:
             try:
-                yield payload.decode("utf-8-sig")
+                row[column] = row[column].decode("utf-8-sig")
             except UnicodeDecodeError:
-                raise DataError(f"member .{extension} is not UTF-8", where=where) from None
-        else:
-            try:
-                row = json.loads(payload)
-            except ValueError as error:
-                raise DataError(f"member .json is not JSON: {error}", where=where) from None
-            yield _text_of(row, inner or "text", where)
+                raise DataError(f"member .{column} is not UTF-8", where=where) from None
+        yield where, row
 
 
-def _hub(source: TextSource) -> Iterator[str]:
+def _hub(source: TextSource) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
     try:
@@ -212,8 +186,14 @@ def _hub(source: TextSource) -> Iterator[str]:
         first_line = str(error).strip().split("\n")[0]
         raise DataError(f"cannot open the data set: {first_line}", where="source.path", value=source.path,
                         remedy="check the name, source.subset and source.hub_split, and the network") from error
-    for number, row in enumerate(rows):
-        yield _text_of(row, source.field, f"{source.path}, row {number}")
+    yield from ((f"{source.path}, row {number}", row) for number, row in enumerate(rows))
+
+
+def _parsed(data: bytes, where: str, problem: str) -> Any:
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{problem}: {error}", where=where, remedy="one JSON object a line (or member), in UTF-8") from None
 
 
 def _text_of(row: Any, name: str, where: str) -> str:
@@ -221,17 +201,14 @@ def _text_of(row: Any, name: str, where: str) -> str:
     value = row
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
-            raise _no_field(name, value if isinstance(value, dict) else (), where)
+            names = [str(key) for key in value] if isinstance(value, dict) else []
+            remedy = f"set source.field; {nearest(part, names)}" if names else "each row must be an object with named fields"
+            raise DataError(f"there is no field {name!r}", where=where, remedy=remedy)
         value = value[part]
     if value is not None and not isinstance(value, str):
         raise DataError(f"field {name!r} is not text", where=where, value=value)
     return value or ""
 
 
-def _no_field(name: str, known: Any, where: str) -> DataError:
-    names = [str(key) for key in known]
-    remedy = f"set source.field; {nearest(name, names)}" if names else "each row must be an object with named fields"
-    return DataError(f"there is no field {name!r}", where=where, remedy=remedy)
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "webdataset": _webdataset}
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
+    "jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "webdataset": _webdataset}

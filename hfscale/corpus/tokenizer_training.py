@@ -5,22 +5,21 @@ tokens (Devlin et al. 2019). ``unigram``: Kudo 2018, with NFKC and word marks as
 """
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
-from hfscale.corpus.progress import Progress
-from hfscale.corpus.source import Corpus, open_corpus
-from hfscale.corpus.split import Counts, Document, assign, check_sides
+from hfscale.corpus.source import open_corpus
+from hfscale.corpus.split import Counts, Side, assign, check_sides
 from hfscale.errors import DataError
+from hfscale.log import progress_bar
 from hfscale.shards.files import cannot_write
 
 if TYPE_CHECKING:
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 REPORT_NAME = "training_report.json"
-HELD_OUT_BYTES = 8 << 20  # of text for the report
+MEASURED_BYTES = 8 << 20  # of text for the report
 LONG_WORD = re.compile(r"\S{1000}")  # base64, DNA, Chinese: training takes time quadratic in the longest word, which is then broken
 
 
@@ -43,14 +42,6 @@ class Recipe:
     by_line: bool = False  # train on lines, where a whole document as one "word" would be too long
 
 
-@dataclass
-class Sides:
-    """What was read of each side: how many documents to train on, and some texts to measure on."""
-
-    trained: int = 0
-    held_out: list[str] = field(default_factory=list)
-
-
 def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     """Return the report of the tokenizer trained and saved in ``config.tokenizer.path``, or found there from the same training.
 
@@ -61,24 +52,50 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     """
     folder, corpus = config.tokenizer.path, open_corpus(config.source)
     training = config.tokenizer.model_dump(mode="json", exclude={"path"})
-    plan = {"source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": training}
+    plan = json.loads(json.dumps({"source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": training}))
     if folder.exists():
         return _report_of(folder, plan)
     check_sides(config, ["train"])
-    recipe = RECIPES[config.tokenizer.kind](config.tokenizer)
-    sides, counts = Sides(), Counts()
-    with Progress("reading", corpus.total_bytes) as progress:
-        texts = _training_texts(config, corpus, counts, sides, progress)
-        recipe.tokenizer.train_from_iterator(_lines(texts) if recipe.by_line else texts, recipe.trainer)
-    _finish(recipe, config.tokenizer.kind)
-    tokenizer = _wrap(recipe)
-    measured_on = "held-out text" if sides.held_out else "training text (nothing was held out)"
-    measured = sides.held_out or _first_texts(corpus, config)
-    report = {**measure(tokenizer, measured), "measured_on": measured_on,
-              "trained_on": sides.trained, "documents": counts.documents,
-              "duplicates": counts.duplicates, "undecodable": corpus.undecodable, "skipped": corpus.examples}
-    _save(tokenizer, folder, {"plan": json.loads(json.dumps(plan)), "report": report})
+    from transformers import PreTrainedTokenizerFast  # slow to import
+
+    recipe, reading = RECIPES[config.tokenizer.kind](config.tokenizer), _Reading(config)
+    with progress_bar("reading", corpus.total_bytes or None) as bar:
+        texts = reading.training_texts(corpus.documents(), bar)
+        if recipe.by_line:
+            texts = (line for text in texts for line in text.splitlines() if line)
+        recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False,
+                                        model_input_names=list(recipe.inputs), **recipe.names)
+    held_out = reading.samples["validation"]
+    report = {**measure(tokenizer, held_out or reading.samples["train"]),
+              "measured_on": "held-out text" if held_out else "training text (nothing was held out)", "trained_on": reading.trained,
+              "documents": reading.counts.documents, "duplicates": reading.counts.duplicates,
+              "undecodable": corpus.undecodable, "skipped": corpus.examples}
+    _save(tokenizer, folder, {"plan": plan, "report": report})
     return report
+
+
+class _Reading:
+    """What was read: how many documents to train on, and the first texts of each side to measure on."""
+
+    def __init__(self, config: CorpusConfig) -> None:
+        self._config, self.counts, self.trained = config, Counts(), 0
+        self.samples: dict[Side, list[str]] = {"train": [], "validation": []}
+        self._room = dict.fromkeys(self.samples, MEASURED_BYTES)
+
+    def training_texts(self, documents: Iterable[str], bar: Any) -> Iterator[str]:
+        """Yield the texts of the train side, long words broken."""
+        for document in assign(documents, self._config.split, self.counts):
+            bar.update(document.size)
+            training = document.side == "train"
+            if training and self.trained == self._config.tokenizer.max_documents:
+                break
+            if self._room[document.side] > 0:
+                self.samples[document.side].append(document.text)
+                self._room[document.side] -= document.size
+            if training:
+                self.trained += 1
+                yield LONG_WORD.sub(r"\g<0>\n", document.text)
 
 
 def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Any]:
@@ -94,41 +111,6 @@ def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, A
             "vocabulary_used": round(len(used) / len(tokenizer), 4)}
 
 
-def _training_texts(config: CorpusConfig, corpus: Corpus, counts: Counts, sides: Sides, progress: Progress) -> Iterator[str]:
-    """Yield the texts of the train side, long words broken; some of the other side are kept in ``sides``."""
-    held_out_bytes = 0
-    for document in _documents(config, corpus, counts):
-        progress.advance(document.size)
-        if document.side == "validation":
-            if held_out_bytes < HELD_OUT_BYTES:
-                sides.held_out.append(document.text)
-                held_out_bytes += document.size
-            continue
-        if sides.trained == config.tokenizer.max_documents:
-            break
-        sides.trained += 1
-        yield LONG_WORD.sub(r"\g<0>\n", document.text)
-
-
-def _documents(config: CorpusConfig, corpus: Corpus, counts: Counts) -> Iterator[Document]:
-    return assign(corpus.documents(), config.split, counts)
-
-
-def _first_texts(corpus: Corpus, config: CorpusConfig) -> list[str]:
-    texts, size = [], 0
-    for document in _documents(config, corpus, Counts()):
-        texts.append(document.text)
-        size += document.size
-        if size >= HELD_OUT_BYTES:
-            break
-    return texts
-
-
-def _lines(texts: Iterable[str]) -> Iterator[str]:
-    for text in texts:
-        yield from (line for line in text.splitlines() if line)
-
-
 def _bpe(training: TokenizerTraining) -> Recipe:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 
@@ -142,25 +124,28 @@ def _bpe(training: TokenizerTraining) -> Recipe:
 
 
 def _wordpiece(training: TokenizerTraining) -> Recipe:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     tokenizer.normalizer = normalizers.BertNormalizer(lowercase=training.lowercase)  # accents go with the case; Chinese is split
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
+    tokenizer.post_processor = processors.TemplateProcessing(  # special tokens get the first ids, in their order
+        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
     trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_common(training, [*names.values()]))
     return Recipe(tokenizer, trainer, names, inputs=("input_ids", "token_type_ids", "attention_mask"))
 
 
 def _unigram(training: TokenizerTraining) -> Recipe:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
+    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
     common = _common(training, [*names.values()])
     del common["min_frequency"]  # this trainer prunes by likelihood instead
     trainer = trainers.UnigramTrainer(unk_token="<unk>", initial_alphabet=["\n", "\t"], **common)  # lines hold no line's end to learn from
@@ -171,27 +156,6 @@ def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
     extra = [token for token in training.special_tokens if token not in special]
     return {"vocab_size": training.vocab_size, "min_frequency": training.min_frequency, "special_tokens": special + extra,
             "show_progress": sys.stderr.isatty()}
-
-
-def _finish(recipe: Recipe, kind: str) -> None:
-    """Return with the special tokens that a model's input carries put around it; their ids are known only now."""
-    from tokenizers import processors
-
-    tokenizer = recipe.tokenizer
-    if kind == "wordpiece":
-        around = [(name, tokenizer.token_to_id(name)) for name in ("[CLS]", "[SEP]")]
-        tokenizer.post_processor = processors.TemplateProcessing(single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1",
-                                                                 special_tokens=around)
-    if kind == "unigram":
-        end = [("</s>", tokenizer.token_to_id("</s>"))]
-        tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=end)
-
-
-def _wrap(recipe: Recipe) -> PreTrainedTokenizerFast:
-    from transformers import PreTrainedTokenizerFast
-
-    return PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False,
-                                   model_input_names=list(recipe.inputs), **recipe.names)
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, Any]) -> None:
@@ -213,16 +177,11 @@ def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
         there = json.loads((folder / REPORT_NAME).read_text("utf-8"))
     except (OSError, ValueError):
         there = {}
-    if _digest(there.get("plan")) != _digest(plan):
-        differing = [key for key in plan if there.get("plan", {}).get(key) != json.loads(json.dumps(plan[key]))]
+    if differing := [key for key in plan if there.get("plan", {}).get(key) != plan[key]]:
         raise DataError(f"there is something else already ({', '.join(differing)} differ)" if there else "the folder already exists",
                         where="tokenizer.path", value=str(folder),
                         remedy="choose another tokenizer.path, or remove the folder if it is not needed")
     return {**there["report"], "already_trained": True}
-
-
-def _digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 RECIPES = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}

@@ -50,8 +50,14 @@ class World:
                 "LOCAL_WORLD_SIZE": str(self.local_world_size), "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
 
 
-def free_port() -> int:
-    """Return a TCP port that is free on this machine now."""
+def free_port(port: int = 0) -> int:
+    """Return a TCP port that is free on this machine now: any, or ``port`` itself (OSError if it is not)."""
     with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind(("127.0.0.1", port))
         return probe.getsockname()[1]
+
+
+def available_cores() -> int:
+    """Return the number of cores that this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

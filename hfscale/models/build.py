@@ -44,10 +44,17 @@ def check_model_config(
     Raises:
         ConfigError: for an unknown architecture or key, a value the architecture refuses, too few positions or ids.
     """
+    from transformers import CONFIG_MAPPING
+
     if model.pretrained is not None:
         config = _pretrained_config(model)
+    elif model.architecture is None or model.architecture not in CONFIG_MAPPING:
+        near = nearest(str(model.architecture), CONFIG_MAPPING)
+        usual = "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, bert, t5, ..."  # of hundreds
+        raise ConfigError("unknown architecture", where="model.architecture", value=model.architecture,
+                          remedy=near if near.startswith("did") else usual)
     else:
-        config_class = _config_class(model.architecture)
+        config_class = CONFIG_MAPPING[model.architecture]
         known = _accepted(lambda: _known_keys(config_class), model)
         _check_keys(model.config, known, model.architecture)
         defaults = {"vocab_size": vocab_size} | {key: value for key, value in (overrides or {}).items() if key in known}
@@ -91,22 +98,6 @@ def build_model(
             value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture",
         )  # fmt: skip
     return built.train()
-
-
-def _config_class(architecture: str | None) -> Any:
-    from transformers import CONFIG_MAPPING
-
-    if architecture is None:
-        raise ConfigError("no model is named", where="model", remedy="set model.architecture (gpt2, llama, ...) or model.pretrained")
-    if architecture not in CONFIG_MAPPING:
-        raise ConfigError("unknown architecture", where="model.architecture", value=architecture, remedy=_few(architecture, CONFIG_MAPPING))
-    return CONFIG_MAPPING[architecture]
-
-
-def _few(name: str, known: Any) -> str:
-    """Return ``nearest``, but not hundreds of names."""
-    phrase = nearest(name, known)
-    return phrase if phrase.startswith("did") else "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, bert, t5, ..."
 
 
 def _pretrained_config(model: Model) -> PretrainedConfig:

@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import json
 import os
+from datetime import timedelta
 from math import isfinite
 from pathlib import Path
 from typing import Any
+
+from tqdm import tqdm
 
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
@@ -52,9 +55,9 @@ class MetricsLog:
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
         parts += [f"{name} {form.format(record[name])}" for name, form in CONSOLE if record.get(name) is not None]
-        left_s = (self.total_steps - record["step"]) * record["step_s"]
-        parts += [f"{_short(record['tokens_per_s'])} tokens/s", f"data wait {record['data_wait_s'] / max(record['step_s'], 1e-9):.0%}",
-                  f"left {int(left_s // 3600)}:{int(left_s % 3600 // 60):02}:{int(left_s % 60):02}"]
+        left = timedelta(seconds=int((self.total_steps - record["step"]) * record["step_s"]))
+        parts += [f"{tqdm.format_sizeof(record['tokens_per_s'])} tokens/s",
+                  f"data wait {record['data_wait_s'] / max(record['step_s'], 1e-9):.0%}", f"left {left}"]
         return "  ".join(parts)
 
 
@@ -83,10 +86,3 @@ def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
         elif value is not None:
             pairs.append((prefix + name, float(value)))
     return pairs
-
-
-def _short(number: float) -> str:
-    for size, unit in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.3g}{unit}"
-    return f"{number:.0f}"

@@ -43,36 +43,26 @@ def find_tokenizer(manifest: Manifest, path: str | None) -> PreTrainedTokenizerF
 
 def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[str, list[int]]]:
     """Yield a title and the ids of documents ``first``, ``first + 1``, ..., each with its end-of-document id."""
-    tokens = np.cumsum([0, *(shard.tokens for shard in manifest.shards)])  # before each shard, and in all
-    ended = np.cumsum([0, *(shard.documents for shard in manifest.shards)])
-    readers: dict[int, ShardReader] = {}
-
-    def place(line: np.ndarray, position: int) -> tuple[ShardReader, int, int]:
-        """Return the shard in which position ``position`` of ``line`` lies: its reader, its number, and the position within it."""
-        shard = int(np.searchsorted(line, position, side="right")) - 1
-        if shard not in readers:
-            readers[shard] = ShardReader(manifest.folder, manifest.shards[shard], dtype=manifest.numpy_dtype)
-        return readers[shard], shard, position - int(line[shard])
-
-    def end(number: int) -> int:
-        """Return the position after a document's last token, over all shards."""
-        reader, shard, document = place(ended, number)
-        return int(tokens[shard] + reader.ends(0, len(reader))[document])
-
     wanted = _range("document", first, count, manifest.documents)
-    start = end(first - 1) if first else 0
-    for number in wanted:
-        stop = end(number)
-        parts, at = [], start
-        while at < stop:
-            reader, _, begin = place(tokens, at)
-            parts.append(np.empty(min(stop - at, len(reader) - begin), np.int64))
-            reader.read_tokens(begin, begin + len(parts[-1]), parts[-1])
-            at += len(parts[-1])
-        reader, shard, begin = place(tokens, start)
-        yield (f"document {number:,}  {manifest.shards[shard].name}  {reader.locate(begin)[0]}  {stop - start:,} tokens from {begin:,}",
-               np.concatenate(parts).tolist())
-        start = stop
+    number = 0  # of the document that the next shard goes on with, or begins with
+    place, begin, parts = "", 0, list[np.ndarray]()  # of a document: where it begins, and its ids in this and earlier shards
+    for entry in manifest.shards:
+        if wanted.start <= number + entry.documents and number < wanted.stop:
+            reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
+            edges = [0, *reader.ends(0, len(reader)).tolist(), len(reader)]
+            for k in range(max(0, wanted.start - number), min(len(edges) - 1, wanted.stop - number)):
+                start, stop = edges[k:k + 2]
+                if start == stop:
+                    continue  # the last document ends with the shard
+                if not parts:
+                    place, begin = f"{entry.name}  {reader.locate(start)[0]}", start
+                parts.append(np.empty(stop - start, np.int64))
+                reader.read_tokens(start, stop, parts[-1])
+                if k < entry.documents:
+                    ids = np.concatenate(parts).tolist()
+                    yield f"document {number + k:,}  {place}  {len(ids):,} tokens from {begin:,}", ids
+                    parts = []
+        number += entry.documents
 
 
 def rows(manifest: Manifest, *, first: int, count: int, seq_len: int) -> Iterator[tuple[str, list[int]]]:
@@ -92,26 +82,23 @@ def samples(manifest: Manifest, *, first: int, count: int, key: str | None) -> I
     from webdataset.tariterators import base_plus_ext  # slow to import
 
     wanted = _range("sample", first, count, manifest.documents) if key is None else range(manifest.documents)
-    number = found = 0
+    found = stop = 0
     for entry in manifest.shards:
-        if number + entry.documents <= wanted.start:
-            number += entry.documents
+        numbers = range(stop, stop := stop + entry.documents)
+        if numbers.stop <= wanted.start or numbers.start >= wanted.stop or found == count:
             continue
+        path = manifest.folder / entry.name
         index = ShardIndex.load(manifest.folder / entry.index_name)
         if index.tar_digest != entry.digest:
             raise DataError("the index belongs to another shard than the manifest names", where=manifest.folder / entry.index_name)
-        texts = set(index.members["offset"].tolist())
-        for member in walk(manifest.folder / entry.name):
-            if member.offset not in texts:
-                continue
-            if number in wanted and key in (None, base_plus_ext(member.name)[0]):
-                with open(manifest.folder / entry.name, "rb") as file:
-                    file.seek(member.offset)
-                    yield f"sample {number:,}  {entry.name}  {member.name}", file.read(member.size).decode(errors="replace")
-                found += 1
-            number += 1
-            if found == count:
-                return
+        names = {member.offset: member.name for member in walk(path)}
+        with open(path, "rb") as file:
+            for number, member in zip(numbers, index.members, strict=True):
+                name = names.get(int(member["offset"]), "(not in the tar)")
+                if number in wanted and found < count and key in (None, base_plus_ext(name)[0]):
+                    found += 1
+                    file.seek(int(member["offset"]))
+                    yield f"sample {number:,}  {entry.name}  {name}", file.read(int(member["bytes"])).decode(errors="replace")
     if key is not None and not found:
         raise DataError("no sample has this key", where=manifest.folder, value=key, remedy="a key is a member's name up to its first dot")
 

@@ -12,8 +12,6 @@ from hfscale.config.schema import CorpusConfig, RunConfig, Section
 from hfscale.errors import DataError
 from hfscale.shards.manifest import Manifest
 
-WORLD_SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
-
 
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
     """Return which kind of config a file is: only a corpus has a ``source`` or ``shards`` section."""
@@ -44,7 +42,7 @@ def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, s
     if procs is not None:
         facts.append(("batch", solve_batch(train.global_batch, micro_batch=train.micro_batch, world_size=procs).equation))
     else:
-        fitting = [size for size in WORLD_SIZES if train.global_batch % (size * train.micro_batch) == 0]
+        fitting = [size for size in (2**power for power in range(11)) if train.global_batch % (size * train.micro_batch) == 0]
         facts.append(("batch", f"accumulation {', '.join(str(train.global_batch // size // train.micro_batch) for size in fitting)}"
                                f" on world_size {', '.join(map(str, fitting))}"))
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))

@@ -7,7 +7,7 @@ from pathlib import Path
 from hfscale.errors import DataError
 
 
-def write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes | memoryview) -> None:
     """Return once ``path`` holds ``data`` on disk; a crash leaves the old file or the new one, never a part.
 
     Raises:
@@ -17,8 +17,10 @@ def write_atomically(path: Path, data: bytes) -> None:
     try:
         with open(temporary, "wb") as file:
             file.write(data)
+            file.flush()
             sync(file.fileno())
     except OSError as error:
+        temporary.unlink(missing_ok=True)
         raise cannot_write(path, error) from error
     publish(temporary, path)
 

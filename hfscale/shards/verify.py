@@ -2,7 +2,6 @@
 from __future__ import annotations
 
 import hashlib
-import io
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -61,49 +60,41 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
         yield "its SHA-256 is not the one in the manifest"
     try:
         index = ShardIndex.load(manifest.folder / entry.index_name)
-        members = list(walk(path))
+        in_tar = [(member.name, member.offset, member.size) for member in walk(path)]
     except DataError as error:
         yield error.what if error.where == str(path) else f"{error.what} ({error.where})"
         return
     if index.tar_digest != entry.digest:
         yield "the index belongs to another shard"
-    with open(path, "rb") as file:
-        names = {member.offset: member.name for member in members}
-        for member in index.members:
-            file.seek(int(member["offset"]))
-            if xxhash.xxh3_64_intdigest(file.read(int(member["bytes"]))) != int(member["checksum"]):
-                offset = int(member["offset"])
-                yield f"member {names.get(offset, '(not in the tar)')} at offset {offset:,} does not match its checksum"
-    if manifest.dtype != TEXT:
-        yield from _check_tokens(manifest, entry, index, [(m.name, m.offset, m.size) for m in members])
-
-
-def _check_tokens(manifest: Manifest, entry: ShardEntry, index: ShardIndex, in_tar: list[tuple[str, int, int]]) -> Iterator[str]:
-    indexed = [(member_name(k // 2, ("ends.npy", "tokens.bin")[k % 2]), int(member["offset"]), int(member["bytes"]))
-               for k, member in enumerate(index.members)]
-    if indexed != in_tar:
+    data = np.memmap(path, np.uint8, "r")
+    payloads = [data[offset:offset + size] for offset, size in index.members[["offset", "bytes"]].tolist()]
+    names = {offset: name for name, offset, _ in in_tar}
+    for member, payload in zip(index.members, payloads, strict=True):
+        if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
+            offset = int(member["offset"])
+            yield f"member {names.get(offset, '(not in the tar)')} at offset {offset:,} does not match its checksum"
+    if manifest.dtype == TEXT:
+        return
+    if in_tar != [(member_name(k // 2, ("ends.npy", "tokens.bin")[k % 2]), int(member["offset"]), int(member["bytes"]))
+                  for k, member in enumerate(index.members)]:
         yield "the members of the tar are not those of the index"
-        return
-    if (index.tokens["bytes"] != index.tokens["tokens"] * manifest.numpy_dtype.itemsize).any():
+    elif (index.tokens["bytes"] != index.tokens["tokens"] * manifest.numpy_dtype.itemsize).any():
         yield f"the manifest says {manifest.dtype}, but the chunks have another number of bytes a token"
-        return
+    else:
+        yield from _check_tokens(manifest, entry, index, payloads)
+
+
+def _check_tokens(manifest: Manifest, entry: ShardEntry, index: ShardIndex, payloads: list[np.ndarray]) -> Iterator[str]:
     tokens = documents = 0
     largest = -1
-    with open(manifest.folder / entry.name, "rb") as file:
-        for ends_member, tokens_member in zip(index.ends, index.tokens, strict=True):
-            file.seek(int(tokens_member["offset"]))
-            ids = np.frombuffer(file.read(int(tokens_member["bytes"])), manifest.numpy_dtype)
-            file.seek(int(ends_member["offset"]))
-            try:
-                ends = np.load(io.BytesIO(file.read(int(ends_member["bytes"]))), allow_pickle=False)
-            except (ValueError, EOFError) as error:
-                yield f"document ends at offset {int(ends_member['offset']):,} are not an array: {error}"
-                continue
-            if (np.diff(ends.astype(np.int64), prepend=0) <= 0).any() or (len(ends) and ends[-1] > len(ids)):
-                yield f"document ends at offset {int(ends_member['offset']):,} do not rise within the chunk"
-            elif manifest.tokenizer and (ids[ends.astype(np.int64) - 1] != manifest.tokenizer.eod_id).any():
-                yield f"a document at offset {int(ends_member['offset']):,} does not end with the end-of-document id"
-            tokens, documents, largest = tokens + len(ids), documents + len(ends), max(largest, int(ids.max(initial=0)))
+    for member, npy, payload in zip(index.ends, payloads[0::2], payloads[1::2], strict=True):
+        place, ids = f"at offset {int(member['offset']):,}", payload.view(manifest.numpy_dtype)
+        ends = npy[max(0, len(npy) - 4 * int(member["documents"])):].view("<u4").astype(np.int64)  # what follows the .npy header
+        if (np.diff(ends, prepend=0) <= 0).any() or (len(ends) and ends[-1] > len(ids)):
+            yield f"document ends {place} do not rise within the chunk"
+        elif manifest.tokenizer and (ids[ends - 1] != manifest.tokenizer.eod_id).any():
+            yield f"a document {place} does not end with the end-of-document id"
+        tokens, documents, largest = tokens + len(ids), documents + len(ends), max(largest, int(ids.max(initial=0)))
     if (tokens, documents, largest) != (entry.tokens, entry.documents, entry.max_id):
         yield (f"holds {tokens:,} tokens in {documents:,} documents, largest id {largest}; "
                f"its manifest says {entry.tokens:,}, {entry.documents:,}, {entry.max_id}")

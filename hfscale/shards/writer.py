@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
-from hfscale.shards.files import cannot_write, publish, sync
+from hfscale.shards.files import write_atomically
 from hfscale.shards.index import MEMBER, ShardIndex
 from hfscale.shards.manifest import ShardEntry
 
@@ -26,7 +25,8 @@ BLOCK = 512  # of a tar: headers and payloads start at its multiples
 class ShardWriter:
     """Cuts one stream of documents into chunks and shards. ``committed`` is called with each shard that is on disk.
 
-    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the first shard.
+    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the first shard. ``taken``
+    is, while ``committed`` runs, how many tokens of the last ``add`` are on disk.
     """
 
     def __init__(self, folder: Path, *, name: str, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
@@ -34,20 +34,20 @@ class ShardWriter:
         self._folder, self._name, self._committed = folder, name, committed
         self._shard_chunks, self._number = shard_chunks, first
         self._buffer = np.empty(chunk_tokens, dtype)
-        self._used = 0  # tokens of the buffer that are filled
+        self._used = self.taken = 0  # tokens of the buffer that are filled; of a document that are in it or before it
         self._ends: list[int] = []  # exclusive ends of the documents that end in the buffer
         self._tar: _Tar | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, tokens: np.ndarray, *, ends_here: bool = True) -> None:
         """Return once ``tokens`` (a document with its end-of-document id, or a part of it) are taken over."""
-        done = 0
+        self.taken = 0
         while True:
-            count = min(len(tokens) - done, len(self._buffer) - self._used)
-            self._buffer[self._used:self._used + count] = tokens[done:done + count]
+            count = min(len(tokens) - self.taken, len(self._buffer) - self._used)
+            self._buffer[self._used:self._used + count] = tokens[self.taken:self.taken + count]
             self._used += count
-            done += count
-            if done == len(tokens):
+            self.taken += count
+            if self.taken == len(tokens):
                 break
             self._flush_chunk()
         if ends_here:
@@ -62,15 +62,8 @@ class ShardWriter:
         if self._tar:
             self._finish_shard()
 
-    def abort(self) -> None:
-        """Return with the shard under way forgotten; what is committed stays."""
-        if self._tar:
-            self._tar.discard()
-            self._tar = None
-
     def _flush_chunk(self) -> None:
-        if self._tar is None:
-            self._tar = _Tar(self._folder / f"{self._name}-{self._number:06d}.tar")
+        self._tar = self._tar or _Tar()
         self._tar.add(self._buffer[:self._used], np.array(self._ends, "<u4"))
         self._used, self._ends = 0, []
         if self._tar.chunks == self._shard_chunks:
@@ -78,37 +71,30 @@ class ShardWriter:
 
     def _finish_shard(self) -> None:
         assert self._tar is not None
-        entry = self._tar.finish()
+        entry = self._tar.save(self._folder / f"{self._name}-{self._number:06d}.tar")
         self._tar = None
         self._number += 1
         self._committed(entry)
 
 
 class _Tar:
-    """One shard being written under a temporary name."""
+    """One shard, put together in memory, so that what is not whole never comes to disk."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self) -> None:
         from webdataset.writer import TarWriter  # slow to import
 
-        self._path, self._temporary = path, path.with_name(f".{path.name}.tmp")
-        try:
-            self.file = _HashedFile(self._temporary)
-        except OSError as error:
-            raise cannot_write(path, error) from error
-        self._writer = TarWriter(self.file, user="hfscale", group="hfscale", mtime=0, compress=False, encoder=False)
+        self._file = io.BytesIO()
+        self._writer = TarWriter(self._file, user="hfscale", group="hfscale", mtime=0, compress=False, encoder=False)
         self._writer.tarstream.format = tarfile.USTAR_FORMAT  # webdataset leaves it at tarfile's default, PAX
         self._members: list[tuple[int, int, int, int, int]] = []
         self._offset, self._max_id, self.chunks = 0, -1, 0
 
     def add(self, tokens: np.ndarray, ends: np.ndarray) -> None:
-        """Return once a chunk is handed to the tar. ``ends`` are relative to the chunk."""
+        """Return once a chunk is in the tar. ``ends`` are relative to the chunk."""
         npy = io.BytesIO()
         np.save(npy, ends)
         payloads = {"ends.npy": npy.getvalue(), "tokens.bin": tokens.tobytes()}  # in the order that TarWriter gives them
-        try:
-            self._writer.write({"__key__": f"{self.chunks:09d}", **payloads})
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
+        self._writer.write({"__key__": f"{self.chunks:09d}", **payloads})
         for payload, n_tokens, n_documents in zip(payloads.values(), (0, len(tokens)), (len(ends), 0), strict=True):
             checksum = xxhash.xxh3_64_intdigest(payload)
             self._members.append((self._offset + BLOCK, len(payload), n_tokens, n_documents, checksum))
@@ -116,40 +102,12 @@ class _Tar:
         self._max_id = max(self._max_id, int(tokens.max()))
         self.chunks += 1
 
-    def discard(self) -> None:
-        """Return with the unfinished shard gone."""
-        self.file.close()
-        self._temporary.unlink(missing_ok=True)
-
-    def finish(self) -> ShardEntry:
-        """Return the entry of the shard, which is on disk with its index under its final name."""
-        try:
-            self._writer.close()
-            self.file.flush()
-            sync(self.file.fileno())
-            self.file.close()
-        except OSError as error:
-            raise cannot_write(self._path, error) from error
-        publish(self._temporary, self._path)
-        index = ShardIndex(self.file.sha256.hexdigest(), np.array(self._members, MEMBER))
-        index.save(self._path.with_suffix(".idx"))
-        return ShardEntry(name=self._path.name, bytes=os.path.getsize(self._path), tokens=int(index.tokens["tokens"].sum()),
+    def save(self, path: Path) -> ShardEntry:
+        """Return the entry of the shard, which is on disk with its index."""
+        self._writer.close()
+        data = self._file.getbuffer()
+        write_atomically(path, data)
+        index = ShardIndex(hashlib.sha256(data).hexdigest(), np.array(self._members, MEMBER))
+        index.save(path.with_suffix(".idx"))
+        return ShardEntry(name=path.name, bytes=len(data), tokens=int(index.tokens["tokens"].sum()),
                           documents=int(index.ends["documents"].sum()), digest=index.tar_digest, max_id=self._max_id)
-
-
-class _HashedFile(io.FileIO):
-    """A file that knows the SHA-256 of what was written to it, so that nothing is read again."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, "wb")
-        self.sha256 = hashlib.sha256()
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        if self.closed:
-            return len(view)  # discarded: tarfile still flushes when it is forgotten
-        self.sha256.update(view)
-        done = 0
-        while done < len(view):  # a raw write may be short
-            done += super().write(view[done:]) or 0
-        return done

@@ -6,10 +6,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
 def checkpoints(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with the manifest.")] = False,

@@ -5,10 +5,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, add_completion=False)
 
-
-@app.command()
 def pretrain(
     config_or_run: Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")],
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",

@@ -39,7 +39,8 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
           out: Annotated[Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")] = None,  # noqa: UP045
           field: Annotated[Optional[str], typer.Option(help="extension that holds the text; default: txt, json or text")] = None) -> None:  # noqa: UP045
     """Make index and manifest for raw-text tars of others. The tars are only read."""
-    from hfscale.corpus.progress import available_cores
+    from hfscale.dist.world import available_cores
+    from hfscale.log import progress_bar
     from hfscale.shards.raw import index_tars
 
     folders = {tar.parent for tar in tars}
@@ -48,9 +49,7 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
     if out is None and len(folders) > 1:
         raise DataError("the tars lie in several folders", value=sorted(map(str, folders))[:4],
                         remedy="say where the manifest goes: --out FOLDER")
-    from tqdm import tqdm
-
-    with tqdm(total=len(tars), desc="indexing", unit="tar", disable=None) as bar:
+    with progress_bar("indexing", len(tars), unit="tar") as bar:
         manifest = index_tars(tars, folder=out or folders.pop(), extension=field, threads=available_cores(), checked=lambda _: bar.update())
     print(f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}")
 
@@ -58,15 +57,14 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
 @app.command(epilog="Example: hfscale shards verify data/books")
 def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")]) -> None:
     """Check every byte and count against manifest and index; all damage in one report."""
-    from tqdm import tqdm
-
-    from hfscale.corpus.progress import available_cores
+    from hfscale.dist.world import available_cores
+    from hfscale.log import progress_bar
     from hfscale.shards.verify import manifests_at
     from hfscale.shards.verify import verify as verify_manifest
 
     findings: list[str] = []
     for manifest in manifests_at(path):
-        with tqdm(total=manifest.bytes, desc=f"verifying {manifest.folder.name}", unit="B", unit_scale=True, disable=None) as bar:
+        with progress_bar(f"verifying {manifest.folder.name}", manifest.bytes) as bar:
             found = verify_manifest(manifest, threads=available_cores(), advance=bar.update)
         findings += found
         print(f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens  {manifest.folder}")

@@ -28,13 +28,10 @@ def train(config: Annotated[Path, typer.Argument(help="YAML with sections source
     state = "was trained already, nothing to do" if report.get("already_trained") else "trained"
     print(f"tokenizer {state}: {loaded.tokenizer.path}")
     asked = loaded.tokenizer.vocab_size
+    such_as = f", such as {', '.join(report['skipped'])}" if report["skipped"] else ""
     fewer = f" ({asked:,} were asked: the text gives no more)" if report["vocab_size"] < asked else ""
     print(f"  {loaded.tokenizer.kind}, {report['vocab_size']:,} tokens{fewer}, "
           f"from {report['trained_on']:,} of {report['documents']:,} documents "
-          f"({report['duplicates']:,} duplicates; {report['undecodable']:,} skipped as not UTF-8{_such_as(report['skipped'])})")
+          f"({report['duplicates']:,} duplicates; {report['undecodable']:,} skipped as not UTF-8{such_as})")
     print(f"  on {report['measured_on']}: {report['bytes_per_token']:.2f} bytes a token, "
           f"{report['vocabulary_used']:.1%} of the vocabulary used, {report['unknown']:.2%} unknown tokens")
-
-
-def _such_as(examples: list[str]) -> str:
-    return f", such as {', '.join(examples)}" if examples else ""
