@@ -7,6 +7,8 @@ from __future__ import annotations
 import mmap
 import tarfile
 from bisect import bisect_right
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,11 @@ from hfscale.errors import DataError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import ShardEntry
 
-FEW_ROWS = 6  # below which a gather costs more than it saves
-GATHERED_ROWS = 64  # at once: what is between map and output stays in the cache
-
 
 class ShardReader:
     """A memory-mapped shard. Opening reads the index only; a thread may read while another reads.
 
-    ``partial`` is for what is left of a damaged shard: one that was cut short is opened too, and ``ends`` leaves out what it cannot read.
+    ``partial`` is for what is left of a damaged shard: one that was cut short is opened too.
 
     Raises:
         DataError: if tar or index are missing, do not belong together, or have another size than the manifest says.
@@ -32,13 +31,15 @@ class ShardReader:
 
     def __init__(self, folder: str | Path, entry: ShardEntry, *, dtype: np.dtype[Any], verify: bool = True, partial: bool = False) -> None:
         self.path, self.entry = Path(folder) / entry.name, entry
-        self._dtype, self._verify, self._partial = np.dtype(dtype), verify, partial
+        self._dtype, self._verify = np.dtype(dtype), verify
         index = ShardIndex.load(Path(folder) / entry.index_name)
         if index.tar_digest != entry.digest:
             raise self._damage("the index belongs to another shard than the manifest names")
         try:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with suppress(AttributeError, OSError):  # Linux may be built without
+                    self._map.madvise(mmap.MADV_HUGEPAGE)  # what is read from disk comes in pages of 2 MiB
         except (OSError, ValueError) as error:
             raise self._damage(f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from None
         if len(self._map) != entry.bytes and not partial:
@@ -56,7 +57,8 @@ class ShardReader:
             raise self._damage(f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token")
         self._token_views: list[np.ndarray | None] = [None] * len(self._tokens)
         self._end_views: list[np.ndarray | None] = [None] * len(self._ends)
-        self.bad: dict[int, DataError] = {}  # the damaged chunks that `whole` has come across
+        self._checked: dict[int, DataError | None] = {}
+        self.memory = np.frombuffer(self._map, self._dtype, len(self._map) // self._dtype.itemsize)  # the tar, as if it were all tokens
 
     def __len__(self) -> int:
         return self.entry.tokens
@@ -73,56 +75,33 @@ class ShardReader:
             out[position - start:part - start] = tokens[position - first:part - first]
             position, chunk = part, chunk + 1
 
-    def read_rows(self, starts: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
-        """Return with row ``at[k]`` of ``out`` (n, length) filled with the ``length`` tokens from ``starts[k]`` on, for every k.
+    def chunks_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the chunk (n) that holds each of the token ``positions`` (n)."""
+        return np.searchsorted(self._chunk_starts, positions, side="right") - 1
 
-        Rows within one chunk are gathered many at a time, four times as fast as one by one; the others cross into the next chunk.
-        """
-        length = out.shape[1]
-        if len(starts) < FEW_ROWS:
-            for start, k in zip(starts.tolist(), at.tolist(), strict=True):
-                self.read_tokens(start, start + length, out[k])
-            return
-        chunks = np.searchsorted(self._chunk_starts, starts, side="right") - 1
-        for chunk in set(chunks.tolist()):
-            self._chunk_tokens(chunk)  # its checksum
-        inside = starts + length <= self._chunk_starts[chunks + 1]
-        for k in np.flatnonzero(~inside).tolist():
-            self.read_tokens(int(starts[k]), int(starts[k]) + length, out[at[k]])
-        size = self._dtype.itemsize
-        windows = np.ndarray((len(self._map) // size - length + 1, length), self._dtype, self._map, strides=(size, size))
-        offsets, at = (starts + self._shifts[chunks])[inside], at[inside]
-        if len(at) > 1 and len(steps := set(np.diff(offsets).tolist())) == 1 and (step := steps.pop()) > 0 and (np.diff(at) == 1).all():
-            out[at[0]:at[-1] + 1] = windows[offsets[0]:offsets[-1] + 1:step]  # in order: one slice, converted without a copy between
-            return
-        for k in range(0, len(at), GATHERED_ROWS):
-            out[at[k:k + GATHERED_ROWS]] = windows[offsets[k:k + GATHERED_ROWS]]
+    def indices(self, positions: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """Return where in ``memory`` the tokens at ``positions`` (n) lie, each in its chunk (n)."""
+        return positions + self._shifts[chunks]
 
-    def whole(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return for each k whether the chunks of tokens [starts[k], starts[k] + length) are undamaged; the others are in ``bad``."""
-        first = np.searchsorted(self._chunk_starts, starts, side="right") - 1
-        last = np.searchsorted(self._chunk_starts, starts + length, side="left")
-        spans = [range(*span) for span in zip(first.tolist(), last.tolist(), strict=True)]
-        for chunk in {chunk for span in set(spans) for chunk in span} - self.bad.keys():
+    def check(self, chunk: int) -> DataError | None:
+        """Return what is wrong with a chunk, if anything is; it is read when that is asked first."""
+        if chunk not in self._checked:
             try:
                 self._chunk_ends(chunk)
                 self._chunk_tokens(chunk)
+                self._checked[chunk] = None
             except DataError as error:
-                self.bad[chunk] = error
-        return np.array([self.bad.keys().isdisjoint(span) for span in spans] if self.bad else np.ones(len(starts)), dtype=bool)
+                self._checked[chunk] = error
+        return self._checked[chunk]
+
+    def ends_in(self, chunks: Iterable[int]) -> np.ndarray:
+        """Return the document ends in undamaged ``chunks``, in order: int64, each the position after a document's last token."""
+        return np.concatenate([np.empty(0, np.int64), *(self._chunk_ends(chunk) + self._chunk_starts[chunk] for chunk in chunks)])
 
     def ends(self, start: int, stop: int) -> np.ndarray:
         """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
-        found = [np.empty(0, np.int64)]
-        for chunk in range(bisect_right(self._starts, start) - 1, len(self._ends)):
-            if self._starts[chunk] >= stop:
-                break
-            try:
-                found.append(self._chunk_ends(chunk).astype(np.int64) + self._starts[chunk])
-            except DataError:
-                if not self._partial:
-                    raise
-        ends = np.concatenate(found)
+        first, last = self.chunks_of(np.array([start, stop - 1]))
+        ends = self.ends_in(range(first, last + 1))
         low, high = np.searchsorted(ends, (start, stop), side="right")
         return ends[low:high]
 
