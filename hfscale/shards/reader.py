@@ -55,9 +55,7 @@ class ShardReader:
                                f"the manifest {entry.tokens:,} in {entry.documents:,}")
         if (self._tokens["bytes"] != self._tokens["tokens"] * self._dtype.itemsize).any():
             raise self._damage(f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token")
-        self._token_views: list[np.ndarray | None] = [None] * len(self._tokens)
-        self._end_views: list[np.ndarray | None] = [None] * len(self._ends)
-        self._checked: dict[int, DataError | None] = {}
+        self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.memory = np.frombuffer(self._map, self._dtype, len(self._map) // self._dtype.itemsize)  # the tar, as if it were all tokens
 
     def __len__(self) -> int:
@@ -70,7 +68,7 @@ class ShardReader:
         chunk = bisect_right(self._starts, start) - 1
         position = start
         while position < stop:
-            tokens, first = self._chunk_tokens(chunk), self._starts[chunk]
+            (tokens, _), first = self.chunk(chunk), self._starts[chunk]
             part = min(stop, self._starts[chunk + 1])
             out[position - start:part - start] = tokens[position - first:part - first]
             position, chunk = part, chunk + 1
@@ -83,20 +81,18 @@ class ShardReader:
         """Return where in ``memory`` the tokens at ``positions`` (n) lie, each in its chunk (n)."""
         return positions + self._shifts[chunks]
 
-    def check(self, chunk: int) -> DataError | None:
-        """Return what is wrong with a chunk, if anything is; it is read when that is asked first."""
-        if chunk not in self._checked:
-            try:
-                self._chunk_ends(chunk)
-                self._chunk_tokens(chunk)
-                self._checked[chunk] = None
-            except DataError as error:
-                self._checked[chunk] = error
-        return self._checked[chunk]
+    def chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a chunk, and where in it documents end (uint32); both are verified when they are first asked for."""
+        if number not in self._chunks:
+            member = self._ends[number]
+            payload = self._payload(member, member_name(number, "ends.npy"))
+            ends = payload[len(payload) - 4 * int(member["documents"]):].view("<u4")  # what follows the .npy header
+            self._chunks[number] = self._payload(self._tokens[number], member_name(number, "tokens.bin")).view(self._dtype), ends
+        return self._chunks[number]
 
     def ends_in(self, chunks: Iterable[int]) -> np.ndarray:
-        """Return the document ends in undamaged ``chunks``, in order: int64, each the position after a document's last token."""
-        return np.concatenate([np.empty(0, np.int64), *(self._chunk_ends(chunk) + self._chunk_starts[chunk] for chunk in chunks)])
+        """Return the document ends in ``chunks``, in order: int64, each the position after a document's last token."""
+        return np.concatenate([np.empty(0, np.int64), *(self.chunk(chunk)[1] + self._chunk_starts[chunk] for chunk in chunks)])
 
     def ends(self, start: int, stop: int) -> np.ndarray:
         """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
@@ -113,24 +109,8 @@ class ShardReader:
         if not 0 <= position < len(self):
             raise IndexError(f"token {position} of a shard with {len(self)}")
         chunk = bisect_right(self._starts, position) - 1
-        before = int(np.searchsorted(self._chunk_ends(chunk), position - self._starts[chunk], side="right"))
+        before = int(np.searchsorted(self.chunk(chunk)[1], position - self._starts[chunk], side="right"))
         return member_name(chunk, "tokens.bin"), self._first_documents[chunk] + before
-
-    def _chunk_tokens(self, chunk: int) -> np.ndarray:
-        view = self._token_views[chunk]
-        if view is None:
-            view = self._payload(self._tokens[chunk], member_name(chunk, "tokens.bin")).view(self._dtype)
-            self._token_views[chunk] = view
-        return view
-
-    def _chunk_ends(self, chunk: int) -> np.ndarray:
-        view = self._end_views[chunk]
-        if view is None:
-            member = self._ends[chunk]
-            payload = self._payload(member, member_name(chunk, "ends.npy"))
-            view = payload[len(payload) - 4 * int(member["documents"]):].view("<u4")  # what follows the .npy header
-            self._end_views[chunk] = view
-        return view
 
     def _payload(self, member: np.void, name: str) -> np.ndarray:
         offset, size = int(member["offset"]), int(member["bytes"])

@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,8 +27,8 @@ from hfscale.stream.rows import Prepared, Rows, TokenRows
 if TYPE_CHECKING:
     from hfscale.stream.mixture import Mixture
 
-SLAB_TOKENS = 2**17  # of a slab (1 MiB of ids: half of a core's cache), where a step is not larger
-PLAN_ROWS = 8192  # of all ranks that are prepared at once, in whole steps: 0.1 us a row to place them then, four times that for 256
+SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
+PLAN_ROWS = 2**15  # of all ranks that are prepared at once, in whole steps: what is found once a shard and chunk is shared by many rows
 STATE_VERSION = 1
 
 
@@ -99,10 +99,8 @@ class Stream:
         slab_steps = max(1, min(self._plan_steps, SLAB_TOKENS // (self._share * rows.seq_len)))
         self._slab = _Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory)
         self._step = self._steps = 0  # of the slab: the one being trained on, and how many are filled
-        self._plan: _Plan | None = None  # what the slab is filled from
-        self._copied = 0  # rows of the plan
-        self._closed = False
-        self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
+        self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
+        self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
 
     def take(self) -> list[Rows]:
@@ -116,11 +114,12 @@ class Stream:
         if self._order.end is not None and self._consumed + self._global_batch > self._order.end:
             raise DataError("every source has given its max_epochs", where="data.sources", value=f"{self._order.end:,} rows")
         if self._step == self._steps:
-            if self._plan is None or self._copied == len(self._plan.positions):
-                self._plan, self._copied = self._next.result(), 0
-                start, steps = self._plan.start + self._plan.steps * self._global_batch, min(2 * self._plan.steps, self._plan_steps)
-                self._next = self._reader.submit(self._prepare, start, steps)
-            rows = self._slab.fill(self._plan.positions, self._plan.rows, self._copied)
+            if self._copied == len(self._positions):
+                self._positions, self._prepared = self._next.result()
+                self._copied, steps = 0, len(self._positions) // self._share
+                start = self._consumed + steps * self._global_batch  # of the next
+                self._next = self._reader.submit(self._prepare, start, min(2 * steps, self._plan_steps))
+            rows = self._slab.fill(self._positions, self._prepared, self._copied)
             self._copied, self._step, self._steps = self._copied + rows, 0, rows // self._share
         return self._slab.steps[self._step]
 
@@ -148,12 +147,12 @@ class Stream:
         self._reader.shutdown(cancel_futures=True)
         self._closed = True
 
-    def _prepare(self, start: int, steps: int) -> _Plan:
-        """Return this rank's rows of ``steps`` steps from position ``start`` on, ready to be copied."""
+    def _prepare(self, start: int, steps: int) -> tuple[np.ndarray, Prepared]:
+        """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
         positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
                                       world_size=self._world_size).ravel()
         places = self._order.locate(positions)
-        return _Plan(start, steps, positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per))
+        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per)
 
 
 class EvaluationRows:
@@ -185,15 +184,6 @@ class EvaluationRows:
             self._slab.fill(position, self._rows.prepare(shard, numbers, documents_per=self._documents_per), 0)
             [[batch]] = self._slab.steps
             yield replace(batch, valid_B=batch.valid_B & (batch.position < self.count))
-
-
-class _Plan(NamedTuple):
-    """The rows of some steps from position ``start`` on, prepared."""
-
-    start: int
-    steps: int
-    positions: np.ndarray
-    rows: Prepared
 
 
 class _Slab:

@@ -23,7 +23,7 @@ from hfscale.log import logger
 from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
 from hfscale.shards.reader import ShardReader
 
-GATHERED_TOKENS = 2**16  # at once: what is between shard and output stays in the cache
+GATHERED_TOKENS = 2**17  # at once: what is between shard and output stays in the cache
 PAGE = 4096  # bytes
 FILLER_ID = 0  # of the tokens of a row that is skipped: an id that every vocabulary has
 
@@ -65,7 +65,6 @@ class Prepared:
         lowest = min(held, key=_address)
         self._index = address - _address(lowest)
         self._windows = as_strided(lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False)
-        self._windows[:, ::-min(length - 1, PAGE // lowest.itemsize)][self._index]  # read from disk what is not in the page cache
 
     def fill(self, part: slice, ids_BL: np.ndarray) -> None:
         """Return with ``ids_BL`` (B, L + 1; any integer dtype) filled with the B rows of ``part``.
@@ -111,6 +110,7 @@ class TokenRows:
                             remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len")
         self._filler = np.full(seq_len + 1, FILLER_ID, self.manifest.numpy_dtype)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._near: set[tuple[int, int]] = set()  # (shard, chunk): read for the rows that were prepared last
         self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
     @classmethod
@@ -148,7 +148,7 @@ class TokenRows:
         n, L = len(shards), self.seq_len
         starts, address, valid = rows * L, np.full(n, _address(self._filler)), np.zeros(n, dtype=bool)
         first_end, last_end = np.zeros((2, n), dtype=np.int64)  # of each row, in `ends`
-        held, ends, blocked = [self._filler], [np.empty(0, np.int64)], dict[int, DataError]()
+        held, ends, blocked, near = [self._filler], [np.empty(0, np.int64)], dict[int, DataError](), set[tuple[int, int]]()
         order = np.argsort(shards << 40 | rows)
         cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
         for begin, end in pairwise(cuts):
@@ -163,12 +163,18 @@ class TokenRows:
             rise = np.bincount(first, minlength=last.max() + 2) - np.bincount(last + 1)
             touched = np.flatnonzero(np.cumsum(rise)).tolist()
             valid[at] = True
-            for chunk in touched:
-                if (wrong := reader.check(chunk)) is not None:
+            for chunk in list(touched):
+                try:
+                    tokens, _ = reader.chunk(chunk)
+                    if (shard, chunk) not in self._near:
+                        tokens[::PAGE // tokens.itemsize].max()  # waits for the disk here, not where the rows are copied
+                    near.add((shard, chunk))
+                except DataError as error:
+                    touched.remove(chunk)
                     hit = at[(first <= chunk) & (chunk <= last)]
                     valid[hit] = False
-                    self._note(shard, chunk, wrong)
-                    blocked |= dict.fromkeys(hit.tolist(), wrong)
+                    self._note(shard, chunk, error)
+                    blocked |= dict.fromkeys(hit.tolist(), error)
             address[at] = np.where(valid[at], _address(reader.memory) + reader.indices(starts[at], first), address[at])
             if alike := reader.memory.itemsize == self._filler.itemsize:
                 held.append(reader.memory)
@@ -178,16 +184,15 @@ class TokenRows:
                 address[k] = _address(held[-1])
             if documents_per:
                 before = sum(map(len, ends))
-                ends.append(reader.ends_in(chunk for chunk in touched if reader.check(chunk) is None))
+                ends.append(reader.ends_in(touched))
                 first_end[at] = before + np.searchsorted(ends[-1], starts[at], side="right")
                 last_end[at] = before + np.searchsorted(ends[-1], starts[at] + L, side="right")
-        boundaries: list[np.ndarray] = []
+        self._near, boundaries = near, list[np.ndarray]()
         if documents_per:
             count = np.where(valid, last_end - first_end, 0)  # documents that begin within each row
-            cuts = np.cumsum(count)
-            row = np.repeat(np.arange(n), count)
-            begin = np.concatenate(ends)[np.arange(len(row)) + np.repeat(first_end - cuts + count, count)] - starts[row]
-            begin += row % documents_per * L - 1
+            cuts, row = np.cumsum(count), np.repeat(np.arange(n), count)
+            begin = np.concatenate(ends)[np.arange(len(row)) + (first_end - cuts + count)[row]]
+            begin += (np.arange(n) % documents_per * L - 1 - starts)[row]
             boundaries = [begin[first:last] for first, last in pairwise([0, *cuts[documents_per - 1::documents_per].tolist()])]
         return Prepared(address, held, length=L + 1, valid=valid, source=self.source_of(shards), boundaries=boundaries,
                         blocked={} if self._skip else blocked)
