@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from hfscale.stream.mixture import Mixture
 
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
-PLAN_ROWS = 2**15  # of all ranks that are prepared at once, in whole steps: what is found once a shard and chunk is shared by many rows
+PLAN_ROWS, PLAN_TOKENS = 2**15, 2**25  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
 STATE_VERSION = 1
 
 
@@ -78,8 +78,8 @@ class StreamState:
 class Stream:
     """This rank's micro-batches of each step, from any state on, on any number of ranks.
 
-    ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares ``prefetch_steps`` ahead, or PLAN_ROWS where that
-    is more. ``take`` and ``advance`` belong to one thread.
+    ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares ``prefetch_steps`` ahead, or what PLAN_ROWS and
+    PLAN_TOKENS allow, where that is more. ``take`` and ``advance`` belong to one thread.
 
     Raises:
         DataError: if ``state`` is of other data or of another order; it names what differs.
@@ -95,7 +95,8 @@ class Stream:
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         self._share = global_batch // world_size  # rows of this rank in a step
-        self._plan_steps, self._documents_per = max(prefetch_steps, PLAN_ROWS // global_batch), micro_batch if with_documents else 0
+        self._plan_steps = max(prefetch_steps, min(PLAN_ROWS, PLAN_TOKENS // rows.seq_len) // global_batch)
+        self._documents_per = micro_batch if with_documents else 0
         slab_steps = max(1, min(self._plan_steps, SLAB_TOKENS // (self._share * rows.seq_len)))
         self._slab = _Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory)
         self._step = self._steps = 0  # of the slab: the one being trained on, and how many are filled

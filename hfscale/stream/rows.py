@@ -148,7 +148,8 @@ class TokenRows:
         n, L = len(shards), self.seq_len
         starts, address, valid = rows * L, np.full(n, _address(self._filler)), np.zeros(n, dtype=bool)
         first_end, last_end = np.zeros((2, n), dtype=np.int64)  # of each row, in `ends`
-        held, ends, blocked, near = [self._filler], [np.empty(0, np.int64)], dict[int, DataError](), set[tuple[int, int]]()
+        maps, copies, ends = [self._filler], list[np.ndarray](), [np.empty(0, np.int64)]
+        blocked, near = dict[int, DataError](), set[tuple[int, int]]()
         order = np.argsort(shards << 40 | rows)
         cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
         for begin, end in pairwise(cuts):
@@ -176,12 +177,12 @@ class TokenRows:
                     self._note(shard, chunk, error)
                     blocked |= dict.fromkeys(hit.tolist(), error)
             address[at] = np.where(valid[at], _address(reader.memory) + reader.indices(starts[at], first), address[at])
-            if alike := reader.memory.itemsize == self._filler.itemsize:
-                held.append(reader.memory)
-            for k in at[valid[at] & ((first < last) | (not alike))].tolist():
-                held.append(np.empty_like(self._filler))  # it goes on in another chunk, or is of a source with narrower ids
-                reader.read_tokens(int(starts[k]), int(starts[k]) + L + 1, held[-1])
-                address[k] = _address(held[-1])
+            if direct := reader.memory.itemsize == self._filler.itemsize and len(maps) < self._most_open // 3:  # each is an open file
+                maps.append(reader.memory)
+            for k in at[valid[at] & ((first < last) | (not direct))].tolist():
+                copies.append(np.empty_like(self._filler))  # it goes on in another chunk, or is of a source with narrower ids
+                reader.read_tokens(int(starts[k]), int(starts[k]) + L + 1, copies[-1])
+                address[k] = _address(copies[-1])
             if documents_per:
                 before = sum(map(len, ends))
                 ends.append(reader.ends_in(touched))
@@ -194,7 +195,7 @@ class TokenRows:
             begin = np.concatenate(ends)[np.arange(len(row)) + (first_end - cuts + count)[row]]
             begin += (np.arange(n) % documents_per * L - 1 - starts)[row]
             boundaries = [begin[first:last] for first, last in pairwise([0, *cuts[documents_per - 1::documents_per].tolist()])]
-        return Prepared(address, held, length=L + 1, valid=valid, source=self.source_of(shards), boundaries=boundaries,
+        return Prepared(address, maps + copies, length=L + 1, valid=valid, source=self.source_of(shards), boundaries=boundaries,
                         blocked={} if self._skip else blocked)
 
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:

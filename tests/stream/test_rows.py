@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import os
 import resource
 
 import numpy as np
@@ -88,8 +89,11 @@ def test_shards_beyond_the_limit_are_closed_and_opened_again(make_corpus):
     shards, numbers = every_row(rows)
     ids = np.empty((len(shards), 65), dtype=np.int64)
     for _ in range(2):
-        rows.fill(shards, numbers, ids)
+        before = len(os.listdir("/proc/self/fd"))
+        prepared = rows.prepare(shards, numbers)
         assert len(rows._open) == 32 < len(corpus.tokens)
+        assert len(os.listdir("/proc/self/fd")) <= before + 32 + 10  # what is prepared holds few files beside those
+        prepared.fill(slice(0, len(shards)), ids)
         assert all((ids[k] == corpus.tokens[s][r * 64:r * 64 + 65]).all() for k, (s, r) in enumerate(zip(shards, numbers, strict=True)))
 
 
