@@ -64,6 +64,8 @@ class Prepared:
         self._held = held  # while they are, addresses are good
         lowest = min(held, key=_address)
         self._index = address - _address(lowest)
+        self._steps = np.diff(self._index, append=0)
+        self._breaks = np.cumsum(np.diff(self._steps, prepend=0) != 0)  # where rows stop being equally far apart
         self._windows = as_strided(lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False)
 
     def fill(self, part: slice, ids_BL: np.ndarray) -> None:
@@ -74,14 +76,13 @@ class Prepared:
         """
         if self._blocked and (bad := sorted(self._blocked.keys() & range(part.start, part.stop))):
             raise self._blocked[bad[0]]
-        index = self._index[part]
-        step = int(index[-1] - index[0]) // max(1, len(index) - 1)
-        if step > 0 and (index[1:] - index[:-1] == step).all():  # in order: converted without a copy between
-            ids_BL[:] = self._windows[index[0]:index[-1] + 1:step]
+        first, step = int(self._index[part.start]), int(self._steps[part.start])
+        if len(ids_BL) > 1 and step > 0 and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
+            ids_BL[:] = self._windows[first:first + len(ids_BL) * step:step]
             return
         rows = max(1, GATHERED_TOKENS // ids_BL.shape[1])
-        for k in range(0, len(index), rows):
-            ids_BL[k:k + rows] = self._windows[index[k:k + rows]]
+        for k in range(0, len(ids_BL), rows):
+            ids_BL[k:k + rows] = self._windows[self._index[part.start + k:min(part.start + k + rows, part.stop)]]
 
 
 class TokenRows:
