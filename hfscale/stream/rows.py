@@ -80,9 +80,9 @@ class Prepared:
         if len(ids_BL) > 1 and step > 0 and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
             ids_BL[:] = self._windows[first:first + len(ids_BL) * step:step]
             return
-        rows = max(1, GATHERED_TOKENS // ids_BL.shape[1])
-        for k in range(0, len(ids_BL), rows):
-            ids_BL[k:k + rows] = self._windows[self._index[part.start + k:min(part.start + k + rows, part.stop)]]
+        index, rows = self._index[part], max(1, GATHERED_TOKENS // ids_BL.shape[1])
+        for k in range(0, len(index), rows):
+            ids_BL[k:k + rows] = self._windows[index[k:k + rows]]
 
 
 class TokenRows:
