@@ -1,6 +1,6 @@
 """How fast rows become batches, and how long a resume takes, against np.memmap and other libraries' readers.
 
-    python -m benchmarks.stream [--peers-env FOLDER] [--tokens 1e8] [--turns 5] [--folder FOLDER]     # about five minutes
+    python -m benchmarks.stream [--peers-env FOLDER] [--tokens 1e8] [--turns 5] [--folder FOLDER]     # two minutes
 
 The corpus is synthetic: random uint16 ids in documents of 600 tokens on average, as shards of 64 MB with chunks of 2 MB and as one flat
 file; peers make what they need of it (`benchmarks/peers/streams.py`). Each reader runs in a process of its own, and a turn asks one
