@@ -95,7 +95,7 @@ class Data(Section):
     verify: bool = True  # check each chunk's checksum when it is first read
     on_error: Literal["stop", "skip"] = "stop"  # skip: rows that touch damaged data train nothing, and are counted
     max_skipped: Fraction = 0.001  # of the rows read; more than that stops the run
-    prefetch_steps: Positive = 2  # steps that the reader thread stays ahead
+    prefetch_steps: Positive = 2  # steps that the reader thread prepares ahead, at least
 
 
 class Model(Section):

@@ -38,10 +38,10 @@ class CausalLM(Objective):
         ignored_BT = ~rows.valid_B[:, None].expand_as(labels_BT)
         document_ids_BT = None
         if not self.setting.cross_document:
-            if rows.document_ids_BL is None:
-                raise ValueError("data.cross_document: false needs rows with document ids")
-            document_ids_BT = rows.document_ids_BL[:, :-1]
-            ignored_BT = ignored_BT | (document_ids_BT != rows.document_ids_BL[:, 1:])
+            if rows.boundaries is None or (documents_BL := rows.document_ids_BL) is None:
+                raise ValueError("data.cross_document: false needs rows with document boundaries")
+            document_ids_BT = documents_BL[:, :-1]
+            ignored_BT = ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
         return Batch(
             inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
             counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position, document_ids_BT=document_ids_BT,

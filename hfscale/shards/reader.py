@@ -7,6 +7,8 @@ from __future__ import annotations
 import mmap
 import tarfile
 from bisect import bisect_right
+from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +19,11 @@ from hfscale.errors import DataError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import ShardEntry
 
-FEW_ROWS = 6  # below which a gather costs more than it saves
-GATHERED_ROWS = 64  # at once: what is between map and output stays in the cache
-
 
 class ShardReader:
     """A memory-mapped shard. Opening reads the index only; a thread may read while another reads.
 
-    ``partial`` is for what is left of a damaged shard: one that was cut short is opened too, and ``ends`` leaves out what it cannot read.
+    ``partial`` is for what is left of a damaged shard: one that was cut short is opened too.
 
     Raises:
         DataError: if tar or index are missing, do not belong together, or have another size than the manifest says.
@@ -32,13 +31,15 @@ class ShardReader:
 
     def __init__(self, folder: str | Path, entry: ShardEntry, *, dtype: np.dtype[Any], verify: bool = True, partial: bool = False) -> None:
         self.path, self.entry = Path(folder) / entry.name, entry
-        self._dtype, self._verify, self._partial = np.dtype(dtype), verify, partial
+        self._dtype, self._verify = np.dtype(dtype), verify
         index = ShardIndex.load(Path(folder) / entry.index_name)
         if index.tar_digest != entry.digest:
             raise self._damage("the index belongs to another shard than the manifest names")
         try:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+                with suppress(AttributeError, OSError):  # Linux may be built without
+                    self._map.madvise(mmap.MADV_HUGEPAGE)  # what is read from disk comes in pages of 2 MiB
         except (OSError, ValueError) as error:
             raise self._damage(f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from None
         if len(self._map) != entry.bytes and not partial:
@@ -54,9 +55,8 @@ class ShardReader:
                                f"the manifest {entry.tokens:,} in {entry.documents:,}")
         if (self._tokens["bytes"] != self._tokens["tokens"] * self._dtype.itemsize).any():
             raise self._damage(f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token")
-        self._token_views: list[np.ndarray | None] = [None] * len(self._tokens)
-        self._end_views: list[np.ndarray | None] = [None] * len(self._ends)
-        self.bad: dict[int, DataError] = {}  # the damaged chunks that `whole` has come across
+        self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self.memory = np.frombuffer(self._map, self._dtype, len(self._map) // self._dtype.itemsize)  # the tar, as if it were all tokens
 
     def __len__(self) -> int:
         return self.entry.tokens
@@ -68,61 +68,36 @@ class ShardReader:
         chunk = bisect_right(self._starts, start) - 1
         position = start
         while position < stop:
-            tokens, first = self._chunk_tokens(chunk), self._starts[chunk]
+            (tokens, _), first = self.chunk(chunk), self._starts[chunk]
             part = min(stop, self._starts[chunk + 1])
             out[position - start:part - start] = tokens[position - first:part - first]
             position, chunk = part, chunk + 1
 
-    def read_rows(self, starts: np.ndarray, out: np.ndarray, at: np.ndarray) -> None:
-        """Return with row ``at[k]`` of ``out`` (n, length) filled with the ``length`` tokens from ``starts[k]`` on, for every k.
+    def chunks_of(self, positions: np.ndarray) -> np.ndarray:
+        """Return the chunk (n) that holds each of the token ``positions`` (n)."""
+        return np.searchsorted(self._chunk_starts, positions, side="right") - 1
 
-        Rows within one chunk are gathered many at a time, four times as fast as one by one; the others cross into the next chunk.
-        """
-        length = out.shape[1]
-        if len(starts) < FEW_ROWS:
-            for start, k in zip(starts.tolist(), at.tolist(), strict=True):
-                self.read_tokens(start, start + length, out[k])
-            return
-        chunks = np.searchsorted(self._chunk_starts, starts, side="right") - 1
-        for chunk in set(chunks.tolist()):
-            self._chunk_tokens(chunk)  # its checksum
-        inside = starts + length <= self._chunk_starts[chunks + 1]
-        for k in np.flatnonzero(~inside).tolist():
-            self.read_tokens(int(starts[k]), int(starts[k]) + length, out[at[k]])
-        size = self._dtype.itemsize
-        windows = np.ndarray((len(self._map) // size - length + 1, length), self._dtype, self._map, strides=(size, size))
-        offsets, at = (starts + self._shifts[chunks])[inside], at[inside]
-        if len(at) > 1 and len(steps := set(np.diff(offsets).tolist())) == 1 and (step := steps.pop()) > 0 and (np.diff(at) == 1).all():
-            out[at[0]:at[-1] + 1] = windows[offsets[0]:offsets[-1] + 1:step]  # in order: one slice, converted without a copy between
-            return
-        for k in range(0, len(at), GATHERED_ROWS):
-            out[at[k:k + GATHERED_ROWS]] = windows[offsets[k:k + GATHERED_ROWS]]
+    def indices(self, positions: np.ndarray, chunks: np.ndarray) -> np.ndarray:
+        """Return where in ``memory`` the tokens at ``positions`` (n) lie, each in its chunk (n)."""
+        return positions + self._shifts[chunks]
 
-    def whole(self, starts: np.ndarray, length: int) -> np.ndarray:
-        """Return for each k whether the chunks of tokens [starts[k], starts[k] + length) are undamaged; the others are in ``bad``."""
-        first = np.searchsorted(self._chunk_starts, starts, side="right") - 1
-        last = np.searchsorted(self._chunk_starts, starts + length, side="left")
-        spans = [range(*span) for span in zip(first.tolist(), last.tolist(), strict=True)]
-        for chunk in {chunk for span in set(spans) for chunk in span} - self.bad.keys():
-            try:
-                self._chunk_ends(chunk)
-                self._chunk_tokens(chunk)
-            except DataError as error:
-                self.bad[chunk] = error
-        return np.array([self.bad.keys().isdisjoint(span) for span in spans] if self.bad else np.ones(len(starts)), dtype=bool)
+    def chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
+        """Return the tokens of a chunk, and where in it documents end (uint32); both are verified when they are first asked for."""
+        if number not in self._chunks:
+            member = self._ends[number]
+            payload = self._payload(member, member_name(number, "ends.npy"))
+            ends = payload[len(payload) - 4 * int(member["documents"]):].view("<u4")  # what follows the .npy header
+            self._chunks[number] = self._payload(self._tokens[number], member_name(number, "tokens.bin")).view(self._dtype), ends
+        return self._chunks[number]
+
+    def ends_in(self, chunks: Iterable[int]) -> np.ndarray:
+        """Return the document ends in ``chunks``, in order: int64, each the position after a document's last token."""
+        return np.concatenate([np.empty(0, np.int64), *(self.chunk(chunk)[1] + self._chunk_starts[chunk] for chunk in chunks)])
 
     def ends(self, start: int, stop: int) -> np.ndarray:
         """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
-        found = [np.empty(0, np.int64)]
-        for chunk in range(bisect_right(self._starts, start) - 1, len(self._ends)):
-            if self._starts[chunk] >= stop:
-                break
-            try:
-                found.append(self._chunk_ends(chunk).astype(np.int64) + self._starts[chunk])
-            except DataError:
-                if not self._partial:
-                    raise
-        ends = np.concatenate(found)
+        first, last = self.chunks_of(np.array([start, stop - 1]))
+        ends = self.ends_in(range(first, last + 1))
         low, high = np.searchsorted(ends, (start, stop), side="right")
         return ends[low:high]
 
@@ -134,24 +109,8 @@ class ShardReader:
         if not 0 <= position < len(self):
             raise IndexError(f"token {position} of a shard with {len(self)}")
         chunk = bisect_right(self._starts, position) - 1
-        before = int(np.searchsorted(self._chunk_ends(chunk), position - self._starts[chunk], side="right"))
+        before = int(np.searchsorted(self.chunk(chunk)[1], position - self._starts[chunk], side="right"))
         return member_name(chunk, "tokens.bin"), self._first_documents[chunk] + before
-
-    def _chunk_tokens(self, chunk: int) -> np.ndarray:
-        view = self._token_views[chunk]
-        if view is None:
-            view = self._payload(self._tokens[chunk], member_name(chunk, "tokens.bin")).view(self._dtype)
-            self._token_views[chunk] = view
-        return view
-
-    def _chunk_ends(self, chunk: int) -> np.ndarray:
-        view = self._end_views[chunk]
-        if view is None:
-            member = self._ends[chunk]
-            payload = self._payload(member, member_name(chunk, "ends.npy"))
-            view = payload[len(payload) - 4 * int(member["documents"]):].view("<u4")  # what follows the .npy header
-            self._end_views[chunk] = view
-        return view
 
     def _payload(self, member: np.void, name: str) -> np.ndarray:
         offset, size = int(member["offset"]), int(member["bytes"])
@@ -162,10 +121,9 @@ class ShardReader:
         if self._verify:
             if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
                 raise self._damage(f"{place} does not match its checksum")
-            try:  # we need no headers, but every other reader of the tar does
-                tarfile.TarInfo.frombuf(self._map[offset - tarfile.BLOCKSIZE:offset], "utf-8", "strict")
-            except tarfile.HeaderError as error:
-                raise self._damage(f"the header of {place} is damaged: {error}") from None
+            header = self._map[offset - tarfile.BLOCKSIZE:offset]  # we need none, but every other reader of the tar does
+            if header[148:154] != b"%06o" % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):  # POSIX ustar
+                raise self._damage(f"the header of {place} is damaged: bad checksum")
         return payload
 
     def _damage(self, what: str) -> DataError:

@@ -1,19 +1,19 @@
-"""From positions to micro-batches: a thread of this process reads steps ahead into a ring of preallocated slabs.
+"""From positions to micro-batches: a thread of this process prepares the rows of many steps ahead, ``take`` copies those of a few.
 
-A slab holds the rows of this rank for a few steps, so that the hand-over between threads (tens of microseconds) and the arithmetic
-of the order are paid once a slab. The first slab is one step, the next two, then four ...: the first batch comes at once.
+    reader thread:   the next rows of the plan (order.steps, order.locate) -> rows.prepare: read, verified, documents found
+    training:        take() -> copies a slab of a few steps, views into it;  advance() -> the step is done
 
-    reader thread:   free slab -> the next rows of the plan (order.steps, order.locate) -> rows.fill -> full slab
-    training:        take() -> views into the slab;  advance() -> the step is done; after its last step the slab is free again
+All that may wait for a disk, or takes Python's time, is done in the thread, for thousands of rows at once, while those before are
+trained on. The first plan is one step, the next two, then four ...: the first batch comes at once. The copy (1 ms for 2 M tokens)
+is left to the thread that trains: a hand-over between threads costs as much, and a small slab stays in this core's cache.
 
-The state is the number of rows consumed. It moves in advance(), never at prefetch, so whatever the reader was ahead is read again.
+The state is the number of rows consumed. It moves in advance(), never before, so whatever was prepared ahead is prepared again.
 Worker processes would cost about 1 ms a batch in hand-over alone.
 """
 from __future__ import annotations
 
-import queue
-import threading
 from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -22,14 +22,13 @@ import torch
 
 from hfscale.errors import DataError
 from hfscale.stream.order import Order
-from hfscale.stream.rows import Rows, TokenRows
+from hfscale.stream.rows import Prepared, Rows, TokenRows
 
 if TYPE_CHECKING:
     from hfscale.stream.mixture import Mixture
 
-SLAB_TOKENS = 2**19  # of a slab (4 MiB of ids), where a step is not larger
-SLAB_STEPS = 64  # at most: more would not make the hand-over cheaper
-PLAN_ROWS = 8192  # of all ranks that are placed at once, in whole steps: 0.1 us a row then, four times that for 256
+SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
+PLAN_ROWS, PLAN_TOKENS = 2**15, 2**25  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
 STATE_VERSION = 1
 
 
@@ -79,8 +78,8 @@ class StreamState:
 class Stream:
     """This rank's micro-batches of each step, from any state on, on any number of ranks.
 
-    ``global_batch`` must divide by ``world_size * micro_batch``; the reader stays ``prefetch_steps`` ahead, or a slab where that is more.
-    ``take`` and ``advance`` belong to one thread.
+    ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares ``prefetch_steps`` ahead, or what PLAN_ROWS and
+    PLAN_TOKENS allow, where that is more. ``take`` and ``advance`` belong to one thread.
 
     Raises:
         DataError: if ``state`` is of other data or of another order; it names what differs.
@@ -96,20 +95,14 @@ class Stream:
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         self._share = global_batch // world_size  # rows of this rank in a step
-        slab_steps = max(1, min(SLAB_STEPS, SLAB_TOKENS // (self._share * rows.seq_len), PLAN_ROWS // global_batch))
-        self._plan_steps = max(1, PLAN_ROWS // global_batch // slab_steps) * slab_steps
-        slabs = 1 + -(-prefetch_steps // slab_steps)  # one being trained on, the others being filled
-        self._slab_rows = slab_steps * self._share
-        self._free: queue.SimpleQueue[_Slab | None] = queue.SimpleQueue()
-        self._full: queue.SimpleQueue[_Slab | BaseException] = queue.SimpleQueue()
-        for _ in range(slabs):
-            self._free.put(_Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, with_documents=with_documents,
-                                 pin_memory=pin_memory))
-        self._slab: _Slab | None = None  # being trained on
-        self._step = 0  # of the slab
-        self._error: BaseException | None = None
-        self._reader = threading.Thread(target=self._read_ahead, args=(self._consumed,), name="stream-reader", daemon=True)
-        self._reader.start()
+        self._plan_steps = max(prefetch_steps, min(PLAN_ROWS, PLAN_TOKENS // rows.seq_len) // global_batch)
+        self._documents_per = micro_batch if with_documents else 0
+        slab_steps = max(1, min(self._plan_steps, SLAB_TOKENS // (self._share * rows.seq_len)))
+        self._slab = _Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory)
+        self._step = self._steps = 0  # of the slab: the one being trained on, and how many are filled
+        self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
+        self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
+        self._next = self._reader.submit(self._prepare, self._consumed, 1)
 
     def take(self) -> list[Rows]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again. Their memory is reused after that.
@@ -117,26 +110,25 @@ class Stream:
         Raises:
             DataError: if the data is missing or damaged, or whatever else stopped the reader thread.
         """
-        if self._error is not None:
-            raise self._error
+        if self._closed:
+            raise RuntimeError("the stream is closed")
         if self._order.end is not None and self._consumed + self._global_batch > self._order.end:
             raise DataError("every source has given its max_epochs", where="data.sources", value=f"{self._order.end:,} rows")
-        if self._slab is None:
-            slab = self._full.get()
-            if isinstance(slab, BaseException):
-                self._error = slab
-                raise slab
-            self._slab, self._step = slab, 0
-        return self._slab.batches[self._step]
+        if self._step == self._steps:
+            if self._copied == len(self._positions):
+                self._positions, self._prepared = self._next.result()
+                self._copied, steps = 0, len(self._positions) // self._share
+                start = self._consumed + steps * self._global_batch  # of the next
+                self._next = self._reader.submit(self._prepare, start, min(2 * steps, self._plan_steps))
+            rows = self._slab.fill(self._positions, self._prepared, self._copied)
+            self._copied, self._step, self._steps = self._copied + rows, 0, rows // self._share
+        return self._slab.steps[self._step]
 
     def advance(self) -> None:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
-        assert self._slab is not None, "advance() without take()"
+        assert self._step < self._steps, "advance() without take()"
         self._consumed += self._global_batch
         self._step += 1
-        if self._step == self._slab.steps:
-            self._free.put(self._slab)
-            self._slab = None
 
     def state(self) -> StreamState:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
@@ -153,33 +145,15 @@ class Stream:
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
-        if self._error is None:
-            self._error = RuntimeError("the stream is closed")
-        self._free.put(None)
-        self._reader.join()
+        self._reader.shutdown(cancel_futures=True)
+        self._closed = True
 
-    def _read_ahead(self, start: int) -> None:
-        """Fill free slabs from position ``start`` on until told to stop; what goes wrong is handed over like a slab."""
-        try:
-            plan = self._plan(start)
-            while (slab := self._free.get()) is not None and self._error is None:  # until close()
-                slab.fill(self._rows, *next(plan))
-                self._full.put(slab)
-        except BaseException as error:  # it belongs to the thread that trains
-            self._full.put(error)
-
-    def _plan(self, start: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Yield positions, shards and rows of one slab after the other, from ``start`` on. Many steps are placed at once."""
-        steps = 1
-        while True:
-            positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
-                                          world_size=self._world_size).ravel()
-            places = self._order.locate(positions)
-            for first in range(0, len(positions), self._slab_rows):
-                part = slice(first, first + self._slab_rows)
-                yield positions[part], places.shard[part], places.row[part]
-            start += steps * self._global_batch
-            steps = min(2 * steps, self._plan_steps)
+    def _prepare(self, start: int, steps: int) -> tuple[np.ndarray, Prepared]:
+        """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
+        positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
+                                      world_size=self._world_size).ravel()
+        places = self._order.locate(positions)
+        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per)
 
 
 class EvaluationRows:
@@ -193,7 +167,8 @@ class EvaluationRows:
         self._ends = np.cumsum(rows.shard_rows)
         self.available = int(self._ends[-1])
         self.count = min(count, self.available)
-        self._slab = _Slab(1, micro_batch, micro_batch, length=rows.seq_len + 1, with_documents=with_documents, pin_memory=False)
+        self._documents_per = micro_batch if with_documents else 0
+        self._slab = _Slab(1, micro_batch, micro_batch, length=rows.seq_len + 1, pin_memory=False)
 
     def __len__(self) -> int:
         """The number of micro-batches of each rank."""
@@ -206,37 +181,35 @@ class EvaluationRows:
             position = np.arange(first, first + self._micro_batch)
             line = np.minimum(position, self.count - 1) * self.available // self.count
             shard = np.searchsorted(self._ends, line, side="right")
-            self._slab.fill(self._rows, position, shard, line - self._ends[shard] + self._rows.shard_rows[shard])
-            [[batch]] = self._slab.batches
+            numbers = line - self._ends[shard] + self._rows.shard_rows[shard]
+            self._slab.fill(position, self._rows.prepare(shard, numbers, documents_per=self._documents_per), 0)
+            [[batch]] = self._slab.steps
             yield replace(batch, valid_B=batch.valid_B & (batch.position < self.count))
 
 
 class _Slab:
-    """Memory for this rank's rows of a few steps, and the micro-batches that are views of it, made once."""
+    """Memory for this rank's rows of a few steps, and the micro-batches of each step that are views of it, made once."""
 
-    def __init__(self, steps: int, step_rows: int, micro_batch: int, *, length: int, with_documents: bool, pin_memory: bool) -> None:
-        n = steps * step_rows
+    def __init__(self, steps: int, step_rows: int, micro_batch: int, *, length: int, pin_memory: bool) -> None:
+        n, self._micro_batch = steps * step_rows, micro_batch
         ids = torch.empty((n, length), dtype=torch.int64, pin_memory=pin_memory)
-        documents = torch.empty((n, length), dtype=torch.int32, pin_memory=pin_memory) if with_documents else None
-        position, valid, source = torch.empty(n, dtype=torch.int64), torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16)
+        position, valid, source = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.int16)
         cuts = [slice(first, first + micro_batch) for first in range(0, n, micro_batch)]
-        batches = [Rows(ids[cut], None if documents is None else documents[cut], valid[cut], source[cut], position[cut]) for cut in cuts]
+        self._batches = [Rows(ids[cut], None, valid[cut], source[cut], position[cut]) for cut in cuts]
         per_step = step_rows // micro_batch
-        self.batches = [batches[first:first + per_step] for first in range(0, len(batches), per_step)]  # of each step
-        self.steps, self._step_rows = 0, step_rows  # how many are filled; rows of each
+        self.steps = [self._batches[first:first + per_step] for first in range(0, len(cuts), per_step)]
         self._ids, self._position, self._source, self._valid = ids.numpy(), position.numpy(), source.numpy(), valid.numpy()
-        self._documents = None if documents is None else documents.numpy()
 
-    def fill(self, rows: TokenRows, positions: np.ndarray, shards: np.ndarray, numbers: np.ndarray) -> None:
-        """Return with row ``numbers[k]`` of shard ``shards[k]`` read, for each k."""
-        n = len(positions)
-        self.steps = n // self._step_rows
-        self._position[:n] = positions
-        if len(rows.manifests) > 1:
-            self._source[:n] = rows.source_of(shards)
-        self._valid[:n] = rows.fill(shards, numbers, self._ids[:n])
-        if self._documents is not None:
-            rows.fill_document_ids(shards, numbers, self._documents[:n])
+    def fill(self, positions: np.ndarray, rows: Prepared, start: int) -> int:
+        """Return how many rows, from ``start`` on, are now in the micro-batches: as many as fit, or are left."""
+        n = min(len(self._ids), len(positions) - start)
+        part = slice(start, start + n)
+        rows.fill(part, self._ids[:n])
+        self._position[:n], self._source[:n], self._valid[:n] = positions[part], rows.source[part], rows.valid[part]
+        first = start // self._micro_batch
+        for batch, boundaries in zip(self._batches, rows.boundaries[first:first + n // self._micro_batch]):
+            batch.boundaries = torch.from_numpy(boundaries)
+        return n
 
 
 def _check_same(ours: StreamState, saved: StreamState) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,27 +16,73 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.lib.stride_tricks import as_strided
 
 from hfscale.errors import DataError
 from hfscale.log import logger
 from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
 from hfscale.shards.reader import ShardReader
 
+GATHERED_TOKENS = 2**17  # at once: what is between shard and output stays in the cache
+PAGE = 4096  # bytes
 FILLER_ID = 0  # of the tokens of a row that is skipped: an id that every vocabulary has
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
     from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Rows:
     """One micro-batch as it leaves the stream, on the CPU."""
 
     ids_BL: Tensor  # int64 (B, L + 1)
-    document_ids_BL: Tensor | None  # int32 (B, L + 1): documents numbered from 0 within their row; None where nobody asked
+    boundaries: Tensor | None  # int64, rising: b * L + t where tokens t and t + 1 of row b are of two documents; None: nobody asked
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: which source of the mixture
     position: Tensor  # int64 (B,): the row's place in the order of the run (P), or of the validation rows
+
+    @property
+    def document_ids_BL(self) -> Tensor | None:
+        """Documents numbered from 0 within their row (B, L + 1; int32)."""
+        if self.boundaries is None:
+            return None
+        L = self.ids_BL.shape[1] - 1
+        begins_BL = self.ids_BL.new_zeros(self.ids_BL.shape)
+        begins_BL[self.boundaries // L, self.boundaries % L + 1] = 1
+        return begins_BL.cumsum(1).int()
+
+
+class Prepared:
+    """n rows that can be copied at once. Where each row's tokens lie in memory is known: in mapped shards, or in arrays made for them.
+
+    So rows of any shards are gathered by one call over one view of all the memory between the lowest and the highest of them.
+    """
+
+    def __init__(self, address: np.ndarray, held: Sequence[np.ndarray], *, length: int, valid: np.ndarray, source: np.ndarray,
+                 boundaries: Sequence[np.ndarray], blocked: Mapping[int, DataError]) -> None:
+        self.valid, self.source, self.boundaries, self._blocked = valid, source, boundaries, blocked
+        self._held = held  # while they are, addresses are good
+        lowest = min(held, key=_address)
+        self._index = address - _address(lowest)
+        self._steps = np.diff(self._index, append=0)
+        self._breaks = np.cumsum(np.diff(self._steps, prepend=0) != 0)  # where rows stop being equally far apart
+        self._windows = as_strided(lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False)
+
+    def fill(self, part: slice, ids_BL: np.ndarray) -> None:
+        """Return with ``ids_BL`` (B, L + 1; any integer dtype) filled with the B rows of ``part``.
+
+        Raises:
+            DataError: if one of them is of a shard that is missing or damaged and not to be skipped.
+        """
+        if self._blocked and (bad := sorted(self._blocked.keys() & range(part.start, part.stop))):
+            raise self._blocked[bad[0]]
+        first, step = int(self._index[part.start]), int(self._steps[part.start])
+        if len(ids_BL) > 1 and step > 0 and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
+            ids_BL[:] = self._windows[first:first + len(ids_BL) * step:step]
+            return
+        index, rows = self._index[part], max(1, GATHERED_TOKENS // ids_BL.shape[1])
+        for k in range(0, len(index), rows):
+            ids_BL[k:k + rows] = self._windows[index[k:k + rows]]
 
 
 class TokenRows:
@@ -63,7 +109,9 @@ class TokenRows:
             longest = max((shard.tokens for shard in self.manifest.shards), default=0)
             raise DataError("no shard is as long as a row", where=path, value=longest,
                             remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len")
+        self._filler = np.full(seq_len + 1, FILLER_ID, self.manifest.numpy_dtype)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
+        self._near: set[tuple[int, int]] = set()  # (shard, chunk): read for the rows that were prepared last
         self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
     @classmethod
@@ -73,6 +121,7 @@ class TokenRows:
         rows.manifests = [part.manifest for part in parts]
         rows._first_shards = np.cumsum([0, *(len(part.shard_rows) for part in parts[:-1])])
         rows.shard_rows = np.concatenate([part.shard_rows for part in parts])
+        rows._filler = max((part._filler for part in parts), key=lambda filler: filler.itemsize)
         rows._open, rows.damage = OrderedDict(), {}
         return rows
 
@@ -91,6 +140,65 @@ class TokenRows:
         """What names the data: the digest of its manifest (the first one's)."""
         return self.manifest.fingerprint
 
+    def prepare(self, shards: np.ndarray, rows: np.ndarray, *, documents_per: int = 0) -> Prepared:
+        """Return row ``rows[k]`` of shard ``shards[k]``, for each k of n, ready to be copied: read from disk and verified.
+
+        ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are wanted; 0: not at all.
+        What is missing or damaged stops ``Prepared.fill`` at the first row that needs it, unless it is to be skipped.
+        """
+        n, L = len(shards), self.seq_len
+        starts, address, valid = rows * L, np.full(n, _address(self._filler)), np.zeros(n, dtype=bool)
+        first_end, last_end = np.zeros((2, n), dtype=np.int64)  # of each row, in `ends`
+        maps, copies, ends = [self._filler], list[np.ndarray](), [np.empty(0, np.int64)]
+        blocked, near = dict[int, DataError](), set[tuple[int, int]]()
+        order = np.argsort(shards << 40 | rows)
+        cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
+        for begin, end in pairwise(cuts):
+            at, shard = order[begin:end], int(shards[order[begin]])
+            try:
+                reader = self._reader(shard)
+            except DataError as error:
+                self._note(shard, -1, error)
+                blocked |= dict.fromkeys(at.tolist(), error)
+                continue
+            first, last = reader.chunks_of(starts[at]), reader.chunks_of(starts[at] + L)
+            rise = np.bincount(first, minlength=last.max() + 2) - np.bincount(last + 1)
+            touched = np.flatnonzero(np.cumsum(rise)).tolist()
+            valid[at] = True
+            for chunk in list(touched):
+                try:
+                    tokens, _ = reader.chunk(chunk)
+                    if (shard, chunk) not in self._near:
+                        tokens[::PAGE // tokens.itemsize].max()  # waits for the disk here, not where the rows are copied
+                    near.add((shard, chunk))
+                except DataError as error:
+                    touched.remove(chunk)
+                    hit = at[(first <= chunk) & (chunk <= last)]
+                    valid[hit] = False
+                    self._note(shard, chunk, error)
+                    blocked |= dict.fromkeys(hit.tolist(), error)
+            address[at] = np.where(valid[at], _address(reader.memory) + reader.indices(starts[at], first), address[at])
+            if direct := reader.memory.itemsize == self._filler.itemsize and len(maps) < self._most_open // 3:  # each is an open file
+                maps.append(reader.memory)
+            for k in at[valid[at] & ((first < last) | (not direct))].tolist():
+                copies.append(np.empty_like(self._filler))  # it goes on in another chunk, or is of a source with narrower ids
+                reader.read_tokens(int(starts[k]), int(starts[k]) + L + 1, copies[-1])
+                address[k] = _address(copies[-1])
+            if documents_per:
+                before = sum(map(len, ends))
+                ends.append(reader.ends_in(touched))
+                first_end[at] = before + np.searchsorted(ends[-1], starts[at], side="right")
+                last_end[at] = before + np.searchsorted(ends[-1], starts[at] + L, side="right")
+        self._near, boundaries = near, list[np.ndarray]()
+        if documents_per:
+            count = np.where(valid, last_end - first_end, 0)  # documents that begin within each row
+            cuts, row = np.cumsum(count), np.repeat(np.arange(n), count)
+            begin = np.concatenate(ends)[np.arange(len(row)) + (first_end - cuts + count)[row]]
+            begin += (np.arange(n) % documents_per * L - 1 - starts)[row]
+            boundaries = [begin[first:last] for first, last in pairwise([0, *cuts[documents_per - 1::documents_per].tolist()])]
+        return Prepared(address, maps + copies, length=L + 1, valid=valid, source=self.source_of(shards), boundaries=boundaries,
+                        blocked={} if self._skip else blocked)
+
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:
         """Return which rows are valid (n; bool), with ``ids_BL[k]`` (n, L + 1; any integer dtype) filled with row ``rows[k]`` of shard
         ``shards[k]``.
@@ -98,57 +206,15 @@ class TokenRows:
         Raises:
             DataError: if a shard is missing or damaged and is not to be skipped; it names shard, member and offset.
         """
-        valid = np.zeros(len(shards), dtype=bool)
-        for reader, at in self._by_shard(shards, rows):
-            reader.read_rows(rows[at] * self.seq_len, ids_BL, at)
-            valid[at] = True
-        ids_BL[np.flatnonzero(~valid)] = FILLER_ID
-        return valid
+        prepared = self.prepare(shards, rows)
+        prepared.fill(slice(0, len(shards)), ids_BL)
+        return prepared.valid
 
-    def fill_document_ids(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> None:
-        """Return with ``ids_BL[k]`` (n, L + 1; int32) filled with the number of its document in that row, counted from 0."""
-        length = self.seq_len + 1
-        if self._skip:
-            ids_BL[:] = 0
-        for reader, at in self._by_shard(shards, rows):
-            starts, row_starts = rows[at] * self.seq_len, np.arange(len(at)) * length  # in the shard; in the rows laid end to end
-            ends = reader.ends(int(starts.min()), int(starts.max()) + self.seq_len)
-            first, last = np.searchsorted(ends, starts, side="right"), np.searchsorted(ends, starts + self.seq_len, side="right")
-            begun = last - first  # documents that begin within each row
-            begins = ends[np.repeat(first, begun) + _count_up(begun)] + np.repeat(row_starts - starts, begun)
-            edges = np.sort(np.concatenate([row_starts, begins]))
-            numbers = _count_up(begun + 1).astype(np.int32)
-            ids_BL[at] = np.repeat(numbers, np.diff(edges, append=len(at) * length)).reshape(-1, length)
-
-    def close(self) -> None:
-        """Return with every shard closed."""
-        self._open.clear()
-
-    def _by_shard(self, shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[ShardReader, np.ndarray]]:
-        """Yield each shard's reader with the places in ``shards`` that name it, less those whose rows are skipped."""
-        order = np.argsort(shards, kind="stable")
-        cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
-        for first, last in pairwise(cuts):
-            shard, at = int(shards[order[first]]), order[first:last]
-            if not self._skip:
-                yield self._reader(shard), at
-            elif (whole := self._whole(shard, rows[at])).any():
-                yield self._reader(shard), at[whole]
-
-    def _whole(self, shard: int, rows: np.ndarray) -> np.ndarray:
-        """Return which ``rows`` of a shard touch no damaged chunk (bool); damage is noted and logged when it is first met."""
-        if (shard, -1) in self.damage:
-            return np.zeros(len(rows), dtype=bool)
-        try:
-            reader = self._reader(shard)
-            whole, found = reader.whole(rows * self.seq_len, self.seq_len + 1), reader.bad
-        except DataError as error:
-            whole, found = np.zeros(len(rows), dtype=bool), {-1: error}
-        for chunk, damage in found.items():
-            if (shard, chunk) not in self.damage:
-                self.damage[shard, chunk] = damage
-                logger.warning(f"rows are skipped: {damage.what} ({damage.where})")
-        return whole
+    def _note(self, shard: int, chunk: int, error: DataError) -> None:
+        """Log damage that is to be skipped when it is first met."""
+        if self._skip and (shard, chunk) not in self.damage:
+            self.damage[shard, chunk] = error
+            logger.warning(f"rows are skipped: {error.what} ({error.where})")
 
     def _reader(self, shard: int) -> ShardReader:
         """Return the open shard; the one that was not used for the longest time is closed to make room."""
@@ -161,6 +227,6 @@ class TokenRows:
         return self._open[shard]
 
 
-def _count_up(counts: np.ndarray) -> np.ndarray:
-    """Return 0, 1, ..., c - 1 for each c of ``counts``, one after the other."""
-    return np.arange(counts.sum()) - np.repeat(np.cumsum(counts) - counts, counts)
+def _address(array: np.ndarray) -> int:
+    """Return where an array lies in memory, counted in its items."""
+    return int(array.__array_interface__["data"][0]) // array.itemsize

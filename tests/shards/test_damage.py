@@ -50,20 +50,21 @@ def test_skipping_loses_the_rows_that_touch_it_and_no_other(tmp_path: Path, kind
     np.testing.assert_array_equal(hurt.shard_rows, whole.shard_rows)
     shards, rows = np.repeat(np.arange(SHARDS), whole.shard_rows), np.concatenate([np.arange(n) for n in whole.shard_rows])
     expected, ids = (np.full((len(rows), SEQ + 1), -1) for _ in range(2))
-    expected_documents, documents = (np.full((len(rows), SEQ + 1), -1, dtype=np.int32) for _ in range(2))
     assert whole.fill(shards, rows, expected).all()
-    whole.fill_document_ids(shards, rows, expected_documents)
+    expected_ends = whole.prepare(shards, rows, documents_per=1).boundaries
     hit = [shard for shard in range(SHARDS) if shard == HURT or kind == "a manifest of another build"]
     lost = np.array([shard in hit and any(first // CHUNK_TOKENS <= chunk <= (first + SEQ) // CHUNK_TOKENS for chunk in KINDS[kind].lost)
                      for shard, first in zip(shards, rows * SEQ, strict=True)])
     mixed = np.random.default_rng(0).permutation(len(rows))
     for part in np.array_split(mixed, 5):
-        some, some_documents = ids[part], documents[part]
-        np.testing.assert_array_equal(hurt.fill(shards[part], rows[part], some), ~lost[part])
-        hurt.fill_document_ids(shards[part], rows[part], some_documents)
-        ids[part], documents[part] = some, some_documents
+        some = ids[part]
+        prepared = hurt.prepare(shards[part], rows[part], documents_per=1)
+        np.testing.assert_array_equal(prepared.valid, ~lost[part])
+        prepared.fill(slice(0, len(part)), some)
+        ids[part] = some
+        for k, boundaries in zip(part, prepared.boundaries, strict=True):
+            assert boundaries.tolist() == ([] if lost[k] else expected_ends[k].tolist())
     np.testing.assert_array_equal(ids, np.where(lost[:, None], FILLER_ID, expected))
-    np.testing.assert_array_equal(documents, np.where(lost[:, None], 0, expected_documents))
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(hurt.damage) == len(set(said)), "each bad chunk once"
     assert {shard for shard, _ in hurt.damage} == set(hit)
