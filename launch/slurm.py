@@ -50,7 +50,7 @@ def launch(request: Request) -> int:
     if request.procs or request.port:
         raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
                           remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
-    procs = here.nodes * (here.gpus_per_node or tasks_per_node(cluster)) if here else cluster.nodes * tasks_per_node(cluster)
+    procs = here.nodes * here.tasks_per_node if here else cluster.nodes * _tasks_per_node(cluster)
     said = [*before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node)), *_differences(cluster, here)]
     run, code = config.run_dir, config.run_dir / CODE / code_digest()
     options = [] if here else sbatch_options(config, code)
@@ -83,12 +83,12 @@ def launch(request: Request) -> int:
           f"run directory {run}\nlogs          {run / 'logs'}/slurm-{job}.log and rank-*.log\n"
           f"follow it     hfscale logs {run} -f\n"
           f"where it is   hfscale status {run}\n"
-          f"save and stop scancel --signal=TERM {job}; hfscale pretrain {run} --launcher slurm goes on\n"
+          f"stop it       scancel {job}; hfscale pretrain {run} --launcher slurm goes on\n"
           f"curves        tensorboard --logdir {run / 'tensorboard'}")
     return EXIT_DONE
 
 
-def tasks_per_node(cluster: Cluster) -> int:
+def _tasks_per_node(cluster: Cluster) -> int:
     return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
 
 

@@ -58,6 +58,7 @@ class Allocation:
     node_list: str
     nodes: int
     gpus_per_node: int
+    tasks_per_node: int
     restarts: int
     rank: int
 
@@ -66,9 +67,10 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
     """Return the Slurm job around this process, or None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
+    gpus = int(env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2])  # the second in salloc's shell
     return Allocation(env["SLURM_JOB_ID"], env.get("SLURM_JOB_NODELIST", ""), nodes=int(env.get("SLURM_JOB_NUM_NODES", "1")),
-                      gpus_per_node=int(env.get("SLURM_GPUS_ON_NODE", "0")), restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
-                      rank=int(env.get("SLURM_PROCID", "0")))
+                      gpus_per_node=gpus, tasks_per_node=int(env.get("SLURM_NTASKS_PER_NODE", gpus or 1)),
+                      restarts=int(env.get("SLURM_RESTART_COUNT", "0")), rank=int(env.get("SLURM_PROCID", "0")))
 
 
 def free_port() -> int:

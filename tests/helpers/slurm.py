@@ -62,11 +62,22 @@ SlurmdTimeout=15
 KillWait=2
 FirstJobId={first_job}
 GresTypes=gpu
+JobSubmitPlugins=lua
 NodeName=DEFAULT CPUs={cpus} RealMemory=4000 Gres=gpu:{gpus} State=UNKNOWN
 {nodes}
 PartitionName=low Nodes=ALL Default=YES MaxTime=60 DefaultTime=10 PriorityTier=1 GraceTime=30
 PartitionName=normal Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=10 GraceTime=30
 PartitionName=high Nodes=ALL MaxTime=60 DefaultTime=10 PriorityTier=100 PreemptMode=OFF
+"""
+
+
+NO_ACCOUNT = """\
+function slurm_job_submit(job, partitions, uid)  -- refusing accounts takes a data base, or this
+    if job.account == "overdrawn" then return 2045 end  -- ESLURM_INVALID_ACCOUNT
+    return slurm.SUCCESS
+end
+function slurm_job_modify(job, record, partitions, uid) return slurm.SUCCESS end
+return slurm.SUCCESS
 """
 
 
@@ -104,6 +115,7 @@ class Cluster:
         key.write_bytes(os.urandom(128))
         key.chmod(0o400)
         (self.folder / "plugstack.conf").touch()
+        (self.folder / "job_submit.lua").write_text(NO_ACCOUNT)
         ports = _free_ports(len(NODES) + 1)
         addresses = {node: f"127.0.1.{number}" for number, node in enumerate(NODES, 1)}
         host = socket.gethostname().split(".")[0]
