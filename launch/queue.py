@@ -7,10 +7,12 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
-from hfscale.dist.world import allocation
+from hfscale.config.schema import RunConfig
+from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import CheckpointError, ConfigError
 
 JOB = "job"  # in a run directory: the id of the job that holds it, or held it last
+ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")
 TIMEOUT_S = 60
 
 
@@ -44,9 +46,9 @@ def holder(run_dir: Path) -> str | None:
     file = run_dir / JOB
     job = file.read_text().strip() if file.is_file() else ""
     here = allocation()
-    if not job or (here is not None and here.job_id == job):
-        return None
-    return job if facts(job).get("JobState", "") in ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED") else None
+    told = facts(job) if job else {}
+    mine = here is not None and here.job_id in (job, told.get("JobId"))  # of an array it is known by two names
+    return job if not mine and told.get("JobState") in ALIVE else None
 
 
 def refuse_holder(run_dir: Path) -> None:
@@ -73,10 +75,22 @@ def hold(run_dir: Path, job: str) -> None:
                 new.write(job)
             return
         except FileExistsError:
-            if file.read_text().strip() == job:
+            old = file.read_text().strip()
+            if old == job or ((known := facts(old).get("JobId")) is not None and known == facts(job).get("JobId")):
                 return
             refuse_holder(run_dir)
             file.unlink(missing_ok=True)
+
+
+def refuse_too_many_restarts(here: Allocation, config: RunConfig) -> None:
+    """Return if a job may start again.
+
+    Raises:
+        ConfigError: if it did so too often.
+    """
+    if here.restarts > config.cluster.max_restarts:
+        raise ConfigError(f"job {here.job_id} was restarted {here.restarts} times", where="cluster.max_restarts",
+                          value=config.cluster.max_restarts, remedy="see why in the logs; then submit it again, or raise the limit")
 
 
 def seconds(limit: str | None) -> int | None:

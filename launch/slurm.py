@@ -25,7 +25,7 @@ from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
 from launch import run_dir
-from launch.queue import client, has_slurm, hold, partitions, seconds
+from launch.queue import client, has_slurm, hold, partitions, refuse_too_many_restarts, seconds
 from launch.request import Request, check, check_parts
 
 SCRIPT = "slurm/train.sbatch"
@@ -57,9 +57,8 @@ def launch(request: Request) -> int:
     command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
     if not here:
         said += _accepted(options, dry_run=request.dry_run)
-    check_parts(config)  # fetches a tokenizer of the hub; the nodes have no network
-    if config.model.pretrained:
-        local_folder(config.model.pretrained, where="model.pretrained", weights=True)
+    check_parts(config)
+    fetch(config)
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
@@ -88,11 +87,17 @@ def launch(request: Request) -> int:
     return EXIT_DONE
 
 
+def fetch(config: RunConfig) -> None:
+    """Return when the hub's weights are in the cache (a tokenizer was fetched when the parts were checked): the nodes have no network."""
+    if config.model.pretrained:
+        local_folder(config.model.pretrained, where="model.pretrained", weights=True)
+
+
 def _tasks_per_node(cluster: Cluster) -> int:
     return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
 
 
-def before(config: RunConfig, procs: int, *, gpus: bool) -> list[str]:
+def before(config: RunConfig, procs: int, *, gpus: bool, on_nodes: bool = True) -> list[str]:
     """Return notices on a run of ``procs`` ranks, after looking at all that can be known without asking Slurm or importing torch.
 
     Raises:
@@ -100,8 +105,9 @@ def before(config: RunConfig, procs: int, *, gpus: bool) -> list[str]:
     """
     solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
     check(config, device_type="cuda" if gpus else "cpu")
-    _refuse_local_disk(config)
-    return [*notices(config), *run_dir.compare(config), *_time_to_save(config)]
+    if on_nodes:
+        _refuse_local_disk(config)
+    return [*notices(config), *run_dir.compare(config), *(_time_to_save(config) if on_nodes else ())]
 
 
 def sbatch_options(config: RunConfig, code: Path) -> list[str]:
@@ -261,9 +267,7 @@ def begin(source: str, overrides: Sequence[str], *, procs: int) -> Path:
         raise ConfigError("this is not a Slurm job", where=SCRIPT, remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG")
     loaded = Request(source, tuple(overrides)).load()
     config = loaded.config
-    if here.restarts > config.cluster.max_restarts:
-        raise ConfigError(f"job {here.job_id} was restarted {here.restarts} times", where="cluster.max_restarts",
-                          value=config.cluster.max_restarts, remedy="see why in the logs; then submit it again, or raise the limit")
+    refuse_too_many_restarts(here, config)
     for line in before(config, procs, gpus=here.gpus_per_node > 0):
         logger.info(f"notice: {line}")
     with run_dir.locked(config.run_dir):

@@ -3,7 +3,7 @@ import os
 import sys
 import time
 
-if "hfscale.worker" in sys.orig_argv and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
+if {"hfscale.worker", "submitit.core._submit"} & {*sys.orig_argv} and os.environ.get("SLURM_RESTART_COUNT", "0") == "0":
     import hfscale.dist.agree
 
     agree = hfscale.dist.agree.agree
