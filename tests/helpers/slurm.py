@@ -181,6 +181,17 @@ class Cluster:
                  what=lambda: f"job {job} is not {' or '.join(states)}: {self.job(job)}\n{self.output(job)}")
         return self.state(job)
 
+    def ranks(self, job: str) -> dict[int, int]:
+        """Return rank -> process of the Python processes of a job's step."""
+        found = {}
+        for pid in processes_of(self.folder):
+            with contextlib.suppress(OSError):
+                env = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
+                command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+                if env.get("SLURM_JOB_ID") == job and "SLURM_STEP_NUM_TASKS" in env and "python" in Path(command[0]).name:
+                    found[int(env["SLURM_PROCID"])] = pid
+        return found
+
     def output(self, job: str) -> str:
         """Return what the job has printed so far."""
         file = Path(self.job(job).get("StdOut", ""))

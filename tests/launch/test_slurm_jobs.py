@@ -133,6 +133,21 @@ def test_unhealthy_numbers_are_not_requeued(jobs: Jobs):
     assert "unhealthy:" in jobs.log("unhealthy"), "the job's log has the last lines of the rank that left first"
 
 
+def test_predictions_are_an_array_over_files(jobs: Jobs):
+    for name in ("a", "b", "c"):
+        (jobs.folder / f"{name}.jsonl").write_text(json.dumps({"prompt": f"def {name}("}) + "\n")
+    files = [jobs.folder / f"{name}.jsonl" for name in ("a", "b", "c")]
+    out = jobs.folder / "texts"
+    small = ["--oversubscribe", "--mem=100", f"--output={jobs.folder}/predict-%a.log"]
+    array = jobs.cluster.sbatch("--array=1-2", *small, "slurm/predict.sbatch", jobs.run("whole"), out, *files, cwd=ROOT)
+    for task in (1, 2):
+        assert jobs.cluster.wait(f"{array}_{task}") == "COMPLETED", (jobs.folder / f"predict-{task}.log").read_text()
+    assert sorted(path.name for path in out.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl"]
+    assert json.loads((out / "b.jsonl").read_text())["prompt"] == "def b("
+    twice = jobs.cluster.sbatch(*small, "slurm/predict.sbatch", jobs.run("whole"), out, files[0], files[0], cwd=ROOT)
+    assert jobs.cluster.wait(twice) == "FAILED"
+
+
 def curve_of(folder: Path) -> dict[int, float]:
     """Return step -> loss as TensorBoard shows it."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
