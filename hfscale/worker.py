@@ -61,8 +61,8 @@ def main() -> None:
             print(code, job.rank, file=file)
     sys.stdout.flush()
     sys.stderr.flush()
-    if code not in (EXIT_DONE, EXIT_STOPPED):
-        os._exit(code)
+    if code != EXIT_DONE:
+        os._exit(code)  # an interpreter that is ending is ended by a second signal, and stopped ranks leave as near together as can be
     sys.exit(code)
 
 

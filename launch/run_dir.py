@@ -103,7 +103,7 @@ def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
              "versions": _versions(), "code": _revision(),
              "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
              "sources": loaded.sources}
-    text = json.dumps([*_attempts(path), entry], indent=1, ensure_ascii=False, default=str)
+    text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
     write_atomically(path / ENVIRONMENT, text.encode())  # first, so that a replaced value is on record
     write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
     return path / CONFIG
@@ -127,14 +127,14 @@ def made_by_alone(path: Path, *, launcher: str) -> None:
     Raises:
         CheckpointError: if another one has trained there.
     """
-    launchers = {str(attempt.get("launcher")) for attempt in _attempts(path)}
+    launchers = {str(attempt.get("launcher")) for attempt in attempts(path)}
     if launchers != {launcher}:
         raise CheckpointError(f"this is not a run of the {launcher} launcher, which starts anew each time", where=path,
                               value=sorted(launchers),
                               remedy="run.name=... gives the debug run another name; its directory ends in -debug")
 
 
-def _attempts(path: Path) -> list[dict[str, Any]]:
+def attempts(path: Path) -> list[dict[str, Any]]:
     """Return the entries of ``environment.json``, oldest first.
 
     Raises:

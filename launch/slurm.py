@@ -5,7 +5,6 @@ first node. Inside an allocation the launcher runs the script right there instea
 """
 from __future__ import annotations
 
-import hashlib
 import os
 import shlex
 import shutil
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hfscale import log
+from hfscale.config.load import Loaded
 from hfscale.config.rules import notices, solve_batch
 from hfscale.config.schema import Cluster, RunConfig
 from hfscale.dist.world import Allocation, allocation
@@ -25,13 +25,13 @@ from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
 from launch import run_dir
-from launch.queue import client, has_slurm, hold, partitions, refuse_too_many_restarts, seconds
+from launch.queue import client, has_slurm, hold, seconds
 from launch.request import Request, check, check_parts
 
+ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "slurm/train.sbatch"
-CODE = "code"  # in a run directory: what its jobs run, a folder a state of the code
-SHIPPED = {"hfscale": "*.py", "launch": "*.py", "slurm": "*"}  # the parts of the checkout that a job needs
-LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run")
+SHIPPED = ("hfscale", "launch", "slurm")  # the folders of the checkout that a job needs
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
 LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 REFUSED = {"no-kill": "a job that lost a node would go on and end as if all was well",
            "array": "every task would be the same run; launch.submit has sweeps", "chdir": "a job runs in its snapshot of the code"}
@@ -44,56 +44,45 @@ def launch(request: Request) -> int:
         UserError: for everything that can be known before the job starts, and what Slurm refuses. Nothing is submitted then.
     """
     log.setup()
-    loaded = request.load()
-    config, here = loaded.config, allocation()
-    cluster = config.cluster
+    loaded, here = request.load(), allocation()
+    config = loaded.config
+    run, cluster = config.run_dir, config.cluster
     if request.procs or request.port:
         raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
                           remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
-    procs = here.nodes * here.tasks_per_node if here else cluster.nodes * _tasks_per_node(cluster)
+    procs = here.nodes * here.tasks_per_node if here else cluster.nodes * tasks_per_node(cluster)
     said = [*before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node)), *_differences(cluster, here)]
-    run, code = config.run_dir, config.run_dir / CODE / code_digest()
+    code = code_folder(run)
     options = [] if here else sbatch_options(config, code)
     command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
     if not here:
         said += _accepted(options, dry_run=request.dry_run)
     check_parts(config)
-    fetch(config)
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
         print(f"cd {shlex.quote(str(code))} && {shlex.join(command)}")
         return EXIT_DONE
+    os.environ["HFSCALE_PYTHON"] = sys.executable
     with run_dir.locked(run):
-        run_dir.compare(config)  # again, under the lock
-        run_dir.record(loaded, launcher="slurm", procs=procs)
-        snapshot(code)
-        _make_logs(run)
-        environment = os.environ | {"HFSCALE_PYTHON": sys.executable}
+        prepare(loaded, launcher="slurm", procs=procs, code=code)
         if here is None:
-            done = subprocess.run(command, cwd=code, env=environment, capture_output=True, text=True, check=False)
+            done = client(command, cwd=code)
             if done.returncode:
                 raise _refusal(done.stderr, options)
             job = done.stdout.strip().partition(";")[0]
             hold(run, job)
     if here:
-        return subprocess.run(command, cwd=code, env=environment, check=False).returncode
+        return subprocess.run(command, cwd=code, check=False).returncode
     print(f"job {job}: {procs} ranks on {cluster.nodes} nodes\n"
           f"run directory {run}\nlogs          {run / 'logs'}/slurm-{job}.log and rank-*.log\n"
-          f"follow it     hfscale logs {run} -f\n"
-          f"where it is   hfscale status {run}\n"
+          f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
           f"stop it       scancel {job}; hfscale pretrain {run} --launcher slurm goes on\n"
           f"curves        tensorboard --logdir {run / 'tensorboard'}")
     return EXIT_DONE
 
 
-def fetch(config: RunConfig) -> None:
-    """Return when the hub's weights are in the cache (a tokenizer was fetched when the parts were checked): the nodes have no network."""
-    if config.model.pretrained:
-        local_folder(config.model.pretrained, where="model.pretrained", weights=True)
-
-
-def _tasks_per_node(cluster: Cluster) -> int:
+def tasks_per_node(cluster: Cluster) -> int:
     return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
 
 
@@ -107,7 +96,34 @@ def before(config: RunConfig, procs: int, *, gpus: bool, on_nodes: bool = True) 
     check(config, device_type="cuda" if gpus else "cpu")
     if on_nodes:
         _refuse_local_disk(config)
+    if config.model.pretrained:  # into the cache, where the nodes find it: they have no network
+        local_folder(config.model.pretrained, where="model.pretrained", weights=True)
     return [*notices(config), *run_dir.compare(config), *(_time_to_save(config) if on_nodes else ())]
+
+
+def prepare(loaded: Loaded[RunConfig], *, launcher: str, procs: int, code: Path | None = None) -> None:
+    """Return when the run directory has the config, this attempt's entry, a folder for logs, and in ``code`` a snapshot of the code.
+
+    Raises:
+        ConfigError: if no log can be written there.
+    """
+    run_dir.compare(loaded.config)  # again, under the lock
+    run_dir.record(loaded, launcher=launcher, procs=procs)
+    if code:
+        for folder in SHIPPED:
+            shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    logs = loaded.config.run_dir / "logs"
+    try:
+        logs.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=logs).close()
+    except OSError as error:
+        raise ConfigError(f"no log can be written here: {error.strerror}", where=logs,
+                          remedy="mend the folder: Slurm would end the job without a word") from None
+
+
+def code_folder(run: Path) -> Path:
+    """Return where a job's snapshot of the code lies: it runs what was submitted, whatever becomes of the checkout."""
+    return run / "code" / str(len(run_dir.attempts(run)) + 1)
 
 
 def sbatch_options(config: RunConfig, code: Path) -> list[str]:
@@ -134,24 +150,18 @@ def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
             return ["there is no Slurm on this machine, so nobody was asked about partition and limits"]
         raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy="run this on a login node of the cluster, "
                           "or train on this machine with --launcher local")
-    tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), _root() / SCRIPT])
+    tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
     if tried.returncode:
         raise _refusal(tried.stderr, options)
-    asked = dict(option[2:].partition("=")[::2] for option in options)
-    for name, (words, limit) in partitions().items():
-        mine = asked.get("partition") in (name.rstrip("*"), None if name.endswith("*") else name)
-        if mine and (seconds(asked.get("time")) or 0) > (seconds(limit) or float("inf")):
-            raise ConfigError("the time limit is above the partition's: the job would wait for ever", where="cluster.time",
-                              value=asked["time"], remedy=f"ask for less, or for another partition; this is {words}")
     return [line.removeprefix("sbatch: ") for line in tried.stderr.splitlines() if " to start at " in line]
 
 
 def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
     words = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip())
-    there = "; ".join(offer for offer, _ in partitions().values())
+    offers = "; ".join(client(["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]).stdout.splitlines())
     return ConfigError(f"Slurm refuses the job: {words}", where="cluster",
                        value=" ".join(option for option in options if not option.startswith(("--chdir", "--output"))),
-                       remedy=f"this cluster has {there}" if there else "see sinfo")
+                       remedy=f"this cluster has {offers}")
 
 
 def _differences(cluster: Cluster, here: Allocation | None) -> list[str]:
@@ -170,7 +180,7 @@ def _time_to_save(config: RunConfig) -> list[str]:
     """
     cluster, record = config.cluster, last_record(config.run_dir)
     needed = record.get("save_s", 0.0) + record.get("step_s", 0.0)
-    limit = seconds(cluster.time)
+    limit = seconds(cluster.time) if cluster.time else None
     if limit is not None and limit <= max(cluster.signal_s, needed):
         why = f"step and save take {needed:.0f} s, and the ranks are told to save {cluster.signal_s} s (cluster.signal_s) before the end"
         raise ConfigError(f"the time limit leaves no time to train: {why}", where="cluster.time", value=cluster.time, remedy="ask for more")
@@ -185,9 +195,8 @@ def _refuse_local_disk(config: RunConfig) -> None:
     Raises:
         ConfigError: naming the one that is not.
     """
-    from_hub = [name for name in (config.tokenizer.path, config.model.pretrained) if name and not Path(name).is_absolute()]
     places = {"run.root": config.run_dir}
-    if from_hub:
+    if any(name and not Path(name).is_absolute() for name in (config.tokenizer.path, config.model.pretrained)):  # from the hub
         places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for where, path in places.items():
         if not config.cluster.allow_local_disk and (kind := local_kind(path)):
@@ -198,61 +207,12 @@ def _refuse_local_disk(config: RunConfig) -> None:
 def local_kind(path: Path) -> str | None:
     """Return what kind of place of this node alone ``path`` is in; None where it seems shared."""
     path = Path(os.path.realpath(path))
-    if found := [folder for folder in (*LOCAL_FOLDERS, os.path.realpath(tempfile.gettempdir())) if path.is_relative_to(folder)]:
-        return found[0]
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()] if Path("/proc/mounts").exists() else []
-    above = [(len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1])]
-    kind = max(above)[1] if above else ""
+    for folder in LOCAL_FOLDERS:
+        if path.is_relative_to(os.path.realpath(folder)):
+            return folder
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    _, kind = max((len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1]))
     return f"a {kind}" if kind in LOCAL_KINDS else None
-
-
-# ---------------------------------------------------------------------------------------------- code snapshot
-def _root() -> Path:
-    """Return the checkout that this module is part of.
-
-    Raises:
-        ConfigError: if it was installed without slurm/.
-    """
-    root = Path(__file__).resolve().parents[1]
-    if not (root / SCRIPT).is_file():
-        raise ConfigError(f"there is no {SCRIPT} beside this installation", where=root, remedy="install the checkout: pip install -e .")
-    return root
-
-
-def _shipped() -> list[Path]:
-    root = _root()
-    return sorted(file for folder, pattern in SHIPPED.items() for file in (root / folder).rglob(pattern) if file.is_file())
-
-
-def code_digest() -> str:
-    """Return a name for the state of the code."""
-    digest = hashlib.sha256()
-    for file in _shipped():
-        digest.update(f"{file.relative_to(_root())}\0{file.stat().st_size}\0".encode() + file.read_bytes())
-    return digest.hexdigest()[:12]
-
-
-def snapshot(target: Path) -> None:
-    """Copy the code to ``target``, so that a job runs what was submitted, whatever becomes of the checkout."""
-    if target.is_dir():
-        return
-    partial = target.with_name(f"{target.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for file in _shipped():
-        copy = partial / file.relative_to(_root())
-        copy.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy2(file, copy)
-    partial.rename(target)
-
-
-def _make_logs(run: Path) -> None:
-    try:
-        (run / "logs").mkdir(exist_ok=True)
-        with tempfile.TemporaryFile(dir=run / "logs"):
-            return
-    except OSError as error:
-        raise ConfigError(f"no log can be written here: {error.strerror}", where=run / "logs",
-                          remedy="mend the folder: Slurm would end the job without a word") from None
 
 
 # -------------------------------------------------------------------------------------------- inside the job
@@ -267,17 +227,26 @@ def begin(source: str, overrides: Sequence[str], *, procs: int) -> Path:
         raise ConfigError("this is not a Slurm job", where=SCRIPT, remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG")
     loaded = Request(source, tuple(overrides)).load()
     config = loaded.config
-    refuse_too_many_restarts(here, config)
     for line in before(config, procs, gpus=here.gpus_per_node > 0):
         logger.info(f"notice: {line}")
     with run_dir.locked(config.run_dir):
-        hold(config.run_dir, here.job_id)
-        run_dir.compare(config)
-        run_dir.record(loaded, launcher="slurm", procs=procs)
-        _make_logs(config.run_dir)
+        take(config, here)
+        prepare(loaded, launcher="slurm", procs=procs)
         (config.run_dir / "exit_code").unlink(missing_ok=True)
     logger.info(f"job {here.job_id}, restart {here.restarts}: {procs} ranks on {here.node_list}; logs: {config.run_dir / 'logs'}")
     return config.run_dir
+
+
+def take(config: RunConfig, here: Allocation) -> None:
+    """Return if the job ``here`` now holds the run directory.
+
+    Raises:
+        UserError: if another one does, or this one was restarted too often.
+    """
+    if here.restarts > config.cluster.max_restarts:
+        raise ConfigError(f"job {here.job_id} was restarted {here.restarts} times", where="cluster.max_restarts",
+                          value=config.cluster.max_restarts, remedy="see why in the logs; then submit it again, or raise the limit")
+    hold(config.run_dir, here.job_id)
 
 
 def main() -> int:

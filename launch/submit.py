@@ -31,9 +31,9 @@ from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_STOPPED, ConfigError
 from hfscale.reports.status import last_record
 from launch import run_dir
-from launch.queue import client, facts, has_slurm, hold, refuse_too_many_restarts, seconds
+from launch.queue import client, facts, has_slurm, hold, seconds
 from launch.request import Request, check_parts
-from launch.slurm import CODE, before, code_digest, fetch, snapshot
+from launch.slurm import before, code_folder, prepare, take, tasks_per_node
 
 
 class Train:
@@ -46,8 +46,7 @@ class Train:
         place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             if here and place.rank == 0:
-                refuse_too_many_restarts(here, Request(str(run)).load().config)
-                hold(run, here.job_id)
+                take(Request(str(run)).load().config, here)
             code = worker.run(Path(config))
         except BaseException:
             atexit.register(os._exit, 1)  # once submitit has written what happened: the other ranks may wait in a collective for ever
@@ -113,12 +112,10 @@ def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) 
     for loaded in loads:  # all are looked at before the first one writes
         before(loaded.config, nodes * ranks, gpus=bool(parameters.get("gpus_per_node")), on_nodes=cluster == "slurm")
     check_parts(first)
-    fetch(first)
-    code = first.run_dir / CODE / code_digest()
+    code = code_folder(first.run_dir)
     for loaded in loads:
         with run_dir.locked(loaded.config.run_dir):
-            run_dir.record(loaded, launcher=f"submitit {cluster}", procs=nodes * ranks)
-    snapshot(code)
+            prepare(loaded, launcher=f"submitit {cluster}", procs=nodes * ranks, code=code if loaded is loads[0] else None)
     executor = submitit.AutoExecutor(folder=first.run.root / "submitit" / "%j", cluster=cluster)
     if cluster == "slurm":
         parameters |= {"slurm_setup": [f"cd {code}", "source slurm/site.sh", *parameters.get("slurm_setup", [])]}
@@ -135,9 +132,8 @@ def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) 
 def _parameters(config: RunConfig, cluster: str) -> dict[str, Any]:
     """Return what the config's ``cluster:`` is in submitit's words."""
     asked = config.cluster
-    ranks = int(asked.sbatch.get("ntasks-per-node") or asked.gpus_per_node or 1)
-    shared = {"name": config.run.name, "tasks_per_node": 1 if cluster == "debug" else ranks, "gpus_per_node": asked.gpus_per_node or None,
-              "timeout_min": (seconds(asked.time) or 3600) // 60}
+    shared = {"name": config.run.name, "tasks_per_node": 1 if cluster == "debug" else tasks_per_node(asked),
+              "gpus_per_node": asked.gpus_per_node or None, "timeout_min": seconds(asked.time or "60") // 60}
     if cluster != "slurm":
         return shared
     more = {"requeue": True, **{name: value for name, value in asked.sbatch.items() if name != "ntasks-per-node"}}

@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -44,20 +45,16 @@ def describe(config: RunConfig, *, now: float | None = None) -> list[tuple[str, 
         part, quiet_s = progress(config, record), now - os.stat(run / "metrics.jsonl").st_mtime
         left_s = record["step"] * (1 - part) / part * record["step_s"] if part else 0.0
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
-        end = "done" if part == 1.0 else f"{at} ({duration(left_s)} of training left)"
-        lines += [("step", f"{record['step']:,} ({part:.1%}), logged {duration(quiet_s)} ago"), ("loss", f"{record['loss']:.4f}"),
+        end = "done" if part == 1.0 else f"{at} ({_time(left_s)} of training left)"
+        lines += [("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"), ("loss", f"{record['loss']:.4f}"),
                   ("speed", f"{record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.3g} s a step, "
                             f"{record['data_wait_s'] / max(record['step_s'], 1e-9):.0%} of it waiting for data"),
                   ("expected end", end)]
     else:
         lines.append(("step", "none was logged yet"))
-    last = f"step {layout.step_of(saved[-1]):,}, {duration(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago" if saved else "none"
+    last = f"step {layout.step_of(saved[-1]):,}, {_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago" if saved else "none"
     return [*lines, ("last checkpoint", last), ("attempts", str(record.get("attempt", 0)))]
 
 
-def duration(seconds: float) -> str:
-    """Return a length of time as people say it."""
-    for size, unit in ((86400, "days"), (3600, "h"), (60, "min")):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.1f} {unit}"
-    return f"{seconds:.0f} s"
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

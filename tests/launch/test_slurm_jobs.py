@@ -18,16 +18,18 @@ from tests.helpers.corpus import run_values
 from tests.helpers.slurm import ENDED, Cluster, wait_for
 
 pytestmark = pytest.mark.slow
-STEPS, STEP_S = 60, 0.9
+STEPS, STEP_S = 60, 1.0
 EXACT = ("loss", "lr", "grad_norm", "batch_digest", "tokens_seen")
 SMALL = {"oversubscribe": True, "mem": 100}  # several jobs share a node
 WAYS = {  # name -> nodes, ranks on each, and more of `cluster:`
     "time limit": (1, 2, {"time": "1", "signal_s": 10, "sbatch": {"nodelist": "n1"}}),
     "signal": (2, 1, {"sbatch": {"nodelist": "n1,n2"}}),
-    "requeue": (2, 1, {"sbatch": {"nodelist": "n2,n3"}}),
+    "requeue": (2, 1, {"signal_s": 1, "sbatch": {"nodelist": "n2,n3"}}),
     "preemption": (1, 2, {"partition": "low", "signal_s": 60, "sbatch": {"nodelist": "n4"}}),
     "unhealthy": (1, 2, {"sbatch": {"nodelist": "n3"}}),
 }
+
+MORE = {"unhealthy": {"optim": {"lr": 1e30, "clip_norm": 0}}, "requeue": {"checkpoint": {"every_minutes": None, "every_steps": 2}}}
 
 
 @dataclass
@@ -67,7 +69,7 @@ def jobs(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactor
     slow = {"PYTHONPATH": f"{ROOT}/tests/launch/slow_steps:{ROOT}", "STEP_S": str(STEP_S)}
     for way, (nodes, ranks, more) in WAYS.items():
         asks = {"nodes": nodes, "allow_local_disk": True, **more, "sbatch": {"ntasks-per-node": ranks, **SMALL, **more["sbatch"]}}
-        config = write_config(corpus, folder, way, cluster=asks, **({"optim": {"lr": 1e30, "clip_norm": 0}} if way == "unhealthy" else {}))
+        config = write_config(corpus, folder, way, cluster=asks, **MORE.get(way, {}))
         said = hfscale("pretrain", config, "--launcher", "slurm", env=cluster.env | slow).stdout
         jobs.ids[way] = said.split()[1].rstrip(":")
     for way in ("signal", "requeue", "preemption"):
@@ -124,6 +126,10 @@ def test_a_requeue_by_hand(jobs: Jobs):
     assert jobs.end("requeue") == "COMPLETED", jobs.log("requeue")
     check_equal(jobs, "requeue")
     assert jobs.cluster.job(jobs.ids["requeue"])["Restarts"] == "1"
+    repeated = {record["step"] for record in jobs.records("requeue") if record["attempt"] == 2}
+    assert min(repeated) > 2, "it went on from a checkpoint"
+    log = (jobs.run("requeue") / "logs" / "rank-0.log").read_text()
+    assert log.count("step and save take 1 s, but Slurm warns 1 s before the end") == 1, "this run's steps take more than cluster.signal_s"
 
 
 def test_unhealthy_numbers_are_not_requeued(jobs: Jobs):

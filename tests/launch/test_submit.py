@@ -86,6 +86,7 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
         finished(waiting)
 
 
+@pytest.mark.slow
 def test_on_this_machine(config: str):
     result = finished(submit(config, cluster="local", tasks_per_node=2))
     assert (result["done"], result["step"]) == (True, 3)
@@ -93,6 +94,7 @@ def test_on_this_machine(config: str):
         finished(submit(config, ["run.name=bad", "model.config.n_head=3"], cluster="local"))
 
 
+@pytest.mark.slow
 def test_from_a_notebook_in_this_process(config: str):
     """The callable is found by its module's name, wherever it is called from."""
     done = subprocess.run([sys.executable, "-c", NOTEBOOK.format(config=config)], capture_output=True, text=True, timeout=120, check=False)
