@@ -51,12 +51,11 @@ def launch(request: Request) -> int:
         raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
                           remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
     procs = here.nodes * here.tasks_per_node if here else cluster.nodes * tasks_per_node(cluster)
-    said = [*before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node)), *_differences(cluster, here)]
+    said = before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
     code = code_folder(run)
     options = [] if here else sbatch_options(config, code)
     command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
-    if not here:
-        said += _accepted(options, dry_run=request.dry_run)
+    said += _differences(cluster, here) if here else _accepted(options, dry_run=request.dry_run)
     check_parts(config)
     for line in said:
         logger.info(f"notice: {line}")
@@ -148,8 +147,7 @@ def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     if not has_slurm():
         if dry_run:
             return ["there is no Slurm on this machine, so nobody was asked about partition and limits"]
-        raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy="run this on a login node of the cluster, "
-                          "or train on this machine with --launcher local")
+        raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy="go to a login node, or take --launcher local")
     tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
     if tried.returncode:
         raise _refusal(tried.stderr, options)
@@ -159,15 +157,12 @@ def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
 def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
     words = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip())
     offers = "; ".join(client(["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]).stdout.splitlines())
-    return ConfigError(f"Slurm refuses the job: {words}", where="cluster",
-                       value=" ".join(option for option in options if not option.startswith(("--chdir", "--output"))),
-                       remedy=f"this cluster has {offers}")
+    asked = " ".join(option for option in options if not option.startswith(("--chdir", "--output")))
+    return ConfigError(f"Slurm refuses the job: {words}", where="cluster", value=asked, remedy=f"this cluster has {offers}")
 
 
-def _differences(cluster: Cluster, here: Allocation | None) -> list[str]:
+def _differences(cluster: Cluster, here: Allocation) -> list[str]:
     """Return how an allocation differs from what the config asks for: the allocation wins."""
-    if here is None:
-        return []
     pairs = {"nodes": (cluster.nodes, here.nodes), "gpus_per_node": (cluster.gpus_per_node or 0, here.gpus_per_node)}
     return [f"the allocation has {name} {has}, not the {asked} of cluster.{name}" for name, (asked, has) in pairs.items() if asked != has]
 
@@ -249,16 +244,10 @@ def take(config: RunConfig, here: Allocation) -> None:
     hold(config.run_dir, here.job_id)
 
 
-def main() -> int:
-    """Return the exit code of the job's first act; its run directory is what is printed."""
+if __name__ == "__main__":
     log.setup()
     try:
         print(begin(sys.argv[2], sys.argv[3:], procs=int(sys.argv[1])))
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        return EXIT_USER_ERROR
-    return EXIT_DONE
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+        sys.exit(EXIT_USER_ERROR)

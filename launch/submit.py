@@ -118,7 +118,8 @@ def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) 
             prepare(loaded, launcher=f"submitit {cluster}", procs=nodes * ranks, code=code if loaded is loads[0] else None)
     executor = submitit.AutoExecutor(folder=first.run.root / "submitit" / "%j", cluster=cluster)
     if cluster == "slurm":
-        parameters |= {"slurm_setup": [f"cd {code}", "source slurm/site.sh", *parameters.get("slurm_setup", [])]}
+        parameters |= {"slurm_setup": [f"cd {code}", "source slurm/site.sh", "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+                                        *parameters.get("slurm_setup", [])]}
         if client(["sacct", "-n", "-X"]).returncode:
             SlurmJob.watcher = QueueWatcher(delay_s=30)
     executor.update_parameters(**parameters)
