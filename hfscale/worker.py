@@ -19,6 +19,7 @@ from hfscale.dist.world import World, allocation
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_UNHEALTHY, EXIT_USER_ERROR, UnhealthyError, UserError, user_error
 
 EXIT_CODE = "exit_code"  # in the run directory of a Slurm job: code and rank of the first that did not end well
+LOST_PEER = ("by peer", "remote process exited", "peer closed")  # gloo and NCCL, of a rank that died: this one is not the cause
 # the section of a config that names the job -> its module, with run(config, world, stop) -> bool
 JOBS = {"objective": "hfscale.jobs.pretrain"}
 
@@ -39,6 +40,7 @@ def run(config_path: Path) -> int:
 
 def main() -> None:
     """Run one rank and end its process."""
+    lost_peer = False
     try:
         code = run(Path(sys.argv[1]))
     except UserError as error:
@@ -53,10 +55,10 @@ def main() -> None:
         else:
             traceback.print_exc()
         code = EXIT_USER_ERROR if mistake else 1
-    except BaseException:  # whatever it is, this rank must not linger in a collective's destructor
+    except BaseException as error:  # whatever it is, this rank must not linger in a collective's destructor
         traceback.print_exc()
-        code = 1
-    if code and (job := allocation()):
+        code, lost_peer = 1, any(words in str(error) for words in LOST_PEER)
+    if code and not lost_peer and (job := allocation()):
         with suppress(OSError), open(Path(sys.argv[1]).parent / EXIT_CODE, "x") as file:  # srun gives the code of those it kills then
             print(code, job.rank, file=file)
     sys.stdout.flush()

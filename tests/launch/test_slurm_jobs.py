@@ -5,6 +5,8 @@ All jobs run at the same time on one real cluster; the first attempt of each has
 from __future__ import annotations
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,10 +28,12 @@ WAYS = {  # name -> nodes, ranks on each, and more of `cluster:`
     "signal": (2, 1, {"sbatch": {"nodelist": "n1,n2"}}),
     "requeue": (2, 1, {"signal_s": 1, "sbatch": {"nodelist": "n2,n3"}}),
     "preemption": (1, 2, {"partition": "low", "signal_s": 60, "sbatch": {"nodelist": "n4"}}),
+    "killed rank": (1, 2, {"sbatch": {"nodelist": "n1"}}),
     "unhealthy": (1, 2, {"sbatch": {"nodelist": "n3"}}),
 }
 
-MORE = {"unhealthy": {"optim": {"lr": 1e30, "clip_norm": 0}}, "requeue": {"checkpoint": {"every_minutes": None, "every_steps": 2}}}
+SAVES = {"checkpoint": {"every_minutes": None, "every_steps": 2}}
+MORE = {"unhealthy": {"optim": {"lr": 1e30, "clip_norm": 0}}, "requeue": SAVES, "killed rank": SAVES}
 
 
 @dataclass
@@ -72,9 +76,10 @@ def jobs(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactor
         config = write_config(corpus, folder, way, cluster=asks, **MORE.get(way, {}))
         said = hfscale("pretrain", config, "--launcher", "slurm", env=cluster.env | slow).stdout
         jobs.ids[way] = said.split()[1].rstrip(":")
-    for way in ("signal", "requeue", "preemption"):
+    for way in ("signal", "requeue", "preemption", "killed rank"):
         wait_for(lambda way=way: len(jobs.records(way)) >= 3, timeout_s=90, what=lambda way=way: cluster.output(jobs.ids[way]))
     cluster.run("scancel", "--signal=USR1", jobs.ids["signal"])
+    os.kill(cluster.ranks(jobs.ids["killed rank"])[1], signal.SIGKILL)
     cluster.run("scontrol", "requeue", jobs.ids["requeue"])
     jobs.ids["urgent"] = cluster.sbatch("--partition=high", "--nodelist=n4", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true")
     hfscale("pretrain", write_config(corpus, folder, "whole"), "--procs", 2)
@@ -130,6 +135,13 @@ def test_a_requeue_by_hand(jobs: Jobs):
     assert min(repeated) > 2, "it went on from a checkpoint"
     log = (jobs.run("requeue") / "logs" / "rank-0.log").read_text()
     assert log.count("step and save take 1 s, but Slurm warns 1 s before the end") == 1, "this run's steps take more than cluster.signal_s"
+
+
+def test_a_killed_rank_takes_the_others_with_it_and_the_job_starts_again(jobs: Jobs):
+    assert jobs.end("killed rank") == "COMPLETED", jobs.log("killed rank")
+    check_equal(jobs, "killed rank")
+    assert "a rank was killed from outside; back into the queue" in jobs.log("killed rank")
+    assert jobs.cluster.job(jobs.ids["killed rank"])["Restarts"] == "1"
 
 
 def test_unhealthy_numbers_are_not_requeued(jobs: Jobs):
