@@ -20,10 +20,11 @@ from typing import Any
 
 from hfscale import log
 from hfscale.config.rules import BatchPlan, notices, solve_batch
-from hfscale.dist.world import World, available_cores, free_port
+from hfscale.dist.world import World, allocation, available_cores, free_port
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from launch import run_dir
+from launch.queue import hold
 from launch.request import Request, check
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
@@ -64,6 +65,8 @@ def launch(request: Request) -> int:
         print(_plan(request, config.run_dir, batch, port))
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
+        if here := allocation():
+            hold(config.run_dir, here.job_id)  # the lock may not reach the other nodes
         run_dir.compare(config)  # again: what was written between the first look and the lock counts
         with run_dir.restored_if_refused(config.run_dir) as codes:
             file = run_dir.record(loaded, launcher="local", procs=procs)

@@ -15,7 +15,7 @@ from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.manifest import Manifest
 
-LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch"}
+LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch", "slurm": "launch.slurm:launch"}
 CONFIG = "config.yaml"
 
 

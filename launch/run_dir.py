@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from datetime import datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -24,9 +25,11 @@ from hfscale.checkpoint import layout
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import differences, resume_differences
 from hfscale.config.schema import RunConfig
+from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
 from hfscale.shards.files import write_atomically
 from hfscale.tokenizer import tokenizer_digest
+from launch.queue import JOB, refuse_holder
 from launch.request import CONFIG
 
 ENVIRONMENT = "environment.json"
@@ -45,7 +48,7 @@ def compare(config: RunConfig) -> list[str]:
         raise CheckpointError("the run directory is a file", where=path, remedy=_other_name(config))
     if not (path / CONFIG).is_file():
         names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
-        if foreign := sorted(names - {LOCK, ENVIRONMENT}):  # a launcher that was killed early leaves these
+        if foreign := sorted(names - {LOCK, ENVIRONMENT, JOB}):  # a launcher that was killed early leaves these
             raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
                                   remedy=_other_name(config))
         return []
@@ -82,6 +85,7 @@ def locked(path: Path) -> Iterator[None]:
             raise CheckpointError("another job is at work in this run directory", where=path, value=file.read().strip() or "unknown",
                                   remedy="wait for it, stop it, or start this one under another run.name") from None
         file.truncate(0)
+        refuse_holder(path)
         print(f"process {os.getpid()} on {socket.gethostname()} since {_now()}", file=file, flush=True)
         try:
             yield
@@ -93,12 +97,13 @@ def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
     """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``."""
     path = loaded.config.run_dir
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
-    entry = {"started": _now(), "command": sys.argv, "cwd": os.getcwd(), "launcher": launcher, "procs": procs,
+    here = allocation()
+    entry = {"started": _now(), "command": sys.argv, "cwd": os.getcwd(), "launcher": launcher, "procs": procs, "job": here and asdict(here),
              "host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version(),
              "versions": _versions(), "code": _revision(),
              "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
              "sources": loaded.sources}
-    text = json.dumps([*_attempts(path), entry], indent=1, ensure_ascii=False, default=str)
+    text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
     write_atomically(path / ENVIRONMENT, text.encode())  # first, so that a replaced value is on record
     write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
     return path / CONFIG
@@ -122,14 +127,14 @@ def made_by_alone(path: Path, *, launcher: str) -> None:
     Raises:
         CheckpointError: if another one has trained there.
     """
-    launchers = {str(attempt.get("launcher")) for attempt in _attempts(path)}
+    launchers = {str(attempt.get("launcher")) for attempt in attempts(path)}
     if launchers != {launcher}:
         raise CheckpointError(f"this is not a run of the {launcher} launcher, which starts anew each time", where=path,
                               value=sorted(launchers),
                               remedy="run.name=... gives the debug run another name; its directory ends in -debug")
 
 
-def _attempts(path: Path) -> list[dict[str, Any]]:
+def attempts(path: Path) -> list[dict[str, Any]]:
     """Return the entries of ``environment.json``, oldest first.
 
     Raises:

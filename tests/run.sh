@@ -16,7 +16,15 @@ while read -r package _; do  # system packages that tests need
     case $package in ''|'#'*) continue ;; esac
     dpkg-query -W -f '${Status}' "$package" 2>/dev/null | grep -q 'ok installed' || missing+=("$package")
 done < tests/apt-packages.txt
-[ ${#missing[@]} -eq 0 ] || stop "System packages are missing: ${missing[*]}" "  remedy: apt-get install -y --no-install-recommends ${missing[*]}"
+if [ ${#missing[@]} -gt 0 ]; then
+    install="apt-get install -y --no-install-recommends ${missing[*]}"
+    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+        say "Installing the system packages of tests/apt-packages.txt"
+        run $install || { run apt-get update && run $install; } || stop "" "  remedy: see why \`$install\` fails"
+    else
+        say "Without ${missing[*]} some tests are skipped. To run them, as root: $install"
+    fi
+fi
 
 prepare_python dev
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} TOKENIZERS_PARALLELISM=${TOKENIZERS_PARALLELISM:-false}

@@ -180,8 +180,12 @@ class Cluster(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     partition: str | None = None
     account: str | None = None
-    time: str | None = None
-    sbatch: dict[str, Any] = {}
+    # as sbatch takes it: 90 (minutes), 24:00:00, 2-12
+    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", coerce_numbers_to_str=True)] | None = None
+    signal_s: Positive = 300  # how long before the time limit the ranks are told to save: longer than a save takes
+    max_restarts: Annotated[int, Field(ge=0)] = 100  # of one job, by Slurm or by itself, before it gives up
+    allow_local_disk: bool = False  # a run directory on a disk that only this machine sees
+    sbatch: dict[str, Any] = {}  # any other option by its long name; true for one without a value
     submitit: dict[str, Any] = {}
 
 

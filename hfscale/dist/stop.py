@@ -2,9 +2,11 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # Ctrl-C, a launcher or Slurm, Slurm's --signal ahead of the limit
+WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal ahead of a limit, as our scripts and as submitit ask for it
+SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # Ctrl-C; a launcher or Slurm
 
 
 class StopRequest:
@@ -17,9 +19,9 @@ class StopRequest:
     def requested(self) -> bool:
         return self.reason is not None
 
-    def listen(self) -> StopRequest:
-        """Return self, with handlers installed for ``SIGNALS``."""
-        for number in SIGNALS:
+    def listen(self, signals: Iterable[signal.Signals] = SIGNALS) -> StopRequest:
+        """Return self, with handlers installed for ``signals``."""
+        for number in signals:
             signal.signal(number, self._on_signal)
         return self
 

@@ -33,8 +33,8 @@ class World:
         """
         if "RANK" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif int(env.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in env:
-            names = ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a batch script has the other variables too, and is no rank
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
         else:
             return cls()
         rank, world_size, local_rank, local_world_size = (int(env.get(name, default)) for name, default in zip(names, "0101", strict=True))
@@ -48,6 +48,29 @@ class World:
         """Return the variables that DeepSpeed and torch expect of this place."""
         return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
                 "LOCAL_WORLD_SIZE": str(self.local_world_size), "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """The Slurm job that this process runs in, and its rank if it is one."""
+
+    job_id: str
+    node_list: str
+    nodes: int
+    gpus_per_node: int
+    tasks_per_node: int
+    restarts: int
+    rank: int
+
+
+def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
+    """Return the Slurm job around this process, or None outside of any."""
+    if "SLURM_JOB_ID" not in env:
+        return None
+    gpus = int(env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2])  # the second in salloc's shell
+    return Allocation(env["SLURM_JOB_ID"], env.get("SLURM_JOB_NODELIST", ""), nodes=int(env.get("SLURM_JOB_NUM_NODES", "1")),
+                      gpus_per_node=gpus, tasks_per_node=int(env.get("SLURM_NTASKS_PER_NODE", gpus or 1)),
+                      restarts=int(env.get("SLURM_RESTART_COUNT", "0")), rank=int(env.get("SLURM_PROCID", "0")))
 
 
 def free_port(port: int = 0) -> int:

@@ -18,7 +18,7 @@ from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import RunConfig
 from hfscale.dist.group import device_name
 from hfscale.dist.stop import StopRequest
-from hfscale.dist.world import World
+from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.hub import local_folder
@@ -37,7 +37,7 @@ from hfscale.training.evaluator import Evaluator
 from hfscale.training.loop import Trainer, TrainState
 
 
-def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trainer:
+def build_trainer(config: RunConfig, world: World, device: torch.device, stop: StopRequest | None = None) -> Trainer:
     """Return the trainer of ``config``, resumed from the run's newest good checkpoint if there is one.
 
     Raises:
@@ -73,12 +73,13 @@ def build_trainer(config: RunConfig, world: World, device: torch.device) -> Trai
 
     peak = peak_flops(device, precision=config.engine.precision)
     return Trainer(
-        engine=engine, stream=stream, objective=objective, checkpoints=checkpoints, state=state, stop=StopRequest().listen(),
+        engine=engine, stream=stream, objective=objective, checkpoints=checkpoints, state=state, stop=(stop or StopRequest()).listen(),
         throughput=Throughput(tokens_per_step=train.global_batch * data.seq_len, flops_per_token=flops,
                               peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
         describe=describe(config, order, tokenizer, world, device), total_steps=steps, sources=order.names, seed=config.run.seed,
         rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps, max_skipped=data.max_skipped,
+        warned_s=config.cluster.signal_s if allocation() and world.rank == 0 else None,
         **validation(config, objective, tokenizer, world),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)

@@ -3,14 +3,15 @@ from __future__ import annotations
 
 from hfscale.config.schema import RunConfig
 from hfscale.dist import group
+from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.jobs.build import build_trainer
 
 
-def run(config: RunConfig, world: World) -> bool:
+def run(config: RunConfig, world: World, stop: StopRequest) -> bool:
     """Return True when done, False when stopped on request and saved."""
     device = group.start(world)
-    trainer = build_trainer(config, world, device)
+    trainer = build_trainer(config, world, device, stop)
     done = trainer.run()
     trainer.close()
     group.shutdown()

@@ -18,6 +18,7 @@ from hfscale.dist.agree import Agreed, agree, sum_over_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.engine.engine import Engine, StepStats
 from hfscale.errors import CheckpointError, DataError, UnhealthyError
+from hfscale.log import logger
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Batch, Objective
@@ -59,6 +60,7 @@ class Trainer:
     max_skipped: float = 0.0  # of the rows read
     validate_every: int | None = None
     evaluator: Evaluator | None = None
+    warned_s: float | None = None  # in a Slurm job: how long before its end the ranks are told to save
     log: MetricsLog | None = None  # rank 0 only
     state: TrainState = field(default_factory=TrainState)
 
@@ -138,10 +140,20 @@ class Trainer:
                                   "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
         if self.state.skipped_rows:
             record[SKIPPED] = self.state.skipped_rows
+        if self.checkpoints.write_s:
+            record["save_s"] = self.checkpoints.stall_s + self.checkpoints.write_s  # at most: a synchronous save counts its writing twice
+            self._check_warning_time(record["save_s"] + record["step_s"])
         if self.evaluator is not None and self._validated(step):
             record |= {f"validation_{name}": value for name, value in self.evaluator.run(self.engine).items()}
         if self.log is not None:
             self.log.write(record)
+
+    def _check_warning_time(self, needed_s: float) -> None:
+        """Say once if Slurm's signal leaves less time than a step and a save take."""
+        if self.warned_s is not None and needed_s > self.warned_s:
+            logger.warning(f"step and save take {needed_s:.0f} s, but Slurm warns {self.warned_s:.0f} s before the end: the next job of "
+                           f"this run wants cluster.signal_s={2 * needed_s:.0f} (sbatch --signal=USR1@{2 * needed_s:.0f})")
+            self.warned_s = None
 
     def _global_losses(self, agreed: Agreed) -> dict[str, Any]:
         """Return the global loss of the step just made, and of each term and of each source where there are several."""

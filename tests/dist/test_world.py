@@ -1,7 +1,7 @@
 """A rank finds its place from torchrun's or Slurm's variables, and says so when they name none."""
 import pytest
 
-from hfscale.dist.world import World
+from hfscale.dist.world import Allocation, World, allocation
 from hfscale.errors import ConfigError
 
 
@@ -17,10 +17,21 @@ def test_torchruns_variables():
 
 
 def test_slurms_variables_count_only_for_more_than_one_task():
-    slurm = {"SLURM_PROCID": "5", "SLURM_NTASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4",
+    slurm = {"SLURM_PROCID": "5", "SLURM_STEP_NUM_TASKS": "8", "SLURM_LOCALID": "1", "SLURM_NTASKS_PER_NODE": "4",
              "MASTER_ADDR": "n1", "MASTER_PORT": "29500"}
     assert World.from_environment(slurm) == World(5, 8, 1, 4, "n1", 29500)
-    assert World.from_environment({"SLURM_NTASKS": "1", "SLURM_PROCID": "0"}) == World()  # a shell inside an allocation
+    assert World.from_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == World(), "a batch script, which is no rank"
+    assert World.from_environment({"SLURM_STEP_NUM_TASKS": "1", "SLURM_PROCID": "0"}) == World(), "a shell inside an allocation"
+
+
+def test_the_allocation():
+    assert allocation({"PATH": "/bin"}) is None
+    env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
+           "SLURM_RESTART_COUNT": "3"}
+    assert allocation(env) == Allocation("12", "n[1-2]", nodes=2, gpus_per_node=8, tasks_per_node=8, restarts=3, rank=0)
+    shell = allocation({"SLURM_JOB_ID": "12", "SLURM_GPUS_PER_NODE": "a100:4", "SLURM_NTASKS_PER_NODE": "2"})
+    assert shell is not None
+    assert (shell.gpus_per_node, shell.tasks_per_node) == (4, 2), "in a shell of salloc"
 
 
 @pytest.mark.parametrize("env", [{"RANK": "4", "WORLD_SIZE": "4", "MASTER_PORT": "1"}, {"RANK": "0", "WORLD_SIZE": "2"}])

@@ -1,11 +1,14 @@
-"""A folder with what a launcher looks at before it starts ranks: a config, a manifest of shards, a tokenizer's folder."""
+"""A Slurm cluster; a folder with what a launcher looks at before it starts ranks: a config, a manifest, a tokenizer's folder."""
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
+from tests.helpers.slurm import Cluster, missing, running
 
 CONFIG = """\
 run: {name: first}
@@ -30,3 +33,12 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     made_by = TokenizerInfo(digest="0", vocab_size=10, eod_id=0)
     Manifest(dtype="uint16", tokenizer=made_by, source={}, shards=(shard,)).save(tmp_path / "shards")
     return tmp_path
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Iterator[Cluster]:
+    """A real Slurm cluster of four nodes, for this pytest worker alone."""
+    if reason := missing():
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    with running() as cluster:
+        yield cluster

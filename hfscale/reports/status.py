@@ -1,0 +1,60 @@
+"""Where a run is, from what it has written: step, loss, speed, expected end, last checkpoint."""
+from __future__ import annotations
+
+import json
+import os
+import time
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from hfscale.checkpoint import layout
+from hfscale.config.schema import RunConfig
+
+TAIL_BYTES = 65536
+
+
+def last_record(run_dir: Path) -> dict[str, Any]:
+    """Return the newest whole record of a run's metrics; empty if there is none."""
+    file = run_dir / "metrics.jsonl"
+    if not file.is_file():
+        return {}
+    with open(file, "rb") as handle:
+        handle.seek(max(0, file.stat().st_size - TAIL_BYTES))
+        for line in reversed(handle.read().split(b"\n")[:-1]):
+            try:
+                return dict(json.loads(line))
+            except ValueError:
+                continue  # torn by a kill
+    return {}
+
+
+def progress(config: RunConfig, record: dict[str, Any]) -> float:
+    """Return which part of the run is done, in [0, 1]."""
+    train = config.train
+    done = ((record["step"], train.steps), (record["tokens_seen"], train.tokens), (record.get("epoch"), train.epochs))
+    return min(1.0, next((have / whole for have, whole in done if have is not None and whole), 0.0))
+
+
+def describe(config: RunConfig, *, now: float | None = None) -> list[tuple[str, str]]:
+    """Return (name, value) lines on a run; ``now`` is in seconds of the epoch."""
+    now, run = time.time() if now is None else now, config.run_dir
+    record, saved = last_record(run), layout.committed(run / layout.FOLDER)
+    lines = [("run", str(run))]
+    if record:
+        part, quiet_s = progress(config, record), now - os.stat(run / "metrics.jsonl").st_mtime
+        left_s = record["step"] * (1 - part) / part * record["step_s"] if part else 0.0
+        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
+        end = "done" if part == 1.0 else f"{at} ({_time(left_s)} of training left)"
+        lines += [("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"), ("loss", f"{record['loss']:.4f}"),
+                  ("speed", f"{record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.3g} s a step, "
+                            f"{record['data_wait_s'] / max(record['step_s'], 1e-9):.0%} of it waiting for data"),
+                  ("expected end", end)]
+    else:
+        lines.append(("step", "none was logged yet"))
+    last = f"step {layout.step_of(saved[-1]):,}, {_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago" if saved else "none"
+    return [*lines, ("last checkpoint", last), ("attempts", str(record.get("attempt", 0)))]
+
+
+def _time(seconds: float) -> str:
+    return str(timedelta(seconds=round(seconds)))

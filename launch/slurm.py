@@ -1,0 +1,255 @@
+"""The Slurm launcher: makes the run directory, hands slurm/train.sbatch to sbatch, and tells how to follow the job.
+
+The job itself begins with ``python -m launch.slurm RANKS CONFIG_OR_RUN [key=value ...]``, which prepares its run directory on the
+first node. Inside an allocation the launcher runs the script right there instead of submitting it.
+"""
+from __future__ import annotations
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hfscale import log
+from hfscale.config.load import Loaded
+from hfscale.config.rules import notices, solve_batch
+from hfscale.config.schema import Cluster, RunConfig
+from hfscale.dist.world import Allocation, allocation
+from hfscale.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
+from hfscale.hub import local_folder
+from hfscale.log import logger
+from hfscale.reports.status import last_record
+from launch import run_dir
+from launch.queue import client, has_slurm, hold, seconds
+from launch.request import Request, check
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPT = "slurm/train.sbatch"
+SHIPPED = ("hfscale", "launch", "slurm")  # the folders of the checkout that a job needs
+LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
+LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
+REFUSED = {"no-kill": "a job that lost a node would go on and end as if all was well",
+           "array": "every task would be the same run; launch.submit has sweeps", "chdir": "a job runs in its snapshot of the code"}
+
+
+def launch(request: Request) -> int:
+    """Return 0 once the job is submitted; inside an allocation, the exit code of the run.
+
+    Raises:
+        UserError: for everything that can be known before the job starts, and what Slurm refuses. Nothing is submitted then.
+    """
+    log.setup()
+    loaded, here = request.load(), allocation()
+    config = loaded.config
+    run, cluster = config.run_dir, config.cluster
+    if request.procs or request.port:
+        raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
+                          remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
+    procs = here.nodes * here.tasks_per_node if here else cluster.nodes * tasks_per_node(cluster)
+    said = before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
+    code = code_folder(run)
+    options = [] if here else sbatch_options(config, code)
+    command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
+    said += _differences(cluster, here) if here else _accepted(options, dry_run=request.dry_run)
+    from hfscale.jobs.check import check as check_parts  # slow to import
+
+    check_parts(config)
+    for line in said:
+        logger.info(f"notice: {line}")
+    if request.dry_run:
+        print(f"cd {shlex.quote(str(code))} && {shlex.join(command)}")
+        return EXIT_DONE
+    os.environ["HFSCALE_PYTHON"] = sys.executable
+    with run_dir.locked(run):
+        prepare(loaded, launcher="slurm", procs=procs, code=code)
+        if here is None:
+            done = client(command, cwd=code)
+            if done.returncode:
+                raise _refusal(done.stderr, options)
+            job = done.stdout.strip().partition(";")[0]
+            hold(run, job)
+    if here:
+        return subprocess.run(command, cwd=code, check=False).returncode
+    print(f"job {job}: {procs} ranks on {cluster.nodes} nodes\n"
+          f"run directory {run}\nlogs          {run / 'logs'}/slurm-{job}.log and rank-*.log\n"
+          f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
+          f"stop it       scancel {job}; hfscale pretrain {run} --launcher slurm goes on\n"
+          f"curves        tensorboard --logdir {run / 'tensorboard'}")
+    return EXIT_DONE
+
+
+def tasks_per_node(cluster: Cluster) -> int:
+    return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
+
+
+def before(config: RunConfig, procs: int, *, gpus: bool, on_nodes: bool = True) -> list[str]:
+    """Return notices on a run of ``procs`` ranks, after looking at all that can be known without asking Slurm or importing torch.
+
+    Raises:
+        UserError: for the first thing that speaks against it.
+    """
+    solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
+    check(config, device_type="cuda" if gpus else "cpu")
+    if on_nodes:
+        _refuse_local_disk(config)
+    if config.model.pretrained:  # into the cache, where the nodes find it: they have no network
+        local_folder(config.model.pretrained, where="model.pretrained", weights=True)
+    return [*notices(config), *run_dir.compare(config), *(_time_to_save(config) if on_nodes else ())]
+
+
+def prepare(loaded: Loaded[RunConfig], *, launcher: str, procs: int, code: Path | None = None) -> None:
+    """Return when the run directory has the config, this attempt's entry, a folder for logs, and in ``code`` a snapshot of the code.
+
+    Raises:
+        ConfigError: if no log can be written there.
+    """
+    run_dir.compare(loaded.config)  # again, under the lock
+    run_dir.record(loaded, launcher=launcher, procs=procs)
+    if code:
+        for folder in SHIPPED:
+            shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+    logs = loaded.config.run_dir / "logs"
+    try:
+        logs.mkdir(exist_ok=True)
+        tempfile.TemporaryFile(dir=logs).close()
+    except OSError as error:
+        raise ConfigError(f"no log can be written here: {error.strerror}", where=logs,
+                          remedy="mend the folder: Slurm would end the job without a word") from None
+
+
+def code_folder(run: Path) -> Path:
+    """Return where a job's snapshot of the code lies: it runs what was submitted, whatever becomes of the checkout."""
+    return run / "code" / str(len(run_dir.attempts(run)) + 1)
+
+
+def sbatch_options(config: RunConfig, code: Path) -> list[str]:
+    """Return the options of sbatch that ``cluster:`` stands for."""
+    cluster = config.cluster
+    for name in cluster.sbatch:
+        if name in REFUSED:
+            raise ConfigError(f"--{name} is not for training: {REFUSED[name]}", where=f"cluster.sbatch.{name}", remedy="take it out")
+    values: dict[str, Any] = {
+        "job-name": config.run.name, "chdir": code, "output": config.run_dir / "logs" / "slurm-%j.log", "nodes": cluster.nodes,
+        "gpus-per-node": cluster.gpus_per_node or None, "partition": cluster.partition, "account": cluster.account,
+        "time": cluster.time, "signal": f"USR1@{cluster.signal_s}", **cluster.sbatch}
+    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
+
+
+def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
+    """Return what Slurm says of a job with these options, without submitting it.
+
+    Raises:
+        ConfigError: in Slurm's own words, if it refuses.
+    """
+    if not has_slurm():
+        if dry_run:
+            return ["there is no Slurm on this machine, so nobody was asked about partition and limits"]
+        raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy="go to a login node, or take --launcher local")
+    tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
+    if tried.returncode:
+        raise _refusal(tried.stderr, options)
+    return [line.removeprefix("sbatch: ") for line in tried.stderr.splitlines() if " to start at " in line]
+
+
+def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
+    words = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip())
+    offers = "; ".join(client(["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]).stdout.splitlines())
+    asked = " ".join(option for option in options if not option.startswith(("--chdir", "--output")))
+    return ConfigError(f"Slurm refuses the job: {words}", where="cluster", value=asked, remedy=f"this cluster has {offers}")
+
+
+def _differences(cluster: Cluster, here: Allocation) -> list[str]:
+    """Return how an allocation differs from what the config asks for: the allocation wins."""
+    pairs = {"nodes": (cluster.nodes, here.nodes), "gpus_per_node": (cluster.gpus_per_node or 0, here.gpus_per_node)}
+    return [f"the allocation has {name} {has}, not the {asked} of cluster.{name}" for name, (asked, has) in pairs.items() if asked != has]
+
+
+def _time_to_save(config: RunConfig) -> list[str]:
+    """Return a notice if saves were seen to take longer than the time between Slurm's signal and the end.
+
+    Raises:
+        ConfigError: if the time limit leaves no time to train.
+    """
+    cluster, record = config.cluster, last_record(config.run_dir)
+    needed = record.get("save_s", 0.0) + record.get("step_s", 0.0)
+    limit = seconds(cluster.time) if cluster.time else None
+    if limit is not None and limit <= max(cluster.signal_s, needed):
+        why = f"step and save take {needed:.0f} s, and the ranks are told to save {cluster.signal_s} s (cluster.signal_s) before the end"
+        raise ConfigError(f"the time limit leaves no time to train: {why}", where="cluster.time", value=cluster.time, remedy="ask for more")
+    if needed > cluster.signal_s:
+        return [f"step and save took {needed:.0f} s, Slurm warns {cluster.signal_s} s ahead: better cluster.signal_s={2 * needed:.0f}"]
+    return []
+
+
+def _refuse_local_disk(config: RunConfig) -> None:
+    """Return if run directory and hub cache are, as far as one can see, on a disk that every node sees.
+
+    Raises:
+        ConfigError: naming the one that is not.
+    """
+    places = {"run.root": config.run_dir}
+    if any(name and not Path(name).is_absolute() for name in (config.tokenizer.path, config.model.pretrained)):  # from the hub
+        places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
+    for where, path in places.items():
+        if not config.cluster.allow_local_disk and (kind := local_kind(path)):
+            raise ConfigError(f"this folder is on {kind}, which other nodes do not see", where=where, value=str(path),
+                              remedy="choose one on a shared file system, or cluster.allow_local_disk=true if it is one")
+
+
+def local_kind(path: Path) -> str | None:
+    """Return what kind of place of this node alone ``path`` is in; None where it seems shared."""
+    path = Path(os.path.realpath(path))
+    for folder in LOCAL_FOLDERS:
+        if path.is_relative_to(os.path.realpath(folder)):
+            return folder
+    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
+    _, kind = max((len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1]))
+    return f"a {kind}" if kind in LOCAL_KINDS else None
+
+
+# -------------------------------------------------------------------------------------------- inside the job
+def begin(source: str, overrides: Sequence[str], *, procs: int) -> Path:
+    """Return the run directory of the job around this process, made or found, checked, and held by the job.
+
+    Raises:
+        UserError: as ``launch``; and if another job holds it, or this one was restarted too often.
+    """
+    here = allocation()
+    if here is None:
+        raise ConfigError("this is not a Slurm job", where=SCRIPT, remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG")
+    loaded = Request(source, tuple(overrides)).load()
+    config = loaded.config
+    for line in before(config, procs, gpus=here.gpus_per_node > 0):
+        logger.info(f"notice: {line}")
+    with run_dir.locked(config.run_dir):
+        take(config, here)
+        prepare(loaded, launcher="slurm", procs=procs)
+        (config.run_dir / "exit_code").unlink(missing_ok=True)
+    logger.info(f"job {here.job_id}, restart {here.restarts}: {procs} ranks on {here.node_list}; logs: {config.run_dir / 'logs'}")
+    return config.run_dir
+
+
+def take(config: RunConfig, here: Allocation) -> None:
+    """Return if the job ``here`` now holds the run directory.
+
+    Raises:
+        UserError: if another one does, or this one was restarted too often.
+    """
+    if here.restarts > config.cluster.max_restarts:
+        raise ConfigError(f"job {here.job_id} was restarted {here.restarts} times", where="cluster.max_restarts",
+                          value=config.cluster.max_restarts, remedy="see why in the logs; then submit it again, or raise the limit")
+    hold(config.run_dir, here.job_id)
+
+
+if __name__ == "__main__":
+    log.setup()
+    try:
+        print(begin(sys.argv[2], sys.argv[3:], procs=int(sys.argv[1])))
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(EXIT_USER_ERROR)

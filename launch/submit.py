@@ -1,0 +1,145 @@
+"""Runs from Python, through submitit: ``submit`` for one, ``submit_sweep`` for a grid. Each returns submitit's Job, or a list of them.
+
+    job = submit("configs/pretrain/gpt2_small.yaml", ["run.name=mine"], nodes=2)
+    job.results()[0]                                # rank 0: {"done": True, "run_dir": ..., "step": ..., "loss": ..., ...}
+
+``cluster="local"`` runs on this machine, ``"debug"`` in this process. What a job asks for comes from ``cluster:`` of the config, then
+from ``cluster.submitit``, then from the call: names of ``submitit.AutoExecutor.update_parameters``.
+"""
+from __future__ import annotations
+
+import atexit
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import submitit
+from submitit.helpers import TorchDistributedEnvironment
+from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
+
+from hfscale import worker
+from hfscale.config.schema import RunConfig
+from hfscale.dist.stop import SIGNALS
+from hfscale.dist.world import allocation
+from hfscale.errors import EXIT_STOPPED, ConfigError
+from hfscale.reports.status import last_record
+from launch import run_dir
+from launch.queue import client, facts, has_slurm, hold, seconds
+from launch.request import Request
+from launch.slurm import before, code_folder, prepare, take, tasks_per_node
+
+
+class Train:
+    """What is pickled: no state, so that it can come from a notebook. Its argument is a path, and every rank calls it."""
+
+    def __call__(self, config: str) -> dict[str, Any]:
+        """Return the run's last record, with ``run_dir`` and whether it is ``done``. A stopped Slurm job goes back into the queue."""
+        here, run = allocation(), Path(config).parent
+        handlers, environment = {number: signal.getsignal(number) for number in SIGNALS}, dict(os.environ)
+        place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
+        try:
+            if here and place.rank == 0:
+                take(Request(str(run)).load().config, here)
+            code = worker.run(Path(config))
+        except BaseException:
+            atexit.register(os._exit, 1)  # once submitit has written what happened: the other ranks may wait in a collective for ever
+            raise
+        finally:
+            os.environ.clear()
+            os.environ.update(environment)
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        if code == EXIT_STOPPED and here and facts(here.job_id).get("JobState") == "RUNNING":  # a cancelled one would come back
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            if place.rank == 0:
+                subprocess.run(["scontrol", "requeue", here.job_id], check=True)
+            time.sleep(600)  # Slurm ends all ranks; one that returned would be taken for done
+        return {**last_record(run), "run_dir": str(run), "done": code != EXIT_STOPPED}
+
+    def checkpoint(self, config: str) -> submitit.helpers.DelayedSubmission:
+        """Return what a job that is warned before training listens does next: the same again."""
+        return submitit.helpers.DelayedSubmission(self, config)
+
+
+class QueueWatcher(SlurmInfoWatcher):
+    """States of jobs from squeue, for clusters without accounting: there submitit knows none, and waits for ever for a cancelled job."""
+
+    def _make_command(self) -> list[str] | None:
+        return ["squeue", "-h", "-t", "all", "--me", "-o", "%i|%T|%N"] if super()._make_command() else None
+
+    def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
+        text = string if isinstance(string, str) else string.decode()
+        forgotten = {job: {"State": "FORGOTTEN"} for job in self._registered}  # it ended some minutes ago
+        return forgotten | super().read_info("JobID|State|NodeList\n" + text)
+
+
+def submit(config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: Any) -> submitit.Job[dict[str, Any]]:
+    """Return the job that trains ``config``; ``options`` are those of submitit.
+
+    Raises:
+        UserError: as the command line does, before anything is submitted.
+    """
+    return _submit([Request(config, tuple(overrides))], cluster, options)[0]
+
+
+def submit_sweep(config: str, grid: Mapping[str, Sequence[Any]], overrides: Sequence[str] = (), *, cluster: str = "slurm",
+                 **options: Any) -> list[submitit.Job[dict[str, Any]]]:
+    """Return one job for each combination of ``grid`` (key -> values), as one array; each run's name ends in its values."""
+    name = Request(config, tuple(overrides)).load().config.run.name
+    requests = []
+    for values in itertools.product(*grid.values()):
+        chosen = dict(zip(grid, values, strict=True))
+        suffix = re.sub(r"[^\w.-]+", "_", "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in chosen.items()))
+        requests.append(Request(config, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items()),
+                                         f"run.name={name}-{suffix}")))
+    return _submit(requests, cluster, options)
+
+
+def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) -> list[submitit.Job[dict[str, Any]]]:
+    if cluster == "slurm" and not has_slurm():
+        raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy='submit from a login node, or with cluster="local"')
+    loads = [request.load() for request in requests]
+    first = loads[0].config
+    parameters = _parameters(first, cluster) | first.cluster.submitit | options
+    nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
+    for loaded in loads:  # all are looked at before the first one writes
+        before(loaded.config, nodes * ranks, gpus=bool(parameters.get("gpus_per_node")), on_nodes=cluster == "slurm")
+    from hfscale.jobs.check import check as check_parts  # slow to import
+
+    check_parts(first)
+    code = code_folder(first.run_dir)
+    for loaded in loads:
+        with run_dir.locked(loaded.config.run_dir):
+            prepare(loaded, launcher=f"submitit {cluster}", procs=nodes * ranks, code=code if loaded is loads[0] else None)
+    executor = submitit.AutoExecutor(folder=first.run.root / "submitit" / "%j", cluster=cluster)
+    if cluster == "slurm":
+        parameters |= {"slurm_setup": [f"cd {code}", "source slurm/site.sh", "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+                                        *parameters.get("slurm_setup", [])]}
+        if client(["sacct", "-n", "-X"]).returncode:
+            SlurmJob.watcher = QueueWatcher(delay_s=30)
+    executor.update_parameters(**parameters)
+    jobs = executor.map_array(Train(), [str(loaded.config.run_dir / run_dir.CONFIG) for loaded in loads])
+    if cluster == "slurm":
+        for loaded, job in zip(loads, jobs, strict=True):
+            hold(loaded.config.run_dir, job.job_id)
+    return jobs
+
+
+def _parameters(config: RunConfig, cluster: str) -> dict[str, Any]:
+    """Return what the config's ``cluster:`` is in submitit's words."""
+    asked = config.cluster
+    shared = {"name": config.run.name, "tasks_per_node": 1 if cluster == "debug" else tasks_per_node(asked),
+              "gpus_per_node": asked.gpus_per_node or None, "timeout_min": seconds(asked.time or "60") // 60}
+    if cluster != "slurm":
+        return shared
+    more = {"requeue": True, **{name: value for name, value in asked.sbatch.items() if name != "ntasks-per-node"}}
+    return shared | {"nodes": asked.nodes, "slurm_partition": asked.partition, "slurm_account": asked.account,
+                     "slurm_signal_delay_s": asked.signal_s, "slurm_additional_parameters": more,
+                     "slurm_srun_args": ["--kill-on-bad-exit=1"]}
