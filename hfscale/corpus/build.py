@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from hfscale.config.schema import CorpusConfig, ShardBuild
-from hfscale.corpus.encode import encode_documents
 from hfscale.corpus.ledger import Ledger, Mark
-from hfscale.corpus.progress import Progress, available_cores
+from hfscale.corpus.progress import Progress
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Counts, Document, Side, assign, check_sides
+from hfscale.encoding import available_cores, encode_documents
 from hfscale.errors import DataError
 from hfscale.shards import manifest as manifests
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
@@ -76,7 +76,8 @@ def _write(config: CorpusConfig, corpus: Corpus, sides: dict[Side, _Side], token
                 else:
                     progress.advance(document.size)
 
-        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=info.eod_id, dtype=dtype.str, procs=procs):
+        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=info.eod_id, dtype=dtype.str, procs=procs,
+                                              setting="shards.procs"):
             sides[document.side].add(document, ids)
             progress.advance(document.size, tokens=len(ids))
     for side in sides.values():

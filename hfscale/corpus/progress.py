@@ -1,13 +1,7 @@
-"""A progress bar in bytes of text, silent where there is no terminal; and how many cores this process may use."""
+"""A progress bar in bytes of text, silent where there is no terminal."""
 from __future__ import annotations
 
-import os
 from types import TracebackType
-
-
-def available_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class Progress:

@@ -37,9 +37,9 @@ def build(config: Annotated[Path, typer.Argument(help="YAML with sections source
 @app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")
 def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDataset tars with text")],
           out: Annotated[Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")] = None,  # noqa: UP045
-          field: Annotated[Optional[str], typer.Option(help="extension that holds the text; default: txt, json or text")] = None) -> None:  # noqa: UP045
+          field: Annotated[Optional[str], typer.Option(help="what holds the text: txt, json.text")] = None) -> None:  # noqa: UP045
     """Make index and manifest for raw-text tars of others. The tars are only read."""
-    from hfscale.corpus.progress import available_cores
+    from hfscale.encoding import available_cores
     from hfscale.shards.raw import index_tars
 
     folders = {tar.parent for tar in tars}
@@ -51,7 +51,7 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
     from tqdm import tqdm
 
     with tqdm(total=len(tars), desc="indexing", unit="tar", disable=None) as bar:
-        manifest = index_tars(tars, folder=out or folders.pop(), extension=field, threads=available_cores(), checked=lambda _: bar.update())
+        manifest = index_tars(tars, folder=out or folders.pop(), field=field, threads=available_cores(), checked=lambda _: bar.update())
     print(f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}")
 
 
@@ -60,7 +60,7 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one 
     """Check every byte and count against manifest and index; all damage in one report."""
     from tqdm import tqdm
 
-    from hfscale.corpus.progress import available_cores
+    from hfscale.encoding import available_cores
     from hfscale.shards.verify import manifests_at
     from hfscale.shards.verify import verify as verify_manifest
 
