@@ -31,11 +31,6 @@ R = TypeVar("R")
 _encode: Encode  # of a worker process
 
 
-def available_cores() -> int:
-    """Return the number of cores that this process may run on."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def encoder(tokenizer_json: str, *, eod_id: int, dtype: str) -> Encode:
     """Return a function from texts to ids, each text's ids followed by ``eod_id``; one thread, nothing else added."""
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism

@@ -18,7 +18,8 @@ from hfscale.corpus.ledger import Ledger, Mark
 from hfscale.corpus.progress import Progress
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Counts, Document, Side, assign, check_sides
-from hfscale.encoding import available_cores, encode_documents
+from hfscale.dist.world import available_cores
+from hfscale.encoding import encode_documents
 from hfscale.errors import DataError
 from hfscale.shards import manifest as manifests
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo

@@ -239,28 +239,25 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
 
 
 def _lanes_of_text(config: RunConfig, sources: Sequence[tuple[Source, TokenRows]], state: StreamState | None) -> int:
-    """Return the lanes of a run that reads raw text: they divide the global batch, and every source has a sample for each.
+    """Return the lanes of a run that reads raw text.
 
     Raises:
-        ConfigError: if there is no such number, or the run's length is given in epochs.
+        ConfigError: if they do not divide the global batch, a source has no sample for each, or the run's length is given in epochs.
     """
-    capped = next((source.name for source, _ in sources if source.max_epochs is not None), None)
-    if config.train.epochs is not None or capped is not None:
-        raise ConfigError("how many rows raw text has is not known before it is tokenized",
-                          where="train.epochs" if capped is None else f"max_epochs of source {capped}",
+    epochs = [f"max_epochs of source {source.name}" for source, _ in sources if source.max_epochs is not None]
+    if config.train.epochs is not None or epochs:
+        raise ConfigError("how many rows raw text has is not known before it is tokenized", where=[*epochs, "train.epochs"][0],
                           remedy="give train.steps or train.tokens and no max_epochs, or make token shards: `hfscale shards build CONFIG`")
     batch, lanes = config.train.global_batch, state.lanes if state is not None else config.data.lanes
-    most = int(min(rows.shard_rows.sum() for _, rows in sources))
+    samples = int(min(rows.shard_rows.sum() for _, rows in sources))
+    fit = [n for n in range(1, min(batch, samples) + 1) if batch % n == 0]
     if lanes == "auto":
-        return max(n for n in range(1, min(AUTO_LANES, most) + 1) if batch % n == 0)
-    if batch % lanes:
-        fit = [n for n in range(1, most + 1) if batch % n == 0] if state is None else [batch // lanes * lanes, -(-batch // lanes) * lanes]
-        raise ConfigError("with raw text the lanes must divide the global batch", value=f"{batch} / {lanes}",
-                          where="data.lanes" if state is None else "train.global_batch",
-                          remedy=f"nearest that do: {nearest_text(fit, lanes if state is None else batch)}; or data.lanes=auto")
-    if lanes > most:
-        raise ConfigError("more lanes than samples of raw text", where="data.lanes", value=lanes,
-                          remedy=f"the smallest source has {most:,} samples: give at most that, or auto")
+        return max(n for n in fit if n <= AUTO_LANES)
+    if lanes not in fit:
+        where, value = ("data.lanes", lanes) if state is None else ("train.global_batch", batch)
+        near = fit if state is None else [batch // lanes * lanes, -(-batch // lanes) * lanes]
+        raise ConfigError("raw text needs lanes that divide the global batch, and a sample of each source for each lane", where=where,
+                          value=f"{lanes} lanes, global batch {batch}, {samples:,} samples", remedy=f"{where}={nearest_text(near, value)}")
     return lanes
 
 

@@ -24,7 +24,8 @@ import numpy as np
 import torch
 
 from hfscale.dist.agree import sum_over_ranks
-from hfscale.encoding import Encoders, available_cores
+from hfscale.dist.world import available_cores
+from hfscale.encoding import Encoders
 from hfscale.errors import DataError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.raw import Encoded, Sample, encode_samples

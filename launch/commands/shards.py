@@ -39,7 +39,7 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
           out: Annotated[Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")] = None,  # noqa: UP045
           field: Annotated[Optional[str], typer.Option(help="what holds the text: txt, json.text")] = None) -> None:  # noqa: UP045
     """Make index and manifest for raw-text tars of others. The tars are only read."""
-    from hfscale.encoding import available_cores
+    from hfscale.dist.world import available_cores
     from hfscale.shards.raw import index_tars
 
     folders = {tar.parent for tar in tars}
@@ -60,7 +60,7 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one 
     """Check every byte and count against manifest and index; all damage in one report."""
     from tqdm import tqdm
 
-    from hfscale.encoding import available_cores
+    from hfscale.dist.world import available_cores
     from hfscale.shards.verify import manifests_at
     from hfscale.shards.verify import verify as verify_manifest
 

@@ -315,7 +315,7 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
     def rows(count: int) -> TokenRows:
         return HeldOutText(TokenRows(web, seq_len=SEQ), encoders, count=count)
 
-    everything = rows(10**4)
+    everything = rows(600)
     ids = [token for shard in WEB for text in shard for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     assert int(everything.shard_rows[0]) == (len(ids) - 1) // SEQ
     seen = []
@@ -333,8 +333,8 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
 
 @pytest.mark.parametrize(("train_section", "data", "says"), [
     ({"steps": None, "epochs": 1.0}, {}, r"not known before it is tokenized[\s\S]*train.epochs[\s\S]*train.tokens"),
-    ({}, {"lanes": 7}, r"must divide the global batch[\s\S]*24 / 7[\s\S]*6 or 8"),
-    ({}, {"lanes": 24}, r"more lanes than samples[\s\S]*13 samples"),
+    ({}, {"lanes": 7}, r"divide the global batch[\s\S]*7 lanes, global batch 24[\s\S]*data\.lanes=6 or 8"),
+    ({}, {"lanes": 24}, r"24 lanes[\s\S]*13 samples[\s\S]*data\.lanes=12"),
 ])  # fmt: skip
 def test_what_raw_text_cannot_do_is_refused(corpus, news, train_section, data, says):
     config = config_of(corpus, {"news": (news, 1)}, **data)
@@ -350,7 +350,7 @@ def test_lanes_are_chosen_once(corpus, encoders, news):
     assert [lanes(lanes="auto", global_batch=batch) for batch in (24, 26, 7, 34)] == [12, 13, 7, 2]
     _, saved = train(config_of(corpus, {"news": (news, 1)}, lanes="auto"), encoders, 2)
     assert lanes(saved, lanes="auto", global_batch=60) == 12
-    with pytest.raises(ConfigError, match=r"must divide the global batch[\s\S]*train.global_batch[\s\S]*24 or 36"):
+    with pytest.raises(ConfigError, match=r"divide the global batch[\s\S]*train\.global_batch=24 or 36"):
         lanes(saved, lanes="auto", global_batch=32)
     capped = config_of(corpus, {"news": (news, 1)})
     capped = RunConfig.model_validate({**capped.model_dump(by_alias=True), "data": {**capped.data.model_dump(), "sources": [
