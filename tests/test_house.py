@@ -12,7 +12,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module imports from lower floors, and from its own package; errors.py is under everything
     {"errors", "registry", "log", "hub"},
-    {"config", "shards", "tokenizer", "dist", "monitor", "metrics"},
+    {"config", "shards", "tokenizer", "encoding", "dist", "monitor", "metrics"},
     {"corpus", "stream", "models", "engine"},
     {"objectives", "checkpoint"},
     {"tasks"},

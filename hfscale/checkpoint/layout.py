@@ -48,9 +48,9 @@ def committed(folder: Path) -> list[Path]:
     return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
 
 
-def newest_state(run_dir: Path) -> dict[str, Any] | None:
-    """Return what the newest committed checkpoint of a run says of its position, or None if there is none."""
-    found = committed(run_dir / FOLDER)
+def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] | None:
+    """Return what the newest committed checkpoint of a run (from ``before`` a step) says of its position, or None if there is none."""
+    found = [path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before]
     return json.loads((found[-1] / STATE).read_text("utf-8")) if found else None
 
 

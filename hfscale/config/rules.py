@@ -25,7 +25,7 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
                       f"a run is as long as exactly one of train.steps, train.epochs and train.tokens says, here {given}{remedy}"))
     if train.global_batch % train.micro_batch:
         found.append(("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}; "
-                      f"{_nearest_text(_divisors(train.global_batch), train.micro_batch)} would"))
+                      f"{nearest_text(_divisors(train.global_batch), train.micro_batch)} would"))
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
                       "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
@@ -86,11 +86,11 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
     if rest == 0:
         return BatchPlan(global_batch, micro_batch, accumulation, world_size)
     unit = micro_batch * world_size
-    offers = [f"train.global_batch={_nearest_text([accumulation * unit, (accumulation + 1) * unit], global_batch)}"]
+    offers = [f"train.global_batch={nearest_text([accumulation * unit, (accumulation + 1) * unit], global_batch)}"]
     if global_batch % world_size == 0:
-        offers.append(f"train.micro_batch={_nearest_text(_divisors(global_batch // world_size), micro_batch)}")
+        offers.append(f"train.micro_batch={nearest_text(_divisors(global_batch // world_size), micro_batch)}")
     if global_batch % micro_batch == 0:
-        offers.append(f"world_size {_nearest_text(_divisors(global_batch // micro_batch), world_size)}")
+        offers.append(f"world_size {nearest_text(_divisors(global_batch // micro_batch), world_size)}")
     raise ConfigError(f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} ranks",
                       where="train.global_batch", value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
                       remedy=", or ".join(offers))
@@ -108,7 +108,7 @@ def _divisors(number: int) -> list[int]:
     return [n for n in range(1, number + 1) if number % n == 0] if number < 10**6 else [1, number]
 
 
-def _nearest_text(values: list[int], wanted: int) -> str:
+def nearest_text(values: list[int], wanted: int) -> str:
     """Return the greatest value below and the least above ``wanted``."""
     below, above = [v for v in values if 0 < v < wanted], [v for v in values if v > wanted]
     return " or ".join(str(v) for v in (*below[-1:], *above[:1]))

@@ -59,7 +59,7 @@ class Tokenizer(Section):
 
 
 class Source(Section):
-    """One corpus of token shards, named by its ``manifest.json`` (or the folder that holds it)."""
+    """One corpus of token shards, or of indexed tars of raw text, named by its ``manifest.json`` (or the folder that holds it)."""
 
     name: str = "text"
     shards: PathOrUrl
@@ -96,6 +96,7 @@ class Data(Section):
     on_error: Literal["stop", "skip"] = "stop"  # skip: rows that touch damaged data train nothing, and are counted
     max_skipped: Fraction = 0.001  # of the rows read; more than that stops the run
     prefetch_steps: Positive = 2  # steps that the reader thread prepares ahead, at least
+    tokenize_procs: Union[Literal["auto"], Positive] = "auto"  # of each rank, for sources of raw text; auto: its share of the cores
 
 
 class Model(Section):

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from hfscale.config.schema import CorpusConfig, ShardBuild
-from hfscale.corpus.encode import encode_documents
 from hfscale.corpus.ledger import Ledger, Mark, open_ledger
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Counts, Document, Side, assign, check_sides
 from hfscale.dist.world import available_cores
+from hfscale.encoding import encode_documents
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
 from hfscale.shards import manifest as manifests
@@ -72,7 +72,7 @@ def _write(config: CorpusConfig, corpus: Corpus, sides: dict[Side, _Side], token
                 else:
                     bar.update(document.size)
 
-        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=eod_id, dtype=dtype, procs=procs):
+        for document, ids in encode_documents(pending(), tokenizer_json, eod_id=eod_id, dtype=dtype, procs=procs, setting="shards.procs"):
             sides[document.side].add(document, ids)
             tokens += len(ids)
             bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)

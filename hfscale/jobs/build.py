@@ -32,6 +32,7 @@ from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows, Stream, StreamState
 from hfscale.stream.mixture import Mixture, open_mixture
+from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import Evaluator
 from hfscale.training.loop import Trainer, TrainState
@@ -63,8 +64,12 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
     rows, order = open_mixture(config, parts, saved=saved)
+    position = StreamState.from_dict(saved["stream"]) if saved else None
+    if order.raw:
+        rows = TextRows(rows, order, open_encoders(config, tokenizer, local_ranks=world.local_world_size), state=position,
+                        global_batch=train.global_batch, rank=world.rank, world_size=world.world_size)
     stream = Stream(rows, order, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=world.rank,
-                    world_size=world.world_size, state=StreamState.from_dict(saved["stream"]) if saved else None,
+                    world_size=world.world_size, state=position,
                     prefetch_steps=data.prefetch_steps, with_documents=not data.cross_document, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=order.rows, seq_len=data.seq_len)
@@ -105,9 +110,12 @@ def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTok
     held_out = config.data.validation
     if held_out is None:
         return {}
-    rows = EvaluationRows(open_rows(held_out.shards, config, tokenizer), count=held_out.rows, micro_batch=config.train.micro_batch,
-                          rank=world.rank, world_size=world.world_size, with_documents=not config.data.cross_document)
-    return {"evaluator": Evaluator(objective, rows), "validate_every": held_out.every_steps}
+    rows = open_rows(held_out.shards, config, tokenizer)
+    if rows.raw:
+        rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=held_out.rows)
+    scored = EvaluationRows(rows, count=held_out.rows, micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
+                            with_documents=not config.data.cross_document)
+    return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
 
 
 def describe(config: RunConfig, order: Mixture, tokenizer: PreTrainedTokenizerFast, world: World,

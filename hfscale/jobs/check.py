@@ -12,7 +12,7 @@ from hfscale.models.build import check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
-from hfscale.tokenizer import load_tokenizer, tokenizer_digest, vocabulary_size
+from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
 
 
 def check(config: RunConfig) -> None:
@@ -42,6 +42,9 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
         DataError: if another one did, or there are ids that it cannot give.
     """
     rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip")
+    if rows.raw:
+        end_of_document_id(tokenizer)
+        return rows
     assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
     if rows.manifest.max_id >= vocabulary_size(tokenizer):
         raise DataError("these shards hold ids that the tokenizer does not have", where=shards,

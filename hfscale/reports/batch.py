@@ -18,8 +18,10 @@ from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import digest_rows
+from hfscale.stream.loader import StreamState
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.text import TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer
 
 
@@ -57,20 +59,29 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     skip = config.data.on_error == "skip"
     parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip) for source in config.data.sources]
     data, order = open_mixture(config, parts, saved=newest_state(run_dir))  # it knows the weights of earlier attempts
-    places = order.locate(np.arange(start, stop))
+    tokenizer, positions = load_tokenizer(config.tokenizer.path), np.arange(start, stop)
+    if order.raw:  # its lanes are walked from the nearest checkpoint on
+        saved = newest_state(run_dir, before=step)
+        data = TextRows(data, order, open_encoders(config, tokenizer), global_batch=config.train.global_batch,
+                        state=StreamState.from_dict(saved["stream"]) if saved else None)
+    places = order.locate(positions)
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
-    valid = data.fill(places.shard, places.row, ids_BL)
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    rows = []
+    prepared, rows = data.prepare(places.shard, places.row, positions=positions), []
+    prepared.fill(slice(0, len(positions)), ids_BL)
     sources = [order.names[number] for number in data.source_of(places.shard)]
     for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
         (manifest, entry), first = data.shard(shard), row * config.data.seq_len
-        if not valid[k]:
-            rows.append(Row(start + k, sources[k], entry.name, first, "damaged", (), "(skipped)"))
-            continue
-        reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
-        (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
-        rows.append(Row(start + k, sources[k], entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))
+        text = str(tokenizer.decode(ids_BL[k, :-1].tolist())) if prepared.valid[k] else "(skipped)"
+        if isinstance(data, TextRows) and k in data.pieces:
+            place: tuple[str, int, str, tuple[int, ...]] = data.locate(k)
+        elif prepared.valid[k]:
+            reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
+            (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
+            place = entry.name, first, member, (begins, ends)
+        else:
+            place = entry.name, first, "damaged", ()
+        rows.append(Row(start + k, sources[k], *place, text))
+    data.close()
     logged = records.get(step, {}).get("batch_digest")
     return Step(rows, digest_rows(ids_BL[:, :-1]), logged)
 

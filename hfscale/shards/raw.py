@@ -1,10 +1,13 @@
-"""Index and manifest for raw-text WebDataset tars that others made. The tars themselves are only read."""
+"""Raw-text WebDataset tars that others made: their index and manifest, and the text of their samples. The tars are only read."""
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -15,37 +18,42 @@ from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
 from hfscale.shards.tars import Member, walk
 from hfscale.shards.verify import file_digest
 
-EXTENSIONS = ("txt", "json", "text")  # where the text is looked for, in this order
+FIELDS = ("txt", "json.text", "text")  # where the text is looked for, in this order
 
 
-def index_tars(tars: Sequence[Path], *, folder: Path, extension: str | None, threads: int,
+def index_tars(tars: Sequence[Path], *, folder: Path, field: str | None, threads: int,
                checked: Callable[[ShardEntry], None] = lambda entry: None) -> Manifest:
     """Return the manifest written into ``folder`` with one ``.idx`` a tar: a member a sample, the one that holds its text.
 
-    Samples are what webdataset makes of the tar: consecutive members of one key, the name up to the first dot.
+    Samples are what webdataset makes of the tar: consecutive members of one key, the name up to the first dot. ``field`` is the rest of
+    the name of the member with the text, and after ``json`` the place of the text in it (``json.text``); None: one of FIELDS, whichever
+    the first sample has. It is part of the manifest.
 
     Raises:
         DataError: for a damaged tar, a sample without text, or where another index or manifest is in the way.
     """
     if not tars:
         raise DataError("no tars to index", remedy="give files such as data/*.tar")
-    stems = [tar.stem for tar in tars]
+    tars, stems = sorted(tars), [tar.stem for tar in tars]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
         raise DataError("two tars of one name would share an index", value=f"{twice}.idx",
                         remedy="index them into different folders (--out)")
+    if field is None:
+        _, first = next(_samples(tars[0]), ("", {}))
+        field = next((known for known in FIELDS if _split(known)[0] in first), FIELDS[0])
     folder.mkdir(parents=True, exist_ok=True)
 
     def one(tar: Path) -> tuple[ShardEntry, ShardIndex]:
-        index = _index(tar, extension)
+        index = _index(tar, field)
         entry = ShardEntry(name=os.path.relpath(tar, folder), bytes=tar.stat().st_size, tokens=0, documents=len(index.members),
                            digest=index.tar_digest, max_id=-1)
         checked(entry)
         return entry, index
 
     with ThreadPoolExecutor(threads) as pool:
-        made = list(pool.map(one, sorted(tars)))
-    source = {"format": "webdataset", "extension": extension or "first of " + ", ".join(EXTENSIONS)}
+        made = list(pool.map(one, tars))
+    source = {"format": "webdataset", "field": field}
     manifest = Manifest(dtype=TEXT, tokenizer=None, source=source, shards=tuple(entry for entry, _ in made), folder=folder)
     _refuse_other(manifest)
     for entry, index in made:
@@ -54,37 +62,96 @@ def index_tars(tars: Sequence[Path], *, folder: Path, extension: str | None, thr
     return manifest
 
 
-def _index(tar: Path, extension: str | None) -> ShardIndex:
+def text_of(payload: bytes, field: str) -> str:
+    """Return the text in a member's payload.
+
+    Raises:
+        ValueError: if it is not UTF-8, or its JSON has no such text; the message goes on from "the text of a sample".
+    """
+    _, place = _split(field)
+    try:
+        value: Any = payload.decode("utf-8-sig")
+        value = json.loads(value) if place else value
+        for part in place:
+            if not isinstance(value, dict) or part not in value:
+                raise ValueError(f"is not under {field!r}: {nearest(part, value) if isinstance(value, dict) else 'not an object'}")
+            value = value[part]
+        if not isinstance(value, str):
+            raise ValueError(f"is no string: {value!r:.60}")
+        value.encode()
+    except UnicodeError:
+        raise ValueError("is not UTF-8") from None
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"is not in JSON: {error}") from None
+    return value
+
+
+Sample = tuple[Path, int, int, int]  # tar; offset, size and checksum of the member with the text
+Encoded = tuple[np.ndarray, np.ndarray, dict[int, str]]  # of samples: ids end to end, where each ends, what is wrong with some
+
+
+def encode_samples(encode: Callable[[list[str]], list[np.ndarray]], samples: Sequence[Sample], field: str, verify: bool,
+                   filler: np.ndarray) -> Encoded:
+    """Return the samples' ids, with ``filler`` in place of a damaged one. Runs in processes of its own."""
+    texts, damage = list[str](), dict[int, str]()
+    for number, (path, offset, size, checksum) in enumerate(samples):
+        try:
+            with open(path, "rb") as file:
+                file.seek(offset)
+                payload = file.read(size)
+            if len(payload) < size or (verify and xxhash.xxh3_64_intdigest(payload) != checksum):
+                raise ValueError("is cut off" if len(payload) < size else "does not match its checksum")
+            texts.append(text_of(payload, field))
+        except (OSError, ValueError) as error:
+            damage[number] = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+    whole = iter(encode(texts))
+    ids = [filler if number in damage else next(whole) for number in range(len(samples))]
+    return np.concatenate(ids), np.cumsum([len(part) for part in ids]), damage
+
+
+def _split(field: str) -> tuple[str, list[str]]:
+    """Return the extension of the member that ``field`` names, and the keys that lead to the text in its JSON (none: it is the text)."""
+    extension, dot, place = field.partition("json")
+    if dot and (not extension or extension.endswith(".")) and (not place or place.startswith(".")):
+        return extension + "json", (place[1:] or "text").split(".")
+    return field, []
+
+
+def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+    """Yield the key of each sample, and its members by the rest of their names."""
     from webdataset.tariterators import base_plus_ext
 
-    rows: list[tuple[int, int, int, int, int]] = []
+    current, members = "", dict[str, Member]()
+    for member in walk(tar):
+        key, name = base_plus_ext(member.name)
+        if key is None or Path(member.name).name.startswith(".") or re.match(r"__[^/]*__($|/)", member.name):
+            continue  # webdataset passes over these too
+        if key != current and members:
+            yield current, members
+            members = {}
+        if name.lower() in members:
+            raise DataError("a sample has two members of one name", where=f"{tar}, member {member.name}")
+        current, members[name.lower()] = key, member
+    if members:
+        yield current, members
+
+
+def _index(tar: Path, field: str) -> ShardIndex:
+    rows = list[tuple[int, int, int, int, int]]()
+    extension, _ = _split(field)
     with open(tar, "rb") as file:
-        def close(key: str, members: dict[str, Member]) -> None:
-            member = next((members[name] for name in ([extension] if extension else EXTENSIONS) if name in members), None)
-            if member is None:
+        for key, members in _samples(tar):
+            if (member := members.get(extension)) is None:
                 raise DataError("a sample has no text", where=f"{tar}, sample {key}", value=sorted(members),
-                                remedy=f"name the extension that holds it (--field): {nearest(extension or 'txt', members)}")
+                                remedy=f"name the extension that holds it (--field): {nearest(extension, members)}")
             file.seek(member.offset)
             payload = file.read(member.size)
             try:
-                payload.decode()
-            except UnicodeDecodeError:
-                raise DataError("the text of a sample is not UTF-8", where=f"{tar}, member {member.name}") from None
+                text_of(payload, field)
+            except ValueError as error:
+                raise DataError(f"the text of a sample {error}", where=f"{tar}, member {member.name}",
+                                remedy="say where the text is, e.g. --field txt or --field json.text, or leave this tar out") from None
             rows.append((member.offset, member.size, 0, 1, xxhash.xxh3_64_intdigest(payload)))
-
-        current, members = "", dict[str, Member]()
-        for member in walk(tar):
-            key, name = base_plus_ext(member.name)
-            if key is None or Path(member.name).name.startswith("."):
-                continue  # webdataset passes over these too
-            if key != current and members:
-                close(current, members)
-                members = {}
-            if name.lower() in members:
-                raise DataError("a sample has two members of one name", where=f"{tar}, member {member.name}")
-            current, members[name.lower()] = key, member
-        if members:
-            close(current, members)
     if not rows:
         raise DataError("a tar without samples", where=tar)
     return ShardIndex(file_digest(tar), np.array(rows, MEMBER))

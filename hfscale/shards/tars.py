@@ -43,7 +43,21 @@ def walk(path: Path) -> Iterator[Member]:
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
                 end = tar.offset  # type: ignore[attr-defined]
         except tarfile.TarError as error:
-            raise DataError(f"not a readable tar: {error}", where=path, remedy=remedy + " (compressed tars are not supported)") from None
+            raise DataError(f"not a readable tar: {error}", where=path, remedy=remedy + "; a compressed one must be unpacked: samples are "
+                            "found by their place in it") from None
         file.seek(end)
         if file.read(512).strip(b"\0") or size < end + 512:
             raise DataError(f"the tar ends without its closing zero block, or is damaged, at offset {end:,}", where=path, remedy=remedy)
+
+
+def name_at(path: Path, offset: int) -> str:
+    """Return the name of the member whose payload begins at ``offset``, or "?" where the tar does not tell (any more)."""
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset - tarfile.BLOCKSIZE)
+            name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
+        if len(name) < tarfile.LENGTH_NAME and "?" not in name and name.isascii():  # whole; else it may stand in a header before this one
+            return name
+        return next((member.name for member in walk(path) if member.offset == offset), "?")
+    except (OSError, DataError, tarfile.TarError, ValueError):
+        return "?"

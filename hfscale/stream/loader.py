@@ -28,13 +28,14 @@ if TYPE_CHECKING:
     from hfscale.stream.mixture import Mixture
 
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
-PLAN_ROWS, PLAN_TOKENS = 2**15, 2**25  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
+PLAN_ROWS = 2**15  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
 STATE_VERSION = 1
 
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB."""
+    """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB, and of raw text
+    two numbers a lane."""
 
     fingerprint: str  # of the data
     seed: int
@@ -45,6 +46,7 @@ class StreamState:
     consumed_rows: int = 0
     sources: dict[str, list[Any]] = field(default_factory=dict)  # of a mixture: name -> [start of the fingerprint, rows consumed]
     phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
+    cursors: list[list[list[int]]] = field(default_factory=list)  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
     version: int = STATE_VERSION
 
     @property
@@ -60,7 +62,7 @@ class StreamState:
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON types."""
         content = {**asdict(self), "consumed_tokens": self.consumed_tokens}
-        return {name: value for name, value in content.items() if self.sources or name not in ("sources", "phases")}
+        return {name: value for name, value in content.items() if value or name not in ("sources", "phases", "cursors")}
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
@@ -79,7 +81,7 @@ class Stream:
     """This rank's micro-batches of each step, from any state on, on any number of ranks.
 
     ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares ``prefetch_steps`` ahead, or what PLAN_ROWS and
-    PLAN_TOKENS allow, where that is more. ``take`` and ``advance`` belong to one thread.
+    ``rows.plan_tokens`` allow, where that is more. ``take`` and ``advance`` belong to one thread.
 
     Raises:
         DataError: if ``state`` is of other data or of another order; it names what differs.
@@ -95,7 +97,7 @@ class Stream:
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         self._share = global_batch // world_size  # rows of this rank in a step
-        self._plan_steps = max(prefetch_steps, min(PLAN_ROWS, PLAN_TOKENS // rows.seq_len) // global_batch)
+        self._plan_steps = max(prefetch_steps, min(PLAN_ROWS, rows.plan_tokens // rows.seq_len) // global_batch)
         self._documents_per = micro_batch if with_documents else 0
         slab_steps = max(1, min(self._plan_steps, SLAB_TOKENS // (self._share * rows.seq_len)))
         self._slab = _Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory)
@@ -128,11 +130,12 @@ class Stream:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
         assert self._step < self._steps, "advance() without take()"
         self._consumed += self._global_batch
+        self._rows.advance(self._consumed)
         self._step += 1
 
     def state(self) -> StreamState:
-        """Return where the stream stands: after the steps that were completed by ``advance``."""
-        return replace(self._opened, consumed_rows=self._consumed, **self._order.record(self._consumed))
+        """Return where the stream stands: after the steps that were completed by ``advance``. All ranks call this together."""
+        return replace(self._opened, consumed_rows=self._consumed, **self._order.record(self._consumed), **self._rows.record())
 
     @property
     def consumed_tokens(self) -> int:
@@ -140,11 +143,12 @@ class Stream:
         return self._consumed * self._rows.seq_len
 
     def epochs(self) -> dict[str, Any]:
-        """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far, with the fraction under way."""
-        return self._order.epochs(self._consumed)
+        """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far. All ranks call this together."""
+        return self._order.epochs(self._consumed) | self._rows.epochs(self._consumed)
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
+        self._rows.close()
         self._reader.shutdown(cancel_futures=True)
         self._closed = True
 
@@ -153,7 +157,7 @@ class Stream:
         positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
                                       world_size=self._world_size).ravel()
         places = self._order.locate(positions)
-        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per)
+        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per, positions=positions)
 
 
 class EvaluationRows:

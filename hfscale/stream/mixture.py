@@ -21,11 +21,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfscale.config.rules import total_steps
-from hfscale.config.schema import RunConfig
+from hfscale.config.rules import nearest_text, total_steps
+from hfscale.config.schema import RunConfig, Source
 from hfscale.errors import ConfigError, DataError
 from hfscale.stream.loader import StreamState
-from hfscale.stream.order import Order, Places, deal, key_of, mix, permute
+from hfscale.stream.order import AUTO_LANES, Order, Places, deal, key_of, mix, permute
 from hfscale.stream.rows import TokenRows
 
 _SOURCES, _SLOTS = 3, 4  # purposes of a key; order.py has the others
@@ -102,13 +102,15 @@ def _rows_before(phases: Sequence[Phase]) -> np.ndarray:
 class Mixture:
     """The order of a run over S sources; with one source it is that source's own. The same interface as ``Order``.
 
-    ``fingerprints`` names the sources and their data; ``firsts`` numbers their shards through (``TokenRows.joined``).
+    ``fingerprints`` names the sources and their data; shards are numbered through (``TokenRows.joined``). The order of a source of
+    ``raw`` text is that of its samples; where its rows lie only ``text.py`` knows. With such a source lanes are of the run's positions.
     """
 
-    def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase], end: int | None) -> None:
+    def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase], end: int | None,
+                 raw: Sequence[int] = ()) -> None:
         self.names, self.end, self._fingerprints, self._phases = tuple(fingerprints), end, fingerprints, phases
-        self.seed, self.block, self.lanes = orders[0].seed, orders[0].block, orders[0].lanes
-        self._orders = orders
+        self.seed, self.block, self.lanes = orders[0].seed, orders[0].block, orders[raw[0] if raw else 0].lanes
+        self.orders, self.raw = orders, raw
         self._rows, self._lanes = (np.array([getattr(order, what) for order in orders]) for what in ("rows", "lanes"))
         self._first_shards = np.cumsum([0, *(len(order.shard_rows) for order in orders)])
         self.rows = int(self._rows.sum())  # one epoch: as many rows as all sources hold
@@ -128,7 +130,7 @@ class Mixture:
         """Return the source of each position (n), and the place of its row in that source's own order (n)."""
         if self.end is not None:
             positions = np.minimum(positions, self.end - 1)  # what is read ahead of the end is never trained on
-        if len(self._orders) == 1:
+        if len(self.orders) == 1:
             return np.zeros_like(positions), positions
         phase = np.searchsorted(self._begins, positions, side="right") - 1
         size = self._ends[phase, -1]
@@ -143,18 +145,23 @@ class Mixture:
     def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
         """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on."""
         positions = start + np.arange(count * global_batch, dtype=np.int64)
-        source, cursor = self.place(positions)
-        lane = source << 40 | cursor % self._rows[source] % self._lanes[source]
+        if self.raw:
+            lane = positions % self.lanes
+        else:
+            source, cursor = self.place(positions)
+            lane = source << 40 | cursor % self._rows[source] % self._lanes[source]
         return deal(positions.reshape(count, global_batch), lane.reshape(count, global_batch), rank=rank, world_size=world_size)
 
     def locate(self, positions: np.ndarray) -> Places:
-        """Return the places of ``positions`` (n); epochs and lanes are those of each row's source."""
+        """Return the places of ``positions`` (n); epochs and lanes are those of each row's source. For raw text: its first shard."""
         source, cursor = self.place(positions)
-        if len(self._orders) == 1:
-            return self._orders[0].locate(cursor)
-        places = Places(*(np.empty_like(positions) for _ in range(4)))
-        for number, order in enumerate(self._orders):
-            if (at := np.flatnonzero(source == number)).size:
+        if len(self.orders) == 1 and not self.raw:
+            return self.orders[0].locate(cursor)
+        places = Places(*(np.zeros_like(positions) for _ in range(4)))
+        for number, order in enumerate(self.orders):
+            if (at := np.flatnonzero(source == number)).size and number in self.raw:
+                places.shard[at] = self._first_shards[number]
+            elif at.size:
                 found = order.locate(cursor[at])
                 places.epoch[at], places.lane[at], places.row[at] = found.epoch, found.lane, found.row
                 places.shard[at] = found.shard + self._first_shards[number]
@@ -165,18 +172,18 @@ class Mixture:
         phase = int(np.searchsorted(self._begins, position, side="right")) - 1
         block, slot = divmod(position - int(self._begins[phase]), int(self._ends[phase, -1]))
         source, _ = self.place(np.arange(position - slot, position))
-        return self._before[phase] + block * self._counts[phase] + np.bincount(source, minlength=len(self._orders))
+        return self._before[phase] + block * self._counts[phase] + np.bincount(source, minlength=len(self.orders))
 
     def epochs(self, position: int) -> dict[str, Any]:
         """Return the passes over all the data, and over each source where there are several."""
-        if len(self._orders) == 1:
-            return self._orders[0].epochs(position)
+        if len(self.orders) == 1:
+            return self.orders[0].epochs(position)
         passes = (self.consumed(position) / self._rows).tolist()
         return {"epoch": position / self.rows, "source_epoch": dict(zip(self.names, passes, strict=True))}
 
     def record(self, position: int) -> dict[str, Any]:
         """Return what the state of a stream must say of the mixture at ``position``: its sources, and the phases begun; one has none."""
-        if len(self._orders) == 1:
+        if len(self.orders) == 1:
             return {}
         rows = self.consumed(position).tolist()
         return {"sources": {name: [print_[:12], n] for (name, print_), n in zip(self._fingerprints.items(), rows, strict=True)},
@@ -197,8 +204,10 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
     names = list(dict.fromkeys([*_known(state, {name: part.fingerprint for name, (_, part) in given.items()}), *given]))
     rows = TokenRows.joined([given[name][1] for name in names])
+    raw = [number for number, name in enumerate(names) if given[name][1].raw]
+    lanes = _lanes_of_text(config, [given[names[number]] for number in raw], state) if raw else data.lanes
     orders = [Order(given[name][1].shard_rows, seed=config.run.seed if number == 0 else int(key_of(config.run.seed, number, _SOURCES)[0]),
-                    lanes=data.lanes, block=data.block) for number, name in enumerate(names)]
+                    lanes=lanes if number in raw else data.lanes, block=data.block) for number, name in enumerate(names)]
 
     step, consumed = (saved["step"], state.consumed_rows) if saved and state else (0, 0)
     steps = total_steps(train, rows=sum(order.rows for order in orders), seq_len=data.seq_len)
@@ -226,7 +235,30 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     if end is not None and consumed + (steps - step) * train.global_batch > end:
         raise ConfigError(f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
                           where="data.sources", remedy="give more epochs or more data, or fewer train.steps")
-    return rows, Mixture(orders, fingerprints={name: given[name][1].fingerprint for name in names}, phases=phases, end=end)
+    return rows, Mixture(orders, fingerprints={name: given[name][1].fingerprint for name in names}, phases=phases, end=end, raw=raw)
+
+
+def _lanes_of_text(config: RunConfig, sources: Sequence[tuple[Source, TokenRows]], state: StreamState | None) -> int:
+    """Return the lanes of a run that reads raw text.
+
+    Raises:
+        ConfigError: if they do not divide the global batch, a source has no sample for each, or the run's length is given in epochs.
+    """
+    epochs = [f"max_epochs of source {source.name}" for source, _ in sources if source.max_epochs is not None]
+    if config.train.epochs is not None or epochs:
+        raise ConfigError("how many rows raw text has is not known before it is tokenized", where=[*epochs, "train.epochs"][0],
+                          remedy="give train.steps or train.tokens and no max_epochs, or make token shards: `hfscale shards build CONFIG`")
+    batch, lanes = config.train.global_batch, state.lanes if state is not None else config.data.lanes
+    samples = int(min(rows.shard_rows.sum() for _, rows in sources))
+    fit = [n for n in range(1, min(batch, samples) + 1) if batch % n == 0]
+    if lanes == "auto":
+        return max(n for n in fit if n <= AUTO_LANES)
+    if lanes not in fit:
+        where, value = ("data.lanes", lanes) if state is None else ("train.global_batch", batch)
+        near = fit if state is None else [batch // lanes * lanes, -(-batch // lanes) * lanes]
+        raise ConfigError("raw text needs lanes that divide the global batch, and a sample of each source for each lane", where=where,
+                          value=f"{lanes} lanes, global batch {batch}, {samples:,} samples", remedy=f"{where}={nearest_text(near, value)}")
+    return lanes
 
 
 def _known(state: StreamState | None, fingerprints: Mapping[str, str]) -> list[str]:

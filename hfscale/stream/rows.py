@@ -13,7 +13,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
@@ -60,7 +60,7 @@ class Prepared:
 
     def __init__(self, address: np.ndarray, held: Sequence[np.ndarray], *, length: int, valid: np.ndarray, source: np.ndarray,
                  boundaries: Sequence[np.ndarray], blocked: Mapping[int, DataError]) -> None:
-        self.valid, self.source, self.boundaries, self._blocked = valid, source, boundaries, blocked
+        self.valid, self.source, self.boundaries, self.blocked = valid, source, boundaries, blocked
         self._held = held  # while they are, addresses are good
         lowest = min(held, key=_address)
         self._index = address - _address(lowest)
@@ -68,14 +68,22 @@ class Prepared:
         self._breaks = np.cumsum(np.diff(self._steps, prepend=0) != 0)  # where rows stop being equally far apart
         self._windows = as_strided(lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False)
 
+    @classmethod
+    def copied(cls, ids: np.ndarray, begins: Sequence[np.ndarray], documents_per: int, **fields: Any) -> Prepared:
+        """Return the rows ``ids`` (n, L + 1), in each of which documents begin at ``begins`` (n)."""
+        length, per = ids.shape[1], max(1, documents_per)
+        flat = [begin - 1 + k % per * (length - 1) for k, begin in enumerate(begins)]
+        boundaries = [np.concatenate(flat[k:k + per]) for k in range(0, len(flat), per)] if documents_per else []
+        return cls(_address(ids) + np.arange(len(ids)) * length, [ids.reshape(-1)], length=length, boundaries=boundaries, **fields)
+
     def fill(self, part: slice, ids_BL: np.ndarray) -> None:
         """Return with ``ids_BL`` (B, L + 1; any integer dtype) filled with the B rows of ``part``.
 
         Raises:
             DataError: if one of them is of a shard that is missing or damaged and not to be skipped.
         """
-        if self._blocked and (bad := sorted(self._blocked.keys() & range(part.start, part.stop))):
-            raise self._blocked[bad[0]]
+        if self.blocked and (bad := sorted(self.blocked.keys() & range(part.start, part.stop))):
+            raise self.blocked[bad[0]]
         first, step = int(self._index[part.start]), int(self._steps[part.start])
         if len(ids_BL) > 1 and step > 0 and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
             ids_BL[:] = self._windows[first:first + len(ids_BL) * step:step]
@@ -89,27 +97,28 @@ class TokenRows:
     """The rows of the shards of one manifest. Not for two threads at once.
 
     With ``skip`` a row that touches a damaged chunk is filled with FILLER_ID and reported as not valid, where it would else be an error;
-    ``damage`` then has what was found, by (shard, chunk), where chunk -1 is the whole shard.
+    ``damage`` then has what was found, by (shard, chunk), where chunk -1 is the whole shard. Of ``raw`` text ``shard_rows`` counts samples,
+    and only ``text.py`` can prepare its rows.
 
     Raises:
-        DataError: if the manifest is missing or damaged, is of raw text, or no shard is as long as a row.
+        DataError: if the manifest is missing or damaged, or no shard is as long as a row.
     """
+
+    plan_tokens = 2**25  # at most, of all ranks, that are prepared at once
 
     def __init__(self, path: str | Path, *, seq_len: int, verify: bool = True, skip: bool = False) -> None:
         self.manifest = Manifest.load(path)
         self.manifests = [self.manifest]
         self._first_shards = np.array([0])  # of each manifest, shards numbered through
-        if self.manifest.dtype == TEXT:
-            raise DataError("these are shards of raw text, not of tokens", where=path,
-                            remedy="make token shards of them: `hfscale shards build CONFIG`")
-        self.seq_len, self._verify, self._skip = seq_len, verify, skip
+        self.raw, self.seq_len, self.verify, self._skip = self.manifest.dtype == TEXT, seq_len, verify, skip
         self.damage: dict[tuple[int, int], DataError] = {}
-        self.shard_rows = np.array([max(0, shard.tokens - 1) // seq_len for shard in self.manifest.shards], dtype=np.int64)
-        if not self.shard_rows.any():
+        rows = [shard.documents if self.raw else max(0, shard.tokens - 1) // seq_len for shard in self.manifest.shards]
+        self.shard_rows = np.array(rows, dtype=np.int64)
+        if not self.raw and not self.shard_rows.any():
             longest = max((shard.tokens for shard in self.manifest.shards), default=0)
             raise DataError("no shard is as long as a row", where=path, value=longest,
                             remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len")
-        self._filler = np.full(seq_len + 1, FILLER_ID, self.manifest.numpy_dtype)
+        self._filler = np.full(seq_len + 1, FILLER_ID, "<u4" if self.raw else self.manifest.numpy_dtype)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
         self._near: set[tuple[int, int]] = set()  # (shard, chunk): read for the rows that were prepared last
         self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
@@ -140,10 +149,11 @@ class TokenRows:
         """What names the data: the digest of its manifest (the first one's)."""
         return self.manifest.fingerprint
 
-    def prepare(self, shards: np.ndarray, rows: np.ndarray, *, documents_per: int = 0) -> Prepared:
+    def prepare(self, shards: np.ndarray, rows: np.ndarray, *, documents_per: int = 0, positions: np.ndarray | None = None) -> Prepared:
         """Return row ``rows[k]`` of shard ``shards[k]``, for each k of n, ready to be copied: read from disk and verified.
 
-        ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are wanted; 0: not at all.
+        ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are wanted; 0: not at all. ``positions`` (n)
+        are those in the run, which matter to raw text only.
         What is missing or damaged stops ``Prepared.fill`` at the first row that needs it, unless it is to be skipped.
         """
         n, L = len(shards), self.seq_len
@@ -210,6 +220,19 @@ class TokenRows:
         prepared.fill(slice(0, len(shards)), ids_BL)
         return prepared.valid
 
+    def advance(self, consumed: int) -> None:
+        """Return with ``consumed`` rows of the run noted: nothing to do where the order alone says which rows those were."""
+
+    def record(self) -> dict[str, Any]:
+        """Return what the state of a stream must hold of its rows; raw text has more to say, and of the ``epochs`` too."""
+        return {}
+
+    def epochs(self, consumed: int) -> dict[str, Any]:
+        return {}
+
+    def close(self) -> None:
+        """Return with nothing left that works for these rows: what prepares them may end in an error."""
+
     def _note(self, shard: int, chunk: int, error: DataError) -> None:
         """Log damage that is to be skipped when it is first met."""
         if self._skip and (shard, chunk) not in self.damage:
@@ -222,7 +245,7 @@ class TokenRows:
             if len(self._open) >= self._most_open:
                 self._open.popitem(last=False)
             manifest, entry = self.shard(shard)
-            self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self._verify, partial=self._skip)
+            self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self.verify, partial=self._skip)
         self._open.move_to_end(shard)
         return self._open[shard]
 

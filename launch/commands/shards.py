@@ -37,7 +37,7 @@ def build(config: Annotated[Path, typer.Argument(help="YAML with sections source
 @app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")
 def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDataset tars with text")],
           out: Annotated[Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")] = None,  # noqa: UP045
-          field: Annotated[Optional[str], typer.Option(help="extension that holds the text; default: txt, json or text")] = None) -> None:  # noqa: UP045
+          field: Annotated[Optional[str], typer.Option(help="what holds the text: txt, json.text")] = None) -> None:  # noqa: UP045
     """Make index and manifest for raw-text tars of others. The tars are only read."""
     from hfscale.dist.world import available_cores
     from hfscale.log import progress_bar
@@ -50,7 +50,7 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
         raise DataError("the tars lie in several folders", value=sorted(map(str, folders))[:4],
                         remedy="say where the manifest goes: --out FOLDER")
     with progress_bar("indexing", len(tars), unit="tar") as bar:
-        manifest = index_tars(tars, folder=out or folders.pop(), extension=field, threads=available_cores(), checked=lambda _: bar.update())
+        manifest = index_tars(tars, folder=out or folders.pop(), field=field, threads=available_cores(), checked=lambda _: bar.update())
     print(f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}")
 
 

@@ -73,7 +73,7 @@ def raw(folder: Path) -> Manifest:
                 info = tarfile.TarInfo(member)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    return index_tars(tars, folder=folder, extension=None, threads=1)
+    return index_tars(tars, folder=folder, field=None, threads=1)
 
 
 def test_samples_come_by_position_and_key(tmp_path: Path) -> None:

@@ -115,7 +115,7 @@ def test_tars_of_others_are_indexed_as_webdataset_groups_them(tmp_path: Path) ->
     tars = [write_tar(tmp_path / f"raw-{k}.tar", {f"d/{k}{i}.{e}": f"文 {k}{i} {e}".encode() for i in range(5) for e in ("json", "txt")})
             for k in range(2)]
     before = [tar.read_bytes() for tar in tars]
-    manifest = index_tars(tars, folder=tmp_path / "index", extension=None, threads=2)
+    manifest = index_tars(tars, folder=tmp_path / "index", field=None, threads=2)
     assert manifests_at(tmp_path / "index") == [manifest]
     assert (manifest.dtype, manifest.documents) == ("text", 10)
     for entry, tar in zip(manifest.shards, tars, strict=True):
@@ -125,16 +125,16 @@ def test_tars_of_others_are_indexed_as_webdataset_groups_them(tmp_path: Path) ->
         assert [data[m["offset"]:m["offset"] + m["bytes"]] for m in members] == expected
     assert verify(manifest, threads=1) == []
     assert [tar.read_bytes() for tar in tars] == before
-    assert index_tars(tars, folder=tmp_path / "index", extension=None, threads=2) == manifest
+    assert index_tars(tars, folder=tmp_path / "index", field=None, threads=2) == manifest
     with pytest.raises(DataError, match="another manifest"):
-        index_tars(tars[:1], folder=tmp_path / "index", extension=None, threads=2)
+        index_tars(tars[:1], folder=tmp_path / "index", field=None, threads=2)
     with pytest.raises(DataError, match="raw text"):
         document_lengths(manifest)
 
 
 def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     def index(members: dict[str, bytes], extension: str | None = None) -> None:
-        index_tars([write_tar(tmp_path / "x.tar", members)], folder=tmp_path, extension=extension, threads=1)
+        index_tars([write_tar(tmp_path / "x.tar", members)], folder=tmp_path, field=extension, threads=1)
 
     with pytest.raises(DataError, match=r"no text(?s:.*)sample a(?s:.*)'jpg'"):
         index({"a.jpg": b""})
@@ -147,7 +147,7 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="without samples"):
         index({})
     with pytest.raises(DataError, match="share an index"):
-        index_tars([write_tar(tmp_path / n / "x.tar", {"a.txt": b"x"}) for n in "ab"], folder=tmp_path, extension=None, threads=1)
+        index_tars([write_tar(tmp_path / n / "x.tar", {"a.txt": b"x"}) for n in "ab"], folder=tmp_path, field=None, threads=1)
     (tmp_path / "x.idx").write_bytes(b"of another program")
     with pytest.raises(DataError, match="index"):
         index({"a.txt": b"x"})

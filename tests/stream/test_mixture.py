@@ -109,7 +109,7 @@ def test_any_chain_of_weights_repeats_and_loses_nothing(layout, other, steps):
 
 def test_one_source_is_its_own_order():
     mixture = make([40], [(0, [0.3])], block=1)
-    order = mixture._orders[0]
+    order = mixture.orders[0]
     positions = np.random.default_rng(0).integers(0, 400, 100)
     for ours, theirs in zip(vars(mixture.locate(positions)).values(), vars(order.locate(positions)).values()):
         np.testing.assert_array_equal(ours, theirs)

@@ -1,0 +1,143 @@
+"""Texts to token ids in processes of their own, for builds of shards and for runs on raw text.
+
+The processes end with the one that started them, however that ends, and are deaf to the signals that ask it to stop: it still needs
+them for the step under way. What comes out does not depend on how many there are.
+"""
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import threading
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+
+from hfscale.errors import DataError
+
+if TYPE_CHECKING:
+    from tokenizers import Tokenizer
+
+BATCH_BYTES = 1 << 19  # of text that a process takes at once
+AHEAD = 4  # batches a process that may wait: bounds the memory
+DEAF = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to Ctrl-C, a launcher, Slurm: they mean our parent, and reach us too
+
+Encode = Callable[[list[str]], list[np.ndarray]]
+R = TypeVar("R")
+_encode: Encode  # of a worker process
+
+
+def encoder(tokenizer_json: str, *, eod_id: int, dtype: str) -> Encode:
+    """Return a function from texts to ids, each text's ids followed by ``eod_id``; one thread, nothing else added."""
+    os.putenv("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism
+    from tokenizers import Tokenizer
+
+    tokenizer: Tokenizer = Tokenizer.from_str(tokenizer_json)
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.array([*encoding.ids, eod_id], dtype) for encoding in encodings]
+
+    return encode
+
+
+class Encoders:
+    """``procs`` processes that have loaded the tokenizer. ``setting`` is the config key that says how many, for an error's remedy."""
+
+    def __init__(self, tokenizer_json: str, *, eod_id: int, dtype: str, procs: int, setting: str) -> None:
+        self.procs, self._setting = procs, setting
+        context = multiprocessing.get_context("spawn")  # forking a process that has threads is not safe
+        self._pool = ProcessPoolExecutor(procs, mp_context=context, initializer=_start_worker, initargs=(tokenizer_json, eod_id, dtype))
+
+    def submit(self, task: Callable[..., R], *args: Any) -> Callable[[], R]:
+        """Return what waits for ``task(encode, *args)``, a function of a module that is quick to import, run in one of the processes.
+
+        Raises:
+            DataError: there or here, if a process was killed (as a rule, for want of memory).
+        """
+        waiting = self._unbroken(self._pool.submit, _work, task, *args)
+        return lambda: self._unbroken(waiting.result)
+
+    def close(self) -> None:
+        """Return with the processes told to end; what they have not begun is dropped."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _unbroken(self, call: Callable[..., R], *args: Any) -> R:
+        try:
+            return call(*args)
+        except BrokenProcessPool as error:
+            for process in list((self._pool._processes or {}).values()):  # type: ignore[attr-defined]
+                process.kill()  # else the pool would wait for them: it asks them to end with a signal that they do not hear
+            raise DataError("a tokenizing process was killed", remedy=f"most often memory ran out: set {self._setting} lower and run the "
+                            "same command again, it continues") from error
+
+
+def encode_documents(documents: Iterable[Any], tokenizer_json: str, *, eod_id: int, dtype: str, procs: int,
+                     setting: str) -> Iterator[tuple[Any, np.ndarray]]:
+    """Yield each document (it has a ``text``, and its ``size`` in bytes) with its ids, end-of-document id included, in their order.
+
+    Raises:
+        DataError: if a worker process is killed.
+    """
+    if procs == 1:
+        encode = encoder(tokenizer_json, eod_id=eod_id, dtype=dtype)
+        for batch in _batches(documents):
+            yield from zip(batch, encode([document.text for document in batch]), strict=True)
+        return
+    encoders = Encoders(tokenizer_json, eod_id=eod_id, dtype=dtype, procs=procs, setting=setting)
+    waiting: deque[tuple[list[Any], Callable[[], list[np.ndarray]]]] = deque()
+    try:
+        for batch in _batches(documents):
+            waiting.append((batch, encoders.submit(_encode_texts, [document.text for document in batch])))
+            if len(waiting) >= procs * AHEAD:
+                yield from _finish(*waiting.popleft())
+        while waiting:
+            yield from _finish(*waiting.popleft())
+    finally:
+        encoders.close()
+
+
+def _finish(batch: list[Any], encoded: Callable[[], list[np.ndarray]]) -> Iterator[tuple[Any, np.ndarray]]:
+    return zip(batch, encoded(), strict=True)
+
+
+def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
+    batch: list[Any] = []
+    size = 0
+    for document in documents:
+        batch.append(document)
+        size += document.size
+        if size >= BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _encode_texts(encode: Encode, texts: list[str]) -> list[np.ndarray]:
+    return encode(texts)
+
+
+def _work(task: Callable[..., R], *args: Any) -> R:
+    return task(_encode, *args)
+
+
+def _start_worker(tokenizer_json: str, eod_id: int, dtype: str) -> None:
+    global _encode
+    for number in DEAF:
+        signal.signal(number, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)  # a parent that was killed cannot tell us
+
+    threading.Thread(target=follow, daemon=True).start()
+    _encode = encoder(tokenizer_json, eod_id=eod_id, dtype=dtype)
