@@ -118,9 +118,8 @@ class Manifest:
 
     def changes(self, other: Manifest) -> str:
         """Return in words what ``other`` has that this one has not, or differently."""
-        ours, theirs = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
-        shards = {"added": theirs.keys() - ours.keys(), "removed": ours.keys() - theirs.keys(),
-                  "changed": {name for name in ours.keys() & theirs.keys() if ours[name] != theirs[name]}}
+        old, new = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
+        shards = {"added": new.keys() - old, "removed": old.keys() - new, "changed": {n for n in old if new.get(n, old[n]) != old[n]}}
         found = [f"shards {how}: {len(names):,}, the first {min(names)}" for how, names in shards.items() if names]
         found += [f"another {name}" for name in ("dtype", "tokenizer", "source") if getattr(self, name) != getattr(other, name)]
         return "; ".join(found or ["the order of the shards"])

@@ -275,10 +275,8 @@ def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Pa
     """Return the names of the sources that a checkpoint has seen, in its order, after checking that they are here and the same."""
     if state is None:
         return []
-    seen = {name: print_ for name, (print_, _) in state.sources.items()}
-    if not seen:  # a run of one source, whose name is free
-        same = (name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint)
-        seen = {next(same, next(iter(given))): state.fingerprint}
+    of_one = next((name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint), next(iter(given)))  # any name
+    seen = {name: print_ for name, (print_, _) in state.sources.items()} or {of_one: state.fingerprint}
     for name, print_ in seen.items():
         if name not in given:
             raise DataError(f"source {name} of the checkpoint is gone", where="data.sources", value=[*given],
