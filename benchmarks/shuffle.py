@@ -30,8 +30,8 @@ DOCS = Path(__file__).parents[1] / "docs"
 
 INTRO = f"""
 One epoch of {{shards}} shards of {{rows:,}} rows, in global batches of {BATCH}: by stock `webdataset` {webdataset.__version__}, with
-`shardshuffle` over all shards and `.shuffle({BUFFER})` on each rank, which has its share of the tars; and by ours with the defaults. A batch
-of ours mixes at least {{ratio:.1f}} times as many shards and places. Printed by `python -m benchmarks.shuffle`.
+`shardshuffle` over all shards and `.shuffle({BUFFER})` on each rank, which has its share of the tars; and by ours with the defaults. A
+batch of ours mixes at least {{ratio:.1f}} times as many shards and places. Printed by `python -m benchmarks.shuffle`.
 
 ![Where in the corpus the rows of sixty batches stand](shuffle.png)
 """
