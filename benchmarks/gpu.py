@@ -1,7 +1,8 @@
 """tokens/s and MFU on one GPU: `hfscale pretrain` against a hand-written torch loop and a hand-written DeepSpeed loop, bf16.
 
 Needs no network: it makes its own token shards. One GPT-2 of 124 M and one Llama-like model of 1 B parameters, each with and
-without compile; the candidates stay alive together on the GPU and take turns. What to bring is in gpu.md.
+without compile; the candidates stay alive together on the GPU and take turns. What to bring is in gpu.md. Before that, kernels.py
+looks whether documents are kept apart on this GPU's kernels.
 
     python -m benchmarks.gpu [--models gpt2-124m llama-1b] [--turns 5] [--out FILE]
     python -m benchmarks.gpu --tiny           # all of its code on a CPU, in a few minutes; the figures mean nothing
@@ -17,6 +18,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import kernels
 from benchmarks.candidates import Work
 from benchmarks.common import machine, ratio, record, spread, table
 from benchmarks.synthetic import make_shards, make_tokenizer
@@ -118,6 +120,10 @@ def main() -> None:
     what = torch.cuda.get_device_name(device) if device.type == "cuda" else "no GPU: a trial of the code, the figures mean nothing"
     where = f"{what}; {machine('torch', 'deepspeed', 'transformers')}"
     models, tokens = (TINY, 10**5) if asked.tiny else ({name: MODELS[name] for name in asked.models}, 3 * 10**7)
+    if asked.tiny or asked.out is not None:
+        print(kernels.report(tiny=asked.tiny, turns=asked.turns), flush=True)
+    else:
+        record("gpu_isolation", kernels.report(turns=asked.turns))
     lines: list[list[str]] = []
     for name, model in models.items():
         with tempfile.TemporaryDirectory(prefix="hfscale-gpu-") as folder:

@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from hfscale.config.schema import TextSource
 from hfscale.errors import DataError, nearest
-from hfscale.shards.tars import walk
+from hfscale.shards.tars import PICKLED, walk
 
 EXAMPLES = 3  # of skipped files that a report names
 
@@ -166,7 +166,7 @@ def _webdataset(file: Path, column: str) -> Iterator[tuple[str, Any]]:
         pass
     for sample in WebDataset(str(file), shardshuffle=False, empty_check=False):
         where = f"{file}, sample {sample['__key__']}"
-        row = {key: value for key, value in sample.items() if not key.startswith("__")}
+        row = {key: value for key, value in sample.items() if not key.startswith("__") and key not in PICKLED}
         if column == "json" and column in row:
             row[column] = _parsed(row[column], where, "member .json is not JSON")
         elif column in row:

@@ -31,7 +31,7 @@ from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows, Stream, StreamState
-from hfscale.stream.mixture import Mixture, open_mixture
+from hfscale.stream.mixture import Mixture, kept_manifest, open_mixture
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import Evaluator
@@ -64,6 +64,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
     rows, order = open_mixture(config, parts, saved=saved)
+    for part in parts if world.rank == 0 else ():
+        part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
     position = StreamState.from_dict(saved["stream"]) if saved else None
     if order.raw:
         rows = TextRows(rows, order, open_encoders(config, tokenizer, local_ranks=world.local_world_size), state=position,

@@ -33,6 +33,13 @@ def special_ids(tokenizer: Any) -> dict[str, int | None]:
     return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad if pad not in (bos, eos) else None}
 
 
+def first_position(config: PretrainedConfig) -> int:
+    """Return the position id of a row's first token."""
+    if config.model_type not in _OFFSET_POSITIONS:
+        return 0
+    return 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1  # MPNet's is written into its code
+
+
 def check_model_config(
     model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None
 ) -> PretrainedConfig:
@@ -152,7 +159,7 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
     positions = getattr(config, key, None)
     if not isinstance(positions, int) or positions < 1:
         return  # relative positions (T5, XLNet): no limit
-    taken = (config.pad_token_id or 0) + 1 if config.model_type in _OFFSET_POSITIONS else 0
+    taken = first_position(config)
     if seq_len > positions - taken:
         raise ConfigError(
             f"rows of {seq_len} tokens need more than the model's {positions} positions", where=f"data.seq_len, model.config.{key}",

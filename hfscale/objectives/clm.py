@@ -17,7 +17,7 @@ from torch import Tensor
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.objectives.isolation import keep_apart, movement
+from hfscale.objectives.isolation import check_apart, keep_apart, movement
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -62,30 +62,17 @@ class CausalLM(Objective):
         config, middle = self.setting.model_config, self.setting.seq_len // 2
         assert config is not None, "check() needs Setting.model_config"
         shape = (self.setting.micro_batch, self.setting.seq_len)  # as in training: the live kernels, no recompilation
-        first, second = slice(0, middle), slice(middle, None)
-        documents_BT = torch.zeros(shape, dtype=torch.int32)
-        documents_BT[:, second] = 1
 
         def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
             batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
             return self.logits(model, batch.to(device))
 
-        moved = movement(lambda ids_BT: logits(ids_BT, None), shape, config.vocab_size, changed=second, watched=first)
+        moved = movement(lambda ids_BT: logits(ids_BT, None), shape, config.vocab_size, changed=slice(middle, None), watched=slice(middle))
         if moved:
             raise ConfigError(
                 f"clm: the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
                 where="model.architecture", value=config.model_type,
                 remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm",
             )  # fmt: skip
-        if self.setting.cross_document:
-            return
-        try:
-            moved = movement(lambda ids_BT: logits(ids_BT, documents_BT), shape, config.vocab_size, changed=first, watched=second)
-            leak = f"documents leak: changing document A moves the logits of document B by {moved:.3g}" if moved else ""
-        except (TypeError, ValueError) as error:  # an architecture without position ids, or with a mask of its own
-            leak = f"this architecture cannot keep documents apart: {error}"
-        if leak:
-            raise ConfigError(
-                leak, where="data.cross_document: false", value=f"{config.model_type} with attention {config._attn_implementation}",
-                remedy="set model.attention=sdpa, choose an architecture that takes position ids, or set data.cross_document=true",
-            )  # fmt: skip
+        if not self.setting.cross_document:
+            check_apart(logits, shape, config=config)

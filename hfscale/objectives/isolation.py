@@ -12,27 +12,34 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from hfscale.errors import ConfigError
+from hfscale.models.build import first_position
+
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
-def keep_apart(model: Any, inputs: dict[str, Tensor], document_ids_BT: Tensor, *, config: PretrainedConfig) -> Tensor:
-    """Return ``logits_BTV`` of a causal ``model`` in which every token sees its own document only."""
-    positions_BT = document_positions(document_ids_BT)
+def keep_apart(model: Any, inputs: dict[str, Tensor], document_ids_BT: Tensor, *, config: PretrainedConfig, causal: bool = True) -> Tensor:
+    """Return ``logits_BTV`` of ``model`` in which every token sees its own document only: what is before it (``causal``), or all of it."""
+    positions_BT = document_positions(document_ids_BT) + first_position(config)
     if config._attn_implementation == "flash_attention_2":  # knows packed documents in one flat row only
         flat = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
-        logits = model(**flat, position_ids=positions_BT.reshape(1, -1), use_cache=False).logits
-        return logits.view(*document_ids_BT.shape, -1)
-    if has_sliding_window(config):  # a mask of ours would replace the window; transformers finds the documents by their positions
-        return model(**inputs, position_ids=positions_BT, use_cache=False).logits
-    dtype = getattr(model, "module", model).dtype  # an engine shows its model; the mask must have the precision it computes in
-    mask_B1TT = document_mask(document_ids_BT, dtype=dtype)
-    return model(**inputs, position_ids=positions_BT, attention_mask=mask_B1TT, use_cache=False).logits
+        return model(**flat, position_ids=positions_BT.reshape(1, -1), use_cache=False).logits.view(*document_ids_BT.shape, -1)
+    dtype = getattr(model, "module", model).dtype  # an engine shows its model; masks must have the precision it computes in
+    masks = attention_masks(document_ids_BT, dtype=dtype, config=config, causal=causal)
+    return model(**inputs, position_ids=positions_BT, attention_mask=masks, use_cache=False).logits
 
 
-def has_sliding_window(config: PretrainedConfig) -> bool:
-    """Return whether some layer attends to a window shorter than the row may be."""
-    return bool(getattr(config, "sliding_window", None)) and bool(getattr(config, "use_sliding_window", True))
+def attention_masks(document_ids_BT: Tensor, *, dtype: torch.dtype, config: PretrainedConfig, causal: bool) -> Tensor | dict[str, Tensor]:
+    """Return the additive ``mask_B1TT`` of all layers; where only some attend to a window, one for each kind of layer."""
+    window = getattr(config, "sliding_window", None) if getattr(config, "use_sliding_window", True) else None
+    window = window if window and window < document_ids_BT.shape[1] else None
+    kinds = getattr(config, "layer_types", None) or ["sliding_attention"]
+    if strange := {*kinds} - {"full_attention", "sliding_attention"}:
+        raise ValueError(f"it has layers of {' and '.join(sorted(strange))}")
+    windows = {kind: window if kind == "sliding_attention" else None for kind in kinds}
+    masks = {width: document_mask(document_ids_BT, dtype=dtype, causal=causal, window=width) for width in set(windows.values())}
+    return {kind: masks[width] for kind, width in windows.items()} if len(masks) > 1 else masks.popitem()[1]
 
 
 def document_positions(document_ids_BT: Tensor) -> Tensor:
@@ -43,11 +50,34 @@ def document_positions(document_ids_BT: Tensor) -> Tensor:
     return t_BT - t_BT.where(starts_BT, 0).cummax(1).values
 
 
-def document_mask(document_ids_BT: Tensor, *, dtype: torch.dtype) -> Tensor:
-    """Return the additive ``mask_B1TT``: 0 where a token may look (back, in its own document), the lowest number elsewhere."""
-    same_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
-    mask_BTT = torch.zeros(same_BTT.shape, dtype=dtype, device=same_BTT.device).masked_fill_(~same_BTT.tril_(), torch.finfo(dtype).min)
-    return mask_BTT.unsqueeze(1)
+def document_mask(document_ids_BT: Tensor, *, dtype: torch.dtype, causal: bool = True, window: int | None = None) -> Tensor:
+    """Return the additive ``mask_B1TT``: 0 where a token may look, the lowest number elsewhere.
+
+    It may look at its own document, there only at itself and back if ``causal``, and no further than transformers' sliding ``window``.
+    """
+    seen_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
+    if causal:
+        seen_BTT.tril_()
+    if window is not None:
+        seen_BTT.triu_(causal - window).tril_(window - causal)
+    return torch.where(seen_BTT, seen_BTT.new_zeros((), dtype=dtype), torch.finfo(dtype).min).unsqueeze(1)
+
+
+def check_apart(logits_of: Callable[[Tensor, Tensor], Tensor], shape: tuple[int, int], *, config: PretrainedConfig) -> None:
+    """Refuse (ConfigError) a live model in which changing one document moves another's logits, given by ids and document ids (B, T)."""
+    first, second = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
+    documents_BT = torch.zeros(shape, dtype=torch.int32)
+    documents_BT[:, second] = 1
+    try:
+        moved = max(movement(lambda ids_BT: logits_of(ids_BT, documents_BT), shape, config.vocab_size, changed=changed, watched=watched)
+                    for changed, watched in ((first, second), (second, first)))
+        leak = f"documents leak: changing one moves the logits of another by {moved:.3g}" if moved else ""
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # no position ids, or a mask of its own
+        leak = f"this architecture cannot keep documents apart: {error}"
+    if leak:
+        raise ConfigError(leak, where="data.cross_document: false",
+                          value=f"{config.model_type} with attention {config._attn_implementation}", remedy="set model.attention=sdpa, "
+                          "choose an architecture that takes position ids and a mask, or set data.cross_document=true")
 
 
 @torch.no_grad()

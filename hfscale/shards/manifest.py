@@ -100,6 +100,7 @@ class Manifest:
     def save(self, folder: str | Path) -> Path:
         """Return the path of the ``manifest.json`` written into ``folder``, whole or not at all."""
         path = Path(folder) / FILE_NAME
+        path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(self._content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
         return path
 
@@ -114,6 +115,14 @@ class Manifest:
         """SHA-256 (hex) of the manifest's canonical JSON: equal exactly when the data is equal."""
         canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(canonical.encode()).hexdigest()
+
+    def changes(self, other: Manifest) -> str:
+        """Return in words what ``other`` has that this one has not, or differently."""
+        old, new = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
+        shards = {"added": new.keys() - old, "removed": old.keys() - new, "changed": {n for n in old if new.get(n, old[n]) != old[n]}}
+        found = [f"shards {how}: {len(names):,}, the first {min(names)}" for how, names in shards.items() if names]
+        found += [f"another {name}" for name in ("dtype", "tokenizer", "source") if getattr(self, name) != getattr(other, name)]
+        return "; ".join(found or ["the order of the shards"])
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

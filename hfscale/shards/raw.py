@@ -15,7 +15,7 @@ import xxhash
 from hfscale.errors import DataError, nearest
 from hfscale.shards.index import MEMBER, ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
-from hfscale.shards.tars import Member, walk
+from hfscale.shards.tars import PICKLED, Member, walk
 from hfscale.shards.verify import file_digest
 
 FIELDS = ("txt", "json.text", "text")  # where the text is looked for, in this order
@@ -141,9 +141,10 @@ def _index(tar: Path, field: str) -> ShardIndex:
     extension, _ = _split(field)
     with open(tar, "rb") as file:
         for key, members in _samples(tar):
-            if (member := members.get(extension)) is None:
+            if (member := members.get(extension)) is None or extension in PICKLED:
+                known = nearest(extension, members.keys() - PICKLED)
                 raise DataError("a sample has no text", where=f"{tar}, sample {key}", value=sorted(members),
-                                remedy=f"name the extension that holds it (--field): {nearest(extension, members)}")
+                                remedy=f"name the extension that holds it, never a pickle (--field): {known}")
             file.seek(member.offset)
             payload = file.read(member.size)
             try:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 from hfscale.errors import DataError
 
+PICKLED = {"pkl", "pickle", "pyd", "pt", "pth", "joblib"}  # extensions that nothing here opens: a pickle runs whatever it says
+
 
 @dataclass(frozen=True)
 class Member:

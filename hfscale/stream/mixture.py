@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -24,6 +25,7 @@ import numpy as np
 from hfscale.config.rules import nearest_text, total_steps
 from hfscale.config.schema import RunConfig, Source
 from hfscale.errors import ConfigError, DataError
+from hfscale.shards.manifest import Manifest
 from hfscale.stream.loader import StreamState
 from hfscale.stream.order import AUTO_LANES, Order, Places, deal, key_of, mix, permute
 from hfscale.stream.rows import TokenRows
@@ -202,7 +204,10 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     data, train = config.data, config.train
     state = StreamState.from_dict(saved["stream"]) if saved else None
     given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
-    names = list(dict.fromkeys([*_known(state, {name: part.fingerprint for name, (_, part) in given.items()}), *given]))
+    if len(dtypes := {part.manifest.dtype: name for name, (_, part) in given.items()}) > 1:
+        raise DataError("the sources have ids of unlike dtypes", where="data.sources", value=dtypes,
+                        remedy="one tokenizer gives one dtype: build the shards again with the run's")
+    names = list(dict.fromkeys([*_known(state, {name: part.manifest for name, (_, part) in given.items()}, config.run_dir), *given]))
     rows = TokenRows.joined([given[name][1] for name in names])
     raw = [number for number, name in enumerate(names) if given[name][1].raw]
     lanes = _lanes_of_text(config, [given[names[number]] for number in raw], state) if raw else data.lanes
@@ -261,14 +266,24 @@ def _lanes_of_text(config: RunConfig, sources: Sequence[tuple[Source, TokenRows]
     return lanes
 
 
-def _known(state: StreamState | None, fingerprints: Mapping[str, str]) -> list[str]:
+def kept_manifest(run_dir: Path, fingerprint: str) -> Path:
+    """Return the folder where a run keeps a copy of a source's manifest, to say what has changed if it is resumed on other data."""
+    return run_dir / "data" / fingerprint[:12]
+
+
+def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Path) -> list[str]:
     """Return the names of the sources that a checkpoint has seen, in its order, after checking that they are here and the same."""
-    if state is None or not state.sources:  # of one source, ``Stream`` compares the fingerprint; its name is free
-        return [name for name, print_ in fingerprints.items() if state is not None and print_ == state.fingerprint]
-    for name, (print_, _) in state.sources.items():
-        if not fingerprints.get(name, "").startswith(print_):
-            now = f"{fingerprints[name][:12]} now" if name in fingerprints else "not in data.sources now"
-            raise DataError(f"source {name} of the checkpoint {'has other data' if name in fingerprints else 'is gone'}",
-                            where="data.sources", value=f"{print_} in the checkpoint, {now}",
-                            remedy="give it back; weight 0 stops reading a source, and other data take a name of their own")
-    return list(state.sources)
+    if state is None:
+        return []
+    of_one = next((name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint), next(iter(given)))  # any name
+    seen = {name: print_ for name, (print_, _) in state.sources.items()} or {of_one: state.fingerprint}
+    for name, print_ in seen.items():
+        if name not in given:
+            raise DataError(f"source {name} of the checkpoint is gone", where="data.sources", value=[*given],
+                            remedy="give it back; weight 0 stops reading a source")
+        if not (now := given[name]).fingerprint.startswith(print_):
+            kept = kept_manifest(run_dir, print_)
+            raise DataError(f"source {name} of the checkpoint has other data", where=now.folder,
+                            value=Manifest.load(kept).changes(now) if kept.is_dir() else f"{print_[:12]} then, {now.fingerprint[:12]} now",
+                            remedy="give back the data as it was; other data take a source of their own")
+    return list(seen)

@@ -60,7 +60,7 @@ def resolve_lanes(lanes: Union[Literal["auto"], int], rows: int, *, block: int =
         return min(AUTO_LANES, -(-rows // block))
     if lanes > rows:
         raise ConfigError("more lanes than rows of an epoch", where="data.lanes", value=lanes,
-                          remedy=f"these shards hold {rows:,} rows of data.seq_len tokens: give at most that, or auto")
+                          remedy=f"a source holds only {rows:,} rows of data.seq_len tokens: give at most that, or auto")
     return int(lanes)
 
 

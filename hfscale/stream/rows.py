@@ -116,7 +116,7 @@ class TokenRows:
         self.shard_rows = np.array(rows, dtype=np.int64)
         if not self.raw and not self.shard_rows.any():
             longest = max((shard.tokens for shard in self.manifest.shards), default=0)
-            raise DataError("no shard is as long as a row", where=path, value=longest,
+            raise DataError("no shard is as long as a row" if longest else "an empty source: it has no tokens", where=path, value=longest,
                             remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len")
         self._filler = np.full(seq_len + 1, FILLER_ID, "<u4" if self.raw else self.manifest.numpy_dtype)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()

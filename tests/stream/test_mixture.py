@@ -194,7 +194,7 @@ def web(make_corpus) -> Path:
 
 @pytest.fixture(scope="module")
 def code(make_corpus) -> Path:
-    return make_corpus(20_000, dtype="uint32", seed=1).folder
+    return make_corpus(20_000, seed=1).folder
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_the_state_stays_small(make_corpus):
     stream.close()
 
 
-def test_what_cannot_be_mixed_is_refused(web, code, maths):
+def test_what_cannot_be_mixed_is_refused(web, code, maths, make_corpus):
     with pytest.raises(ConfigError, match=r"code is too small[\s\S]*data.sources"):
         open_parts(config_of(sources(web=(web, 1), code=(code, 0.01))))
     with pytest.raises(ConfigError, match=r"code is too small[\s\S]*data.stages.0.weights"):
@@ -276,6 +276,8 @@ def test_what_cannot_be_mixed_is_refused(web, code, maths):
         open_parts(config_of(sources(web=(web, 1, 1), code=(code, 1, 1))))
     with pytest.raises(ConfigError, match="max_epochs after step 38"):
         open_parts(config_of(sources(web=(web, 1, 1))))
+    with pytest.raises(DataError, match=r"unlike dtypes[\s\S]*'uint16': 'web', 'uint32': 'wide'[\s\S]*one tokenizer gives one dtype"):
+        open_parts(config_of(sources(web=(web, 1), wide=(make_corpus(2_000, dtype="uint32").folder, 1))))
     _, _, saved = train(config_of(sources(web=(web, 0.5), code=(code, 0.5))), 3)
     with pytest.raises(DataError, match=r"code of the checkpoint is gone[\s\S]*weight 0"):
         open_parts(config_of(sources(web=(web, 0.5), maths=(maths, 0.5))), saved)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfscale.errors import ConfigError, DataError
-from hfscale.stream.order import Order, mix, permute, resolve_lanes
+from hfscale.stream.order import Order, key_of, mix, permute, resolve_lanes
 
 layouts = st.tuples(
     st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),  # rows of each shard
@@ -155,6 +155,62 @@ def test_every_input_bit_moves_every_output_bit(bits):
     for changed in changes:
         flips = ((y ^ changed)[:, None] >> np.arange(bits) & 1).mean(axis=0)
         assert np.abs(flips - 0.5).max() < 0.03  # 10 sigma of the sample; a bijection of 64 values is off by 0.008 itself
+
+
+@pytest.mark.parametrize("changed", range(3))
+@pytest.mark.parametrize("bit", [0, 1, 7, 20, 40])
+def test_every_bit_of_a_seed_an_epoch_or_a_block_moves_every_bit_of_its_key(changed: int, bit: int):
+    """Seeds, epochs and blocks are small numbers that differ in low bits: 1 and 2 must give keys as unlike as any."""
+    flips = np.zeros(64)
+    for number in range(500):
+        words = [number, number % 7, 1 + number % 4]
+        other = [word ^ (1 << bit if place == changed else 0) for place, word in enumerate(words)]
+        keys = mix(np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*words)) ^ mix(
+            np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*other))  # of a block, as `Order.locate` makes it
+        flips += keys >> np.arange(64, dtype=np.uint64) & np.uint64(1)
+    assert np.abs(flips / 500 - 0.5).max() < 0.13  # 64 bits of 500 draws each: 5.8 sigma
+
+
+@pytest.fixture(scope="module")
+def epochs_of_blocks() -> np.ndarray:
+    """Which row of its block stands at each place, for 8 epochs of 3 seeds (blocks x 256 places): as a run meets them."""
+    blocks = []
+    for seed in range(3):
+        order = Order([2048] * 8, seed=seed, lanes=8, block=256)
+        places = order.locate(np.arange(8 * order.rows))
+        ordinal = np.array([np.argsort(order._epoch(epoch).shards) for epoch in range(8)])[places.epoch, places.shard]
+        line = (ordinal * 2048 + places.row).reshape(8, 2048, 8).transpose(0, 2, 1).reshape(-1, 256)  # one lane's block a line
+        blocks.append(line % 256)
+    return np.concatenate(blocks)
+
+
+def test_adjacent_rows_stay_adjacent_no_more_often_than_chance(epochs_of_blocks: np.ndarray):
+    size, n = 256, len(epochs_of_blocks)
+    steps = np.diff(epochs_of_blocks, axis=1)
+    for step in (1, -1, 2, -2, 128):
+        expected = n * (size - abs(step)) / size  # of size * (size - 1) ordered pairs, size - |step| differ by it; size - 1 pairs a block
+        assert abs((steps == step).sum() - expected) < 5 * np.sqrt(expected)
+
+
+def test_places_and_rows_are_not_correlated(epochs_of_blocks: np.ndarray):
+    rows = epochs_of_blocks - epochs_of_blocks.mean()
+    for lag in (1, 2, 3, 7, 16, 64, 128):
+        serial = (rows[:, lag:] * rows[:, :-lag]).mean() / rows.var()
+        pairs = rows[:, lag:].size
+        assert abs(serial + 1 / 255) < 5 / np.sqrt(pairs)  # drawn without replacement: -1 / (size - 1)
+    between = np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]  # of the same places of two blocks in a row
+    assert abs(between) < 5 / np.sqrt(rows[1:].size)
+
+
+def test_every_row_comes_at_every_place_of_a_block_equally_often(epochs_of_blocks: np.ndarray):
+    """Chi-square over (16 places x 16 rows) of a run's own blocks, and of the first place alone over all 256 rows."""
+    coarse = np.zeros((16, 16))
+    for place in range(256):
+        coarse[place // 16] += np.bincount(epochs_of_blocks[:, place] // 16, minlength=16)
+    degrees = 15 * 15
+    assert abs(chi2_per_degree(coarse) * 255 / degrees - 1) < 5 * np.sqrt(2 / degrees)
+    for place in (0, 1, 128, 255):
+        assert abs(chi2_per_degree(np.bincount(epochs_of_blocks[:, place], minlength=256)) - 1) < 5 * np.sqrt(2 / 255)
 
 
 def test_blocks_of_lanes_and_epochs_are_permuted_apart():
