@@ -5,12 +5,14 @@ from hfscale.config.schema import RunConfig
 from hfscale.dist import group
 from hfscale.dist.world import World
 from hfscale.jobs.build import build_trainer
+from hfscale.jobs.environment import record_ranks
 
 
 def run(config: RunConfig, world: World) -> bool:
     """Return True when done, False when stopped on request and saved."""
     device = group.start(world)
     trainer = build_trainer(config, world, device)
+    record_ranks(config.run_dir, world, device, described=trainer.describe)
     done = trainer.run()
     trainer.close()
     group.shutdown()
