@@ -46,18 +46,21 @@ class Forks:
                                         pass_fds=[said], stdin=subprocess.PIPE, stdout=self.errors, stderr=self.errors)
         os.close(said)
         self._heard = os.fdopen(heard)
+        self.said: list[list[Any]] = []  # by the ranks of the last start
 
     def start(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[int]:
         """Return the process ids of new ranks that call ``function(*args)``."""
         assert self.process.stdin is not None
         self.process.stdin.write(json.dumps([_address(function), world_size, free_port(), args]) + "\n")
         self.process.stdin.flush()
+        self.said.clear()
         return self.line("ranks")
 
     def line(self, word: str) -> list[Any]:
         """Return what was said with ``word``; what comes before it is passed over."""
         for line in self._heard:
-            first, *rest = json.loads(line)
+            first, *rest = heard = json.loads(line)
+            self.said.append(heard)
             if first == word:
                 return rest
             assert first != "gone", f"the ranks ended with {rest} before they said {word!r}"
