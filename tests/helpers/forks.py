@@ -10,10 +10,12 @@ A fork takes milliseconds where a new process takes seconds. Ranks that are kill
 """
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import traceback
@@ -22,7 +24,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfscale.dist.world import World, free_port
+from hfscale.dist.world import World
 from tests.helpers.ranks import ROOT, _address
 
 PR_SET_PDEATHSIG = 1
@@ -46,15 +48,24 @@ class Forks:
                                         pass_fds=[said], stdin=subprocess.PIPE, stdout=self.errors, stderr=self.errors)
         os.close(said)
         self._heard = os.fdopen(heard)
+        self._next_port = 37 * self.process.pid  # other tests are at work as well
         self.said: list[list[Any]] = []  # by the ranks of the last start
 
     def start(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[int]:
         """Return the process ids of new ranks that call ``function(*args)``."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([_address(function), world_size, free_port(), args]) + "\n")
+        self.process.stdin.write(json.dumps([_address(function), world_size, self._port(), args]) + "\n")
         self.process.stdin.flush()
         self.said.clear()
         return self.line("ranks")
+
+    def _port(self) -> int:
+        """Return a free port below those that the system gives to connections: with hundreds of starts, one of those is soon taken."""
+        while True:
+            self._next_port = 20_000 + (self._next_port + 1) % 12_000
+            with socket.socket() as probe, contextlib.suppress(OSError):
+                probe.bind(("127.0.0.1", self._next_port))
+                return self._next_port
 
     def line(self, word: str) -> list[Any]:
         """Return what was said with ``word``; what comes before it is passed over."""
