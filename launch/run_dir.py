@@ -1,7 +1,8 @@
 """The run directory: made once, then only added to. One launcher at a time may work in it.
 
     RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in environment.json
-    RUN_DIR/environment.json  one entry an attempt: command, versions, host, code revision, sources of values, changes
+    RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of values, changes
+    RUN_DIR/environment-*.patch  what the code had in it beside its commit
     RUN_DIR/lock              held by the launcher (or job) that works here
 """
 from __future__ import annotations
@@ -9,15 +10,11 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import platform
 import socket
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -29,12 +26,12 @@ from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
 from hfscale.shards.files import write_atomically
 from hfscale.tokenizer import tokenizer_digest
+from launch.environment import describe
 from launch.queue import JOB, refuse_holder
 from launch.request import CONFIG
 
 ENVIRONMENT = "environment.json"
 LOCK = "lock"
-PACKAGES = ("hfscale", "torch", "deepspeed", "transformers", "tokenizers", "datasets", "webdataset", "numpy", "pydantic", "safetensors")
 
 
 def compare(config: RunConfig) -> list[str]:
@@ -48,7 +45,7 @@ def compare(config: RunConfig) -> list[str]:
         raise CheckpointError("the run directory is a file", where=path, remedy=_other_name(config))
     if not (path / CONFIG).is_file():
         names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
-        if foreign := sorted(names - {LOCK, ENVIRONMENT, JOB}):  # a launcher that was killed early leaves these
+        if foreign := sorted(name for name in names - {LOCK, JOB} if not name.startswith("environment")):  # what an early kill leaves
             raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
                                   remedy=_other_name(config))
         return []
@@ -98,9 +95,7 @@ def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
     path = loaded.config.run_dir
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
     here = allocation()
-    entry = {"started": _now(), "command": sys.argv, "cwd": os.getcwd(), "launcher": launcher, "procs": procs, "job": here and asdict(here),
-             "host": socket.gethostname(), "platform": platform.platform(), "python": platform.python_version(),
-             "versions": _versions(), "code": _revision(),
+    entry = {"started": _now(), "launcher": launcher, "procs": procs, "job": here and asdict(here), **describe(path),
              "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
              "sources": loaded.sources}
     text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
@@ -173,26 +168,3 @@ def _other_name(config: RunConfig) -> str:
 
 def _now() -> str:
     return datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def _versions() -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = None
-    return found
-
-
-def _revision() -> dict[str, Any]:
-    """Return the commit that the code is at, and whether it was changed since; nulls outside a git checkout."""
-    def git(*arguments: str) -> str | None:
-        try:
-            done = subprocess.run(["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10)
-        except (OSError, subprocess.TimeoutExpired):
-            return None
-        return done.stdout.strip() if done.returncode == 0 else None
-
-    status = git("status", "--porcelain", "--untracked-files=no")
-    return {"revision": git("rev-parse", "HEAD"), "changed": None if status is None else bool(status)}

@@ -31,6 +31,7 @@ from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
 from hfscale.errors import CheckpointError, UnhealthyError
 from hfscale.log import logger
+from hfscale.monitor.throughput import peak_memory_gib
 
 POLL_S = 0.02
 HEADROOM_BYTES = 64 * 2**20  # beside the tensors: headers, state, manifest
@@ -200,17 +201,18 @@ class CheckpointManager:
         torch_dist.broadcast_object_list(names, src=0, group=host_group())
         found = [self.folder / name for name in names[0]]
         for checkpoint in reversed(found):
+            began = time.monotonic()
             if problems := self._problems(checkpoint):
                 self._reject(checkpoint, problems)
                 continue
-            began = time.monotonic()
             state = json.loads((checkpoint / layout.STATE).read_text())
             reader = FragmentReader(checkpoint)
             load_fragments(reader, engine.fragments(owned=False))
             reader.close()
             engine.load_scalars(state["engine"])
             engine.after_load()
-            logger.info(f"loaded {checkpoint} in {time.monotonic() - began:.1f} s")
+            logger.info(f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO {state.get('zero_stage')}: "
+                        f"{time.monotonic() - began:.1f} s, peak memory of this rank {peak_memory_gib(engine.device):.2f} GiB")
             return state
         if found:
             raise CheckpointError("no checkpoint of this run is intact; all were moved to rejected/", where=self.folder,

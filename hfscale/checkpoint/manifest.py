@@ -98,8 +98,10 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1) -> list[str]:
         entries = read_manifest(checkpoint)
     except ValueError as error:
         return [str(error)]
+    files = {f"{layout.ENGINE}/{file.name}" for file in (checkpoint / layout.ENGINE).glob("*.safetensors")}  # all are read
+    strangers = [f"{path} is not of this checkpoint" for path in sorted(files - {entry.path for entry in entries})]
     with ThreadPoolExecutor(4) as pool:
-        return [problem for problem in pool.map(lambda entry: problem_with(checkpoint, entry), entries[part::parts]) if problem]
+        return strangers + [problem for problem in pool.map(lambda entry: problem_with(checkpoint, entry), entries[part::parts]) if problem]
 
 
 def _digest(body: object) -> str:

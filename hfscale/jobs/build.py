@@ -125,7 +125,7 @@ def describe(config: RunConfig, order: Mixture, tokenizer: PreTrainedTokenizerFa
     """Return what every checkpoint of this run says about itself, beside its position."""
     return {"device": device_name(device), "world_size": world.world_size,
             "zero_stage": config.engine.zero_stage, "precision": config.engine.precision,
-            "data_fingerprint": order.fingerprint, "tokenizer_digest": tokenizer_digest(tokenizer),
+            "data_fingerprint": order.fingerprint, "data": dict(order.fingerprints), "tokenizer_digest": tokenizer_digest(tokenizer),
             "schedule": config.schedule.model_dump(),
             "rng": "torch is seeded from blake2b(seed/step/rank/micro-batch) before each forward",
             "versions": {package: version(package) for package in ("torch", "deepspeed", "transformers")}}

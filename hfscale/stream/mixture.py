@@ -110,7 +110,7 @@ class Mixture:
 
     def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase], end: int | None,
                  raw: Sequence[int] = ()) -> None:
-        self.names, self.end, self._fingerprints, self._phases = tuple(fingerprints), end, fingerprints, phases
+        self.names, self.end, self.fingerprints, self._phases = tuple(fingerprints), end, fingerprints, phases
         self.seed, self.block, self.lanes = orders[0].seed, orders[0].block, orders[raw[0] if raw else 0].lanes
         self.orders, self.raw = orders, raw
         self._rows, self._lanes = (np.array([getattr(order, what) for order in orders]) for what in ("rows", "lanes"))
@@ -125,7 +125,7 @@ class Mixture:
     @property
     def fingerprint(self) -> str:
         """What names all the data."""
-        prints = list(self._fingerprints.values())
+        prints = list(self.fingerprints.values())
         return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
 
     def place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -188,7 +188,7 @@ class Mixture:
         if len(self.orders) == 1:
             return {}
         rows = self.consumed(position).tolist()
-        return {"sources": {name: [print_[:12], n] for (name, print_), n in zip(self._fingerprints.items(), rows, strict=True)},
+        return {"sources": {name: [print_[:12], n] for (name, print_), n in zip(self.fingerprints.items(), rows, strict=True)},
                 "phases": [[phase.begin, list(phase.counts)] for phase in self._phases if phase.begin < position]}
 
 

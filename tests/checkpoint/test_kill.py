@@ -1,85 +1,72 @@
-"""kill -9 from outside, at random moments of saves: the next start loads the newest committed checkpoint, bit for bit."""
+"""kill -9 from outside, at moments uniform over a save: the next start loads the newest committed checkpoint, bit for bit."""
 from __future__ import annotations
 
-import os
 import random
-import signal
-import socket
-import subprocess
-import sys
-import time
-from collections import Counter
+import shutil
 from pathlib import Path
 
 import pytest
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import verify
+from tests.checkpoint.chaos import PHASES, Chain, damaged, files, histogram, kill, load_each
+from tests.helpers.forks import Forks
 
-ROOT = Path(__file__).resolve().parents[2]
-KILLS = 30
-
-
-class Ranks:
-    """Two ranks at a time, and what they say."""
-
-    def __init__(self, errors: Path) -> None:
-        env = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.checkpoint.kill_target"], cwd=ROOT, text=True, env=env,
-                                        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors.open("w"))
-
-    def start(self, folder: Path, *, steps: int) -> list[int]:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        assert self.process.stdin is not None
-        self.process.stdin.write(f"{folder} {steps} {port}\n")
-        self.process.stdin.flush()
-        return [int(pid) for pid in self.line("ranks")]
-
-    def line(self, word: str) -> list[str]:
-        assert self.process.stdout is not None
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.split()[1:]
-            assert not line.startswith("gone"), f"the ranks ended before they said {word!r}"
-        raise AssertionError("the ranks' parent is gone")
-
-
-def phase(folder: Path) -> str:
-    """Return what a kill interrupted."""
-    partial = next(folder.glob("step-*.partial"), None)
-    if partial is None:
-        return "pruning" if any(folder.glob("*.old")) else "between saves"
-    if (partial / "manifest.json").exists():
-        return "manifest there, not renamed"
-    return f"writing, {len(list(partial.glob('records/*.json')))} of 2 ranks done"
+KILLS = 30  # at uniform moments; the phases that these miss are then aimed at
+AIMED = 10  # tries for each of them
 
 
 @pytest.mark.slow
-def test_killed_at_random_moments_every_start_loads_the_newest_and_nothing_else(tmp_path):
-    rng, phases, ranks = random.Random(3), Counter(), Ranks(tmp_path / "errors")
-    killed, straight = tmp_path / "killed", tmp_path / "straight"
-    for _ in range(KILLS):
-        pids = ranks.start(killed, steps=10_000)
-        newest = layout.committed(killed)
-        assert ranks.line("loaded") == ([str(layout.step_of(newest[-1])), "True"] if newest else ["0", "None"])
-        time.sleep(rng.uniform(0.05, 0.25))
-        rng.shuffle(pids)
-        os.kill(pids[0], signal.SIGKILL)
-        time.sleep(rng.choice([0.0, 0.02]))  # the other one dies at once, or writes on for a moment
-        os.kill(pids[1], signal.SIGKILL)
-        ranks.line("gone")
-        phases[phase(killed)] += 1
-        assert all(not verify(checkpoint) for checkpoint in layout.committed(killed))
-    print("interrupted:", *(f"{count:3} {name}" for name, count in sorted(phases.items())), sep="\n  ")
-    assert not (killed / "rejected").exists()
+def test_killed_at_any_moment_every_start_loads_the_newest_and_nothing_else(tmp_path: Path):
+    rng, hit = random.Random(3), []
+    with Forks(tmp_path / "errors") as forks:
+        killed = Chain(forks, tmp_path / "killed", 1, "bf16", True)
+        killed.measure()
 
-    last = layout.step_of(layout.committed(killed)[-1])
-    endings = []
-    for folder in (killed, straight):  # the run that was killed so often, and one that never was
-        ranks.start(folder, steps=last + 2)
-        endings.append(ranks.line("done"))
-        assert ranks.line("gone") == ["0", "0"]
-    assert endings[0] == endings[1]
-    ranks.process.communicate(timeout=20)
+        def once(at: str | None = None) -> None:
+            case = killed.attacked(rng, lambda pids: kill(pids, rng), at=at)
+            assert case["before"] == {"silent": False, "recovered": True, "rejected": False}, case
+            killed.gone()
+            hit.append(case["phase"])
+            assert all(not verify(checkpoint) for checkpoint in layout.committed(killed.folder))
+
+        for _ in range(KILLS):
+            once()
+        print(f"a save takes {killed.save_s * 1e3:.0f} ms; interrupted:\n{histogram(hit)}")
+        for name in PHASES:
+            for _ in range(AIMED):
+                if name not in hit:
+                    once(at=name)
+        assert set(hit) == set(PHASES), histogram(hit)
+        pids, verdict = killed.start()
+        assert not verdict["silent"] and verdict["recovered"]
+        kill(pids, rng)
+        killed.gone()
+        assert all(len(found) == 1 for found in killed.saved.values()), "a step made twice was not made alike"
+
+        straight = Chain(forks, tmp_path / "straight", 1, "bf16", True)  # a run that nobody killed
+        straight.run(steps=max(killed.saved))
+        straight.gone()
+        assert all(straight.saved[step] == found for step, found in killed.saved.items())
+
+
+def test_random_damage_is_never_loaded(tmp_path: Path):
+    rng = random.Random(7)
+    with Forks(tmp_path / "errors") as forks:
+        chain = Chain(forks, tmp_path / "run", 3, "fp32", False)
+        chain.run(steps=2)
+        chain.gone()
+        expected, folders = [], []
+        for number in range(40):
+            folders.append(tmp_path / str(number))
+            shutil.copytree(chain.folder, folders[-1])
+            expected.append(damaged(folders[-1], rng, spare=int(number > 4)))
+        forks.start(load_each, 2, [str(folder) for folder in folders], 3, "fp32")
+        forks.gone()
+        cases = [said[1:] for said in forks.said if said[0] == "case"]
+        for (good, done), (step, found), folder in zip(expected, cases, folders, strict=True):
+            if good:
+                assert step == good and chain.saved[step] == {found}, done
+                assert len(files(folder / layout.REJECTED)) > 0, done
+            else:
+                assert step is None and "no checkpoint of this run is intact" in found, (done, found)

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import resource
+import shutil
 import subprocess
 from itertools import pairwise
 from pathlib import Path
@@ -113,6 +114,9 @@ DAMAGE = {
     "no manifest": (lambda at: (at / "manifest.json").unlink(), "manifest.json"),
     "an edited manifest": (lambda at: edit(at / "manifest.json"), "manifest.json"),
     "an unreadable manifest": (lambda at: (at / "manifest.json").write_text("{"), "manifest.json"),
+    "a file of another checkpoint": (lambda at: shutil.copy(at.with_name("step-00000002") / "engine/rank-00001.safetensors",
+                                                            at / "engine/rank-00002.safetensors"), "engine/rank-00002.safetensors"),
+    "half copied": (lambda at: shutil.rmtree(at / "engine"), "engine/rank-00000.safetensors"),
     "under another name": (lambda at: at.rename(at.with_name("step-00000009")), "manifest.json"),
 }
 
@@ -121,7 +125,8 @@ def test_damage_is_found_named_kept_and_not_loaded(tmp_path):
     good = run_ranks(train_and_save, 2, tmp_path / "run", 2, save_at=(2, 3), steps=3)[0]
     for number, (kind, (damage, file)) in enumerate(DAMAGE.items()):
         folder = tmp_path / str(number)
-        subprocess.run(["cp", "-r", tmp_path / "run", folder], check=True)
+        shutil.copytree(tmp_path / "run", folder)
+        (folder / "latest").write_text("global_step99")  # as DeepSpeed leaves it, and pointing nowhere: nobody asks it
         damage(folder / "step-00000003")
         newest = layout.candidates(folder)[-1]
         assert any(file in problem for problem in verify(newest)), kind

@@ -35,7 +35,7 @@ def test_a_new_run_records_what_made_it(folder: Path):
     [entry] = json.loads((path / "environment.json").read_text())
     assert entry["sources"]["optim.lr"] == "command line"
     assert entry["sources"]["run.name"] == "config.yaml:1"
-    assert entry["versions"]["pydantic"]
+    assert entry["packages"]["pydantic"]
     assert (entry["procs"], entry["changes"]) == (2, [])
 
 

@@ -1,0 +1,53 @@
+"""Is one run bit for bit what another is? Compares what both logged and saved, in the order in which one thing makes the next differ."""
+from __future__ import annotations
+
+import hashlib
+import json
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hfscale.checkpoint import layout
+from hfscale.checkpoint.store import FragmentReader
+
+LOGGED = ("batch_digest", "tokens_seen", "lr", "loss", "grad_norm")  # of a step
+TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # of the checkpoint of that step, as is what follows
+COMPONENTS = (*LOGGED, *TENSORS, "optimizer", "random state", "position in the data")
+
+Evidence = dict[int, dict[str, list[Any]]]  # step -> component -> what it was each time that the run came there
+
+
+def observe(run_dir: Path) -> Evidence:
+    """Return all that a run logged, in every attempt, and what its checkpoints hold: digests of the tensors, the rest as it is."""
+    seen: Evidence = {}
+    for record in map(json.loads, (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()):
+        for name in LOGGED:
+            seen.setdefault(record["step"], {}).setdefault(name, []).append(record[name])
+    for checkpoint in layout.committed(run_dir / layout.FOLDER):
+        state = json.loads((checkpoint / layout.STATE).read_text("utf-8"))
+        saved = {"optimizer": state["engine"], "random state": state["rng"], "position in the data": state["stream"], **digests(checkpoint)}
+        seen.setdefault(state["step"], {}).update({name: [value] for name, value in saved.items()})
+    return seen
+
+
+def digests(checkpoint: Path) -> dict[str, str]:
+    """Return the SHA-256 of all weights and of each moment, by whole tensors: the same for every world size and ZeRO stage."""
+    reader, found = FragmentReader(checkpoint), {kind: hashlib.sha256() for kind in TENSORS}
+    for name, shape in sorted(reader.shapes.items()):
+        for kind in reader.kinds(name):
+            whole = reader.read(name, kind, start=0, out=torch.empty(prod(shape), dtype=reader.dtype(name)))
+            found[kind].update(f"{name}{list(shape)}".encode() + whole.view(torch.uint8).numpy().tobytes())
+    reader.close()
+    return {kind: digest.hexdigest() for kind, digest in found.items()}
+
+
+def first_difference(twin: Evidence, other: Evidence) -> dict[str, Any] | None:
+    """Return where ``other`` first was not what ``twin`` was, or None; what only one of them has is a difference too."""
+    for step in sorted(twin.keys() | other.keys()):
+        for component in COMPONENTS:
+            expected, found = (run.get(step, {}).get(component, []) for run in (twin, other))
+            if any([value] != expected for value in found) or (expected and not found):
+                return {"step": step, "component": component, "twin": expected, "resumed": found}
+    return None

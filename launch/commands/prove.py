@@ -1,0 +1,134 @@
+"""`hfscale prove resume`: a short run of your config is killed, resumed, and compared with a twin that nobody disturbed.
+
+Both are ordinary runs of `hfscale pretrain`, in processes of their own and in a new folder beside the run that the config names.
+"""
+from __future__ import annotations
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from hfscale import log
+from hfscale.checkpoint import layout
+from hfscale.config.load import COMMAND_LINE, Loaded
+from hfscale.config.schema import RunConfig
+from hfscale.errors import CheckpointError, ConfigError
+from hfscale.log import logger
+from hfscale.shards.files import write_atomically
+from launch.request import Request
+
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False,
+                  help="Prove on your own config, data and machine what a run promises.")
+
+
+@app.callback()
+def _prove() -> None: ...
+
+
+@app.command(epilog="Example: hfscale prove resume configs/pretrain/quickstart.yaml --procs 2 --kills 3")
+def resume(
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory, which is not touched.")],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045 (typer, 3.10)
+    procs: Annotated[int, typer.Option(min=1, help="Ranks.")] = 2,
+    kills: Annotated[int, typer.Option(min=1, help="How often the run is killed.")] = 1,
+    seed: Annotated[int, typer.Option(help="Decides when is killed, and whether one rank or all.")] = 0,
+    out: Annotated[Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")] = None,  # noqa: UP045
+) -> None:
+    """Kill -9 a short run of CONFIG at random moments, start it again each time, and compare it with an undisturbed twin, bit for bit.
+
+    Exit code 0: equal, the runs are removed and the certificate stays. 1: not equal, the certificate names the first difference.
+    """
+    from hfscale.reports.prove import first_difference, observe
+
+    log.setup()
+    rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
+    moments, ours = _plan(wanted, kills=kills, rng=rng)
+    wanted.config.run.root.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root))
+    command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}", "--procs", str(procs)]
+    twin, run = home / "twin", home / "killed"
+    logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
+    _finish([*command, "run.name=twin"], twin)
+    logger.info("2 of 2: the same command, killed and started again")
+    killed = []
+    for attempt, step in enumerate(moments, 1):
+        killed.append(_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng))
+        logger.info(f"killed {attempt} of {kills} times: {killed[-1]}")
+    _finish([*command, "run.name=killed"], run)
+
+    evidence = observe(twin)
+    difference = first_difference(evidence, observe(run))
+    resumed = {record["attempt"]: record["step"] - 1 for record in reversed(_records(run))}
+    certificate = {
+        "verdict": "different" if difference else "equal", "first_difference": difference, "seed": seed, "command": command,
+        "kills": [{**kill, "resumed_at_step": resumed.get(number)} for number, kill in enumerate(killed, 2)],
+        "steps": evidence, "made": json.loads((twin / "environment.json").read_text("utf-8"))[0]}
+    write_atomically(out or home.with_suffix(".json"), json.dumps(certificate, indent=1, ensure_ascii=False).encode())
+    if not difference:
+        shutil.rmtree(home)
+    logger.info(f"{f'DIFFERENT: {difference}; both runs are kept in {home}' if difference else 'equal, bit for bit'}; "
+                f"certificate: {out or home.with_suffix('.json')}")
+    raise typer.Exit(1 if difference else 0)
+
+
+def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], list[str]]:
+    """Return the steps after which to kill, and the overrides that make the run short, save often, keep all and log all.
+
+    Raises:
+        ConfigError: if what the command line says leaves no room for the kills.
+    """
+    steps, every = wanted.config.train.steps, wanted.config.checkpoint.every_steps
+    if wanted.source("train.steps") != COMMAND_LINE or steps is None:
+        steps = min(steps or 10**9, 6 * (kills + 1))
+    if wanted.source("checkpoint.every_steps") != COMMAND_LINE:
+        every = max(1, steps // (kills + 2))
+    choice = range(every or steps, steps - 1)  # after the first save, and with something left to do
+    if len(choice) < kills:
+        raise ConfigError(f"too few steps to kill a run {kills} times between its first save and its end", where="train.steps",
+                          value=f"{steps} steps, saved every {every}", remedy="more steps, or checkpoint.every_steps=N for earlier saves")
+    ours = {"train.steps": steps, "train.epochs": "null", "train.tokens": "null", "checkpoint.every_steps": every,
+            "checkpoint.keep_every_steps": every, "metrics.every_steps": 1, "metrics.tensorboard": "false"}
+    return sorted(rng.sample(choice, kills)), [f"{key}={value}" for key, value in ours.items()]
+
+
+def _finish(command: list[str], run: Path) -> None:
+    """Return when the run is done."""
+    if code := subprocess.run(command).returncode:
+        raise _failed(run, code)
+
+
+def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random) -> dict[str, Any]:
+    """Return which process was killed at a random moment of the step after ``step``, and after which step that was."""
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not layout.committed(run / layout.FOLDER) or (now := _records(run)[-1])["attempt"] < attempt or now["step"] < step:
+                if (code := process.poll()) is not None:
+                    raise _failed(run, code)
+                time.sleep(0.002)
+            time.sleep(rng.uniform(0, now["step_s"]))
+            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+            os.kill(victim := rng.choice([process.pid, *map(int, ranks)]), signal.SIGKILL)
+            process.wait()  # a launcher that lives ends the other ranks
+        finally:
+            process.kill()  # and its ranks do not outlive it
+    return {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": _records(run)[-1]["step"]}
+
+
+def _records(run: Path) -> list[dict[str, Any]]:
+    """Return what a run, which may be writing, has logged."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+
+
+def _failed(run: Path, code: int) -> CheckpointError:
+    return CheckpointError("the run ended by itself, so nothing is proven", where=run, value=f"exit code {code}",
+                           remedy="its logs/ say why; if it was too quick to be killed (code 0), give it more steps")

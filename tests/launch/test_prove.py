@@ -1,0 +1,66 @@
+"""`hfscale prove resume`: equal for a run as it is, different for one with a planted fault, and refused where it could prove nothing."""
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import yaml
+
+from tests.helpers.cli import ROOT, hfscale
+from tests.helpers.corpus import run_values
+
+
+@pytest.fixture
+def config(corpus: Path, tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    values = run_values(corpus, tmp_path / "runs", "mine", train={"steps": 1000, "global_batch": 16, "micro_batch": 4})
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.slow
+def test_a_killed_run_becomes_its_twin(config: Path, tmp_path: Path):
+    done = hfscale("prove", "resume", config, "train.steps=null", "train.epochs=3", "--seed", 5, "--out", tmp_path / "proof.json")
+    assert "equal, bit for bit" in done.stderr and "train.steps=12" in done.stderr and "step  1/12" in done.stderr
+    proof = json.loads((tmp_path / "proof.json").read_text())
+    assert (proof["verdict"], proof["first_difference"]) == ("equal", None)
+    assert list(proof["steps"]) == [str(step) for step in range(1, 13)]
+    assert proof["steps"]["8"].keys() >= {"batch_digest", "lr", "loss", "weight", "exp_avg", "exp_avg_sq", "random state", "optimizer"}
+    assert len(proof["kills"]) == 1 and all(4 <= kill["after_step"] < 12 for kill in proof["kills"])
+    assert all(4 <= kill["resumed_at_step"] <= kill["after_step"] for kill in proof["kills"])
+    assert proof["made"]["packages"]["torch"] and "train.epochs=3" in proof["command"]
+    assert list((tmp_path / "runs").iterdir()) == [], "the runs are removed"
+
+
+@pytest.mark.slow
+def test_a_resume_that_forgets_a_moment_is_found_and_kept(config: Path, tmp_path: Path):
+    path = f"{ROOT / 'tests/launch/forgetful'}:{ROOT}"
+    done = hfscale("prove", "resume", config, "train.steps=12", "checkpoint.every_steps=3", check=False, env={"PYTHONPATH": path})
+    assert done.returncode == 1, done.stderr
+    [certificate] = (tmp_path / "runs").glob("*.json")
+    proof, home = json.loads(certificate.read_text()), certificate.with_suffix("")
+    first, [kill] = proof["first_difference"], proof["kills"]
+    assert proof["verdict"] == "different" and first["step"] > kill["resumed_at_step"] >= 3
+    assert first["component"] in ("loss", "grad_norm", "weight") and first["twin"] != first["resumed"]
+    assert (home / "twin" / "checkpoints").is_dir() and (home / "killed" / "checkpoints").is_dir()
+    assert f"both runs are kept in {home}" in done.stderr
+
+
+@pytest.mark.parametrize(("overrides", "words"), [
+    (["train.steps=4", "checkpoint.every_steps=3"], "too few steps to kill a run 1 times"),
+    (["checkpoint.every_steps=null"], "too few steps"),
+    (["train.steps=20", "checkpoint.every_steps=4", "--kills", 16], "20 steps, saved every 4"),
+    (["run.seeed=3"], "did you mean seed"),
+])
+def test_what_could_prove_nothing_is_refused(config: Path, tmp_path: Path, overrides: list[object], words: str):
+    done = hfscale("prove", "resume", config, *overrides, check=False)
+    assert done.returncode == 2 and words in done.stderr, done.stderr
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_cannot_start_proves_nothing(config: Path, tmp_path: Path):
+    done = hfscale("prove", "resume", config, "tokenizer.path=./nothing", check=False)
+    assert done.returncode == 2
+    assert "there is no tokenizer" in done.stderr and "ended by itself, so nothing is proven" in done.stderr
+    assert not list((tmp_path / "runs").glob("*.json"))
