@@ -27,6 +27,8 @@ from hfscale.log import logger
 from hfscale.shards.files import write_atomically
 from launch.request import Request
 
+MISSES = 5  # a run of steps that take milliseconds may end before its first save is on disk
+
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False,
                   help="Prove on your own config, data and machine what a run promises.")
 
@@ -39,7 +41,7 @@ def _prove() -> None: ...
 def resume(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory, which is not touched.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045 (typer, 3.10)
-    procs: Annotated[int, typer.Option(min=1, help="Ranks.")] = 2,
+    procs: Annotated[Optional[int], typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")] = None,  # noqa: UP045
     kills: Annotated[int, typer.Option(min=1, help="How often the run is killed.")] = 1,
     seed: Annotated[int, typer.Option(help="Decides when is killed, and whether one rank or all.")] = 0,
     out: Annotated[Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")] = None,  # noqa: UP045
@@ -52,18 +54,28 @@ def resume(
 
     log.setup()
     rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
-    moments, ours = _plan(wanted, kills=kills, rng=rng)
+    moments, steps, ours = _plan(wanted, kills=kills, rng=rng)
     wanted.config.run.root.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root))
-    command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}", "--procs", str(procs)]
+    command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}",
+               *(["--procs", str(procs)] if procs else [])]
     twin, run = home / "twin", home / "killed"
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
     logger.info("2 of 2: the same command, killed and started again")
-    killed = []
-    for attempt, step in enumerate(moments, 1):
-        killed.append(_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng))
-        logger.info(f"killed {attempt} of {kills} times: {killed[-1]}")
+    killed: list[dict[str, Any]] = []
+    for _ in range(MISSES):
+        while len(killed) < kills and (kill := _kill([*command, "run.name=killed"], run, attempt=len(killed) + 1,
+                                                     step=moments[len(killed)], rng=rng))["after_step"] < steps:
+            killed.append(kill)
+            logger.info(f"killed {len(killed)} of {kills} times: {kill}")
+        if len(killed) == kills:
+            break
+        logger.info("too late: the run had made its last step; from the beginning")
+        killed = []
+        shutil.rmtree(run)
+    else:
+        raise _failed(run, 0)
     _finish([*command, "run.name=killed"], run)
 
     evidence = observe(twin)
@@ -81,8 +93,8 @@ def resume(
     raise typer.Exit(1 if difference else 0)
 
 
-def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], list[str]]:
-    """Return the steps after which to kill, and the overrides that make the run short, save often, keep all and log all.
+def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], int, list[str]]:
+    """Return the steps after which to kill, how many there are, and the overrides that make the run short, save often, keep all and log all.
 
     Raises:
         ConfigError: if what the command line says leaves no room for the kills.
@@ -98,7 +110,7 @@ def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple
                           value=f"{steps} steps, saved every {every}", remedy="more steps, or checkpoint.every_steps=N for earlier saves")
     ours = {"train.steps": steps, "train.epochs": "null", "train.tokens": "null", "checkpoint.every_steps": every,
             "checkpoint.keep_every_steps": every, "metrics.every_steps": 1, "metrics.tensorboard": "false"}
-    return sorted(rng.sample(choice, kills)), [f"{key}={value}" for key, value in ours.items()]
+    return sorted(rng.sample(choice, kills)), steps, [f"{key}={value}" for key, value in ours.items()]
 
 
 def _finish(command: list[str], run: Path) -> None:
@@ -111,11 +123,14 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
     """Return which process was killed at a random moment of the step after ``step``, and after which step that was."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            while not layout.committed(run / layout.FOLDER) or (now := _records(run)[-1])["attempt"] < attempt or now["step"] < step:
-                if (code := process.poll()) is not None:
+            while not (layout.committed(run / layout.FOLDER) and (logged := _records(run))[-1]["attempt"] >= attempt
+                       and logged[-1]["step"] >= step):
+                if (code := process.poll()) == 0:
+                    return {"after_step": _records(run)[-1]["step"]}
+                if code is not None:
                     raise _failed(run, code)
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, now["step_s"]))
+            time.sleep(rng.uniform(0, logged[-1]["step_s"]))
             ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
             os.kill(victim := rng.choice([process.pid, *map(int, ranks)]), signal.SIGKILL)
             process.wait()  # a launcher that lives ends the other ranks
@@ -125,8 +140,9 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
 
 
 def _records(run: Path) -> list[dict[str, Any]]:
-    """Return what a run, which may be writing, has logged."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+    """Return what a run, which may be writing or not even begun, has logged."""
+    path = run / "metrics.jsonl"
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
 
 
 def _failed(run: Path, code: int) -> CheckpointError:
