@@ -55,7 +55,8 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     records = {record["step"]: record for record in _records(run_dir)}
     start, stop = _positions(records, config, step, where=run_dir)
     skip = config.data.on_error == "skip"
-    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip) for source in config.data.sources]
+    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip, **config.data.remote)
+             for source in config.data.sources]
     data, order = open_mixture(config, parts, saved=newest_state(run_dir))  # it knows the weights of earlier attempts
     places = order.locate(np.arange(start, stop))
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
@@ -68,7 +69,8 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
         if not valid[k]:
             rows.append(Row(start + k, sources[k], entry.name, first, "damaged", (), "(skipped)"))
             continue
-        reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
+        with manifest.local(entry):
+            reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
         (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
         rows.append(Row(start + k, sources[k], entry.name, first, member, (begins, ends), str(tokenizer.decode(ids_BL[k, :-1].tolist()))))
     logged = records.get(step, {}).get("batch_digest")
