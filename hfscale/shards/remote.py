@@ -35,7 +35,7 @@ from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
 from hfscale.shards.verify import file_digest
 
 BLOCK, LEAST_BLOCK = 2**23, 2**18  # bytes asked for at once; halved by a failure, so that a slow line has one within the timeout
-BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2
+BACK_OFF_S, LONGEST_S, POLL_S, PATIENCE = 0.5, 30.0, 0.2, 25  # the last: how often room is looked for before a word is said
 INDEX_SHARE = 0.05  # of a shard, at most: 40 bytes for each member, which takes at least 1024
 
 
@@ -120,7 +120,7 @@ class Remote:
                     os.utime(tar)
                     yield
                     return
-            if turn == 0:
+            if turn == PATIENCE:
                 logger.warning(f"the cache {self._cache.parent} is full of shards that are just being fetched: waiting for room")
             self._pause(POLL_S)
 

@@ -59,7 +59,7 @@ class Ahead:
                 planned, steps = planned + steps * self._global_batch, max(1, PLAN_ROWS // self._global_batch)
                 self._last |= dict.fromkeys((shard for shard in places.shard.tolist() if shard in self._shards), planned - 1)
             fitting = self._fitting()
-            if fitting < len(self._last) and planned < consumed + self._lanes and not said:
+            if fitting < len(self._last) and planned <= consumed + max(self._lanes, self._global_batch) and not said:
                 said = True
                 logger.warning(f"data.cache.size_gb is too small for the {self._lanes} lanes of the data: shards will be fetched again and "
                                f"again. This rank's share of it is {self._room / 1e9:.3g} GB; give more, or fewer data.lanes in a new run")

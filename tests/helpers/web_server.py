@@ -40,7 +40,7 @@ class Server(ThreadingHTTPServer):
         self.hangs = 0  # the next answers never come
         self.ranges = True  # else every answer is the whole file
         self.gone = False  # no answers at all, as if there were no server
-        self.files: dict[str, bytes] = {}  # in place of those of the folder
+        self.files: dict[str, bytes] = {}  # by path, in place of those of the folder
 
     def handle_error(self, request: object, client_address: object) -> None:
         """Say nothing: clients that go away are what the tests are about."""
@@ -73,11 +73,11 @@ class Handler(BaseHTTPRequestHandler):
         if chosen and server.statuses:
             self._status(server.statuses.pop(0))
             return
-        path = server.folder / self.path.partition("?")[0].lstrip("/")
-        if name not in server.files and not path.is_file():
+        place = self.path.partition("?")[0].lstrip("/")
+        if place not in server.files and not (server.folder / place).is_file():
             self._status(404)
             return
-        data = server.files[name] if name in server.files else path.read_bytes()
+        data = server.files[place] if place in server.files else (server.folder / place).read_bytes()
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if span and server.ranges:
             first, last = int(span[1]), min(int(span[2]), len(data) - 1)

@@ -52,7 +52,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BLOCK": BLOCK, "LEAST_BLOCK": 2**10, "BACK_OFF_S": 0.02, "POLL_S": 0.01}.items():
+    for name, value in {"BLOCK": BLOCK, "LEAST_BLOCK": 2**10, "BACK_OFF_S": 0.02, "POLL_S": 0.01, "PATIENCE": 3}.items():
         monkeypatch.setattr(remote, name, value)
 
 
@@ -134,13 +134,13 @@ def test_another_file_is_fetched_twice_and_then_refused(server: Server, folder: 
     manifest = load(server, tmp_path)
     right = (folder / "train" / "s-000000.tar").read_bytes()
     for wrong in (right[:100_000], right[:BLOCK * 2], right[:-1] + b"!", b""):
-        server.files["s-000000.tar"] = wrong
+        server.files["train/s-000000.tar"] = wrong
         with pytest.raises(DataError, match="not the one of the manifest|416") as caught:
             fetch(manifest, 0)
         assert f"{server.url}/train/s-000000.tar" in str(caught.value)
         if wrong:
             assert "256" in str(caught.value) and manifest.shards[0].digest in str(caught.value)
-    server.files = {"s-000000.idx": (folder / "train" / "s-000001.idx").read_bytes()}
+    server.files = {"train/s-000000.idx": (folder / "train" / "s-000001.idx").read_bytes()}
     with pytest.raises(DataError, match="not the one of the manifest"):
         fetch(manifest, 0)
     server.files = {}
@@ -233,7 +233,7 @@ def test_the_newest_manifest_counts_and_the_cached_one_where_there_is_no_server(
     old = load(server, tmp_path)
     fetch(old, 0)
     content = json.loads((folder / "train" / "manifest.json").read_text())
-    server.files["manifest.json"] = json.dumps(content | {"source": {"of": "another day"}}).encode()
+    server.files["train/manifest.json"] = json.dumps(content | {"source": {"of": "another day"}}).encode()
     new = load(server, tmp_path)
     assert new.fingerprint != old.fingerprint and there(new) == [] and there(old) == [0]
     server.gone = True
@@ -245,7 +245,7 @@ def test_the_newest_manifest_counts_and_the_cached_one_where_there_is_no_server(
 
 
 def test_what_is_no_manifest_is_named_and_not_kept(server: Server, tmp_path: Path) -> None:
-    server.files["manifest.json"] = b"<html>Please log in</html>"
+    server.files["train/manifest.json"] = b"<html>Please log in</html>"
     for _ in range(2):
         with pytest.raises(DataError, match=rf"not JSON[\s\S]*{server.url}/train/manifest.json"):
             load(server, tmp_path)
@@ -259,7 +259,7 @@ def test_what_is_no_manifest_is_named_and_not_kept(server: Server, tmp_path: Pat
 def test_a_manifest_cannot_write_outside_of_the_cache(server: Server, folder: Path, tmp_path: Path, name: str) -> None:
     content = json.loads((folder / "train" / "manifest.json").read_text())
     content["shards"][0]["name"] = name
-    server.files["manifest.json"] = json.dumps(content).encode()
+    server.files["train/manifest.json"] = json.dumps(content).encode()
     with pytest.raises(DataError, match=f"outside of the folder of its manifest[\\s\\S]*{name}"):
         load(server, tmp_path)
 
@@ -317,7 +317,7 @@ def test_a_removed_shard_stays_readable_where_it_is_open(server: Server, tmp_pat
 
 def test_who_finds_no_room_waits_for_others_that_are_fetching(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     first, second = (load(server, tmp_path, size_gb=300e-6) for _ in range(2))
-    server.rate = 500_000
+    server.rate = 500_000  # half a second a shard
     thread = threading.Thread(target=fetch, args=(first, 0, 1))
     thread.start()
     while not server.served["s-000000.tar"]:
@@ -353,7 +353,7 @@ def test_a_cancelled_fetch_ends_soon(server: Server, tmp_path: Path) -> None:
 # --------------------------------------------------------------------------------------------------- other kinds
 def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against moto's S3 server, found by the standard variables."""
-    boto3 = pytest.importorskip("boto3")
+    import s3fs
     from moto.server import ThreadedMotoServer
 
     with ExitStack() as stack:
@@ -364,19 +364,18 @@ def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
                             "AWS_DEFAULT_REGION": "us-east-1"}.items():
             monkeypatch.setenv(name, value)
-        client = boto3.client("s3")
-        client.create_bucket(Bucket="corpus")
-        for file in (folder / "train").iterdir():
-            client.upload_file(str(file), "corpus", f"mine/train/{file.name}")
+        bucket = s3fs.S3FileSystem()
+        bucket.mkdir("corpus")
+        bucket.put(f"{folder}/train/", "corpus/mine/train/", recursive=True)
         manifest = Manifest.load("s3://corpus/mine/train", folder=tmp_path, retries=1)
         fetch(manifest, 0, 2)
         assert (manifest.folder / "s-000002.tar").read_bytes() == (folder / "train" / "s-000002.tar").read_bytes()
         (manifest.folder / "s-000001.tar.part").write_bytes((folder / "train" / "s-000001.tar").read_bytes()[:100_000])
         fetch(manifest, 1)
-        client.put_object(Bucket="corpus", Key="mine/train/s-000003.tar", Body=b"short" * 10_000)
+        bucket.pipe("corpus/mine/train/s-000003.tar", b"short" * 10_000)
         with pytest.raises(DataError, match=r"not the one of the manifest[\s\S]*corpus/mine/train/s-000003.tar[\s\S]*50,000 bytes"):
             fetch(manifest, 3)
-        client.delete_object(Bucket="corpus", Key="mine/train/s-000003.tar")
+        bucket.rm("corpus/mine/train/s-000003.tar")
         with pytest.raises(DataError, match=r"attempt 1: FileNotFoundError[\s\S]*s-000003.tar"):
             fetch(manifest, 3)
 
