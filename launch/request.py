@@ -63,10 +63,10 @@ def check(config: RunConfig, *, device_type: str) -> None:
     deepspeed_config(config, device_type=device_type)
     held_out = [config.data.validation.shards] if config.data.validation else []
     for shards in (*(source.shards for source in config.data.sources), *held_out):
-        manifest = Manifest.load(shards)
+        manifest = Manifest.load(shards, **config.data.remote)
         there = set(os.listdir(manifest.folder))
         missing = [name for shard in manifest.shards for name in (shard.name, shard.index_name) if name not in there]
-        if missing and config.data.on_error == "stop":
+        if missing and not manifest.remote and config.data.on_error == "stop":
             raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
                             remedy="restore them from a copy, or build the shards again")
     if Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():

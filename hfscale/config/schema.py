@@ -59,7 +59,7 @@ class Tokenizer(Section):
 
 
 class Source(Section):
-    """One corpus of token shards, or of indexed tars of raw text, named by its ``manifest.json`` (or the folder that holds it)."""
+    """One corpus of token shards or of indexed raw text: a ``manifest.json`` or its folder, here or at a URL; or ``pipe:COMMAND {}``."""
 
     name: str = "text"
     shards: PathOrUrl
@@ -82,6 +82,15 @@ class Validation(Section):
     rows: Positive = 256
 
 
+class Cache(Section):
+    """Where this machine keeps shards of URLs, and how they are fetched. The limit holds for all that share the folder."""
+
+    folder: Annotated[Path, AfterValidator(_absolute)] | None = None  # hfscale in $XDG_CACHE_HOME or ~/.cache
+    size_gb: Annotated[float, Field(gt=0)] = 100.0
+    retries: Annotated[int, Field(ge=0)] = 6  # of a block that failed
+    timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of a block
+
+
 class Data(Section):
     """What is read and how it is cut into rows of ``seq_len`` tokens."""
 
@@ -97,6 +106,13 @@ class Data(Section):
     max_skipped: Fraction = 0.001  # of the rows read; more than that stops the run
     prefetch_steps: Positive = 2  # steps that the reader thread prepares ahead, at least
     tokenize_procs: Union[Literal["auto"], Positive] = "auto"  # of each rank, for sources of raw text; auto: its share of the cores
+    cache: Cache = Cache()
+    allow_pipe: bool = False  # shards of pipe:COMMAND {} run that command
+
+    @property
+    def remote(self) -> dict[str, Any]:
+        """How shards of a URL are fetched, as keywords of ``Manifest.load``."""
+        return {**self.cache.model_dump(), "allow_pipe": self.allow_pipe}
 
 
 class Model(Section):

@@ -41,7 +41,8 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
     Raises:
         DataError: if another one did, or there are ids that it cannot give.
     """
-    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip")
+    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip",
+                     **config.data.remote)
     if rows.raw:
         end_of_document_id(tokenizer)
         return rows

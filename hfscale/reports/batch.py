@@ -57,7 +57,8 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     records = {record["step"]: record for record in _records(run_dir)}
     start, stop = _positions(records, config, step, where=run_dir)
     skip = config.data.on_error == "skip"
-    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip) for source in config.data.sources]
+    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip, **config.data.remote)
+             for source in config.data.sources]
     data, order = open_mixture(config, parts, saved=newest_state(run_dir))  # it knows the weights of earlier attempts
     tokenizer, positions = load_tokenizer(config.tokenizer.path), np.arange(start, stop)
     if order.raw:  # its lanes are walked from the nearest checkpoint on
@@ -75,7 +76,8 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
         if isinstance(data, TextRows) and k in data.pieces:
             place: tuple[str, int, str, tuple[int, ...]] = data.locate(k)
         elif prepared.valid[k]:
-            reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
+            with manifest.local(entry):
+                reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
             (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
             place = entry.name, first, member, (begins, ends)
         else:

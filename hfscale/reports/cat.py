@@ -48,7 +48,8 @@ def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[s
     place, begin, parts = "", 0, list[np.ndarray]()  # of a document: where it begins, and its ids in this and earlier shards
     for entry in manifest.shards:
         if wanted.start <= number + entry.documents and number < wanted.stop:
-            reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
+            with manifest.local(entry):
+                reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
             edges = [0, *reader.ends(0, len(reader)).tolist(), len(reader)]
             for k in range(max(0, wanted.start - number), min(len(edges) - 1, wanted.stop - number)):
                 start, stop = edges[k:k + 2]
@@ -67,7 +68,7 @@ def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[s
 
 def rows(manifest: Manifest, *, first: int, count: int, seq_len: int) -> Iterator[tuple[str, list[int]]]:
     """Yield a title and the ids (``seq_len`` of each, as they enter a model) of rows ``first``, ``first + 1``, ..."""
-    stream = TokenRows(manifest.folder, seq_len=seq_len)
+    stream = TokenRows(manifest, seq_len=seq_len)
     before = np.cumsum([0, *stream.shard_rows])
     ids = np.empty((1, seq_len + 1), np.int64)
     for number in _range("row", first, count, int(before[-1])):
@@ -88,7 +89,8 @@ def samples(manifest: Manifest, *, first: int, count: int, key: str | None) -> I
         if numbers.stop <= wanted.start or numbers.start >= wanted.stop or found == count:
             continue
         path = manifest.folder / entry.name
-        index = ShardIndex.load(manifest.folder / entry.index_name)
+        with manifest.local(entry):
+            index = ShardIndex.load(manifest.folder / entry.index_name)
         if index.tar_digest != entry.digest:
             raise DataError("the index belongs to another shard than the manifest names", where=manifest.folder / entry.index_name)
         names = {member.offset: member.name for member in walk(path)}

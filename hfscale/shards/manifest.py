@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -22,6 +23,7 @@ VERSION = 1
 FILE_NAME = "manifest.json"
 TEXT = "text"  # the dtype of raw-text shards
 DTYPES = ("uint16", "uint32", TEXT)
+PIPE = "pipe:"  # begins a command that prints the files
 
 
 @dataclass(frozen=True)
@@ -60,14 +62,19 @@ class Manifest:
     shards: tuple[ShardEntry, ...]
     version: int = VERSION
     folder: Path = field(default=Path("."), compare=False)  # where it was loaded from; not part of the data
+    remote: Any = field(default=None, compare=False)  # the Remote of which ``folder`` is a copy in the making
 
     @classmethod
-    def load(cls, path: str | Path) -> Manifest:
-        """Return the manifest at ``path``: the file itself or the folder that holds it.
+    def load(cls, path: str | Path, **remote: Any) -> Manifest:
+        """Return the manifest at ``path``: the file itself, the folder that holds it, or the URL of one; ``remote`` is for ``Remote``.
 
         Raises:
             DataError: if it is missing, not a manifest, or of a version that this program does not know.
         """
+        if "://" in str(path) or str(path).startswith(PIPE):
+            from hfscale.shards.remote import Remote
+
+            return Remote(str(path), **remote).manifest()
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:
@@ -103,6 +110,10 @@ class Manifest:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_atomically(path, (json.dumps(self._content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
         return path
+
+    def local(self, entry: ShardEntry) -> AbstractContextManager[None]:
+        """Return a context that keeps a shard and its index in ``folder``: to be entered before they are opened."""
+        return self.remote.hold(self.folder, entry) if self.remote else nullcontext()
 
     @property
     def _content(self) -> dict[str, Any]:

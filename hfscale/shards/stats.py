@@ -103,4 +103,5 @@ def _readers(manifest: Manifest) -> Iterator[ShardReader]:
     if manifest.dtype == TEXT:
         raise DataError("these are tars of raw text, not of tokens", where=manifest.folder)
     for entry in manifest.shards:
-        yield ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
+        with manifest.local(entry):
+            yield ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)

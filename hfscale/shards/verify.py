@@ -26,13 +26,17 @@ def manifests_at(path: str | Path) -> list[Manifest]:
     """
     folder = Path(path)
     inner = sorted(folder.glob(f"*/{FILE_NAME}")) if folder.is_dir() and not (folder / FILE_NAME).exists() else []
-    return [Manifest.load(one) for one in inner or [folder]]
+    return [Manifest.load(one) for one in inner] or [Manifest.load(path)]
 
 
 def verify(manifest: Manifest, *, threads: int, advance: Callable[[int], object] = lambda size: None) -> list[str]:
     """Return what is wrong with the shards of ``manifest``, one line a finding; ``advance`` is told the bytes of each that is done."""
     def check(entry: ShardEntry) -> list[str]:
-        findings = [f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)]
+        try:
+            with manifest.local(entry):
+                findings = [f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)]
+        except DataError as error:
+            findings = [f"{error.where}: {error.what}"]
         advance(entry.bytes)
         return findings
 

@@ -21,7 +21,8 @@ import numpy as np
 import torch
 
 from hfscale.errors import DataError
-from hfscale.stream.order import Order
+from hfscale.stream.ahead import Ahead
+from hfscale.stream.order import Order, Places
 from hfscale.stream.rows import Prepared, Rows, TokenRows
 
 if TYPE_CHECKING:
@@ -105,6 +106,7 @@ class Stream:
         self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
         self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
+        self._ahead = Ahead(rows, self._places, consumed=lambda: self._consumed, global_batch=global_batch, lanes=order.lanes)
 
     def take(self) -> list[Rows]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again. Their memory is reused after that.
@@ -148,16 +150,20 @@ class Stream:
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
+        self._ahead.close()
         self._rows.close()
         self._reader.shutdown(cancel_futures=True)
         self._closed = True
 
     def _prepare(self, start: int, steps: int) -> tuple[np.ndarray, Prepared]:
         """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
+        positions, places = self._places(start, steps)
+        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per, positions=positions)
+
+    def _places(self, start: int, steps: int) -> tuple[np.ndarray, Places]:
         positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
                                       world_size=self._world_size).ravel()
-        places = self._order.locate(positions)
-        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per, positions=positions)
+        return positions, self._order.locate(positions)
 
 
 class EvaluationRows:

@@ -116,14 +116,15 @@ class Order:
         return {}
 
     def _epoch(self, epoch: int) -> _Epoch:
-        if epoch not in self._epochs:
+        if (found := self._epochs.get(epoch)) is None:  # another thread may clear them meanwhile
             if len(self._epochs) >= 4:
                 self._epochs.clear()  # a run goes from one to the next
             names = np.arange(len(self.shard_rows), dtype=np.uint64)
             shards = np.argsort(mix(names ^ key_of(self.seed, epoch, _SHARDS)), kind="stable")
             ends = np.cumsum(self.shard_rows[shards])
-            self._epochs[epoch] = _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
-        return self._epochs[epoch]
+            found = _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
+            self._epochs[epoch] = found
+        return found
 
 
 def deal(positions: np.ndarray, lanes: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:

@@ -106,8 +106,8 @@ class TokenRows:
 
     plan_tokens = 2**25  # at most, of all ranks, that are prepared at once
 
-    def __init__(self, path: str | Path, *, seq_len: int, verify: bool = True, skip: bool = False) -> None:
-        self.manifest = Manifest.load(path)
+    def __init__(self, path: str | Path | Manifest, *, seq_len: int, verify: bool = True, skip: bool = False, **remote: Any) -> None:
+        self.manifest = path if isinstance(path, Manifest) else Manifest.load(path, **remote)
         self.manifests = [self.manifest]
         self._first_shards = np.array([0])  # of each manifest, shards numbered through
         self.raw, self.seq_len, self.verify, self._skip = self.manifest.dtype == TEXT, seq_len, verify, skip
@@ -241,11 +241,16 @@ class TokenRows:
 
     def _reader(self, shard: int) -> ShardReader:
         """Return the open shard; the one that was not used for the longest time is closed to make room."""
+        if (shard, -1) in self.damage:
+            raise self.damage[shard, -1]  # to look for it on a server again would cost its patience again
         if shard not in self._open:
             if len(self._open) >= self._most_open:
                 self._open.popitem(last=False)
             manifest, entry = self.shard(shard)
-            self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self.verify, partial=self._skip)
+            for gone in [number for number, reader in self._open.items() if manifest.remote and not reader.path.exists()]:
+                del self._open[gone]  # the cache has removed it, and gets its room with this
+            with manifest.local(entry):
+                self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self.verify, partial=self._skip)
         self._open.move_to_end(shard)
         return self._open[shard]
 

@@ -87,7 +87,8 @@ class Lane:
     def sample(self, shard: int, number: int) -> Sample:
         """Return where the text of a sample lies."""
         entry = self._manifest.shards[shard]
-        offset, size, _, _, checksum = _members(self._manifest.folder / entry.index_name, entry.digest)[number].item()
+        with self._manifest.local(entry):
+            offset, size, _, _, checksum = _members(self._manifest.folder / entry.index_name, entry.digest)[number].item()
         return self._manifest.folder / entry.name, offset, size, checksum
 
     def ask(self) -> None:

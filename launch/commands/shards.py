@@ -55,7 +55,7 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
 
 
 @app.command(epilog="Example: hfscale shards verify data/books")
-def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")]) -> None:
+def verify(path: Annotated[str, typer.Argument(help="folder of a build, of one side of it, a manifest.json, or a URL of one")]) -> None:
     """Check every byte and count against manifest and index; all damage in one report."""
     from hfscale.dist.world import available_cores
     from hfscale.log import progress_bar
@@ -75,7 +75,7 @@ def verify(path: Annotated[Path, typer.Argument(help="folder of a build, of one 
 
 
 @app.command(epilog="Example: hfscale shards stats data/books --png lengths.png")
-def stats(path: Annotated[Path, typer.Argument(help="folder of a build, of one side of it, or a manifest.json")],
+def stats(path: Annotated[str, typer.Argument(help="folder of a build, of one side of it, a manifest.json, or a URL of one")],
           png: Annotated[Optional[Path], typer.Option(help="draw the lengths of documents into this file too")] = None) -> None:  # noqa: UP045
     """Print tokens, documents, bytes and the lengths of documents."""
     from hfscale.shards.stats import describe, draw, unigram_entropy
@@ -93,7 +93,7 @@ def stats(path: Annotated[Path, typer.Argument(help="folder of a build, of one s
 
 
 @app.command(epilog="Example: hfscale shards cat data/books/train --document 1000 --count 3")
-def cat(path: Annotated[Path, typer.Argument(help="folder with a manifest.json, or that file")],
+def cat(path: Annotated[str, typer.Argument(help="folder with a manifest.json, that file, or a URL of either")],
         document: Annotated[Optional[int], typer.Option(help="from this document (or sample of raw text) on; default: 0")] = None,  # noqa: UP045
         row: Annotated[Optional[int], typer.Option(help="from this row of --seq-len tokens on, in the order of the shards")] = None,  # noqa: UP045
         seq_len: Annotated[Optional[int], typer.Option(min=1, help="tokens of a row, as data.seq_len")] = None,  # noqa: UP045
