@@ -204,7 +204,7 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     data, train = config.data, config.train
     state = StreamState.from_dict(saved["stream"]) if saved else None
     given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
-    if len(dtypes := {part.manifest.dtype: name for name, (_, part) in given.items()}) > 1:
+    if len(dtypes := {part.manifest.dtype: name for name, (_, part) in given.items() if not part.raw}) > 1:
         raise DataError("the sources have ids of unlike dtypes", where="data.sources", value=dtypes,
                         remedy="one tokenizer gives one dtype: build the shards again with the run's")
     names = list(dict.fromkeys([*_known(state, {name: part.manifest for name, (_, part) in given.items()}, config.run_dir), *given]))

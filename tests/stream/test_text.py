@@ -361,7 +361,7 @@ def test_lanes_are_chosen_once(corpus, encoders, news):
 
 def test_other_text_on_a_resume_is_refused(corpus, encoders, web, news):
     _, saved = train(config_of(corpus, {"text": (web, 1)}), encoders, 2)
-    with pytest.raises(DataError, match="data.sources"):
+    with pytest.raises(DataError, match="source text of the checkpoint has other data"):
         open_stream(config_of(corpus, {"text": (news, 1)}), encoders, saved=saved)
 
 
