@@ -29,6 +29,8 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
                       "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
+    if config.checkpoint.keep_best and data.validation is None:
+        found.append(("checkpoint.keep_best", "there is no validation to find the best by: set data.validation.shards, or take it back"))
     found += [(f"data.sources.{number}.shards", "remote shards are not there yet: give a folder of this machine")
               for number, source in enumerate(data.sources) if "://" in source.shards]
     return found + list(_mixture_problems(data))
