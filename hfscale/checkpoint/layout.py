@@ -81,7 +81,7 @@ def checkpoint_of(name: str | Path) -> Path | None:
         return None
     if found := candidates(path / FOLDER):
         return found[-1]
-    raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it until its first save: hfscale pretrain {path}")
+    raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it: hfscale pretrain {path}")
 
 
 def reject(checkpoint: Path) -> Path:
@@ -150,8 +150,8 @@ def pin(folder: Path, step: int, *, pinned: bool) -> None:
     with suppress(FileNotFoundError):
         marker.touch() if pinned else marker.unlink(missing_ok=True)
     if not (marker if pinned else marker.parent).exists():  # looked up again: it is no use in a folder that has just been renamed
-        raise CheckpointError("there is no checkpoint of this step", where=folder, value=step,
-                              remedy=f"choose one of {', '.join(str(step_of(path)) for path in committed(folder)) or 'none: there are none'}")
+        there = ", ".join(str(step_of(path)) for path in committed(folder))
+        raise CheckpointError("there is no checkpoint of this step", where=folder, value=step, remedy=f"there are: {there or 'none yet'}")
 
 
 def sync_folder(folder: Path) -> None:

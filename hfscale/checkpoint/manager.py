@@ -27,6 +27,7 @@ from hfscale.checkpoint.manifest import Entry, verify, write_file, write_manifes
 from hfscale.checkpoint.probe import make_probe
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
 from hfscale.config.schema import Checkpoint
+from hfscale.dist.agree import from_rank_0
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
@@ -99,7 +100,7 @@ class CheckpointManager:
         began = self._clock()
         self.wait()
         about = {**state, "engine": engine.scalars(), "tied": engine.tied, "best": self._best if self._config.keep_best else None}
-        small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: engine.module.config.to_json_string().encode()}
+        small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: engine.model_config.to_json_string().encode()}
         if probe := make_probe(engine):
             if not probe.logits.isfinite().all():
                 raise UnhealthyError("the model's logits are not finite; nothing was saved, older checkpoints are untouched")
@@ -139,7 +140,7 @@ class CheckpointManager:
         """Agree that there is room, and clear the ground: one folder, empty, before any rank writes."""
         needed = torch.tensor(sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values()))
         torch_dist.all_reduce(needed, group=host_group())
-        problem: list[str | None] = [None]
+        problem: str | None = None
         if self._rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -149,15 +150,14 @@ class CheckpointManager:
                     layout.prune(self.folder, self._config)
                     free = shutil.disk_usage(self.folder).free
                 if need > free:
-                    problem = [f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"]
+                    problem = f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"
                 else:
                     (self._partial(step) / layout.RECORDS).mkdir(parents=True)
                     (self._partial(step) / layout.ENGINE).mkdir()
             except OSError as error:
-                problem = [f"the checkpoint folder cannot be written: {error}"]
-        torch_dist.broadcast_object_list(problem, src=0, group=host_group())
-        if problem[0]:
-            raise CheckpointError(problem[0], where=self.folder, remedy="free or mend the disk, then run the same command again; "
+                problem = f"the checkpoint folder cannot be written: {error}"
+        if problem := from_rank_0(problem):
+            raise CheckpointError(problem, where=self.folder, remedy="free or mend the disk, then run the same command again; "
                                   "checkpoint.keep_last=1 keeps fewer, and `hfscale checkpoints RUN` says why each is kept")
 
     def _snapshot(self, fragments: Sequence[Fragment]) -> list[Fragment]:
@@ -186,7 +186,8 @@ class CheckpointManager:
                 self._commit([write_file(partial, path, [content]) for path, content in small.items()], step=step)
                 self.write_s = time.monotonic() - began
                 share = f" ({self.stall_s / (self.stall_s + self.write_s):.0%} of the save)" if reused and self._config.async_ else ""
-                logger.info(f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, writing took {self.write_s:.2f} s")
+                logger.info(f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, "
+                            f"writing took {self.write_s:.2f} s")
         except BaseException as error:  # whatever it is, the run must hear of it
             self._failure = error
         self.write_s = time.monotonic() - began
@@ -220,9 +221,7 @@ class CheckpointManager:
         Raises:
             CheckpointError: if there are checkpoints, but none is intact, or the newest is of another model or format.
         """
-        names: list[Any] = [[path.name for path in layout.candidates(self.folder)] if self._rank == 0 else None]
-        torch_dist.broadcast_object_list(names, src=0, group=host_group())
-        found = [self.folder / name for name in names[0]]
+        found = from_rank_0(layout.candidates(self.folder))
         for checkpoint in reversed(found):
             began = time.monotonic()
             if problems := verify_together(checkpoint):

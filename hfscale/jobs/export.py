@@ -18,7 +18,7 @@ from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
-from hfscale.jobs.opening import RunModel, attention, open_run
+from hfscale.jobs.opening import RunModel, open_run
 from hfscale.log import logger
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
@@ -68,7 +68,8 @@ def prove(source: RunModel, folder: Path) -> float:
         CheckpointError: if they differ by more than rounding explains.
     """
     device = default_device()
-    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention(source.config))
+    attention = source.skeleton.config._attn_implementation
+    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention)
     model.to(device).eval()  # type: ignore[arg-type]
     probe = read_probe(source.checkpoint)
     with torch.no_grad():

@@ -52,7 +52,7 @@ def test_pruning_keeps_the_newest_the_permanent_the_best_and_the_pinned(tmp_path
     layout.pin(tmp_path, 5, pinned=False)
     assert [layout.step_of(path) for path in layout.prune(tmp_path, Checkpoint(keep_last=3))] == [] == list(tmp_path.glob("*.old"))
     assert [layout.step_of(path) for path in layout.prune(tmp_path, Checkpoint(keep_last=1))] == [4, 5]
-    with pytest.raises(CheckpointError, match=r"no checkpoint of this step(.|\n)*choose one of 3, 7"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint of this step(.|\n)*there are: 3, 7"):
         layout.pin(tmp_path, 5, pinned=True)
 
 

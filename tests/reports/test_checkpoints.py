@@ -12,7 +12,7 @@ from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
 
 
-@pytest.fixture()
+@pytest.fixture
 def run(tmp_path: Path) -> Path:
     values = run_values(tmp_path, tmp_path, "run", checkpoint={"keep_last": 1, "keep_every_steps": 10},
                         data={"validation": {"shards": str(tmp_path)}})
