@@ -13,7 +13,7 @@ from torch import Tensor
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import verify
-from hfscale.checkpoint.store import DTYPE_NAMES, FragmentReader
+from hfscale.checkpoint.store import FragmentReader
 from hfscale.errors import CheckpointError
 
 Check = Callable[[Path], list[str]]
@@ -30,8 +30,6 @@ class WeightsReader(Protocol):
         ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def dtype(self, name: str) -> torch.dtype: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -74,14 +72,12 @@ class CheckpointWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._reader.shapes[self.home(name)]
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self.home(name))
-
     def read(self, name: str) -> Tensor:
         return self.read_slice(name, start=0, numel=torch.Size(self.shape(name)).numel()).view(self.shape(name))
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
-        return self._reader.read(self.home(name), "weight", start=start, out=torch.empty(numel, dtype=self.dtype(name)))
+        name = self.home(name)
+        return self._reader.read(name, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(name)))
 
 
 class FolderWeights:
@@ -114,10 +110,6 @@ class FolderWeights:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        text = self._tensors[name].get_slice(name).get_dtype()
-        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == text)
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].get_tensor(name)

@@ -28,7 +28,7 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
                       f"{nearest_text(_divisors(train.global_batch), train.micro_batch)} would"))
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
-                      "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
+                      "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)"))
     if config.checkpoint.keep_best and data.validation is None:
         found.append(("checkpoint.keep_best", "there is no validation to find the best by: set data.validation.shards, or take it back"))
     found += [(f"data.sources.{number}.shards", "remote shards are not there yet: give a folder of this machine")

@@ -93,11 +93,6 @@ class Engine:
         return self._ds.module
 
     @property
-    def model_config(self) -> Any:
-        """The model's config, of transformers."""
-        return self.module.config
-
-    @property
     def tied(self) -> dict[str, str]:
         """Other names of tied parameters -> the name whose fragments hold them."""
         return parts.tied(self.module)

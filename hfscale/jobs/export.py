@@ -73,7 +73,8 @@ def prove(source: RunModel, folder: Path) -> float:
     model.to(device).eval()  # type: ignore[arg-type]
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
-        got = probe.pick(model(probe.ids_BT.to(device)).logits.cpu())
+        got = probe.ask(model, device=device)
+    assert got is not None, "it had logits when it was saved"
     same = device_name(device) == state(source)["device"] and not source.config.engine.compile
     return compare_logits(got, probe.logits, tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision])
 

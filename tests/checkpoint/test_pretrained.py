@@ -37,9 +37,6 @@ class DictReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.weights[name].shape)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self.weights[name].dtype
-
     def read(self, name: str) -> Tensor:
         return self.weights[name]
 
