@@ -22,7 +22,7 @@ VERBS = {  # a verb is listed when it works
     "logs": "Print a run's log, and follow it.",
     "show": "Print a config as it resolves, and where each value came from.",
     "batch": "Print the texts that a step of a run was trained on.",
-    "checkpoints": "List a run's checkpoints; verify them.",
+    "checkpoints": "List a run's checkpoints and why each is kept; verify, pin, prune.",
     "prove": "Kill and resume a short run of a config, and compare it with an undisturbed twin.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",
     "predict": "Generate text from a run or an export.",

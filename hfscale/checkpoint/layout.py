@@ -1,6 +1,6 @@
 """Where things lie in a run's ``checkpoints/`` folder, and the moves between its states.
 
-    step-00001000          committed: it has a manifest, and was renamed to this name last
+    step-00001000          committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
     step-00001000.partial  being written, or left by a kill; never read, cleared by the next save
     step-00001000.old      being deleted; never read
     rejected/              what failed verification, kept for inspection, never loaded
@@ -11,17 +11,25 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from hfscale.config.schema import Checkpoint
+from hfscale.errors import CheckpointError
 
 FOLDER = "checkpoints"  # of a run directory
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
+CONFIG = "config.json"  # the model's, as transformers reads it
 ENGINE = "engine"
 RECORDS = "records"  # inside a partial checkpoint: what each rank has written
 REJECTED = "rejected"
 PARTIAL, OLD = ".partial", ".old"
+PINNED = "pinned"  # an empty file of a user's in a checkpoint
+NAME = re.compile(r"step-\d{8,}")
 
 
 def step_name(step: int) -> str:
@@ -40,7 +48,7 @@ def candidates(folder: Path) -> list[Path]:
     """Return every folder that has a checkpoint's name, oldest first: committed, or half-copied by somebody."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and path.is_dir()), key=step_of)
+    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
 
 
 def committed(folder: Path) -> list[Path]:
@@ -49,9 +57,31 @@ def committed(folder: Path) -> list[Path]:
 
 
 def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] | None:
-    """Return what the newest committed checkpoint of a run (from ``before`` a step) says of its position, or None if there is none."""
-    found = [path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before]
-    return json.loads((found[-1] / STATE).read_text("utf-8")) if found else None
+    """Return what the newest committed checkpoint of a run (from ``before`` a step) says of itself; None: none that can be read."""
+    return _newest([path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before])
+
+
+def _newest(found: list[Path]) -> dict[str, Any] | None:
+    for checkpoint in reversed(found):
+        with suppress(OSError, ValueError):  # damaged: a job that loads says so, and falls back as this does
+            return dict(json.loads((checkpoint / STATE).read_text("utf-8")))
+    return None
+
+
+def checkpoint_of(name: str | Path) -> Path | None:
+    """Return the checkpoint that ``name`` stands for: itself, or the newest of a run, also a damaged one. None: it is neither.
+
+    Raises:
+        CheckpointError: if it is a run that has none.
+    """
+    path = Path(name)
+    if not path.is_dir() or NAME.fullmatch(path.name):
+        return path if path.is_dir() else None
+    if not (path / FOLDER).is_dir() and ((path / "config.json").is_file() or not (path / "config.yaml").is_file()):
+        return None
+    if found := candidates(path / FOLDER):
+        return found[-1]
+    raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it: hfscale pretrain {path}")
 
 
 def reject(checkpoint: Path) -> Path:
@@ -67,20 +97,61 @@ def reject(checkpoint: Path) -> Path:
 def clear_leftovers(folder: Path) -> None:
     """Remove what a kill left half written or half deleted."""
     for path in folder.iterdir():
-        if path.name.startswith("step-") and path.suffix in (PARTIAL, OLD):
+        if path.name.startswith("step-") and path.suffix == PARTIAL:
             shutil.rmtree(path)
+        elif path.name.startswith("step-") and path.suffix == OLD:
+            _discard(path)
 
 
-def prune(folder: Path, *, keep_last: int, keep_every_steps: int | None) -> list[Path]:
-    """Remove all but the newest ``keep_last`` checkpoints and the permanent ones; return what was removed."""
-    def permanent(checkpoint: Path) -> bool:
-        return keep_every_steps is not None and step_of(checkpoint) % keep_every_steps == 0
+def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
+    """Return why each committed checkpoint stays, oldest first; without a reason it goes at the next pruning."""
+    found = committed(folder)
+    best = (_newest(found) or {}).get("best") or {}
 
-    gone = [path for path in committed(folder)[:-keep_last] if not permanent(path)]
-    for path in gone:
-        doomed = path.rename(path.with_name(path.name + OLD))  # a kill in the middle leaves nothing that looks like a checkpoint
-        shutil.rmtree(doomed)
+    def reasons(path: Path) -> Iterator[str]:
+        if path in found[-policy.keep_last:]:
+            yield "last"
+        if policy.keep_every_steps and step_of(path) % policy.keep_every_steps == 0:
+            yield "permanent"
+        if best.get("step") == step_of(path):
+            yield f"best {best['metric']} {best['value']:.6g}"
+        if (path / PINNED).exists():
+            yield "pinned"
+
+    return {path: list(reasons(path)) for path in found}
+
+
+def prune(folder: Path, policy: Checkpoint, *, spare: Path | None = None) -> list[Path]:
+    """Remove the checkpoints that nothing keeps, but not ``spare``; return them. Other processes may prune and pin meanwhile."""
+    gone = []
+    for path in [path for path, reasons in kept(folder, policy).items() if not reasons and path != spare]:
+        with suppress(FileNotFoundError):  # another process was faster
+            old = path.rename(path.with_name(path.name + OLD))  # a kill in the middle leaves nothing that looks like a checkpoint
+            gone += [path] if _discard(old) else []
     return gone
+
+
+def _discard(old: Path) -> bool:
+    """Return True if a checkpoint under its last name was deleted; one that was pinned just before it got that name goes back."""
+    if (old / PINNED).exists():
+        old.rename(old.with_suffix(""))
+        return False
+    shutil.rmtree(old, ignore_errors=True)  # another process may be at it too
+    return True
+
+
+def pin(folder: Path, step: int, *, pinned: bool) -> None:
+    """Keep the checkpoint of ``step`` whatever the policy says, or no longer.
+
+    Raises:
+        CheckpointError: if there is none, or it was pruned at this moment.
+    """
+    marker = folder / step_name(step) / PINNED
+    with suppress(FileNotFoundError):
+        marker.touch() if pinned else marker.unlink(missing_ok=True)
+    if not (marker if pinned else marker.parent).exists():  # looked up again: it is no use in a folder that has just been renamed
+        there = ", ".join(str(step_of(path)) for path in committed(folder))
+        raise CheckpointError("there is no checkpoint of this step", where=folder, value=step, remedy=f"there are: {there or 'none yet'}")
 
 
 def sync_folder(folder: Path) -> None:

@@ -9,10 +9,11 @@ No thread takes part in a collective: they meet through files, and the ranks' ma
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from hfscale.checkpoint.manifest import Entry, verify, write_file, write_manifes
 from hfscale.checkpoint.probe import make_probe
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
 from hfscale.config.schema import Checkpoint
+from hfscale.dist.agree import from_rank_0
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
-from hfscale.errors import CheckpointError, UnhealthyError
+from hfscale.errors import CheckpointError, ConfigError, UnhealthyError, nearest
 from hfscale.log import logger
 from hfscale.monitor.throughput import peak_memory_gib
 
@@ -48,6 +50,7 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._gave_up = threading.Event()
+        self._best: dict[str, Any] | None = None  # of the metric of checkpoint.keep_best: {"metric", "step", "value"}
         self.stall_s = 0.0  # of the last save: how long training waited
         self.write_s = 0.0  # of the last save that was written: how long its writer took
 
@@ -60,6 +63,27 @@ class CheckpointManager:
         minutes = self._config.every_minutes
         return any(every and step % every == 0 for every in steps) or (
             minutes is not None and self._clock() - self._saved_at >= minutes * 60)
+
+    def improves(self, record: Mapping[str, Any]) -> bool:
+        """Return True if a step's record has the best value yet of ``checkpoint.keep_best``'s metric: then it should be saved.
+
+        All ranks give the same record, so they agree without asking.
+
+        Raises:
+            ConfigError: if the step was validated, but the metric is not among the figures.
+        """
+        best = self._config.keep_best
+        given = [name for name in record if name.startswith("validation_")]
+        if best is None or not given:
+            return False
+        if best.metric not in given:
+            raise ConfigError("no validation gives this metric", where="checkpoint.keep_best.metric", value=best.metric,
+                              remedy=nearest(best.metric, given))
+        value, before = record[best.metric], self._best if self._best and self._best["metric"] == best.metric else None
+        if not math.isfinite(value) or (before and (value >= before["value"] if best.mode == "min" else value <= before["value"])):
+            return False
+        self._best = {"metric": best.metric, "step": record["step"], "value": value}
+        return True
 
     def failed(self) -> BaseException | None:
         """Return what stopped this rank's last background write, if anything did."""
@@ -75,18 +99,21 @@ class CheckpointManager:
         """
         began = self._clock()
         self.wait()
-        small = {layout.STATE: json.dumps({**state, "engine": engine.scalars(), "tied": engine.tied}, indent=1).encode()}
+        about = {**state, "engine": engine.scalars(), "tied": engine.tied, "best": self._best if self._config.keep_best else None}
+        model_config: Any = engine.module.config
+        small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: model_config.to_json_string().encode()}
         if probe := make_probe(engine):
             if not probe.logits.isfinite().all():
                 raise UnhealthyError("the model's logits are not finite; nothing was saved, older checkpoints are untouched")
             small[layout.PROBE] = probe.to_bytes()
         fragments = engine.fragments()
         self._prepare(fragments, step=step)
+        reused = bool(self._buffers)
         snapshot = self._snapshot(fragments)
         self._saved_at = self._clock()
         self.stall_s = self._saved_at - began
         self._thread = threading.Thread(target=self._write, name=f"checkpoint-{step}", daemon=True, kwargs={
-            "snapshot": snapshot, "small": small if self._rank == 0 else {}, "step": step})
+            "snapshot": snapshot, "small": small if self._rank == 0 else {}, "step": step, "reused": reused})
         self._thread.start()
         if not self._config.async_:
             self.wait()
@@ -114,26 +141,25 @@ class CheckpointManager:
         """Agree that there is room, and clear the ground: one folder, empty, before any rank writes."""
         needed = torch.tensor(sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values()))
         torch_dist.all_reduce(needed, group=host_group())
-        problem: list[str | None] = [None]
+        problem: str | None = None
         if self._rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clear_leftovers(self.folder)
                 need, free = int(needed) + HEADROOM_BYTES, shutil.disk_usage(self.folder).free
                 if need > free:  # what this save would make superfluous may as well go now; the newest good one always stays
-                    self._prune()
+                    layout.prune(self.folder, self._config)
                     free = shutil.disk_usage(self.folder).free
                 if need > free:
-                    problem = [f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"]
+                    problem = f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"
                 else:
                     (self._partial(step) / layout.RECORDS).mkdir(parents=True)
                     (self._partial(step) / layout.ENGINE).mkdir()
             except OSError as error:
-                problem = [f"the checkpoint folder cannot be written: {error}"]
-        torch_dist.broadcast_object_list(problem, src=0, group=host_group())
-        if problem[0]:
-            raise CheckpointError(problem[0], where=self.folder, remedy="free or mend the disk, then run the same command again; "
-                                  "checkpoint.keep_last=1 keeps fewer")
+                problem = f"the checkpoint folder cannot be written: {error}"
+        if problem := from_rank_0(problem):
+            raise CheckpointError(problem, where=self.folder, remedy="free or mend the disk, then run the same command again; "
+                                  "checkpoint.keep_last=1 keeps fewer, and `hfscale checkpoints RUN` says why each is kept")
 
     def _snapshot(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """Return ``fragments`` copied to this manager's buffers on the CPU."""
@@ -148,7 +174,7 @@ class CheckpointManager:
         return [Fragment(f.name, f.shape, f.start, {kind: next(copies) for kind in f.tensors}) for f in fragments]
 
     # -------------------------------------------------------------------------------- the writer's thread
-    def _write(self, *, snapshot: Sequence[Fragment], small: dict[str, bytes], step: int) -> None:
+    def _write(self, *, snapshot: Sequence[Fragment], small: dict[str, bytes], step: int, reused: bool) -> None:
         began = time.monotonic()
         try:
             partial = self._partial(step)
@@ -160,7 +186,9 @@ class CheckpointManager:
             if self._rank == 0:
                 self._commit([write_file(partial, path, [content]) for path, content in small.items()], step=step)
                 self.write_s = time.monotonic() - began
-                logger.info(f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s, writing took {self.write_s:.2f} s")
+                share = f" ({self.stall_s / (self.stall_s + self.write_s):.0%} of the save)" if reused and self._config.async_ else ""
+                logger.info(f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, "
+                            f"writing took {self.write_s:.2f} s")
         except BaseException as error:  # whatever it is, the run must hear of it
             self._failure = error
         self.write_s = time.monotonic() - began
@@ -180,10 +208,7 @@ class CheckpointManager:
             logger.warning(f"{target} was there already; it is kept as {layout.reject(target)}")
         partial.rename(target)
         layout.sync_folder(self.folder)
-        self._prune()
-
-    def _prune(self) -> None:
-        layout.prune(self.folder, keep_last=self._config.keep_last, keep_every_steps=self._config.keep_every_steps)
+        layout.prune(self.folder, self._config)
 
     def _partial(self, step: int) -> Path:
         return self.folder / (layout.step_name(step) + layout.PARTIAL)
@@ -197,12 +222,10 @@ class CheckpointManager:
         Raises:
             CheckpointError: if there are checkpoints, but none is intact, or the newest is of another model or format.
         """
-        names: list[Any] = [[path.name for path in layout.candidates(self.folder)] if self._rank == 0 else None]
-        torch_dist.broadcast_object_list(names, src=0, group=host_group())
-        found = [self.folder / name for name in names[0]]
+        found = from_rank_0(layout.candidates(self.folder))
         for checkpoint in reversed(found):
             began = time.monotonic()
-            if problems := self._problems(checkpoint):
+            if problems := verify_together(checkpoint):
                 self._reject(checkpoint, problems)
                 continue
             state = json.loads((checkpoint / layout.STATE).read_text())
@@ -211,6 +234,7 @@ class CheckpointManager:
             reader.close()
             engine.load_scalars(state["engine"])
             engine.after_load()
+            self._best = state.get("best")
             logger.info(f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO {state.get('zero_stage')}: "
                         f"{time.monotonic() - began:.1f} s, peak memory of this rank {peak_memory_gib(engine.device):.2f} GiB")
             return state
@@ -220,18 +244,18 @@ class CheckpointManager:
                                   remedy="run again to start from step 0, or copy a good checkpoint back")
         return None
 
-    def _problems(self, checkpoint: Path) -> list[str]:
-        """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files."""
-        mine = verify(checkpoint, part=self._rank, parts=self._world_size)
-        everyone: list[Any] = [None] * self._world_size
-        torch_dist.all_gather_object(everyone, mine, group=host_group())
-        return sorted({problem for problems in everyone for problem in problems})
-
     def _reject(self, checkpoint: Path, problems: list[str]) -> None:
         torch_dist.barrier(group=host_group())  # nobody reads it any more
         if self._rank == 0:
             logger.warning(f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}")
         torch_dist.barrier(group=host_group())
+
+
+def verify_together(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files. Collective."""
+    everyone: list[Any] = [None] * torch_dist.get_world_size()
+    torch_dist.all_gather_object(everyone, verify(checkpoint, part=torch_dist.get_rank(), parts=len(everyone)), group=host_group())
+    return sorted({problem for problems in everyone for problem in problems})
 
 
 def _any_rank(*flags: bool) -> list[bool]:

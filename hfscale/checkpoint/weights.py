@@ -2,19 +2,21 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import verify
-from hfscale.checkpoint.store import DTYPE_NAMES, FragmentReader
+from hfscale.checkpoint.store import FragmentReader
 from hfscale.errors import CheckpointError
 
+Check = Callable[[Path], list[str]]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
 
 
@@ -23,9 +25,11 @@ class WeightsReader(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def shape(self, name: str) -> tuple[int, ...]: ...
+    def home(self, name: str) -> str:
+        """Return the name under which the tensor is stored: another one, if it is tied."""
+        ...
 
-    def dtype(self, name: str) -> torch.dtype: ...
+    def shape(self, name: str) -> tuple[int, ...]: ...
 
     def read(self, name: str) -> Tensor: ...
 
@@ -34,30 +38,26 @@ class WeightsReader(Protocol):
         ...
 
 
-def open_weights(path: str | Path) -> WeightsReader:
+def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a folder of transformers.
+
+    ``check`` says what is wrong with a checkpoint.
 
     Raises:
         CheckpointError: if there are none, or a checkpoint does not match its manifest.
     """
-    folder = Path(path)
-    if (folder / layout.FOLDER).is_dir():
-        found = layout.committed(folder / layout.FOLDER)
-        if not found:
-            raise CheckpointError("this run has no checkpoint yet", where=folder, remedy="let it train until its first save")
-        folder = found[-1]
-    if (folder / layout.MANIFEST).is_file():
-        return CheckpointWeights(folder)
-    if not folder.is_dir():
+    if checkpoint := layout.checkpoint_of(path):
+        return CheckpointWeights(checkpoint, check=check)
+    if not Path(path).is_dir():
         raise CheckpointError("there is no such folder", where=path, remedy="name a run, a checkpoint or a transformers folder")
-    return FolderWeights(folder)
+    return FolderWeights(Path(path))
 
 
 class CheckpointWeights:
     """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it is tied to."""
 
-    def __init__(self, checkpoint: Path) -> None:
-        if problems := verify(checkpoint):
+    def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
+        if problems := check(checkpoint):
             raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
                                   remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
         self._reader = FragmentReader(checkpoint)
@@ -66,17 +66,17 @@ class CheckpointWeights:
     def names(self) -> list[str]:
         return [*self._reader.shapes, *self._tied]
 
-    def shape(self, name: str) -> tuple[int, ...]:
-        return self._reader.shapes[self._tied.get(name, name)]
+    def home(self, name: str) -> str:
+        return self._tied.get(name, name)
 
-    def dtype(self, name: str) -> torch.dtype:
-        return self._reader.dtype(self._tied.get(name, name))
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._reader.shapes[self.home(name)]
 
     def read(self, name: str) -> Tensor:
         return self.read_slice(name, start=0, numel=torch.Size(self.shape(name)).numel()).view(self.shape(name))
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
-        name = self._tied.get(name, name)
+        name = self.home(name)
         return self._reader.read(name, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(name)))
 
 
@@ -84,31 +84,32 @@ class FolderWeights:
     """The safetensors of a transformers folder, one file or several."""
 
     def __init__(self, folder: Path) -> None:
-        if (folder / INDEX).is_file():
-            where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
-        elif (folder / SINGLE).is_file():
-            with safe_open(folder / SINGLE, framework="pt") as file:
-                where = dict.fromkeys(file.keys(), SINGLE)
-        else:
-            raise CheckpointError("no safetensors weights here", where=folder, value=sorted(p.name for p in folder.glob("*"))[:10],
-                                  remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened")
         self._files = ExitStack()
-        opened = {}
-        for name in sorted(set(where.values())):
-            if not (folder / name).is_file():
-                raise CheckpointError("a file of the weights is missing", where=folder / name, remedy="copy the folder again, whole")
-            opened[name] = self._files.enter_context(safe_open(folder / name, framework="pt"))
-        self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
+        try:
+            if (folder / INDEX).is_file():
+                where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+            elif (folder / SINGLE).is_file():
+                with safe_open(folder / SINGLE, framework="pt") as file:
+                    where = dict.fromkeys(file.keys(), SINGLE)
+            else:
+                raise CheckpointError("no safetensors weights here", where=folder, value=sorted(p.name for p in folder.glob("*"))[:10],
+                                      remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened")
+            opened = {name: self._files.enter_context(safe_open(folder / name, framework="pt")) for name in sorted(set(where.values()))}
+            self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
+            for name in where:
+                self.shape(name)
+        except (OSError, ValueError, KeyError, SafetensorError) as error:
+            raise CheckpointError("a file of the weights is missing or damaged", where=folder, value=str(error).splitlines()[0],
+                                  remedy="copy the folder again, whole") from error
 
     def names(self) -> list[str]:
         return list(self._tensors)
 
+    def home(self, name: str) -> str:
+        return name
+
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].get_slice(name).get_shape())
-
-    def dtype(self, name: str) -> torch.dtype:
-        text = self._tensors[name].get_slice(name).get_dtype()
-        return next(dtype for dtype, known in DTYPE_NAMES.items() if known == text)
 
     def read(self, name: str) -> Tensor:
         return self._tensors[name].get_tensor(name)

@@ -28,7 +28,9 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
                       f"{nearest_text(_divisors(train.global_batch), train.micro_batch)} would"))
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
-                      "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
+                      "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)"))
+    if config.checkpoint.keep_best and data.validation is None:
+        found.append(("checkpoint.keep_best", "there is no validation to find the best by: set data.validation.shards, or take it back"))
     places = [(f"sources.{number}", source.shards) for number, source in enumerate(data.sources)]
     places += [("validation", data.validation.shards)] if data.validation else []
     found += [(f"data.{key}.shards", f"{place} runs a command: set data.allow_pipe=true if you trust it")

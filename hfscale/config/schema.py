@@ -173,13 +173,21 @@ class Engine(Section):
     extra: dict[str, Any] = {}
 
 
+class Best(Section):
+    """A figure of a validation, as it is named in ``metrics.jsonl``, and which way is better."""
+
+    metric: Annotated[str, Field(pattern="^validation_")] = "validation_loss"
+    mode: Literal["min", "max"] = "min"
+
+
 class Checkpoint(Section):
-    """When a run is saved and what is kept. The newest verified checkpoint is never removed."""
+    """When a run is saved and what is kept. The newest verified checkpoint is never removed, nor one that `--pin` names."""
 
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     keep_last: Positive = 2
     keep_every_steps: Positive | None = None  # checkpoints of these steps are permanent
+    keep_best: Best | None = None  # a validation with the best value yet is saved at once, and kept until a better one
     async_: Annotated[bool, Field(alias="async")] = True
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -40,3 +41,11 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
         torch_dist.all_reduce(total, group=host_group())
     return total
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return rank 0's ``value`` (anything that pickles) on every rank."""
+    values = [value]
+    if torch_dist.is_initialized():
+        torch_dist.broadcast_object_list(values, src=0, group=host_group())
+    return values[0]

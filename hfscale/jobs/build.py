@@ -7,26 +7,27 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.manager import CheckpointManager, verify_together
+from hfscale.checkpoint.pretrained import load_pretrained
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import RunConfig
+from hfscale.dist.agree import from_rank_0
 from hfscale.dist.group import device_name
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
-from hfscale.hub import local_folder
-from hfscale.jobs.check import model_needs, open_rows
+from hfscale.jobs.check import model_needs, open_rows, pretrained_folder
 from hfscale.log import logger
 from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
-from hfscale.models.load import load_weights
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
@@ -50,7 +51,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
 
     tokenizer = load_tokenizer(config.tokenizer.path)
     parts = [open_rows(source.shards, config, tokenizer) for source in data.sources]
-    model = build(config, tokenizer, device)
+    folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
+    model = build(config, tokenizer, device, folder)
     objective = load_objective(config.objective, Setting(
         seq_len=data.seq_len, micro_batch=train.micro_batch, seed=config.run.seed, cross_document=data.cross_document,
         sources=len(parts), tokenizer=tokenizer, model_config=model.config))
@@ -63,6 +65,9 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
 
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
+    if saved is None and folder is not None:
+        logger.info(f"starting from the weights of {folder}")
+        load_pretrained(engine, open_weights(folder, check=verify_together))
     rows, order = open_mixture(config, parts, saved=saved)
     for part in parts if world.rank == 0 else ():
         part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
@@ -92,19 +97,15 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)
 
 
-def build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device: torch.device) -> PreTrainedModel:
-    """Return the model with its initial (or pretrained) weights, partitioned where the ZeRO stage says so."""
+def build(config: RunConfig, tokenizer: PreTrainedTokenizerFast, device: torch.device, pretrained: Path | None) -> PreTrainedModel:
+    """Return the model with its first weights, partitioned where the ZeRO stage says so; ``pretrained`` is where its config lies."""
     objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
 
     def gather(params: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
         return gathered(params, modify=True)
 
-    model = build_model(config.model, auto_model=objective.auto_model, seed=config.run.seed, gather=gather,
-                        context=lambda: construction(config, device_type=device.type), **model_needs(config, tokenizer))
-    if config.model.pretrained is not None:
-        folder = local_folder(config.model.pretrained, where="model.pretrained", weights=True)
-        load_weights(model, open_weights(folder), gather)
-    return model
+    return build_model(auto_model=objective.auto_model, seed=config.run.seed, gather=gather,
+                       context=lambda: construction(config, device_type=device.type), **model_needs(config, tokenizer, pretrained))
 
 
 def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTokenizerFast, world: World) -> dict[str, Any]:

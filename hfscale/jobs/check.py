@@ -1,22 +1,34 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
 from __future__ import annotations
 
+from functools import partial
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedTokenizerFast
+import torch
+import transformers
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers.initialization import no_init_weights
+from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.manifest import verify
+from hfscale.checkpoint.pretrained import match
+from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
+from hfscale.hub import local_folder
 from hfscale.models.build import check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
 
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def check(config: RunConfig) -> None:
-    """Return if tokenizer, shards, objective and model fit together.
+    """Return if tokenizer, shards, objective, model and pretrained weights fit together.
 
     Raises:
         UserError: for the first of them that does not.
@@ -26,13 +38,43 @@ def check(config: RunConfig) -> None:
                  saved=layout.newest_state(config.run_dir))
     if config.data.validation is not None:
         open_rows(config.data.validation.shards, config, tokenizer)
-    load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
-    check_model_config(config.model, **model_needs(config, tokenizer))
+    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    folder = pretrained_folder(config)
+    model_config = check_model_config(**model_needs(config, tokenizer, folder))
+    if folder and not layout.newest_state(config.run_dir):
+        match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 
 
-def model_needs(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
-    """Return what the run asks of its model, as keywords of ``check_model_config`` and ``build_model``."""
-    return {"vocab_size": vocabulary_size(tokenizer), "seq_len": config.data.seq_len, "overrides": special_ids(tokenizer)}
+def pretrained_folder(config: RunConfig) -> Path | None:
+    """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
+
+    A run that has saved needs its source no more: then it is the run's own newest checkpoint.
+
+    Raises:
+        UserError: if it is nothing that could have weights.
+    """
+    if (name := config.model.pretrained) is None:
+        return None
+    own = [path for path in layout.committed(config.run_dir / layout.FOLDER) if not verify(path, digests=False)]
+    return own[-1] if own else layout.checkpoint_of(name) or local_folder(name, where="model.pretrained", weights=True)
+
+
+def model_needs(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None) -> dict[str, Any]:
+    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of ``check_model_config`` and ``build_model``."""
+    model = config.model if folder is None else config.model.model_copy(update={"pretrained": str(folder), "architecture": None})
+    return {"model": model, "vocab_size": vocabulary_size(tokenizer), "seq_len": config.data.seq_len, "overrides": special_ids(tokenizer)}
+
+
+def skeleton(config: RunConfig, model_config: PretrainedConfig, auto_model: str) -> PreTrainedModel:
+    """Return the model on the meta device: shapes and ties, no numbers."""
+    wanted = config.model.attention
+    available = "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
+    with torch.device("meta"), no_init_weights():
+        model = getattr(transformers, auto_model).from_config(
+            model_config, dtype=DTYPES[config.engine.precision], attn_implementation=available,
+            trust_remote_code=config.model.trust_remote_code)
+    model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
+    return model
 
 
 def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:

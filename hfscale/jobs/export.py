@@ -18,7 +18,7 @@ from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
-from hfscale.jobs.opening import RunModel, attention, open_run
+from hfscale.jobs.opening import RunModel, open_run
 from hfscale.log import logger
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
@@ -68,11 +68,13 @@ def prove(source: RunModel, folder: Path) -> float:
         CheckpointError: if they differ by more than rounding explains.
     """
     device = default_device()
-    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention(source.config))
+    attention = source.skeleton.config._attn_implementation
+    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention)
     model.to(device).eval()  # type: ignore[arg-type]
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
-        got = probe.pick(model(probe.ids_BT.to(device)).logits.cpu())
+        got = probe.ask(model, device=device)
+    assert got is not None, "it had logits when it was saved"
     same = device_name(device) == state(source)["device"] and not source.config.engine.compile
     return compare_logits(got, probe.logits, tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision])
 

@@ -8,8 +8,6 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
-from transformers.initialization import no_init_weights
-from transformers.utils import is_flash_attn_2_available
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
@@ -19,12 +17,10 @@ from hfscale.config.schema import RunConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError
 from hfscale.hub import local_folder
-from hfscale.jobs.check import model_needs
+from hfscale.jobs.check import DTYPES, model_needs, skeleton
 from hfscale.models.build import check_model_config
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.tokenizer import load_tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -55,19 +51,14 @@ def open_run(name: str) -> RunModel | None:
         CheckpointError: if it is a run without a checkpoint, or one whose files do not match its manifest.
     """
     disable_progress_bar()
-    path = Path(name)
-    if path.parent.name == layout.FOLDER and (path / layout.MANIFEST).is_file():
-        run_dir, checkpoint = path.parent.parent, path
-    elif (path / "config.yaml").is_file() and not (path / "config.json").is_file():
-        run_dir, found = path, layout.candidates(path / layout.FOLDER)
-        if not found:
-            raise CheckpointError("this run has no checkpoint yet", where=name, remedy=f"go on with it: hfscale pretrain {name}")
-        checkpoint = found[-1]  # damaged ones too: silently taking an older one would be a lie
-    else:
+    if (checkpoint := layout.checkpoint_of(name)) is None:
         return None
-    config = load_config(run_dir / "config.yaml").config
+    reader = CheckpointWeights(checkpoint)  # damaged ones are refused: silently taking an older one would be a lie
+    config = load_config(checkpoint.parent.parent / "config.yaml").config
     tokenizer = load_tokenizer(config.tokenizer.path)
-    return RunModel(config, checkpoint, _skeleton(config, tokenizer), CheckpointWeights(checkpoint), tokenizer)
+    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
+    return RunModel(config, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
@@ -88,20 +79,3 @@ def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
             raise CheckpointError("no causal language model here", where=name, value=str(error).splitlines()[0],
                                   remedy="name a run, a checkpoint, an export, or a transformers folder") from error
     return model.to(default_device()), tokenizer  # type: ignore[arg-type]
-
-
-def attention(config: RunConfig) -> str:
-    """Return the run's attention, or its equal on a machine that lacks the run's kernels."""
-    wanted = config.model.attention
-    return "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
-
-
-def _skeleton(config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    setting = Setting(seq_len=config.data.seq_len, tokenizer=tokenizer)
-    auto_model = getattr(transformers, load_objective(config.objective, setting).auto_model)
-    model_config = check_model_config(config.model, **model_needs(config, tokenizer))
-    with torch.device("meta"), no_init_weights():
-        skeleton = auto_model.from_config(model_config, dtype=DTYPES[config.engine.precision], attn_implementation=attention(config),
-                                          trust_remote_code=config.model.trust_remote_code)
-    skeleton.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
-    return skeleton

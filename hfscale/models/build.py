@@ -46,7 +46,7 @@ def check_model_config(
     """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len`` positions.
 
     ``overrides`` replace an architecture's defaults; ``model.config`` replaces both. A pretrained config keeps its own values
-    but for ``model.config``.
+    but for ``model.config``, and grows to ``vocab_size`` ids.
 
     Raises:
         ConfigError: for an unknown architecture or key, a value the architecture refuses, too few positions or ids.
@@ -55,6 +55,8 @@ def check_model_config(
 
     if model.pretrained is not None:
         config = _pretrained_config(model)
+        if "vocab_size" not in model.config:
+            config.vocab_size = max(config.vocab_size, vocab_size)
     elif model.architecture is None or model.architecture not in CONFIG_MAPPING:
         near = nearest(str(model.architecture), CONFIG_MAPPING)
         usual = "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, bert, t5, ..."  # of hundreds
@@ -78,7 +80,7 @@ def build_model(
     """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO stage and world size.
 
     ``context`` is entered around the construction and ``gather`` around each draw (``init.initialize``); both do nothing
-    below ZeRO 3. Pretrained weights are loaded afterwards, with ``load.load_weights``.
+    below ZeRO 3. Pretrained weights are loaded into the engine (``checkpoint/pretrained.py``).
 
     Raises:
         ConfigError: as ``check_model_config``, and where the architecture has no such ``auto_model`` or refuses its config.

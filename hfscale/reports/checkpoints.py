@@ -1,34 +1,54 @@
-"""What a run has saved: one line a checkpoint, and with verification what is wrong with it. Loads nothing, needs no torch."""
+"""What a run has saved, why each checkpoint is kept, and what is wrong with it. Loads nothing, needs no torch."""
 from __future__ import annotations
 
 import json
+import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
 from hfscale.checkpoint import layout, manifest
+from hfscale.config.load import load_config
+from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A committed checkpoint; ``problems`` is None where it was not verified."""
+    """A checkpoint; ``problems`` is None where it was not verified."""
 
     path: Path
     line: str
     problems: list[str] | None
 
 
-def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Saved]:
-    """Return a run's checkpoints, oldest first.
+def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
+    """Return the checkpoints' folder of a run, and what the run keeps.
 
     Raises:
         CheckpointError: if there is no run.
     """
-    folder = run_dir / layout.FOLDER
-    if not folder.is_dir() and not (run_dir / "config.yaml").is_file():
+    if not (run_dir / "config.yaml").is_file():
         raise CheckpointError("no run directory", where=run_dir, remedy="name the folder that holds config.yaml and checkpoints/")
-    return [_describe(path, verify=verify) for path in layout.candidates(folder)]
+    return run_dir / layout.FOLDER, load_config(run_dir / "config.yaml").config.checkpoint
+
+
+def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Saved]:
+    """Return a run's checkpoints, oldest first."""
+    folder, policy = open_folder(run_dir)
+    reasons, found = layout.kept(folder, policy), []
+    for path in layout.candidates(folder):
+        with suppress(FileNotFoundError):  # the running job prunes
+            found.append(_describe(path, reasons.get(path, ["not committed"]), verify=verify))
+    return [saved for saved in found if saved.path.is_dir()]
+
+
+def prune(run_dir: Path) -> tuple[list[Path], int]:
+    """Return the checkpoints that were removed, and the free bytes now. The newest good one stays, also behind damaged ones."""
+    folder, policy = open_folder(run_dir)
+    good = next((path for path in reversed(layout.committed(folder)) if not manifest.verify(path)), None)
+    return layout.prune(folder, policy, spare=good), shutil.disk_usage(run_dir).free
 
 
 def rejected(run_dir: Path) -> list[Path]:
@@ -37,12 +57,16 @@ def rejected(run_dir: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _describe(path: Path, *, verify: bool) -> Saved:
+def _describe(path: Path, reasons: list[str], *, verify: bool) -> Saved:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    when = datetime.fromtimestamp(path.stat().st_mtime).isoformat(" ", "minutes")
+    saved = datetime.fromtimestamp(next(file for file in (path / layout.STATE, path) if file.exists()).stat().st_mtime)
+    hours = (datetime.now() - saved).total_seconds() / 3600
+    age = f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
     try:
         state = json.loads((path / layout.STATE).read_text("utf-8"))
         facts = f"{state['tokens_seen']:>16,} tokens  ZeRO {state['zero_stage']} {state['precision']} on {state['world_size']} ranks"
     except (OSError, ValueError, KeyError, TypeError):
         facts = f"{layout.STATE} cannot be read"
-    return Saved(path, f"{path.name}  {when}  {size / 1e6:>10,.1f} MB  {facts}", manifest.verify(path) if verify else None)
+    why = ", ".join(reasons) or "nothing keeps it: goes at the next pruning"
+    line = f"{path.name}  {saved.isoformat(' ', 'minutes')} ({age} ago)  {size / 1e6:>10,.1f} MB  {facts}  [{why}]"
+    return Saved(path, line, manifest.verify(path) if verify else None)

@@ -63,6 +63,7 @@ class Trainer:
     warned_s: float | None = None  # in a Slurm job: how long before its end the ranks are told to save
     log: MetricsLog | None = None  # rank 0 only
     state: TrainState = field(default_factory=TrainState)
+    record: dict[str, Any] = field(default_factory=dict)  # of the last step that was logged; the same on all ranks but for times
 
     def run(self) -> bool:
         """Return True when all steps are done, False when stopped on request; either way the last step is saved.
@@ -80,11 +81,12 @@ class Trainer:
                     raise UnhealthyError(f"step {self.state.step + 1}: {error}; the newest checkpoint is older") from error
             last = self.state.step == self.total_steps
             self._observe(agreed, stats)
+            best = self.checkpoints.improves(self.record)
             if agreed.failed:
                 raise CheckpointError("a checkpoint could not be written", where=f"before step {self.state.step}",
                                       value=str(self.checkpoints.failed() or "failed on another rank; see its log"),
                                       remedy="free the disk or mend the folder, then run the same command again")
-            if agreed.stop or agreed.due or last:
+            if agreed.stop or agreed.due or last or best:
                 self._save()
             if agreed.stop and not last:
                 self.checkpoints.wait()
@@ -135,9 +137,9 @@ class Trainer:
         step = self.state.step
         if not self._logged(step):
             return
-        record: dict[str, Any] = {"step": step, **self._global_losses(agreed), "lr": stats.lr, "grad_norm": stats.grad_norm,
-                                  "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
-                                  "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
+        record = self.record = {"step": step, **self._global_losses(agreed), "lr": stats.lr, "grad_norm": stats.grad_norm,
+                                "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
+                                "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
         if self.state.skipped_rows:
             record[SKIPPED] = self.state.skipped_rows
         if self.checkpoints.write_s:
@@ -181,7 +183,8 @@ class Trainer:
 
     def _save(self) -> None:
         state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen,
-                 SKIPPED: self.state.skipped_rows, "stream": self.stream.state().to_dict()}
+                 SKIPPED: self.state.skipped_rows, "stream": self.stream.state().to_dict(),
+                 "metrics": {key: value for key, value in self.record.items() if key == "step" or "loss" in key}}
         self.checkpoints.save(self.engine, state, step=self.state.step)
 
 

@@ -94,7 +94,7 @@ def resume(
 
 
 def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], int, list[str]]:
-    """Return the steps after which to kill, how many there are, and overrides that make the run short, save often, keep all and log all.
+    """Return the steps after which to kill, how many there are, and the overrides that make the run short, save often, keep and log all.
 
     Raises:
         ConfigError: if what the command line says leaves no room for the kills.

@@ -90,7 +90,8 @@ def test_what_a_checkpoint_holds(tmp_path):
     result = run_ranks(train_and_save, 2, tmp_path, 1, steps=3)[0]
     checkpoint, = layout.committed(tmp_path)
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    assert files == {"engine/rank-00000.safetensors", "engine/rank-00001.safetensors", "state.json", "probe.safetensors", "manifest.json"}
+    assert files == {"engine/rank-00000.safetensors", "engine/rank-00001.safetensors", "state.json", "config.json", "probe.safetensors",
+                     "manifest.json"}
     assert verify(checkpoint) == [] and [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
     probe = read_probe(checkpoint)
     assert probe.logits.shape == (2, 4, 64) and probe.logits.isfinite().all() and probe.ids_BT.shape == (2, 16)

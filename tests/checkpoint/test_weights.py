@@ -36,7 +36,7 @@ def test_a_run_gives_its_fp32_weights_and_with_them_the_engines_logits(tmp_path,
         reader = open_weights(path)
         assert set(reader.names()) == {*weights, "lm_head.weight"}
         for name, want in weights.items():
-            assert torch.equal(reader.read(name).flatten(), want) and reader.dtype(name) == torch.float32
+            assert torch.equal(reader.read(name).flatten(), want) and reader.read(name).dtype == torch.float32
             assert torch.equal(reader.read_slice(name, start=3, numel=9), want[3:12])
         assert torch.equal(reader.read("lm_head.weight"), reader.read("transformer.wte.weight"))
         assert reader.shape("lm_head.weight") == (97, 24)

@@ -16,9 +16,12 @@ from hfscale.checkpoint.export import untied_shapes, write_weights
 from hfscale.config.schema import CorpusConfig, RunConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import CheckpointError, DataError
-from hfscale.jobs import export, opening
+from hfscale.jobs import export
+from hfscale.jobs.check import model_needs
+from hfscale.jobs.check import skeleton as meta_model
 from hfscale.jobs.opening import open_run
 from hfscale.jobs.predict import read_prompts, write_predictions
+from hfscale.models.build import check_model_config
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import GPT2, LLAMA, run_values
@@ -63,7 +66,8 @@ def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
 
 def test_a_tied_tensor_is_counted_and_written_once(corpus: Path, tmp_path: Path) -> None:
     config = RunConfig.model_validate(run_values(corpus, tmp_path, "run", model=GPT2))
-    skeleton = opening._skeleton(config, load_tokenizer(corpus / "tokenizer"))
+    needs = model_needs(config, load_tokenizer(corpus / "tokenizer"), None)
+    skeleton = meta_model(config, check_model_config(**needs), "AutoModelForCausalLM")
     names = untied_shapes(skeleton)
     assert "transformer.wte.weight" in names and "lm_head.weight" not in names
     assert sum(shape.numel() for shape in names.values()) == sum(p.numel() for p in skeleton.parameters())

@@ -1,0 +1,122 @@
+"""Weights of another run, checkpoint, export or transformers folder into an engine, before its first step.
+
+Each rank reads the ranges that it holds, at any ZeRO stage, one after the other: no rank ever has more than its share and the
+largest of these ranges. Names in files differ from a model's by the base model's prefix (``transformer.wte.weight`` is saved as
+``wte.weight`` by a headless model), by ties (one of several names is saved) and by age (``gamma`` and ``beta`` of old LayerNorms).
+"""
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from hfscale.checkpoint.weights import WeightsReader
+from hfscale.engine.fragments import tied
+from hfscale.errors import CheckpointError
+from hfscale.log import logger
+
+if TYPE_CHECKING:  # a login node matches names without DeepSpeed
+    from hfscale.engine.engine import Engine
+
+NAMED = 20  # tensors that a message names
+BLOCK_ROWS = 4096
+
+
+@dataclass(frozen=True)
+class Match:
+    """Where a model's tensors come from. Missing parameters keep their first weights (a new head, say); unexpected ones are not read."""
+
+    sources: dict[str, str]  # name in the model -> name in the reader
+    missing: tuple[str, ...]
+    unexpected: tuple[str, ...]
+    grown: tuple[str, ...]  # names in the model of what has a row (or number) an id, and more ids than its source
+    rows: tuple[int, int]  # ids there, and in the model
+
+
+def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
+    """Return what fills ``model``, whose tensors may be partitioned or on the meta device, after naming in the log what does not match.
+
+    Raises:
+        CheckpointError: if nothing matches, shapes differ by more than new ids, or what is one tensor here are two there.
+    """
+    parameters, saved, available = dict(model.named_parameters()), model.state_dict(), reader.names()
+    tensors = parameters | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
+    names = {name: [name, *(alias for alias, first in tied(model).items() if first == name)] for name in tensors}
+    found = {name: [there for alias in names[name] for there in _spellings(alias, model.base_model_prefix) if there in available]
+             for name in tensors}
+    words = next(name for name, tensor in tensors.items() if tensor is model.get_input_embeddings().weight)
+    rows = (reader.shape(found[words][0])[0], shapes[words][0]) if found[words] else (0, 0)
+    grown, wrong = [], []
+    for name, (first, *others) in ((name, there) for name, there in found.items() if there):
+        have, want = tuple(reader.shape(first)), shapes[name]
+        if have != want and rows[0] < rows[1] and want == tuple(rows[1] if size == rows[0] else size for size in have):
+            grown.append(name)
+        elif have != want:
+            wrong.append(f"{name}: {list(want)}, there {list(have)}")
+        if any(reader.home(other) != reader.home(first) and not torch.equal(reader.read(other), reader.read(first)) for other in others):
+            wrong.append(f"{name}: this model ties {' and '.join([first, *others])}, which differ there")
+    if wrong or not any(found.values()):
+        what = f"{len(wrong)} pretrained weights do not fit the model" if wrong else "none of the pretrained weights is one of the model's"
+        raise CheckpointError(what, where=f"model.pretrained, {type(model).__name__}", value=wrong[:NAMED] or available[:3],
+                              remedy="they must belong to one architecture: check model.pretrained, and what model.config changes in it")
+    used, ignored = {there for all_ in found.values() for there in all_}, model._keys_to_ignore_on_load_unexpected or ()
+    unexpected = [name for name in available if name not in used and not any(re.search(pattern, name) for pattern in ignored)]
+    missing = [name for name in parameters if not found[name]]  # buffers have their constructor's value
+    _say(missing, "parameters of the model are not among the pretrained weights and start fresh")
+    _say(unexpected, "pretrained weights have no place in the model and are not read")
+    _say(grown, f"tensors grow from {rows[0]} to {rows[1]} ids; each new one starts as the mean of the old ones")
+    return Match({name: there[0] for name, there in found.items() if there}, tuple(missing), tuple(sorted(unexpected)), tuple(grown), rows)
+
+
+@torch.no_grad()
+def load_pretrained(engine: Engine, reader: WeightsReader) -> Match:
+    """Return what matched, after each rank has filled its part of the fp32 weights. Collective.
+
+    New ids: the mean keeps the old ids' probabilities almost as they were (Hewitt 2021, "Initializing new word embeddings").
+
+    Raises:
+        CheckpointError: on all ranks, before anything is changed, as ``match``.
+    """
+    found = match(engine.module, reader)  # type: ignore[arg-type]
+    for fragment in engine.fragments(owned=False):
+        there = found.sources.get(fragment.name)
+        if there is None:
+            continue
+        weight, size = fragment.tensors["weight"], torch.Size(reader.shape(there)).numel()
+        old = min(max(size - fragment.start, 0), fragment.numel)
+        if old:
+            weight[:old] = reader.read_slice(there, start=fragment.start, numel=old).to(weight)
+        if old < fragment.numel:
+            mean = _mean_row(reader, there, rows=found.rows[0])
+            weight[old:] = mean[torch.arange(fragment.start + old, fragment.start + fragment.numel) % len(mean)].to(weight)
+    engine.after_load()
+    return found
+
+
+def _mean_row(reader: WeightsReader, name: str, *, rows: int) -> Tensor:
+    """Return the mean of all rows (float64), read block by block; of a vector with a number an id: of its numbers."""
+    width = torch.Size(reader.shape(name)).numel() // rows
+    total = torch.zeros(width, dtype=torch.float64)
+    for first in range(0, rows, BLOCK_ROWS):
+        count = min(BLOCK_ROWS, rows - first)
+        total += reader.read_slice(name, start=first * width, numel=count * width).view(count, width).double().sum(0)
+    return total / rows
+
+
+def _spellings(name: str, prefix: str) -> Iterator[str]:
+    """Yield the names under which a file may hold the model's ``name``."""
+    for spelled in dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]):
+        yield spelled
+        if spelled != (old := spelled.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta")):
+            yield old
+
+
+def _say(names: list[str], what: str) -> None:
+    if names:
+        logger.warning(f"{len(names)} {what}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}")

@@ -1,0 +1,51 @@
+"""Every kind of model leaves with the logits that its engine had: decoders, encoders, and both together."""
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+
+from hfscale.checkpoint.export import compare_logits, write_weights
+from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.probe import read_probe
+from hfscale.checkpoint.weights import open_weights
+from hfscale.config.schema import Checkpoint
+from hfscale.engine.engine import Engine
+from hfscale.errors import CheckpointError
+from hfscale.models.build import build_model
+from tests.engine.tiny import tiny_config
+from tests.helpers.ranks import run_ranks
+from tests.models.families import FAMILIES, VOCAB
+
+
+def build(family: str, seed: int) -> Any:
+    auto_model, model = FAMILIES[family]
+    return build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=seed)
+
+
+def save(folder: Path, family: str) -> None:
+    engine = Engine.create(build(family, 1), config=tiny_config(3, world_size=2), device=torch.device("cpu"))
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
+    checkpoints.save(engine, {"step": 1}, step=1)
+    checkpoints.wait()
+    engine.close()
+
+
+@pytest.mark.parametrize("family", ["bert", "t5", "bart"])
+def test_an_exported_model_of_any_kind_gives_the_engines_logits(tmp_path: Path, family: str) -> None:
+    run_ranks(save, 2, tmp_path, family)
+    checkpoint, out, other = tmp_path / "step-00000001", tmp_path / "out", build(family, 2)
+    out.mkdir()
+    write_weights(open_weights(checkpoint), other, out, dtype=torch.float32)
+    other.config.save_pretrained(out)
+    model = getattr(transformers, FAMILIES[family][0]).from_pretrained(out).eval()
+    probe = read_probe(checkpoint)
+    with torch.no_grad():
+        got, wrong = (probe.ask(m, device=torch.device("cpu")) for m in (model, other.eval()))
+    assert got is not None and wrong is not None
+    assert compare_logits(got, probe.logits, tolerance=1e-5) <= 1e-5
+    with pytest.raises(CheckpointError, match="does not give the run's logits"):
+        compare_logits(wrong, probe.logits, tolerance=1e-3)
