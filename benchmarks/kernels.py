@@ -51,9 +51,9 @@ def objective_of(model: Any, seq_len: int, *, cross_document: bool) -> Objective
 def make_rows(seq_len: int, mean: int) -> Rows:
     """Return rows of random ids and documents."""
     rng = torch.Generator().manual_seed(0)
-    documents_BL = (torch.rand((ROWS, seq_len + 1), generator=rng) < 1 / mean).cumsum(1).int()
+    boundaries = (torch.rand(ROWS * seq_len, generator=rng) < 1 / mean).nonzero().squeeze(1)
     ids_BL = torch.randint(VOCAB, (ROWS, seq_len + 1), generator=rng)
-    return Rows(ids_BL, documents_BL, torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.int16), torch.arange(ROWS))
+    return Rows(ids_BL, boundaries, torch.ones(ROWS, dtype=torch.bool), torch.zeros(ROWS, dtype=torch.int16), torch.arange(ROWS))
 
 
 def stepper(model: Any, objective: Objective, batch: Batch, device: torch.device) -> Callable[[], float]:

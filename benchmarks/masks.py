@@ -35,8 +35,8 @@ def make_rows(seq_len: int) -> Rows:
     """Return rows of random ids and documents."""
     rng, n = torch.Generator().manual_seed(0), TOKENS // seq_len
     ids_BL = torch.randint(VOCAB, (n, seq_len + 1), generator=rng)
-    documents_BL = (torch.rand((n, seq_len + 1), generator=rng) < 1 / MEAN).cumsum(1).int()
-    return Rows(ids_BL, documents_BL, torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16), torch.arange(n))
+    boundaries = (torch.rand(n * seq_len, generator=rng) < 1 / MEAN).nonzero().squeeze(1)
+    return Rows(ids_BL, boundaries, torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16), torch.arange(n))
 
 
 def stepper(model: torch.nn.Module, rows: Rows, *, cross_document: bool) -> Callable[[], float]:

@@ -283,7 +283,7 @@ def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Pa
                             remedy="give it back; weight 0 stops reading a source")
         if not (now := given[name]).fingerprint.startswith(print_):
             kept = kept_manifest(run_dir, print_)
-            raise DataError(f"source {name} of the checkpoint has other data", where=now.folder,
+            raise DataError(f"source {name} of the checkpoint has other data", where=f"data.sources, {now.folder}",
                             value=Manifest.load(kept).changes(now) if kept.is_dir() else f"{print_[:12]} then, {now.fingerprint[:12]} now",
                             remedy="give back the data as it was; other data take a source of their own")
     return list(seen)

@@ -5,7 +5,7 @@ import json
 import pickle
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from hfscale.config.load import load_config, to_yaml
+from hfscale.log import logger
 from hfscale.shards.manifest import Manifest
 from launch.cli import main
 from tests.helpers.corpus import run_values
@@ -25,7 +26,7 @@ SHORT = {"steps": 1, "global_batch": 4, "micro_batch": 4}
 
 
 @pytest.fixture
-def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Refuse:
+def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Refuse]:
     """The command line in this process: return what it says when it refuses, after checking that it does so in form."""
     def run(*arguments: object) -> str:
         monkeypatch.setattr("sys.argv", ["hfscale", *map(str, arguments)])
@@ -37,7 +38,10 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         assert "  where:  " in said or re.search(r"run\.yaml:\d+: data\.", said), said  # a config's mistakes are listed by line
         assert "Traceback" not in said and said.count("\n") < 15
         return said
-    return run
+
+    before = logger.handlers[:], logger.level, logger.propagate  # which the command sets for its own process
+    yield run
+    logger.handlers[:], logger.level, logger.propagate = before
 
 
 @pytest.fixture
