@@ -71,11 +71,12 @@ def close_ranks(world_size: int | None = None) -> None:
 
 
 def _address(function: Callable[..., Any]) -> str:
-    """Return ``module:name``, with a test module named by its place in the tree whatever pytest called it."""
+    """Return ``module:name``, with a test or benchmark named by its place in the tree, whatever it is called here (``__main__``)."""
     if "<locals>" in function.__qualname__:
         raise ValueError(f"{function.__qualname__} cannot be found by another process: define it at the top of its module")
     file = Path(function.__code__.co_filename).resolve()
-    module = ".".join(file.relative_to(ROOT).with_suffix("").parts) if file.is_relative_to(ROOT / "tests") else function.__module__
+    ours = any(file.is_relative_to(ROOT / top) for top in ("tests", "benchmarks"))
+    module = ".".join(file.relative_to(ROOT).with_suffix("").parts) if ours else function.__module__
     return f"{module}:{function.__qualname__}"
 
 
