@@ -39,7 +39,7 @@ def _prove() -> None: ...
 def resume(
     config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory, which is not touched.")],
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045 (typer, 3.10)
-    procs: Annotated[int, typer.Option(min=1, help="Ranks.")] = 2,
+    procs: Annotated[Optional[int], typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")] = None,  # noqa: UP045
     kills: Annotated[int, typer.Option(min=1, help="How often the run is killed.")] = 1,
     seed: Annotated[int, typer.Option(help="Decides when is killed, and whether one rank or all.")] = 0,
     out: Annotated[Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")] = None,  # noqa: UP045
@@ -55,7 +55,8 @@ def resume(
     moments, ours = _plan(wanted, kills=kills, rng=rng)
     wanted.config.run.root.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root))
-    command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}", "--procs", str(procs)]
+    command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}",
+               *(["--procs", str(procs)] if procs else [])]
     twin, run = home / "twin", home / "killed"
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
