@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -24,11 +25,13 @@ from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
+from hfscale.reports.status import last_record
 from hfscale.shards.files import write_atomically
 from launch.request import Request
 
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False,
                   help="Prove on your own config, data and machine what a run promises.")
+TRIES = 5  # a short run may be done before it is killed
 
 
 @app.callback()
@@ -61,15 +64,19 @@ def resume(
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
     logger.info("2 of 2: the same command, killed and started again")
-    killed = []
-    for attempt, step in enumerate(moments, 1):
-        killed.append(_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng))
-        logger.info(f"killed {attempt} of {kills} times: {killed[-1]}")
-    _finish([*command, "run.name=killed"], run)
+    for _ in range(TRIES):
+        killed = [_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng) for attempt, step in enumerate(moments, 1)]
+        _finish([*command, "run.name=killed"], run)
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        resumed = {record["attempt"]: record["step"] - 1 for record in reversed(logged)}  # attempt -> the step that it began from
+        if len(resumed) == kills + 1:
+            break
+        shutil.rmtree(run)  # it was done before it could be killed, so a start after that had nothing left to do
+    else:
+        raise ConfigError("each time, the run was done before it could be killed", where="train.steps", remedy="give it more steps")
 
     evidence = observe(twin)
     difference = first_difference(evidence, observe(run))
-    resumed = {record["attempt"]: record["step"] - 1 for record in reversed(_records(run))}
     certificate = {
         "verdict": "different" if difference else "equal", "first_difference": difference, "seed": seed, "command": command,
         "kills": [{**kill, "resumed_at_step": resumed.get(number)} for number, kill in enumerate(killed, 2)],
@@ -109,27 +116,28 @@ def _finish(command: list[str], run: Path) -> None:
 
 
 def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random) -> dict[str, Any]:
-    """Return which process was killed at a random moment of the step after ``step``, and after which step that was."""
+    """Return which process was killed at a random moment of the step after ``step``; nothing if the run was done before."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            while not layout.committed(run / layout.FOLDER) or (now := _records(run)[-1])["attempt"] < attempt or now["step"] < step:
+            while not layout.committed(run / layout.FOLDER) or (now := last_record(run))["attempt"] < attempt or now["step"] < step:
                 if (code := process.poll()) is not None:
-                    raise _failed(run, code)
+                    if code:
+                        raise _failed(run, code)
+                    return {}
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, now["step_s"]))
             ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(victim := rng.choice([process.pid, *map(int, ranks)]), signal.SIGKILL)
+            victim = rng.choice([process.pid, *map(int, ranks)])
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(victim, signal.SIGKILL)
             process.wait()  # a launcher that lives ends the other ranks
         finally:
             process.kill()  # and its ranks do not outlive it
-    return {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": _records(run)[-1]["step"]}
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Return what a run, which may be writing, has logged."""
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_bytes().split(b"\n")[:-1]]
+    kill = {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": last_record(run)["step"]}
+    logger.info(f"killed: {kill}")
+    return kill
 
 
 def _failed(run: Path, code: int) -> CheckpointError:
     return CheckpointError("the run ended by itself, so nothing is proven", where=run, value=f"exit code {code}",
-                           remedy="its logs/ say why; if it was too quick to be killed (code 0), give it more steps")
+                           remedy="its logs/ say why")
