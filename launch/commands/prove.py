@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
@@ -24,13 +25,13 @@ from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
+from hfscale.reports.status import last_record
 from hfscale.shards.files import write_atomically
 from launch.request import Request
 
-MISSES = 5  # a run of steps that take milliseconds may end before its first save is on disk
-
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False,
                   help="Prove on your own config, data and machine what a run promises.")
+TRIES = 5  # a short run may be done before it is killed
 
 
 @app.callback()
@@ -54,7 +55,7 @@ def resume(
 
     log.setup()
     rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
-    moments, steps, ours = _plan(wanted, kills=kills, rng=rng)
+    moments, ours = _plan(wanted, kills=kills, rng=rng)
     wanted.config.run.root.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root))
     command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}",
@@ -63,24 +64,19 @@ def resume(
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
     logger.info("2 of 2: the same command, killed and started again")
-    killed: list[dict[str, Any]] = []
-    for _ in range(MISSES):
-        while len(killed) < kills and (kill := _kill([*command, "run.name=killed"], run, attempt=len(killed) + 1,
-                                                     step=moments[len(killed)], rng=rng))["after_step"] < steps:
-            killed.append(kill)
-            logger.info(f"killed {len(killed)} of {kills} times: {kill}")
-        if len(killed) == kills:
+    for _ in range(TRIES):
+        killed = [_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng) for attempt, step in enumerate(moments, 1)]
+        _finish([*command, "run.name=killed"], run)
+        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+        resumed = {record["attempt"]: record["step"] - 1 for record in reversed(logged)}  # attempt -> the step that it began from
+        if len(resumed) == kills + 1:
             break
-        logger.info("too late: the run had made its last step; from the beginning")
-        killed = []
-        shutil.rmtree(run)
+        shutil.rmtree(run)  # it was done before it could be killed, so a start after that had nothing left to do
     else:
-        raise _failed(run, 0)
-    _finish([*command, "run.name=killed"], run)
+        raise ConfigError("each time, the run was done before it could be killed", where="train.steps", remedy="give it more steps")
 
     evidence = observe(twin)
     difference = first_difference(evidence, observe(run))
-    resumed = {record["attempt"]: record["step"] - 1 for record in reversed(_records(run))}
     certificate = {
         "verdict": "different" if difference else "equal", "first_difference": difference, "seed": seed, "command": command,
         "kills": [{**kill, "resumed_at_step": resumed.get(number)} for number, kill in enumerate(killed, 2)],
@@ -93,8 +89,8 @@ def resume(
     raise typer.Exit(1 if difference else 0)
 
 
-def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], int, list[str]]:
-    """Return the steps after which to kill, how many there are, and the overrides that make the run short, save often, keep and log all.
+def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], list[str]]:
+    """Return the steps after which to kill, and the overrides that make the run short, save often, keep all and log all.
 
     Raises:
         ConfigError: if what the command line says leaves no room for the kills.
@@ -110,7 +106,7 @@ def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple
                           value=f"{steps} steps, saved every {every}", remedy="more steps, or checkpoint.every_steps=N for earlier saves")
     ours = {"train.steps": steps, "train.epochs": "null", "train.tokens": "null", "checkpoint.every_steps": every,
             "checkpoint.keep_every_steps": every, "metrics.every_steps": 1, "metrics.tensorboard": "false"}
-    return sorted(rng.sample(choice, kills)), steps, [f"{key}={value}" for key, value in ours.items()]
+    return sorted(rng.sample(choice, kills)), [f"{key}={value}" for key, value in ours.items()]
 
 
 def _finish(command: list[str], run: Path) -> None:
@@ -120,31 +116,28 @@ def _finish(command: list[str], run: Path) -> None:
 
 
 def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random) -> dict[str, Any]:
-    """Return which process was killed at a random moment of the step after ``step``, and after which step that was."""
+    """Return which process was killed at a random moment of the step after ``step``; nothing if the run was done before."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            while not (layout.committed(run / layout.FOLDER) and (logged := _records(run))[-1]["attempt"] >= attempt
-                       and logged[-1]["step"] >= step):
-                if (code := process.poll()) == 0:
-                    return {"after_step": _records(run)[-1]["step"]}
-                if code is not None:
-                    raise _failed(run, code)
+            while not layout.committed(run / layout.FOLDER) or (now := last_record(run))["attempt"] < attempt or now["step"] < step:
+                if (code := process.poll()) is not None:
+                    if code:
+                        raise _failed(run, code)
+                    return {}
                 time.sleep(0.002)
-            time.sleep(rng.uniform(0, logged[-1]["step_s"]))
+            time.sleep(rng.uniform(0, now["step_s"]))
             ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            os.kill(victim := rng.choice([process.pid, *map(int, ranks)]), signal.SIGKILL)
+            victim = rng.choice([process.pid, *map(int, ranks)])
+            with suppress(ProcessLookupError):  # it has just ended
+                os.kill(victim, signal.SIGKILL)
             process.wait()  # a launcher that lives ends the other ranks
         finally:
             process.kill()  # and its ranks do not outlive it
-    return {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": _records(run)[-1]["step"]}
-
-
-def _records(run: Path) -> list[dict[str, Any]]:
-    """Return what a run, which may be writing or not even begun, has logged."""
-    path = run / "metrics.jsonl"
-    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+    kill = {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": last_record(run)["step"]}
+    logger.info(f"killed: {kill}")
+    return kill
 
 
 def _failed(run: Path, code: int) -> CheckpointError:
     return CheckpointError("the run ended by itself, so nothing is proven", where=run, value=f"exit code {code}",
-                           remedy="its logs/ say why; if it was too quick to be killed (code 0), give it more steps")
+                           remedy="its logs/ say why")
