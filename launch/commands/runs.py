@@ -1,10 +1,75 @@
-"""Verbs about a run and its model: `show`, `batch`, `export`, `predict`. What each needs is imported when it is used."""
+"""Verbs about a run and its model. What each needs is imported when it is used, so that `--help` stays fast."""
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from hfscale.errors import CheckpointError
+
+
+def pretrain(
+    config_or_run: Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")],
+    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
+                                                          show_default=False)] = None,
+    launcher: Annotated[str, typer.Option(help="local: processes here; slurm: a job; debug: one process, tiny.")] = "local",
+    procs: Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")] = None,
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")] = False,
+) -> None:
+    """Train from CONFIG in its run directory, run.root/run.name. The same command again goes on where it stopped.
+
+    Examples:
+    hfscale pretrain configs/pretrain/gpt2_small.yaml run.name=first --procs 8;
+    hfscale pretrain runs/first train.steps=200000
+    """
+    from hfscale.registry import load_plugin
+    from launch.request import LAUNCHERS, Request
+
+    request = Request(config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run)
+    raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(request))
+
+
+def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
+    """Print where RUN is: its job and the queue, step, loss, tokens a second, expected end, last checkpoint, restarts.
+
+    Example: hfscale status runs/first
+    """
+    from hfscale.reports.status import describe
+    from launch.queue import JOB, facts
+    from launch.request import Request
+
+    lines = describe(Request(run).load().config)
+    file = Path(run) / JOB
+    if file.is_file():
+        job = file.read_text().strip()
+        told = facts(job)
+        words = [f"{job} {told.get('JobState', 'has left the queue')}"]
+        forms = {"Reason": "because of {}", "NodeList": "on {}", "Restarts": "{} restarts", "RunTime": "ran {}", "TimeLimit": "limit {}",
+                 "ExitCode": "exit code {}"}
+        words += [form.format(told[name]) for name, form in forms.items() if told.get(name) not in (None, "None", "(null)", "", "0:0")]
+        lines.insert(1, ("job", ", ".join(words)))
+    for name, value in lines:
+        typer.echo(f"{name:<16}{value}")
+
+
+def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+         follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added, until Ctrl-C.")] = False,
+         lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")] = 50) -> None:
+    """Print the last lines of rank 0 and of the newest Slurm job; the other ranks' logs lie beside them.
+
+    Example: hfscale logs runs/first -f
+    """
+    from launch.request import config_file
+
+    folder = config_file(run).parent / "logs"
+    jobs = sorted(folder.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime)[-1:]
+    files = [*jobs, *folder.glob("rank-0.log")]
+    if not files:
+        raise CheckpointError("this run has no log yet", where=folder, remedy=f"see where it is: hfscale status {run}")
+    os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)])
 
 
 def show(
@@ -47,6 +112,40 @@ def batch(
         f"is NOT the logged one ({rebuilt.logged}): other shards, or another config than this step was trained with")
     typer.echo(f"{len(rebuilt.rows):,} rows, batch_digest {rebuilt.digest}: {verdict}")
     raise typer.Exit(1 if rebuilt.logged not in (None, rebuilt.digest) else 0)
+
+
+def checkpoints(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory; its job may be running.")],
+    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with the manifest.")] = False,
+    pin: Annotated[list[int] | None, typer.Option(metavar="STEP", help="Keep this checkpoint, whatever the config says.")] = None,
+    unpin: Annotated[list[int] | None, typer.Option(metavar="STEP", help="No longer.")] = None,
+    prune: Annotated[bool, typer.Option("--prune", help="Remove now what nothing keeps; the newest good one always stays.")] = False,
+) -> None:
+    """List the checkpoints of RUN, oldest first, and why each is kept. With --verify the exit code is 1 if one is damaged.
+
+    Examples: hfscale checkpoints runs/quickstart --verify; hfscale checkpoints runs/quickstart --pin 1000 --prune
+    """
+    from hfscale.checkpoint import layout
+    from hfscale.reports.checkpoints import list_checkpoints, open_folder, rejected
+    from hfscale.reports.checkpoints import prune as prune_run
+
+    folder, _ = open_folder(run)
+    for step, pinned in [*((step, True) for step in pin or ()), *((step, False) for step in unpin or ())]:
+        layout.pin(folder, step, pinned=pinned)
+    if prune:
+        gone, free = prune_run(run)
+        typer.echo(f"removed {', '.join(path.name for path in gone) or 'nothing'}; {free / 1e9:,.1f} GB free")
+    found = list_checkpoints(run, verify=verify)
+    for saved in found:
+        verdict = "" if saved.problems is None else "  damaged" if saved.problems else "  ok"
+        typer.echo(saved.line + verdict)
+        for problem in saved.problems or ():
+            typer.echo(f"    {problem}")
+    if not found:
+        typer.echo(f"no checkpoints in {run} yet")
+    for path in rejected(run):
+        typer.echo(f"rejected earlier, kept for inspection: {path}")
+    raise typer.Exit(1 if any(saved.problems for saved in found) else 0)
 
 
 def export(
