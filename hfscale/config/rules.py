@@ -29,10 +29,6 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
                       "give exactly one of model.architecture (new weights) and model.pretrained (a folder or hub name)"))
-    places = [(f"sources.{number}", source.shards) for number, source in enumerate(data.sources)]
-    places += [("validation", data.validation.shards)] if data.validation else []
-    found += [(f"data.{key}.shards", f"{place} runs a command: set data.allow_pipe=true if you trust it")
-              for key, place in places if place.startswith("pipe:") and not data.allow_pipe]
     return found + list(_mixture_problems(data))
 
 
