@@ -31,10 +31,6 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
                       "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)"))
     if config.checkpoint.keep_best and data.validation is None:
         found.append(("checkpoint.keep_best", "there is no validation to find the best by: set data.validation.shards, or take it back"))
-    places = [(f"sources.{number}", source.shards) for number, source in enumerate(data.sources)]
-    places += [("validation", data.validation.shards)] if data.validation else []
-    found += [(f"data.{key}.shards", f"{place} runs a command: set data.allow_pipe=true if you trust it")
-              for key, place in places if place.startswith("pipe:") and not data.allow_pipe]
     return found + list(_mixture_problems(data))
 
 

@@ -32,11 +32,8 @@ def manifests_at(path: str | Path) -> list[Manifest]:
 def verify(manifest: Manifest, *, threads: int, advance: Callable[[int], object] = lambda size: None) -> list[str]:
     """Return what is wrong with the shards of ``manifest``, one line a finding; ``advance`` is told the bytes of each that is done."""
     def check(entry: ShardEntry) -> list[str]:
-        try:
-            with manifest.local(entry):
-                findings = [f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)]
-        except DataError as error:
-            findings = [f"{error.where}: {error.what}"]
+        with manifest.local(entry):
+            findings = [f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)]
         advance(entry.bytes)
         return findings
 

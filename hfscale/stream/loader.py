@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from hfscale.errors import DataError
-from hfscale.stream.ahead import Ahead
+from hfscale.stream.ahead import fetch_ahead
 from hfscale.stream.order import Order, Places
 from hfscale.stream.rows import Prepared, Rows, TokenRows
 
@@ -106,7 +106,7 @@ class Stream:
         self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
         self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
-        self._ahead = Ahead(rows, self._places, consumed=lambda: self._consumed, global_batch=global_batch, lanes=order.lanes)
+        fetch_ahead(rows, self._places, consumed=lambda: self._consumed, global_batch=global_batch, lanes=order.lanes)
 
     def take(self) -> list[Rows]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again. Their memory is reused after that.
@@ -150,7 +150,6 @@ class Stream:
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
-        self._ahead.close()
         self._rows.close()
         self._reader.shutdown(cancel_futures=True)
         self._closed = True

@@ -232,6 +232,8 @@ class TokenRows:
 
     def close(self) -> None:
         """Return with nothing left that works for these rows: what prepares them may end in an error."""
+        for remote in [manifest.remote for manifest in self.manifests if manifest.remote]:
+            remote.cancelled.set()
 
     def _note(self, shard: int, chunk: int, error: DataError) -> None:
         """Log damage that is to be skipped when it is first met."""

@@ -211,6 +211,7 @@ class TextRows(TokenRows):
 
     def close(self) -> None:
         """Return with the tokenizing processes told to end."""
+        super().close()
         self.encoders.close()
 
     def locate(self, k: int) -> tuple[str, int, str, tuple[int, int]]:

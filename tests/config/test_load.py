@@ -125,7 +125,7 @@ def test_unreadable_files(folder: Path, name: str, content: str | bytes | None, 
     ("train.steps", "key=value"), ("=3", "key=value"), ("train..steps=3", "key=value"), ("train.steps=[1", "not YAML"),
     ("data.sources.1.weight=2", "a list of 1"), ("train.stepz=3", "did you mean steps"), ("run=3", "run: 3"),
     ("data.sources=null", "data.sources"), ("run.name=a/b", "run.name"), ("optim.lr=.inf", "optim.lr"), ("optim.lr=.nan", "optim.lr"),
-    ("optim.betas=[0.9,1.0]", "optim.betas.1"), ("data.sources.0.shards=pipe:cat {}", "data.allow_pipe=true"),
+    ("optim.betas=[0.9,1.0]", "optim.betas.1"), ("data.cache.size_gb=0", "data.cache.size_gb"),
 ])
 def test_bad_overrides(folder: Path, override: str, words: str):
     text = refusal("base.yaml", [override])

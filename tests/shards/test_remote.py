@@ -52,7 +52,7 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BLOCK": BLOCK, "LEAST_BLOCK": 2**10, "BACK_OFF_S": 0.02, "POLL_S": 0.01, "PATIENCE": 3}.items():
+    for name, value in {"BLOCK": BLOCK, "LEAST_BLOCK": 2**10, "BACK_OFF_S": 0.02, "POLL_S": 0.01}.items():
         monkeypatch.setattr(remote, name, value)
 
 
@@ -122,7 +122,7 @@ def test_every_fault_is_overcome(server: Server, folder: Path, tmp_path: Path, f
 def test_what_cannot_be_had_is_named(server: Server, tmp_path: Path, status: int, asked: int) -> None:
     manifest = load(server, tmp_path, retries=3)
     server.statuses = [status] * 10
-    named = f"{'FileNotFound' if status == 404 else status}[\\s\\S]*{server.url}/train/s-000002.tar"
+    named = f"{'FileNotFound' if status == 404 else f'ClientResponseError: {status}'}[\\s\\S]*{server.url}/train/s-000002.tar"
     with pytest.raises(DataError, match=f"cannot fetch, attempt {asked}: {named}"):
         fetch(manifest, 2)
     assert server.asked["s-000002.tar"] == asked
@@ -244,35 +244,26 @@ def test_the_newest_manifest_counts_and_the_cached_one_where_there_is_no_server(
         load(server, tmp_path / "empty")
 
 
-def test_what_is_no_manifest_is_named_and_not_kept(server: Server, tmp_path: Path) -> None:
+def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
     server.files["train/manifest.json"] = b"<html>Please log in</html>"
-    for _ in range(2):
-        with pytest.raises(DataError, match=rf"not JSON[\s\S]*{server.url}/train/manifest.json"):
-            load(server, tmp_path)
+    with pytest.raises(DataError, match=r"not JSON[\s\S]*/train-"):
+        load(server, tmp_path)
     server.files = {}
     with pytest.raises(DataError, match=rf"FileNotFoundError[\s\S]*{server.url}/nothing/manifest.json"):
         Manifest.load(f"{server.url}/nothing/", folder=tmp_path)
-    assert not list(tmp_path.rglob("manifest.json"))
 
 
-@pytest.mark.parametrize("name", ["../../elsewhere.tar", "/tmp/elsewhere.tar"])
+@pytest.mark.parametrize("name", ["../../elsewhere.tar", "/tmp/elsewhere.tar", "manifest.json"])
 def test_a_manifest_cannot_write_outside_of_the_cache(server: Server, folder: Path, tmp_path: Path, name: str) -> None:
     content = json.loads((folder / "train" / "manifest.json").read_text())
     content["shards"][0]["name"] = name
     server.files["train/manifest.json"] = json.dumps(content).encode()
-    with pytest.raises(DataError, match=f"outside of the folder of its manifest[\\s\\S]*{name}"):
+    with pytest.raises(DataError, match=f"a remote shard must be a .tar beside its manifest[\\s\\S]*{name}"):
         load(server, tmp_path)
 
 
-def test_urls_name_a_folder_or_a_file_and_may_be_signed(server: Server, tmp_path: Path) -> None:
-    ends = ("", "/", "/manifest.json", "/manifest.json?sig=secret")
-    manifests = [Manifest.load(f"{server.url}/train{end}", folder=tmp_path) for end in ends]
-    assert len({manifest.folder for manifest in manifests}) == 1 and "secret" not in str(manifests[3].folder)
-    server.statuses = [403]
-    with pytest.raises(DataError) as caught:
-        fetch(manifests[3], 0)
-    assert "secret" not in str(caught.value)
-    fetch(manifests[3], 0)
+def test_a_url_names_a_folder_or_a_file(server: Server, tmp_path: Path) -> None:
+    assert len({Manifest.load(f"{server.url}/train{end}", folder=tmp_path).folder for end in ("", "/", "/manifest.json")}) == 1
 
 
 # ------------------------------------------------------------------------------------------------------- room
@@ -316,6 +307,7 @@ def test_a_removed_shard_stays_readable_where_it_is_open(server: Server, tmp_pat
 
 
 def test_who_finds_no_room_waits_for_others_that_are_fetching(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO", "hfscale")
     first, second = (load(server, tmp_path, size_gb=300e-6) for _ in range(2))
     server.rate = 500_000  # half a second a shard
     thread = threading.Thread(target=fetch, args=(first, 0, 1))

@@ -141,7 +141,9 @@ def test_a_stream_closes_while_the_server_is_slow(server: Server, tmp_path: Path
     time.sleep(0.5)
     began = time.monotonic()
     stream.close()
-    assert time.monotonic() - began < 3 and "stream-ahead" not in [thread.name for thread in threading.enumerate()]
+    while "stream-ahead" in [thread.name for thread in threading.enumerate()]:
+        time.sleep(0.05)
+        assert time.monotonic() - began < 3
 
 
 def test_a_cache_too_small_for_the_lanes_is_told(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -150,7 +152,7 @@ def test_a_cache_too_small_for_the_lanes_is_told(server: Server, tmp_path: Path,
         take(stream, 1)
         assert sum(file.stat().st_size for file in rows.manifest.folder.glob("*.tar")) <= 30_000
     stream.close()
-    assert caplog.text.count("too small for the 16 lanes") == 1
+    assert caplog.text.count("too small for 16 lanes") == 1
 
 
 def test_a_shard_that_was_removed_is_let_go(server: Server, tmp_path: Path) -> None:
