@@ -42,18 +42,11 @@ else:
     exclude = "site-packages/*,dist-packages/*,test/*,*/test/*,*/tests/*,*/idle_test/*"
 corpus = Path("data", name)
 corpus.mkdir(parents=True, exist_ok=True)
-text = json.dumps  # a JSON string is a YAML string
-(corpus / "corpus.yaml").write_text(f"""# Written by launch/quickstart.sh, for `hfscale tokenizer train` and `hfscale shards build`
-source:
-  format: text
-  path: {text(folder)}
-  pattern: {text(pattern)}
-  exclude: {text(exclude)}
-  document_mb: {document_mb:.3f}
-split: {{validation: 0.05}}
-tokenizer: {{kind: bpe, vocab_size: 4096, path: {text(f"{corpus}/tokenizer")}}}
-shards: {{path: {text(f"{corpus}/shards")}, shard_mb: 8, chunk_mb: 1}}
-""", "utf-8")
+(corpus / "corpus.yaml").write_text(json.dumps({  # JSON is YAML
+    "source": {"format": "text", "path": folder, "pattern": pattern, "exclude": exclude, "document_mb": round(document_mb, 3)},
+    "split": {"validation": 0.05},
+    "tokenizer": {"kind": "bpe", "vocab_size": 4096, "path": f"{corpus}/tokenizer"},
+    "shards": {"path": f"{corpus}/shards", "shard_mb": 8, "chunk_mb": 1}}, indent=1), "utf-8")
 print(name, corpus, prompt, sep="\n")
 PYTHON
 )

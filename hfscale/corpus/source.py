@@ -22,7 +22,7 @@ from typing import IO, Any
 
 from hfscale.config.schema import TextSource
 from hfscale.errors import DataError, nearest
-from hfscale.shards.tars import PICKLED, walk
+from hfscale.shards.raw import texts_of
 
 EXAMPLES = 3  # of skipped files that a report names
 
@@ -46,10 +46,12 @@ class Corpus:
             DataError: if a file cannot be read or parsed, or has no such field; naming file and line.
         """
         self.undecodable, self.examples = 0, []
-        name = f"{self.source.field}.text" if (self.source.format, self.source.field) == ("webdataset", "json") else self.source.field
+        name = self.source.field
         if self.source.format == "text":
             for file in self.files:
                 yield from self._text(file)
+        elif self.source.format == "webdataset":
+            yield from (text for file in self.files for _, _, text in texts_of(file, name))
         elif self.source.format == "hub":
             yield from (_text_of(row, name, where) for where, row in _hub(self.source))
         else:
@@ -159,24 +161,6 @@ def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
         raise DataError(f"not a readable parquet file: {error}", where=file) from None
 
 
-def _webdataset(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    from webdataset import WebDataset
-
-    for _ in walk(file):  # webdataset would lose the rest of a damaged tar silently
-        pass
-    for sample in WebDataset(str(file), shardshuffle=False, empty_check=False):
-        where = f"{file}, sample {sample['__key__']}"
-        row = {key: value for key, value in sample.items() if not key.startswith("__") and key not in PICKLED}
-        if column == "json" and column in row:
-            row[column] = _parsed(row[column], where, "member .json is not JSON")
-        elif column in row:
-            try:
-                row[column] = row[column].decode("utf-8-sig")
-            except UnicodeDecodeError:
-                raise DataError(f"member .{column} is not UTF-8", where=where) from None
-        yield where, row
-
-
 def _hub(source: TextSource) -> Iterator[tuple[str, Any]]:
     from datasets import load_dataset
 
@@ -193,7 +177,7 @@ def _parsed(data: bytes, where: str, problem: str) -> Any:
     try:
         return json.loads(data)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{problem}: {error}", where=where, remedy="one JSON object a line (or member), in UTF-8") from None
+        raise DataError(f"{problem}: {error}", where=where, remedy="one JSON object a line, in UTF-8") from None
 
 
 def _text_of(row: Any, name: str, where: str) -> str:
@@ -210,5 +194,4 @@ def _text_of(row: Any, name: str, where: str) -> str:
     return value or ""
 
 
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {
-    "jsonl": _jsonl, "csv": _csv, "parquet": _parquet, "webdataset": _webdataset}
+READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}

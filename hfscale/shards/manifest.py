@@ -23,6 +23,7 @@ VERSION = 1
 FILE_NAME = "manifest.json"
 TEXT = "text"  # the dtype of raw-text shards
 DTYPES = ("uint16", "uint32", TEXT)
+REMEDY = "restore it, or build the shards again"
 PIPE = "pipe:"  # begins a command that prints the files
 
 
@@ -84,7 +85,7 @@ class Manifest:
         except OSError as error:
             raise DataError(f"the manifest cannot be read: {error.strerror}", where=path) from None
         except ValueError as error:
-            raise DataError(f"the manifest is not JSON: {error}", where=path, remedy="restore it, or build the shards again") from None
+            raise DataError(f"the manifest is not JSON: {error}", where=path, remedy=REMEDY) from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION:
             raise DataError("a manifest of an unknown version", where=path, value=version, remedy=f"this program reads version {VERSION}")
@@ -92,16 +93,15 @@ class Manifest:
             tokenizer = content["tokenizer"] and TokenizerInfo(**content["tokenizer"])
             shards = tuple(ShardEntry(**entry) for entry in content["shards"])
             manifest = cls(dtype=content["dtype"], tokenizer=tokenizer, source=content["source"], shards=shards, folder=path.parent)
+            numbers = [getattr(shard, name) for shard in shards for name in ("bytes", "tokens", "documents", "max_id")]
+            if not all(isinstance(number, int) for number in numbers):
+                raise TypeError("counts are no numbers")
+            if (tokenizer is None) != (manifest.dtype == TEXT) and manifest.dtype in DTYPES:
+                raise TypeError("token shards name their tokenizer, raw text has none")
         except (KeyError, TypeError) as error:
-            raise DataError(f"the manifest is damaged: {error}", where=path, remedy="restore it, or build the shards again") from None
+            raise DataError(f"the manifest is damaged: {error}", where=path, remedy=REMEDY) from None
         if manifest.dtype not in DTYPES:
             raise DataError("a manifest with an unknown dtype", where=path, value=manifest.dtype, remedy=f"known: {', '.join(DTYPES)}")
-        numbers = [getattr(shard, name) for shard in shards for name in ("bytes", "tokens", "documents", "max_id")]
-        if not all(isinstance(number, int) for number in numbers):
-            raise DataError("the manifest is damaged: counts are no numbers", where=path, remedy="restore it, or build the shards again")
-        if (manifest.tokenizer is None) != (manifest.dtype == TEXT):
-            raise DataError("the manifest is damaged: token shards name their tokenizer, raw text has none", where=path,
-                            value=content["tokenizer"], remedy="restore it, or build the shards again")
         return manifest
 
     def save(self, folder: str | Path) -> Path:

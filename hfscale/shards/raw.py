@@ -136,23 +136,31 @@ def _samples(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
         yield current, members
 
 
-def _index(tar: Path, field: str) -> ShardIndex:
-    rows = list[tuple[int, int, int, int, int]]()
+def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
+    """Yield of each sample the member that ``field`` names, its payload and the text in it.
+
+    Raises:
+        DataError: for a damaged tar, and a sample without text.
+    """
     extension, _ = _split(field)
     with open(tar, "rb") as file:
         for key, members in _samples(tar):
             if (member := members.get(extension)) is None or extension in PICKLED:
                 known = nearest(extension, members.keys() - PICKLED)
-                raise DataError("a sample has no text", where=f"{tar}, sample {key}", value=sorted(members),
-                                remedy=f"name the extension that holds it, never a pickle (--field): {known}")
+                raise DataError(f"a sample has no text: there is no field {extension!r}", where=f"{tar}, sample {key}",
+                                value=sorted(members),
+                                remedy=f"name the extension that holds it, never a pickle (--field, source.field): {known}")
             file.seek(member.offset)
             payload = file.read(member.size)
             try:
-                text_of(payload, field)
+                yield member, payload, text_of(payload, field)
             except ValueError as error:
                 raise DataError(f"the text of a sample {error}", where=f"{tar}, member {member.name}",
                                 remedy="say where the text is, e.g. --field txt or --field json.text, or leave this tar out") from None
-            rows.append((member.offset, member.size, 0, 1, xxhash.xxh3_64_intdigest(payload)))
+
+
+def _index(tar: Path, field: str) -> ShardIndex:
+    rows = [(member.offset, member.size, 0, 1, xxhash.xxh3_64_intdigest(payload)) for member, payload, _ in texts_of(tar, field)]
     if not rows:
         raise DataError("a tar without samples", where=tar)
     return ShardIndex(file_digest(tar), np.array(rows, MEMBER))
