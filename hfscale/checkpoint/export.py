@@ -5,10 +5,10 @@ Tensors are read one at a time through the weights reader and written shard by s
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
+from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
@@ -35,46 +35,26 @@ def write_weights(reader: WeightsReader, skeleton: PreTrainedModel, folder: Path
     if wrong:
         raise CheckpointError(f"{len(wrong)} tensors of the model are missing or misshapen", where=folder.name, value=wrong[:5],
                               remedy="the checkpoint belongs to another model; compare its config.yaml with the architecture")
-    plan = list(_shards(shapes, bytes_per_item=torch.empty(0, dtype=dtype).element_size(), limit=shard_bytes))
-    weight_map: dict[str, str] = {}
-    for number, names in enumerate(plan, 1):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{number:05}-of-{len(plan):05}.safetensors"
+    plan = split_torch_state_dict_into_shards({name: torch.empty(shape, dtype=dtype, device="meta") for name, shape in shapes.items()},
+                                              filename_pattern="model{suffix}.safetensors", max_shard_size=shard_bytes)
+    for file, names in plan.filename_to_tensors.items():
         tensors = {name: reader.read(name).to(dtype).contiguous() for name in names}
         try:
             save_file(tensors, folder / file, metadata={"format": "pt"})
         except SafetensorError as error:  # it wraps the system's
             raise CheckpointError(f"the weights cannot be written: {error}", where=folder.parent.parent,
                                   remedy="make room, or export to another disk; nothing was published") from error
-        weight_map |= dict.fromkeys(names, file)
-    if len(plan) > 1:
-        size = sum((folder / file).stat().st_size for file in set(weight_map.values()))
-        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+    if plan.is_sharded:
+        index = {"metadata": plan.metadata, "weight_map": plan.tensor_to_filename}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1))
 
 
 def untied_shapes(model: PreTrainedModel) -> dict[str, torch.Size]:
     """Return name -> shape of every parameter and saved buffer, each storage once, under its first name."""
-    seen: set[int] = set()
-    shapes: dict[str, torch.Size] = {}
+    names: dict[Tensor, str] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
-        if id(tensor) not in seen:
-            seen.add(id(tensor))
-            shapes[name] = tensor.shape
-    return shapes
-
-
-def _shards(shapes: dict[str, torch.Size], *, bytes_per_item: int, limit: int) -> Iterator[list[str]]:
-    """Yield the names of each shard: in order, up to ``limit`` bytes, at least one tensor."""
-    names: list[str] = []
-    size = 0
-    for name, shape in shapes.items():
-        bytes_ = shape.numel() * bytes_per_item
-        if names and size + bytes_ > limit:
-            yield names
-            names, size = [], 0
-        names.append(name)
-        size += bytes_
-    yield names
+        names.setdefault(tensor, name)
+    return {name: tensor.shape for tensor, name in names.items()}
 
 
 def compare_logits(got: Tensor, want: Tensor, *, tolerance: float) -> float:

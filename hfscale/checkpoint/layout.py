@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -152,12 +151,3 @@ def pin(folder: Path, step: int, *, pinned: bool) -> None:
     if not (marker if pinned else marker.parent).exists():  # looked up again: it is no use in a folder that has just been renamed
         there = ", ".join(str(step_of(path)) for path in committed(folder))
         raise CheckpointError("there is no checkpoint of this step", where=folder, value=step, remedy=f"there are: {there or 'none yet'}")
-
-
-def sync_folder(folder: Path) -> None:
-    """Make names in ``folder`` durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

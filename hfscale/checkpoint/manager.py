@@ -34,6 +34,7 @@ from hfscale.engine.fragments import Fragment
 from hfscale.errors import CheckpointError, ConfigError, UnhealthyError, nearest
 from hfscale.log import logger
 from hfscale.monitor.throughput import peak_memory_gib
+from hfscale.shards.files import sync_folder
 
 POLL_S = 0.02
 HEADROOM_BYTES = 64 * 2**20  # beside the tensors: headers, state, manifest
@@ -179,7 +180,7 @@ class CheckpointManager:
         try:
             partial = self._partial(step)
             entry = write_file(partial, layout.rank_file(self._rank), serialize(snapshot))
-            layout.sync_folder(partial / layout.ENGINE)
+            sync_folder(partial / layout.ENGINE)
             record = partial / layout.RECORDS / f"{self._rank}.json"
             record.with_suffix(".new").write_text(json.dumps(asdict(entry)))
             record.with_suffix(".new").rename(record)
@@ -203,11 +204,11 @@ class CheckpointManager:
         entries = [Entry(**json.loads(record.read_text())) for record in records]
         shutil.rmtree(partial / layout.RECORDS)
         write_manifest(partial, own + entries, step=step)
-        layout.sync_folder(partial)
+        sync_folder(partial)
         if target.exists():
             logger.warning(f"{target} was there already; it is kept as {layout.reject(target)}")
         partial.rename(target)
-        layout.sync_folder(self.folder)
+        sync_folder(self.folder)
         layout.prune(self.folder, self._config)
 
     def _partial(self, step: int) -> Path:

@@ -11,9 +11,9 @@ from pathlib import Path
 
 from hfscale.checkpoint import layout
 from hfscale.errors import CheckpointError
+from hfscale.shards.verify import file_digest
 
 VERSION = 1
-CHUNK = 8 * 2**20  # bytes hashed at a time
 
 
 @dataclass(frozen=True)
@@ -80,15 +80,10 @@ def problem_with(checkpoint: Path, entry: Entry, *, digest: bool = True) -> str 
         size = path.stat().st_size
         if size != entry.bytes:
             return f"{entry.path} has {size} bytes instead of {entry.bytes}"
-        if not digest:
-            return None
-        found = hashlib.sha256()
-        with open(path, "rb", buffering=0) as file:
-            while chunk := file.read(CHUNK):
-                found.update(chunk)
+        good = not digest or file_digest(path) == entry.sha256
     except OSError as error:
         return f"{entry.path} is missing" if isinstance(error, FileNotFoundError) else f"{entry.path}: {error.strerror}"
-    return None if found.hexdigest() == entry.sha256 else f"{entry.path} does not have the digest it was written with"
+    return None if good else f"{entry.path} does not have the digest it was written with"
 
 
 def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, digests: bool = True) -> list[str]:

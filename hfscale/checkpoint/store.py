@@ -18,12 +18,12 @@ from safetensors import safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manifest import CHUNK
 from hfscale.engine.fragments import Fragment
 from hfscale.errors import CheckpointError
 
 DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
                torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+CHUNK = 8 * 2**20  # bytes hashed and written at a time
 KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<kind>\w+)")
 
 

@@ -42,8 +42,7 @@ def deepspeed_config(config: RunConfig, *, device_type: str) -> dict[str, Any]:
         zero["offload_param"] = place
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": 1,
-        "managed_gradient_accumulation": False,
+        "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
         "gradient_clipping": 0.0 if stage == 0 else config.optim.clip_norm,  # at stage 0 the engine itself clips
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well, without a compiler

@@ -151,10 +151,6 @@ class Engine:
         finally:
             self.module.train(training)
 
-    def gathered(self, params: Iterable[nn.Parameter] | None = None) -> AbstractContextManager[Any]:
-        """Return a context in which ``params`` (default: all) are whole on every rank, to read. All ranks must enter."""
-        return gathered(self.module.parameters() if params is None else params)
-
     # ---------------------------------------------------------------------------------------------- state
     def fragments(self, *, owned: bool = True) -> list[Fragment]:
         """Return live views of this rank's state.
@@ -183,7 +179,7 @@ class Engine:
 
     def scalars(self) -> dict[str, Any]:
         """Return the state that is not a tensor: Adam's step count and the loss scaler's."""
-        steps = {int(state["step"]) for state in parts.adam_states(self._adamw)}
+        steps = {int(state["step"]) for state in self._adamw.state.values()}
         assert len(steps) <= 1, f"parameters of one optimizer stand at different steps: {steps}"
         scaler = getattr(self._zero, "loss_scaler", None) if self.precision == "fp16" else None
         return {"adam_step": max(steps, default=0),
@@ -192,7 +188,7 @@ class Engine:
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over what ``scalars`` returned, on whatever stage and world size."""
         self.fragments(owned=False)  # so that Adam's state exists
-        for state in parts.adam_states(self._adamw):
+        for state in self._adamw.state.values():
             state["step"].fill_(scalars["adam_step"])
         if self.precision == "fp16" and scalars["loss_scaler"]:
             for key, value in scalars["loss_scaler"].items():

@@ -86,18 +86,9 @@ def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Itera
 
 def tied(module: nn.Module) -> dict[str, str]:
     """Return ``{other name: name it is saved under}`` for parameters that are one and the same."""
-    first: dict[int, str] = {}
-    aliases = {}
-    for name, param in module.named_parameters(remove_duplicate=False):
-        if id(param) in first:
-            aliases[name] = first[id(param)]
-        else:
-            first[id(param)] = name
-    return aliases
-
-
-def adam_states(adamw: torch.optim.AdamW) -> list[dict[str, Any]]:
-    return list(adamw.state.values())
+    first: dict[Tensor, str] = {}
+    homes = {name: first.setdefault(param, name) for name, param in module.named_parameters(remove_duplicate=False)}
+    return {name: home for name, home in homes.items() if home != name}
 
 
 def _trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:

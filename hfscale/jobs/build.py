@@ -76,8 +76,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
         rows = TextRows(rows, order, open_encoders(config, tokenizer, local_ranks=world.local_world_size), state=position,
                         global_batch=train.global_batch, rank=world.rank, world_size=world.world_size)
     stream = Stream(rows, order, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=world.rank,
-                    world_size=world.world_size, state=position,
-                    prefetch_steps=data.prefetch_steps, with_documents=not data.cross_document, pin_memory=device.type == "cuda")
+                    world_size=world.world_size, state=position, prefetch_steps=data.prefetch_steps,
+                    with_documents=not data.cross_document, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=order.rows, seq_len=data.seq_len)
     nothing_left = "; nothing is left to do, train.steps says how far" if state.step >= steps else ""
@@ -121,11 +121,10 @@ def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTok
     return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
 
 
-def describe(config: RunConfig, order: Mixture, tokenizer: PreTrainedTokenizerFast, world: World,
-             device: torch.device) -> dict[str, Any]:
+def describe(config: RunConfig, order: Mixture, tokenizer: PreTrainedTokenizerFast, world: World, device: torch.device) -> dict[str, Any]:
     """Return what every checkpoint of this run says about itself, beside its position."""
-    return {"device": device_name(device), "world_size": world.world_size,
-            "zero_stage": config.engine.zero_stage, "precision": config.engine.precision,
+    return {"device": device_name(device), "world_size": world.world_size, "zero_stage": config.engine.zero_stage,
+            "precision": config.engine.precision,
             "data_fingerprint": order.fingerprint, "data": dict(order.fingerprints), "tokenizer_digest": tokenizer_digest(tokenizer),
             "schedule": config.schedule.model_dump(),
             "rng": "torch is seeded from blake2b(seed/step/rank/micro-batch) before each forward",

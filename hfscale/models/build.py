@@ -40,9 +40,7 @@ def first_position(config: PretrainedConfig) -> int:
     return 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1  # MPNet's is written into its code
 
 
-def check_model_config(
-    model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None
-) -> PretrainedConfig:
+def check_model_config(model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len`` positions.
 
     ``overrides`` replace an architecture's defaults; ``model.config`` replaces both. A pretrained config keeps its own values
@@ -72,11 +70,9 @@ def check_model_config(
     return config
 
 
-def build_model(
-    model: Model, *, auto_model: str, vocab_size: int, seq_len: int, seed: int, dtype: torch.dtype | None = None,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext, gather: Gather | None = None,
-    overrides: Mapping[str, Any] | None = None,
-) -> PreTrainedModel:  # fmt: skip
+def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int, seed: int, dtype: torch.dtype | None = None,
+                context: Callable[[], AbstractContextManager[Any]] = nullcontext, gather: Gather | None = None,
+                overrides: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO stage and world size.
 
     ``context`` is entered around the construction and ``gather`` around each draw (``init.initialize``); both do nothing
@@ -96,16 +92,13 @@ def build_model(
     def construct() -> PreTrainedModel:
         with no_init_weights(), context():
             return getattr(transformers, auto_model).from_config(
-                config, dtype=dtype or torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code
-            )
+                config, dtype=dtype or torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code)
 
     built = _accepted(construct, model)
     untouched = initialize(built, seed=seed, gather=gather)
     if untouched and model.pretrained is None:
-        raise ConfigError(
-            f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
-            value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture",
-        )  # fmt: skip
+        raise ConfigError(f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
+                          value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture")
     return built.train()
 
 
@@ -117,10 +110,8 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            "no pretrained model here", where="model.pretrained", value=model.pretrained,
-            remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})",
-        ) from error  # fmt: skip
+        raise ConfigError("no pretrained model here", where="model.pretrained", value=model.pretrained,
+                          remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})") from error
     _check_keys(model.config, _known_keys(type(config)) | set(vars(config)), config.model_type)
     for key, value in model.config.items():
         setattr(config, key, value)
@@ -153,10 +144,8 @@ def _accepted(make: Callable[[], Any], model: Model) -> Any:
 
 def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> None:
     if config.vocab_size < vocab_size:
-        raise ConfigError(
-            f"the model has {config.vocab_size} ids for a tokenizer of {vocab_size}", where="model.config.vocab_size",
-            value=config.vocab_size, remedy=f"leave it out, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)",
-        )  # fmt: skip
+        raise ConfigError(f"the model has {config.vocab_size} ids for a tokenizer of {vocab_size}", where="model.config.vocab_size",
+                          value=config.vocab_size, remedy=f"omit it, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)")
     key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
     positions = getattr(config, key, None)
     if not isinstance(positions, int) or positions < 1:
@@ -165,5 +154,4 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
     if seq_len > positions - taken:
         raise ConfigError(
             f"rows of {seq_len} tokens need more than the model's {positions} positions", where=f"data.seq_len, model.config.{key}",
-            value=seq_len, remedy=f"set model.config.{key}={seq_len + taken}, or data.seq_len={positions - taken} or less",
-        )  # fmt: skip
+            value=seq_len, remedy=f"set model.config.{key}={seq_len + taken}, or data.seq_len={positions - taken} or less")

@@ -17,8 +17,7 @@ if TYPE_CHECKING:
 PEAK_FLOPS = {
     "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
     "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A30": 165e12, "A10": 125e12,
-    "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250": 362e12,
-}  # fmt: skip
+    "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250": 362e12}
 
 
 def flops_per_token(config: PretrainedConfig, *, seq_len: int, parameters: int) -> float:

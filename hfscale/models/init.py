@@ -52,8 +52,7 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                 raise ConfigError(
                     f"the first weights of {path or 'the model'} reach deeper than its direct children, where ZeRO 3 has only parts",
                     where="engine.zero_stage", value=type(module).__name__,
-                    remedy="set engine.zero_stage=2, or choose another architecture",
-                )  # fmt: skip
+                    remedy="set engine.zero_stage=2, or choose another architecture")
     model.tie_weights()
     return [name for name, p in model.named_parameters() if p in undrawn]
 

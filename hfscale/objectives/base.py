@@ -63,10 +63,8 @@ class Batch:
         def move(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        return replace(
-            self, inputs={name: move(t) for name, t in self.inputs.items()}, labels_BT=move(self.labels_BT),
-            input_ids=move(self.input_ids), document_ids_BT=move(self.document_ids_BT),
-        )  # fmt: skip
+        return replace(self, inputs={name: move(t) for name, t in self.inputs.items()}, labels_BT=move(self.labels_BT),
+                       input_ids=move(self.input_ids), document_ids_BT=move(self.document_ids_BT))
 
 
 class Objective:

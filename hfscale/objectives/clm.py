@@ -42,10 +42,9 @@ class CausalLM(Objective):
                 raise ValueError("data.cross_document: false needs rows with document boundaries")
             document_ids_BT = documents_BL[:, :-1]
             ignored_BT = ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
-        return Batch(
-            inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
-            counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position, document_ids_BT=document_ids_BT,
-        )  # fmt: skip
+        return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
+                     counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position,
+                     document_ids_BT=document_ids_BT)
 
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"clm": sums_B}`` in nats."""
@@ -72,7 +71,6 @@ class CausalLM(Objective):
             raise ConfigError(
                 f"clm: the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
                 where="model.architecture", value=config.model_type,
-                remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm",
-            )  # fmt: skip
+                remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm")
         if not self.setting.cross_document:
             check_apart(logits, shape, config=config)

@@ -28,11 +28,16 @@ def write_atomically(path: Path, data: bytes | memoryview) -> None:
 def publish(temporary: Path, final: Path) -> None:
     """Return once the (already synced) ``temporary`` is known as ``final``, also after a power cut."""
     os.replace(temporary, final)
-    folder = os.open(final.parent, os.O_RDONLY)
+    sync_folder(final.parent)
+
+
+def sync_folder(folder: Path) -> None:
+    """Return once the names in ``folder`` are on disk."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
-        sync(folder)
+        sync(handle)
     finally:
-        os.close(folder)
+        os.close(handle)
 
 
 def sync(descriptor: int) -> None:

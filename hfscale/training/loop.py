@@ -6,8 +6,9 @@ weights once, and only then advances. What observes a step (metrics, validation)
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 from math import nan
 from typing import Any
 
@@ -21,7 +22,7 @@ from hfscale.errors import CheckpointError, DataError, UnhealthyError
 from hfscale.log import logger
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
-from hfscale.objectives.base import Batch, Objective
+from hfscale.objectives.base import Objective
 from hfscale.stream.digest import batch_digest
 from hfscale.stream.loader import Stream
 from hfscale.training.evaluator import Evaluator
@@ -99,10 +100,10 @@ class Trainer:
         with self.throughput.waiting():
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
-        logged = self._logged(step + 1)
         counts = self.objective.counts(batches) | {SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows)}
         agreed = agree(counts=counts, stop=self.stop.requested, due=self.checkpoints.due(step + 1),
-                       failed=self.checkpoints.failed() is not None, digest=batch_digest(ids(batches)) if logged else 0)
+                       failed=self.checkpoints.failed() is not None,
+                       digest=batch_digest([batch.input_ids for batch in batches]) if self._logged(step + 1) else 0)
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
         losses = self.objective.losses(self.engine, on_device, agreed.counts, world_size=self.world_size)
@@ -188,25 +189,18 @@ class Trainer:
         self.checkpoints.save(self.engine, state, step=self.state.step)
 
 
-def ids(batches: Iterable[Batch]) -> list[torch.Tensor]:
-    """Return the input ids (B, T) of every micro-batch, as they enter the engine."""
-    return [batch.input_ids for batch in batches]
-
-
 def seeded(losses: Iterator[torch.Tensor], *, seed: int, step: int, rank: int) -> Iterator[torch.Tensor]:
     """Yield ``losses``, each computed after torch was seeded from (seed, step, rank, micro-batch).
 
     So dropout never depends on how many draws came before, and a resumed step repeats itself.
     """
-    micro_batch = 0
-    while True:
+    for micro_batch in count():
         name = f"{seed}/{step}/{rank}/{micro_batch}".encode()
         seed_generators(int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1)
         try:
             yield next(losses)
         except StopIteration:
             return
-        micro_batch += 1
 
 
 def seed_generators(seed: int) -> None:

@@ -53,7 +53,7 @@ def loaded(model: nn.Module, weights: dict[str, Tensor], stage: int = 0) -> tupl
     """Return what matched and the model's tensors, whole, once ``weights`` are in an engine of this stage."""
     engine = Engine.create(model, config=tiny_config(stage, world_size=torch.distributed.get_world_size()), device=torch.device("cpu"))
     found = load_pretrained(engine, DictReader(weights))
-    with engine.gathered():  # the weights that the engine computes with, not only those it updates
+    with gathered(engine.module.parameters()):  # the weights that the engine computes with, not only those it updates
         live = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     state = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
     engine.close()

@@ -180,7 +180,7 @@ def build_partitioned(stage: int) -> tuple[bool, list[tuple[int, ...]], float]:
     with gathered([weight], modify=True):
         weight.data.fill_(float(torch.distributed.get_rank()) + 2.0)  # rank 0's value is the one that stays
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
-    with engine.gathered([engine.module.transformer.wte.weight]):
+    with gathered([engine.module.transformer.wte.weight]):
         value = engine.module.transformer.wte.weight.mean().item()
     shapes = [fragment.shape for fragment in engine.fragments() if fragment.name == "transformer.wte.weight"]
     engine.close()
