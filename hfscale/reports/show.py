@@ -61,8 +61,7 @@ def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, s
 def _rows(config: RunConfig) -> int | None:
     """Return the rows of an epoch, or None where the shards are not there yet. A row needs one token more than it predicts."""
     try:
-        once = config.data.remote | {"retries": 0}
-        shards = [shard for source in config.data.sources for shard in Manifest.load(source.shards, **once).shards]
+        shards = [shard for source in config.data.sources for shard in Manifest.load(source.shards, **config.data.remote).shards]
     except DataError:
         return None
     return sum((shard.tokens - 1) // config.data.seq_len for shard in shards if shard.tokens)

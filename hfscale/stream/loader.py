@@ -12,6 +12,7 @@ Worker processes would cost about 1 ms a batch in hand-over alone.
 """
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, replace
@@ -106,7 +107,9 @@ class Stream:
         self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
         self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
-        fetch_ahead(rows, self._places, consumed=lambda: self._consumed, global_batch=global_batch, lanes=order.lanes)
+        self._ahead = threading.Thread(target=fetch_ahead, args=(rows, self._places), daemon=True, name="stream-ahead", kwargs={
+            "consumed": lambda: self._consumed, "global_batch": global_batch, "lanes": order.lanes})
+        self._ahead.start()
 
     def take(self) -> list[Rows]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again. Their memory is reused after that.
@@ -152,6 +155,7 @@ class Stream:
         """Return with the reader thread ended. The stream can no longer be taken from."""
         self._rows.close()
         self._reader.shutdown(cancel_futures=True)
+        self._ahead.join()
         self._closed = True
 
     def _prepare(self, start: int, steps: int) -> tuple[np.ndarray, Prepared]:

@@ -122,8 +122,7 @@ class Order:
             names = np.arange(len(self.shard_rows), dtype=np.uint64)
             shards = np.argsort(mix(names ^ key_of(self.seed, epoch, _SHARDS)), kind="stable")
             ends = np.cumsum(self.shard_rows[shards])
-            found = _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
-            self._epochs[epoch] = found
+            self._epochs[epoch] = found = _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
         return found
 
 
