@@ -1,6 +1,6 @@
 """A thousand attacks on checkpoints: kills from outside during saves, full disks, read-only folders, failing writes, damaged files.
 
-    python -m benchmarks.chaos_checkpoints                      # 1,000 cases; about 10 minutes on 4 idle cores
+    python -m benchmarks.chaos_checkpoints                      # 1,000 cases; about 15 minutes on 4 idle cores
     python -m benchmarks.chaos_checkpoints --cases 40 --procs 1
 
 Saves are those of the real engine: two CPU ranks, every ZeRO stage, fp32 and bf16, with the writer behind and without. The attacker

@@ -232,11 +232,16 @@ def files(checkpoint: Path) -> list[Path]:
     return sorted(path for path in checkpoint.rglob("*") if path.is_file())
 
 
+def contents(checkpoint: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in files(checkpoint)}
+
+
 def damaged(folder: Path, rng: random.Random, *, spare: int = 1) -> tuple[int, list[str]]:
     """Damage the newest checkpoints of ``folder``, all but the oldest ``spare`` at most; return the newest good step and what was done."""
     found = layout.committed(folder)
     bad, done = found[-rng.randint(1, len(found) - spare):], []
     for checkpoint in bad:
+        before = contents(checkpoint)
         other = found[0] if checkpoint is not found[0] else found[1]
         if rng.random() < 0.2:
             kind = rng.choice(list(FOLDERS))
@@ -246,6 +251,9 @@ def damaged(folder: Path, rng: random.Random, *, spare: int = 1) -> tuple[int, l
             kind, path = rng.choice(list(DAMAGE)), rng.choice(files(checkpoint))
             DAMAGE[kind](path, rng, other / path.relative_to(checkpoint))
             done.append(f"{path.name}: {kind}")
+        if contents(checkpoint) == before:  # another checkpoint's file may be the same
+            done[-1] = f"{(path := files(checkpoint)[0]).name}: deleted"
+            path.unlink()
     good = found[:len(found) - len(bad)]
     return layout.step_of(good[-1]) if good else 0, done
 
