@@ -149,7 +149,7 @@ class Stream:
 
     def epochs(self) -> dict[str, Any]:
         """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far. All ranks call this together."""
-        return self._order.epochs(self._consumed) | self._rows.epochs(self._consumed)
+        return self._order.epochs(self._consumed, **self._rows.record())
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""

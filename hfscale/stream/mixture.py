@@ -176,12 +176,12 @@ class Mixture:
         source, _ = self.place(np.arange(position - slot, position))
         return self._before[phase] + block * self._counts[phase] + np.bincount(source, minlength=len(self.orders))
 
-    def epochs(self, position: int) -> dict[str, Any]:
-        """Return the passes over all the data, and over each source where there are several."""
-        if len(self.orders) == 1:
-            return self.orders[0].epochs(position)
-        passes = (self.consumed(position) / self._rows).tolist()
-        return {"epoch": position / self.rows, "source_epoch": dict(zip(self.names, passes, strict=True))}
+    def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
+        """Return the passes over all the data, and over each source where there are several; of raw text by the samples used up."""
+        used = self.consumed(position)
+        used[list(self.raw)] = [sum(sample for sample, _ in lanes) for lanes in cursors]
+        passes = dict(zip(self.names, (used / self._rows).tolist(), strict=True))
+        return {"epoch": int(used.sum()) / self.rows, **({"source_epoch": passes} if len(passes) > 1 else {})}
 
     def record(self, position: int) -> dict[str, Any]:
         """Return what the state of a stream must say of the mixture at ``position``: its sources, and the phases begun; one has none."""

@@ -107,7 +107,7 @@ class Order:
             row[at] = line[at] - layout.begins[ordinal]
         return Places(epoch, lane, shard, row)
 
-    def epochs(self, position: int) -> dict[str, Any]:
+    def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
         """Return the passes over the data before ``position``, as the metrics have them."""
         return {"epoch": position / self.rows}
 

@@ -85,7 +85,8 @@ class Prepared:
         if self.blocked and (bad := sorted(self.blocked.keys() & range(part.start, part.stop))):
             raise self.blocked[bad[0]]
         first, step = int(self._index[part.start]), int(self._steps[part.start])
-        if len(ids_BL) > 1 and step > 0 and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
+        near = 0 < step <= ids_BL.shape[1]  # what lies between farther ones may be `ids_BL`: numpy would copy without end
+        if len(ids_BL) > 1 and near and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
             ids_BL[:] = self._windows[first:first + len(ids_BL) * step:step]
             return
         index, rows = self._index[part], max(1, GATHERED_TOKENS // ids_BL.shape[1])
@@ -224,10 +225,7 @@ class TokenRows:
         """Return with ``consumed`` rows of the run noted: nothing to do where the order alone says which rows those were."""
 
     def record(self) -> dict[str, Any]:
-        """Return what the state of a stream must hold of its rows; raw text has more to say, and of the ``epochs`` too."""
-        return {}
-
-    def epochs(self, consumed: int) -> dict[str, Any]:
+        """Return what the state of a stream must hold of its rows: only raw text has something to say."""
         return {}
 
     def close(self) -> None:

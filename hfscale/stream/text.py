@@ -202,13 +202,6 @@ class TextRows(TokenRows):
         """Return the cursors (R, C, 2) for the state of the stream, gathered from all ranks: they call this together."""
         return {"cursors": sum_over_ranks(torch.from_numpy(self.cursors * self._owned[:, None])).long().tolist()}
 
-    def epochs(self, consumed: int) -> dict[str, Any]:
-        """Return ``epoch`` and ``source_epoch``, those of raw text by the samples that are used up; all ranks call this together."""
-        used, there = self.order.consumed(consumed), np.array([order.rows for order in self.order.orders])
-        used[list(self.order.raw)] = np.sum(self.record()["cursors"], axis=1)[:, 0]
-        passes = dict(zip(self.order.names, (used / there).tolist(), strict=True))
-        return {"epoch": float(used.sum() / there.sum()), **({"source_epoch": passes} if len(passes) > 1 else {})}
-
     def close(self) -> None:
         """Return with the tokenizing processes told to end."""
         super().close()
