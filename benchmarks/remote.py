@@ -87,8 +87,8 @@ def main() -> None:
         entry = make_corpus(folder).shards[0]
         needed = run(name, steps=100, first=[], waits=[]) * 2  # bytes a second that training reads
         cases: dict[str, tuple[float | None, float]] = {
-            LOCAL: (None, 0), "HTTP, as fast as it goes": (0, 10), "HTTP at 4 x what training reads": (4 * needed, 10),
-            "the same, cache of 8 shards": (4 * needed, 8 * 1.02 * entry.bytes / 1e9),
+            LOCAL: (None, 0), "HTTP, as fast as it goes": (0, 10), "HTTP at 10 x what training reads": (10 * needed, 10),
+            "the same, cache of 8 shards": (10 * needed, 8 * 1.02 * entry.bytes / 1e9),
             "HTTP at 0.5 x: nothing can keep ahead": (needed / 2, 10)}
         first, waits = {case: list[float]() for case in cases}, {case: list[float]() for case in cases}
         runs = {}

@@ -105,11 +105,11 @@ def test_training_waits_for_a_slow_server_and_not_for_a_cache_that_is_ahead(serv
 
     server.rate = 40_000  # a shard takes 0.25 s, and is trained on for six steps
     slow, _ = open_stream(server.url, folder=tmp_path / "slow")
-    assert waited(slow, 30, 0.0) > 0.8
+    assert waited(slow, 15, 0.0) > 0.3
     slow.close()
     fast, _ = open_stream(server.url, folder=tmp_path / "fast")
     fast.take()
-    assert waited(fast, 40, 0.1) < 0.4  # 0.6 s of training a shard
+    assert waited(fast, 25, 0.1) < 0.4  # 0.6 s of training a shard
     fast.close()
 
 

@@ -29,6 +29,7 @@ from hfscale.stream.rows import TokenRows
 from hfscale.stream.text import HeldOutText, TextRows
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
+from tests.helpers.web_server import serve
 
 SEQ = 16
 WORDS = ["def", "return", "import", "数据", "模型", "训练", "一个", "de", "la", "über", "self", "0x1f", "\n\t", "😀", "class"]
@@ -95,7 +96,8 @@ def config_of(corpus: Path, sources: dict[str, tuple[Path, float]], *, global_ba
 def open_stream(config: RunConfig, encoders: Encoders, *, rank: int = 0, world_size: int = 1,
                 saved: dict[str, Any] | None = None) -> Stream:
     skip = config.data.on_error == "skip"
-    rows, order = open_mixture(config, [TokenRows(s.shards, seq_len=SEQ, skip=skip) for s in config.data.sources], saved=saved)
+    rows, order = open_mixture(config, [TokenRows(s.shards, seq_len=SEQ, skip=skip, **config.data.remote) for s in config.data.sources],
+                               saved=saved)
     state, batch = StreamState.from_dict(saved["stream"]) if saved else None, config.train.global_batch
     rows = TextRows(rows, order, encoders, global_batch=batch, rank=rank, world_size=world_size, state=state)
     return Stream(rows, order, global_batch=batch, micro_batch=1, rank=rank, world_size=world_size, state=state, with_documents=True)
@@ -189,6 +191,13 @@ def test_any_chain_of_ranks_and_batches_gives_the_rows_of_one_process(corpus, en
         assert not seen.keys() & part.keys()
         seen |= part
     assert seen == dict(enumerate(expected[:len(seen)]))
+
+
+def test_text_of_a_url_is_the_text_of_the_folder(corpus, encoders, web, tmp_path):
+    with serve(web) as server:
+        far, _ = train(config_of(corpus, {"web": (server.url, 1.0)}, cache={"folder": tmp_path}), encoders, 6)
+        near, _ = train(config_of(corpus, {"web": (web, 1.0)}), encoders, 6)
+    assert far == near
 
 
 def test_any_chain_of_a_mixture_with_token_shards_too(corpus, encoders, tokenizer, web, news, make_corpus):
