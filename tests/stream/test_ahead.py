@@ -105,12 +105,14 @@ def test_training_waits_for_a_slow_server_and_not_for_a_cache_that_is_ahead(serv
 
     server.rate = 40_000  # a shard takes 0.25 s, and is trained on for six steps
     slow, _ = open_stream(server.url, folder=tmp_path / "slow")
-    assert waited(slow, 15, 0.0) > 0.3
+    behind = waited(slow, 15, 0.0)
     slow.close()
+    assert behind > 0.3
     fast, _ = open_stream(server.url, folder=tmp_path / "fast")
     fast.take()
-    assert waited(fast, 25, 0.1) < 0.4  # 0.6 s of training a shard
+    keeping_up = waited(fast, 25, 0.1)  # 0.6 s of training a shard
     fast.close()
+    assert keeping_up / 25 < behind / 15  # a step, on a machine that may be busy
 
 
 def test_what_cannot_be_fetched_ahead_surfaces_when_it_is_needed(server: Server, tmp_path: Path) -> None:
