@@ -6,6 +6,7 @@ import configparser
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -97,7 +98,19 @@ def test_sizes():
                 if length > 80:
                     wrong.append(f"{relative(path)}:{node.lineno} {node.name} has {length} lines (80)")
     assert not wrong, "\n".join(wrong)
-    assert sum(path.read_text().count("\n") for path in MODULES) < 10_000
+    assert sum(map(lines_of_code, MODULES)) < 10_000
+
+
+def lines_of_code(path: Path) -> int:
+    """Return how many lines hold code: docstrings, comments and blank lines are free, so that nobody trims them."""
+    docstrings: set[int] = set()
+    for node in ast.walk(TREES[path]):
+        if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef) and ast.get_docstring(node) is not None:
+            docstrings.update(range(node.body[0].lineno, (node.body[0].end_lineno or 0) + 1))
+    spaces = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENDMARKER}
+    with open(path, encoding="utf-8") as file:
+        code = [token for token in tokenize.generate_tokens(file.readline) if token.type not in spaces]
+    return len({line for token in code for line in range(token.start[0], token.end[0] + 1)} - docstrings)
 
 
 def test_every_module_says_what_it_is_for():
