@@ -43,7 +43,8 @@ def encoder(tokenizer_json: str, *, eod_id: int, dtype: str) -> Encode:
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.frombuffer(array("I", [*encoding.ids, eod_id]), np.uint32).astype(dtype) for encoding in encodings]  # 5 ns an id; numpy: 25
+        ids = (array("I", [*encoding.ids, eod_id]) for encoding in encodings)  # 5 ns an id; numpy takes 25 for a list
+        return [np.frombuffer(numbers, np.uint32).astype(dtype) for numbers in ids]
 
     return encode
 
