@@ -20,9 +20,13 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def client(command: Sequence[str | Path], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Return a finished Slurm client; its exit code is not looked at."""
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+def client(command: Sequence[str | Path], cwd: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+    """Return a finished Slurm client; its exit code is not looked at. One that takes too long ends with 124, and says so on stderr."""
+    words = list(map(str, command))
+    try:
+        return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(words, 124, "", f"{words[0]} got no answer in {timeout_s:.0f} s")
 
 
 def facts(job: str) -> dict[str, str]:

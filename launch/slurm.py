@@ -55,7 +55,7 @@ def launch(request: Request) -> int:
     code = code_folder(run)
     options = [] if here else sbatch_options(config, code)
     command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
-    said += _differences(cluster, here) if here else _accepted(options, dry_run=request.dry_run)
+    said += differences(cluster, here) if here else accepted(options, dry_run=request.dry_run)
     from hfscale.jobs.check import check as check_parts  # slow to import
 
     check_parts(config)
@@ -140,7 +140,7 @@ def sbatch_options(config: RunConfig, code: Path) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
 
 
-def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
+def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     """Return what Slurm says of a job with these options, without submitting it.
 
     Raises:
@@ -163,7 +163,7 @@ def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
     return ConfigError(f"Slurm refuses the job: {words}", where="cluster", value=asked, remedy=f"this cluster has {offers}")
 
 
-def _differences(cluster: Cluster, here: Allocation) -> list[str]:
+def differences(cluster: Cluster, here: Allocation) -> list[str]:
     """Return how an allocation differs from what the config asks for: the allocation wins."""
     pairs = {"nodes": (cluster.nodes, here.nodes), "gpus_per_node": (cluster.gpus_per_node or 0, here.gpus_per_node)}
     return [f"the allocation has {name} {has}, not the {asked} of cluster.{name}" for name, (asked, has) in pairs.items() if asked != has]

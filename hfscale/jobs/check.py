@@ -45,6 +45,14 @@ def check(config: RunConfig) -> None:
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 
 
+def parameters(config: RunConfig) -> int:
+    """Return how many weights the model of a run has."""
+    tokenizer, folder = load_tokenizer(config.tokenizer.path), pretrained_folder(config)
+    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    model = skeleton(config, check_model_config(**model_needs(config, tokenizer, folder)), objective.auto_model)
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def pretrained_folder(config: RunConfig) -> Path | None:
     """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
 
