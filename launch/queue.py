@@ -34,6 +34,12 @@ def facts(job: str) -> dict[str, str]:
     return dict(re.findall(r"(\S+?)=(\S*)", client(["scontrol", "show", "job", job]).stdout)) if job and has_slurm() else {}
 
 
+def longest(partition: str | None) -> str:
+    """Return the time limit of a partition, or of the default one, as Slurm writes it; "infinite" where there is none or nobody knows."""
+    rows = [line.partition("|") for line in client(["sinfo", "-h", "-o", "%P|%l"]).stdout.splitlines()]
+    return next((limit for name, _, limit in rows if (name.rstrip("*") == partition if partition else name.endswith("*"))), "infinite")
+
+
 def refuse_holder(run_dir: Path) -> None:
     """Return if no other job waits or works in ``run_dir``.
 

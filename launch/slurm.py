@@ -25,7 +25,7 @@ from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
 from launch import run_dir
-from launch.queue import client, has_slurm, hold, seconds
+from launch.queue import client, has_slurm, hold, longest, seconds
 from launch.request import Request, check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -153,7 +153,11 @@ def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
     if tried.returncode:
         raise _refusal(tried.stderr, options)
-    return [line.removeprefix("sbatch: ") for line in tried.stderr.splitlines() if " to start at " in line]
+    asked = dict(option[2:].split("=", 1) for option in options if "=" in option)
+    limit, said = longest(asked.get("partition")), [line for line in tried.stderr.splitlines() if " to start at " in line]
+    if limit[0].isdigit() and seconds(asked.get("time", "0")) > seconds(limit):
+        said = [f"a partition with a limit of {limit} never starts a job of {asked['time']}, though Slurm takes it"]
+    return [line.removeprefix("sbatch: ") for line in said]
 
 
 def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:

@@ -28,6 +28,8 @@ REMEDIES = {  # of the findings that bring none along
     "inodes": "remove small files there, or choose another run.root",
     "writing": "mend the folder, or choose another run.root; where it is only slow, save less often",
     "reading": "training would wait for data: copy the shards to a faster file system",
+    "request": "ask for less: cluster.time, or another cluster.partition",
+    "answer": "are the checkout and its Python there? or it hangs on a file system or device: leave the node out",
     "rendezvous": "a node that failed above, a firewall, or the wrong network: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME in slurm/site.sh",
     "all-reduce": "is it the right network? NCCL_SOCKET_IFNAME, NCCL_IB_HCA in slurm/site.sh; NCCL_DEBUG=INFO says which it took",
     "clocks": "turn on NTP on the node: authentication and the times of files go by its clock",
@@ -80,8 +82,8 @@ def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
 
 
 def bad_nodes(findings: Iterable[Finding]) -> list[str]:
-    """Return the nodes that failed something which not all nodes failed."""
-    return sorted({node for one in findings if one.state == "fail" for node in one.nodes})
+    """Return the nodes that failed something which not all nodes failed. To meet is a matter of all."""
+    return sorted({node for one in findings if one.state == "fail" and one.check != "rendezvous" for node in one.nodes})
 
 
 def table(findings: Sequence[Finding]) -> str:

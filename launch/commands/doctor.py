@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -27,10 +28,12 @@ from launch.local import gpu_count
 from launch.queue import client, has_slurm
 from launch.request import Request
 
-TIMEOUT_S, SLURM_S = 40.0, 5.0  # for the ranks; for Slurm to answer
+TIMEOUT_S, KILL_S, SLURM_S = 40.0, 5.0, 5.0  # for the ranks; for them to end after that; for Slurm to answer
 RANK = "hfscale.reports.machine"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-STEP = 'source slurm/site.sh; exec srun --overlap --kill-on-bad-exit=0 --nodes=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"'
+STEP = """source slurm/site.sh
+exec srun --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
+"""
 
 
 def doctor(
@@ -47,7 +50,7 @@ def doctor(
     log.setup()
     wanted = Request(config, tuple(overrides or ())).load().config if config else None
     here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
-    names = client(["scontrol", "show", "hostnames", here.node_list]).stdout.split() if here else [node_name()]
+    names = client(["scontrol", "show", "hostnames", here.node_list]).stdout.split() if here and has_slurm() else [node_name()]
     found = [*_before(wanted, here, task), *_measure(wanted.run_dir if wanted else Path.cwd(), task, here, names)]
     findings = judge(found, nodes=names)
     bad, ok = bad_nodes(findings), all(one.state != "fail" for one in findings)
@@ -83,7 +86,8 @@ def _before(config: RunConfig | None, here: Allocation | None, task: dict[str, A
     if here:
         yield _tried("allocation", lambda: slurm.differences(cluster, here))
     elif submits:
-        yield _tried("request", lambda: slurm.accepted(slurm.sbatch_options(config, Path()), dry_run=False) and ())
+        yield _tried("request", lambda: [line for line in slurm.accepted(slurm.sbatch_options(config, Path()), dry_run=False)
+                                         if " to start at " not in line])
     procs = cluster.nodes * slurm.tasks_per_node(cluster) if submits else _procs(here)
     gpus = bool(here.gpus_per_node if here else cluster.gpus_per_node if submits else gpu_count())
     yield _tried("config", lambda: slurm.before(config, procs, gpus=gpus, on_nodes=bool(here or submits)))
@@ -112,24 +116,30 @@ def _measure(place: Path, task: dict[str, Any], here: Allocation | None, names: 
     gpus = here.gpus_per_node > 0 if here else gpu_count() > 0
     text = json.dumps({**task, "run": str(place), "token": str(token) if token.exists() else "", "gpus": gpus}, default=str)
     if here:
-        command = ["bash", "-c", STEP, "bash", str(here.nodes), str(procs), RANK, text]
+        command = ["bash", "-c", STEP, "bash", str(here.tasks_per_node), str(procs), RANK, text]
         env = {"MASTER_ADDR": names[0], "MASTER_PORT": str(10000 + int(here.job_id) % 20000), "HFSCALE_PYTHON": sys.executable}
     else:
         command = [sys.executable, *TORCHRUN, f"--nproc-per-node={procs}", "-m", RANK, text]
         env = {"OMP_NUM_THREADS": str(max(1, available_cores() // procs))}
-    with subprocess.Popen(command, cwd=slurm.ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                          stderr=subprocess.PIPE, text=True) as ranks:
+    with tempfile.TemporaryDirectory() as folder:  # a pipe would be held by ranks that nothing can end
+        out, err = (Path(folder, name) for name in ("out", "err"))
+        ranks = subprocess.Popen(command, cwd=slurm.ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=out.open("w"),
+                                 stderr=err.open("w"))
         try:
-            out, err = ranks.communicate(timeout=TIMEOUT_S)
+            ranks.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            ranks.terminate()  # and it the ranks
-            out, err = ranks.communicate()
+            ranks.terminate()  # srun and torchrun end the ranks
+            with suppress(subprocess.TimeoutExpired):
+                ranks.wait(KILL_S)
         finally:
+            ranks.kill()
             token.unlink(missing_ok=True)
-    told = [json.loads(line.removeprefix(MARK)) for line in out.splitlines() if line.startswith(MARK)]
+        said, last = out.read_text(errors="replace").splitlines(), " / ".join(err.read_text(errors="replace").splitlines()[-3:])
+    # a library may go on with the line
+    told = [json.JSONDecoder().raw_decode(line, len(MARK))[0] for line in said if line.startswith(MARK)]
     found = [Finding(**{**one, "nodes": tuple(one["nodes"]), "slow": tuple(one["slow"])}) for one in told]
     yield from found
-    if all(one.check != "rendezvous" for one in found):
-        silent = sorted(set(names) - {node for one in found for node in one.nodes})
-        what = f"{'the node did not answer' if silent else 'the ranks did not meet'} in {TIMEOUT_S:.0f} s"
-        yield Finding("rendezvous", "fail", f"{what}; last lines: {' / '.join(err.splitlines()[-3:])}", nodes=tuple(silent))
+    if silent := set(names) - {node for one in found for node in one.nodes}:
+        yield Finding("answer", "fail", f"none in {TIMEOUT_S:.0f} s; last lines: {last}", nodes=tuple(silent))
+    elif all(one.check != "rendezvous" for one in found):
+        yield Finding("rendezvous", "fail", f"the ranks did not meet in {TIMEOUT_S:.0f} s; last lines: {last}")
