@@ -55,7 +55,7 @@ def packages(task: Any, world: World) -> Iterator[Finding]:
     there = {one.name: metadata.version(one.name) for one in wanted}
     wrong = [f"{one.name} {there[one.name]}, not {one.specifier}" for one in wanted
              if not one.specifier.contains(there[one.name].partition("+")[0], prereleases=True)]
-    main = ", ".join(f"{name} {there[name]}" for name in ("torch", "deepspeed", "transformers"))
+    main = ", ".join(f"{name} {there[name]}" for name in ("torch", "deepspeed", "transformers") if name in there)
     said = f"Python {platform.python_version()}, {main}; all {len(there)} are in range"
     yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or said)
 
@@ -111,15 +111,15 @@ def limits(task: Any, world: World) -> Iterator[Finding]:
 
 
 def disk(task: Any, world: World) -> Iterator[Finding]:
-    seen = not task.token or Path(task.token).is_file()
-    yield Finding("shared files", "ok" if seen else "fail", f"what was just written to {task.run} is {'' if seen else 'not '}there")
+    if task.token:
+        seen = Path(task.token).is_file()
+        yield Finding("shared files", "ok" if seen else "fail", f"what was just written to {task.run} is {'' if seen else 'not '}there")
     room, need = os.statvfs(task.run), task.checkpoint_gb
     free = room.f_bavail * room.f_frsize / 1e9
     wants = f"; a checkpoint takes about {need:.3g} GB, {task.keep} are kept and one is in the making" if need else ""
     state = "fail" if free < max(2 * need, 0.25) else "warn" if free < (task.keep + 1) * need else "ok"
-    yield Finding("free space", state, f"{free:.3g} GB in {task.run}{wants}")
-    inodes = room.f_favail if room.f_files else float("inf")  # some file systems count none
-    yield Finding("inodes", "fail" if inodes < 500 else "warn" if inodes < 10_000 else "ok", f"{inodes:,} free")
+    yield Finding("free space", state, f"{free:.3g} GB in {task.run}{wants}", value=free, unit=f"GB in {task.run}{wants}")
+    yield _measured("inodes", room.f_favail if room.f_files else float("inf"), "free", least=10_000)  # some file systems count none
 
 
 def writing(task: Any, world: World) -> Iterator[Finding]:

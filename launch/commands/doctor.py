@@ -133,13 +133,14 @@ def _measure(place: Path, task: dict[str, Any], here: Allocation | None, names: 
                 ranks.wait(KILL_S)
         finally:
             ranks.kill()
-            token.unlink(missing_ok=True)
-        said, last = out.read_text(errors="replace").splitlines(), " / ".join(err.read_text(errors="replace").splitlines()[-3:])
+            with suppress(OSError):
+                token.unlink()
+        said, why = out.read_text(errors="replace").splitlines(), " / ".join(err.read_text(errors="replace").splitlines()[:3])
     # a library may go on with the line
     told = [json.JSONDecoder().raw_decode(line, len(MARK))[0] for line in said if line.startswith(MARK)]
     found = [Finding(**{**one, "nodes": tuple(one["nodes"]), "slow": tuple(one["slow"])}) for one in told]
     yield from found
     if silent := set(names) - {node for one in found for node in one.nodes}:
-        yield Finding("answer", "fail", f"none in {TIMEOUT_S:.0f} s; last lines: {last}", nodes=tuple(silent))
+        yield Finding("answer", "fail", f"none; {why}", nodes=tuple(silent))
     elif all(one.check != "rendezvous" for one in found):
-        yield Finding("rendezvous", "fail", f"the ranks did not meet in {TIMEOUT_S:.0f} s; last lines: {last}")
+        yield Finding("rendezvous", "fail", f"the ranks did not meet in {TIMEOUT_S:.0f} s; {why}")
