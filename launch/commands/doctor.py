@@ -50,7 +50,7 @@ def doctor(
     log.setup()
     wanted = Request(config, tuple(overrides or ())).load().config if config else None
     here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
-    names = client(["scontrol", "show", "hostnames", here.node_list]).stdout.split() if here and has_slurm() else [node_name()]
+    names = (client(["scontrol", "show", "hostnames", here.node_list]).stdout.split() if here and has_slurm() else []) or [node_name()]
     found = [*_before(wanted, here, task), *_measure(wanted.run_dir if wanted else Path.cwd(), task, here, names)]
     findings = judge(found, nodes=names)
     bad, ok = bad_nodes(findings), all(one.state != "fail" for one in findings)
@@ -75,14 +75,11 @@ def _before(config: RunConfig | None, here: Allocation | None, task: dict[str, A
     """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what they are to look at."""
     asked = client(["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"] if here else
                    ["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"], timeout_s=SLURM_S) if has_slurm() else None
-    if asked:  # a Slurm that does not answer is none
-        said = "; ".join((asked.stdout or asked.stderr).splitlines())
-        yield Finding("Slurm", "warn" if asked.returncode else "ok", said)
-    else:
-        yield Finding("Slurm", "ok", "none on this machine")
+    said = "; ".join((asked.stdout or asked.stderr).splitlines()) if asked else "none on this machine"
+    yield Finding("Slurm", "warn" if asked and asked.returncode else "ok", said)
     if config is None:
         return
-    cluster, submits = config.cluster, here is None and asked is not None and not asked.returncode
+    cluster, submits = config.cluster, here is None and asked is not None and not asked.returncode  # one that does not answer is none
     if here:
         yield _tried("allocation", lambda: slurm.differences(cluster, here))
     elif submits:
