@@ -37,7 +37,7 @@ exec srun --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks
 
 
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="[CONFIG]", help="A YAML file, or a run directory. Without it: the machine alone.",
+    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory. Without it: the machine alone.",
                                                  show_default=False)] = None,
     overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides.", show_default=False)] = None,
     as_json: Annotated[bool, typer.Option("--json", help='Print JSON: "ok", "nodes", "bad_nodes" to leave out, "findings".')] = False,
