@@ -27,7 +27,12 @@ if TYPE_CHECKING:
 
     from hfscale.stream.rows import Rows
 
-OBJECTIVES: dict[str, str] = {"clm": "hfscale.objectives.clm:CausalLM"}
+OBJECTIVES: dict[str, str] = {
+    "clm": "hfscale.objectives.clm:CausalLM",
+    "mlm": "hfscale.objectives.mlm:MaskedLM",
+    "seq2seq": "hfscale.objectives.seq2seq:Seq2Seq",
+    "contrastive": "hfscale.objectives.contrastive:Contrastive",
+}
 
 Model = Callable[..., Any]  # the engine, or a bare model: called with keywords, returns an output with ``.logits``
 
