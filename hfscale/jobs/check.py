@@ -38,7 +38,8 @@ def check(config: RunConfig) -> None:
                  saved=layout.newest_state(config.run_dir))
     if config.data.validation is not None:
         open_rows(config.data.validation.shards, config, tokenizer)
-    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, global_batch=config.train.global_batch,
+                                                         cross_document=config.data.cross_document, tokenizer=tokenizer))
     folder = pretrained_folder(config)
     model_config = check_model_config(**model_needs(config, tokenizer, folder))
     if folder and not layout.newest_state(config.run_dir):
@@ -94,6 +95,10 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
                         value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
                         remedy="build the shards again with this tokenizer, or give back the one that made them")
     made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
+    if ends[0] != ends[1]:
+        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards, value=ends,
+                        remedy="give back the tokenizer that made them, or build the shards again")
     if made_by != have:
         raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
                         remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hfscale.config.schema import Named, Section
 from hfscale.errors import ConfigError, nearest
+from hfscale.objectives.isolation import keep_apart
 from hfscale.registry import load_plugin
 
 if TYPE_CHECKING:
@@ -43,6 +44,7 @@ class Setting:
 
     seq_len: int
     micro_batch: int = 1
+    global_batch: int = 0  # 0: not known
     seed: int = 0  # of masks, spans and crops: they are drawn from (seed, position of the row)
     cross_document: bool = True
     sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
@@ -75,10 +77,12 @@ class Batch:
 class Objective:
     """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, ``loss``, ``weights``."""
 
-    class Options(Section):
-        """No options."""
-
-    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+    Options: ClassVar[type[Section]] = Section  # none
+    auto_model: str = "AutoModelForCausalLM"
+    pipeline: ClassVar[str] = "text-generation"  # the transformers pipeline that uses such a model
+    causal: ClassVar[bool] = False  # a token sees only what came before it
+    token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
+    needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other
 
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting
@@ -95,6 +99,22 @@ class Objective:
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a weight."""
         raise NotImplementedError
+
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
+        if batch.document_ids_BT is None:
+            return model(**batch.inputs, use_cache=False).logits
+        assert self.setting.model_config is not None, "documents are kept apart in a model"
+        return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config, causal=self.causal)
+
+    def document_ids(self, rows: Rows) -> Tensor | None:
+        """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept apart, else None."""
+        documents_BL = None if self.setting.cross_document else rows.document_ids_BL
+        return None if documents_BL is None else documents_BL[:, :-1]
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what is logged of the terms' means over the step, where that is not the mean itself."""
+        return means
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval mode, before step 1.

@@ -17,7 +17,7 @@ from torch import Tensor
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.objectives.isolation import check_apart, keep_apart, movement
+from hfscale.objectives.isolation import check_apart, movement
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -27,6 +27,7 @@ class CausalLM(Objective):
     """GPT-like pretraining, for any architecture of ``AutoModelForCausalLM``."""
 
     auto_model = "AutoModelForCausalLM"
+    causal = True
 
     def weights(self) -> dict[str, float]:
         """Return the one term, ``clm``: nats a predicted token."""
@@ -36,11 +37,8 @@ class CausalLM(Objective):
         """Return inputs and next-token labels of the rows (B, T + 1); a filler row asks nothing."""
         inputs_BT, labels_BT = rows.ids_BL[:, :-1], rows.ids_BL[:, 1:]
         ignored_BT = ~rows.valid_B[:, None].expand_as(labels_BT)
-        document_ids_BT = None
-        if not self.setting.cross_document:
-            if rows.boundaries is None or (documents_BL := rows.document_ids_BL) is None:
-                raise ValueError("data.cross_document: false needs rows with document boundaries")
-            document_ids_BT = documents_BL[:, :-1]
+        document_ids_BT = self.document_ids(rows)
+        if rows.boundaries is not None and document_ids_BT is not None:  # no document predicts the next one
             ignored_BT = ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
         return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
                      counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position,
@@ -49,12 +47,6 @@ class CausalLM(Objective):
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"clm": sums_B}`` in nats."""
         return {"clm": token_losses(self.logits(model, batch), batch.labels_BT).sum(1)}
-
-    def logits(self, model: Model, batch: Batch) -> Tensor:
-        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
-        if batch.document_ids_BT is None:
-            return model(**batch.inputs, use_cache=False).logits
-        return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config)  # type: ignore[arg-type]
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a model that sees the future (an encoder), or another document where documents are to be kept apart."""

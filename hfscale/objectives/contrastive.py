@@ -27,10 +27,9 @@ from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
 from hfscale.models.pooling import Pooling, pool
 from hfscale.objectives.base import Batch, Model, Objective, Setting
-from hfscale.objectives.cross_entropy import token_losses
+from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.objectives.draws import row_generators, special_id
-from hfscale.objectives.mlm import MaskedLM
-from hfscale.objectives.mlm import Options as MaskingOptions
+from hfscale.objectives.mlm import MaskedLM, MaskingOptions
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -38,7 +37,7 @@ if TYPE_CHECKING:
 Length = Annotated[float, Field(gt=0, le=1)]
 
 
-class Options(Section):
+class ContrastiveOptions(Section):
     """How views are made and compared."""
 
     views: Literal["dropout", "crops"] = "crops"  # the same text twice; or two spans of it, drawn independently
@@ -51,17 +50,19 @@ class Options(Section):
 class Contrastive(Objective):
     """Unsupervised embeddings, for any architecture of ``AutoModel`` (of ``AutoModelForMaskedLM`` with ``mlm_weight``)."""
 
-    Options = Options
+    Options = ContrastiveOptions
     auto_model = "AutoModel"
     pipeline = "feature-extraction"
+    token_loss = False
     needs_documents = True
-    options: Options
+    options: ContrastiveOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)
-        assert isinstance(options, Options)
+        assert isinstance(options, ContrastiveOptions)
         if setting.global_batch == 1:
-            raise ConfigError("a batch of one text has no negatives", where="train.global_batch", value=1, remedy="give at least 2, better 256")
+            raise ConfigError("a batch of one text has no negatives", where="train.global_batch", value=1,
+                              remedy="give at least 2, better 256")
         if options.crop[0] > options.crop[1]:
             raise ConfigError("the shortest crop is longer than the longest", where="objective.options.crop", value=list(options.crop))
         tokenizer = setting.tokenizer
@@ -87,7 +88,8 @@ class Contrastive(Objective):
         documents_BT = rows.document_ids_BL
         assert documents_BT is not None, "needs_documents"
         views: tuple[list[np.ndarray], list[np.ndarray]] = [], []
-        for ids_L, documents_L, rng in zip(rows.ids_BL.numpy(), documents_BT.numpy(), row_generators(self.setting.seed, rows.position), strict=True):
+        generators = row_generators(self.setting.seed, rows.position)
+        for ids_L, documents_L, rng in zip(rows.ids_BL.numpy(), documents_BT.numpy(), generators, strict=True):
             text = ids_L[:-1][documents_L[:-1] == np.bincount(documents_L[:-1]).argmax()]
             for view in views:
                 view.append(self._view(text, rng))
@@ -114,12 +116,13 @@ class Contrastive(Objective):
         assert self._mlm is not None
         n = len(rows.valid_B)
         ids_BT = batch.inputs["input_ids"][:n].clone()
-        labels_BT = torch.full_like(ids_BT, -100)
-        for k, rng in enumerate(row_generators(self.setting.seed + 1, rows.position)):
-            if rows.valid_B[k]:
-                self._mlm.corrupt(ids_BT[k].numpy(), labels_BT[k].numpy(), rng)
+        labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
+        lengths_B = batch.inputs["attention_mask"][:n].sum(1) * rows.valid_B  # what is drawn must not depend on padding
+        generators = row_generators(self.setting.seed + 1, rows.position)
+        for length, ids_T, labels_T, rng in zip(lengths_B.tolist(), ids_BT, labels_BT, generators, strict=True):
+            self._mlm.corrupt(ids_T[:length].numpy(), labels_T[:length].numpy(), rng)
         batch.inputs["masked_ids"], batch.labels_BT = ids_BT, labels_BT
-        batch.counts["mlm"] = (labels_BT != -100).sum(1)
+        batch.counts["mlm"] = (labels_BT != IGNORE_INDEX).sum(1)
         return batch
 
     def embed(self, model: Model, batch: Batch) -> Tensor:
@@ -154,8 +157,8 @@ class Contrastive(Objective):
                 _random_state(state)
                 scalar = (self.embed(model, batch) * grad_VnH[:, at:at + n]).sum()
                 if self._mlm:
-                    mlm_B = token_losses(model(input_ids=batch.inputs["masked_ids"], attention_mask=batch.inputs["attention_mask"][:n]).logits,
-                                         batch.labels_BT).sum(1)
+                    out = model(input_ids=batch.inputs["masked_ids"], attention_mask=batch.inputs["attention_mask"][:n])
+                    mlm_B = token_losses(out.logits, batch.labels_BT).sum(1)
                     self.record({"mlm": mlm_B}, batch)
                     scalar = scalar + mlm_B.sum() * (self.options.mlm_weight * world_size / max(1, global_counts["mlm"]))
                 yield scalar

@@ -21,7 +21,6 @@ from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.objectives.draws import row_generators, special_id
-from hfscale.objectives.isolation import keep_apart, movement
 from hfscale.objectives.words import word_starts
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ if TYPE_CHECKING:
 SPAN_P, LONGEST_SPAN = 0.2, 10  # SpanBERT: lengths are geometric, cut at 10 tokens; 3.8 on average
 
 
-class Options(Section):
+class MaskingOptions(Section):
     """How a row is corrupted. Fractions are of the tokens; what is neither masked nor random stays as it is."""
 
     select: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the tokens that are not special
@@ -42,14 +41,14 @@ class Options(Section):
 class MaskedLM(Objective):
     """BERT-like pretraining, for any architecture of ``AutoModelForMaskedLM``."""
 
-    Options = Options
+    Options = MaskingOptions
     auto_model = "AutoModelForMaskedLM"
     pipeline = "fill-mask"
-    options: Options
+    options: MaskingOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)
-        assert isinstance(options, Options)
+        assert isinstance(options, MaskingOptions)
         if options.as_mask + options.as_random > 1:
             raise ConfigError("as_mask and as_random are parts of what is selected", where="objective.options",
                               value=options.as_mask + options.as_random, remedy="give two fractions whose sum is at most 1")
@@ -78,14 +77,16 @@ class MaskedLM(Objective):
             if rows.valid_B[k]:
                 self.corrupt(inputs_BT[k].numpy(), labels_BT[k].numpy(), rng)
         asked_B = (labels_BT != IGNORE_INDEX).sum(1)
-        return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT, input_ids=ids_BT, source_B=rows.source_B, position_B=rows.position,
-                     counts={"mlm": asked_B, "masked_accuracy": asked_B}, document_ids_BT=self.document_ids(rows))
+        return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT, input_ids=ids_BT, source_B=rows.source_B,
+                     position_B=rows.position, counts={"mlm": asked_B, "masked_accuracy": asked_B}, document_ids_BT=self.document_ids(rows))
 
     def corrupt(self, ids_T: np.ndarray, labels_T: np.ndarray, rng: np.random.Generator) -> None:
         """Return with tokens of ``ids_T`` hidden, and what they were in ``labels_T``."""
         T, options = len(ids_T), self.options
         if self._starts is not None:
-            unit_T = np.cumsum(self._starts[ids_T])
+            begins_T = self._starts[ids_T]
+            begins_T[1:] |= ~self._ordinary[ids_T[:-1]]
+            unit_T = np.cumsum(begins_T)
         elif options.units == "span":
             unit_T = np.repeat(np.arange(T), np.minimum(rng.geometric(SPAN_P, T), LONGEST_SPAN))[:T]
         else:

@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 HIDDEN = {"t5": 0.15, "bart": 0.30}  # of the text, unless the options say otherwise
 
 
-class Options(Section):
+class DenoisingOptions(Section):
     """How text is corrupted."""
 
     noise: Literal["t5", "bart"] = "t5"
@@ -44,14 +44,14 @@ class Options(Section):
 class Seq2Seq(Objective):
     """T5- and BART-like pretraining, for any architecture of ``AutoModelForSeq2SeqLM``."""
 
-    Options = Options
+    Options = DenoisingOptions
     auto_model = "AutoModelForSeq2SeqLM"
     pipeline = "text2text-generation"
-    options: Options
+    options: DenoisingOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)
-        assert isinstance(options, Options)
+        assert isinstance(options, DenoisingOptions)
         if not setting.cross_document:
             raise ConfigError("seq2seq cannot keep documents apart: the decoder looks at the whole row", where="data.cross_document",
                               value=False, remedy="set data.cross_document=true")
@@ -60,7 +60,7 @@ class Seq2Seq(Objective):
         self._spans = round(self._hidden / options.span)
         if not 1 <= self._spans < T - self._hidden:
             raise ConfigError("rows are too short for spans to be hidden", where="data.seq_len", value=T,
-                              remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer rows, or other options hidden and span")
+                              remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer rows, or change hidden or span")
         if options.noise == "bart":
             self._marks = np.full(self._spans, special_id(tokenizer, "mask_token", why="which stands for hidden spans"))
             self._end = np.empty(0, np.int64)
@@ -76,7 +76,8 @@ class Seq2Seq(Objective):
         """Return encoder inputs (B, S), decoder inputs and labels (B, U) of the rows; a filler row asks nothing."""
         config = self.setting.model_config
         ids_BT = rows.ids_BL[:, :-1]
-        pairs = [self.corrupt(ids_T, rng) for ids_T, rng in zip(ids_BT.numpy(), row_generators(self.setting.seed, rows.position), strict=True)]
+        generators = row_generators(self.setting.seed, rows.position)
+        pairs = [self.corrupt(ids_T, rng) for ids_T, rng in zip(ids_BT.numpy(), generators, strict=True)]
         inputs_BS, labels_BU = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
         decoder_BU = labels_BU.roll(1, 1)
         decoder_BU[:, 0] = 0 if config is None else config.decoder_start_token_id

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 # Thai, Lao, Khmer, Burmese, kana, Han (with its extensions): written without spaces
+_HAN_LEADS = "ãäåæçèé"  # how byte-level tokenizers write the first byte of kana and Han, which may stand alone
 _UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
@@ -25,7 +26,7 @@ def word_starts(tokenizer: Any) -> np.ndarray:
         if kind == "WordPiece":
             starts[number] = not token.startswith("##")
         elif byte_level:
-            starts[number] = _begins(tokenizer.convert_tokens_to_string([token]))
+            starts[number] = (token != "" and token[0] in _HAN_LEADS) or _begins(tokenizer.convert_tokens_to_string([token]))
         else:
             starts[number] = token.startswith("▁") or _begins(token)
     starts[tokenizer.all_special_ids] = True
@@ -35,7 +36,7 @@ def word_starts(tokenizer: Any) -> np.ndarray:
 def _begins(text: str) -> bool:
     """Return whether a piece of text begins a word by itself: a space, a punctuation mark, a character of an unspaced script.
 
-    Part of a character (U+FFFD) belongs to what came before, unless the script is known.
+    Part of a character (U+FFFD) belongs to what came before.
     """
     first = text[:1]
     return not (first.isalnum() or first == "\ufffd" or first == "") or bool(_UNSPACED.match(first))
