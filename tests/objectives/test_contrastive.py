@@ -15,6 +15,7 @@ from hfscale.models.pooling import pool
 from hfscale.objectives.base import Batch, Objective, Setting, load_objective
 from hfscale.stream.rows import Rows
 from tests.helpers.ranks import run_ranks
+from tests.objectives.rows import cut_rows, make_rows
 from tests.objectives.tokenizers import tokenizer
 
 T, N = 32, 16
@@ -32,11 +33,7 @@ def model_for(objective: Objective, *, dropout: float = 0.0) -> torch.nn.Module:
 
 
 def rows_of(first: int = 0, stop: int = N) -> Rows:
-    from tests.objectives.rows import make_rows
-
-    whole = make_rows([[5, 20, 8]] * N, vocab=300)
-    cut = slice(first, stop)
-    return Rows(*(None if field is None else field[cut] for field in vars(whole).values()))
+    return cut_rows(make_rows([[5, 20, 8]] * N, vocab=300), first, stop)
 
 
 def gradient(objective: Objective, model: torch.nn.Module, batches: list[Batch], *,
