@@ -18,8 +18,9 @@ from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
-from hfscale.models.build import check_model_config, special_ids
+from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
+from hfscale.objectives.draws import lacking
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
@@ -42,6 +43,10 @@ def check(config: RunConfig) -> None:
                                                          cross_document=config.data.cross_document, tokenizer=tokenizer))
     folder = pretrained_folder(config)
     model_config = check_model_config(**model_needs(config, tokenizer, folder))
+    check_head(model_config, objective.auto_model)
+    if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:
+        raise lacking(tokenizer, f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own",
+                      add="pad='<pad>'")
     if folder and not layout.newest_state(config.run_dir):
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 

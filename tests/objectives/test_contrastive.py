@@ -2,6 +2,8 @@
 from __future__ import annotations
 
 import math
+from contextlib import nullcontext
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -165,3 +167,28 @@ def test_what_cannot_be_contrasted_is_refused() -> None:
     with pytest.raises(ConfigError, match="longer than the longest"):
         contrastive(crop=(0.5, 0.1))
     assert math.isclose(contrastive().weights()["contrastive"], 1.0)
+
+
+def test_hard_negatives_stand_beside_all_answers() -> None:
+    objective: Any = contrastive()
+    a, p, h = z = F.normalize(torch.randn(3, N, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
+    valid = torch.ones(N, dtype=torch.int64)
+    valid[3] = 0
+    keep = [n for n in range(N) if n != 3]
+    loss, sums = objective.compare(z.requires_grad_(), valid)
+    scores = a[keep] @ torch.cat([p[keep], h[keep]]).T / 0.05
+    assert loss.item() == pytest.approx(F.cross_entropy(scores, torch.arange(N - 1), reduction="sum").item(), rel=1e-5)
+    assert sums["retrieval_accuracy"].sum() == (scores.argmax(1) == torch.arange(N - 1)).sum()
+    loss.backward()
+    assert z.grad is not None and z.grad[2, keep].norm() > 0 and z.grad[:, 3].norm() == 0
+
+
+def test_an_embedding_that_cannot_see_the_text_is_refused() -> None:
+    for pooling, refused in (("cls", True), ("last", False), ("mean", False)):
+        objective = contrastive(pooling=pooling)
+        gpt2 = build_model(Model(architecture="gpt2", config={"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}),
+                           auto_model="AutoModel", vocab_size=len(tokenizer()), seq_len=T, seed=5).eval()
+        for model, wrong in ((gpt2, refused), (model_for(objective).eval(), False)):
+            objective.setting = replace(objective.setting, model_config=model.config)
+            with torch.no_grad(), pytest.raises(ConfigError, match="does not see the text") if wrong else nullcontext():
+                objective.check(model, device="cpu")
