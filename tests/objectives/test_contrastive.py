@@ -20,7 +20,7 @@ from tests.helpers.ranks import run_ranks
 from tests.objectives.rows import cut_rows, make_rows
 from tests.objectives.tokenizers import tokenizer
 
-T, N = 32, 16
+T, N = 32, 64
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 
 
@@ -65,11 +65,11 @@ def test_gradient_caching_gives_the_gradient_of_one_big_batch() -> None:
     loss = direct_loss(objective, model, whole)
     loss.backward()
     wanted = torch.cat([torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten() for p in model.parameters()])
-    for cut in (16, 8, 4, 1):
+    for cut in (64, 32, 16, 4):
         batches = [objective.collate(rows_of(first, first + cut)) for first in range(0, N, cut)]
         got, sums = gradient(objective, model, batches)
         assert sums["contrastive"] / N == pytest.approx(loss.item(), rel=1e-5), cut
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-6)
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm(), cut
 
 
 def of_ranks(micro_batch: int, mlm_weight: float) -> tuple[torch.Tensor, dict[str, float]]:
@@ -93,9 +93,9 @@ def test_negatives_are_those_of_all_ranks(mlm_weight: float) -> None:
     objective = contrastive(mlm_weight=mlm_weight)
     wanted, wanted_sums = gradient(objective, model_for(objective), [objective.collate(rows_of())])
     assert wanted.norm() > 0.01
-    for ranks, micro_batch in ((2, 8), (4, 4), (4, 2)):
+    for ranks, micro_batch in ((2, 32), (4, 16), (4, 4)):
         got, sums = run_ranks(of_ranks, ranks, micro_batch, mlm_weight)[0]
-        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+        assert (got - wanted).norm() <= 1e-5 * wanted.norm(), (ranks, micro_batch)
         assert sums == pytest.approx(wanted_sums, rel=1e-5)
 
 
