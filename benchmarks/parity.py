@@ -43,8 +43,8 @@ def main() -> None:
             print(*row, sep="  ", flush=True)
     header = ["objective, model", "first loss", "in theory", "last loss", *(f"ZeRO {stage}" for stage in range(4))]
     record("parity", f"{where}\n\n{table(header, rows)}\n\n"
-           f"The last columns: the largest difference of a loss of {steps} steps (batch {BATCH}, clipping at 0.3, no dropout) on 1, 2 and 4 "
-           f"ranks from one fp32 process that takes the whole batch at once. Largest of all: {worst:.1e}, {verdict(worst, at_most=LIMIT)}. "
+           f"The last columns: the largest difference of a loss of {steps} steps (batch {BATCH}, clipping at 0.3, no dropout) on 1, 2 and "
+           f"4 ranks from one fp32 process that takes the whole batch at once. Largest of all: {worst:.1e}, {verdict(worst, at_most=LIMIT)}. "
            f"All first losses are equal at every stage and world size to the same difference. {time.perf_counter() - began:.0f} s.")
 
 

@@ -57,9 +57,11 @@ def run(name: str, out: Path) -> str:
 def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], config: PretrainedConfig) -> PreTrainedTokenizerFast:
     """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` around a text, before it and after.
 
-    None: nothing, as shards are made. A prompt that ends in [SEP] would be a document's end.
+    Where there is no ``eos_token`` documents end with the ``sep_token``. Without roles nothing is put, as shards are made: a prompt that
+    ends in [SEP] would be a document's end.
     """
-    bare, has = tokenizer("a", add_special_tokens=False)["input_ids"], [role and getattr(tokenizer, role) for role in frame]
+    bare, ends = tokenizer("a", add_special_tokens=False)["input_ids"], {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
+    has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
     if not frame and tokenizer("a")["input_ids"] != bare:
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     elif any(has) and tokenizer("a")["input_ids"] == bare:

@@ -53,7 +53,7 @@ class Contrastive(Objective):
     Options = ContrastiveOptions
     auto_model = "AutoModel"
     pipeline = "feature-extraction"
-    frame = ("cls_token", "sep_token")
+    frame = ("cls_token", "eos_token")
     token_loss = False
     needs_documents = True
     options: ContrastiveOptions

@@ -44,7 +44,7 @@ class MaskedLM(Objective):
     Options = MaskingOptions
     auto_model = "AutoModelForMaskedLM"
     pipeline = "fill-mask"
-    frame = ("cls_token", "sep_token")
+    frame = ("cls_token", "eos_token")
     options: MaskingOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:

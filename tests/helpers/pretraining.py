@@ -11,7 +11,7 @@ from tests.models.families import FAMILIES
 _BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 48, "max_position_embeddings": 64}
 _OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GPT2_OFF = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
-TOKENS = {"mask_token": "<mask>", "cls_token": "<s>", "sep_token": "</s>", "pad_token": "<pad>"}
+TOKENS = {"mask_token": "<mask>", "cls_token": "<s>", "pad_token": "<pad>"}
 
 # name -> (objective, architecture, its config, weights of the run's optimizer)
 PRETRAINING: dict[str, tuple[dict[str, Any], str, dict[str, Any], float]] = {
@@ -20,8 +20,8 @@ PRETRAINING: dict[str, tuple[dict[str, Any], str, dict[str, Any], float]] = {
     "bert": ({"name": "mlm", "options": {"units": "word"}}, "bert", {**_BERT, **_OFF}, 1e-2),
     "roberta": ({"name": "mlm"}, "roberta", {**_BERT, **_OFF, "max_position_embeddings": 600}, 1e-2),
     "modernbert": ({"name": "mlm", "options": {"units": "span"}}, "modernbert", _BERT, 1e-2),
-    "t5": ({"name": "seq2seq"}, "t5", {**FAMILIES["t5"][1].config, "dropout_rate": 0.0}, 1e-2),
-    "bart": ({"name": "seq2seq", "options": {"noise": "bart"}}, "bart", {**FAMILIES["bart"][1].config, "dropout": 0.0}, 1e-2),
+    "t5": ({"name": "seq2seq"}, "t5", {**FAMILIES["t5"][1].config, "dropout_rate": 0.0}, 3e-3),
+    "bart": ({"name": "seq2seq", "options": {"noise": "bart"}}, "bart", {**FAMILIES["bart"][1].config, "dropout": 0.0}, 3e-3),
     "contrastive": ({"name": "contrastive"}, "bert", {**_BERT, **_OFF}, 1e-3),
     "contrastive_mlm": ({"name": "contrastive", "options": {"mlm_weight": 0.1, "pooling": "cls"}}, "bert", {**_BERT, **_OFF}, 1e-3),
 }

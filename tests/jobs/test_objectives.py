@@ -10,9 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from hfscale.checkpoint.weights import open_weights
+from hfscale.config.schema import Model
 from hfscale.jobs import export
+from hfscale.models.build import build_model, special_ids
+from hfscale.tokenizer import load_tokenizer
 from tests.helpers.pretraining import PRETRAINING, pretraining
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -64,6 +69,30 @@ def test_it_resumes_exactly_and_leaves_as_a_model_that_transformers_uses(corpus:
     with contextlib.redirect_stdout(said):
         exec(usage, {})
     assert len(said.getvalue()) > 20
+
+
+@pytest.mark.parametrize(("kind", "stage"), [("gpt2", 1), ("bert", 3), ("modernbert", 0), ("t5", 3), ("bart", 2), ("contrastive", 3)])
+def test_it_goes_on_from_a_transformers_folder_with_more_tokens(corpus: Path, tmp_path: Path, kind: str, stage: int) -> None:
+    objective, architecture, config, _ = PRETRAINING[kind]
+    plain = load_tokenizer(corpus / "tokenizer")
+    auto_model = {"clm": "AutoModelForCausalLM", "seq2seq": "AutoModelForSeq2SeqLM"}.get(objective["name"], "AutoModelForMaskedLM")
+    source = build_model(Model(architecture=architecture, config=config), auto_model=auto_model, vocab_size=len(plain), seq_len=32, seed=1,
+                         overrides=special_ids(plain))
+    source.save_pretrained(tmp_path / "theirs")
+    values = pretraining(corpus, tmp_path, "run", kind, engine={"zero_stage": stage}, optim={"lr": 1e-9, "weight_decay": 0.0},
+                         train={"steps": 1, "global_batch": 16, "micro_batch": 4})
+    values["model"] = {"pretrained": str(tmp_path / "theirs")}
+    [record] = run_ranks(train, 2, values)[0]
+    assert math.isfinite(record["loss"])
+
+    reader = open_weights(tmp_path / "run" / "checkpoints" / "step-00000001")
+    words = source.get_input_embeddings().weight.detach()
+    more = len(load_tokenizer(values["tokenizer"]["path"]))
+    assert more > len(plain)
+    name = next(name for name in reader.names() if tuple(reader.shape(name)) == (more, 32))
+    grown = reader.read(name)
+    torch.testing.assert_close(grown[:len(plain)], words, rtol=0, atol=1e-6)
+    torch.testing.assert_close(grown[len(plain):], words.mean(0).expand(len(grown) - len(plain), -1), rtol=0, atol=1e-6)
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
