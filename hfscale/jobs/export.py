@@ -68,7 +68,7 @@ def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], co
         before, after = (f"{token} " if token else "" for token in has)
         around = processors.TemplateProcessing(
             single=f"{before}$A {after}".strip(), pair=f"{before}$A {after}$B {after}".strip(),
-            special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in {*has} - {None}])
+            special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in has if token])
         own = tokenizer.backend_tokenizer.post_processor
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, around]) if own else around
     if not getattr(config, "type_vocab_size", 0):

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 from shlex import quote
 from typing import Any
 
@@ -37,5 +38,6 @@ def lacking(tokenizer: Any, what: str, *, add: str) -> ConfigError:
     """Return the error of a tokenizer that needs more tokens, with the command that makes another one which has them."""
     path = tokenizer.name_or_path or "TOKENIZER"
     more = f"{path.rstrip('/')}-{add.partition('=')[0]}"
-    return ConfigError(what, where="tokenizer.path", value=path, remedy=f"hfscale tokenizer add {quote(path)} {quote(more)} {add}\n"
-                       f"  then set tokenizer.path={more}; shards that were built stay good")
+    command = "" if Path(more).exists() else f"hfscale tokenizer add {quote(path)} {quote(more)} {add}\n  then "
+    return ConfigError(what, where="tokenizer.path", value=path,
+                       remedy=f"{command}set tokenizer.path={quote(more)}; shards that were built stay good")
