@@ -20,6 +20,7 @@ from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.opening import RunModel, open_run
 from hfscale.log import logger
+from hfscale.objectives.base import Objective
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
 SAME_DEVICE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
@@ -51,15 +52,19 @@ def run(name: str, out: Path) -> str:
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
-    return usage(source, str(out))
+    return usage(source.objective, out)
 
 
-def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` around a text, before it and after.
+def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | None, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` before a text and after it.
 
-    Where there is no ``eos_token`` documents end with the ``sep_token``. Without roles nothing is put, as shards are made: a prompt that
-    ends in [SEP] would be a document's end.
+    Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing is put, as shards are made: a prompt
+    that ends in [SEP] would be a document's end. None: what the tokenizer puts itself.
     """
+    if not getattr(config, "type_vocab_size", 0):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    if frame is None:
+        return tokenizer
     bare, ends = tokenizer("a", add_special_tokens=False)["input_ids"], {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
     has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
     if not frame and tokenizer("a")["input_ids"] != bare:
@@ -71,16 +76,14 @@ def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], co
             special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in has if token])
         own = tokenizer.backend_tokenizer.post_processor
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, around]) if own else around
-    if not getattr(config, "type_vocab_size", 0):
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 
-def usage(source: RunModel, folder: str) -> str:
+def usage(objective: Objective, folder: Path | str) -> str:
     """Return lines of Python that use the model in ``folder``."""
-    task, mark = source.objective.pipeline, source.tokenizer.mask_token or "<extra_id_0>"
+    task, mark = objective.pipeline, objective.setting.tokenizer.mask_token or "<extra_id_0>"
     if task is None:
-        return f"""from transformers import AutoTokenizer, {(model := source.objective.auto_model)}
+        return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained("{folder}"), {model}.from_pretrained("{folder}")
 print(tokenizer.batch_decode(model.generate(tokenizer("Once upon a {mark}", return_tensors="pt").input_ids, max_new_tokens=40)))"""
     more = {"text-generation": "time\", max_new_tokens=40", "fill-mask": f"{mark}\""}.get(task, "time\"")
@@ -136,6 +139,6 @@ tags: [hfscale]
 | proof | logits equal to the training engine's, relative difference {difference:.1e} |
 
 ```python
-{usage(source, "PATH_OF_THIS_FOLDER")}
+{usage(source.objective, "PATH_OF_THIS_FOLDER")}
 ```
 """

@@ -28,11 +28,11 @@ class RunModel:
     """A checkpoint of a run: ``skeleton`` has the shapes (meta device), ``reader`` the weights, verified."""
 
     config: RunConfig
+    objective: Objective
     checkpoint: Path
     skeleton: PreTrainedModel
     reader: WeightsReader
     tokenizer: PreTrainedTokenizerFast
-    objective: Objective
 
     @property
     def dtype(self) -> torch.dtype:
@@ -59,7 +59,7 @@ def open_run(name: str) -> RunModel | None:
     tokenizer = load_tokenizer(config.tokenizer.path)
     objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
-    return RunModel(config, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer, objective)
+    return RunModel(config, objective, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:
