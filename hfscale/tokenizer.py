@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -43,10 +44,10 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
-    """Return the SHA-256 (hex) of the canonical ``tokenizer.json``, of a tokenizer or of the folder or hub name it is in.
+    """Return the SHA-256 (hex) of what turns text into ids, of a tokenizer or of the folder or hub name it is in.
 
-    Saving, loading and using a tokenizer (padding, truncation) do not change it, nor do fields that newer versions
-    of ``tokenizers`` add with a false or null default.
+    Saving, loading and using a tokenizer (padding, truncation) do not change it, nor do special tokens that are added (the ids of text
+    stay what they are), nor fields that newer versions of ``tokenizers`` add with a false or null default.
     """
     if isinstance(tokenizer, (str, Path)):
         file = Path(tokenizer) / FILE_NAME
@@ -57,11 +58,30 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
         parsed = json.loads(content)
     except ValueError as error:
         raise DataError(f"{FILE_NAME} is not JSON: {error}", where=tokenizer) from None
-    canonical = _prune({**parsed, "padding": None, "truncation": None})
+    ordinary = [token for token in parsed.get("added_tokens", []) if not token["special"]]
+    canonical = _prune({**parsed, "padding": None, "truncation": None, "post_processor": None, "added_tokens": ordinary})
     merges = canonical.get("model", {}).get("merges")
     if merges and isinstance(merges[0], str):  # as older files have them
         canonical["model"]["merges"] = [merge.split(" ") for merge in merges]
     return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+
+
+def extended(path: str | Path, *, roles: Mapping[str, str], sentinels: int = 0) -> PreTrainedTokenizerFast:
+    """Return the tokenizer at ``path`` with special tokens added: ``roles`` such as ``{"mask_token": "<mask>"}``, and ``<extra_id_K>``.
+
+    Raises:
+        DataError: if it has another token in one of the roles.
+    """
+    from tokenizers import AddedToken
+
+    tokenizer = load_tokenizer(path)
+    in_use = [*tokenizer.special_tokens_map.values()]
+    for role, token in roles.items():  # what has two roles (the end of a text that pads too) may give one to a token of its own
+        if (there := getattr(tokenizer, role)) not in (None, token) and in_use.count(there) == 1:
+            raise DataError(f"this tokenizer has a {role.replace('_', ' ')} already", where=path, value=there, remedy="leave it out")
+    tokenizer.add_special_tokens({**roles})  # type: ignore[arg-type]
+    tokenizer.add_tokens([AddedToken(f"<extra_id_{number}>", special=True) for number in range(sentinels)], special_tokens=True)
+    return tokenizer
 
 
 def end_of_document_id(tokenizer: PreTrainedTokenizerFast) -> int:

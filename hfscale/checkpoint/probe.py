@@ -1,6 +1,6 @@
-"""A few of the live engine's logits on fixed tokens, stored in each checkpoint: an export must give the same.
+"""A few numbers of the live engine's output on fixed tokens, stored in each checkpoint: an export must give the same.
 
-Legend: B rows, T tokens, V vocabulary; P positions and C columns of V are kept.
+Whatever a model gives, a number a token or a label, two ends of an answer or hidden states, is laid out flat. Legend: T tokens, K numbers.
 """
 from __future__ import annotations
 
@@ -18,47 +18,44 @@ from hfscale.errors import CheckpointError
 if TYPE_CHECKING:  # an export needs no DeepSpeed
     from hfscale.engine.engine import Engine
 
-ROWS, TOKENS, POSITIONS, COLUMNS = 2, 16, 4, 64
+TOKENS, KEPT = 32, 512  # at most, of each output
+OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What went in, and what of the logits came out."""
+    """What went in, and what of the output is kept."""
 
-    ids_BT: Tensor  # int64
-    positions_P: Tensor
-    columns_C: Tensor
-    logits: Tensor  # (B, P, C), fp32
+    ids_1T: Tensor  # int64: one row, since some heads take several only with a padding token
+    logits: Tensor  # (K), fp32
 
     def ask(self, model: Any, *, device: torch.device) -> Tensor | None:
-        """Return what the probe keeps of the logits of ``model`` (with a ``config``, or an engine): (B, P, C), fp32, on the CPU.
+        """Return what the probe keeps of the output of ``model`` (with a ``config``, or an engine): (K), fp32, on the CPU.
 
-        An encoder-decoder gets the tokens on both sides. None: the model has no logits for each token.
+        An encoder-decoder gets the tokens on both sides. None: the model gives nothing that is known here.
         """
-        ids = self.ids_BT.to(device)
+        ids = self.ids_1T.to(device)
         both = {"decoder_input_ids": ids} if getattr(getattr(model, "module", model).config, "is_encoder_decoder", False) else {}
-        logits = getattr(model(input_ids=ids, **both), "logits", None)
-        return None if logits is None or logits.ndim != 3 else self.pick(logits).contiguous()
-
-    def pick(self, logits_BTV: Tensor) -> Tensor:
-        """Return the part of ``logits_BTV`` that the probe kept: (B, P, C), fp32, on the CPU."""
-        return logits_BTV.cpu()[:, self.positions_P][..., self.columns_C].float()
+        output = model(input_ids=ids, **both)
+        flat = [found.flatten() for name in OUTPUTS if (found := getattr(output, name, None)) is not None]
+        spread = [numbers[torch.linspace(0, len(numbers) - 1, min(KEPT, len(numbers)), dtype=torch.float64).long()] for numbers in flat]
+        return torch.cat(spread).cpu().float() if spread else None
 
     def to_bytes(self) -> bytes:
-        return save({"ids": self.ids_BT, "positions": self.positions_P, "columns": self.columns_C, "logits": self.logits})
+        return save({"ids": self.ids_1T, "logits": self.logits})
 
 
 def make_probe(engine: Engine) -> Probe | None:
-    """Return the engine's logits on the fixed tokens. Collective. None for a model without a vocabulary or logits of its own."""
+    """Return the engine's output on the fixed tokens. Collective. None for a model without a vocabulary or an output that is known here."""
     config = getattr(engine.module, "config", None)
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
         return None
     tokens = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
-    ids = torch.randint(vocab_size, (ROWS, tokens), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(max(0, tokens - POSITIONS), tokens)
-    columns = torch.linspace(0, vocab_size - 1, min(COLUMNS, vocab_size)).long()
-    empty = Probe(ids, positions, columns, torch.empty(0))
+    ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
+    if isinstance(end := getattr(config, "eos_token_id", None), int) and end < vocab_size:
+        ids[:, -1] = end  # BART and T5 classify by its state
+    empty = Probe(ids, torch.empty(0))
     with engine.eval_mode():
         logits = empty.ask(engine, device=engine.device)
     return None if logits is None else replace(empty, logits=logits)
@@ -72,7 +69,7 @@ def read_probe(checkpoint: Path) -> Probe:
     """
     path = checkpoint / layout.PROBE
     if not path.is_file():
-        raise CheckpointError("this checkpoint has no logits to compare with", where=path,
-                              remedy="export a checkpoint of a model that gives logits")
+        raise CheckpointError("this checkpoint has no output to compare with", where=path,
+                              remedy="export a checkpoint of a model that gives logits or hidden states")
     tensors = load_file(path)
-    return Probe(tensors["ids"], tensors["positions"], tensors["columns"], tensors["logits"])
+    return Probe(tensors["ids"], tensors["logits"])

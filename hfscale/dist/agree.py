@@ -49,3 +49,12 @@ def from_rank_0(value: Any) -> Any:
     if torch_dist.is_initialized():
         torch_dist.broadcast_object_list(values, src=0, group=host_group())
     return values[0]
+
+
+def gather_from_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return the ``rows`` of all ranks (the same number of each) in the order of ranks, and where this rank's begin; no gradient."""
+    if not (torch_dist.is_initialized() and torch_dist.get_world_size() > 1):
+        return rows, 0
+    parts = [torch.empty_like(rows) for _ in range(torch_dist.get_world_size())]
+    torch_dist.all_gather(parts, rows)
+    return torch.cat(parts), torch_dist.get_rank() * len(rows)

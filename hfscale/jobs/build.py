@@ -54,8 +54,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
     folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
     model = build(config, tokenizer, device, folder)
     objective = load_objective(config.objective, Setting(
-        seq_len=data.seq_len, micro_batch=train.micro_batch, seed=config.run.seed, cross_document=data.cross_document,
-        sources=len(parts), tokenizer=tokenizer, model_config=model.config))
+        seq_len=data.seq_len, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
+        cross_document=data.cross_document, sources=len(parts), tokenizer=tokenizer, model_config=model.config))
 
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of the whole, at ZeRO 3
     flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=parameters)
@@ -77,7 +77,7 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
                         global_batch=train.global_batch, rank=world.rank, world_size=world.world_size)
     stream = Stream(rows, order, global_batch=train.global_batch, micro_batch=train.micro_batch, rank=world.rank,
                     world_size=world.world_size, state=position, prefetch_steps=data.prefetch_steps,
-                    with_documents=not data.cross_document, pin_memory=device.type == "cuda")
+                    with_documents=objective.needs_documents or not data.cross_document, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=order.rows, seq_len=data.seq_len)
     nothing_left = "; nothing is left to do, train.steps says how far" if state.step >= steps else ""
@@ -117,7 +117,7 @@ def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTok
     if rows.raw:
         rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=held_out.rows)
     scored = EvaluationRows(rows, count=held_out.rows, micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
-                            with_documents=not config.data.cross_document)
+                            with_documents=objective.needs_documents or not config.data.cross_document)
     return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
 
 

@@ -18,8 +18,9 @@ from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
-from hfscale.models.build import check_model_config, special_ids
+from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
+from hfscale.objectives.draws import lacking
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
@@ -38,9 +39,14 @@ def check(config: RunConfig) -> None:
                  saved=layout.newest_state(config.run_dir))
     if config.data.validation is not None:
         open_rows(config.data.validation.shards, config, tokenizer)
-    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, global_batch=config.train.global_batch,
+                                                         cross_document=config.data.cross_document, tokenizer=tokenizer))
     folder = pretrained_folder(config)
     model_config = check_model_config(**model_needs(config, tokenizer, folder))
+    check_head(model_config, objective.auto_model)
+    if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:
+        raise lacking(tokenizer, f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own",
+                      add="pad='<pad>'")
     if folder and not layout.newest_state(config.run_dir):
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 
@@ -102,6 +108,10 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
                         value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
                         remedy="build the shards again with this tokenizer, or give back the one that made them")
     made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
+    if ends[0] != ends[1]:
+        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards, value=ends,
+                        remedy="give back the tokenizer that made them, or build the shards again")
     if made_by != have:
         raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
                         remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")

@@ -19,7 +19,7 @@ from hfscale.errors import CheckpointError
 from hfscale.hub import local_folder
 from hfscale.jobs.check import DTYPES, model_needs, skeleton
 from hfscale.models.build import check_model_config
-from hfscale.objectives.base import Setting, load_objective
+from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tokenizer import load_tokenizer
 
 
@@ -28,6 +28,7 @@ class RunModel:
     """A checkpoint of a run: ``skeleton`` has the shapes (meta device), ``reader`` the weights, verified."""
 
     config: RunConfig
+    objective: Objective
     checkpoint: Path
     skeleton: PreTrainedModel
     reader: WeightsReader
@@ -58,7 +59,7 @@ def open_run(name: str) -> RunModel | None:
     tokenizer = load_tokenizer(config.tokenizer.path)
     objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
-    return RunModel(config, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
+    return RunModel(config, objective, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

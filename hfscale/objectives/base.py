@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hfscale.config.schema import Named, Section
 from hfscale.errors import ConfigError, nearest
+from hfscale.objectives.isolation import check_apart, keep_apart, movement
 from hfscale.registry import load_plugin
 
 if TYPE_CHECKING:
@@ -27,7 +28,12 @@ if TYPE_CHECKING:
 
     from hfscale.stream.rows import Rows
 
-OBJECTIVES: dict[str, str] = {"clm": "hfscale.objectives.clm:CausalLM"}
+OBJECTIVES: dict[str, str] = {
+    "clm": "hfscale.objectives.clm:CausalLM",
+    "mlm": "hfscale.objectives.mlm:MaskedLM",
+    "seq2seq": "hfscale.objectives.seq2seq:Seq2Seq",
+    "contrastive": "hfscale.objectives.contrastive:Contrastive",
+}
 
 Model = Callable[..., Any]  # the engine, or a bare model: called with keywords, returns an output with ``.logits``
 
@@ -38,6 +44,7 @@ class Setting:
 
     seq_len: int
     micro_batch: int = 1
+    global_batch: int = 0  # 0: not known
     seed: int = 0  # of masks, spans and crops: they are drawn from (seed, position of the row)
     cross_document: bool = True
     sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
@@ -70,10 +77,13 @@ class Batch:
 class Objective:
     """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, ``loss``, ``weights``."""
 
-    class Options(Section):
-        """No options."""
-
-    auto_model: ClassVar[str] = "AutoModelForCausalLM"
+    Options: ClassVar[type[Section]] = Section  # none
+    auto_model: str = "AutoModelForCausalLM"
+    pipeline: ClassVar[str | None] = "text-generation"  # the transformers pipeline that uses such a model; None: generate() does
+    frame: tuple[str | None, ...] | None = None  # roles of tokens that an export's tokenizer puts before and after text; None: its own
+    causal: ClassVar[bool] = False  # a token sees only what came before it
+    token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
+    needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other
 
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting
@@ -90,6 +100,50 @@ class Objective:
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a weight."""
         raise NotImplementedError
+
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
+        if batch.document_ids_BT is None:
+            return model(**batch.inputs, use_cache=False).logits
+        assert self.setting.model_config is not None, "documents are kept apart in a model"
+        return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config, causal=self.causal)
+
+    def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Return the function (``ids_BT``, ``document_ids_BT``) -> ``logits_BTV`` of the live model, for probes."""
+
+        def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+            batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
+            return self.logits(model, batch.to(device))
+
+        return logits
+
+    def sight(self, model: Model, *, device: torch.device | str) -> float:
+        """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal model."""
+        config, middle = self.setting.model_config, self.setting.seq_len // 2
+        assert config is not None, "check() needs Setting.model_config"
+        logits = self.logits_of(model, device=device)
+        return movement(lambda ids_BT: logits(ids_BT, None), self.shape, config.vocab_size, changed=slice(middle, None),
+                        watched=slice(middle))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels answer and nothing is compiled again."""
+        return self.setting.micro_batch, self.setting.seq_len
+
+    def check_documents(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse (ConfigError) a live model in which documents see each other, where they are to be kept apart."""
+        if not self.setting.cross_document:
+            assert self.setting.model_config is not None, "check() needs Setting.model_config"
+            check_apart(self.logits_of(model, device=device), self.shape, config=self.setting.model_config)
+
+    def document_ids(self, rows: Rows) -> Tensor | None:
+        """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept apart, else None."""
+        documents_BL = None if self.setting.cross_document else rows.document_ids_BL
+        return None if documents_BL is None else documents_BL[:, :-1]
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """Return what is logged of the terms' means over the step, where that is not the mean itself."""
+        return means
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval mode, before step 1.

@@ -17,7 +17,6 @@ from torch import Tensor
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.objectives.isolation import check_apart, keep_apart, movement
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -27,6 +26,8 @@ class CausalLM(Objective):
     """GPT-like pretraining, for any architecture of ``AutoModelForCausalLM``."""
 
     auto_model = "AutoModelForCausalLM"
+    causal = True
+    frame = ()
 
     def weights(self) -> dict[str, float]:
         """Return the one term, ``clm``: nats a predicted token."""
@@ -36,11 +37,8 @@ class CausalLM(Objective):
         """Return inputs and next-token labels of the rows (B, T + 1); a filler row asks nothing."""
         inputs_BT, labels_BT = rows.ids_BL[:, :-1], rows.ids_BL[:, 1:]
         ignored_BT = ~rows.valid_B[:, None].expand_as(labels_BT)
-        document_ids_BT = None
-        if not self.setting.cross_document:
-            if rows.boundaries is None or (documents_BL := rows.document_ids_BL) is None:
-                raise ValueError("data.cross_document: false needs rows with document boundaries")
-            document_ids_BT = documents_BL[:, :-1]
+        document_ids_BT = self.document_ids(rows)
+        if rows.boundaries is not None and document_ids_BT is not None:  # no document predicts the next one
             ignored_BT = ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
         return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
                      counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position,
@@ -50,27 +48,11 @@ class CausalLM(Objective):
         """Return ``{"clm": sums_B}`` in nats."""
         return {"clm": token_losses(self.logits(model, batch), batch.labels_BT).sum(1)}
 
-    def logits(self, model: Model, batch: Batch) -> Tensor:
-        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
-        if batch.document_ids_BT is None:
-            return model(**batch.inputs, use_cache=False).logits
-        return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config)  # type: ignore[arg-type]
-
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a model that sees the future (an encoder), or another document where documents are to be kept apart."""
-        config, middle = self.setting.model_config, self.setting.seq_len // 2
-        assert config is not None, "check() needs Setting.model_config"
-        shape = (self.setting.micro_batch, self.setting.seq_len)  # as in training: the live kernels, no recompilation
-
-        def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-            batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
-            return self.logits(model, batch.to(device))
-
-        moved = movement(lambda ids_BT: logits(ids_BT, None), shape, config.vocab_size, changed=slice(middle, None), watched=slice(middle))
-        if moved:
+        if moved := self.sight(model, device=device):
             raise ConfigError(
                 f"clm: the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
-                where="model.architecture", value=config.model_type,
+                where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
                 remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm")
-        if not self.setting.cross_document:
-            check_apart(logits, shape, config=config)
+        self.check_documents(model, device=device)

@@ -172,7 +172,7 @@ class Stream:
 class EvaluationRows:
     """The same ``count`` rows at every evaluation, spread evenly over the data: whole micro-batches, equally many on each rank.
 
-    The last micro-batches are filled up with rows of ``valid_B`` False. Rows are read again at each pass, into the same memory.
+    The last micro-batches are filled up with rows of ``valid_B`` False. Rows are read again at each pass.
     """
 
     def __init__(self, rows: TokenRows, *, count: int, micro_batch: int, rank: int, world_size: int, with_documents: bool = False) -> None:
@@ -181,22 +181,22 @@ class EvaluationRows:
         self.available = int(self._ends[-1])
         self.count = min(count, self.available)
         self._documents_per = micro_batch if with_documents else 0
-        self._slab = _Slab(1, micro_batch, micro_batch, length=rows.seq_len + 1, pin_memory=False)
 
     def __len__(self) -> int:
         """The number of micro-batches of each rank."""
         return -(-self.count // (self._world_size * self._micro_batch))
 
     def __iter__(self) -> Iterator[Rows]:
-        """Yield this rank's micro-batches, each good until the next."""
+        """Yield this rank's micro-batches."""
         for turn in range(len(self)):
             first = (turn * self._world_size + self._rank) * self._micro_batch
             position = np.arange(first, first + self._micro_batch)
             line = np.minimum(position, self.count - 1) * self.available // self.count
             shard = np.searchsorted(self._ends, line, side="right")
             numbers = line - self._ends[shard] + self._rows.shard_rows[shard]
-            self._slab.fill(position, self._rows.prepare(shard, numbers, documents_per=self._documents_per), 0)
-            [[batch]] = self._slab.steps
+            slab = _Slab(1, self._micro_batch, self._micro_batch, length=self._rows.seq_len + 1, pin_memory=False)
+            slab.fill(position, self._rows.prepare(shard, numbers, documents_per=self._documents_per), 0)
+            [[batch]] = slab.steps
             yield replace(batch, valid_B=batch.valid_B & (batch.position < self.count))
 
 

@@ -1,8 +1,9 @@
 """Held-out loss: every validation row counted once, whatever the number of ranks."""
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import exp, nan
+from typing import Any
 
 import torch
 
@@ -20,18 +21,36 @@ class Evaluator:
 
     @torch.no_grad()
     def run(self, engine: Engine) -> dict[str, float]:
-        """Return ``loss`` (nats an item, all ranks together) and ``perplexity``; the engine's mode is restored."""
-        terms: dict[str, list[torch.Tensor]] = {}
-        counts: dict[str, int] = {}
+        """Return the validation loss and what else the objective reports (all ranks together); the engine's mode is restored."""
+        objective = self._objective
+        batches = [objective.collate(rows) for rows in self._rows]
+        counts = objective.counts(batches)
+        names = sorted(counts)
+        counts = dict(zip(names, sum_over_ranks(torch.tensor([counts[name] for name in names])).long().tolist(), strict=True))
         with engine.eval_mode():
-            for rows in self._rows:
-                batch = self._objective.collate(rows)
-                for name, count in self._objective.counts([batch]).items():
-                    counts[name] = counts.get(name, 0) + count
-                for name, sums_B in self._objective.loss(engine, batch.to(engine.device)).items():
-                    terms.setdefault(name, []).append(sums_B.detach().double().sum())
-        names = sorted(terms)
-        totals = sum_over_ranks(torch.tensor([[torch.stack(terms[name]).sum().item(), counts[name]] for name in names]))
-        loss = sum(self._objective.weights()[name] * total / (count or nan)  # no row could be read: no loss, not a loss of 0
-                   for name, (total, count) in zip(names, totals.tolist(), strict=True))
-        return {"loss": loss, "perplexity": exp(min(loss, 700.0))}
+            for _ in objective.losses(engine, (batch.to(engine.device) for batch in batches), counts, world_size=1):
+                pass  # what was measured is in the sums
+        losses = global_losses(objective, counts)
+        return losses | ({"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {})
+
+
+def global_losses(objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return the ``loss`` of what ``objective.losses`` went through on all ranks, its terms, and ``source_loss`` where there are several.
+
+    ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN, not 0.
+    """
+    sums, weights = objective.take_sums(), objective.weights()
+    names = sorted(sums)
+    by_source = dict(zip(names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+    means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
+    trained = [term for term in names if weights[term]]
+    losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
+    reported = objective.report(means)
+    losses |= {term: reported[term] for term in names if not weights[term]}
+    losses |= {f"loss_{term}": means[term] for term in trained} if len(trained) > 1 else {}
+
+    def of_source(number: int) -> float | None:  # None: no row of it was in this step
+        asked = [term for term in trained if counts[f"{term}/{number}"]]
+        return sum(weights[term] * by_source[term][number] / counts[f"{term}/{number}"] for term in asked) if asked else None
+
+    return losses | ({"source_loss": {source: of_source(number) for number, source in enumerate(sources)}} if len(sources) > 1 else {})

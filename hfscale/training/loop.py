@@ -9,13 +9,12 @@ import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
-from math import nan
 from typing import Any
 
 import torch
 
 from hfscale.checkpoint.manager import CheckpointManager
-from hfscale.dist.agree import Agreed, agree, sum_over_ranks
+from hfscale.dist.agree import Agreed, agree
 from hfscale.dist.stop import StopRequest
 from hfscale.engine.engine import Engine, StepStats
 from hfscale.errors import CheckpointError, DataError, UnhealthyError
@@ -25,7 +24,7 @@ from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
 from hfscale.stream.digest import batch_digest
 from hfscale.stream.loader import Stream
-from hfscale.training.evaluator import Evaluator
+from hfscale.training.evaluator import Evaluator, global_losses
 
 SKIPPED = "skipped_rows"  # among what the ranks agree on, in the metrics and in a checkpoint's state
 SKIP_FLOOR_ROWS = 2**20  # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in lumps
@@ -138,7 +137,8 @@ class Trainer:
         step = self.state.step
         if not self._logged(step):
             return
-        record = self.record = {"step": step, **self._global_losses(agreed), "lr": stats.lr, "grad_norm": stats.grad_norm,
+        losses = global_losses(self.objective, agreed.counts, sources=self.sources)
+        record = self.record = {"step": step, **losses, "lr": stats.lr, "grad_norm": stats.grad_norm,
                                 "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
                                 "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
         if self.state.skipped_rows:
@@ -157,23 +157,6 @@ class Trainer:
             logger.warning(f"step and save take {needed_s:.0f} s, but Slurm warns {self.warned_s:.0f} s before the end: the next job of "
                            f"this run wants cluster.signal_s={2 * needed_s:.0f} (sbatch --signal=USR1@{2 * needed_s:.0f})")
             self.warned_s = None
-
-    def _global_losses(self, agreed: Agreed) -> dict[str, Any]:
-        """Return the global loss of the step just made, and of each term and of each source where there are several."""
-        sums, weights, counts = self.objective.take_sums(), self.objective.weights(), agreed.counts
-        names = sorted(sums)
-        by_source = dict(zip(names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True))
-        terms = {name: sum(totals) / (counts[name] or nan) for name, totals in by_source.items()}  # all rows skipped: no loss, not 0
-        losses = {"loss": sum(weights[name] * value for name, value in terms.items())}
-        losses |= {f"loss_{name}": value for name, value in terms.items()} if len(terms) > 1 else {}
-        if len(self.sources) == 1:
-            return losses
-
-        def of_source(number: int) -> float | None:  # None: no row of it was in this step
-            asked = [name for name in names if weights[name] and counts[f"{name}/{number}"]]
-            return sum(weights[name] * by_source[name][number] / counts[f"{name}/{number}"] for name in asked) if asked else None
-
-        return losses | {"source_loss": {source: of_source(number) for number, source in enumerate(self.sources)}}
 
     def close(self) -> None:
         """Leave in order, all ranks together: the reader thread, the record, then the engine."""

@@ -160,10 +160,7 @@ def export(
     from hfscale.jobs.export import run
 
     log.setup()
-    run(model, out)
-    typer.echo(f"""from transformers import pipeline
-generate = pipeline("text-generation", model="{out}")
-print(generate("Once upon a time", max_new_tokens=40)[0]["generated_text"])""")
+    typer.echo(run(model, out))
 
 
 def predict(

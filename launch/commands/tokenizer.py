@@ -9,11 +9,6 @@ import typer
 app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Train a tokenizer on your text.")
 
 
-@app.callback()
-def _group() -> None:
-    """Keeps ``train`` a sub-command while it is the only one."""
-
-
 @app.command(epilog="Example: hfscale tokenizer train corpus.yaml source.path=books tokenizer.path=data/tokenizer tokenizer.kind=unigram")
 def train(config: Annotated[Path, typer.Argument(help="YAML with sections source, split, tokenizer, shards")],
           overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None) -> None:  # noqa: UP045 (typer, 3.10)
@@ -35,3 +30,28 @@ def train(config: Annotated[Path, typer.Argument(help="YAML with sections source
           f"({report['duplicates']:,} duplicates; {report['undecodable']:,} skipped as not UTF-8{such_as})")
     print(f"  on {report['measured_on']}: {report['bytes_per_token']:.2f} bytes a token, "
           f"{report['vocabulary_used']:.1%} of the vocabulary used, {report['unknown']:.2%} unknown tokens")
+
+
+
+
+@app.command(epilog="Example: hfscale tokenizer add data/tokenizer data/tokenizer-mlm mask='<mask>' cls='<s>' pad='<pad>' sentinels=100")
+def add(path: Annotated[str, typer.Argument(help="tokenizer folder or hub name")],
+        out: Annotated[Path, typer.Argument(help="folder for the tokenizer with more tokens; it must not exist")],
+        tokens: Annotated[list[str], typer.Argument(metavar="ROLE=TOKEN...", help="mask, cls, sep, pad, bos, eos, unk; sentinels=N")],
+        ) -> None:
+    """Add special tokens that an objective needs. The ids of text stay the same, so shards that were built stay good."""
+    from hfscale.errors import ConfigError, nearest
+    from hfscale.tokenizer import extended
+
+    roles = dict(token.partition("=")[::2] for token in tokens)
+    for role, token in roles.items():
+        known = ("mask", "cls", "sep", "pad", "bos", "eos", "unk", "sentinels")
+        if role not in known or not token or (role == "sentinels" and not token.isdigit()):
+            raise ConfigError("a token is written ROLE=TOKEN, sentinels as sentinels=100", where="command line", value=f"{role}={token}",
+                              remedy=nearest(role, known))
+    if out.exists():
+        raise ConfigError("this folder exists already; nothing was written", where=out, remedy="name another folder, or remove it")
+    count = int(roles.pop("sentinels", 0))
+    tokenizer = extended(path, roles={f"{role}_token": token for role, token in roles.items()}, sentinels=count)
+    tokenizer.save_pretrained(out)
+    print(f"{len(tokenizer):,} ids  {out}")

@@ -94,7 +94,7 @@ def test_what_a_checkpoint_holds(tmp_path):
                      "manifest.json"}
     assert verify(checkpoint) == [] and [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
     probe = read_probe(checkpoint)
-    assert probe.logits.shape == (2, 4, 64) and probe.logits.isfinite().all() and probe.ids_BT.shape == (2, 16)
+    assert probe.logits.shape == (512,) and probe.logits.isfinite().all() and probe.ids_1T.shape == (1, 16)
     assert len(result["end"]) == 28
 
 

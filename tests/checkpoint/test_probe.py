@@ -1,4 +1,4 @@
-"""Every kind of model leaves with the logits that its engine had: decoders, encoders, and both together."""
+"""Every kind of model leaves with the output that its engine had: decoders, encoders, and both together, with a head or none."""
 from __future__ import annotations
 
 from pathlib import Path
@@ -21,27 +21,30 @@ from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, VOCAB
 
 
-def build(family: str, seed: int) -> Any:
-    auto_model, model = FAMILIES[family]
-    return build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=seed)
+def build(family: str, auto_model: str | None, seed: int) -> Any:
+    own, model = FAMILIES[family]
+    return build_model(model, auto_model=auto_model or own, vocab_size=VOCAB, seq_len=32, seed=seed)
 
 
-def save(folder: Path, family: str) -> None:
-    engine = Engine.create(build(family, 1), config=tiny_config(3, world_size=2), device=torch.device("cpu"))
+def save(folder: Path, family: str, auto_model: str | None) -> None:
+    engine = Engine.create(build(family, auto_model, 1), config=tiny_config(3, world_size=2), device=torch.device("cpu"))
     checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
     checkpoints.save(engine, {"step": 1}, step=1)
     checkpoints.wait()
     engine.close()
 
 
-@pytest.mark.parametrize("family", ["bert", "t5", "bart"])
-def test_an_exported_model_of_any_kind_gives_the_engines_logits(tmp_path: Path, family: str) -> None:
-    run_ranks(save, 2, tmp_path, family)
-    checkpoint, out, other = tmp_path / "step-00000001", tmp_path / "out", build(family, 2)
+@pytest.mark.parametrize(("family", "auto_model"), [
+    ("bert", None), ("t5", None), ("bart", None), ("bert", "AutoModel"), ("bert", "AutoModelForSequenceClassification"),
+    ("bert", "AutoModelForTokenClassification"), ("bert", "AutoModelForQuestionAnswering"), ("gpt2", "AutoModelForSequenceClassification"),
+    ("bart", "AutoModelForSequenceClassification")])  # fmt: skip
+def test_an_exported_model_of_any_kind_gives_the_engines_output(tmp_path: Path, family: str, auto_model: str | None) -> None:
+    run_ranks(save, 2, tmp_path, family, auto_model)
+    checkpoint, out, other = tmp_path / "step-00000001", tmp_path / "out", build(family, auto_model, 2)
     out.mkdir()
     write_weights(open_weights(checkpoint), other, out, dtype=torch.float32)
     other.config.save_pretrained(out)
-    model = getattr(transformers, FAMILIES[family][0]).from_pretrained(out).eval()
+    model = getattr(transformers, auto_model or FAMILIES[family][0]).from_pretrained(out).eval()
     probe = read_probe(checkpoint)
     with torch.no_grad():
         got, wrong = (probe.ask(m, device=torch.device("cpu")) for m in (model, other.eval()))

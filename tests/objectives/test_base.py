@@ -9,6 +9,7 @@ from hfscale.config.schema import Named, Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import OBJECTIVES, Batch, Model, Objective, Setting, check_options, load_objective
 from hfscale.registry import load_plugin
+from tests.objectives.tokenizers import tokenizer
 
 
 class Options(Section):
@@ -33,13 +34,13 @@ def batch_of(x_BT: Tensor, counts: list[int]) -> Batch:
 
 @pytest.mark.parametrize("name", OBJECTIVES)
 def test_every_objective_of_the_table_loads(name: str) -> None:
-    objective = load_objective(Named(name=name), Setting(seq_len=8))
+    objective = load_objective(Named(name=name), Setting(seq_len=64, tokenizer=tokenizer()))
     assert isinstance(objective, Objective)
     assert issubclass(load_plugin("objective", OBJECTIVES, name).Options, Section)
 
 
 def test_unknown_objectives_and_options_name_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="did you mean clm"):
+    with pytest.raises(ConfigError, match="did you mean mlm or clm"):
         load_objective(Named(name="cml"), Setting(seq_len=8))
     with pytest.raises(ConfigError, match=r"size: .*rte: unknown option; did you mean rate"):
         check_options(Options, {"rte": 0.1, "size": "many"})
