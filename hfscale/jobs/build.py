@@ -31,8 +31,9 @@ from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
-from hfscale.stream.loader import EvaluationRows, Stream, StreamState
+from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.mixture import Mixture, kept_manifest, open_mixture
+from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import Evaluator

@@ -30,7 +30,7 @@ from hfscale.errors import DataError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.raw import Encoded, Sample, encode_samples
 from hfscale.shards.tars import name_at
-from hfscale.stream.mixture import Mixture, Phase
+from hfscale.stream.mixture import Mixture
 from hfscale.stream.order import Order
 from hfscale.stream.rows import FILLER_ID, Prepared, TokenRows
 from hfscale.tokenizer import end_of_document_id
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hfscale.config.schema import RunConfig
-    from hfscale.stream.loader import StreamState
+    from hfscale.stream.state import StreamState
 
 TASK_BYTES = 2**14, 2**18  # of text that a process takes at once, least and most
 TYPICAL_BYTES = 2**11  # of a sample, until a lane has seen its own
@@ -245,8 +245,7 @@ class HeldOutText(TokenRows):
     def __init__(self, rows: TokenRows, encoders: Encoders, *, count: int) -> None:
         vars(self).update(vars(rows))
         samples = int(rows.shard_rows.sum())
-        order = Mixture([Order(rows.shard_rows, seed=0, lanes=1, block=samples)], fingerprints={"text": rows.fingerprint},
-                        phases=[Phase(0, (1,))], end=None, raw=[0])
+        order = Mixture([Order(rows.shard_rows, seed=0, lanes=1, block=samples)], fingerprints={"text": rows.fingerprint}, raw=[0])
         text, zeros = TextRows(rows, order, encoders, global_batch=count), np.zeros(count, np.int64)
         self._ids = np.empty((count, rows.seq_len + 1), "<u4")
         prepared = text.prepare(zeros, zeros, positions=np.arange(count))

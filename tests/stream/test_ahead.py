@@ -14,8 +14,8 @@ from hfscale.shards import remote
 from hfscale.shards.reader import ShardReader
 from hfscale.stream import ahead, loader
 from hfscale.stream.loader import Stream
-from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
+from tests.helpers.orders import order_of
 from tests.helpers.web_server import Server, serve
 
 SEQ, BATCH = 32, 16
@@ -38,7 +38,7 @@ def server(make_corpus) -> Iterator[Server]:
 
 def open_stream(url: str | Path, *, lanes: int = 1, block: int = 1, skip: bool = False, **options) -> tuple[Stream, TokenRows]:
     rows = TokenRows(url, seq_len=SEQ, skip=skip, **options)
-    return Stream(rows, Order(rows.shard_rows, seed=1, lanes=lanes, block=block), global_batch=BATCH, micro_batch=BATCH, rank=0,
+    return Stream(rows, order_of(rows.shard_rows, seed=1, lanes=lanes, block=block), global_batch=BATCH, micro_batch=BATCH, rank=0,
                   world_size=1), rows
 
 
@@ -78,7 +78,7 @@ def test_a_stream_of_a_url_is_the_stream_of_the_folder(server: Server, tmp_path:
 def test_shards_come_in_the_order_of_first_use_as_many_as_the_share_holds(server: Server, tmp_path: Path) -> None:
     stream, rows = open_stream(server.url, folder=tmp_path, size_gb=60e-6)
     settle(rows, server)
-    order = Order(rows.shard_rows, seed=1, lanes=1, block=1)
+    order = order_of(rows.shard_rows, seed=1, lanes=1, block=1)
     in_order = [f"text-{shard:06d}.tar" for shard in dict.fromkeys(order.locate(np.arange(order.rows)).shard.tolist())]
     fetched = [name for name in server.order if name.endswith(".tar")]
     size = rows.manifest.shards[0].bytes
@@ -116,7 +116,7 @@ def test_training_waits_for_a_slow_server_and_not_for_a_cache_that_is_ahead(serv
 
 
 def test_what_cannot_be_fetched_ahead_surfaces_when_it_is_needed(server: Server, tmp_path: Path) -> None:
-    order = Order(TokenRows(server.folder, seq_len=SEQ).shard_rows, seed=1, lanes=1, block=1)
+    order = order_of(TokenRows(server.folder, seq_len=SEQ).shard_rows, seed=1, lanes=1, block=1)
     shards = order.locate(np.arange(order.rows)).shard
     missing = int(shards[order.rows // 2])
     (server.folder / f"text-{missing:06d}.tar").rename(server.folder / "away")

@@ -23,9 +23,10 @@ from hfscale.encoding import Encoders
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.raw import index_tars
 from hfscale.stream import text
-from hfscale.stream.loader import EvaluationRows, Stream, StreamState
+from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
