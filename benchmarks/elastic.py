@@ -79,7 +79,8 @@ def trillion() -> str:
     rng = np.random.default_rng(0)
     positions = np.unique(rng.integers(0, order.rows, 10**6)) + 3 * order.rows
     places = order.locate(positions)
-    assert len(np.unique(places.shard << 32 | places.row)) == len(positions) and (places.row < order.orders[0].shard_rows[places.shard]).all()
+    assert len(np.unique(places.shard << 32 | places.row)) == len(positions)
+    assert (places.row < order.orders[0].shard_rows[places.shard]).all()
     for lane, block in zip(rng.integers(0, order.lanes, 20).tolist(), rng.integers(0, order.rows // order.lanes // 1024, 20).tolist()):
         places = order.locate((block * 1024 + np.arange(1024)) * order.lanes + lane)
         assert len(set(zip(places.shard.tolist(), places.row.tolist(), strict=True))) == 1024
