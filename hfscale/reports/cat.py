@@ -13,6 +13,7 @@ import numpy as np
 from hfscale.errors import DataError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import Manifest
+from hfscale.shards.raw import read_text
 from hfscale.shards.reader import ShardReader
 from hfscale.shards.tars import walk
 from hfscale.stream.rows import TokenRows
@@ -99,8 +100,11 @@ def samples(manifest: Manifest, *, first: int, count: int, key: str | None) -> I
                 name = names.get(int(member["offset"]), "(not in the tar)")
                 if number in wanted and found < count and key in (None, base_plus_ext(name)[0]):
                     found += 1
-                    file.seek(int(member["offset"]))
-                    yield f"sample {number:,}  {entry.name}  {name}", file.read(int(member["bytes"])).decode(errors="replace")
+                    try:
+                        text = read_text(file, *(int(member[of]) for of in ("offset", "bytes", "checksum")), field=manifest.source["field"])
+                    except ValueError as error:
+                        raise DataError(f"sample {number:,} (member {name}): the text {error}", where=path) from None
+                    yield f"sample {number:,}  {entry.name}  {name}", text
     if key is not None and not found:
         raise DataError("no sample has this key", where=manifest.folder, value=key, remedy="a key is a member's name up to its first dot")
 

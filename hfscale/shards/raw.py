@@ -7,7 +7,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
@@ -86,6 +86,19 @@ def text_of(payload: bytes, field: str) -> str:
     return value
 
 
+def read_text(file: IO[bytes], offset: int, size: int, checksum: int, *, field: str, verify: bool = True) -> str:
+    """Return the text of a sample out of its tar.
+
+    Raises:
+        ValueError: if it is damaged or has no such text; the message goes on from "the text of a sample".
+    """
+    file.seek(offset)
+    payload = file.read(size)
+    if len(payload) < size or (verify and xxhash.xxh3_64_intdigest(payload) != checksum):
+        raise ValueError("is cut off" if len(payload) < size else "does not match its checksum")
+    return text_of(payload, field)
+
+
 Sample = tuple[Path, int, int, int]  # tar; offset, size and checksum of the member with the text
 Encoded = tuple[np.ndarray, np.ndarray, dict[int, str]]  # of samples: ids end to end, where each ends, what is wrong with some
 
@@ -97,11 +110,7 @@ def encode_samples(encode: Callable[[list[str]], list[np.ndarray]], samples: Seq
     for number, (path, offset, size, checksum) in enumerate(samples):
         try:
             with open(path, "rb") as file:
-                file.seek(offset)
-                payload = file.read(size)
-            if len(payload) < size or (verify and xxhash.xxh3_64_intdigest(payload) != checksum):
-                raise ValueError("is cut off" if len(payload) < size else "does not match its checksum")
-            texts.append(text_of(payload, field))
+                texts.append(read_text(file, offset, size, checksum, field=field, verify=verify))
         except (OSError, ValueError) as error:
             damage[number] = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
     whole = iter(encode(texts))
