@@ -28,6 +28,7 @@ from hfscale.stream.order import Places
 from hfscale.stream.rows import Prepared, Rows, TokenRows
 from hfscale.stream.state import StreamState
 
+SPARSE = 16  # a look further ahead is further from the one before, by the 16th of its distance
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
 PLAN_ROWS = 2**15  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
 
@@ -60,8 +61,7 @@ class Stream:
         self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
         self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
-        self._ahead = threading.Thread(target=fetch_ahead, args=(rows, self._places), daemon=True, name="stream-ahead", kwargs={
-            "consumed": lambda: self._consumed, "global_batch": global_batch, "lanes": order.lanes})
+        self._ahead = threading.Thread(target=fetch_ahead, args=(rows, self._wanted), daemon=True, name="stream-ahead")
         self._ahead.start()
 
     def take(self) -> list[Rows]:
@@ -115,6 +115,15 @@ class Stream:
         """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
         positions, places = self._places(start, steps)
         return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per, positions=positions)
+
+    def _wanted(self) -> Iterator[np.ndarray]:
+        """Yield the shards that the next steps want on this rank, then those of steps further and further ahead, up to an epoch."""
+        start, ahead, wanted = self._consumed, 0, self._rows.wanted()
+        steps = -(-self._order.lanes // self._global_batch)  # go through all lanes
+        while ahead * min(self._global_batch, self._order.lanes) <= self._order.rows:
+            _, places = self._places(start + ahead * self._global_batch, steps)
+            yield wanted(places.shard, ahead)
+            ahead += max(steps, ahead // SPARSE)
 
     def _places(self, start: int, steps: int) -> tuple[np.ndarray, Places]:
         positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
