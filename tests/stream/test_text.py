@@ -7,7 +7,7 @@ import shutil
 import signal
 import tarfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
-from tests.helpers.web_server import serve
+from tests.helpers.web_server import eventually, serve
 
 SEQ = 16
 WORDS = ["def", "return", "import", "数据", "模型", "训练", "一个", "de", "la", "über", "self", "0x1f", "\n\t", "😀", "class"]
@@ -202,13 +202,6 @@ def test_text_of_a_url_is_the_text_of_the_folder(corpus, encoders, web, tmp_path
     assert far == near
 
 
-def eventually(what: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not what():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_tars_of_a_url_come_before_they_are_needed(corpus, encoders, expected, web, tmp_path):
     with serve(web) as server:
         stream, seen = open_stream(config_of(corpus, {"web": (server.url, 1.0)}, cache={"folder": tmp_path}), encoders), {}
@@ -370,10 +363,7 @@ def test_a_killed_process_is_a_clear_error(corpus, tokenizer, web):
             stream.take()
             stream.advance()
     stream.close()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{other.pid}").exists():
-        assert time.monotonic() < deadline, "the others end too"
-        time.sleep(0.02)
+    eventually(lambda: not Path(f"/proc/{other.pid}").exists())  # the others end too
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
