@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfscale.errors import DataError
-from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import Manifest
-from hfscale.shards.raw import read_text
+from hfscale.shards.raw import read_text, samples_of
 from hfscale.shards.reader import ShardReader
 from hfscale.shards.tars import walk
 from hfscale.stream.rows import TokenRows
@@ -91,12 +90,10 @@ def samples(manifest: Manifest, *, first: int, count: int, key: str | None) -> I
             continue
         path = manifest.folder / entry.name
         with manifest.local(entry):
-            index = ShardIndex.load(manifest.folder / entry.index_name)
-        if index.tar_digest != entry.digest:
-            raise DataError("the index belongs to another shard than the manifest names", where=manifest.folder / entry.index_name)
+            members = samples_of(manifest.folder, entry)
         names = {member.offset: member.name for member in walk(path)}
         with open(path, "rb") as file:
-            for number, member in zip(numbers, index.members, strict=True):
+            for number, member in zip(numbers, members, strict=True):
                 name = names.get(int(member["offset"]), "(not in the tar)")
                 if number in wanted and found < count and key in (None, base_plus_ext(name)[0]):
                     found += 1

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
 from typing import IO, Any
 
@@ -13,11 +14,12 @@ import numpy as np
 import xxhash
 
 from hfscale.errors import DataError, nearest
+from hfscale.shards.files import file_digest
 from hfscale.shards.index import MEMBER, ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
 from hfscale.shards.tars import PICKLED, Member, walk
-from hfscale.shards.verify import file_digest
 
+REMEDY = "restore index and manifest, or make them again: `hfscale shards index`"
 FIELDS = ("txt", "json.text", "text")  # where the text is looked for, in this order
 
 
@@ -84,6 +86,22 @@ def text_of(payload: bytes, field: str) -> str:
     except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"is not in JSON: {error}") from None
     return value
+
+
+@lru_cache(64)  # reading an index again takes a fraction of a millisecond
+def samples_of(folder: Path, entry: ShardEntry) -> np.ndarray:
+    """Return the index of a tar of raw text: a MEMBER a sample.
+
+    Raises:
+        DataError: if it is missing or damaged, or not that of the manifest's entry.
+    """
+    path = folder / entry.index_name
+    index = ShardIndex.load(path)
+    if index.tar_digest != entry.digest:
+        raise DataError("the index belongs to another shard than the manifest names", where=path, remedy=REMEDY)
+    if len(index.members) != entry.documents:
+        raise DataError(f"the index counts {len(index.members):,} samples, the manifest {entry.documents:,}", where=path, remedy=REMEDY)
+    return index.members
 
 
 def read_text(file: IO[bytes], offset: int, size: int, checksum: int, *, field: str, verify: bool = True) -> str:

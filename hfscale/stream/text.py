@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,8 +25,7 @@ from hfscale.dist.agree import sum_over_ranks
 from hfscale.dist.world import available_cores
 from hfscale.encoding import Encoders
 from hfscale.errors import DataError
-from hfscale.shards.index import ShardIndex
-from hfscale.shards.raw import Encoded, Sample, encode_samples
+from hfscale.shards.raw import Encoded, Sample, encode_samples, samples_of
 from hfscale.shards.tars import name_at
 from hfscale.stream.mixture import Mixture
 from hfscale.stream.order import Order, Places
@@ -205,7 +202,7 @@ class TextRows(TokenRows):
             if (whole, -1) in self.damage:
                 raise self.damage[whole, -1]
             with manifest.local(entry):
-                offset, size, _, _, checksum = _members(manifest.folder / entry.index_name, entry.digest)[number].item()
+                offset, size, _, _, checksum = samples_of(manifest.folder, entry)[number].item()
         except DataError as error:
             if not self._skip:
                 raise
@@ -268,8 +265,8 @@ class TextRows(TokenRows):
         whole = int(self._first_shards[lane.source]) + shard
         if (whole, -1) in self.damage:
             return self.damage[whole, -1]
-        error = DataError(f"sample {number:,} (member {name_at(path, offset)} at offset {offset:,}): the text {problem}", where=path,
-                          remedy="restore the tar from a copy; `hfscale shards verify` lists all damage")
+        place = f"sample {number:,} (member {name_at(path, offset)} at offset {offset:,}): the text" if path.exists() else "the shard"
+        error = DataError(f"{place} {problem}", where=path, remedy="restore the tar from a copy; `hfscale shards verify` lists all damage")
         self._note(whole, number if path.exists() else -1, error)
         return error
 
@@ -295,11 +292,3 @@ class HeldOutText(TokenRows):
         """Return ``rows`` (n), ready to be copied."""
         begins = [self._begins[row] for row in rows.tolist()]
         return Prepared.copied(self._ids[rows], begins, documents_per, valid=self._valid[rows], source=np.zeros_like(rows), blocked={})
-
-
-@lru_cache(64)  # reading an index again takes a fraction of a millisecond
-def _members(path: Path, digest: str) -> np.ndarray:
-    index = ShardIndex.load(path)
-    if index.tar_digest != digest:
-        raise DataError("the index belongs to another shard than the manifest names", where=path)
-    return index.members
