@@ -371,7 +371,7 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
     def rows(count: int) -> TokenRows:
         return HeldOutText(TokenRows(web, seq_len=SEQ), encoders, count=count)
 
-    everything = rows(600)
+    everything = rows(200)
     ids = [token for shard in WEB for text in shard for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     assert int(everything.shard_rows[0]) == (len(ids) - 1) // SEQ
     seen = []
