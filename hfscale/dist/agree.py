@@ -70,10 +70,7 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
 
 def from_rank_0(value: Any) -> Any:
     """Return rank 0's ``value`` (anything that pickles) on every rank."""
-    values = [value]
-    if torch_dist.is_initialized():
-        torch_dist.broadcast_object_list(values, src=0, group=host_group())
-    return values[0]
+    return from_all_ranks(value)[0]
 
 
 def gather_from_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, int]:

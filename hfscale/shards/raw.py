@@ -19,7 +19,6 @@ from hfscale.shards.index import MEMBER, ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
 from hfscale.shards.tars import PICKLED, Member, walk
 
-REMEDY = "restore index and manifest, or make them again: `hfscale shards index`"
 FIELDS = ("txt", "json.text", "text")  # where the text is looked for, in this order
 
 
@@ -97,10 +96,10 @@ def samples_of(folder: Path, entry: ShardEntry) -> np.ndarray:
     """
     path = folder / entry.index_name
     index = ShardIndex.load(path)
-    if index.tar_digest != entry.digest:
-        raise DataError("the index belongs to another shard than the manifest names", where=path, remedy=REMEDY)
-    if len(index.members) != entry.documents:
-        raise DataError(f"the index counts {len(index.members):,} samples, the manifest {entry.documents:,}", where=path, remedy=REMEDY)
+    if index.tar_digest != entry.digest or len(index.members) != entry.documents:
+        what = ("belongs to another shard than the manifest names" if index.tar_digest != entry.digest
+                else f"counts {len(index.members):,} samples, the manifest {entry.documents:,}")
+        raise DataError(f"the index {what}", where=path, remedy="restore it, or make index and manifest again: `hfscale shards index`")
     return index.members
 
 

@@ -166,6 +166,7 @@ class Oracle:
 def _small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that stays a few steps ahead: a test reads few."""
     monkeypatch.setattr(text.TextRows, "plan_tokens", 100 * SEQ)
+    monkeypatch.setattr(text, "TASK_BYTES", (256, 2048))  # or a lane of these few texts would ask for hundreds of epochs
 
 
 @pytest.fixture(scope="module")
