@@ -35,7 +35,7 @@ def launch(request: Request) -> int:
     loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
     config = loaded.config
     batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1)
-    check(config, device_type="cuda" if on_gpu else "cpu")
+    check(config, device_type="cuda" if on_gpu else "cpu", fresh=True)
     if request.dry_run:
         from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
 
@@ -70,7 +70,7 @@ def tiny(wanted: Loaded[RunConfig], *, on_gpu: bool) -> list[str]:
     small = {
         "train.micro_batch": micro_batch, "train.global_batch": micro_batch * accumulation,
         "data.seq_len": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
-        "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
+        "data.lanes": "auto", "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
     }
     if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
         small |= {"train.steps": 6, "train.epochs": "null", "train.tokens": "null"}

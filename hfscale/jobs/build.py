@@ -18,7 +18,7 @@ from hfscale.checkpoint.pretrained import load_pretrained
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import RunConfig
-from hfscale.dist.agree import from_rank_0
+from hfscale.dist.agree import from_rank_0, same_on_all_ranks
 from hfscale.dist.group import device_name
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation
@@ -31,8 +31,9 @@ from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective, Setting, load_objective
-from hfscale.stream.loader import EvaluationRows, Stream, StreamState
+from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.mixture import Mixture, kept_manifest, open_mixture
+from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import Evaluator
@@ -51,6 +52,8 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
 
     tokenizer = load_tokenizer(config.tokenizer.path)
     parts = [open_rows(source.shards, config, tokenizer) for source in data.sources]
+    same_on_all_ranks({"tokenizer.path": tokenizer_digest(tokenizer),
+                       **{f"data.sources, {source.name}": part.fingerprint for source, part in zip(data.sources, parts)}})
     folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
     model = build(config, tokenizer, device, folder)
     objective = load_objective(config.objective, Setting(
@@ -114,6 +117,7 @@ def validation(config: RunConfig, objective: Objective, tokenizer: PreTrainedTok
     if held_out is None:
         return {}
     rows = open_rows(held_out.shards, config, tokenizer)
+    same_on_all_ranks({"data.validation": rows.fingerprint})
     if rows.raw:
         rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=held_out.rows)
     scored = EvaluationRows(rows, count=held_out.rows, micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,

@@ -21,7 +21,6 @@ from hfscale.hub import local_folder
 from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.objectives.draws import lacking
-from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
 
@@ -35,10 +34,9 @@ def check(config: RunConfig) -> None:
         UserError: for the first of them that does not.
     """
     tokenizer = load_tokenizer(config.tokenizer.path)
-    open_mixture(config, [open_rows(source.shards, config, tokenizer) for source in config.data.sources],
-                 saved=layout.newest_state(config.run_dir))
-    if config.data.validation is not None:
-        open_rows(config.data.validation.shards, config, tokenizer)
+    held_out = [config.data.validation.shards] if config.data.validation else []
+    for shards in (*(source.shards for source in config.data.sources), *held_out):
+        open_rows(shards, config, tokenizer)
     objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, global_batch=config.train.global_batch,
                                                          cross_document=config.data.cross_document, tokenizer=tokenizer))
     folder = pretrained_folder(config)
