@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfscale.config import rules
-from hfscale.config.schema import RunConfig, Section
+from hfscale.config.schema import FinetuneConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
@@ -78,18 +78,21 @@ class Tree:
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Loaded[RunConfig]: ...
 @overload
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[S]) -> Loaded[S]: ...
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] = RunConfig) -> Loaded[Any]:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] | None = None) -> Loaded[Any]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
+
+    Without ``schema`` it is a run's: a ``FinetuneConfig`` where there is a section ``task``, else a ``RunConfig``.
 
     Raises:
         ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
     """
     tree = read_tree(path, overrides)
+    schema = schema or (FinetuneConfig if "task" in tree.values else RunConfig)
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:
         raise _report(path, tree, _problems(error, tree, schema)) from None
-    problems = rules.problems(config) if isinstance(config, RunConfig) else []
+    problems = rules.problems(config) if isinstance(config, TrainConfig) else []
     if problems:
         raise _report(path, tree, problems)
     return Loaded(config, tree.sources)
