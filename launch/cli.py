@@ -18,6 +18,7 @@ VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
     "shards": "Build, index, verify and describe token shards.",
     "pretrain": "Train from a config, or go on with a run.",
+    "finetune": "Fine-tune a model for a task on labelled examples.",
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
     "logs": "Print a run's log, and follow it.",
     "show": "Print a config as it resolves, and where each value came from.",

@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfscale.config.load import Loaded, load_config
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import FinetuneConfig, TrainConfig
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.manifest import Manifest
+from hfscale.shards.tables import table_files
 
 LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch", "slurm": "launch.slurm:launch"}
 CONFIG = "config.yaml"
@@ -30,7 +31,7 @@ class Request:
     dry_run: bool = False
     worker: str = "hfscale.worker"  # the module that is one rank; another one in tests
 
-    def load(self, extra: Sequence[str] = ()) -> Loaded[RunConfig]:
+    def load(self, extra: Sequence[str] = ()) -> Loaded[TrainConfig]:
         """Return the config that was asked for, with ``extra`` overrides last.
 
         Raises:
@@ -54,13 +55,20 @@ def config_file(source: str) -> Path:
     return path / CONFIG if path.is_dir() else path
 
 
-def check(config: RunConfig, *, device_type: str) -> None:
+def check(config: TrainConfig, *, device_type: str) -> None:
     """Return if nothing that can be known without torch speaks against this run.
 
     Raises:
         UserError: for what the engine refuses on this device, and for data or a tokenizer that is not there.
     """
     deepspeed_config(config, device_type=device_type)
+    if config.tokenizer and Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
+        raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
+                          remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")
+    if isinstance(config, FinetuneConfig):
+        for table in {str(table) for table in (config.data.train, config.data.validation, config.data.test) if isinstance(table, str)}:
+            table_files(table)
+        return
     held_out = [config.data.validation.shards] if config.data.validation else []
     for shards in (*(source.shards for source in config.data.sources), *held_out):
         manifest = Manifest.load(shards, **config.data.remote)
@@ -69,6 +77,3 @@ def check(config: RunConfig, *, device_type: str) -> None:
         if missing and not manifest.remote and config.data.on_error == "stop":
             raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
                             remedy="restore them from a copy, or build the shards again")
-    if Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
-        raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
-                          remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -257,6 +257,8 @@ class TrainConfig(Section):
     metrics: Metrics = Metrics()
     cluster: Cluster = Cluster()
 
+    verb: ClassVar[str] = "pretrain"  # the command that starts such a run and goes on with it
+
     @property
     def run_dir(self) -> Path:
         return self.run.root / self.run.name
@@ -273,6 +275,7 @@ class RunConfig(TrainConfig):
 class FinetuneConfig(TrainConfig):
     """A whole run of fine-tuning; without ``tokenizer`` the pretrained model's own."""
 
+    verb: ClassVar[str] = "finetune"
     tokenizer: Tokenizer | None = None
     data: Examples
     task: Named

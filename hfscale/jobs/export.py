@@ -16,18 +16,22 @@ from transformers import PreTrainedTokenizerFast
 
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
+from hfscale.config.schema import FinetuneConfig
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.opening import RunModel, open_run
 from hfscale.log import logger
+from hfscale.objectives.base import Objective
+from hfscale.objectives.clm import CausalLM
+from hfscale.tasks.base import Task
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
 SAME_DEVICE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 5e-4}
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 
 
-def run(name: str, out: Path) -> float:
-    """Return the relative difference of logits of the model now published at ``out``.
+def run(name: str, out: Path) -> str:
+    """Return lines of Python that use the model now published at ``out``.
 
     Raises:
         CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits differ; then nothing is published.
@@ -43,15 +47,17 @@ def run(name: str, out: Path) -> float:
         partial = Path(scratch) / "model"
         partial.mkdir()
         write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+        if isinstance(source.objective, Task):
+            source.objective.finish(source.skeleton, source.tokenizer)
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
-        (plain(source.tokenizer) if source.config.objective.name == "clm" else source.tokenizer).save_pretrained(partial)
+        (plain(source.tokenizer) if isinstance(source.objective, CausalLM) else source.tokenizer).save_pretrained(partial)
         difference = prove(source, partial)
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
-    return difference
+    return usage(source.objective, out)
 
 
 def plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -86,7 +92,9 @@ def state(source: RunModel) -> dict[str, Any]:
 
 def card(source: RunModel, difference: float) -> str:
     """Return the model card: the run's facts, and how to use the model."""
-    at, config = state(source), source.config
+    at, finetuned = state(source), isinstance(source.config, FinetuneConfig)
+    config: Any = source.config
+    data = Path(config.data.train).name if finetuned else ", ".join(corpus.name for corpus in config.data.sources)
     parameters = sum(p.numel() for p in source.skeleton.parameters())
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
     return f"""---
@@ -98,9 +106,9 @@ tags: [hfscale]
 | | |
 |---|---|
 | architecture | {source.skeleton.config.model_type}, {parameters:,} parameters |
-| objective | {config.objective.name} |
+| {"task" if finetuned else "objective"} | {(config.task if finetuned else config.objective).name} |
 | trained on | {at["tokens_seen"]:,} tokens in {at["step"]:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens |
-| data | {", ".join(corpus.name for corpus in config.data.sources)} (fingerprint `{at["data_fingerprint"][:16]}`) |
+| data | {data} (fingerprint `{at["data_fingerprint"][:16]}`) |
 | tokenizer | {len(source.tokenizer):,} ids (digest `{at["tokenizer_digest"][:16]}`) |
 | precision, ZeRO stage, ranks | {at["precision"]}, {at["zero_stage"]}, {at["world_size"]} |
 | seed | {config.run.seed} |
@@ -108,8 +116,15 @@ tags: [hfscale]
 | proof | logits equal to the training engine's, relative difference {difference:.1e} |
 
 ```python
-from transformers import pipeline
-generator = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
-print(generator("Once upon a time", max_new_tokens=40)[0]["generated_text"])
+{usage(source.objective, "PATH_OF_THIS_FOLDER")}
 ```
 """
+
+
+def usage(objective: Objective, folder: Path | str) -> str:
+    """Return the lines of Python that use an exported model."""
+    name = objective.pipeline
+    call = ("Once upon a time", ", max_new_tokens=40") if name == "text-generation" else ("A text", "")
+    return f'''from transformers import pipeline
+pipe = pipeline("{name}", model="{folder}")
+print(pipe("{call[0]}"{call[1]}))'''

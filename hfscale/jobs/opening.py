@@ -1,6 +1,7 @@
 """A model by name, whatever kind of place that is: a run, one of its checkpoints, an export, a transformers folder, a hub name."""
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,13 +14,15 @@ from transformers.utils.logging import disable_progress_bar
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.weights import CheckpointWeights, WeightsReader
 from hfscale.config.load import load_config
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import FinetuneConfig, RunConfig, TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError
 from hfscale.hub import local_folder
 from hfscale.jobs.check import DTYPES, model_needs, skeleton
+from hfscale.jobs.material import tokenizer_folder
 from hfscale.models.build import check_model_config
-from hfscale.objectives.base import Setting, load_objective
+from hfscale.objectives.base import Objective, Setting, load_objective
+from hfscale.tasks.base import load_task
 from hfscale.tokenizer import load_tokenizer
 
 
@@ -27,7 +30,8 @@ from hfscale.tokenizer import load_tokenizer
 class RunModel:
     """A checkpoint of a run: ``skeleton`` has the shapes (meta device), ``reader`` the weights, verified."""
 
-    config: RunConfig
+    config: TrainConfig
+    objective: Objective  # or a task
     checkpoint: Path
     skeleton: PreTrainedModel
     reader: WeightsReader
@@ -54,11 +58,19 @@ def open_run(name: str) -> RunModel | None:
     if (checkpoint := layout.checkpoint_of(name)) is None:
         return None
     reader = CheckpointWeights(checkpoint)  # damaged ones are refused: silently taking an older one would be a lie
-    config = load_config(checkpoint.parent.parent / "config.yaml").config
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
+    run_dir = checkpoint.resolve().parents[1]
+    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
+    config = load_config(run_dir / "config.yaml", moved).config
+    tokenizer = load_tokenizer(tokenizer_folder(config, None))
+    state = json.loads((checkpoint / layout.STATE).read_text("utf-8"))
+    setting = Setting(seq_len=config.data.seq_len, tokenizer=tokenizer, facts=state.get("facts", {}))
+    if isinstance(config, FinetuneConfig):
+        objective: Objective = load_task(config.task, setting)
+    else:
+        assert isinstance(config, RunConfig)
+        objective = load_objective(config.objective, setting)
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
-    return RunModel(config, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
+    return RunModel(config, objective, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
 
 
 def open_model(name: str) -> tuple[PreTrainedModel, PreTrainedTokenizerFast]:

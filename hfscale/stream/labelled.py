@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -35,12 +35,13 @@ VERSION = 1  # of what is cached
 class Roles(Protocol):
     """What a task says of its examples, on its class."""
 
-    columns: Mapping[str, str]
-    optional: frozenset[str]
-    answers: frozenset[str]
+    columns: ClassVar[dict[str, str]]
+    optional: ClassVar[frozenset[str]]
+    answers: ClassVar[frozenset[str]]
 
 
-def read_examples(table: str, roles: Roles, *, columns: Mapping[str, str], answers: bool = True, **hub: Any) -> Iterator[tuple[str, dict]]:
+def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[str, str], answers: bool = True,
+                  **hub: Any) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers`` they may be missing.
 
     Raises:
@@ -58,16 +59,16 @@ def read_examples(table: str, roles: Roles, *, columns: Mapping[str, str], answe
                 example[role] = row[column]
             elif role not in may_lack or (role in columns and role not in roles.answers):
                 there = ", ".join(map(str, row)) or "none"
-                raise DataError(f"there is no column {column!r}, which holds {roles.columns.get(role, 'the ids')}", where=where, value=column,
+                raise DataError(f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})", where=where, value=column,
                                 remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}")
         example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
         if example["id"] in seen:
-            raise DataError("an id occurs twice", where=where, value=example["id"], remedy="give each example an id of its own, or none at all")
+            raise DataError("an id occurs twice", where=where, value=example["id"], remedy="give each example an id of its own, or no ids")
         seen.add(example["id"])
         yield where, example
 
 
-def fraction_of(example: Mapping[str, Any], roles: Roles) -> float:
+def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
     """Return a number in [0, 1) that depends on what the example asks alone: the same question is always in the same split."""
     asked = {role: value for role, value in sorted(example.items()) if role != "id" and role not in roles.answers}
     digest = hashlib.blake2b(json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8).digest()
@@ -113,7 +114,7 @@ class Split:
 class LabelledData:
     """The splits of a config's ``data``, for a task."""
 
-    def __init__(self, data: Examples, roles: Roles, *, about: str) -> None:
+    def __init__(self, data: Examples, roles: Roles | type[Roles], *, about: str) -> None:
         """``about`` names the code of the task and its options, whatever changes what it finds in examples."""
         self.data, self.roles, self._about = data, roles, about
         self._folder = (data.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfscale") / "examples"
@@ -173,7 +174,8 @@ class LabelledData:
         report = made.report
         say = f"{split}: {report['examples']:,} examples in {report['features']:,} features"
         if report["truncated"]:
-            say += f", {report['truncated']:,} of them ({report['truncated'] / report['examples']:.1%}) cut to {self.data.max_length} tokens"
+            share = report["truncated"] / report["examples"]
+            say += f"; {report['truncated']:,} ({share:.1%}) were cut to data.max_length={self.data.max_length} tokens"
         logger.info(say)
         if report["bad"] and self.data.on_error == "stop":
             raise DataError(f"{report['bad']:,} examples of {split} cannot be used", where=where, value=report["shown"],

@@ -11,8 +11,12 @@ numbers and texts, so features can be cached as Arrow and predictions written as
 """
 from __future__ import annotations
 
+import hashlib
+import inspect
+import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -149,6 +153,19 @@ def load_task(named: Named, setting: Setting) -> Task:
     """
     kind = task_class(named.name)
     return kind(check_options(kind.Options, named.options, where="task.options"), setting)
+
+
+def code_digest(kind: type[Task]) -> str:
+    """Return the digest of the file that a task is written in: what was made by other code is not found in a cache."""
+    return hashlib.blake2b(Path(inspect.getfile(kind)).read_bytes(), digest_size=8).hexdigest()
+
+
+def cache_key(task: Task) -> str:
+    """Return all that ``task.features`` depends on, beside the example."""
+    tokenizer, setting = task.setting.tokenizer, task.setting
+    texts = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template) + str(tokenizer.special_tokens_map)
+    return json.dumps([code_digest(type(task)), task.options.model_dump(mode="json"), dict(setting.facts), setting.seq_len,
+                       hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()])
 
 
 def all_labels(values: Iterable[Any]) -> list[str]:

@@ -9,16 +9,17 @@ import typer
 
 from hfscale.errors import CheckpointError
 
+Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
+                                                       show_default=False)]
+Launcher = Annotated[str, typer.Option(help="local: processes here; slurm: a job; debug: one process, tiny.")]
+Procs = Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")]
 
-def pretrain(
-    config_or_run: Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
-                                                          show_default=False)] = None,
-    launcher: Annotated[str, typer.Option(help="local: processes here; slurm: a job; debug: one process, tiny.")] = "local",
-    procs: Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")] = False,
-) -> None:
+
+def pretrain(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,
+             dry_run: DryRun = False) -> None:
     """Train from CONFIG in its run directory, run.root/run.name. The same command again goes on where it stopped.
 
     Examples:
@@ -30,6 +31,17 @@ def pretrain(
 
     request = Request(config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run)
     raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(request))
+
+
+def finetune(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,
+             dry_run: DryRun = False) -> None:
+    """Fine-tune a model for the task of CONFIG on labelled examples. The same command again goes on where it stopped.
+
+    Examples:
+    hfscale finetune configs/finetune/sentiment.yaml data.train=reviews.csv data.columns.text=review data.columns.label=stars;
+    hfscale finetune runs/sentiment train.epochs=5
+    """
+    pretrain(config_or_run, overrides, launcher, procs, port, dry_run)
 
 
 def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
@@ -160,10 +172,7 @@ def export(
     from hfscale.jobs.export import run
 
     log.setup()
-    run(model, out)
-    typer.echo(f"""from transformers import pipeline
-generate = pipeline("text-generation", model="{out}")
-print(generate("Once upon a time", max_new_tokens=40)[0]["generated_text"])""")
+    typer.echo(run(model, out))
 
 
 def predict(
