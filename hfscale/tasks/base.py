@@ -33,9 +33,12 @@ if TYPE_CHECKING:
 
 TASKS: dict[str, str] = {
     "sequence_classification": "hfscale.tasks.sequence_classification:SequenceClassification",
+    "token_classification": "hfscale.tasks.token_classification:TokenClassification",
+    "extractive_qa": "hfscale.tasks.extractive_qa:ExtractiveQA",
 }
 
 Example = dict[str, Any]  # role -> value, and "id": str; an optional role or an unknown answer is not there
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives the models
 Feature = dict[str, Any]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
 PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}  # of what may be padded; "input_ids" by the tokenizer's
 
@@ -51,6 +54,7 @@ class Task(Objective):
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
     answers: ClassVar[frozenset[str]] = frozenset()  # roles that training and scoring need, and prediction does not
     token_loss: ClassVar[bool] = False
+    term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
 
     # ------------------------------------------------------------------------------------------ before training
     @classmethod
@@ -82,20 +86,37 @@ class Task(Objective):
         raise NotImplementedError
 
     # --------------------------------------------------------------------------------------------- with a model
+    def weights(self) -> dict[str, float]:
+        """Return the one term."""
+        return {self.term: 1.0}
+
     def collate(self, rows: Examples) -> Batch:
         """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler) counts nothing."""
         raise NotImplementedError
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return ``sums_B`` of the one term, 0 for fillers. For tasks whose loss and outputs both come of the logits of one pass."""
+        raise NotImplementedError
+
+    def outputs(self, logits: Tensor, rows: Examples) -> list[dict[str, Any]]:
+        """Return one JSON-able output for each row, fillers too. For such tasks."""
+        raise NotImplementedError
+
+    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Return ``{term: sums_B}``; other tasks give ``weights``, ``loss``, ``predict`` and ``judge`` themselves."""
+        return {self.term: self.row_losses(self.logits(model, batch), batch)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's device, gradients are off.
 
         ``model`` is an engine or a bare model in eval mode. All ranks call this equally often.
         """
-        raise NotImplementedError
+        return self.outputs(self.logits(model, batch), rows)
 
     def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Return ``loss`` and ``predict`` of a batch: for validation. Override it where one pass gives both."""
-        return self.loss(model, batch), self.predict(model, batch, rows)
+        """Return ``loss`` and ``predict`` of a batch, of one pass: for validation."""
+        logits = self.logits(model, batch)
+        return {self.term: self.row_losses(logits, batch)}, self.outputs(logits, rows)
 
     # ----------------------------------------------------------------------------------------- without a model
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -123,6 +144,14 @@ class Task(Objective):
         if truncated:
             made = self.setting.tokenizer(text, pair, truncation=True, max_length=self.setting.seq_len)
         return {**made, "truncated": truncated}
+
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """Return the logits of the head."""
+        return model(**batch.inputs).logits
+
+    def inputs(self, rows: Examples) -> dict[str, Tensor]:
+        """Return what the tokenizer gave, padded."""
+        return {name: self.padded(rows, name) for name in rows.features[0] if name in MODEL_INPUTS}
 
     def padded(self, rows: Examples, name: str, *, fill: int | None = None) -> Tensor:
         """Return the lists under ``name`` as one int64 (B, T), filled up on the right."""
