@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 from hfscale.metrics.measure import Measure, mean, paired
 
-_UNSPACED = r"\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}"
-_TOKEN = rf"(?V1)[{_UNSPACED}]\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--[{_UNSPACED}]]+"
+UNSPACED = r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]"
+WORD = rf"(?V1){UNSPACED}\p{{M}}*|[[\p{{L}}\p{{M}}\p{{N}}]--{UNSPACED}]+"  # of the regex module
 
 
 class RougeTokenizer:
@@ -21,7 +21,7 @@ class RougeTokenizer:
         """Return the tokens of ``text``."""
         import regex
 
-        return regex.findall(_TOKEN, text.lower())
+        return regex.findall(WORD, text.lower())
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> Measure:
