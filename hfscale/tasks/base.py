@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Named, Section
+from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.registry import load_plugin
@@ -123,9 +124,13 @@ class Task(Objective):
         """Return the prediction for ``example``, ``{"prediction": ..., ...}``, from the outputs of its features in order."""
         return outputs[0]
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
-        """Return the metrics. Both have one entry an example, in the same order; pure, so predictions can be rescored from a file."""
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+        """Return the metrics, of which there are also confidence intervals. Both have one entry an example, in the same order; pure."""
         raise NotImplementedError
+
+    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+        """Return ``{name: score}``, so that predictions can be rescored from a file."""
+        return self.measure(predictions, references).scores()
 
     def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
         """Return with what an export shall carry along put into ``model.config``, ``model.generation_config`` and ``tokenizer``."""

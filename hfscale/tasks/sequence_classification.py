@@ -21,7 +21,10 @@ from torch import Tensor
 
 from hfscale.config.schema import Section
 from hfscale.errors import nearest
-from hfscale.objectives.base import Batch, Model
+from hfscale.metrics.classification import classification
+from hfscale.metrics.correlation import correlation
+from hfscale.metrics.measure import Measure, mean
+from hfscale.objectives.base import Batch
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, all_labels
 
@@ -47,6 +50,7 @@ class SequenceClassification(Task):
 
     Options = ClassificationOptions
     options: ClassificationOptions
+    term = "classification"
     auto_model = "AutoModelForSequenceClassification"
     pipeline = "text-classification"
     columns: ClassVar = {"text": "a text", "pair": "a second text, which belongs to it", "label": "a label, a list of them, or a number"}
@@ -114,26 +118,15 @@ class SequenceClassification(Task):
                 raise BadExample(f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}")
         return [float(label in names) for label in self.labels] if several else self.labels.index(names[0])
 
-    def weights(self) -> dict[str, float]:
-        """Return the one term."""
-        return {"classification": 1.0}
-
     def collate(self, rows: Examples) -> Batch:
         """Return the padded texts and their labels (B,) or (B, C)."""
-        names = [name for name in rows.features[0] if name in ("input_ids", "attention_mask", "token_type_ids")]
         asked_B = torch.tensor(["labels" in row for row in rows.features]).long()
         labels = torch.tensor([row["labels"] for row in rows.features]) if asked_B.all() else torch.empty(0)
-        return self.batch(rows, inputs={name: self.padded(rows, name) for name in names}, labels=labels, counts={"classification": asked_B})
+        return self.batch(rows, inputs=self.inputs(rows), labels=labels, counts={self.term: asked_B})
 
-    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{"classification": sums_B}``."""
-        return {"classification": self._losses(self._logits(model, batch), batch)}
-
-    def _logits(self, model: Model, batch: Batch) -> Tensor:
-        return model(**batch.inputs).logits.float()
-
-    def _losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        valid_B = batch.counts["classification"].to(logits_BC.device)
+    def row_losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
+        """Return each row's loss."""
+        logits_BC, valid_B = logits_BC.float(), batch.counts[self.term].to(logits_BC.device)
         if self.problem == "regression":
             return (logits_BC.squeeze(1) - batch.labels_BT).square() * valid_B
         if self.problem == "multi_label_classification":
@@ -145,33 +138,30 @@ class SequenceClassification(Task):
             losses_B = losses_B * weights_C[batch.labels_BT]
         return losses_B * valid_B
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def outputs(self, logits_BC: Tensor, rows: Examples) -> list[dict[str, Any]]:
         """Return label and probabilities a row; of several labels, those above the threshold; of a regression, the number."""
-        return self._outputs(self._logits(model, batch))
-
-    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Return losses and predictions of one pass."""
-        logits_BC = self._logits(model, batch)
-        return {"classification": self._losses(logits_BC, batch)}, self._outputs(logits_BC)
-
-    def _outputs(self, logits_BC: Tensor) -> list[dict[str, Any]]:
+        logits_BC = logits_BC.float()
         if self.problem == "regression":
             return [{"prediction": value} for value in logits_BC.squeeze(1).tolist()]
         several = self.problem == "multi_label_classification"
-        rows = (logits_BC.sigmoid() if several else logits_BC.softmax(-1)).tolist()
-        scored = [dict(zip(self.labels, row, strict=True)) for row in rows]
+        probabilities = (logits_BC.sigmoid() if several else logits_BC.softmax(-1)).tolist()
+        scored = [dict(zip(self.labels, row, strict=True)) for row in probabilities]
         if several:
             return [{"prediction": [label for label, p in row.items() if p >= self.options.threshold], "scores": row} for row in scored]
         return [{"prediction": max(row, key=row.__getitem__), "scores": row} for row in scored]
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
-        """Return accuracy; the other metrics come with ``hfscale.metrics``."""
-        wanted = [_split(reference["label"], self.options) for reference in references]
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+        """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations and the mean squared error."""
+        true = [_split(reference["label"], self.options) for reference in references]
         got = [prediction["prediction"] for prediction in predictions]
         if self.problem == "regression":
-            return {"mse": sum((a - float(b)) ** 2 for a, b in zip(got, wanted, strict=True)) / len(got)}
-        right = [{*map(str, b)} == {*a} if isinstance(b, list) else str(b) == a for a, b in zip(got, wanted, strict=True)]
-        return {"accuracy": sum(right) / len(right)}
+            numbers = list(map(float, true))
+            return correlation(got, numbers) | mean({"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]})
+        if self.problem == "multi_label_classification":
+            true = [list(map(str, value)) if isinstance(value, list) else [str(value)] for value in true]
+        else:
+            true = list(map(str, true))
+        return classification(got, true, labels=self.labels)
 
 
 def _split(value: Any, options: ClassificationOptions) -> Any:

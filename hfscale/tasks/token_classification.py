@@ -79,7 +79,7 @@ class TokenClassification(Task):
         """Return the windows: ``input_ids``, ..., which ``words`` each judges, at which ``positions``, and their ``labels``."""
         words, spaced, _ = _words(example)
         if not "".join(words).strip():
-            raise BadExample("there are no words")
+            raise BadExample("there are no words: neither in words nor in text")
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
         made = self.setting.tokenizer([" " * space + word for word, space in zip(words, spaced, strict=True)], is_split_into_words=True,
@@ -147,10 +147,6 @@ class TokenClassification(Task):
         if any(label[:2] in ("B-", "I-") for label in self.labels):
             return measure
         return Measure(measure.examples, lambda weights: {"accuracy": measure.of(weights)["accuracy"]})
-
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
-        """Return the scores of ``measure``."""
-        return self.measure(predictions, references).scores()
 
 
 def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:

@@ -59,13 +59,16 @@ def test_a_single_label():
     assert losses["classification"].tolist() == pytest.approx(by_hand, rel=1e-5)
     assert outputs == task.predict(model, batch, rows)
     assert model.config.id2label == {0: "+", 1: "-"}
-    assert task.score([{"prediction": label} for label in "+++"], ONE) == {"accuracy": 2 / 3}
+    scores = task.score([{"prediction": label} for label in "+++"], ONE)
+    assert scores == pytest.approx({"accuracy": 2 / 3, "f1": 0.0, "f1_macro": 0.4, "f1_micro": 2 / 3, "mcc": 0.0})  # f1: of "-", the last
 
 
 def test_several_labels_and_numbers():
     several = [{"id": "0", "text": "good film", "label": "a, b"}, {"id": "1", "text": "bad", "label": "b"}]
     task = make(several, separator=",")
     batch = task.collate(rows_of(task, several))
+    scores = task.score([{"prediction": ["a"]}, {"prediction": ["b"]}], several)
+    assert scores == pytest.approx({"accuracy": 0.5, "f1_micro": 0.8, "f1_macro": 5 / 6})
     assert task.problem == "multi_label_classification" and batch.labels_BT.tolist() == [[1, 1], [0, 1]]
     assert task.loss(model_of(task), batch)["classification"].tolist() == pytest.approx([math.log(2)] * 2, abs=0.05)
 
@@ -73,6 +76,7 @@ def test_several_labels_and_numbers():
     task = make(numbers, problem="regression")
     batch, model = task.collate(rows_of(task, numbers)), model_of(task)
     predicted = [output["prediction"] for output in task.predict(model, batch, rows_of(task, numbers))]
+    assert task.score([{"prediction": 2.0}, {"prediction": 1.0}], numbers) == pytest.approx({"pearson": 1.0, "spearman": 1.0, "mse": 0.125})
     assert task.loss(model, batch)["classification"].tolist() == pytest.approx([(predicted[0] - 2.5) ** 2, (predicted[1] - 1) ** 2])
 
 
