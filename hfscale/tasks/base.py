@@ -33,6 +33,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
 TASKS: dict[str, str] = {
+    "translation": "hfscale.tasks.text_generation:Translation",
+    "summarization": "hfscale.tasks.text_generation:Summarization",
+    "instruction": "hfscale.tasks.instruction:Instruction",
+    "embedding": "hfscale.tasks.embedding:Embedding",
+    "fill_mask": "hfscale.tasks.inference:FillMask",
+    "feature_extraction": "hfscale.tasks.inference:FeatureExtraction",
+    "text_generation": "hfscale.tasks.inference:TextGeneration",
     "sequence_classification": "hfscale.tasks.sequence_classification:SequenceClassification",
     "token_classification": "hfscale.tasks.token_classification:TokenClassification",
     "extractive_qa": "hfscale.tasks.extractive_qa:ExtractiveQA",

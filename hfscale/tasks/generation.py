@@ -91,7 +91,7 @@ def generate(model: Any, prompts: Sequence[list[int]], options: Generation, *, k
     return answers
 
 
-def decoder_start(config: PretrainedConfig, pad_id: int) -> int:
+def decoder_start(config: PretrainedConfig | None, pad_id: int) -> int:
     """Return the id with which a decoder begins: the config's, else padding, as T5 has it."""
     start = getattr(config, "decoder_start_token_id", None)
     return pad_id if start is None else int(start)
@@ -125,8 +125,8 @@ class _Draw(LogitsProcessor):
     """Leaves one token a row, drawn by inversion: one uniform number a token, from a generator of the row's own (Philox)."""
 
     def __init__(self, config: GenerationConfig, seed: int, keys: list[str]) -> None:
-        self._draws = [np.random.Generator(np.random.Philox(key=[seed, int.from_bytes(blake2b(key.encode(), digest_size=8).digest())]))
-                       for key in keys]
+        numbers = [int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys]
+        self._draws = [np.random.Generator(np.random.Philox(key=[seed, number])) for number in numbers]
         self._warpers: list[LogitsProcessor] = [TemperatureLogitsWarper(float(config.temperature or 1.0))]
         if top_k := 50 if config.top_k is None else config.top_k:  # transformers' default
             self._warpers.append(TopKLogitsWarper(top_k))
