@@ -1,9 +1,9 @@
 """Labelled examples as a stream of micro-batches: any step of any epoch on any number of ranks, batched by length.
 
 The only cursor is P, the features consumed so far; which feature stands at P is a pure function of (lengths, seed, P). An epoch of N
-features is permuted as a whole (``order.py``) and cut into pools of POOL; a pool is sorted by length and cut into groups of GROUP, and the
-groups are permuted. So each feature comes once an epoch, neighbours are about equally long, and the order depends on neither ranks nor
-batches. A step takes the next ``global_batch`` features, sorts them by length and deals whole micro-batches to the ranks in turn.
+features is permuted as a whole (``order.py``) and cut into pools of POOL; a pool is sorted by length and cut into groups of GROUP, which
+are permuted, and so is each in itself. So each feature comes once an epoch, neighbours are about equally long, and the order depends on
+neither ranks nor batches. A step takes the next ``global_batch`` features, sorts them by length and deals micro-batches to the ranks.
 
 Shape legend: B features of a micro-batch, n of those asked for, N of an epoch.
 """
@@ -78,10 +78,10 @@ class ExampleOrder:
         N = len(self.lengths)
         rows = self._order.locate(epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))).row
         if self.grouped:
-            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
-            groups = [rows[first:first + GROUP] for first in range(0, len(rows), GROUP)]
-            turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key_of(self.seed, epoch, _POOLS, number)))
-            rows = np.concatenate([groups[turn] for turn in turns])
+            key, by_length = key_of(self.seed, epoch, _POOLS, number), np.argsort(self.lengths[rows], kind="stable")
+            groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))  # cut elsewhere in each epoch
+            turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
+            rows = rows[np.concatenate([np.sort(groups[turn]) for turn in turns])]  # a group itself is in no order of length
         if len(self._pools) >= 4:
             self._pools.clear()
         self._pools[epoch, number] = rows
