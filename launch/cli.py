@@ -26,7 +26,8 @@ VERBS = {  # a verb is listed when it works
     "checkpoints": "List a run's checkpoints and why each is kept; verify, pin, prune.",
     "prove": "Kill and resume a short run of a config, and compare it with an undisturbed twin.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",
-    "predict": "Generate text from a run or an export.",
+    "evaluate": "Scores of a model: a task's metrics with intervals, or perplexity on shards.",
+    "predict": "Predictions of a model for texts or a table: labels, answers, continuations.",
 }
 
 

@@ -16,7 +16,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfscale.config import rules
-from hfscale.config.schema import FinetuneConfig, RunConfig, Section, TrainConfig
+from hfscale.config.schema import FinetuneConfig, PredictConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
@@ -86,8 +86,20 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type
     Raises:
         ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
     """
-    tree = read_tree(path, overrides)
-    schema = schema or (FinetuneConfig if "task" in tree.values else RunConfig)
+    return _validated(read_tree(path, overrides), path, schema)
+
+
+def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: type[S]) -> S:
+    """Return the config of ``values`` with ``overrides`` on top.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    return _validated(_with(Tree(values), overrides), COMMAND_LINE, schema).config
+
+
+def _validated(tree: Tree, path: Path | str, schema: type[Any] | None) -> Loaded[Any]:
+    schema = schema or (PredictConfig if "predict" in tree.values else FinetuneConfig if "task" in tree.values else RunConfig)
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:
@@ -100,7 +112,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type
 
 def read_tree(path: Path | str, overrides: Sequence[str] = ()) -> Tree:
     """Return what ``path``, the files it extends and ``overrides`` say, unchecked."""
-    tree, written = _read(Path(path), chain=()), Tree()
+    return _with(_read(Path(path), chain=()), overrides)
+
+
+def _with(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """Return ``tree`` with ``overrides`` laid on top."""
+    written = Tree()
     for override in overrides:
         written.merge(_parse_override(override))
     tree.merge(written)

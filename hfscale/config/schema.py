@@ -282,6 +282,24 @@ class FinetuneConfig(TrainConfig):
     optim: Optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
 
 
+class Predict(Section):
+    """What predicts, and where its predictions go."""
+
+    model: PathOrHubName  # a run, a checkpoint, an export, a transformers folder, a hub name
+    out: LocalPath
+    split: Literal["train", "validation", "test"] = "train"  # of the data
+    batch: Positive = 32
+    answers: bool = False  # the examples have their answers, which predictions will be compared with
+
+
+class PredictConfig(Section):
+    """Predictions of a task for a split of ``data``; a table that stands alone is its ``train``."""
+
+    predict: Predict
+    task: Named
+    data: Examples
+
+
 # ------------------------------------------------------------------------------------------------- a corpus
 class TextSource(Section):
     """Documents: a folder of files, tables with a text column, a ``datasets`` name, or tars of raw text."""

@@ -46,6 +46,15 @@ def _jsonl(file: Path, column: str | None) -> Rows:
                     raise DataError(f"not a JSON line: {error}", where=where, remedy="one JSON object a line, in UTF-8") from None
 
 
+def _lines(file: Path, column: str | None) -> Rows:
+    with open_source(file) as stream:
+        try:
+            for number, line in enumerate(codecs.iterdecode(stream, "utf-8-sig"), start=1):
+                yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
+        except UnicodeDecodeError as error:
+            raise DataError(f"not UTF-8: {error}", where=file) from None
+
+
 def _csv(file: Path, column: str | None, *, delimiter: str = ",") -> Rows:
     csv.field_size_limit(sys.maxsize)
     with open_source(file) as stream:
@@ -95,9 +104,9 @@ def _webdataset(file: Path, column: str | None) -> Rows:
 
 
 READERS: dict[str, Callable[[Path, str | None], Rows]] = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "parquet": _parquet,
-                                                          "webdataset": _webdataset}
+                                                          "webdataset": _webdataset, "lines": _lines}
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
-            ".tar": "webdataset"}
+            ".tar": "webdataset", ".txt": "lines"}
 
 
 # ------------------------------------------------------------------------------------------------ a table by name

@@ -160,7 +160,7 @@ class LabelledData:
             except BadExample as error:
                 raise DataError(str(error), where=self.table("train"), remedy="mend the labels, or say more in task.options") from error
 
-        folder = self._made(self._digest("train", "facts"), build)
+        folder = self._made(self.digest("train", "facts"), build)
         return json.loads((folder / "facts.json").read_text("utf-8"))
 
     def prepared(self, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]], *, about: str) -> Split:
@@ -170,7 +170,7 @@ class LabelledData:
             DataError: for examples that cannot be used, unless ``data.on_error`` is skip; and if none is left.
         """
         where = self.table(split)
-        made = Split(self._made(self._digest(split, about), lambda folder: self._write(folder, split, features)))
+        made = Split(self._made(self.digest(split, about), lambda folder: self._write(folder, split, features)))
         report = made.report
         say = f"{split}: {report['examples']:,} examples in {report['features']:,} features"
         if report["truncated"]:
@@ -213,7 +213,8 @@ class LabelledData:
                 writer.finalize()
         (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
 
-    def _digest(self, split: str, about: str) -> str:
+    def digest(self, split: str, about: str = "") -> str:
+        """Return what names the examples of a split, as they are read for this task, and what is made of them."""
         data = self.data
         table = table_digest(self.table(split), subset=data.subset, split="train" if split in self._parts else split)
         said = [VERSION, table, self._parts.get(split), data.columns, data.max_length, data.too_long, self._about, about]

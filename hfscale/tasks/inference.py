@@ -88,6 +88,7 @@ class FeatureExtraction(Inference):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the hidden states of each text's tokens, special ones included."""
+        assert batch.lengths_B is not None
         hidden_BTH = model(**batch.inputs).last_hidden_state.float()
         return [{"prediction": hidden_TH[:length].tolist()} for hidden_TH, length in zip(hidden_BTH, batch.lengths_B, strict=True)]
 

@@ -29,7 +29,7 @@ def make_encoder(folder: Path) -> Path:
     """Return ``folder`` with a tiny BERT without a head, and its tokenizer, as transformers saves them."""
     tokenizer = words_tokenizer()
     BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                         max_position_embeddings=64)).save_pretrained(folder)
+                         max_position_embeddings=64, initializer_range=0.1)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
