@@ -49,6 +49,7 @@ def run(name: str, out: Path) -> str:
         write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
         if isinstance(source.objective, Task):
             source.objective.finish(source.skeleton, source.tokenizer)
+        source.skeleton.config.architectures = [type(source.skeleton).__name__]  # by which others, and we, know what it is for
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)

@@ -35,12 +35,12 @@ def make_encoder(folder: Path) -> Path:
 
 
 def reviews(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
-    """Return rows with a ``text`` of 4 to 30 words and its ``label``."""
+    """Return rows with a ``text`` of 3 to 27 words and its ``label``."""
     rng, rows = random.Random(seed), []
     for number in range(count):
         label, words = ("good", GOOD) if rng.random() < 0.6 else ("bad", BAD)
-        filler = rng.choices(REST, k=rng.randint(1, 27))
-        rows.append({"id": f"r{number}", "text": " ".join([*filler, rng.choice(words), rng.choice(THINGS)]), "label": label})
+        said = [*rng.choices(REST, k=rng.randint(1, 20)), *rng.choices(words, k=rng.randint(1, 6)), rng.choice(THINGS)]
+        rows.append({"id": f"r{number}", "text": " ".join(rng.sample(said, len(said))), "label": label})
     return rows
 
 
