@@ -171,7 +171,7 @@ class Instruction(Task, CausalLM):
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the chat template and how to generate."""
-        model.generation_config.update(**self.options.generation.settings(), eos_token_id=self._end, pad_token_id=self.pad_id)
+        self.options.generation.carry(model, eos_token_id=self._end, pad_token_id=self.pad_id)
         tokenizer.chat_template = self._template
 
 

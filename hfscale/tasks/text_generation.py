@@ -148,7 +148,7 @@ class TextToText(Task):
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along how to generate, the prefix or the prompt (as a chat template), and the pipeline that transformers 5 dropped."""
-        model.generation_config.update(**self._generation | self.options.generation.settings(), pad_token_id=self.pad_id)
+        self.options.generation.carry(model, **self._generation, pad_token_id=self.pad_id)
         tokenizer.model_max_length = self.setting.seq_len
         if self._causal:
             before, after = str(self.options.prompt).split("{source}", 1)
