@@ -16,6 +16,8 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.metrics.correlation import correlation
+from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions
@@ -35,7 +37,7 @@ class EmbeddingOptions(Section):
     pooling: Pooling = "mean"
 
 
-class Embedding(Task, Contrastive):
+class Embedding(Contrastive, Task):
     """For any architecture of ``AutoModel``. A prediction is the unit vector of ``text``."""
 
     Options = EmbeddingOptions  # type: ignore[assignment]
@@ -83,22 +85,19 @@ class Embedding(Task, Contrastive):
         z_VBH = self.embed(model, batch)
         return self.compare(z_VBH, batch.counts["contrastive"].to(z_VBH.device))[1], _outputs(z_VBH)
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return ``pearson`` and ``spearman`` of the cosines with the scores; without scores ``accuracy``, ``recall_at_10``, ``mrr``.
 
         These are of finding an example's positive among those of all examples.
         """
-        from hfscale.metrics.correlation import correlation
-        from hfscale.metrics.measure import mean
-
         texts_NH, positives_NH = (np.array([p[name] for p in predictions]) for name in ("prediction", "positive"))
         cosines_N = (texts_NH * positives_NH).sum(1)
         if all(reference.get("score") is not None for reference in references):
-            return correlation(cosines_N.tolist(), [float(reference["score"]) for reference in references]).scores()
+            return correlation(cosines_N.tolist(), [float(reference["score"]) for reference in references])
         better_N = np.concatenate([(texts_NH[at:at + BLOCK] @ positives_NH.T > cosines_N[at:at + BLOCK, None] + 1e-6).sum(1)
                                    for at in range(0, len(texts_NH), BLOCK)])  # a positive that occurs twice is found twice
         values = {"accuracy": better_N < 1, "recall_at_10": better_N < 10, "mrr": 1 / (1 + better_N)}
-        return mean({name: value.tolist() for name, value in values.items()}).scores()
+        return mean({name: value.tolist() for name, value in values.items()})
 
 
 def _outputs(z_VBH: Tensor) -> list[dict[str, Any]]:

@@ -48,6 +48,11 @@ class Generation(Section):
         """Return what was set, as keywords of a GenerationConfig."""
         return self.model_dump(exclude_none=True, exclude={"seed", "truncate"})
 
+    def carry(self, model: Any, **settings: Any) -> None:
+        """Put these and other ``settings`` into the generation_config.json that is saved with ``model``."""
+        model.generation_config.update(**settings | self.settings())
+        model.generation_config._from_model_config = False  # else transformers may make it anew from config.json
+
 
 @torch.no_grad()
 def generate(model: Any, prompts: Sequence[list[int]], options: Generation, *, keys: Sequence[str], pad_id: int,

@@ -36,8 +36,7 @@ class Inference(Task):
 
     def collate(self, rows: Examples) -> Batch:
         """Return the padded texts."""
-        names = [name for name in rows.features[0] if name in ("input_ids", "attention_mask", "token_type_ids")]
-        return self.batch(rows, inputs={name: self.padded(rows, name) for name in names}, labels=torch.empty(0), counts={})
+        return self.batch(rows, inputs=self.inputs(rows), labels=torch.empty(0), counts={})
 
     def weights(self) -> dict[str, float]:
         """Return nothing."""
@@ -90,7 +89,8 @@ class FeatureExtraction(Inference):
         """Return the hidden states of each text's tokens, special ones included."""
         assert batch.lengths_B is not None
         hidden_BTH = model(**batch.inputs).last_hidden_state.float()
-        return [{"prediction": hidden_TH[:length].tolist()} for hidden_TH, length in zip(hidden_BTH, batch.lengths_B, strict=True)]
+        return [{"prediction": hidden_TH[:len(row["input_ids"])].tolist()}
+                for hidden_TH, row in zip(hidden_BTH, rows.features, strict=True)]
 
 
 class TextGenerationOptions(Section):

@@ -21,7 +21,10 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
-from hfscale.objectives.base import Batch, Model, Setting
+from hfscale.metrics.language_model import language_model
+from hfscale.metrics.measure import Measure
+from hfscale.metrics.rouge import rouge
+from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.clm import CausalLM
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
@@ -58,6 +61,8 @@ class Instruction(Task, CausalLM):
     optional: ClassVar = frozenset({"messages", "prompt", "response"})
     answers: ClassVar = frozenset({"response"})
     token_loss = True
+    logits = Objective.logits  # which keeps documents apart
+    term = "answers"  # nats a token of an answer
 
     def __init__(self, options: Section, setting: Setting) -> None:
         assert isinstance(options, InstructionOptions)
@@ -131,10 +136,6 @@ class Instruction(Task, CausalLM):
         return replace(batch, document_ids_BT=owner_RT.int())
 
     # --------------------------------------------------------------------------------------------- with a model
-    def weights(self) -> dict[str, float]:
-        """Return the one term, ``answers``: nats a token of an answer."""
-        return {"answers": 1.0}
-
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"answers": sums_B}`` in nats."""
         owner_RT, counts_B = batch.document_ids_BT, batch.counts["answers"]
@@ -159,21 +160,18 @@ class Instruction(Task, CausalLM):
     def _known(self, loss: dict[str, Tensor], batch: Batch) -> list[dict[str, Any]]:
         return [{"nats": nats, "tokens": n} for nats, n in zip(loss["answers"].tolist(), batch.counts["answers"].tolist(), strict=True)]
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the generated ones, where they were."""
-        from hfscale.metrics.language_model import language_model
-        from hfscale.metrics.rouge import rouge
-
         answers = [[m["content"] for m in self._messages(r) if m["role"] == "assistant"] for r in references]
-        scores = language_model([p["nats"] for p in predictions], [p["tokens"] for p in predictions],
-                                [sum(len(text.encode()) for text in texts) for texts in answers]).scores()
-        if all("prediction" in p for p in predictions):
-            scores |= rouge([p["prediction"].strip() for p in predictions], [texts[-1] for texts in answers]).scores()
-        return scores
+        known = language_model([p["nats"] for p in predictions], [p["tokens"] for p in predictions],
+                               [sum(len(text.encode()) for text in texts) for texts in answers])
+        if not all("prediction" in p for p in predictions):
+            return known
+        return known | rouge([p["prediction"].strip() for p in predictions], [texts[-1] for texts in answers])
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the chat template and how to generate."""
-        model.generation_config.update(**self.options.generation.settings(), eos_token_id=self._end, pad_token_id=self.pad_id)
+        self.options.generation.carry(model, eos_token_id=self._end, pad_token_id=self.pad_id)
         tokenizer.chat_template = self._template
 
 

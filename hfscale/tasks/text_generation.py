@@ -20,6 +20,9 @@ from torch import Tensor
 
 from hfscale.config.schema import Positive, Section
 from hfscale.errors import ConfigError
+from hfscale.metrics.measure import Measure
+from hfscale.metrics.rouge import rouge
+from hfscale.metrics.translation import translation
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
@@ -48,6 +51,7 @@ class TextToText(Task):
     columns: ClassVar = {"source": "a text", "target": "the text that it becomes"}
     answers: ClassVar = frozenset({"target"})
     token_loss = True
+    term = "text"  # nats a target token
 
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)
@@ -57,6 +61,8 @@ class TextToText(Task):
         self.auto_model = "AutoModelForCausalLM" if self._causal else "AutoModelForSeq2SeqLM"
         if self._causal:
             self.pipeline = "text-generation"  # type: ignore[misc]
+        else:
+            self.code = "hfscale.tasks.text2text"
         self._target_length = options.max_target_length or (longest // 2 if self._causal else longest)
         if self._target_length > longest - self._causal:
             raise ConfigError("targets may be longer than there is room", where="task.options.max_target_length", value=self._target_length,
@@ -124,10 +130,6 @@ class TextToText(Task):
         return self.batch(rows, inputs=inputs, labels=labels_BU, counts={"text": (labels_BU != IGNORE_INDEX).sum(1)})
 
     # --------------------------------------------------------------------------------------------- with a model
-    def weights(self) -> dict[str, float]:
-        """Return the one term, ``text``: nats a target token."""
-        return {"text": 1.0}
-
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"text": sums_B}`` in nats; smoothed while training."""
         smoothing = self.options.label_smoothing if torch.is_grad_enabled() else 0.0
@@ -140,9 +142,13 @@ class TextToText(Task):
                            keys=[str(row.get("example", n)) for n, row in enumerate(rows.features)], **self._generation)
         return [{"prediction": self.setting.tokenizer.decode(ids, skip_special_tokens=True)} for ids in answers]
 
+    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Return both."""
+        return self.loss(model, batch), self.predict(model, batch, rows)
+
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along how to generate, the prefix or the prompt (as a chat template), and the pipeline that transformers 5 dropped."""
-        model.generation_config.update(**self._generation | self.options.generation.settings(), pad_token_id=self.pad_id)
+        self.options.generation.carry(model, **self._generation, pad_token_id=self.pad_id)
         tokenizer.model_max_length = self.setting.seq_len
         if self._causal:
             before, after = str(self.options.prompt).split("{source}", 1)
@@ -168,11 +174,9 @@ class Translation(TextToText):
 
     pipeline = "translation"
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return ``bleu`` and ``chrf``."""
-        from hfscale.metrics.translation import translation
-
-        return translation([p["prediction"].strip() for p in predictions], [r["target"] for r in references]).scores()
+        return translation([p["prediction"].strip() for p in predictions], [r["target"] for r in references])
 
 
 class Summarization(TextToText):
@@ -180,8 +184,6 @@ class Summarization(TextToText):
 
     pipeline = "summarization"
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``."""
-        from hfscale.metrics.rouge import rouge
-
-        return rouge([p["prediction"].strip() for p in predictions], [r["target"] for r in references]).scores()
+        return rouge([p["prediction"].strip() for p in predictions], [r["target"] for r in references])

@@ -110,7 +110,8 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
     from hfscale.engine.engine import Engine, construction
     from tests.engine.tiny import tiny_config
 
-    config, rank = tiny_config(stage, world_size=2), torch_dist.get_rank()
+    split_all = {"stage3_param_persistence_threshold": 0}  # else DeepSpeed keeps what is as small as this model whole on every rank
+    config, rank = tiny_config(stage, world_size=2, extra={"zero_optimization": split_all}), torch_dist.get_rank()
     model = model_of.__wrapped__(family)
     state = model.state_dict()
     if stage == 3:
