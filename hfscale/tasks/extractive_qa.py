@@ -27,7 +27,7 @@ from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Task
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SHORTEST = 16  # tokens of a window: less leaves no room for a question, a context and their overlap
 
@@ -81,8 +81,12 @@ class ExtractiveQA(Task):
         return self.options.no_answer if self.options.no_answer is not None else bool(self.setting.facts.get("no_answer"))
 
     def model_overrides(self) -> dict[str, Any]:
-        """Return two scores a token, and whether there may be no answer."""
-        return {"num_labels": 2, "no_answer": self.no_answer, "pad_token_id": self.pad_id}
+        """Return two scores a token, and the padding id."""
+        return {"num_labels": 2, "pad_token_id": self.pad_id}
+
+    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Return with the config saying whether there may be no answer."""
+        model.config.no_answer = self.no_answer
 
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not of it), and ``labels`` (start, end)."""
