@@ -5,6 +5,8 @@ Every checkpoint carries the live engine's logits on a small probe batch, so the
 from __future__ import annotations
 
 import json
+import shutil
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -49,6 +51,8 @@ def run(name: str, out: Path) -> str:
         write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
         if isinstance(source.objective, Task):
             source.objective.finish(source.skeleton, source.tokenizer)
+            if source.objective.code:
+                shutil.copy(str(import_module(source.objective.code).__file__), partial)
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
@@ -124,7 +128,9 @@ tags: [hfscale]
 def usage(objective: Objective, folder: Path | str) -> str:
     """Return the lines of Python that use an exported model."""
     name = objective.pipeline
-    call = ("Once upon a time", ", max_new_tokens=40") if name == "text-generation" else ("A text", "")
+    call = {"text-generation": '"Once upon a time", max_new_tokens=40',
+            "question-answering": 'question="Who wrote it?", context="Ada wrote it."'}.get(name, '"A text"')
+    trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""  # of one file, which lies in the folder
     return f'''from transformers import pipeline
-pipe = pipeline("{name}", model="{folder}")
-print(pipe("{call[0]}"{call[1]}))'''
+pipe = pipeline("{name}", model="{folder}"{trusted})
+print(pipe({call}))'''

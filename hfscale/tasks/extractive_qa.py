@@ -96,12 +96,12 @@ class ExtractiveQA(Task):
 
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not of it), and ``labels`` (start, end)."""
-        question, context = example["question"], example["context"]
-        for name, text in (("question", question), ("context", context)):
+        asked: dict[str, Any] = {role: example.get(role) for role in ("question", "context")}
+        for name, text in asked.items():
             if not isinstance(text, str) or not text.strip():
                 raise BadExample(f"the {name} is empty, or not text: {text!r:.60}")
         span = self._span(example) if "answers" in example else None
-        made = windows(self.setting.tokenizer, self.how, question=question, context=context)
+        made = windows(self.setting.tokenizer, self.how, **asked)
         if not made:
             raise BadExample("the tokenizer makes nothing of the context")
         return [window if span is None else {**window, "labels": _label(window, *span)} for window in made]
