@@ -129,8 +129,9 @@ tags: [hfscale]
 def usage(objective: Objective, folder: Path | str) -> str:
     """Return the lines of Python that use an exported model."""
     name = objective.pipeline
-    call = ("Once upon a time", ", max_new_tokens=40") if name == "text-generation" else ("A text", "")
+    call = {"text-generation": '"Once upon a time", max_new_tokens=40',
+            "question-answering": 'question="Who wrote it?", context="Ada wrote it."'}.get(name, '"A text"')
     trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""  # of one file, which lies in the folder
     return f'''from transformers import pipeline
 pipe = pipeline("{name}", model="{folder}"{trusted})
-print(pipe("{call[0]}"{call[1]}))'''
+print(pipe({call}))'''

@@ -10,7 +10,6 @@ Shape legend: B windows, T tokens. Sources: Devlin et al. 2019, BERT, sec. 4.2 a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from math import exp
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -24,10 +23,11 @@ from hfscale.metrics.squad import best_threshold, squad
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Task
+from hfscale.tasks.base import Example, Feature, Task
+from hfscale.tasks.question_answering import best_spans, choose, windows
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 SHORTEST = 16  # tokens of a window: less leaves no room for a question, a context and their overlap
 
@@ -49,7 +49,7 @@ class ExtractiveQA(Task):
     options: QAOptions
     term = "extractive_qa"
     auto_model = "AutoModelForQuestionAnswering"
-    pipeline = "question-answering"
+    pipeline, code = "question-answering", "hfscale.tasks.question_answering"
     columns: ClassVar = {"question": "a question", "context": "the text that may hold its answer",
                          "answers": 'a text, a list of texts or {"text": [...], "answer_start": [...]}; empty: there is none',
                          "answer_start": "at which character of the context it begins (or each); without it, where it first occurs"}
@@ -73,43 +73,38 @@ class ExtractiveQA(Task):
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
         """Return what a model of ours says; of others' models, that there always is an answer."""
-        return {"no_answer": getattr(config, "no_answer", False)}
+        return {"no_answer": getattr(config, "question_answering", {}).get("no_answer", False)}
 
     @property
     def no_answer(self) -> bool:
         """Whether the answer may be that there is none."""
         return self.options.no_answer if self.options.no_answer is not None else bool(self.setting.facts.get("no_answer"))
 
+    @property
+    def how(self) -> dict[str, Any]:
+        """What answers depend on, beside the model."""
+        return {**self.options.model_dump(), "no_answer": self.no_answer, "max_length": self.setting.seq_len}
+
     def model_overrides(self) -> dict[str, Any]:
-        """Return two scores a token, and whether there may be no answer."""
-        return {"num_labels": 2, "no_answer": self.no_answer, "pad_token_id": self.pad_id}
+        """Return two scores a token, and the padding id."""
+        return {"num_labels": 2, "pad_token_id": self.pad_id}
+
+    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Carry along how answers are found, and the pipeline that transformers 5 dropped."""
+        model.config.question_answering = self.how
+        model.config.custom_pipelines = {self.pipeline: {"impl": "question_answering.QuestionAnsweringPipeline", "pt": [self.auto_model]}}
 
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not of it), and ``labels`` (start, end)."""
-        question, context = example["question"], example["context"]
-        for name, text in (("question", question), ("context", context)):
+        asked: dict[str, Any] = {role: example.get(role) for role in ("question", "context")}
+        for name, text in asked.items():
             if not isinstance(text, str) or not text.strip():
                 raise BadExample(f"the {name} is empty, or not text: {text!r:.60}")
         span = self._span(example) if "answers" in example else None
-        tokenizer, length = self.setting.tokenizer, self.setting.seq_len
-        asked = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
-        truncated = len(asked) > length // 2
-        if truncated:
-            question, asked = question[: asked[length // 2 - 1][1]], asked[: length // 2]
-        room = length - len(asked) - tokenizer.num_special_tokens_to_add(pair=True)
-        stride = min(length // 3 if self.options.stride is None else self.options.stride, room // 2)
-        made = tokenizer(question, context, truncation="only_second", max_length=length, stride=stride, return_overflowing_tokens=True,
-                         return_offsets_mapping=True)
-        if 1 not in made.sequence_ids(0):
+        made = windows(self.setting.tokenizer, self.how, **asked)
+        if not made:
             raise BadExample("the tokenizer makes nothing of the context")
-        features = []
-        for window in range(len(made["input_ids"])):
-            places = [place if side == 1 else (-1, -1) for place, side in
-                      zip(made["offset_mapping"][window], made.sequence_ids(window), strict=True)]
-            feature = {name: made[name][window] for name in MODEL_INPUTS if name in made}
-            feature |= {"begins": [begin for begin, _ in places], "ends": [end for _, end in places], "truncated": truncated}
-            features.append(feature if span is None else {**feature, "labels": _label(places, *span)})
-        return features
+        return [window if span is None else {**window, "labels": _label(window, *span)} for window in made]
 
     def _span(self, example: Example) -> tuple[int, int]:
         """Return the characters of the first answer that is in the context where it should be, else anywhere; (-1, -1) for no answer."""
@@ -141,38 +136,12 @@ class ExtractiveQA(Task):
 
     def outputs(self, logits_B2T: Tensor, rows: Examples) -> list[dict[str, Any]]:
         """Return for each window its best ``spans`` (score, first and one past the last character) and the score of ``none``."""
-        outputs = []
-        for (start_T, end_T), row in zip(logits_B2T.cpu(), rows.features, strict=True):
-            begins, ends = row["begins"], row["ends"]
-            own = [n for n, begin in enumerate(begins) if begin >= 0]
-            scores = start_T[own, None] + end_T[None, own]  # of the spans from each token of the context to each
-            allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(self.options.max_answer_tokens - 1)
-            best = scores.masked_fill(~allowed, float("-inf")).flatten().topk(min(self.options.n_best, int(allowed.sum())))
-            spans = [(score, begins[own[place // len(own)]], ends[own[place % len(own)]])
-                     for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
-            outputs.append({"none": float(start_T[0] + end_T[0]), "spans": spans})
-        return outputs
+        return [best_spans(start_T, end_T, window=row, how=self.how)
+                for (start_T, end_T), row in zip(logits_B2T.cpu(), rows.features, strict=True)]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the ``prediction`` ("" for none) with ``start`` and ``end`` in the context, and the ``n_best`` spans.
-
-        ``no_answer_score`` is what the threshold is for: by how much "none" beats the best span.
-        """
-        none = min(output["none"] for output in outputs)
-        scores: dict[tuple[int, int], float] = {}  # overlapping windows find the same span
-        for score, begin, end in (span for output in outputs for span in output["spans"]):
-            text = example["context"][begin:end]
-            place = (begin + len(text) - len(text.lstrip()), begin + len(text.rstrip()))  # some tokenizers' tokens hold the space before
-            scores[place] = max(scores.get(place, score), score)
-        best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[: self.options.n_best]
-        top = best[0][1]
-        total = sum(exp(score - top) for _, score in best) + (exp(min(none - top, 700.0)) if self.no_answer else 0.0)
-        n_best = [{"text": example["context"][begin:end], "start": begin, "end": end, "score": exp(score - top) / total}
-                  for (begin, end), score in best]
-        silent = self.no_answer and none - top > self.options.no_answer_threshold
-        chosen = {"text": "", "start": None, "end": None, "score": exp(min(none - top, 700.0)) / total} if silent else n_best[0]
-        return {"prediction": chosen["text"], **{name: chosen[name] for name in ("start", "end", "score")},
-                "no_answer_score": none - top, "n_best": n_best}
+        """Return what ``choose`` does: ``prediction``, ``start``, ``end``, ``score``, ``no_answer_score``, ``n_best``."""
+        return choose(example["context"], outputs, how=self.how)
 
     def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return SQuAD's exact match and F1 at the threshold of the options, by kind of question where there are both."""
@@ -204,9 +173,10 @@ def _answers(example: Example) -> list[tuple[str, int]]:
     return [(text, -1 if start in (None, "") else int(start)) for text, start in zip(texts, starts, strict=False) if text.strip()]
 
 
-def _label(places: Sequence[tuple[int, int]], start: int, end: int) -> list[int]:
+def _label(window: Feature, start: int, end: int) -> list[int]:
     """Return the first and last token of the characters from ``start`` to ``end``; the first of all where the window does not hold them."""
-    own = [n for n, (begin, _) in enumerate(places) if begin >= 0]
-    if start < 0 or places[own[0]][0] > start or places[own[-1]][1] < end:
+    begins, ends = window["begins"], window["ends"]
+    own = [n for n, begin in enumerate(begins) if begin >= 0]
+    if start < 0 or begins[own[0]] > start or ends[own[-1]] < end:
         return [0, 0]
-    return [next(n for n in own if places[n][1] > start), max(n for n in own if places[n][0] < end)]
+    return [next(n for n in own if ends[n] > start), max(n for n in own if begins[n] < end)]

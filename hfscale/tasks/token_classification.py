@@ -47,7 +47,7 @@ class TokenClassification(Task):
     term = "token_classification"
     auto_model = "AutoModelForTokenClassification"
     pipeline = "token-classification"
-    columns: ClassVar = {"words": "a list of words, or words with spaces between them", "text": "a text, where there are no words",
+    columns: ClassVar = {"text": "a text, where there are no words", "words": "a list of words, or words with spaces between them",
                          "tags": "as many tags"}
     optional: ClassVar = frozenset({"words", "text"})
     answers: ClassVar = frozenset({"tags"})

@@ -46,7 +46,7 @@ def predict(
     config = settle(model, task=task, data=data or "-", out=out or Path("-"), overrides=overrides or ())
     if data is None:
         columns = task_class(config.task.name).columns
-        given = {"question": question, "context": context, next(iter(columns)): text}
+        given = {"question": question, "context": context} | ({next(iter(columns)): text} if text is not None else {})
         example = {role: value for role, value in given.items() if value is not None}
         if wrong := [role for role in example if role not in columns]:
             raise ConfigError(f"the task {config.task.name} has no {wrong[0]}", where="command line", remedy=f"it has {', '.join(columns)}")

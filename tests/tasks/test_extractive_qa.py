@@ -3,13 +3,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import shutil
 
 import pytest
 import torch
-from transformers import BertForQuestionAnswering
+from transformers import BertForQuestionAnswering, pipeline
 
 from hfscale.errors import ConfigError
 from hfscale.stream.examples import BadExample
+from hfscale.tasks import question_answering
 from tests.tasks.kit import answers, bert, learn, make_task, marking_tokenizer, rows_of
 
 EN = "The old river ran slowly under the unbelievable bridges of the town."
@@ -100,7 +102,8 @@ def test_the_choice_equals_a_search_over_all_spans_of_all_windows():
 def test_it_learns_also_when_there_is_no_answer(kind):
     task = task_of(kind)
     model = bert(task, BertForQuestionAnswering)
-    assert model.config.no_answer is True
+    task.finish(model, None)
+    assert type(task).known(type(model.config).from_dict(model.config.to_dict())) == {"no_answer": True}
     assert learn(task, model, EXAMPLES, steps=300, lr=2e-3) < 0.05
     predicted = answers(task, model, EXAMPLES)
     assert [p["prediction"] for p in predicted] == ["old river", "unbelievable bridges", "古老的桥", "河水", ""]
@@ -109,6 +112,21 @@ def test_it_learns_also_when_there_is_no_answer(kind):
     assert scores["exact_match"] == scores["f1"] == scores["no_answer_accuracy"] == scores["best_f1"] == 100.0
     never = task_of(kind, no_answer_threshold=1e6)
     assert never.score(predicted, EXAMPLES)["no_answer_accuracy"] == 0.0  # rescored at another threshold, without a model
+
+
+def test_the_pipeline_that_goes_along_gives_the_same_answers(tmp_path):
+    task = task_of(seq_len=40, stride=8, n_best=3)
+    model = bert(task, BertForQuestionAnswering)
+    task.finish(model, task.setting.tokenizer)
+    model.save_pretrained(tmp_path)
+    task.setting.tokenizer.save_pretrained(tmp_path)
+    shutil.copy(question_answering.__file__, tmp_path)
+    pipe = pipeline("question-answering", str(tmp_path), trust_remote_code=True)
+    asked = [{"question": "河水流过的桥？", "context": EN + ZH + EN}, {"question": "What ran slowly?", "context": EN}]
+    theirs = [pipe(**asked[0]), *pipe(asked)]
+    ours = answers(task, model, [{"id": str(n), **example} for n, example in enumerate([asked[0], *asked])])
+    assert [(a["answer"], a["start"], a["end"]) for a in theirs] == [(p["prediction"], p["start"], p["end"]) for p in ours]
+    assert [a["score"] for a in theirs] == pytest.approx([p["score"] for p in ours], rel=1e-4)
 
 
 def test_without_questions_that_have_no_answer_there_always_is_one():
