@@ -75,8 +75,9 @@ def extended(path: str | Path, *, roles: Mapping[str, str], sentinels: int = 0) 
     from tokenizers import AddedToken
 
     tokenizer = load_tokenizer(path)
-    for role, token in roles.items():
-        if (there := getattr(tokenizer, role)) not in (None, token):
+    in_use = [*tokenizer.special_tokens_map.values()]
+    for role, token in roles.items():  # what has two roles (the end of a text that pads too) may give one to a token of its own
+        if (there := getattr(tokenizer, role)) not in (None, token) and in_use.count(there) == 1:
             raise DataError(f"this tokenizer has a {role.replace('_', ' ')} already", where=path, value=there, remedy="leave it out")
     tokenizer.add_special_tokens({**roles})  # type: ignore[arg-type]
     tokenizer.add_tokens([AddedToken(f"<extra_id_{number}>", special=True) for number in range(sentinels)], special_tokens=True)

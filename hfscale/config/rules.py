@@ -12,6 +12,16 @@ from typing import Any, Literal
 from hfscale.config.schema import Data, Examples, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
+# What DeepSpeed accepts without a word though losses are then not those of one process (seen with benchmarks.parity), or nothing happens.
+UNSAFE = {
+    "communication_data_type": "gradients would be summed in fewer bits: losses of 6 steps moved by 5e-5 to 2e-4",
+    "torch_autocast": "the model would compute in other precisions than engine.precision says: losses of 6 steps moved by 4e-4",
+    "data_types": "gradients would be accumulated in fewer bits, by another optimizer of DeepSpeed: losses of 6 steps moved by 4e-5",
+    "optimizer": "DeepSpeed ignores it: `optim` is the optimizer",
+    "scheduler": "`schedule` sets the learning rate of each step, whatever DeepSpeed's scheduler says",
+    "sequence_parallel_size": "DeepSpeed ignores it here: every rank has rows of its own",
+}
+
 
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
     """Return ``(key, what is wrong)`` for everything that sections of a valid shape contradict each other in."""
@@ -29,6 +39,7 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
     if (model.architecture is None) == (model.pretrained is None):
         found.append(("model.architecture",
                       "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)"))
+    found += [(f"engine.extra.{key}", f"{why}; take it out") for key, why in UNSAFE.items() if key in config.engine.extra]
     if config.checkpoint.keep_best and data.validation is None:
         setting = "data.validation" if isinstance(data, Examples) else "data.validation.shards"
         found.append(("checkpoint.keep_best", f"there is no validation to find the best by: set {setting}, or take it back"))

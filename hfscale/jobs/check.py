@@ -20,7 +20,8 @@ from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
 from hfscale.hub import local_folder
 from hfscale.jobs.material import open_material
-from hfscale.models.build import check_model_config, special_ids
+from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
+from hfscale.objectives.draws import lacking
 from hfscale.tokenizer import vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,6 +38,10 @@ def check(config: TrainConfig) -> None:
     material.check(layout.newest_state(config.run_dir))
     objective = material.objective()
     model_config = check_model_config(**model_needs(config, material.tokenizer, folder, also=material.needs))
+    check_head(model_config, objective.auto_model)
+    if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:
+        why = f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own"
+        raise lacking(material.tokenizer, why, add="pad='<pad>'")
     if folder and not layout.newest_state(config.run_dir):
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 import transformers
 from safetensors import SafetensorError
+from tokenizers import processors
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
@@ -82,6 +83,8 @@ def open_task(config: PredictConfig) -> tuple[PreTrainedModel, Task]:
     kind, name = task_class(config.task.name), config.predict.model
     if run := open_run(name):
         model, tokenizer, facts = run.model(), run.tokenizer, run.objective.setting.facts
+        if not isinstance(run.objective, Task):
+            framed(tokenizer, run.objective.frame, model.config)  # as an export of it would have it
         if kind.auto_model == "AutoModel":
             model = cast("PreTrainedModel", model.base_model)
         elif run.objective.auto_model != kind.auto_model:
@@ -100,6 +103,28 @@ def open_task(config: PredictConfig) -> tuple[PreTrainedModel, Task]:
     facts = facts or kind.known(model.config)
     task = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer, facts=facts, model_config=model.config))
     return model.eval().to(default_device()), task  # type: ignore[arg-type]
+
+
+def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` around a text, before it and after.
+
+    Where there is no ``eos_token`` documents end with the ``sep_token``. Without roles nothing is put, as shards are made: a prompt that
+    ends in [SEP] would be a document's end.
+    """
+    bare, ends = tokenizer("a", add_special_tokens=False)["input_ids"], {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
+    has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
+    if not frame and tokenizer("a")["input_ids"] != bare:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    elif any(has) and tokenizer("a")["input_ids"] == bare:
+        before, after = (f"{token} " if token else "" for token in has)
+        around = processors.TemplateProcessing(
+            single=f"{before}$A {after}".strip(), pair=f"{before}$A {after}$B {after}".strip(),
+            special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in has if token])
+        own = tokenizer.backend_tokenizer.post_processor
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, around]) if own else around
+    if not getattr(config, "type_vocab_size", 0):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    return tokenizer
 
 
 def _no_head(kind: type[Task], name: str, value: Any) -> CheckpointError:

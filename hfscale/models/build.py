@@ -20,22 +20,24 @@ if TYPE_CHECKING:
     from hfscale.models.init import Gather
 
 # families whose first positions are taken by the padding id (fairseq's habit)
-_OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "ibert", "data2vec-text", "mpnet"}
+OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "ibert", "data2vec-text", "mpnet"}
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
-    """Return the config values of a tokenizer's bos, eos and padding ids, for ``overrides``.
+    """Return the config values of a tokenizer's special ids, for ``overrides``. A decoder starts with the padding token, as T5's does.
 
     Padding is None unless it is a token of its own: embeddings never train their padding row, and a config's default
     (OPT: 1) may be an ordinary token of this tokenizer.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad if pad not in (bos, eos) else None}
+    own = pad if pad not in (bos, eos) else None
+    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": own, "cls_token_id": tokenizer.cls_token_id,
+            "sep_token_id": tokenizer.sep_token_id, "forced_eos_token_id": eos, "decoder_start_token_id": eos if own is None else own}
 
 
 def first_position(config: PretrainedConfig) -> int:
     """Return the position id of a row's first token."""
-    if config.model_type not in _OFFSET_POSITIONS:
+    if config.model_type not in OFFSET_POSITIONS:
         return 0
     return 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1  # MPNet's is written into its code
 
@@ -66,8 +68,22 @@ def check_model_config(model: Model, *, vocab_size: int, seq_len: int, overrides
         _check_keys(model.config, known, model.architecture)
         defaults = {"vocab_size": vocab_size} | {key: value for key, value in (overrides or {}).items() if key in known}
         config = _accepted(lambda: config_class(**(defaults | model.config)), model)
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:  # T5's config has no such key
+        config.decoder_start_token_id = (overrides or {}).get("decoder_start_token_id")
     _check_room(config, vocab_size=vocab_size, seq_len=seq_len)
     return config
+
+
+def check_head(config: PretrainedConfig, auto_model: str) -> None:
+    """Refuse (ConfigError) an architecture that ``auto_model``, a class of transformers, does not know."""
+    import transformers
+
+    if type(config) in getattr(transformers, auto_model)._model_mapping or type(config).__module__.startswith("transformers_modules"):
+        return
+    heads = {"clm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
+    fit = [objective for objective, head in heads.items() if type(config) in getattr(transformers, head)._model_mapping]
+    raise ConfigError(f"{config.model_type} has no {auto_model}", where="model.architecture", value=config.model_type,
+                      remedy=" ".join(["choose an architecture that has it", *(f"or objective {objective}" for objective in fit)]))
 
 
 def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int, seed: int, dtype: torch.dtype | None = None,
@@ -88,6 +104,7 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
     from hfscale.models.init import initialize
 
     config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
+    check_head(config, auto_model)
 
     def construct() -> PreTrainedModel:
         with no_init_weights(), context():
@@ -152,6 +169,8 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
         return  # relative positions (T5, XLNet): no limit
     taken = first_position(config)
     if seq_len > positions - taken:
+        smaller = f", or data.seq_len={positions - taken} or less" if positions > taken + 1 else ""
+        why = f" ({config.model_type} counts them from its padding id, {taken - 1})" if taken else ""
         raise ConfigError(
-            f"rows of {seq_len} tokens need more than the model's {positions} positions", where=f"data.seq_len, model.config.{key}",
-            value=seq_len, remedy=f"set model.config.{key}={seq_len + taken}, or data.seq_len={positions - taken} or less")
+            f"rows of {seq_len} tokens need more than the model's {positions} positions{why}", where=f"data.seq_len, model.config.{key}",
+            value=seq_len, remedy=f"set model.config.{key}={seq_len + taken}{smaller}")

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from hfscale.config.schema import Named, Section
 from hfscale.errors import ConfigError, nearest
-from hfscale.objectives.isolation import keep_apart
+from hfscale.objectives.isolation import check_apart, keep_apart, movement
 from hfscale.registry import load_plugin
 
 if TYPE_CHECKING:
@@ -87,7 +87,8 @@ class Objective:
 
     Options: ClassVar[type[Section]] = Section  # none
     auto_model: str = "AutoModelForCausalLM"
-    pipeline: ClassVar[str] = "text-generation"  # the transformers pipeline that uses such a model
+    pipeline: ClassVar[str | None] = "text-generation"  # the transformers pipeline that uses such a model; None: generate() does
+    frame: tuple[str | None, ...] = ()  # roles of the tokens before and after a text: an exported tokenizer puts them there
     causal: ClassVar[bool] = False  # a token sees only what came before it
     token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
     needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other
@@ -114,6 +115,34 @@ class Objective:
             return model(**batch.inputs, use_cache=False).logits
         assert self.setting.model_config is not None, "documents are kept apart in a model"
         return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config, causal=self.causal)
+
+    def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """Return the function (``ids_BT``, ``document_ids_BT``) -> ``logits_BTV`` of the live model, for probes."""
+
+        def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+            batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
+            return self.logits(model, batch.to(device))
+
+        return logits
+
+    def sight(self, model: Model, *, device: torch.device | str) -> float:
+        """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal model."""
+        config, middle = self.setting.model_config, self.setting.seq_len // 2
+        assert config is not None, "check() needs Setting.model_config"
+        logits = self.logits_of(model, device=device)
+        return movement(lambda ids_BT: logits(ids_BT, None), self.shape, config.vocab_size, changed=slice(middle, None),
+                        watched=slice(middle))
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels answer and nothing is compiled again."""
+        return self.setting.micro_batch, self.setting.seq_len
+
+    def check_documents(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse (ConfigError) a live model in which documents see each other, where they are to be kept apart."""
+        if not self.setting.cross_document:
+            assert self.setting.model_config is not None, "check() needs Setting.model_config"
+            check_apart(self.logits_of(model, device=device), self.shape, config=self.setting.model_config)
 
     def document_ids(self, rows: Rows) -> Tensor | None:
         """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept apart, else None."""

@@ -17,7 +17,6 @@ from torch import Tensor
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.objectives.isolation import check_apart, movement
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -50,19 +49,9 @@ class CausalLM(Objective):
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a model that sees the future (an encoder), or another document where documents are to be kept apart."""
-        config, middle = self.setting.model_config, self.setting.seq_len // 2
-        assert config is not None, "check() needs Setting.model_config"
-        shape = (self.setting.micro_batch, self.setting.seq_len)  # as in training: the live kernels, no recompilation
-
-        def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
-            batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
-            return self.logits(model, batch.to(device))
-
-        moved = movement(lambda ids_BT: logits(ids_BT, None), shape, config.vocab_size, changed=slice(middle, None), watched=slice(middle))
-        if moved:
+        if moved := self.sight(model, device=device):
             raise ConfigError(
                 f"clm: the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
-                where="model.architecture", value=config.model_type,
+                where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
                 remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm")
-        if not self.setting.cross_document:
-            check_apart(logits, shape, config=config)
+        self.check_documents(model, device=device)

@@ -7,7 +7,7 @@ memory of one backward would grow with the global batch. Gradient caching breaks
 micro-batch without gradient, take the loss of all embeddings and its gradient d loss / d embedding, then embed each micro-batch again,
 with the random state of its first time, and send that gradient back.
 
-Shape legend: n texts of this rank, N of all ranks; V views of a text (2); T tokens of the longest view; H width.
+Shape legend: n texts of this rank, N of all ranks; V views of a text (2, or 3 with a hard negative); T tokens of the longest view; H width.
 Sources: Oord et al. 2018 (InfoNCE); Gao et al. 2021, GradCache, sec. 3; Gao et al. 2021, SimCSE, sec. 3 (views that differ in dropout
 alone); Izacard et al. 2022, Contriever, sec. 3.1 (independent crops of a document); Wang & Isola 2020 (alignment, uniformity).
 """
@@ -53,6 +53,7 @@ class Contrastive(Objective):
     Options = ContrastiveOptions
     auto_model = "AutoModel"
     pipeline = "feature-extraction"
+    frame = ("cls_token", "eos_token")
     token_loss = False
     needs_documents = True
     options: ContrastiveOptions
@@ -165,25 +166,41 @@ class Contrastive(Objective):
             at += n
 
     def compare(self, own_VnH: Tensor, valid_n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the InfoNCE sum over the texts of all ranks, with gradient to ``own_VnH``, and this rank's ``{term: values_n}``."""
+        """Return the InfoNCE sum over the texts of all ranks, with gradient to ``own_VnH``, and this rank's ``{term: values_n}``.
+
+        The first view asks, the second answers; further views (hard negatives) are candidates beside all answers.
+        """
         others, first = gather_from_ranks(own_VnH.detach().transpose(0, 1).contiguous())  # (N, V, H)
         valid_N = gather_from_ranks(valid_n)[0].bool()
         n = own_VnH.shape[1]
         mine = slice(first, first + n)
         all_VNH = torch.cat([others[:first].transpose(0, 1), own_VnH, others[first + n:].transpose(0, 1)], dim=1)
-        anchors_NH, positives_NH = all_VNH
-        scores_NN = (anchors_NH @ positives_NH.T / self.options.temperature).masked_fill(~valid_N, float("-inf"))
+        anchors_NH, positives_NH = all_VNH[:2]
+        wrong_C = ~valid_N.repeat(len(all_VNH) - 1)  # C: candidates, N of each view but the first
+        scores_NC = (anchors_NH @ all_VNH[1:].flatten(0, 1).T / self.options.temperature).masked_fill(wrong_C, float("-inf"))
         target_N = torch.arange(len(valid_N), device=valid_N.device)
-        nll_N = F.cross_entropy(scores_NN[valid_N], target_N[valid_N], reduction="none")
+        nll_N = F.cross_entropy(scores_NC[valid_N], target_N[valid_N], reduction="none")
         with torch.no_grad():
             values_N = anchors_NH.new_zeros(len(valid_N))
             distance_NN = torch.cdist(anchors_NH[mine], anchors_NH).square()
             near_NN = torch.exp(-2 * distance_NN) * valid_N * (target_N[mine, None] != target_N)
             sums = {"contrastive": values_N.index_put((target_N[valid_N],), nll_N)[mine],
-                    "retrieval_accuracy": (scores_NN[mine].argmax(1) == target_N[mine]).float(),
+                    "retrieval_accuracy": (scores_NC[mine].argmax(1) == target_N[mine]).float(),
                     "alignment": (anchors_NH - positives_NH)[mine].square().sum(1),
                     "uniformity": near_NN.sum(1) / max(1, int(valid_N.sum()) - 1)}
         return nll_N.sum(), {term: values_n * valid_n for term, values_n in sums.items()}
+
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse a model whose embedding does not depend on the text: the first token of a model that sees only the past."""
+        config = self.setting.model_config
+        assert config is not None, "check() needs Setting.model_config"
+        ids_BT = torch.randint(config.vocab_size, (2, self.setting.seq_len), generator=torch.Generator().manual_seed(0))
+        ids_BT[:, 0] = ids_BT[0, 0]  # [CLS], say
+        batch = Batch({"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}, ids_BT, ids_BT, {}, ids_BT[:, 0], ids_BT[:, 0])
+        one, other = self.embed(model, batch.to(device))[0]
+        if torch.equal(one, other):
+            raise ConfigError("contrastive: the first token of this model does not see the text", where="objective.options.pooling",
+                              value=f"{self.options.pooling}, {config.model_type}", remedy="set it to last or mean, or choose an encoder")
 
 
 def _random_state(state: list[Tensor] | None = None) -> list[Tensor]:

@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
+from shlex import quote
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -18,7 +21,7 @@ def row_generators(seed: int, position_B: Tensor) -> Iterator[np.random.Generato
         yield np.random.Generator(np.random.Philox(key=[seed, position % 2**64]))
 
 
-def special_id(tokenizer: object, role: str, *, why: str) -> int:
+def special_id(tokenizer: Any, role: str, *, why: str) -> int:
     """Return the id of the tokenizer's ``role`` (``mask_token``, ``cls_token``, ``pad_token``, ...).
 
     Raises:
@@ -26,8 +29,15 @@ def special_id(tokenizer: object, role: str, *, why: str) -> int:
     """
     number = getattr(tokenizer, f"{role}_id", None)
     if number is None:
-        name = getattr(tokenizer, "name_or_path", "TOKENIZER")
-        raise ConfigError(f"this tokenizer has no {role.replace('_', ' ')}, {why}", where="tokenizer.path", value=name,
-                          remedy=f"hfscale tokenizer add {name} OUT {role}='<{role.removesuffix('_token')}>', then tokenizer.path=OUT; "
-                                 "shards that were built stay good")
+        short = role.removesuffix("_token")
+        raise lacking(tokenizer, f"this tokenizer has no {short} token, {why}", add=f"{short}='<{short}>'")
     return int(number)
+
+
+def lacking(tokenizer: Any, what: str, *, add: str) -> ConfigError:
+    """Return the error of a tokenizer that needs more tokens, with the command that makes another one which has them."""
+    path = tokenizer.name_or_path or "TOKENIZER"
+    more = f"{path.rstrip('/')}-{add.partition('=')[0]}"
+    command = "" if Path(more).exists() else f"hfscale tokenizer add {quote(path)} {quote(more)} {add}\n  then "
+    return ConfigError(what, where="tokenizer.path", value=path,
+                       remedy=f"{command}set tokenizer.path={quote(more)}; shards that were built stay good")

@@ -44,6 +44,7 @@ class MaskedLM(Objective):
     Options = MaskingOptions
     auto_model = "AutoModelForMaskedLM"
     pipeline = "fill-mask"
+    frame = ("cls_token", "eos_token")
     options: MaskingOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:
@@ -103,3 +104,11 @@ class MaskedLM(Objective):
         logits_BTV = self.logits(model, batch)
         right_BT = (logits_BTV.detach().argmax(-1) == batch.labels_BT) & (batch.labels_BT != IGNORE_INDEX)
         return {"mlm": token_losses(logits_BTV, batch.labels_BT).sum(1), "masked_accuracy": right_BT.sum(1)}
+
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse a model that sees only the past (a decoder), or another document where documents are to be kept apart."""
+        if not self.sight(model, device=device):
+            raise ConfigError("mlm: the model sees only the past: changing later tokens does not move the logits of earlier ones",
+                              where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
+                              remedy="choose an encoder (bert, modernbert, ...) without model.config.is_decoder, or use objective clm")
+        self.check_documents(model, device=device)

@@ -14,7 +14,7 @@ infilling: 30 %, lengths Poisson(3), so a span may be empty). Poisson lengths wi
 """
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from hfscale.config.schema import Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.objectives.draws import row_generators, special_id
+from hfscale.objectives.draws import lacking, row_generators, special_id
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -46,7 +46,7 @@ class Seq2Seq(Objective):
 
     Options = DenoisingOptions
     auto_model = "AutoModelForSeq2SeqLM"
-    pipeline = "text2text-generation"
+    pipeline = None  # transformers 5 has none for these models
     options: DenoisingOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:
@@ -65,7 +65,7 @@ class Seq2Seq(Objective):
             self._marks = np.full(self._spans, special_id(tokenizer, "mask_token", why="which stands for hidden spans"))
             self._end = np.empty(0, np.int64)
         else:
-            self._marks = sentinels(tokenizer, self._spans)
+            self._marks, self.frame = sentinels(tokenizer, self._spans), (None, "eos_token")
             self._end = np.array([special_id(tokenizer, "eos_token", why="which ends inputs and targets")])
 
     def weights(self) -> dict[str, float]:
@@ -80,7 +80,7 @@ class Seq2Seq(Objective):
         pairs = [self.corrupt(ids_T, rng) for ids_T, rng in zip(ids_BT.numpy(), generators, strict=True)]
         inputs_BS, labels_BU = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
         decoder_BU = labels_BU.roll(1, 1)
-        decoder_BU[:, 0] = 0 if config is None else config.decoder_start_token_id
+        decoder_BU[:, 0] = (config and config.decoder_start_token_id) or 0
         labels_BU.masked_fill_(~rows.valid_B[:, None], IGNORE_INDEX)
         return Batch(inputs={"input_ids": inputs_BS, "decoder_input_ids": decoder_BU}, labels_BT=labels_BU, input_ids=ids_BT,
                      counts={"seq2seq": (labels_BU != IGNORE_INDEX).sum(1)}, source_B=rows.source_B, position_B=rows.position)
@@ -109,19 +109,17 @@ class Seq2Seq(Objective):
         return {"seq2seq": token_losses(self.logits(model, batch), batch.labels_BT).sum(1)}
 
 
-def sentinels(tokenizer: object, count: int) -> np.ndarray:
+def sentinels(tokenizer: Any, count: int) -> np.ndarray:
     """Return the ids of ``<extra_id_0>``, ``<extra_id_1>``, ..., which stand for the spans in their order.
 
     Raises:
         ConfigError: if the tokenizer has fewer, with the command that adds them.
     """
-    vocabulary = tokenizer.get_vocab()  # type: ignore[attr-defined]
+    vocabulary = tokenizer.get_vocab()
     found = [vocabulary.get(f"<extra_id_{number}>") for number in range(count)]
     if None in found:
-        name = getattr(tokenizer, "name_or_path", "TOKENIZER")
-        raise ConfigError(f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a row needs {count}",
-                          where="tokenizer.path", value=name, remedy=f"hfscale tokenizer add {name} OUT sentinels={max(100, count)}, then "
-                          "tokenizer.path=OUT; shards that were built stay good")
+        raise lacking(tokenizer, f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a row needs {count}",
+                      add=f"sentinels={max(100, count)}")
     return np.array(found)
 
 

@@ -26,6 +26,8 @@ def config(**sections: dict[str, Any]) -> RunConfig:
     ({"train": {"micro_batch": 3}}, "train.micro_batch", "2 or 4"),
     ({"model": {"pretrained": "gpt2"}}, "model.architecture", "exactly one"),
     ({"model": {"architecture": None}}, "model.architecture", "exactly one"),
+    ({"engine": {"extra": {"communication_data_type": "bf16"}}}, "engine.extra.communication_data_type", "fewer bits"),
+    ({"engine": {"extra": {"scheduler": {"type": "WarmupLR"}}}}, "engine.extra.scheduler", "`schedule` sets"),
     ({"data": {"sources": [{"shards": "/a"}, {"shards": "/b"}]}}, "data.sources.1.name", "two sources are named text"),
     ({"data": {"sources": [{"shards": "/a", "weight": 0}]}}, "data.sources", "sum to nothing"),
     ({"data": {"stages": [{"at": 0.5, "weights": {"txet": 1}}]}}, "data.stages.0.weights", "no source txet; did you mean text"),

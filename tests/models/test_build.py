@@ -71,8 +71,11 @@ def test_overrides_replace_defaults_and_the_config_replaces_both() -> None:
 
 
 def test_padding_that_is_another_token_is_not_the_models_padding() -> None:
-    assert special_ids(SimpleNamespace(bos_token_id=0, eos_token_id=0, pad_token_id=0))["pad_token_id"] is None
-    assert special_ids(SimpleNamespace(bos_token_id=None, eos_token_id=0, pad_token_id=2))["pad_token_id"] == 2
+    def ids(bos: int | None, eos: int, pad: int) -> dict[str, int | None]:
+        return special_ids(SimpleNamespace(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad, cls_token_id=None, sep_token_id=None))
+
+    assert ids(0, 0, 0)["pad_token_id"] is None and ids(0, 0, 0)["decoder_start_token_id"] == 0
+    assert ids(None, 0, 2)["pad_token_id"] == ids(None, 0, 2)["decoder_start_token_id"] == 2
 
 
 @pytest.mark.parametrize("family", ["gpt2", "llama"])

@@ -8,6 +8,7 @@ import torch
 from hfscale.config.schema import Named
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Objective, Setting, load_objective
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.objectives.seq2seq import sentinels
 from hfscale.stream.rows import Rows
 from tests.objectives.tokenizers import tokenizer
@@ -67,6 +68,15 @@ def test_bart_hides_poisson_spans_behind_one_mask_each_and_asks_for_everything()
     for _ in range(300):
         hidden += rng.multinomial(60, np.full(20, 1 / 20)).tolist()
     assert np.mean(hidden) == pytest.approx(3.0) and np.var(hidden) == pytest.approx(3.0, abs=0.3)  # as Poisson(3)
+
+
+@pytest.mark.parametrize(("noise", "hidden", "span"), [("t5", None, 3), ("t5", 0.5, 4.5), ("bart", None, 3), ("bart", 0.15, 1)])
+def test_nothing_is_padded_whatever_is_drawn(noise: str, hidden: float | None, span: float) -> None:
+    """Every row has as many hidden tokens and spans, so its lengths are known before anything is drawn: padding is 0 by design."""
+    batch = corruption(noise, hidden=hidden, span=span).collate(rows_of(300))
+    pad = tokenizer().pad_token_id
+    assert all(isinstance(tensor, torch.Tensor) and not (tensor == pad).any() for tensor in batch.inputs.values())
+    assert (batch.labels_BT != IGNORE_INDEX).all(), "every place of the decoder asks something"
 
 
 def test_a_row_is_corrupted_by_its_place_alone_and_filler_asks_nothing() -> None:
