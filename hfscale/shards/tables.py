@@ -121,7 +121,8 @@ def table_files(name: str | Path) -> list[Path]:
         return [path]
     found = glob(str(path), recursive=True) if has_magic(str(path)) else map(str, path.rglob("*"))
     files = sorted(file for file in map(Path, found) if kind_of(file) and file.is_file() and not file.name.startswith("."))
-    if not files and (path.is_absolute() or path.suffix in SUFFIXES or str(name).startswith(".") or len(path.parts) > 2):
+    no_hub_name = has_magic(str(name)) or path.is_absolute() or path.suffix in SUFFIXES or str(name).startswith(".") or len(path.parts) > 2
+    if not files and no_hub_name:
         raise DataError("there is no such table", where="data", value=str(name), remedy=f"a file ({', '.join(SUFFIXES)}), a folder, a glob")
     return files
 

@@ -40,6 +40,7 @@ def predict(
     from hfscale import log
     from hfscale.jobs.opening import settle
     from hfscale.jobs.predict import predict_texts
+    from hfscale.stream.labelled import is_text
     from hfscale.tasks.base import task_class
 
     log.setup()
@@ -50,10 +51,8 @@ def predict(
         example = {role: value for role, value in given.items() if value is not None}
         if wrong := [role for role in example if role not in columns]:
             raise ConfigError(f"the task {config.task.name} has no {wrong[0]}", where="command line", remedy=f"it has {', '.join(columns)}")
-        try:
-            json.dumps(example, ensure_ascii=False).encode()
-        except UnicodeEncodeError:
-            raise ConfigError("the text is not UTF-8", where="command line") from None
+        if not all(map(is_text, example.values())):
+            raise ConfigError("the text is not UTF-8", where="command line", value=ascii(example))
         made = predict_texts(config, {"id": "0", **example})
         typer.echo(made["prediction"] if isinstance(made["prediction"], str) and len(made) == 2 else json.dumps(made, ensure_ascii=False))
         return
