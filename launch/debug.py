@@ -10,9 +10,10 @@ import sys
 import traceback
 
 from hfscale import log, worker
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.rules import solve_batch
-from hfscale.config.schema import FinetuneConfig, TrainConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
 from launch import run_dir

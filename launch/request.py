@@ -9,8 +9,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, load_config
-from hfscale.config.schema import FinetuneConfig, TrainConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.manifest import Manifest

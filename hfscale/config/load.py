@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfscale.config import rules
-from hfscale.config.schema import FinetuneConfig, PredictConfig, RunConfig, Section, TrainConfig
+from hfscale.config.finetune import FinetuneConfig, PredictConfig
+from hfscale.config.schema import RunConfig, Section, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfscale.config.schema import Data, Examples, Section, Train, TrainConfig
+from hfscale.config.finetune import Examples
+from hfscale.config.schema import Data, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 # What DeepSpeed accepts without a word though losses are then not those of one process (seen with benchmarks.parity), or nothing happens.

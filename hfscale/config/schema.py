@@ -22,12 +22,7 @@ def _absolute_unless_url(path: str) -> str:
     return path if re.match(r"\w+:", path) else str(_absolute(Path(path)))
 
 
-def _absolute_unless_hub_data(name: str) -> str:
-    """As above; what ends like a file, or has a wild card, is a path too, and the hub's ``org/name:split`` stays."""
-    return str(_absolute(Path(name))) if re.search(r"[*?\[]|\.\w+$", name) else _absolute_unless_hub_name(name)
-
-
-def _absolute_unless_hub_name(path: str) -> str:
+def absolute_unless_hub_name(path: str) -> str:
     """A folder that exists, or a spelling that the hub has no names of, is a path; ``gpt2`` and ``org/name`` stay."""
     is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     return str(_absolute(Path(path))) if is_path else path
@@ -39,9 +34,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 FileName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
 LocalPath = Annotated[Path, AfterValidator(_absolute), Field(validate_default=True)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_url)]
-PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_name)]
-Table = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_data)]
-HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
+PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(absolute_unless_hub_name)]
 
 
 class Section(BaseModel):
@@ -120,27 +113,6 @@ class Data(Section):
     def remote(self) -> dict[str, Any]:
         """How shards of a URL are fetched, as keywords of ``Manifest.load``."""
         return {**self.cache.model_dump(), "allow_pipe": self.allow_pipe}
-
-
-class Examples(Section):
-    """Labelled examples: files of JSONL, csv, tsv, parquet or WebDataset, folders or globs of them, or ``NAME:SPLIT`` of the hub."""
-
-    train: Table
-    validation: Union[HeldOut, Table, None] = None  # or a fraction of the training examples, chosen by a hash of what they say
-    test: Union[HeldOut, Table, None] = None
-    subset: str | None = None  # of the hub: the configuration
-    columns: dict[str, str] = {}  # role of the task -> column; a role has the column of its own name, "id" the number of the row
-    max_length: Annotated[int, Field(gt=1)] = 256  # tokens of a feature, special ones included
-    too_long: Literal["truncate", "refuse"] = "truncate"
-    on_error: Literal["stop", "skip"] = "stop"  # skip: examples that cannot be used are counted, shown and left out
-    length_grouping: bool = True  # batches of about equal length
-    validate_every_steps: Positive | None = None  # without it once an epoch
-    cache: Annotated[Path, AfterValidator(_absolute)] | None = None  # of preprocessed examples; hfscale in $XDG_CACHE_HOME or ~/.cache
-
-    @property
-    def seq_len(self) -> int:
-        """The longest row, as ``Data`` calls it."""
-        return self.max_length
 
 
 class Model(Section):
@@ -270,34 +242,6 @@ class RunConfig(TrainConfig):
     tokenizer: Tokenizer
     data: Data
     objective: Named
-
-
-class FinetuneConfig(TrainConfig):
-    """A whole run of fine-tuning; without ``tokenizer`` the pretrained model's own."""
-
-    verb: ClassVar[str] = "finetune"
-    tokenizer: Tokenizer | None = None
-    data: Examples
-    task: Named
-    optim: Optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
-
-
-class Predict(Section):
-    """What predicts, and where its predictions go."""
-
-    model: PathOrHubName  # a run, a checkpoint, an export, a transformers folder, a hub name
-    out: LocalPath
-    split: Literal["train", "validation", "test"] = "train"  # of the data
-    batch: Positive = 32
-    answers: bool = False  # the examples have their answers, which predictions will be compared with
-
-
-class PredictConfig(Section):
-    """Predictions of a task for a split of ``data``; a table that stands alone is its ``train``."""
-
-    predict: Predict
-    task: Named
-    data: Examples
 
 
 # ------------------------------------------------------------------------------------------------- a corpus

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 
 from hfscale.checkpoint import layout
+from hfscale.config.finetune import PredictConfig
 from hfscale.config.load import flatten, load_values
-from hfscale.config.schema import PredictConfig, RunConfig
+from hfscale.config.schema import RunConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import ConfigError, DataError
 from hfscale.hub import local_folder

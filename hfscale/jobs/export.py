@@ -16,7 +16,7 @@ import transformers
 
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
-from hfscale.config.schema import FinetuneConfig
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.opening import RunModel, framed, open_run

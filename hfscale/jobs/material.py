@@ -15,8 +15,9 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import load_config
-from hfscale.config.schema import FinetuneConfig, RunConfig, TrainConfig
+from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import World
 from hfscale.errors import DataError
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective

@@ -16,8 +16,9 @@ from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.weights import CheckpointWeights, WeightsReader
+from hfscale.config.finetune import FinetuneConfig, PredictConfig
 from hfscale.config.load import load_config, load_values
-from hfscale.config.schema import FinetuneConfig, PredictConfig, RunConfig, TrainConfig
+from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder

@@ -21,8 +21,8 @@ import torch
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
+from hfscale.config.finetune import PredictConfig
 from hfscale.config.load import to_yaml
-from hfscale.config.schema import PredictConfig
 from hfscale.dist.group import default_device
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World

@@ -6,9 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
 from hfscale.config.rules import notices, solve_batch, total_steps
-from hfscale.config.schema import CorpusConfig, FinetuneConfig, RunConfig, Section, TrainConfig
+from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import DataError
 from hfscale.shards.manifest import Manifest
 

@@ -22,7 +22,7 @@ from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
-from hfscale.config.schema import Examples
+from hfscale.config.finetune import Examples
 from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.log import logger, progress_bar
 from hfscale.shards.tables import table_digest, table_rows

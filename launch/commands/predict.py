@@ -11,7 +11,7 @@ import typer
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 
 if TYPE_CHECKING:
-    from hfscale.config.schema import PredictConfig
+    from hfscale.config.finetune import PredictConfig
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, an export, a transformers folder or a hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", show_default=False, help=(

@@ -8,7 +8,8 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the records of a short run; on ranks other than 0, nothing. For ``run_ranks``."""
     import torch
 
-    from hfscale.config.schema import FinetuneConfig, RunConfig
+    from hfscale.config.finetune import FinetuneConfig
+    from hfscale.config.schema import RunConfig
     from hfscale.dist.world import World
     from hfscale.jobs.build import build_trainer
 

@@ -14,7 +14,7 @@ import pytest
 import yaml
 from transformers import pipeline
 
-from hfscale.config.schema import FinetuneConfig
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
 from hfscale.jobs import export
 from hfscale.jobs.check import check

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from hfscale.config.schema import Examples
+from hfscale.config.finetune import Examples
 from hfscale.errors import ConfigError, DataError
 from hfscale.stream.examples import BadExample
 from hfscale.stream.labelled import LabelledData, read_examples
