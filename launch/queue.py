@@ -20,14 +20,24 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def client(command: Sequence[str | Path], cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    """Return a finished Slurm client; its exit code is not looked at."""
-    return subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+def client(command: Sequence[str | Path], cwd: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+    """Return a finished Slurm client; its exit code is not looked at. One that takes too long ends with 124, and says so on stderr."""
+    words = list(map(str, command))
+    try:
+        return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+    except subprocess.TimeoutExpired:
+        return subprocess.CompletedProcess(words, 124, "", f"{words[0]} got no answer in {timeout_s:.0f} s")
 
 
 def facts(job: str) -> dict[str, str]:
     """Return what ``scontrol show job`` says of a job by name; nothing once Slurm has forgotten it."""
     return dict(re.findall(r"(\S+?)=(\S*)", client(["scontrol", "show", "job", job]).stdout)) if job and has_slurm() else {}
+
+
+def longest(partition: str | None) -> str:
+    """Return the time limit of a partition, or of the default one, as Slurm writes it; "infinite" where there is none or nobody knows."""
+    rows = [line.partition("|") for line in client(["sinfo", "-h", "-o", "%P|%l"]).stdout.splitlines()]
+    return next((limit for name, _, limit in rows if (name.rstrip("*") == partition if partition else name.endswith("*"))), "infinite")
 
 
 def refuse_holder(run_dir: Path) -> None:

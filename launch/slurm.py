@@ -25,7 +25,7 @@ from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
 from launch import run_dir
-from launch.queue import client, has_slurm, hold, seconds
+from launch.queue import client, has_slurm, hold, longest, seconds
 from launch.request import Request, check
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -55,7 +55,7 @@ def launch(request: Request) -> int:
     code = code_folder(run)
     options = [] if here else sbatch_options(config, code)
     command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
-    said += _differences(cluster, here) if here else _accepted(options, dry_run=request.dry_run)
+    said += differences(cluster, here) if here else accepted(options, dry_run=request.dry_run)
     from hfscale.jobs.check import check as check_parts  # slow to import
 
     check_parts(config)
@@ -140,7 +140,7 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
 
 
-def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
+def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     """Return what Slurm says of a job with these options, without submitting it.
 
     Raises:
@@ -153,7 +153,11 @@ def _accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
     if tried.returncode:
         raise _refusal(tried.stderr, options)
-    return [line.removeprefix("sbatch: ") for line in tried.stderr.splitlines() if " to start at " in line]
+    asked = dict(option[2:].split("=", 1) for option in options if "=" in option)
+    limit, said = longest(asked.get("partition")), [line for line in tried.stderr.splitlines() if " to start at " in line]
+    if limit[0].isdigit() and seconds(asked.get("time", "0")) > seconds(limit):
+        said = [f"a partition with a limit of {limit} never starts a job of {asked['time']}, though Slurm takes it"]
+    return [line.removeprefix("sbatch: ") for line in said]
 
 
 def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
@@ -163,7 +167,7 @@ def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
     return ConfigError(f"Slurm refuses the job: {words}", where="cluster", value=asked, remedy=f"this cluster has {offers}")
 
 
-def _differences(cluster: Cluster, here: Allocation) -> list[str]:
+def differences(cluster: Cluster, here: Allocation) -> list[str]:
     """Return how an allocation differs from what the config asks for: the allocation wins."""
     pairs = {"nodes": (cluster.nodes, here.nodes), "gpus_per_node": (cluster.gpus_per_node or 0, here.gpus_per_node)}
     return [f"the allocation has {name} {has}, not the {asked} of cluster.{name}" for name, (asked, has) in pairs.items() if asked != has]

@@ -22,6 +22,10 @@ from hfscale.shards.manifest import ShardEntry
 FILE_NAME = "ledger.jsonl"
 
 
+class BuildUnderWay(DataError):
+    """Another process builds in the same folder."""
+
+
 @dataclass(frozen=True)
 class Mark:
     """Where a side's stream of documents stands when a shard is whole: the resume point."""
@@ -36,7 +40,8 @@ def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
     """Yield the ledger of ``folder``, locked meanwhile; one that has no line at the end is taken away again.
 
     Raises:
-        DataError: if another build is under way there, or was made with another ``plan`` (the message says what differs).
+        BuildUnderWay: if another process builds there.
+        DataError: if what is there was made with another ``plan`` (the message says what differs).
     """
     path = folder / FILE_NAME
     try:
@@ -48,8 +53,8 @@ def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise DataError("another build is writing here", where=folder,
-                            remedy="wait for it, or set shards.path to another folder") from None
+            raise BuildUnderWay("another build is writing here", where=folder,
+                                remedy="wait for it, or set shards.path to another folder") from None
         try:
             yield Ledger(path, file, json.loads(json.dumps(plan)))
         finally:

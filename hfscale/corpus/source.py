@@ -9,7 +9,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
 from typing import Any
@@ -54,6 +54,22 @@ class Corpus:
         else:
             rows = READERS[self.source.format]
             yield from (_text_of(row, name, where) for file in self.files for where, row in rows(file, name.split(".")[0]))
+
+    def part(self, number: int, count: int) -> Corpus:
+        """Return part ``number`` (from 0) of ``count``: consecutive files, about equal in bytes. Each file is in one; some may be empty.
+
+        Raises:
+            DataError: for a data set of the hub, which is one stream.
+        """
+        if self.source.format == "hub":
+            raise DataError("a data set of the hub cannot be built in parts", where="source.format",
+                            remedy="build it without --part, or save it as parquet files first")
+        before, chosen = 0, list[Path]()
+        for file in self.files:
+            if min(before * count // max(1, self.total_bytes), count - 1) == number:
+                chosen.append(file)
+            before += file.stat().st_size
+        return replace(self, files=chosen, total_bytes=sum(file.stat().st_size for file in chosen))
 
     def describe(self) -> dict[str, Any]:
         """Return what identifies this source, without the machine's paths: the same files elsewhere are the same source."""

@@ -31,6 +31,7 @@ class Counts:
     duplicates: int = 0  # texts seen before, byte for byte
     empty: int = 0  # nothing but white space
     invalid: int = 0  # lone surrogates: no UTF-8 for them exists
+    undecodable: int = 0  # files, or pieces of long files, that are not UTF-8; known at the end
 
 
 def side_of(digest: bytes, split: Split) -> Side:

@@ -73,6 +73,11 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
                       restarts=int(env.get("SLURM_RESTART_COUNT", "0")), rank=int(env.get("SLURM_PROCID", "0")))
 
 
+def node_name(env: Mapping[str, str] = os.environ) -> str:
+    """Return this machine's name, as Slurm knows it where it has one there."""
+    return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
 def free_port(port: int = 0) -> int:
     """Return a TCP port that is free on this machine now: any, or ``port`` itself (OSError if it is not)."""
     with socket.socket() as probe:

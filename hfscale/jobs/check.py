@@ -46,6 +46,15 @@ def check(config: TrainConfig) -> None:
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 
 
+def parameters(config: TrainConfig) -> int:
+    """Return how many weights the model of a run has."""
+    folder = pretrained_folder(config)
+    material = open_material(config, World(), folder)
+    needs = model_needs(config, material.tokenizer, folder, also=material.needs)
+    model = skeleton(config, check_model_config(**needs), material.objective().auto_model)
+    return sum(weight.numel() for weight in model.parameters())
+
+
 def pretrained_folder(config: TrainConfig) -> Path | None:
     """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
 

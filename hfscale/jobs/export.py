@@ -21,6 +21,7 @@ from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
+from hfscale.objectives.base import Objective
 from hfscale.tasks.base import Task
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
@@ -53,26 +54,24 @@ def run(name: str, out: Path) -> str:
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
-        if not isinstance(source.objective, Task):
-            framed(source.tokenizer, source.objective.frame, source.skeleton.config)
-        source.tokenizer.save_pretrained(partial)
+        framed(source.tokenizer, source.objective.frame, source.skeleton.config).save_pretrained(partial)
         difference = prove(source, partial)
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
-    return usage(source, str(out))
+    return usage(source.objective, out)
 
 
-def usage(source: RunModel, folder: str) -> str:
+def usage(objective: Objective, folder: Path | str) -> str:
     """Return lines of Python that use the model in ``folder``."""
-    task, mark = source.objective.pipeline, source.tokenizer.mask_token or "<extra_id_0>"
+    task, mark = objective.pipeline, objective.setting.tokenizer.mask_token or "<extra_id_0>"
     if task is None:
-        return f"""from transformers import AutoTokenizer, {(model := source.objective.auto_model)}
+        return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained("{folder}"), {model}.from_pretrained("{folder}")
 print(tokenizer.batch_decode(model.generate(tokenizer("Once upon a {mark}", return_tensors="pt").input_ids, max_new_tokens=40)))"""
     text = {"text-generation": '"Once upon a time", max_new_tokens=40', "fill-mask": f'"Once upon a {mark}"',
             "question-answering": 'question="Who wrote it?", context="Ada wrote it."'}.get(task, '"Once upon a time"')
-    trusted = ", trust_remote_code=True" if getattr(source.objective, "code", None) else ""  # of one file, which lies in the folder
+    trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""  # of one file, which lies in the folder
     return f"""from transformers import pipeline
 use = pipeline("{task}", model="{folder}"{trusted})
 print(use({text}))"""
@@ -127,6 +126,6 @@ tags: [hfscale]
 | proof | logits equal to the training engine's, relative difference {difference:.1e} |
 
 ```python
-{usage(source, "PATH_OF_THIS_FOLDER")}
+{usage(source.objective, "PATH_OF_THIS_FOLDER")}
 ```
 """

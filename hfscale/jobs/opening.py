@@ -84,8 +84,7 @@ def open_task(config: PredictConfig) -> tuple[PreTrainedModel, Task]:
     kind, name = task_class(config.task.name), config.predict.model
     if run := open_run(name):
         model, tokenizer, facts = run.model(), run.tokenizer, run.objective.setting.facts
-        if not isinstance(run.objective, Task):
-            framed(tokenizer, run.objective.frame, model.config)  # as an export of it would have it
+        framed(tokenizer, run.objective.frame, model.config)  # as an export of it would have it
         if kind.auto_model == "AutoModel":
             model = cast("PreTrainedModel", model.base_model)
         elif run.objective.auto_model != kind.auto_model:
@@ -106,12 +105,16 @@ def open_task(config: PredictConfig) -> tuple[PreTrainedModel, Task]:
     return model.eval().to(default_device()), task  # type: ignore[arg-type]
 
 
-def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` around a text, before it and after.
+def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | None, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` before a text and after it.
 
-    Where there is no ``eos_token`` documents end with the ``sep_token``. Without roles nothing is put, as shards are made: a prompt that
-    ends in [SEP] would be a document's end.
+    Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing is put, as shards are made: a prompt
+    that ends in [SEP] would be a document's end. None: what the tokenizer puts itself.
     """
+    if not getattr(config, "type_vocab_size", 0):
+        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+    if frame is None:
+        return tokenizer
     bare, ends = tokenizer("a", add_special_tokens=False)["input_ids"], {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
     has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
     if not frame and tokenizer("a")["input_ids"] != bare:
@@ -123,8 +126,6 @@ def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...], co
             special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in has if token])
         own = tokenizer.backend_tokenizer.post_processor
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, around]) if own else around
-    if not getattr(config, "type_vocab_size", 0):
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
     return tokenizer
 
 

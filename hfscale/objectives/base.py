@@ -88,7 +88,7 @@ class Objective:
     Options: ClassVar[type[Section]] = Section  # none
     auto_model: str = "AutoModelForCausalLM"
     pipeline: ClassVar[str | None] = "text-generation"  # the transformers pipeline that uses such a model; None: generate() does
-    frame: tuple[str | None, ...] = ()  # roles of the tokens before and after a text: an exported tokenizer puts them there
+    frame: tuple[str | None, ...] | None = None  # roles of tokens that an export's tokenizer puts before and after text; None: its own
     causal: ClassVar[bool] = False  # a token sees only what came before it
     token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
     needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other

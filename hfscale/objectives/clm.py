@@ -27,6 +27,7 @@ class CausalLM(Objective):
 
     auto_model = "AutoModelForCausalLM"
     causal = True
+    frame = ()
 
     def weights(self) -> dict[str, float]:
         """Return the one term, ``clm``: nats a predicted token."""

@@ -13,6 +13,7 @@ alone); Izacard et al. 2022, Contriever, sec. 3.1 (independent crops of a docume
 """
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -66,6 +67,9 @@ class Contrastive(Objective):
                               remedy="give at least 2, better 256")
         if options.crop[0] > options.crop[1]:
             raise ConfigError("the shortest crop is longer than the longest", where="objective.options.crop", value=list(options.crop))
+        if options.views == "crops" and setting.seq_len * options.crop[0] < 1:
+            raise ConfigError("rows are too short to crop", where="data.seq_len", value=setting.seq_len,
+                              remedy=f"at objective.options.crop={list(options.crop)} give at least {math.ceil(1 / options.crop[0])}")
         tokenizer = setting.tokenizer
         self._pad_id = special_id(tokenizer, "pad_token", why="and views differ in length")
         self._cls_id = special_id(tokenizer, "cls_token", why="whose state is to be the embedding") if options.pooling == "cls" \
@@ -191,9 +195,15 @@ class Contrastive(Objective):
         return nll_N.sum(), {term: values_n * valid_n for term, values_n in sums.items()}
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a model whose embedding does not depend on the text: the first token of a model that sees only the past."""
+        """Refuse a model whose embedding does not depend on the text: the first token of a model that sees only the past.
+
+        And views that would be the same, without dropout.
+        """
         config = self.setting.model_config
         assert config is not None, "check() needs Setting.model_config"
+        if self.options.views == "dropout" and not any(value for key, value in config.to_dict().items() if "drop" in key):
+            raise ConfigError("two views that differ in dropout alone are the same: this model has none", where="objective.options.views",
+                              value="dropout", remedy="set views to crops, or give the model dropout in model.config")
         ids_BT = torch.randint(config.vocab_size, (2, self.setting.seq_len), generator=torch.Generator().manual_seed(0))
         ids_BT[:, 0] = ids_BT[0, 0]  # [CLS], say
         batch = Batch({"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}, ids_BT, ids_BT, {}, ids_BT[:, 0], ids_BT[:, 0])

@@ -63,7 +63,7 @@ class Seq2Seq(Objective):
                               remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer rows, or change hidden or span")
         if options.noise == "bart":
             self._marks = np.full(self._spans, special_id(tokenizer, "mask_token", why="which stands for hidden spans"))
-            self._end = np.empty(0, np.int64)
+            self._end, self.frame = np.empty(0, np.int64), ()
         else:
             self._marks, self.frame = sentinels(tokenizer, self._spans), (None, "eos_token")
             self._end = np.array([special_id(tokenizer, "eos_token", why="which ends inputs and targets")])

@@ -94,6 +94,14 @@ class Remote:
                 raise DataError("a remote shard must be a .tar beside its manifest", where=self._place(self._manifest), value=shard.name)
         return manifest
 
+    def sample(self, entry: ShardEntry) -> int:
+        """Return how many bytes of a shard came from the server in answer to one question; they are not kept.
+
+        Raises:
+            DataError: if none came.
+        """
+        return len(self._get(entry.name, at=0, end=entry.bytes, retries=1))
+
     @contextmanager
     def hold(self, folder: Path, entry: ShardEntry) -> Iterator[None]:
         """Keep a shard and its index in ``folder``, fetched if need be, while the context lasts; it counts as used now.

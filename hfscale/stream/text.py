@@ -76,6 +76,7 @@ class Lane:
         self._ids, self._ends, self._damage = np.empty(0, "<u4"), np.empty(0, np.int64), dict[int, str]()
         self._asked, self._size, self._mean_size = self._first, FIRST_BYTES * rows.seq_len, TYPICAL_BYTES
         self._tasks: deque[Callable[[], Encoded]] = deque()
+        self._pulls = 0
 
     def places(self, first: int, count: int) -> list[tuple[int, int]]:
         """Return the shard of each of ``count`` samples from ``first`` on, and its number there."""
@@ -93,7 +94,7 @@ class Lane:
 
     def ask(self) -> None:
         """Return with as many tasks under way as there should be, each of whole samples that come to about ``_size`` bytes of text."""
-        while len(self._tasks) < self._rows.ahead:
+        while len(self._tasks) < min(self._rows.ahead, 1 + self._pulls):
             samples, size = list[Sample](), 0
             for place in self.places(self._asked, -(-self._size // self._mean_size)):
                 samples.append(self.sample(*place))
@@ -118,6 +119,7 @@ class Lane:
         """Return with the next task's ids behind those that are left; samples that are used up make room."""
         self.ask()
         ids, ends, damage = self._tasks.popleft()()
+        self._pulls += 1
         first, used = self._first + len(self._ends), int(np.searchsorted(self._ends, self._at, side="right"))
         cut = int(self._ends[used - 1]) if used else 0
         self._ends = np.concatenate([self._ends[used:] - cut, ends + (len(self._ids) - cut)])
@@ -145,7 +147,7 @@ class TextRows(TokenRows):
         ends = (np.arange(lanes) + 1) * each  # of each lane's rows in a step that is sorted by lane
         self._owned = (ends - 1) // share == rank  # lanes whose last row is this rank's: their cursors are right here
         width = len(order.raw) * int(((ends > rank * share) & (ends - each < (rank + 1) * share)).sum())
-        self.ahead = -(-2 * encoders.procs // width)  # tasks of each lane
+        self.ahead = max(4, -(-2 * encoders.procs // width))  # tasks of each lane
         self.task_bytes = max(TASK_BYTES[0], min(TASK_BYTES[1], AHEAD_BYTES // width // (1 + self.ahead)))
         self.cursors = np.zeros((len(order.raw), lanes, 2), np.int64)
         if state is not None and state.cursors and state.lanes == lanes:  # other lanes are refused by `Stream`

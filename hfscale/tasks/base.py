@@ -62,6 +62,7 @@ class Task(Objective):
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
     answers: ClassVar[frozenset[str]] = frozenset()  # roles that training and scoring need, and prediction does not
     token_loss: ClassVar[bool] = False
+    frame = None  # texts are framed as the tokenizer frames them
     code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
     term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
 
@@ -163,8 +164,11 @@ class Task(Objective):
         return model(**batch.inputs).logits
 
     def inputs(self, rows: Examples) -> dict[str, Tensor]:
-        """Return what the tokenizer gave, padded."""
-        return {name: self.padded(rows, name) for name in rows.features[0] if name in MODEL_INPUTS}
+        """Return what the tokenizer gave, padded; but no types of tokens for a model that knows none."""
+        config = self.setting.model_config
+        typed = config is None or getattr(config, "type_vocab_size", 0)
+        return {name: self.padded(rows, name) for name in rows.features[0]
+                if name in MODEL_INPUTS and (typed or name != "token_type_ids")}
 
     def padded(self, rows: Examples, name: str, *, fill: int | None = None) -> Tensor:
         """Return the lists under ``name`` as one int64 (B, T), filled up on the right."""

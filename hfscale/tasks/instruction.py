@@ -55,6 +55,7 @@ class Instruction(Task, CausalLM):
 
     Options = InstructionOptions
     options: InstructionOptions  # type: ignore[assignment]
+    frame = ()
     pipeline = "text-generation"
     columns: ClassVar = {"messages": 'a list of {"role", "content"}, which ends with the answer',
                          "prompt": "in place of messages: a question", "response": "its answer"}

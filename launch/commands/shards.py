@@ -14,18 +14,27 @@ SHOWN = 20  # findings that are printed in full
 
 @app.command(epilog="Example: hfscale shards build corpus.yaml source.path=books shards.path=data/books shards.procs=8")
 def build(config: Annotated[Path, typer.Argument(help="YAML with sections source, split, tokenizer, shards")],
-          overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None) -> None:  # noqa: UP045 (typer, 3.10)
+          overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045 (typer, 3.10)
+          part: Annotated[Optional[str], typer.Option(metavar="K/N", help="build part K (from 0) of N, beside PATH; whoever finishes the "  # noqa: UP045
+                                                      "last part merges them (slurm/shards.sbatch)")] = None) -> None:
     """Tokenize a corpus into PATH/train and PATH/validation. A killed build continues when it is run again."""
     from hfscale.config.load import load_config
     from hfscale.config.schema import CorpusConfig
 
     loaded = load_config(config, overrides or [], schema=CorpusConfig).config
-    from hfscale.corpus.build import build_shards
+    number, _, count = (part or "0/1").partition("/")
+    if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
+        raise ConfigError("this is no part of a build", where="--part", value=part, remedy="say --part 0/8, 1/8, ..., 7/8")
+    from hfscale.corpus.build import build_part, build_shards
 
     try:
-        built = build_shards(loaded)
+        built, missing = build_part(loaded, number=int(number), count=int(count)) if part else (build_shards(loaded), [])
     except KeyboardInterrupt:
         raise DataError("interrupted", where=loaded.shards.path, remedy="run the same command again: it continues") from None
+    if not built:
+        print(f"part {part} is built; " + (f"missing: {', '.join(map(str, missing))}. Whoever finishes the last one merges all"
+                                           if missing else "all are, and another process merges them"))
+        return
     for side, manifest in built.items():
         print(f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents {len(manifest.shards):>5,} shards  "
               f"{manifest.folder}")

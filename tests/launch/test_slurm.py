@@ -76,6 +76,11 @@ def test_refused_before_anything_is_written(config: Path, name: str):
     assert not (config.parent / "runs" / "run").exists()
 
 
+def test_a_job_that_would_never_start_is_told(config: Path, capsys: pytest.CaptureFixture[str]):
+    assert submit(config, "cluster.time=2:00:00", dry_run=True) == 0
+    assert "notice: a partition with a limit of 1:00:00 never starts a job of 2:00:00" in capsys.readouterr().err
+
+
 def test_ranks_are_the_clusters_business(config: Path):
     with pytest.raises(ConfigError, match="from the cluster"):
         submit(config, procs=2)

@@ -169,6 +169,17 @@ def test_what_cannot_be_contrasted_is_refused() -> None:
     assert math.isclose(contrastive().weights()["contrastive"], 1.0)
 
 
+def test_views_that_would_be_the_same_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"too short to crop(?s:.*)at least 50"):
+        contrastive(crop=(0.02, 0.5))
+    for dropout, refused in ((0.0, True), (0.1, False)):
+        objective = contrastive(views="dropout")
+        model = model_for(objective, dropout=dropout).eval()
+        objective.setting = replace(objective.setting, model_config=model.config)
+        with torch.no_grad(), pytest.raises(ConfigError, match="are the same") if refused else nullcontext():
+            objective.check(model, device="cpu")
+
+
 def test_hard_negatives_stand_beside_all_answers() -> None:
     objective: Any = contrastive()
     a, p, h = z = F.normalize(torch.randn(3, N, 8, generator=torch.Generator().manual_seed(0)), dim=-1)
