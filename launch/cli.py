@@ -28,6 +28,7 @@ VERBS = {  # a verb is listed when it works
     "prove": "Kill and resume a short run of a config, and compare it with an undisturbed twin.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",
     "evaluate": "Scores of a model: a task's metrics with intervals, or perplexity on shards.",
+    "compare": "A table of the scores of runs.",
     "predict": "Predictions of a model for texts or a table: labels, answers, continuations.",
 }
 

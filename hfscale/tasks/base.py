@@ -62,7 +62,7 @@ class Task(Objective):
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
     answers: ClassVar[frozenset[str]] = frozenset()  # roles that training and scoring need, and prediction does not
     token_loss: ClassVar[bool] = False
-    frame = None  # texts are framed as the tokenizer frames them
+    frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
     code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
     term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
 

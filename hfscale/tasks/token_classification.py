@@ -56,10 +56,10 @@ class TokenClassification(Task):
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Return the tags, ``O`` first."""
         assert isinstance(options, TokenOptions)
-        found = options.labels or all_labels(_listed(example["tags"]) for example in examples if example.get("tags"))
-        if not options.labels and all(label.isdigit() for label in found):
+        found = all_labels(_listed(example["tags"]) for example in examples if example.get("tags")) if not options.labels else []
+        if found and all(label.isdigit() for label in found):
             raise BadExample(f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels")
-        return {"labels": sorted(found, key=lambda label: label != OUTSIDE) if not options.labels else found}
+        return {"labels": options.labels or sorted(found, key=lambda label: label != OUTSIDE)}
 
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -78,8 +78,6 @@ class TokenClassification(Task):
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., which ``words`` each judges, at which ``positions``, and their ``labels``."""
         words, spaced, _ = _words(example)
-        if not "".join(words).strip():
-            raise BadExample("there are no words: neither in words nor in text")
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
         made = self.setting.tokenizer([" " * space + word for word, space in zip(words, spaced, strict=True)], is_split_into_words=True,
@@ -90,8 +88,10 @@ class TokenClassification(Task):
             for position, (before, word) in enumerate(pairwise([None, *ids])):
                 if word is not None and word != before:
                     best[word] = max(best.get(word, (-1, 0, 0)), (min(position, len(ids) - position), window, position))
+        if not best:
+            raise BadExample("there are no words: neither in words nor in text")
         features = []
-        for window in range(len(made["input_ids"])):
+        for window in sorted({window for _, window, _ in best.values()}):  # one may be left without a word of its own
             own = {word: position for word, (_, place, position) in best.items() if place == window}
             feature = {name: made[name][window] for name in MODEL_INPUTS if name in made}
             feature |= {"words": list(own), "positions": list(own.values())}
@@ -135,10 +135,9 @@ class TokenClassification(Task):
         if not places:
             return {"prediction": tags}
         ends = [place + len(word) for place, word in zip(places, words, strict=True)]
-        found = [{"type": kind, "start": places[first], "end": ends[last - 1], "score": sum(scores[first:last]) / (last - first)}
-                 for kind, first, last in entities(tags)]
-        return {"prediction": tags, "words": words,
-                "entities": [{**entity, "text": example["text"][entity["start"] : entity["end"]]} for entity in found]}
+        return {"prediction": tags, "words": words, "entities": [
+            {"type": kind, "text": example["text"][places[first] : ends[last - 1]], "start": places[first], "end": ends[last - 1],
+             "score": sum(scores[first:last]) / (last - first)} for kind, first, last in entities(tags)]}
 
     def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags are not ``B-`` and ``I-``."""

@@ -44,6 +44,24 @@ def finetune(config_or_run: Source, overrides: Overrides = None, launcher: Launc
     pretrain(config_or_run, overrides, launcher, procs, port, dry_run)
 
 
+def compare(
+    sources: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SCORES...", help="Run directories, or scores.json files.")],
+    csv: Annotated[Path | None, typer.Option(help="Write the table here, with confidence intervals.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw it here, with confidence intervals.")] = None,
+) -> None:
+    """Print a table of what each run scored: its evaluations, and its newest validation.
+
+    Example: hfscale compare runs/sentiment-* --csv scores.csv --png scores.png
+    """
+    from hfscale.reports import compare as report
+
+    found = report.find(sources)
+    typer.echo(report.table(found))
+    for write, path in ((report.write_csv, csv), (report.draw, png)):
+        if path is not None:
+            write(found, path)
+
+
 def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
     """Print where RUN is: its job and the queue, step, loss, tokens a second, expected end, last checkpoint, restarts.
 

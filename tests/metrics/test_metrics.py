@@ -14,7 +14,6 @@ from hfscale.metrics.classification import classification
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.entities import entities, entity_f1
 from hfscale.metrics.language_model import language_model
-from hfscale.metrics.retrieval import retrieval
 from hfscale.metrics.rouge import RougeTokenizer, rouge
 from hfscale.metrics.squad import best_threshold, squad
 from hfscale.metrics.translation import bleu_tokenizer, translation
@@ -166,8 +165,3 @@ def test_perplexity_and_bits_per_byte():
     """Two documents whose tokens cost 1 and 3 bits: 4 tokens of 8 bits, of 4 bytes in all."""
     scores = language_model([2 * 0.6931471805599453, 6 * 0.6931471805599453], [2, 2], [2, 2]).scores()
     assert scores == pytest.approx({"loss": 2 * 0.6931471805599453, "perplexity": 4.0, "bits_per_byte": 2.0})
-
-
-def test_retrieval_by_hand():
-    scores = retrieval([["a", "b"], ["b", "a"], ["c", "b", "a"], ["x"]], [{"a"}, {"a"}, {"a", "b"}, {"a"}]).scores()
-    assert scores == pytest.approx({"accuracy": 0.25, "recall_at_10": 0.75, "mrr": (1 + 0.5 + 0.5 + 0) / 4})
