@@ -67,10 +67,10 @@ class Instruction(Task, CausalLM):
     def __init__(self, options: Section, setting: Setting) -> None:
         assert isinstance(options, InstructionOptions)
         super().__init__(options, replace(setting, cross_document=not options.packed))
-        tokenizer = setting.tokenizer
-        self._end = end_of_document_id(tokenizer)
-        end = repr(tokenizer.convert_ids_to_tokens(self._end))
-        self._template = options.chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE.replace("END", end)
+        if tokenizer := setting.tokenizer:  # there is none where predictions are scored
+            self._end = end_of_document_id(tokenizer)
+            end = repr(tokenizer.convert_ids_to_tokens(self._end))
+            self._template = options.chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE.replace("END", end)
 
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
