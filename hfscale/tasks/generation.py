@@ -50,8 +50,10 @@ class Generation(Section):
 
     def carry(self, model: Any, **settings: Any) -> None:
         """Put these and other ``settings`` into the generation_config.json that is saved with ``model``."""
-        model.generation_config.update(**settings | self.settings())
-        model.generation_config._from_model_config = False  # else transformers may make it anew from config.json
+        own: GenerationConfig = model.generation_config
+        said = {"do_sample": bool(own.do_sample), "max_new_tokens": own.max_new_tokens or NEW_TOKENS}  # pipelines have other defaults
+        own.update(**said | settings | self.settings())
+        own._from_model_config = False  # else transformers may make it anew from config.json
 
 
 @torch.no_grad()
