@@ -27,7 +27,7 @@ from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, decoder_start, generate, pad_rows
+from hfscale.tasks.generation import Generation, decoder_start, pad_rows, written
 from hfscale.tokenizer import end_of_document_id
 
 
@@ -140,9 +140,7 @@ class TextToText(Task):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return ``{"prediction": text}`` a row."""
-        answers = generate(model, [row["input_ids"] for row in rows.features], self.options.generation, pad_id=self.pad_id,
-                           keys=[str(row.get("example", n)) for n, row in enumerate(rows.features)], **self._generation)
-        return [{"prediction": self.setting.tokenizer.decode(ids, skip_special_tokens=True)} for ids in answers]
+        return [{"prediction": text} for text in written(self, model, rows, options=self.options.generation, **self._generation)]
 
     def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return both."""
