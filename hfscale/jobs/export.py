@@ -47,6 +47,8 @@ def run(name: str, out: Path) -> str:
         partial.mkdir()
         write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
         if isinstance(source.objective, Task):
+            config: Any = source.config
+            source.skeleton.config.hfscale = {"task": config.task.model_dump(mode="json"), "max_length": config.data.max_length}
             source.objective.finish(source.skeleton, source.tokenizer)
             if source.objective.code:
                 shutil.copy(str(import_module(source.objective.code).__file__), partial)

@@ -82,24 +82,26 @@ def open_task(config: PredictConfig) -> tuple[PreTrainedModel, Task]:
         UserError: if there is no such model, or it has no head for the task.
     """
     kind, name = task_class(config.task.name), config.predict.model
+    options = check_options(kind.Options, config.task.options, where="task.options")
     if run := open_run(name):
         model, tokenizer, facts = run.model(), run.tokenizer, run.objective.setting.facts
         framed(tokenizer, run.objective.frame, model.config)  # as an export of it would have it
-        if kind.auto_model == "AutoModel":
+        wanted = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer)).auto_model
+        if wanted == "AutoModel":
             model = cast("PreTrainedModel", model.base_model)
-        elif run.objective.auto_model != kind.auto_model:
-            raise _no_head(kind, name, type(model).__name__)
+        elif run.objective.auto_model != wanted:
+            raise _no_head(wanted, name, type(model).__name__)
     else:
         folder = local_folder(name, where="MODEL", weights=True, remedy="name a run, a checkpoint, an export, a transformers folder")
         tokenizer, facts = load_tokenizer(folder), {}
+        wanted = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer)).auto_model
         try:
-            model, found = getattr(transformers, kind.auto_model).from_pretrained(folder, output_loading_info=True)
+            model, found = getattr(transformers, wanted).from_pretrained(folder, output_loading_info=True)
         except (OSError, ValueError, SafetensorError) as error:
             raise CheckpointError("no model for this task here", where=name, value=str(error).splitlines()[0],
-                                  remedy=f"name a run, a checkpoint, an export, or a folder that {kind.auto_model} loads") from error
-        if kind.auto_model != "AutoModel" and found["missing_keys"]:
-            raise _no_head(kind, name, sorted(found["missing_keys"])[:4])
-    options = check_options(kind.Options, config.task.options, where="task.options")
+                                  remedy=f"name a run, a checkpoint, an export, or a folder that {wanted} loads") from error
+        if wanted != "AutoModel" and found["missing_keys"]:
+            raise _no_head(wanted, name, sorted(found["missing_keys"])[:4])
     facts = facts or kind.known(model.config)
     task = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer, facts=facts, model_config=model.config))
     return model.eval().to(default_device()), task  # type: ignore[arg-type]
@@ -129,8 +131,8 @@ def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | N
     return tokenizer
 
 
-def _no_head(kind: type[Task], name: str, value: Any) -> CheckpointError:
-    return CheckpointError(f"this model has no head for the task: it is not one of {kind.auto_model}", where=name, value=value,
+def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
+    return CheckpointError(f"this model has no head for the task: it is not one of {wanted}", where=name, value=value,
                            remedy=f"fine-tune it first: hfscale finetune CONFIG model.pretrained={name}")
 
 
@@ -188,6 +190,9 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
         architecture = (config.architectures or [""])[0]
         suggested = next((found for end, found in SUGGESTED.items() if architecture.endswith(end)), None)
         values["data"]["max_length"] = min(512, getattr(config, "max_position_embeddings", 514) - first_position(config))
+        if (said := getattr(config, "hfscale", None)) and task in (None, said["task"]["name"]):  # an export of ours
+            suggested, values["task"]["options"] = said["task"]["name"], said["task"]["options"]
+            values["data"]["max_length"] = said["max_length"]
     values["task"]["name"] = task or suggested
     if values["task"]["name"] is None:
         raise ConfigError("nothing says what this model is for", where="--task", value=name, remedy=f"name the task: {', '.join(TASKS)}")

@@ -19,7 +19,7 @@ from hfscale.config.schema import Section
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling
-from hfscale.objectives.base import Batch, Model, Setting
+from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task
@@ -48,7 +48,8 @@ class Embedding(Contrastive, Task):
     needs_documents = False
 
     def __init__(self, options: Section, setting: Setting) -> None:
-        super().__init__(ContrastiveOptions(**options.model_dump()), setting)
+        kind = Contrastive if setting.tokenizer else Objective  # there is none where predictions are scored
+        kind.__init__(self, ContrastiveOptions(**options.model_dump()), setting)
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:

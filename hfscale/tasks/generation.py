@@ -24,6 +24,8 @@ from hfscale.config.schema import Positive, Section
 from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
 from hfscale.models.build import first_position
+from hfscale.stream.examples import Examples
+from hfscale.tasks.base import Task
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
 
@@ -50,8 +52,10 @@ class Generation(Section):
 
     def carry(self, model: Any, **settings: Any) -> None:
         """Put these and other ``settings`` into the generation_config.json that is saved with ``model``."""
-        model.generation_config.update(**settings | self.settings())
-        model.generation_config._from_model_config = False  # else transformers may make it anew from config.json
+        own: GenerationConfig = model.generation_config
+        said = {"do_sample": bool(own.do_sample), "max_new_tokens": own.max_new_tokens or NEW_TOKENS}  # pipelines have other defaults
+        own.update(**said | settings | self.settings())
+        own._from_model_config = False  # else transformers may make it anew from config.json
 
 
 @torch.no_grad()
@@ -94,6 +98,13 @@ def generate(model: Any, prompts: Sequence[list[int]], options: Generation, *, k
         for row, ids in zip(rows, out_BT[:, 1 if encoder else ids_BT.shape[1]:].tolist(), strict=False):
             answers[row] = ids
     return answers
+
+
+def written(task: Task, model: Any, rows: Examples, *, options: Generation, of: str = "input_ids", **settings: Any) -> list[str]:
+    """Return the text that ``model`` writes for each row: to the ids under ``of``, drawn if at all by the number of its example."""
+    keys = [str(row.get("example", number)) for number, row in enumerate(rows.features)]
+    answers = generate(model, [row[of] for row in rows.features], options, keys=keys, pad_id=task.pad_id, **settings)
+    return [task.setting.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
 
 
 def decoder_start(config: PretrainedConfig | None, pad_id: int) -> int:

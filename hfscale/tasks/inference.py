@@ -14,7 +14,7 @@ from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, generate
+from hfscale.tasks.generation import Generation, written
 from hfscale.tasks.text_generation import check_text
 
 
@@ -116,6 +116,4 @@ class TextGeneration(Inference):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the continuation alone."""
-        answers = generate(model, [row["input_ids"] for row in rows.features], self.options.generation, pad_id=self.pad_id,
-                           keys=[str(row.get("example", n)) for n, row in enumerate(rows.features)])
-        return [{"prediction": self.setting.tokenizer.decode(ids, skip_special_tokens=True)} for ids in answers]
+        return [{"prediction": text} for text in written(self, model, rows, options=self.options.generation)]

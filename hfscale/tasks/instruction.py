@@ -29,7 +29,7 @@ from hfscale.objectives.clm import CausalLM
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, generate, pad_rows
+from hfscale.tasks.generation import Generation, pad_rows, written
 from hfscale.tasks.text_generation import check_text
 from hfscale.tokenizer import end_of_document_id
 
@@ -68,10 +68,10 @@ class Instruction(Task, CausalLM):
     def __init__(self, options: Section, setting: Setting) -> None:
         assert isinstance(options, InstructionOptions)
         super().__init__(options, replace(setting, cross_document=not options.packed))
-        tokenizer = setting.tokenizer
-        self._end = end_of_document_id(tokenizer)
-        end = repr(tokenizer.convert_ids_to_tokens(self._end))
-        self._template = options.chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE.replace("END", end)
+        if tokenizer := setting.tokenizer:  # there is none where predictions are scored
+            self._end = end_of_document_id(tokenizer)
+            end = repr(tokenizer.convert_ids_to_tokens(self._end))
+            self._template = options.chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE.replace("END", end)
 
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
@@ -94,10 +94,9 @@ class Instruction(Task, CausalLM):
 
     def _messages(self, example: Example) -> list[dict[str, str]]:
         messages = example.get("messages")
-        if messages is None and example.get("prompt") is not None:
-            said = [("user", "prompt"), ("assistant", "response")]
+        if messages is None:
+            said = [("user", "prompt"), ("assistant", "response")] if example.get("prompt") is not None else []
             messages = [{"role": role, "content": example[column]} for role, column in said if column in example]
-        messages = [] if messages is None else messages
         if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
             raise BadExample('messages are not a list of {"role", "content"}')
         for message in messages:
@@ -148,9 +147,7 @@ class Instruction(Task, CausalLM):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there."""
-        answers = generate(model, [row["prompt"] for row in rows.features], self.options.generation, pad_id=self.pad_id,
-                           keys=[str(row.get("example", n)) for n, row in enumerate(rows.features)], eos_token_id=self._end)
-        texts = [self.setting.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+        texts = written(self, model, rows, of="prompt", options=self.options.generation, eos_token_id=self._end)
         return [{"prediction": text, **known} for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)]
 
     def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:

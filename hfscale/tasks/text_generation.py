@@ -27,7 +27,7 @@ from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, decoder_start, generate, pad_rows
+from hfscale.tasks.generation import Generation, decoder_start, pad_rows, written
 from hfscale.tokenizer import end_of_document_id
 
 
@@ -56,7 +56,7 @@ class TextToText(Task):
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)
         assert isinstance(options, TextToTextOptions)
-        tokenizer, longest = setting.tokenizer, setting.seq_len
+        longest = setting.seq_len
         self._causal = options.prompt is not None
         self.auto_model = "AutoModelForCausalLM" if self._causal else "AutoModelForSeq2SeqLM"
         if self._causal:
@@ -67,8 +67,10 @@ class TextToText(Task):
         if self._target_length > longest - self._causal:
             raise ConfigError("targets may be longer than there is room", where="task.options.max_target_length", value=self._target_length,
                               remedy=f"raise data.max_length, which is {longest}" + " for prompt and target" * self._causal)
+        if setting.tokenizer is None:  # predictions are scored
+            return
         self._start: int | None = None  # of the decoder; None: the model's
-        self._end = end_of_document_id(tokenizer)
+        self._end = end_of_document_id(setting.tokenizer)
         self._generation: dict[str, Any] = {"max_new_tokens": self._target_length, "eos_token_id": self._end}
         for side, code in (("src_lang", options.source_language), ("tgt_lang", options.target_language)):
             if code is not None:
@@ -138,9 +140,7 @@ class TextToText(Task):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return ``{"prediction": text}`` a row."""
-        answers = generate(model, [row["input_ids"] for row in rows.features], self.options.generation, pad_id=self.pad_id,
-                           keys=[str(row.get("example", n)) for n, row in enumerate(rows.features)], **self._generation)
-        return [{"prediction": self.setting.tokenizer.decode(ids, skip_special_tokens=True)} for ids in answers]
+        return [{"prediction": text} for text in written(self, model, rows, options=self.options.generation, **self._generation)]
 
     def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return both."""

@@ -79,6 +79,7 @@ def test_a_toy_answers_as_its_export_does_in_transformers(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     chat = pipeline(task.pipeline, str(tmp_path))
+    assert (chat.model.generation_config.do_sample, chat.model.generation_config.max_new_tokens) == (False, 4), "not the pipeline's own"
     theirs = [chat([{"role": "user", "content": e["prompt"]}])[0]["generated_text"][-1]["content"] for e in toy]
     assert theirs == [answer["prediction"] for answer in got]
 
