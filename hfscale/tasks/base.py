@@ -166,7 +166,7 @@ class Task(Objective):
     def inputs(self, rows: Examples) -> dict[str, Tensor]:
         """Return what the tokenizer gave, padded; but no types of tokens for a model that knows none."""
         config = self.setting.model_config
-        typed = config is None or getattr(config, "type_vocab_size", 0)
+        typed = config is None or bool(getattr(config, "type_vocab_size", 0))
         return {name: self.padded(rows, name) for name in rows.features[0]
                 if name in MODEL_INPUTS and (typed or name != "token_type_ids")}
 

@@ -46,6 +46,7 @@ class Embedding(Contrastive, Task):
     optional: ClassVar = frozenset({"negative", "score"})
     answers: ClassVar = frozenset({"positive"})
     needs_documents = False
+    frame = None  # as every task's texts
 
     def __init__(self, options: Section, setting: Setting) -> None:
         kind = Contrastive if setting.tokenizer else Objective  # there is none where predictions are scored

@@ -21,7 +21,7 @@ def finetune(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the records of a short run; on ranks other than 0, nothing."""
     import torch
 
-    from hfscale.config.schema import FinetuneConfig
+    from hfscale.config.finetune import FinetuneConfig
     from hfscale.jobs.build import build_trainer
 
     torch.set_num_threads(1)
@@ -43,10 +43,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
                                         pad_token_id=0, eos_token_id=1, initializer_factor=0.3)).save_pretrained(folder / "t5")
     words.save_pretrained(folder / "t5")
     values = task_values(folder, "translation", model={"pretrained": str(folder / "t5")},
-                         data={"train": str(write_jsonl(folder / "pairs.jsonl", toy(60))), "max_length": 16, "validate_every_steps": 10},
+                         data={"train": str(write_jsonl(folder / "pairs.jsonl", toy(60))), "max_length": 16, "validate_every_steps": 25},
                          task={"name": "translation", "options": {"prefix": "translate: ", "max_target_length": 5, "label_smoothing": 0.1,
                                                                   "generation": {"num_beams": 2}}},
-                         train={"steps": 10, "global_batch": 32, "micro_batch": 16}, optim={"lr": 2e-2},
+                         train={"steps": 25, "global_batch": 32, "micro_batch": 16}, optim={"lr": 2e-2},
                          engine={"zero_stage": 3, "extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}})
     records, _ = run_ranks(finetune, 2, values)
     run_dir = folder / "runs" / "translation"
