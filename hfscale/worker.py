@@ -21,7 +21,7 @@ from hfscale.errors import EXIT_DONE, EXIT_STOPPED, exit_code
 EXIT_CODE = "exit_code"  # in the run directory of a Slurm job: code and rank of the first that did not end well
 LOST_PEER = ("by peer", "remote process exited", "peer closed")  # gloo and NCCL, of a rank that died: this one is not the cause
 # the section of a config that names the job -> its module, with run(config, world, stop) -> bool
-JOBS = {"objective": "hfscale.jobs.pretrain"}
+JOBS = {"predict": "hfscale.jobs.predict", "objective": "hfscale.jobs.train", "task": "hfscale.jobs.train"}
 
 
 def run(config_path: Path) -> int:

@@ -18,6 +18,7 @@ VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
     "shards": "Build, index, verify and describe token shards.",
     "pretrain": "Train from a config, or go on with a run.",
+    "finetune": "Fine-tune a model for a task on labelled examples.",
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
     "logs": "Print a run's log, and follow it.",
     "doctor": "Check and measure this machine, or the nodes of an allocation, for a run.",
@@ -26,7 +27,9 @@ VERBS = {  # a verb is listed when it works
     "checkpoints": "List a run's checkpoints and why each is kept; verify, pin, prune.",
     "prove": "Kill and resume a short run of a config, and compare it with an undisturbed twin.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",
-    "predict": "Generate text from a run or an export.",
+    "evaluate": "Scores of a model: a task's metrics with intervals, or perplexity on shards.",
+    "compare": "A table of the scores of runs.",
+    "predict": "Predictions of a model for texts or a table: labels, answers, continuations.",
 }
 
 

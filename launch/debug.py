@@ -10,9 +10,10 @@ import sys
 import traceback
 
 from hfscale import log, worker
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.rules import solve_batch
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
 from launch import run_dir
@@ -62,19 +63,24 @@ def launch(request: Request) -> int:
             return 1
 
 
-def tiny(wanted: Loaded[RunConfig], *, on_gpu: bool) -> list[str]:
+def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
     """Return the overrides that make ``wanted`` tiny, less those that the command line gives itself."""
     config = wanted.config
     layers = {f"model.config.{key}": 2 for key in _LAYER_KEYS if key in config.model.config}
     micro_batch, accumulation = min(2, config.train.micro_batch), min(2, config.train.global_batch // config.train.micro_batch)
+    examples = isinstance(config, FinetuneConfig)
+    length = "max_length" if examples else "seq_len"
     small = {
         "train.micro_batch": micro_batch, "train.global_batch": micro_batch * accumulation,
-        "data.seq_len": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
-        "data.lanes": "auto", "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
+        f"data.{length}": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
+        **({} if examples else {"data.lanes": "auto"}), "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1,
+        **layers,
     }
     if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
         small |= {"train.steps": 6, "train.epochs": "null", "train.tokens": "null"}
-    if config.data.validation is not None:
+    if examples and config.data.validation is not None:
+        small["data.validate_every_steps"] = 4
+    elif config.data.validation is not None:
         small |= {"data.validation.rows": 4, "data.validation.every_steps": 4}
     if not on_gpu and config.engine.precision == "fp16":
         small["engine.precision"] = "fp32"

@@ -76,7 +76,7 @@ def launch(request: Request) -> int:
             codes.append(run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs"))
     [code] = codes
     if code == EXIT_STOPPED:
-        logger.info(f"stopped; the same command goes on, and so does: hfscale pretrain {config.run_dir}")
+        logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
     return code
 
 

@@ -62,7 +62,7 @@ hfscale pretrain configs/pretrain/quickstart.yaml "run.name=$name" "tokenizer.pa
 say "4/5 A folder that transformers loads"
 if [ -e "$run/exports/model" ]; then echo "    $run/exports/model is there already"; else hfscale export "$run" "$run/exports/model"; fi
 say "5/5 What it writes after: $prompt"
-hfscale predict "$run/exports/model" --prompt "$prompt" --max-new-tokens 150
+hfscale predict "$run/exports/model" --prompt "$prompt" generation.max_new_tokens=150 generation.do_sample=true generation.temperature=0.8
 
 say "Done"
 "$PYTHON" - "$run" "$corpus" <<'PYTHON'
@@ -83,7 +83,7 @@ cat <<END
 Next${activate:+, after  $activate}:
   tensorboard --logdir $run/tensorboard                # the curves
   hfscale pretrain $run train.steps=1000               # resume: train on from the last checkpoint
-  hfscale predict $run --prompt "..." --temperature 0.5    # another text
+  hfscale predict $run --prompt "..." generation.max_new_tokens=99    # another text
   hfscale checkpoints $run --verify                    # what is saved, and whether it is whole
   hfscale show $run/config.yaml                        # every value of the config
   hfscale export $run my-model                         # the model as it is now, for transformers

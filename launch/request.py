@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfscale.checkpoint.layout import newest_state
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, load_config
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
+from hfscale.shards.tables import table_files
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 
@@ -32,7 +34,7 @@ class Request:
     dry_run: bool = False
     worker: str = "hfscale.worker"  # the module that is one rank; another one in tests
 
-    def load(self, extra: Sequence[str] = ()) -> Loaded[RunConfig]:
+    def load(self, extra: Sequence[str] = ()) -> Loaded[TrainConfig]:
         """Return the config that was asked for, with ``extra`` overrides last.
 
         Raises:
@@ -56,13 +58,21 @@ def config_file(source: str) -> Path:
     return path / CONFIG if path.is_dir() else path
 
 
-def check(config: RunConfig, *, device_type: str, fresh: bool = False) -> None:
+def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None:
     """Return if nothing that can be known without torch speaks against this run, which goes on from a checkpoint unless it is ``fresh``.
 
     Raises:
         UserError: for what the engine refuses on this device, data or a tokenizer that is not there, sources that do not fit together.
     """
     deepspeed_config(config, device_type=device_type)
+    if config.tokenizer and Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
+        raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
+                          remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")
+    if isinstance(config, FinetuneConfig):
+        for table in {str(table) for table in (config.data.train, config.data.validation, config.data.test) if isinstance(table, str)}:
+            table_files(table)
+        return
+    assert isinstance(config, RunConfig)
     held_out = [config.data.validation.shards] if config.data.validation else []
     parts = []
     for shards in (*(source.shards for source in config.data.sources), *held_out):
@@ -75,6 +85,3 @@ def check(config: RunConfig, *, device_type: str, fresh: bool = False) -> None:
             raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
                             remedy="restore them from a copy, or build the shards again")
     open_mixture(config, parts[:len(config.data.sources)], saved=None if fresh else newest_state(config.run_dir))
-    if Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
-        raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
-                          remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")

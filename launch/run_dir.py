@@ -21,7 +21,7 @@ from typing import Any
 from hfscale.checkpoint import layout
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import Difference, differences, resume_differences
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
 from hfscale.shards.files import write_atomically
@@ -34,7 +34,7 @@ ENVIRONMENT = "environment.json"
 LOCK = "lock"
 
 
-def compare(config: RunConfig) -> list[str]:
+def compare(config: TrainConfig) -> list[str]:
     """Return notices about what this config changes in its run directory; nothing is written.
 
     Raises:
@@ -93,7 +93,7 @@ def locked(path: Path) -> Iterator[None]:
             file.truncate(0)
 
 
-def record(loaded: Loaded[RunConfig], *, launcher: str, procs: int) -> Path:
+def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
     """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``."""
     path = loaded.config.run_dir
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
@@ -159,7 +159,7 @@ def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:
     return list(dict.fromkeys([then, tokenizer_digest(tokenizer)])) if then and Path(tokenizer).is_dir() else []
 
 
-def _other_name(config: RunConfig) -> str:
+def _other_name(config: TrainConfig) -> str:
     """Return an override that names a run directory which is not there yet."""
     number = 2
     while (config.run.root / f"{config.run.name}-{number}").exists():

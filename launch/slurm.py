@@ -18,7 +18,7 @@ from typing import Any
 from hfscale import log
 from hfscale.config.load import Loaded
 from hfscale.config.rules import notices, solve_batch
-from hfscale.config.schema import Cluster, RunConfig
+from hfscale.config.schema import Cluster, TrainConfig
 from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
 from hfscale.hub import local_folder
@@ -78,7 +78,7 @@ def launch(request: Request) -> int:
     print(f"job {job}: {procs} ranks on {cluster.nodes} nodes\n"
           f"run directory {run}\nlogs          {run / 'logs'}/slurm-{job}.log and rank-*.log\n"
           f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
-          f"stop it       scancel {job}; hfscale pretrain {run} --launcher slurm goes on\n"
+          f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
           f"curves        tensorboard --logdir {run / 'tensorboard'}")
     return EXIT_DONE
 
@@ -87,7 +87,7 @@ def tasks_per_node(cluster: Cluster) -> int:
     return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
 
 
-def before(config: RunConfig, procs: int, *, gpus: bool, on_nodes: bool = True) -> list[str]:
+def before(config: TrainConfig, procs: int, *, gpus: bool, on_nodes: bool = True) -> list[str]:
     """Return notices on a run of ``procs`` ranks, after looking at all that can be known without asking Slurm or importing torch.
 
     Raises:
@@ -103,7 +103,7 @@ def before(config: RunConfig, procs: int, *, gpus: bool, on_nodes: bool = True) 
     return [*notices(config), *changed, *(_time_to_save(config) if on_nodes else ())]
 
 
-def prepare(loaded: Loaded[RunConfig], *, launcher: str, procs: int, code: Path | None = None) -> None:
+def prepare(loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Path | None = None) -> None:
     """Return when the run directory has the config, this attempt's entry, a folder for logs, and in ``code`` a snapshot of the code.
 
     Raises:
@@ -128,7 +128,7 @@ def code_folder(run: Path) -> Path:
     return run / "code" / str(len(run_dir.attempts(run)) + 1)
 
 
-def sbatch_options(config: RunConfig, code: Path) -> list[str]:
+def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
     """Return the options of sbatch that ``cluster:`` stands for."""
     cluster = config.cluster
     for name in cluster.sbatch:
@@ -174,7 +174,7 @@ def differences(cluster: Cluster, here: Allocation) -> list[str]:
     return [f"the allocation has {name} {has}, not the {asked} of cluster.{name}" for name, (asked, has) in pairs.items() if asked != has]
 
 
-def _time_to_save(config: RunConfig) -> list[str]:
+def _time_to_save(config: TrainConfig) -> list[str]:
     """Return a notice if saves were seen to take longer than the time between Slurm's signal and the end.
 
     Raises:
@@ -191,14 +191,16 @@ def _time_to_save(config: RunConfig) -> list[str]:
     return []
 
 
-def _refuse_local_disk(config: RunConfig) -> None:
+def _refuse_local_disk(config: TrainConfig) -> None:
     """Return if run directory and hub cache are, as far as one can see, on a disk that every node sees.
 
     Raises:
         ConfigError: naming the one that is not.
     """
     places = {"run.root": config.run_dir}
-    if any(name and not Path(name).is_absolute() for name in (config.tokenizer.path, config.model.pretrained)):  # from the hub
+    names = (config.tokenizer and config.tokenizer.path, config.model.pretrained)
+    names = (config.tokenizer and config.tokenizer.path, config.model.pretrained)
+    if any(name and not Path(name).is_absolute() for name in names):  # from the hub
         places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for where, path in places.items():
         if not config.cluster.allow_local_disk and (kind := local_kind(path)):
@@ -239,7 +241,7 @@ def begin(source: str, overrides: Sequence[str], *, procs: int) -> Path:
     return config.run_dir
 
 
-def take(config: RunConfig, here: Allocation) -> None:
+def take(config: TrainConfig, here: Allocation) -> None:
     """Return if the job ``here`` now holds the run directory.
 
     Raises:

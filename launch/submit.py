@@ -25,7 +25,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from hfscale import worker
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.dist.stop import SIGNALS
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_STOPPED, ConfigError
@@ -132,7 +132,7 @@ def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) 
     return jobs
 
 
-def _parameters(config: RunConfig, cluster: str) -> dict[str, Any]:
+def _parameters(config: TrainConfig, cluster: str) -> dict[str, Any]:
     """Return what the config's ``cluster:`` is in submitit's words."""
     asked = config.cluster
     shared = {"name": config.run.name, "tasks_per_node": 1 if cluster == "debug" else tasks_per_node(asked),

@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hfscale.config.finetune import FinetuneConfig, PredictConfig
 from hfscale.config.schema import CorpusConfig, RunConfig
 from launch.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-SECTIONS = RunConfig.model_fields
+KINDS = (RunConfig, FinetuneConfig, PredictConfig)
 
 
 def pages() -> pytest.MarkDecorator:
@@ -43,9 +44,9 @@ def test_config_keys_exist(page: Path):
     """`section.key` in back quotes, or as an override in a command, is in the schema."""
     wrong = []
     for section, key in re.findall(r"[`\s](\w+)\.(\w+)(?=[=`: ])", page.read_text()):
-        kind = getattr(SECTIONS.get(section), "annotation", None)
-        fields = getattr(kind, "model_fields", None)
-        if fields is not None and key not in {"jsonl", "py"} | {field.alias or name for name, field in fields.items()}:
+        kinds = [getattr(kind.model_fields.get(section), "annotation", None) for kind in KINDS]
+        known = {field.alias or name for kind in kinds for name, field in getattr(kind, "model_fields", {}).items()}
+        if known and key not in {"jsonl", "py"} | known:
             wrong.append(f"{section}.{key}")
     assert wrong == []
 

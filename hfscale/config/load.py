@@ -16,7 +16,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfscale.config import rules
-from hfscale.config.schema import RunConfig, Section
+from hfscale.config.finetune import FinetuneConfig, PredictConfig
+from hfscale.config.schema import RunConfig, Section, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
@@ -75,21 +76,36 @@ class Tree:
 
 # -------------------------------------------------------------------------------------------------- public
 @overload
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Loaded[RunConfig]: ...
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Loaded[TrainConfig]: ...
 @overload
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[S]) -> Loaded[S]: ...
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] = RunConfig) -> Loaded[Any]:
+def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] | None = None) -> Loaded[Any]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
+
+    Without ``schema`` it is a run's: a ``FinetuneConfig`` where there is a section ``task``, else a ``RunConfig``.
 
     Raises:
         ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
     """
-    tree = read_tree(path, overrides)
+    return _validated(read_tree(path, overrides), path, schema)
+
+
+def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: type[S]) -> S:
+    """Return the config of ``values`` with ``overrides`` on top.
+
+    Raises:
+        ConfigError: as ``load_config``.
+    """
+    return _validated(_with(Tree(values), overrides), COMMAND_LINE, schema).config
+
+
+def _validated(tree: Tree, path: Path | str, schema: type[Any] | None) -> Loaded[Any]:
+    schema = schema or (PredictConfig if "predict" in tree.values else FinetuneConfig if "task" in tree.values else RunConfig)
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:
         raise _report(path, tree, _problems(error, tree, schema)) from None
-    problems = rules.problems(config) if isinstance(config, RunConfig) else []
+    problems = rules.problems(config) if isinstance(config, TrainConfig) else []
     if problems:
         raise _report(path, tree, problems)
     return Loaded(config, tree.sources)
@@ -97,7 +113,12 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type
 
 def read_tree(path: Path | str, overrides: Sequence[str] = ()) -> Tree:
     """Return what ``path``, the files it extends and ``overrides`` say, unchecked."""
-    tree, written = _read(Path(path), chain=()), Tree()
+    return _with(_read(Path(path), chain=()), overrides)
+
+
+def _with(tree: Tree, overrides: Sequence[str]) -> Tree:
+    """Return ``tree`` with ``overrides`` laid on top."""
+    written = Tree()
     for override in overrides:
         written.merge(_parse_override(override))
     tree.merge(written)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from hfscale.config.schema import Data, RunConfig, Section, Train
+from hfscale.config.finetune import Examples
+from hfscale.config.schema import Data, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 # What DeepSpeed accepts without a word though losses are then not those of one process (seen with benchmarks.parity), or nothing happens.
@@ -23,7 +24,7 @@ UNSAFE = {
 }
 
 
-def problems(config: RunConfig) -> list[tuple[str, str]]:
+def problems(config: TrainConfig) -> list[tuple[str, str]]:
     """Return ``(key, what is wrong)`` for everything that sections of a valid shape contradict each other in."""
     train, data, model = config.train, config.data, config.model
     found = []
@@ -41,8 +42,17 @@ def problems(config: RunConfig) -> list[tuple[str, str]]:
                       "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)"))
     found += [(f"engine.extra.{key}", f"{why}; take it out") for key, why in UNSAFE.items() if key in config.engine.extra]
     if config.checkpoint.keep_best and data.validation is None:
-        found.append(("checkpoint.keep_best", "there is no validation to find the best by: set data.validation.shards, or take it back"))
-    return found + list(_mixture_problems(data))
+        setting = "data.validation" if isinstance(data, Examples) else "data.validation.shards"
+        found.append(("checkpoint.keep_best", f"there is no validation to find the best by: set {setting}, or take it back"))
+    if not isinstance(data, Examples):
+        return found + list(_mixture_problems(data))
+    if train.tokens is not None:
+        found.append(("train.tokens", "examples differ in length: say train.epochs or train.steps"))
+    if config.tokenizer is None and model.pretrained is None:
+        found.append(("tokenizer", "a model with new weights has no tokenizer of its own: set tokenizer.path"))
+    if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
+        found.append(("data.validation", "validation and test leave nothing to train on"))
+    return found
 
 
 def _mixture_problems(data: Data) -> Iterator[tuple[str, str]]:
@@ -60,7 +70,7 @@ def _mixture_problems(data: Data) -> Iterator[tuple[str, str]]:
             yield key, "from this stage on all weights are 0: a source that is not named keeps its weight"
 
 
-def notices(config: RunConfig) -> list[str]:
+def notices(config: TrainConfig) -> list[str]:
     """Return what is allowed but probably not meant."""
     said = []
     if config.train.steps is not None and config.schedule.warmup_steps >= config.train.steps:
@@ -135,6 +145,7 @@ CHANGES: dict[str, Change] = {
     "data.stages": "noticed",
     "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
     "data.cross_document": "noticed",
+    "task": "refused",  # and what it is given: other examples than were seen are found by their fingerprint
     "train": "noticed", "train.micro_batch": "free", "optim": "noticed", "schedule": "noticed",
 }
 
@@ -151,7 +162,7 @@ class Difference:
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-def resume_differences(old: RunConfig, new: RunConfig) -> tuple[list[Difference], list[Difference]]:
+def resume_differences(old: TrainConfig, new: TrainConfig) -> tuple[list[Difference], list[Difference]]:
     """Return what a resume of ``old`` as ``new`` must be refused for, and what is accepted with a notice."""
     found: dict[Change, list[Difference]] = {"refused": [], "noticed": [], "free": []}
     for difference in differences(old, new):

@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
@@ -22,7 +22,7 @@ def _absolute_unless_url(path: str) -> str:
     return path if re.match(r"\w+:", path) else str(_absolute(Path(path)))
 
 
-def _absolute_unless_hub_name(path: str) -> str:
+def absolute_unless_hub_name(path: str) -> str:
     """A folder that exists, or a spelling that the hub has no names of, is a path; ``gpt2`` and ``org/name`` stay."""
     is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     return str(_absolute(Path(path))) if is_path else path
@@ -34,7 +34,7 @@ Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 FileName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
 LocalPath = Annotated[Path, AfterValidator(_absolute), Field(validate_default=True)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_url)]
-PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_name)]
+PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(absolute_unless_hub_name)]
 
 
 class Section(BaseModel):
@@ -214,14 +214,13 @@ class Cluster(Section):
     submitit: dict[str, Any] = {}
 
 
-class RunConfig(Section):
-    """A whole run. The section that is present says which job it is: ``objective`` is pretraining."""
+class TrainConfig(Section):
+    """What pretraining and fine-tuning have in common. Which one it is, ``objective`` or ``task`` says."""
 
     run: Run
-    tokenizer: Tokenizer
-    data: Data
+    tokenizer: Any
+    data: Any
     model: Model
-    objective: Named
     optim: Optim = Optim()
     schedule: Schedule = Schedule()
     train: Train
@@ -230,9 +229,19 @@ class RunConfig(Section):
     metrics: Metrics = Metrics()
     cluster: Cluster = Cluster()
 
+    verb: ClassVar[str] = "pretrain"  # the command that starts such a run and goes on with it
+
     @property
     def run_dir(self) -> Path:
         return self.run.root / self.run.name
+
+
+class RunConfig(TrainConfig):
+    """A whole run of pretraining."""
+
+    tokenizer: Tokenizer
+    data: Data
+    objective: Named
 
 
 # ------------------------------------------------------------------------------------------------- a corpus

@@ -5,24 +5,19 @@ one file can be split, spread over processes and read in bounded memory.
 """
 from __future__ import annotations
 
-import codecs
-import csv
 import fnmatch
-import gzip
 import hashlib
 import json
-import sys
-import zlib
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from glob import has_magic
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hfscale.config.schema import TextSource
 from hfscale.errors import DataError, nearest
 from hfscale.shards.raw import texts_of
+from hfscale.shards.tables import READERS, hub_dataset, open_source
 
 EXAMPLES = 3  # of skipped files that a report names
 
@@ -53,7 +48,9 @@ class Corpus:
         elif self.source.format == "webdataset":
             yield from (text for file in self.files for _, _, text in texts_of(file, name))
         elif self.source.format == "hub":
-            yield from (_text_of(row, name, where) for where, row in _hub(self.source))
+            hub = hub_dataset(self.source.path, subset=self.source.subset, split=self.source.hub_split, streaming=True,
+                              setting="source.path")
+            yield from (_text_of(row, name, f"{self.source.path}, row {number}") for number, row in enumerate(hub))
         else:
             rows = READERS[self.source.format]
             yield from (_text_of(row, name, where) for file in self.files for where, row in rows(file, name.split(".")[0]))
@@ -83,7 +80,7 @@ class Corpus:
 
     def _text(self, file: Path) -> Iterator[str]:
         limit = max(1, round(self.source.document_mb * 1e6))
-        with _open(file) as stream:
+        with open_source(file) as stream:
             while piece := stream.read(limit):
                 if len(piece) == limit:
                     piece += stream.readline()
@@ -133,69 +130,7 @@ def _list_files(source: TextSource) -> tuple[Path, list[Path]]:
     return root, files
 
 
-@contextmanager
-def _open(file: Path) -> Iterator[IO[bytes]]:
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            yield stream  # type: ignore[misc]
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(f"cannot read a source file: {getattr(error, 'strerror', None) or error}", where=file) from None
-
-
-# ----------------------------------------------------------- rows, each with its place: of a file, of which one column is wanted
-def _jsonl(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    with _open(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                where = f"{file}:{number}"
-                yield where, _parsed(line, where, "not a JSON line")
-
-
-def _csv(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    csv.field_size_limit(sys.maxsize)
-    with _open(file) as stream:
-        rows = csv.DictReader(codecs.iterdecode(stream, "utf-8-sig"))
-        try:
-            for row in rows:
-                yield f"{file}:{rows.line_num}", row
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise DataError(f"not a readable csv row: {error}", where=f"{file}:{rows.line_num + 1}",
-                            remedy="a header line, commas, UTF-8") from None
-
-
-def _parquet(file: Path, column: str) -> Iterator[tuple[str, Any]]:
-    import pyarrow
-    import pyarrow.parquet as parquet
-
-    try:
-        with parquet.ParquetFile(file) as table:
-            columns = [column] if column in table.schema_arrow.names else None
-            batches = table.iter_batches(batch_size=1024, columns=columns)
-            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield f"{file}, row {number}", row
-    except (pyarrow.ArrowException, OSError) as error:
-        raise DataError(f"not a readable parquet file: {error}", where=file) from None
-
-
-def _hub(source: TextSource) -> Iterator[tuple[str, Any]]:
-    from datasets import load_dataset
-
-    try:
-        rows = load_dataset(source.path, source.subset, split=source.hub_split, streaming=True)
-    except Exception as error:  # datasets has no common class for what users get wrong
-        first_line = str(error).strip().split("\n")[0]
-        raise DataError(f"cannot open the data set: {first_line}", where="source.path", value=source.path,
-                        remedy="check the name, source.subset and source.hub_split, and the network") from error
-    yield from ((f"{source.path}, row {number}", row) for number, row in enumerate(rows))
-
-
-def _parsed(data: bytes, where: str, problem: str) -> Any:
-    try:
-        return json.loads(data)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{problem}: {error}", where=where, remedy="one JSON object a line, in UTF-8") from None
-
-
+# ------------------------------------------------------------------------------------------- the text of a row
 def _text_of(row: Any, name: str, where: str) -> str:
     """Return the text in ``row`` under a dotted name; "" for null."""
     value = row
@@ -208,6 +143,3 @@ def _text_of(row: Any, name: str, where: str) -> str:
     if value is not None and not isinstance(value, str):
         raise DataError(f"field {name!r} is not text", where=where, value=value)
     return value or ""
-
-
-READERS: dict[str, Callable[[Path, str], Iterator[tuple[str, Any]]]] = {"jsonl": _jsonl, "csv": _csv, "parquet": _parquet}

@@ -3,7 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hfscale.config.schema import Engine, RunConfig
+from hfscale.config.schema import Engine, TrainConfig
 from hfscale.errors import ConfigError
 
 
@@ -16,7 +16,7 @@ def running_stage(engine: Engine) -> int:
     return max(engine.zero_stage, 1) if engine.precision != "fp32" else engine.zero_stage
 
 
-def deepspeed_config(config: RunConfig, *, device_type: str) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]:
     """Return the dict for ``deepspeed.initialize``; ``engine.extra`` is merged last.
 
     Accumulation is not in it: with ``managed_gradient_accumulation`` off, every ``backward`` adds and ``step`` ends

@@ -19,7 +19,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
 
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.engine import fragments as parts
 from hfscale.engine.ds_config import deepspeed_config, running_stage
 from hfscale.engine.fragments import Fragment
@@ -38,7 +38,7 @@ class StepStats:
 
 
 @contextmanager
-def construction(config: RunConfig, *, device_type: str) -> Iterator[None]:
+def construction(config: TrainConfig, *, device_type: str) -> Iterator[None]:
     """Build a transformers model inside: at ZeRO 3 each parameter is partitioned as soon as its module exists."""
     if running_stage(config.engine) < 3:
         yield
@@ -57,7 +57,7 @@ def gathered(params: Iterable[nn.Parameter], *, modify: bool = False) -> Abstrac
 class Engine:
     """A model under DeepSpeed at one ZeRO stage. Make one with ``create``; ``close`` it before the process group."""
 
-    def __init__(self, ds: Any, adamw: torch.optim.AdamW, config: RunConfig) -> None:
+    def __init__(self, ds: Any, adamw: torch.optim.AdamW, config: TrainConfig) -> None:
         self._ds, self._adamw = ds, adamw
         self._zero = ds.optimizer  # at stage 0 it is ``adamw`` itself
         self._clip_norm = config.optim.clip_norm
@@ -70,7 +70,7 @@ class Engine:
         adamw.register_step_pre_hook(self._before_update)
 
     @classmethod
-    def create(cls, model: nn.Module, *, config: RunConfig, device: torch.device) -> Engine:
+    def create(cls, model: nn.Module, *, config: TrainConfig, device: torch.device) -> Engine:
         """Return the engine that trains ``model``, which it takes over (and casts, at 16 bit).
 
         Raises:

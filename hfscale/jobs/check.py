@@ -1,6 +1,7 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,49 +16,46 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.pretrained import match
 from hfscale.checkpoint.weights import open_weights
-from hfscale.config.schema import RunConfig
-from hfscale.errors import DataError
+from hfscale.config.schema import TrainConfig
+from hfscale.dist.world import World
 from hfscale.hub import local_folder
+from hfscale.jobs.material import open_material
 from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
-from hfscale.objectives.base import Setting, load_objective
 from hfscale.objectives.draws import lacking
-from hfscale.stream.rows import TokenRows
-from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
+from hfscale.tokenizer import vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def check(config: RunConfig) -> None:
-    """Return if tokenizer, shards, objective, model and pretrained weights fit together.
+def check(config: TrainConfig) -> None:
+    """Return if tokenizer, data, objective or task, model and pretrained weights fit together.
 
     Raises:
         UserError: for the first of them that does not.
     """
-    tokenizer = load_tokenizer(config.tokenizer.path)
-    held_out = [config.data.validation.shards] if config.data.validation else []
-    for shards in (*(source.shards for source in config.data.sources), *held_out):
-        open_rows(shards, config, tokenizer)
-    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, global_batch=config.train.global_batch,
-                                                         cross_document=config.data.cross_document, tokenizer=tokenizer))
     folder = pretrained_folder(config)
-    model_config = check_model_config(**model_needs(config, tokenizer, folder))
+    material = open_material(config, World(), folder)
+    material.check(layout.newest_state(config.run_dir))
+    objective = material.objective()
+    model_config = check_model_config(**model_needs(config, material.tokenizer, folder, also=material.needs))
     check_head(model_config, objective.auto_model)
     if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:
-        raise lacking(tokenizer, f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own",
-                      add="pad='<pad>'")
+        why = f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own"
+        raise lacking(material.tokenizer, why, add="pad='<pad>'")
     if folder and not layout.newest_state(config.run_dir):
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
 
 
-def parameters(config: RunConfig) -> int:
+def parameters(config: TrainConfig) -> int:
     """Return how many weights the model of a run has."""
-    tokenizer, folder = load_tokenizer(config.tokenizer.path), pretrained_folder(config)
-    objective = load_objective(config.objective, Setting(seq_len=config.data.seq_len, tokenizer=tokenizer))
-    model = skeleton(config, check_model_config(**model_needs(config, tokenizer, folder)), objective.auto_model)
+    folder = pretrained_folder(config)
+    material = open_material(config, World(), folder)
+    needs = model_needs(config, material.tokenizer, folder, also=material.needs)
+    model = skeleton(config, check_model_config(**needs), material.objective().auto_model)
     return sum(weight.numel() for weight in model.parameters())
 
 
-def pretrained_folder(config: RunConfig) -> Path | None:
+def pretrained_folder(config: TrainConfig) -> Path | None:
     """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
 
     A run that has saved needs its source no more: then it is the run's own newest checkpoint.
@@ -71,13 +69,18 @@ def pretrained_folder(config: RunConfig) -> Path | None:
     return own[-1] if own else layout.checkpoint_of(name) or local_folder(name, where="model.pretrained", weights=True)
 
 
-def model_needs(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None) -> dict[str, Any]:
-    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of ``check_model_config`` and ``build_model``."""
-    model = config.model if folder is None else config.model.model_copy(update={"pretrained": str(folder), "architecture": None})
+def model_needs(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None, *,
+                also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of ``check_model_config`` and ``build_model``.
+
+    ``also`` are values of the model's config that a task needs; those of ``model.config`` win.
+    """
+    start = {} if folder is None else {"pretrained": str(folder), "architecture": None}
+    model = config.model.model_copy(update={"config": {**(also or {}), **config.model.config}, **start})
     return {"model": model, "vocab_size": vocabulary_size(tokenizer), "seq_len": config.data.seq_len, "overrides": special_ids(tokenizer)}
 
 
-def skeleton(config: RunConfig, model_config: PretrainedConfig, auto_model: str) -> PreTrainedModel:
+def skeleton(config: TrainConfig, model_config: PretrainedConfig, auto_model: str) -> PreTrainedModel:
     """Return the model on the meta device: shapes and ties, no numbers."""
     wanted = config.model.attention
     available = "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
@@ -87,30 +90,3 @@ def skeleton(config: RunConfig, model_config: PretrainedConfig, auto_model: str)
             trust_remote_code=config.model.trust_remote_code)
     model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
     return model
-
-
-def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
-    """Return the rows of a manifest, after checking that this tokenizer made them.
-
-    Raises:
-        DataError: if another one did, or there are ids that it cannot give.
-    """
-    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip",
-                     **config.data.remote)
-    if rows.raw:
-        end_of_document_id(tokenizer)
-        return rows
-    assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
-    if rows.manifest.max_id >= vocabulary_size(tokenizer):
-        raise DataError("these shards hold ids that the tokenizer does not have", where=shards,
-                        value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
-                        remedy="build the shards again with this tokenizer, or give back the one that made them")
-    made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
-    ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
-    if ends[0] != ends[1]:
-        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards, value=ends,
-                        remedy="give back the tokenizer that made them, or build the shards again")
-    if made_by != have:
-        raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
-                        remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")
-    return rows

@@ -5,22 +5,24 @@ Every checkpoint carries the live engine's logits on a small probe batch, so the
 from __future__ import annotations
 
 import json
+import shutil
+from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 import transformers
-from tokenizers import processors
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
-from hfscale.jobs.opening import RunModel, open_run
+from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.objectives.base import Objective
+from hfscale.tasks.base import Task
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
 SAME_DEVICE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
@@ -44,6 +46,13 @@ def run(name: str, out: Path) -> str:
         partial = Path(scratch) / "model"
         partial.mkdir()
         write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+        if isinstance(source.objective, Task):
+            config: Any = source.config
+            source.skeleton.config.hfscale = {"task": config.task.model_dump(mode="json"), "max_length": config.data.max_length}
+            source.objective.finish(source.skeleton, source.tokenizer)
+            if source.objective.code:
+                shutil.copy(str(import_module(source.objective.code).__file__), partial)
+        source.skeleton.config.architectures = [type(source.skeleton).__name__]  # by which others, and we, know what it is for
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
@@ -55,30 +64,6 @@ def run(name: str, out: Path) -> str:
     return usage(source.objective, out)
 
 
-def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | None, config: PretrainedConfig) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` before a text and after it.
-
-    Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing is put, as shards are made: a prompt
-    that ends in [SEP] would be a document's end. None: what the tokenizer puts itself.
-    """
-    if not getattr(config, "type_vocab_size", 0):
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
-    if frame is None:
-        return tokenizer
-    bare, ends = tokenizer("a", add_special_tokens=False)["input_ids"], {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
-    has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
-    if not frame and tokenizer("a")["input_ids"] != bare:
-        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-    elif any(has) and tokenizer("a")["input_ids"] == bare:
-        before, after = (f"{token} " if token else "" for token in has)
-        around = processors.TemplateProcessing(
-            single=f"{before}$A {after}".strip(), pair=f"{before}$A {after}$B {after}".strip(),
-            special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in has if token])
-        own = tokenizer.backend_tokenizer.post_processor
-        tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, around]) if own else around
-    return tokenizer
-
-
 def usage(objective: Objective, folder: Path | str) -> str:
     """Return lines of Python that use the model in ``folder``."""
     task, mark = objective.pipeline, objective.setting.tokenizer.mask_token or "<extra_id_0>"
@@ -86,10 +71,12 @@ def usage(objective: Objective, folder: Path | str) -> str:
         return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained("{folder}"), {model}.from_pretrained("{folder}")
 print(tokenizer.batch_decode(model.generate(tokenizer("Once upon a {mark}", return_tensors="pt").input_ids, max_new_tokens=40)))"""
-    more = {"text-generation": "time\", max_new_tokens=40", "fill-mask": f"{mark}\""}.get(task, "time\"")
+    text = {"text-generation": '"Once upon a time", max_new_tokens=40', "fill-mask": f'"Once upon a {mark}"',
+            "question-answering": 'question="Who wrote it?", context="Ada wrote it."'}.get(task, '"Once upon a time"')
+    trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""  # of one file, which lies in the folder
     return f"""from transformers import pipeline
-use = pipeline("{task}", model="{folder}")
-print(use("Once upon a {more}))"""
+use = pipeline("{task}", model="{folder}"{trusted})
+print(use({text}))"""
 
 
 def prove(source: RunModel, folder: Path) -> float:
@@ -117,7 +104,9 @@ def state(source: RunModel) -> dict[str, Any]:
 
 def card(source: RunModel, difference: float) -> str:
     """Return the model card: the run's facts, and how to use the model."""
-    at, config = state(source), source.config
+    at, finetuned = state(source), isinstance(source.config, FinetuneConfig)
+    config: Any = source.config
+    data = Path(config.data.train).name if finetuned else ", ".join(corpus.name for corpus in config.data.sources)
     parameters = sum(p.numel() for p in source.skeleton.parameters())
     versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
     return f"""---
@@ -129,9 +118,9 @@ tags: [hfscale]
 | | |
 |---|---|
 | architecture | {source.skeleton.config.model_type}, {parameters:,} parameters |
-| objective | {config.objective.name} |
+| {"task" if finetuned else "objective"} | {(config.task if finetuned else config.objective).name} |
 | trained on | {at["tokens_seen"]:,} tokens in {at["step"]:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens |
-| data | {", ".join(corpus.name for corpus in config.data.sources)} (fingerprint `{at["data_fingerprint"][:16]}`) |
+| data | {data} (fingerprint `{at["data_fingerprint"][:16]}`) |
 | tokenizer | {len(source.tokenizer):,} ids (digest `{at["tokenizer_digest"][:16]}`) |
 | precision, ZeRO stage, ranks | {at["precision"]}, {at["zero_stage"]}, {at["world_size"]} |
 | seed | {config.run.seed} |

@@ -1,80 +1,157 @@
-"""Prediction in its simplest form: continuations of prompts, from a run, a checkpoint, an export or a transformers folder."""
+"""Predictions for a table: JSONL out, in order, sharded over processes, and resumed after a kill without repeats or losses.
+
+    .OUT.parts/config.yaml     what is asked for; every process reads it
+    .OUT.parts/key.json        what the predictions depend on: only the same question goes on here
+    .OUT.parts/00000012.jsonl  chunk 12, whole or absent: it is written under another name first
+    OUT                        all chunks, end to end; then the parts go
+
+The processes say nothing to each other: process r of n makes every n-th chunk that is not there.
+"""
 from __future__ import annotations
 
+import hashlib
 import json
-import os
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from hfscale.checkpoint import layout
+from hfscale.config.finetune import PredictConfig
+from hfscale.config.load import to_yaml
+from hfscale.dist.group import default_device
+from hfscale.dist.stop import StopRequest
+from hfscale.dist.world import World
 from hfscale.errors import DataError
-from hfscale.jobs.opening import open_model
-from hfscale.training.predictor import Prompt, Sampling, generate
+from hfscale.hub import local_folder
+from hfscale.jobs.opening import open_task
+from hfscale.log import logger, progress_bar
+from hfscale.shards.files import publish, sync, write_atomically
+from hfscale.stream.labelled import LabelledData
+from hfscale.tasks.base import Example, code_digest, task_class
+from hfscale.training.predictor import predict
+
+CHUNK = 512  # examples: batched by length among themselves, and the most that a kill costs a process
 
 
-def run(name: str, prompts: Iterable[Prompt], *, sampling: Sampling, batch: int = 8) -> Iterator[dict[str, str]]:
-    """Yield ``{"id", "prompt", "text"}`` for each prompt, in order.
+def parts_of(out: Path) -> Path:
+    """Return where the parts of ``out`` lie until it is whole."""
+    return out.with_name(f".{out.name}.parts")
+
+
+def examples_of(config: PredictConfig) -> Iterator[Example]:
+    """Yield the examples asked for; without their answers, where these do not matter.
 
     Raises:
-        UserError: if there is no such model, or a prompt does not fit it.
+        DataError: as ``read_examples``.
     """
-    model, tokenizer = open_model(name)
-    yield from generate(model, tokenizer, prompts, sampling=sampling, batch=batch)
+    kind, wanted = task_class(config.task.name), config.predict
+    for example in LabelledData(config.data, kind, about="").examples(wanted.split, answers=wanted.answers):
+        yield example if wanted.answers else {role: value for role, value in example.items() if role not in kind.answers}
 
 
-def read_prompts(path: Path, *, field: str = "prompt") -> list[Prompt]:
-    """Return the prompts of a JSONL file: a string under ``field`` a line; ``id`` is the line's own or its number from 0.
+def key_of(config: PredictConfig) -> dict[str, str]:
+    """Return digests of all that the predictions depend on: model, data, task."""
+    kind, data = task_class(config.task.name), config.data
+    folder = layout.checkpoint_of(config.predict.model) or local_folder(config.predict.model, where="MODEL", weights=True)
+    model = hashlib.blake2b(digest_size=16)
+    for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED):
+        large = file.suffix == ".safetensors"  # of a checkpoint of ours the manifest has their digests
+        model.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode() if large else file.read_bytes())
+    task = f"{code_digest(kind)} {config.task.model_dump_json()} {data.max_length} {data.too_long} {config.predict.answers}"
+    return {"model": model.hexdigest(), "data": LabelledData(data, kind, about="").digest(config.predict.split),
+            "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest()}
+
+
+def prepare(config: PredictConfig) -> Path:
+    """Return the config's path in the folder of parts, new or half filled, after reading all examples once: nothing is wrong with them.
 
     Raises:
-        DataError: for a missing file, a broken line, a line without the field, or an id that occurs twice.
+        DataError: for bad rows, an OUT that exists, and parts of predictions of something else.
     """
-    try:
-        lines = path.read_text("utf-8-sig").split("\n")  # not splitlines: JSON strings may hold U+2028
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError("the prompts cannot be read", where=path, value=str(error), remedy="give a JSONL file in UTF-8") from error
-    prompts: dict[str, Prompt] = {}
-    for number, line in enumerate(lines):
-        if not line.strip():
-            continue
-        where = f"{path}:{number + 1}"
-        try:
-            record = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"not JSON: {error}", where=where, value=line[:80], remedy="one JSON object a line, in UTF-8") from error
-        if not isinstance(record, dict) or not isinstance(record.get(field), str) or not is_text(record[field]):
-            raise DataError(f"no text under {field!r}", where=where, value=line[:80], remedy=f'write {{"{field}": "..."}} on each line')
-        prompt = Prompt(str(record.get("id", number)), record[field])
-        if prompt.id in prompts:
-            raise DataError("an id occurs twice", where=where, value=prompt.id, remedy="give each prompt an id of its own")
-        prompts[prompt.id] = prompt
-    if not prompts:
-        raise DataError("no prompts", where=path, remedy=f'write {{"{field}": "..."}} on each line')
-    return list(prompts.values())
+    out, key = config.predict.out, key_of(config)
+    if out.exists():
+        raise DataError("this file exists already; nothing was written", where=out, remedy="give another --out, or remove it")
+    count = sum(1 for _ in examples_of(config))
+    if not count:
+        raise DataError("there are no examples", where=config.data.train, remedy="give at least one row")
+    parts = parts_of(out)
+    file = parts / "key.json"
+    if file.is_file() and (saved := json.loads(file.read_text("utf-8"))["key"]) != key:
+        differ = [name for name in key if saved.get(name) != key[name]]
+        raise DataError("half-made predictions of something else are in the way", where=parts, value=f"other {', '.join(differ)}",
+                        remedy="give another --out, ask for the same again, or remove that folder")
+    parts.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps({"key": key, "examples": count}).encode())
+    write_atomically(parts / "config.yaml", to_yaml(config).encode())
+    return parts / "config.yaml"
 
 
-def is_text(value: str) -> bool:
-    """Return whether ``value`` can be written as UTF-8; half of a surrogate pair cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
+def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
+    """Return True when this process's chunks are there, False when it was stopped before."""
+    disable_progress_bar()
+    parts, size = parts_of(config.predict.out), max(CHUNK, config.predict.batch)
+    total = json.loads((parts / "key.json").read_text("utf-8"))["examples"]
+    mine = [number for number in range(world.rank, -(-total // size), world.world_size) if not _chunk(parts, number).exists()]
+    if not mine:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    model, task = open_task(config)
+    device, examples, at = default_device(), examples_of(config), 0
+    with progress_bar("predicting" if world.rank == 0 else "", None if world.rank else sum(min(size, total - n * size) for n in mine),
+                      unit=" examples") as bar:
+        for number in mine:
+            chunk = list(islice(examples, number * size - at, number * size - at + size))
+            at = number * size + len(chunk)
+            made = predict(task, model, chunk, batch=config.predict.batch, device=device, first=number * size,
+                           refuse_long=config.data.too_long == "refuse")
+            if config.predict.answers and config.data.on_error == "stop" and (bad := [row for row in made if "problem" in row]):
+                raise DataError(f"{len(bad)} examples cannot be scored", where=config.data.train, value=[
+                    f"{row['id']}: {row['problem']}" for row in bad[:3]], remedy="mend them, or leave them out with data.on_error=skip")
+            write_atomically(_chunk(parts, number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode())
+            bar.update(len(chunk))
+            if stop.requested:
+                return False
     return True
 
 
-def write_predictions(path: Path, predictions: Iterable[dict[str, str]]) -> int:
-    """Return how many predictions were written to ``path`` as JSONL; it appears whole or not at all.
+def join(config: PredictConfig) -> int:
+    """Return how many predictions are now in OUT, which appears whole."""
+    out, parts = config.predict.out, parts_of(config.predict.out)
+    bad, count = 0, 0
+    whole = parts / "whole"
+    with open(whole, "wb") as file:
+        for chunk in sorted(parts.glob("*.jsonl")):
+            content = chunk.read_bytes()
+            count += content.count(b"\n")
+            bad += content.count(b'"prediction": null, "problem": ')
+            file.write(content)
+        file.flush()
+        sync(file.fileno())
+    publish(whole, out)
+    shutil.rmtree(parts)
+    if bad:
+        logger.warning(f"{bad:,} of {count:,} examples have a problem instead of a prediction")
+    return count
+
+
+def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
+    """Return the prediction for one example.
 
     Raises:
-        DataError: if it exists already.
+        DataError: if there can be none.
     """
-    if path.exists():
-        raise DataError("this file exists already; nothing was written", where=path, remedy="give another --out, or remove it")
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    count = 0
-    part.parent.mkdir(parents=True, exist_ok=True)
-    with open(part, "w", encoding="utf-8") as file:
-        for prediction in predictions:
-            file.write(json.dumps(prediction, ensure_ascii=False) + "\n")
-            file.flush()
-            count += 1
-    part.replace(path)
-    return count
+    model, task = open_task(config)
+    (made,) = predict(task, model, [example], batch=1, device=default_device())
+    if "problem" in made:
+        raise DataError(made["problem"], where="command line", value={**example})
+    return made
+
+
+def _chunk(parts: Path, number: int) -> Path:
+    return parts / f"{number:08}.jsonl"

@@ -54,7 +54,8 @@ class MetricsLog:
 
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
-        parts += [f"{name} {form.format(record[name])}" for name, form in CONSOLE if record.get(name) is not None]
+        metrics = tuple((name, "{:.4f}") for name, value in record.items() if name.startswith("validation_") and isinstance(value, float))
+        parts += [f"{name} {form.format(record[name])}" for name, form in dict(CONSOLE + metrics).items() if record.get(name) is not None]
         left = timedelta(seconds=int((self.total_steps - record["step"]) * record["step_s"]))
         parts += [f"{tqdm.format_sizeof(record['tokens_per_s'])} tokens/s",
                   f"data wait {record['data_wait_s'] / max(record['step_s'], 1e-9):.0%}", f"left {left}"]

@@ -11,7 +11,7 @@ A term of weight 0 is only reported (an accuracy, say). Shape legend: B rows, T 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -50,6 +50,7 @@ class Setting:
     sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
     tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
     model_config: PretrainedConfig | None = None  # None: before there is a model
+    facts: Mapping[str, Any] = field(default_factory=dict)  # of a task: what its training examples say (labels, ...)
 
 
 @dataclass
@@ -63,6 +64,13 @@ class Batch:
     source_B: Tensor  # int16: which corpus each row is from
     position_B: Tensor  # int64: the row's place in the run's order
     document_ids_BT: Tensor | None = None  # int32: documents numbered within their row; None = one document
+    lengths_B: Tensor | None = None  # int64: of ``input_ids`` without padding; None = all of T
+
+    def rows(self) -> list[Tensor]:
+        """Return ``input_ids`` as what the batch digest is taken of: without padding, which depends on how the batch was cut."""
+        if self.lengths_B is None:
+            return [self.input_ids]
+        return [ids_T[None, :length] for ids_T, length in zip(self.input_ids, self.lengths_B.tolist(), strict=True)]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch with everything that enters the model or the loss on ``device``."""
@@ -93,7 +101,7 @@ class Objective:
         """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only."""
         raise NotImplementedError
 
-    def collate(self, rows: Rows) -> Batch:
+    def collate(self, rows: Any) -> Batch:  # Rows; a task's are Examples
         """Return the batch of ``rows`` on the CPU. Depends on the rows, their positions and the seed alone."""
         raise NotImplementedError
 
@@ -207,7 +215,7 @@ def load_objective(named: Named, setting: Setting) -> Objective:
     return objective(check_options(objective.Options, named.options), setting)
 
 
-def check_options(schema: type[Section], options: Mapping[str, Any]) -> Section:
+def check_options(schema: type[Section], options: Mapping[str, Any], *, where: str = "objective.options") -> Section:
     """Return ``options`` as ``schema``, or raise a ConfigError that names every bad one and the nearest valid names."""
     try:
         return schema(**options)
@@ -217,4 +225,4 @@ def check_options(schema: type[Section], options: Mapping[str, Any]) -> Section:
             name = ".".join(map(str, problem["loc"]))
             unknown = problem["type"] == "extra_forbidden"
             lines.append(f"{name}: unknown option; {nearest(name, schema.model_fields)}" if unknown else f"{name}: {problem['msg']}")
-        raise ConfigError("; ".join(lines), where="objective.options", value=dict(options)) from error
+        raise ConfigError("; ".join(lines), where=where, value=dict(options)) from error

@@ -54,7 +54,7 @@ class Contrastive(Objective):
     Options = ContrastiveOptions
     auto_model = "AutoModel"
     pipeline = "feature-extraction"
-    frame = ("cls_token", "eos_token")
+    frame: tuple[str | None, ...] | None = ("cls_token", "eos_token")
     token_loss = False
     needs_documents = True
     options: ContrastiveOptions

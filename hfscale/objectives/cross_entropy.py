@@ -18,32 +18,37 @@ IGNORE_INDEX = -100  # labels that ask nothing; same value as transformers
 CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # numbers in flight: 4 MiB of cache; few kernel launches and 256 MiB
 
 
-def token_losses(logits_BTV: Tensor, labels_BT: Tensor) -> Tensor:
-    """Return ``losses_BT`` = -log softmax(logits)[label] in nats, fp32; 0 where the label is IGNORE_INDEX."""
-    losses_N: Tensor = _CrossEntropy.apply(logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1))
+def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0) -> Tensor:
+    """Return ``losses_BT`` = -log softmax(logits)[label] in nats, fp32; 0 where the label is IGNORE_INDEX.
+
+    With ``smoothing`` e the label has 1 - e + e / V of the target, every other id e / V (Szegedy et al. 2016, sec. 7).
+    """
+    losses_N: Tensor = _CrossEntropy.apply(logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1), smoothing)
     return losses_N.view(labels_BT.shape)
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """d loss / d logits = softmax(logits) - onehot(label), computed again in backward."""
+    """d loss / d logits = softmax(logits) - target, computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
         ctx.save_for_backward(logits_NV, labels_N)
-        parts = _chunks(logits_NV, logits_NV, labels_N)
-        return torch.cat([F.cross_entropy(part.float(), labels, reduction="none", ignore_index=IGNORE_INDEX) for part, labels in parts])
+        ctx.smoothing = smoothing
+        how: dict[str, Any] = {"reduction": "none", "ignore_index": IGNORE_INDEX, "label_smoothing": smoothing}
+        return torch.cat([F.cross_entropy(part.float(), labels, **how) for part, labels in _chunks(logits_NV, logits_NV, labels_N)])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, labels_N = ctx.saved_tensors
         asked_N = labels_N != IGNORE_INDEX
         targets_N1, grad_N1 = labels_N.where(asked_N, 0).unsqueeze(1), grad_N.where(asked_N, 0.0).unsqueeze(1)
         grad_NV = torch.empty_like(logits_NV)
         for part, target, grad, out in _chunks(logits_NV, logits_NV, targets_N1, grad_N1, grad_NV):
             probability = part.softmax(1, dtype=torch.float32)
-            out.copy_(probability.scatter_add_(1, target, torch.full_like(grad, -1.0)).mul_(grad))
-        return grad_NV, None
+            difference = probability.scatter_add_(1, target, torch.full_like(grad, ctx.smoothing - 1.0))
+            out.copy_(difference.sub_(ctx.smoothing / probability.shape[1]).mul_(grad))
+        return grad_NV, None, None
 
 
 def _chunks(logits_NV: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:

@@ -54,6 +54,8 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
         DataError: if the step lies outside the run, or the shards are not those of the run.
     """
     config = load_config(run_dir / "config.yaml").config
+    if not isinstance(config, RunConfig):
+        raise DataError("this run was not trained on shards", where=run_dir, remedy="its examples are in the files of its data section")
     records = {record["step"]: record for record in _records(run_dir)}
     start, stop = _positions(records, config, step, where=run_dir)
     skip = config.data.on_error == "skip"

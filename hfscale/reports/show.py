@@ -6,16 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
 from hfscale.config.rules import notices, solve_batch, total_steps
-from hfscale.config.schema import CorpusConfig, RunConfig, Section
+from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import DataError
 from hfscale.shards.manifest import TEXT, Manifest
 
 
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
-    """Return which kind of config a file is: only a corpus has a ``source`` or ``shards`` section."""
-    return CorpusConfig if {"source", "shards"} & read_tree(path, overrides).values.keys() else RunConfig
+    """Return which kind of config a file is, by the section that only that kind has."""
+    sections = read_tree(path, overrides).values.keys()
+    return CorpusConfig if {"source", "shards"} & sections else FinetuneConfig if "task" in sections else RunConfig
 
 
 def show_schema(path: Path | str | None = None) -> str:
@@ -31,11 +33,11 @@ def show_config(path: Path | str, overrides: Sequence[str] = (), *, procs: int |
     """
     loaded: Loaded[Any] = load_config(path, overrides, schema=schema_of(path, overrides))
     rows = [(key, _text(value), loaded.source(key)) for key, value in flatten(loaded.config.model_dump(mode="json", by_alias=True))]
-    facts = derived(loaded.config, procs=procs) if isinstance(loaded.config, RunConfig) else []
+    facts = derived(loaded.config, procs=procs) if isinstance(loaded.config, TrainConfig) else []
     return "\n".join([*_columns(rows), *(["", *_columns(facts)] if facts else [])])
 
 
-def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, str]]:
+def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str, str]]:
     """Return ``(name, value)`` of what the config implies; data that is not there yet leaves its numbers out."""
     train, seq_len = config.train, config.data.seq_len
     facts = [("run directory", f"{config.run_dir} ({'exists' if config.run_dir.exists() else 'new'})")]
@@ -45,6 +47,8 @@ def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, s
         fitting = [size for size in (2**power for power in range(11)) if train.global_batch % (size * train.micro_batch) == 0]
         facts.append(("batch", f"accumulation {', '.join(str(train.global_batch // size // train.micro_batch) for size in fitting)}"
                                f" on world_size {', '.join(map(str, fitting))}"))
+    if isinstance(config, FinetuneConfig):  # how many examples there are, only reading them shows
+        return [*facts, ("steps", str(train.steps or f"{train.epochs} epochs")), *(("notice", line) for line in notices(config))]
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
     rows, unknown = _rows(config)
     if rows or train.epochs is None:
@@ -57,7 +61,7 @@ def derived(config: RunConfig, *, procs: int | None = None) -> list[tuple[str, s
     return [*facts, *(("notice", line) for line in notices(config))]
 
 
-def _rows(config: RunConfig) -> tuple[int, str]:
+def _rows(config: TrainConfig) -> tuple[int, str]:
     """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than it predicts."""
     try:
         manifests = [Manifest.load(source.shards, **config.data.remote) for source in config.data.sources]

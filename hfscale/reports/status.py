@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.checkpoint import layout
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 
 TAIL_BYTES = 65536
 
@@ -29,14 +29,14 @@ def last_record(run_dir: Path) -> dict[str, Any]:
     return {}
 
 
-def progress(config: RunConfig, record: dict[str, Any]) -> float:
+def progress(config: TrainConfig, record: dict[str, Any]) -> float:
     """Return which part of the run is done, in [0, 1]."""
     train = config.train
     done = ((record["step"], train.steps), (record["tokens_seen"], train.tokens), (record.get("epoch"), train.epochs))
     return min(1.0, next((have / whole for have, whole in done if have is not None and whole), 0.0))
 
 
-def describe(config: RunConfig, *, now: float | None = None) -> list[tuple[str, str]]:
+def describe(config: TrainConfig, *, now: float | None = None) -> list[tuple[str, str]]:
     """Return (name, value) lines on a run; ``now`` is in seconds of the epoch."""
     now, run = time.time() if now is None else now, config.run_dir
     record, saved = last_record(run), layout.committed(run / layout.FOLDER)

@@ -2,7 +2,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -51,19 +53,30 @@ def draw(manifests: Mapping[str, Manifest], path: Path) -> None:
     """Return with the document lengths of each of the named manifests drawn into ``path``, a PNG.
 
     Raises:
+        UserError: as ``picture``.
+    """
+    with picture(path, width=8, height=4.5) as figure:
+        axes = figure.subplots()
+        for name, manifest in manifests.items():
+            counts = histogram(document_lengths(manifest))
+            axes.stairs(counts, 2.0 ** np.arange(len(counts) + 1), fill=True, alpha=0.5, label=f"{name}: {manifest.documents:,} documents")
+        axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents", title="Lengths of documents")
+        axes.legend()
+
+
+@contextmanager
+def picture(path: Path, *, width: float, height: float) -> Iterator[Any]:
+    """Yield a matplotlib figure of so many inches, which is a PNG at ``path`` afterwards.
+
+    Raises:
         UserError: if matplotlib is not installed, or the picture cannot be written.
     """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         raise UserError("a picture needs matplotlib, which is not installed", where="--png", remedy="pip install matplotlib") from None
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for name, manifest in manifests.items():
-        counts = histogram(document_lengths(manifest))
-        axes.stairs(counts, 2.0 ** np.arange(len(counts) + 1), fill=True, alpha=0.5, label=f"{name}: {manifest.documents:,} documents")
-    axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents", title="Lengths of documents")
-    axes.legend()
+    figure = Figure(figsize=(width, height), layout="constrained")
+    yield figure
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:

@@ -1,16 +1,21 @@
 """Held-out loss: every validation row counted once, whatever the number of ranks."""
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from math import exp, nan
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 
-from hfscale.dist.agree import sum_over_ranks
-from hfscale.engine.engine import Engine
+from hfscale.dist.agree import from_rank_0, gather_objects, sum_over_ranks
 from hfscale.objectives.base import Objective
+from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
+from hfscale.tasks.base import Example, Task
+
+if TYPE_CHECKING:  # a login node checks a run without DeepSpeed
+    from hfscale.engine.engine import Engine
 
 
 class Evaluator:
@@ -32,6 +37,37 @@ class Evaluator:
                 pass  # what was measured is in the sums
         losses = global_losses(objective, counts)
         return losses | ({"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {})
+
+
+class TaskEvaluator:
+    """Scores a task on a whole split: its loss, and its metrics over predictions of which each example has one, whatever the ranks."""
+
+    def __init__(self, task: Task, rows: Iterable[Examples], *, examples: Sequence[Example], of: np.ndarray) -> None:
+        """``of`` is the number of the example of each feature. Only rank 0 uses ``examples``."""
+        self._task, self._rows, self._examples, self._of = task, rows, examples, of
+
+    @torch.no_grad()
+    def run(self, engine: Engine) -> dict[str, float]:
+        """Return the validation loss and metrics (all ranks together); the engine's mode is restored."""
+        task, counts, outputs = self._task, dict.fromkeys(self._task.weights(), 0), dict[int, dict[str, Any]]()
+        with engine.eval_mode():
+            for rows in self._rows:
+                batch = task.collate(rows)
+                counts = {term: counts[term] + n for term, n in task.counts([batch]).items()}
+                sums, made = task.judge(engine, batch.to(engine.device), rows)
+                task.record(sums, batch)
+                outputs |= {int(number): output for number, valid, output in zip(rows.position, rows.valid_B, made, strict=True) if valid}
+        totals = sum_over_ranks(torch.tensor([counts[term] for term in sorted(counts)])).long().tolist()
+        losses = global_losses(task, dict(zip(sorted(counts), totals, strict=True)))
+        gathered = {number: output for part in gather_objects(outputs) for number, output in part.items()}
+        return losses | from_rank_0(self._score(gathered) if gathered else None)
+
+    def _score(self, outputs: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+        ends = np.searchsorted(self._of, np.arange(len(self._examples)), side="right").tolist()
+        cuts = zip([0, *ends], ends, self._examples)
+        predictions = [{"id": example["id"], **self._task.answer(example, [outputs[n] for n in range(begin, end)])}
+                       for begin, end, example in cuts]
+        return self._task.score(predictions, self._examples)
 
 
 def global_losses(objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()) -> dict[str, Any]:

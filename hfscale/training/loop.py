@@ -23,10 +23,11 @@ from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
 from hfscale.stream.digest import batch_digest
+from hfscale.stream.examples import ExampleStream
 from hfscale.stream.loader import Stream
-from hfscale.training.evaluator import Evaluator, global_losses
+from hfscale.training.evaluator import Evaluator, TaskEvaluator, global_losses
 
-SKIPPED = "skipped_rows"  # among what the ranks agree on, in the metrics and in a checkpoint's state
+SKIPPED, TOKENS = "skipped_rows", "tokens"  # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
 SKIP_FLOOR_ROWS = 2**20  # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in lumps
 
 
@@ -44,7 +45,7 @@ class Trainer:
     """The parts of a run, and the loop over them. ``learning_rate`` gives the rate of an update, counted from 1."""
 
     engine: Engine
-    stream: Stream
+    stream: Stream | ExampleStream
     objective: Objective
     checkpoints: CheckpointManager
     throughput: Throughput
@@ -59,7 +60,7 @@ class Trainer:
     sources: tuple[str, ...] = ("text",)  # names, as the rows number them
     max_skipped: float = 0.0  # of the rows read
     validate_every: int | None = None
-    evaluator: Evaluator | None = None
+    evaluator: Evaluator | TaskEvaluator | None = None
     warned_s: float | None = None  # in a Slurm job: how long before its end the ranks are told to save
     log: MetricsLog | None = None  # rank 0 only
     state: TrainState = field(default_factory=TrainState)
@@ -99,10 +100,12 @@ class Trainer:
         with self.throughput.waiting():
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
-        counts = self.objective.counts(batches) | {SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows)}
+        ids = [row for batch in batches for row in batch.rows()]
+        counts = self.objective.counts(batches) | {SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows),
+                                                   TOKENS: sum(row.numel() for row in ids)}
         agreed = agree(counts=counts, stop=self.stop.requested, due=self.checkpoints.due(step + 1),
                        failed=self.checkpoints.failed() is not None,
-                       digest=batch_digest([batch.input_ids for batch in batches]) if self._logged(step + 1) else 0)
+                       digest=batch_digest(ids) if self._logged(step + 1) else 0)
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
         losses = self.objective.losses(self.engine, on_device, agreed.counts, world_size=self.world_size)
@@ -111,7 +114,8 @@ class Trainer:
         stats = self.engine.step(self.learning_rate(step + 1))
         self.stream.advance()
         self.state.step += 1
-        self.state.tokens_seen = self.stream.consumed_tokens
+        self.state.tokens_seen += agreed.counts[TOKENS]
+        self.throughput.count(agreed.counts[TOKENS])
         return agreed, stats
 
     def _count_skipped(self, rows: int) -> None:
@@ -168,7 +172,8 @@ class Trainer:
     def _save(self) -> None:
         state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen,
                  SKIPPED: self.state.skipped_rows, "stream": self.stream.state().to_dict(),
-                 "metrics": {key: value for key, value in self.record.items() if key == "step" or "loss" in key}}
+                 "metrics": {key: value for key, value in self.record.items()
+                             if key == "step" or "loss" in key or key.startswith("validation_")}}
         self.checkpoints.save(self.engine, state, step=self.state.step)
 
 

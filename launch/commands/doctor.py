@@ -19,7 +19,7 @@ from typing import Annotated, Any
 import typer
 
 from hfscale import log
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import Allocation, allocation, available_cores, node_name
 from hfscale.errors import UserError
 from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, table
@@ -71,7 +71,7 @@ def _tried(check: str, look: Callable[[], Sequence[str]]) -> Finding:
     return Finding(check, "warn" if said else "ok", "; ".join(said) or "fits")
 
 
-def _before(config: RunConfig | None, here: Allocation | None, task: dict[str, Any]) -> Iterator[Finding]:
+def _before(config: TrainConfig | None, here: Allocation | None, task: dict[str, Any]) -> Iterator[Finding]:
     """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what they are to look at."""
     asked = client(["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"] if here else
                    ["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"], timeout_s=SLURM_S) if has_slurm() else None
@@ -88,7 +88,9 @@ def _before(config: RunConfig | None, here: Allocation | None, task: dict[str, A
     procs = cluster.nodes * slurm.tasks_per_node(cluster) if submits else _procs(here)
     gpus = bool(here.gpus_per_node if here else cluster.gpus_per_node if submits else gpu_count())
     yield _tried("config", lambda: slurm.before(config, procs, gpus=gpus, on_nodes=bool(here or submits)))
-    task.update(shards=[source.shards for source in config.data.sources], remote=config.data.remote, keep=config.checkpoint.keep_last)
+    task["keep"] = config.checkpoint.keep_last
+    if isinstance(config, RunConfig):  # labelled examples lie in a few small files
+        task.update(shards=[source.shards for source in config.data.sources], remote=config.data.remote)
 
     def parts() -> Sequence[str]:
         from hfscale.jobs.check import check, parameters  # slow to import

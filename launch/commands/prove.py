@@ -22,7 +22,7 @@ import typer
 from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.config.load import COMMAND_LINE, Loaded
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
 from hfscale.reports.status import last_record
@@ -89,7 +89,7 @@ def resume(
     raise typer.Exit(1 if difference else 0)
 
 
-def _plan(wanted: Loaded[RunConfig], *, kills: int, rng: random.Random) -> tuple[list[int], list[str]]:
+def _plan(wanted: Loaded[TrainConfig], *, kills: int, rng: random.Random) -> tuple[list[int], list[str]]:
     """Return the steps after which to kill, and the overrides that make the run short, save often, keep all and log all.
 
     Raises:

@@ -9,16 +9,17 @@ import typer
 
 from hfscale.errors import CheckpointError
 
+Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
+                                                       show_default=False)]
+Launcher = Annotated[str, typer.Option(help="local: processes here; slurm: a job; debug: one process, tiny.")]
+Procs = Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")]
+Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")]
 
-def pretrain(
-    config_or_run: Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")],
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
-                                                          show_default=False)] = None,
-    launcher: Annotated[str, typer.Option(help="local: processes here; slurm: a job; debug: one process, tiny.")] = "local",
-    procs: Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")] = None,
-    port: Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")] = False,
-) -> None:
+
+def pretrain(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,
+             dry_run: DryRun = False) -> None:
     """Train from CONFIG in its run directory, run.root/run.name. The same command again goes on where it stopped.
 
     Examples:
@@ -30,6 +31,35 @@ def pretrain(
 
     request = Request(config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run)
     raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(request))
+
+
+def finetune(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,
+             dry_run: DryRun = False) -> None:
+    """Fine-tune a model for the task of CONFIG on labelled examples. The same command again goes on where it stopped.
+
+    Examples:
+    hfscale finetune configs/finetune/sentiment.yaml data.train=reviews.csv data.columns.text=review data.columns.label=stars;
+    hfscale finetune runs/sentiment train.epochs=5
+    """
+    pretrain(config_or_run, overrides, launcher, procs, port, dry_run)
+
+
+def compare(
+    sources: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SCORES...", help="Run directories, or scores.json files.")],
+    csv: Annotated[Path | None, typer.Option(help="Write the table here, with confidence intervals.")] = None,
+    png: Annotated[Path | None, typer.Option(help="Draw it here, with confidence intervals.")] = None,
+) -> None:
+    """Print a table of what each run scored: its evaluations, and its newest validation.
+
+    Example: hfscale compare runs/sentiment-* --csv scores.csv --png scores.png
+    """
+    from hfscale.reports import compare as report
+
+    found = report.find(sources)
+    typer.echo(report.table(found))
+    for write, path in ((report.write_csv, csv), (report.draw, png)):
+        if path is not None:
+            write(found, path)
 
 
 def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
@@ -161,40 +191,3 @@ def export(
 
     log.setup()
     typer.echo(run(model, out))
-
-
-def predict(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, an export, a transformers folder or a hub name.")],
-    prompt: Annotated[str | None, typer.Option("--prompt", "--text", help="One text to go on with.")] = None,
-    data: Annotated[Path | None, typer.Option(help='JSONL with a "prompt" (and an "id", if you like) a line.')] = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSONL here instead of the terminal; it must not exist.")] = None,
-    field: Annotated[str, typer.Option(help="Which key of DATA holds the prompt.")] = "prompt",
-    max_new_tokens: Annotated[int, typer.Option(min=1)] = 64,
-    temperature: Annotated[float, typer.Option(min=0.0, help="0 takes the likeliest token.")] = 0.8,
-    top_p: Annotated[float, typer.Option(min=0.0, max=1.0)] = 0.95,
-    seed: Annotated[int, typer.Option(min=0, max=2**63 - 1)] = 17,
-    batch: Annotated[int, typer.Option(min=1, help="Prompts at a time.")] = 8,
-) -> None:
-    """Go on with a prompt, or with every prompt of a JSONL file: {"id", "prompt", "text"} a line.
-
-    Examples: hfscale predict runs/quickstart --prompt "def main("; hfscale predict exports/gpt --data prompts.jsonl --out texts.jsonl
-    """
-    import json
-
-    if (prompt is None) == (data is None):
-        raise typer.BadParameter("give either --prompt or --data")
-    from hfscale import log
-    from hfscale.jobs.predict import is_text, read_prompts, run, write_predictions
-    from hfscale.training.predictor import Prompt, Sampling
-
-    log.setup()
-    if prompt is not None and not is_text(prompt):
-        raise typer.BadParameter("--prompt is not UTF-8")
-    prompts = [Prompt("0", prompt)] if prompt is not None else read_prompts(data, field=field) if data is not None else []
-    sampling = Sampling(max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed)
-    predictions = run(model, prompts, sampling=sampling, batch=batch)
-    if out is not None:
-        typer.echo(f"{write_predictions(out, predictions)} predictions in {out}")
-        return
-    for prediction in predictions:
-        typer.echo(prediction["prompt"] + prediction["text"] if data is None else json.dumps(prediction, ensure_ascii=False))

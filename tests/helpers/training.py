@@ -8,12 +8,13 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the records of a short run; on ranks other than 0, nothing. For ``run_ranks``."""
     import torch
 
+    from hfscale.config.finetune import FinetuneConfig
     from hfscale.config.schema import RunConfig
     from hfscale.dist.world import World
     from hfscale.jobs.build import build_trainer
 
     torch.set_num_threads(1)
-    config = RunConfig.model_validate(values)
+    config = (FinetuneConfig if "task" in values else RunConfig).model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
     records: list[dict[str, Any]] = []

@@ -20,9 +20,9 @@ from hfscale.jobs import export
 from hfscale.jobs.check import model_needs
 from hfscale.jobs.check import skeleton as meta_model
 from hfscale.jobs.opening import open_run
-from hfscale.jobs.predict import read_prompts, write_predictions
 from hfscale.models.build import check_model_config
 from hfscale.tokenizer import load_tokenizer
+from launch.commands.predict import predict
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import GPT2, LLAMA, run_values
 
@@ -53,8 +53,8 @@ def test_transformers_loads_it(exported: Path) -> None:
     assert "logits equal" in (exported / "README.md").read_text()
     text = pipeline("text-generation", model=str(exported))("import", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("import") and len(text) > len("import")
-    ours = hfscale("predict", exported, "--prompt", "import", "--max-new-tokens", 4, "--temperature", 0).stdout
-    assert ours.strip() == text.strip()
+    ours = hfscale("predict", exported, "--prompt", "import", "generation.max_new_tokens=4").stdout
+    assert ours.strip() == text.removeprefix("import").strip()
 
 
 def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
@@ -167,20 +167,17 @@ def test_files_of_others_are_left_alone(run: Path, tmp_path: Path) -> None:
 def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
     prompts.write_text('{"prompt": "import os"}\n\n{"prompt": "你好\u2028", "id": "zh"}\n{"prompt": ""}\n', "utf-8")
-    hfscale("predict", run, "--data", prompts, "--out", out, "--max-new-tokens", 5)
+    predict(str(run), ["generation.max_new_tokens=5"], data=str(prompts), out=out)
     lines = [json.loads(line) for line in out.read_text("utf-8").split("\n") if line]
-    assert [(line["id"], line["prompt"]) for line in lines] == [("0", "import os"), ("zh", "你好\u2028"), ("3", "")]
-    assert all(isinstance(line["text"], str) for line in lines)
-    with pytest.raises(DataError, match="exists already"):
-        write_predictions(out, [])
+    assert [line["id"] for line in lines] == ["0", "zh", "2"] and all(isinstance(line["prediction"], str) for line in lines)
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ('{"prompt": "a"}\n{"prompt": 3}', r"no text under 'prompt'[\s\S]*:2"), ('{"prompt": ', r"not JSON[\s\S]*:1"), ("", "no prompts"),
-    ('{"prompt": "a\\ud800"}', "no text under"), ("[" * 100_000, "not JSON"),
+    ('{"prompt": ', r"not a JSON line[\s\S]*:1"), ("", "no examples"), ("[" * 100_000, "not a JSON line"),
+    ('{"text": "a"}', "no column 'prompt'"), ('{"prompt": "a\\ud800"}', "half of a character"),
     ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice")])  # fmt: skip
-def test_broken_prompts_name_their_line(tmp_path: Path, content: str, message: str) -> None:
+def test_broken_prompts_name_their_line(run: Path, tmp_path: Path, content: str, message: str) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):
-        read_prompts(path)
+        predict(str(run), data=str(path), out=tmp_path / "out.jsonl")

@@ -1,7 +1,7 @@
-"""Pretraining: the stream drives the objective under the engine until the steps are done or a stop is asked for."""
+"""Pretraining and fine-tuning: the stream drives objective or task under the engine until the steps are done or a stop is asked for."""
 from __future__ import annotations
 
-from hfscale.config.schema import RunConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.dist import group
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
@@ -9,7 +9,7 @@ from hfscale.jobs.build import build_trainer
 from hfscale.jobs.environment import record_ranks
 
 
-def run(config: RunConfig, world: World, stop: StopRequest) -> bool:
+def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
     """Return True when done, False when stopped on request and saved."""
     device = group.start(world)
     trainer = build_trainer(config, world, device, stop)

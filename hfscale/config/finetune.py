@@ -1,0 +1,79 @@
+"""The config of a fine-tuning, and of predictions: labelled examples instead of shards, a task instead of an objective."""
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Union
+
+from pydantic import AfterValidator, Field
+
+from hfscale.config.schema import (
+    LocalPath,
+    Named,
+    Optim,
+    PathOrHubName,
+    Positive,
+    Section,
+    Tokenizer,
+    TrainConfig,
+    absolute_unless_hub_name,
+)
+
+
+def _path_or_hub_data(name: str) -> str:
+    """Return a path in full: what is one for models, ends like a file or has a wild card. The hub's ``org/name:split`` stays."""
+    return str(Path(os.path.abspath(Path(name).expanduser()))) if re.search(r"[*?\[]|\.\w+$", name) else absolute_unless_hub_name(name)
+
+
+Table = Annotated[str, Field(min_length=1), AfterValidator(_path_or_hub_data)]
+HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
+
+
+class Examples(Section):
+    """Labelled examples: files of JSONL, csv, tsv, parquet or WebDataset, folders or globs of them, or ``NAME:SPLIT`` of the hub."""
+
+    train: Table
+    validation: Union[HeldOut, Table, None] = None  # or a fraction of the training examples, chosen by a hash of what they say
+    test: Union[HeldOut, Table, None] = None
+    subset: str | None = None  # of the hub: the configuration
+    columns: dict[str, str] = {}  # role of the task -> column; a role has the column of its own name, "id" the number of the row
+    max_length: Annotated[int, Field(gt=1)] = 256  # tokens of a feature, special ones included
+    too_long: Literal["truncate", "refuse"] = "truncate"
+    on_error: Literal["stop", "skip"] = "stop"  # skip: examples that cannot be used are counted, shown and left out
+    length_grouping: bool = True  # batches of about equal length
+    validate_every_steps: Positive | None = None  # without it once an epoch
+    cache: LocalPath | None = None  # of preprocessed examples; hfscale in $XDG_CACHE_HOME or ~/.cache
+
+    @property
+    def seq_len(self) -> int:
+        """The longest row, as ``Data`` calls it."""
+        return self.max_length
+
+
+class FinetuneConfig(TrainConfig):
+    """A whole run of fine-tuning; without ``tokenizer`` the pretrained model's own."""
+
+    verb: ClassVar[str] = "finetune"
+    tokenizer: Tokenizer | None = None
+    data: Examples
+    task: Named
+    optim: Optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+
+
+class Predict(Section):
+    """What predicts, and where its predictions go."""
+
+    model: PathOrHubName  # a run, a checkpoint, an export, a transformers folder, a hub name
+    out: LocalPath
+    split: Literal["train", "validation", "test"] = "train"  # of the data
+    batch: Positive = 32
+    answers: bool = False  # the examples have their answers, which predictions will be compared with
+
+
+class PredictConfig(Section):
+    """Predictions of a task for a split of ``data``; a table that stands alone is its ``train``."""
+
+    predict: Predict
+    task: Named
+    data: Examples

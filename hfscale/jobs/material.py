@@ -1,0 +1,206 @@
+"""What a run trains on, and what follows from it: tokenizer, objective or task, stream, validation. Of two kinds, with the same verbs.
+
+``tokenizer``, ``fingerprints``, ``needs`` (values that the model's config must have) and ``objective(model_config)`` come first; once
+there is a model and perhaps a checkpoint, ``open`` gives the stream, and then ``rows`` (of an epoch), ``names`` (of the sources),
+``validation``, ``describe``.
+"""
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
+
+from hfscale.checkpoint import layout
+from hfscale.config.finetune import FinetuneConfig
+from hfscale.config.load import load_config
+from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.dist.world import World
+from hfscale.errors import DataError
+from hfscale.objectives.base import Objective, Setting, check_options, load_objective
+from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
+from hfscale.stream.labelled import LabelledData
+from hfscale.stream.loader import EvaluationRows, Stream
+from hfscale.stream.mixture import kept_manifest, open_mixture
+from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
+from hfscale.stream.text import HeldOutText, TextRows, open_encoders
+from hfscale.tasks.base import Task, cache_key, code_digest, load_task, task_class
+from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
+from hfscale.training.evaluator import Evaluator, TaskEvaluator
+
+TOKENIZER = "tokenizer"  # in the run directory of a fine-tuning, whatever becomes of the model that it began with
+
+
+class TokenMaterial:
+    """Shards of tokens, or of raw text, for a pretraining objective."""
+
+    def __init__(self, config: RunConfig, world: World) -> None:
+        self._config, self._world, self.needs = config, world, dict[str, Any]()
+        self.tokenizer = load_tokenizer(config.tokenizer.path)
+        self._parts = [open_rows(source.shards, config, self.tokenizer) for source in config.data.sources]
+        self._held_out = open_rows(config.data.validation.shards, config, self.tokenizer) if config.data.validation else None
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Of all that is read, by key of the config: to be the same on all ranks."""
+        sources = zip(self._config.data.sources, self._parts, strict=True)
+        found = {f"data.sources, {source.name}": part.fingerprint for source, part in sources}
+        return found | ({"data.validation": self._held_out.fingerprint} if self._held_out else {})
+
+    def objective(self, model_config: PretrainedConfig | None = None) -> Objective:
+        """Return the objective; without ``model_config`` it can say what model it wants."""
+        config, train = self._config, self._config.train
+        return load_objective(config.objective, Setting(
+            seq_len=config.data.seq_len, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
+            cross_document=config.data.cross_document, sources=len(self._parts), tokenizer=self.tokenizer, model_config=model_config))
+
+    def check(self, saved: dict[str, Any] | None) -> None:
+        """Return if all of the data fits together, also with what ``saved`` says was read of it."""
+        open_mixture(self._config, self._parts, saved=saved)
+
+    def open(self, objective: Objective, *, saved: dict[str, Any] | None, pin_memory: bool) -> Stream:
+        """Return the stream, where ``saved`` left it."""
+        config, data, world = self._config, self._config.data, self._world
+        global_batch = config.train.global_batch
+        rows, self._order = open_mixture(config, self._parts, saved=saved)
+        self.rows, self.names = self._order.rows, self._order.names
+        for part in self._parts if world.rank == 0 else ():
+            part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
+        position = StreamState.from_dict(saved["stream"]) if saved else None
+        if self._order.raw:
+            rows = TextRows(rows, self._order, open_encoders(config, self.tokenizer, local_ranks=world.local_world_size), state=position,
+                            global_batch=global_batch, rank=world.rank, world_size=world.world_size)
+        return Stream(rows, self._order, global_batch=global_batch, micro_batch=config.train.micro_batch, rank=world.rank,
+                      world_size=world.world_size, state=position, prefetch_steps=data.prefetch_steps, pin_memory=pin_memory,
+                      with_documents=objective.needs_documents or not data.cross_document)
+
+    def validation(self, objective: Objective) -> dict[str, Any]:
+        """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
+        config, held_out, world = self._config, self._config.data.validation, self._world
+        if held_out is None or self._held_out is None:
+            return {}
+        rows = self._held_out
+        if rows.raw:
+            rows = HeldOutText(rows, open_encoders(config, self.tokenizer, local_ranks=world.local_world_size), count=held_out.rows)
+        scored = EvaluationRows(rows, count=held_out.rows, micro_batch=config.train.micro_batch, rank=world.rank,
+                                world_size=world.world_size, with_documents=objective.needs_documents or not config.data.cross_document)
+        return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what every checkpoint says of the data."""
+        return {"data_fingerprint": self._order.fingerprint, "data": dict(self._order.fingerprints)}
+
+
+class ExampleMaterial:
+    """Labelled examples for a task."""
+
+    def __init__(self, config: FinetuneConfig, world: World, pretrained: Path | None) -> None:
+        self._config, self._world = config, world
+        self.tokenizer = load_tokenizer(tokenizer_folder(config, pretrained))
+        kind = task_class(config.task.name)
+        options = check_options(kind.Options, config.task.options, where="task.options")
+        self._data = LabelledData(config.data, kind, about=f"{code_digest(kind)} {options.model_dump_json()}")
+        self._facts = self._data.facts(partial(kind.facts, options))
+        task = self.objective()
+        self.needs = task.model_overrides()
+        about = cache_key(task)
+        self._train = self._data.prepared("train", task.features, about=about)
+        self._validation = self._data.prepared("validation", task.features, about=about) if config.data.validation else None
+        self.rows, self.names = len(self._train.lengths), ("train",)
+        self.fingerprints = {"data.train": self._train.fingerprint}
+
+    def objective(self, model_config: PretrainedConfig | None = None) -> Task:
+        """Return the task; without ``model_config`` it can say what model it wants, and make features."""
+        config, train = self._config, self._config.train
+        return load_task(config.task, Setting(
+            seq_len=config.data.max_length, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
+            tokenizer=self.tokenizer, model_config=model_config, facts=self._facts))
+
+    def check(self, saved: dict[str, Any] | None) -> None:
+        """Return: all was looked at when it was read."""
+
+    def open(self, objective: Objective, *, saved: Mapping[str, Any] | None, pin_memory: bool) -> ExampleStream:
+        """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""
+        config, world = self._config, self._world
+        keep = config.run_dir / TOKENIZER
+        if world.rank == 0 and not keep.is_dir():
+            with TemporaryDirectory(dir=config.run_dir, prefix=".tokenizer.") as scratch:
+                self.tokenizer.save_pretrained(Path(scratch) / TOKENIZER)
+                (Path(scratch) / TOKENIZER).rename(keep)
+        order = ExampleOrder(self._train.lengths, seed=config.run.seed, grouped=config.data.length_grouping)
+        return ExampleStream(self._train.features, order, fingerprint=self._train.fingerprint, global_batch=config.train.global_batch,
+                             micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
+                             state=saved["stream"] if saved else None)
+
+    def validation(self, objective: Objective) -> dict[str, Any]:
+        """Return the trainer's parts for loss and metrics of the validation split, or nothing where the config asks for none."""
+        if self._validation is None:
+            return {}
+        assert isinstance(objective, Task)
+        split, train, world = self._validation, self._config.train, self._world
+        rows = ExampleRows(split.features, split.lengths, micro_batch=train.micro_batch, rank=world.rank, world_size=world.world_size)
+        examples = split.examples() if world.rank == 0 else []
+        return {"evaluator": TaskEvaluator(objective, rows, examples=examples, of=split.of),
+                "validate_every": self._config.data.validate_every_steps or -(-self.rows // train.global_batch)}
+
+    def describe(self) -> dict[str, Any]:
+        """Return what every checkpoint says of the data, labels and all."""
+        return {"data_fingerprint": self._train.fingerprint, "facts": self._facts}
+
+
+def open_material(config: TrainConfig, world: World, pretrained: Path | None) -> TokenMaterial | ExampleMaterial:
+    """Return the material of a run; ``pretrained`` is where its model begins.
+
+    Raises:
+        UserError: for data, a tokenizer or options that do not fit together.
+    """
+    if isinstance(config, FinetuneConfig):
+        return ExampleMaterial(config, world, pretrained)
+    assert isinstance(config, RunConfig)
+    return TokenMaterial(config, world)
+
+
+def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str:
+    """Return where the run's tokenizer is: as the config says, or the run's own, or that of the model it begins with."""
+    if config.tokenizer is not None:
+        return config.tokenizer.path
+    if (config.run_dir / TOKENIZER).is_dir():
+        return config.run_dir / TOKENIZER
+    assert pretrained is not None, "config/rules.py has refused it"
+    if not (pretrained / layout.STATE).is_file():
+        return pretrained
+    origin = load_config(pretrained.parent.parent / "config.yaml", [f"run.root={json.dumps(str(pretrained.parents[2]))}",
+                                                                    f"run.name={json.dumps(pretrained.parents[1].name)}"])
+    return tokenizer_folder(origin.config, None)
+
+
+def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
+    """Return the rows of a manifest, after checking that this tokenizer made them.
+
+    Raises:
+        DataError: if another one did, or there are ids that it cannot give.
+    """
+    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip",
+                     **config.data.remote)
+    if rows.raw:
+        end_of_document_id(tokenizer)
+        return rows
+    assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
+    if rows.manifest.max_id >= vocabulary_size(tokenizer):
+        raise DataError("these shards hold ids that the tokenizer does not have", where=shards,
+                        value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
+                        remedy="build the shards again with this tokenizer, or give back the one that made them")
+    made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
+    ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
+    if ends[0] != ends[1]:
+        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards, value=ends,
+                        remedy="give back the tokenizer that made them, or build the shards again")
+    if made_by != have:
+        raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
+                        remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")
+    return rows

@@ -1,0 +1,170 @@
+"""Labelled examples as a stream of micro-batches: any step of any epoch on any number of ranks, batched by length.
+
+The only cursor is P, the features consumed so far; which feature stands at P is a pure function of (lengths, seed, P). An epoch of N
+features is permuted as a whole (``order.py``) and cut into pools of POOL; a pool is sorted by length and cut into groups of GROUP, which
+are permuted, and so is each in itself. So each feature comes once an epoch, neighbours are about equally long, and the order depends on
+neither ranks nor batches. A step takes the next ``global_batch`` features, sorts them by length and deals micro-batches to the ranks.
+
+Shape legend: B features of a micro-batch, n of those asked for, N of an epoch.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from hfscale.errors import DataError
+from hfscale.stream.order import Order, key_of, mix
+
+if TYPE_CHECKING:  # so that checks on the login node need no torch
+    from torch import Tensor
+
+POOL, GROUP = 4096, 64  # features: what is sorted together, and stays together
+_POOLS = 5  # purpose of a key; order.py and mixture.py have the others
+
+
+class BadExample(ValueError):
+    """An example that nothing can be learnt or predicted from; the message says why, for people."""
+
+
+@dataclass
+class Examples:
+    """One micro-batch as it leaves the stream, on the CPU; the loop treats it like ``Rows``."""
+
+    features: list[dict[str, Any]]  # B, as the task made them, and "example": the number of the example in its split
+    valid_B: Tensor  # bool: False marks a filler row, which is not scored
+    source_B: Tensor  # int16: 0
+    position: Tensor  # int64 (B,): the row's place in the order of the run, or in the split
+
+
+@dataclass(frozen=True)
+class ExampleState:
+    """Where a stream stands, and what must be the same for that to mean anything."""
+
+    fingerprint: str  # of the features
+    seed: int
+    grouped: bool
+    epoch_rows: int
+    consumed_rows: int = 0
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class ExampleOrder:
+    """Which feature stands at each position of a run; ``lengths`` (N) are in tokens."""
+
+    def __init__(self, lengths: np.ndarray, *, seed: int, grouped: bool) -> None:
+        self.lengths, self.seed, self.grouped = lengths, seed, grouped
+        self._order = Order([len(lengths)], seed=seed, lanes=1, block=len(lengths))
+        self._pools: dict[tuple[int, int], np.ndarray] = {}
+
+    def at(self, start: int, count: int) -> np.ndarray:
+        """Return the numbers of the features at positions ``start .. start + count`` (n; int64)."""
+        parts, N = [], len(self.lengths)
+        while count > 0:
+            epoch, place = divmod(start, N)
+            found = self._pool(epoch, place // POOL)[place % POOL:][:count]
+            parts.append(found)
+            start, count = start + len(found), count - len(found)
+        return np.concatenate(parts)
+
+    def _pool(self, epoch: int, number: int) -> np.ndarray:
+        if (found := self._pools.get((epoch, number))) is not None:
+            return found
+        N = len(self.lengths)
+        rows = self._order.locate(epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))).row
+        if self.grouped:
+            key, by_length = key_of(self.seed, epoch, _POOLS, number), np.argsort(self.lengths[rows], kind="stable")
+            groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))  # cut elsewhere in each epoch
+            turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
+            rows = rows[np.concatenate([np.sort(groups[turn]) for turn in turns])]  # a group itself is in no order of length
+        if len(self._pools) >= 4:
+            self._pools.clear()
+        self._pools[epoch, number] = rows
+        return rows
+
+
+class ExampleStream:
+    """This rank's micro-batches of each step, from any state on, on any number of ranks. ``features`` is a ``datasets.Dataset``.
+
+    Raises:
+        DataError: if ``state`` is of other examples, or of another order.
+    """
+
+    def __init__(self, features: Any, order: ExampleOrder, *, fingerprint: str, global_batch: int, micro_batch: int, rank: int,
+                 world_size: int, state: dict[str, Any] | None = None) -> None:
+        self._features, self._order, self._rank, self._world_size = features, order, rank, world_size
+        self._global_batch, self._micro_batch = global_batch, micro_batch
+        self._state = ExampleState(fingerprint, order.seed, order.grouped, len(order.lengths))
+        self._consumed = state["consumed_rows"] if state else 0
+        if state and state != asdict(self.state()):
+            differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in asdict(self.state()).items()
+                      if state.get(name) != now]
+            raise DataError("the checkpoint continues other examples, or another order of them", where="; ".join(differ),
+                            remedy="give back the files and options of data, or start a new run with another run.name")
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
+        self._next = self._reader.submit(self._read, self._consumed)
+
+    def take(self) -> list[Examples]:
+        """Return this rank's micro-batches of the next step; until ``advance`` the same again."""
+        return self._next.result()
+
+    def advance(self) -> None:
+        """Return with the taken step counted as consumed: its optimizer step is complete."""
+        self._consumed += self._global_batch
+        self._next = self._reader.submit(self._read, self._consumed)
+
+    def state(self) -> ExampleState:
+        """Return where the stream stands: after the steps that were completed by ``advance``."""
+        return ExampleState(**{**asdict(self._state), "consumed_rows": self._consumed})
+
+    def epochs(self) -> dict[str, Any]:
+        """Return the passes over the examples so far."""
+        return {"epoch": self._consumed / len(self._order.lengths)}
+
+    def close(self) -> None:
+        """Return with the reader thread ended. The stream can no longer be taken from."""
+        self._reader.shutdown(cancel_futures=True)
+
+    def _read(self, start: int) -> list[Examples]:
+        numbers, positions = self._order.at(start, self._global_batch), start + np.arange(self._global_batch)
+        by_length = np.argsort(self._order.lengths[numbers], kind="stable") if self._order.grouped else np.arange(len(numbers))
+        numbers, positions = numbers[by_length], positions[by_length]
+        width = self._micro_batch
+        firsts = range(self._rank * width, self._global_batch, self._world_size * width)
+        return [micro_batch(self._features, numbers[first:first + width], positions[first:first + width]) for first in firsts]
+
+
+class ExampleRows:
+    """All features of a split once, longest last: whole micro-batches, as many on each rank, the last filled up with rows not valid."""
+
+    def __init__(self, features: Any, lengths: np.ndarray, *, micro_batch: int, rank: int, world_size: int) -> None:
+        self._features, self._by_length, self._micro_batch = features, np.argsort(lengths, kind="stable"), micro_batch
+        self._rank, self._world_size = rank, world_size
+
+    def __iter__(self) -> Iterator[Examples]:
+        """Yield this rank's micro-batches; ``position`` is the number of the feature."""
+        n, turn = len(self._by_length), self._world_size * self._micro_batch
+        for first in range(self._rank * self._micro_batch, -(-n // turn) * turn, turn):
+            places = np.arange(first, first + self._micro_batch)
+            numbers = self._by_length[np.minimum(places, n - 1)]
+            yield micro_batch(self._features, numbers, numbers, valid=places < n)
+
+
+def micro_batch(features: Any, numbers: np.ndarray, positions: np.ndarray, valid: np.ndarray | None = None) -> Examples:
+    """Return features ``numbers`` (B) of a ``datasets.Dataset``, or of a list, as a micro-batch."""
+    import torch
+
+    if isinstance(features, Sequence):
+        rows = [features[number] for number in numbers]
+    else:
+        columns = features[numbers.tolist()]
+        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
+    rows = [{name: cell for name, cell in row.items() if cell is not None} for row in rows]  # Arrow has every name in every row
+    valid = np.ones(len(numbers), bool) if valid is None else valid
+    source_B = torch.zeros(len(numbers), dtype=torch.int16)
+    return Examples(rows, torch.from_numpy(valid), source_B, torch.from_numpy(positions.astype(np.int64)))

@@ -1,0 +1,254 @@
+"""Labelled examples: rows of tables as {role: value, "id"}, split by a hash, and their features, cached by content.
+
+    CACHE/examples/DIGEST/features.arrow    one row a feature: what the task made, "example" (a number) and "length" (tokens)
+    CACHE/examples/DIGEST/examples.arrow    one row an example: "id" and the whole of it as JSON
+    CACHE/examples/DIGEST/report.json       what was left out or cut, with examples of it
+
+The digest is of the tables' bytes, the columns, the task's code and options, and the tokenizer: nothing is ever found that would be made
+differently. A folder appears whole, by a rename; processes that want the same one wait for each other.
+"""
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+
+from hfscale.config.finetune import Examples
+from hfscale.errors import ConfigError, DataError, nearest
+from hfscale.log import logger, progress_bar
+from hfscale.shards.tables import table_digest, table_rows
+from hfscale.stream.examples import BadExample
+
+SHOWN = 3  # bad examples that a report names
+VERSION = 1  # of what is cached
+
+
+class Roles(Protocol):
+    """What a task says of its examples, on its class."""
+
+    columns: ClassVar[dict[str, str]]
+    optional: ClassVar[frozenset[str]]
+    answers: ClassVar[frozenset[str]]
+
+
+def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[str, str], answers: bool = True,
+                  **hub: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers`` they may be missing.
+
+    Raises:
+        DataError: for a role or column that is not there, an id that occurs twice, a row that cannot be read.
+    """
+    known = {*roles.columns, "id"}
+    if wrong := sorted(columns.keys() - known):
+        raise ConfigError("the task has no such role", where=f"data.columns.{wrong[0]}", value=wrong[0], remedy=nearest(wrong[0], known))
+    seen = set[str]()
+    may_lack = roles.optional | (frozenset() if answers else roles.answers) | {"id"}
+    for number, (where, row) in enumerate(table_rows(table, **hub)):
+        example = {}
+        for role in (*roles.columns, "id"):
+            if (column := columns.get(role, role)) in row:
+                example[role] = row[column]
+            elif role not in may_lack or (role in columns and role not in roles.answers):
+                there = ", ".join(map(str, row)) or "none"
+                raise DataError(f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})", where=where, value=column,
+                                remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}")
+        example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
+        if any(isinstance(value, str) and not is_text(value) for value in example.values()):
+            raise DataError("a text holds half of a character (a lone surrogate)", where=where, value=ascii(example)[:80], remedy="mend it")
+        if example["id"] in seen:
+            raise DataError("an id occurs twice", where=where, value=example["id"], remedy="give each example an id of its own, or no ids")
+        seen.add(example["id"])
+        yield where, example
+
+
+def is_text(value: str) -> bool:
+    """Return whether ``value`` can be written as UTF-8; half of a surrogate pair cannot."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
+    """Return a number in [0, 1) that depends on what the example asks alone: the same question is always in the same split."""
+    asked = {role: value for role, value in sorted(example.items()) if role != "id" and role not in roles.answers}
+    digest = hashlib.blake2b(json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") / 2**64
+
+
+@dataclass
+class Split:
+    """The features and examples of a split, as they lie in the cache."""
+
+    folder: Path
+
+    @cached_property
+    def report(self) -> dict[str, Any]:
+        """What is in it: ``examples``, ``features``, ``truncated`` (examples), ``bad`` (examples) and some of these."""
+        return json.loads((self.folder / "report.json").read_text("utf-8"))
+
+    @cached_property
+    def features(self) -> Any:
+        """The features, memory-mapped."""
+        return _mapped(self.folder / "features.arrow")
+
+    @cached_property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each feature (N)."""
+        return self.features.data.column("length").to_numpy()
+
+    @cached_property
+    def of(self) -> np.ndarray:
+        """The number of the example of each feature (N)."""
+        return self.features.data.column("example").to_numpy()
+
+    @property
+    def fingerprint(self) -> str:
+        """What names the content."""
+        return self.folder.name
+
+    def examples(self) -> list[dict[str, Any]]:
+        """Return all examples, in the order of their numbers."""
+        return [json.loads(text) for text in _mapped(self.folder / "examples.arrow").data.column("example").to_pylist()]
+
+
+class LabelledData:
+    """The splits of a config's ``data``, for a task."""
+
+    def __init__(self, data: Examples, roles: Roles | type[Roles], *, about: str) -> None:
+        """``about`` names the code of the task and its options, whatever changes what it finds in examples."""
+        self.data, self.roles, self._about = data, roles, about
+        self._folder = (data.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfscale") / "examples"
+        held_out = {name: part for name in ("test", "validation") if isinstance(part := getattr(data, name), float)}
+        self._parts, begin = dict[str, tuple[float, float]](), 0.0
+        for name, part in held_out.items():
+            self._parts[name] = (begin, begin + part)
+            begin += part
+        self._parts["train"] = (begin, 1.0)
+
+    def examples(self, split: str, *, answers: bool = True) -> Iterator[dict[str, Any]]:
+        """Yield the examples of a split: ``train``, ``validation``, ``test``; ``id`` is the row's number in its table if it has none.
+
+        Raises:
+            DataError: as ``read_examples``.
+        """
+        begin, end = self._parts.get(split, (0.0, 1.0))
+        for _, example in read_examples(self.table(split), self.roles, columns=self.data.columns, answers=answers, subset=self.data.subset,
+                                        split="train" if split in self._parts else split):
+            if (begin, end) == (0.0, 1.0) or begin <= fraction_of(example, self.roles) < end:
+                yield example
+
+    def table(self, split: str) -> str:
+        """Return the table that a split is in: its own, or for a fraction that of ``train``.
+
+        Raises:
+            ConfigError: if the config names none.
+        """
+        chosen = self.data.train if split in self._parts else getattr(self.data, split)
+        if chosen is None:
+            raise ConfigError(f"there is no {split} split", where=f"data.{split}", remedy=f"name its file, or a fraction: data.{split}=0.1")
+        return str(chosen)
+
+    def facts(self, find: Callable[[Iterable[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+        """Return what ``find`` finds in all training examples, cached.
+
+        Raises:
+            DataError: where the examples contradict each other.
+        """
+        def build(folder: Path) -> None:
+            try:
+                (folder / "facts.json").write_text(json.dumps(find(self.examples("train")), ensure_ascii=False), "utf-8")
+            except BadExample as error:
+                raise DataError(str(error), where=self.table("train"), remedy="mend the labels, or say more in task.options") from error
+
+        folder = self._made(self.digest("train", "facts"), build)
+        return json.loads((folder / "facts.json").read_text("utf-8"))
+
+    def prepared(self, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]], *, about: str) -> Split:
+        """Return a split with the features of its examples, made now or found; ``about`` names what ``features`` depends on.
+
+        Raises:
+            DataError: for examples that cannot be used, unless ``data.on_error`` is skip; and if none is left.
+        """
+        where = self.table(split)
+        made = Split(self._made(self.digest(split, about), lambda folder: self._write(folder, split, features)))
+        report = made.report
+        say = f"{split}: {report['examples']:,} examples in {report['features']:,} features"
+        if report["truncated"]:
+            share = report["truncated"] / report["examples"]
+            say += f"; {report['truncated']:,} ({share:.1%}) were cut to data.max_length={self.data.max_length} tokens"
+        logger.info(say)
+        if report["bad"] and self.data.on_error == "stop":
+            raise DataError(f"{report['bad']:,} examples of {split} cannot be used", where=where, value=report["shown"],
+                            remedy="mend them, or leave them out with data.on_error=skip")
+        if report["bad"]:
+            logger.warning(f"{split}: {report['bad']:,} examples are left out, such as {'; '.join(report['shown'])}")
+        if not report["features"]:
+            raise DataError(f"no example of {split} is left", where=where, value=report["shown"], remedy="give more or other examples")
+        return made
+
+    def _write(self, folder: Path, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:
+        from datasets.arrow_writer import ArrowWriter
+
+        report: dict[str, Any] = {"examples": 0, "features": 0, "truncated": 0, "bad": 0, "shown": []}
+        with ArrowWriter(path=str(folder / "features.arrow")) as rows, ArrowWriter(path=str(folder / "examples.arrow")) as examples, \
+                progress_bar(f"preparing {split}", None, unit=" examples") as bar:
+            for example in self.examples(split):
+                bar.update()
+                try:
+                    made = list(features(example))
+                    cut = [feature.pop("truncated", False) for feature in made]
+                    if any(cut) and self.data.too_long == "refuse":
+                        raise BadExample(f"it is longer than data.max_length={self.data.max_length} tokens")
+                except BadExample as error:
+                    report["bad"] += 1
+                    report["shown"] = [*report["shown"], f"{example['id']}: {error}"][:SHOWN]
+                    continue
+                for feature in made:
+                    rows.write({**feature, "example": report["examples"], "length": len(feature["input_ids"])})
+                examples.write({"id": example["id"], "example": json.dumps(example, ensure_ascii=False, default=str)})
+                report["truncated"] += any(cut)
+                report["features"] += len(made)
+                report["examples"] += 1
+            for writer in (rows, examples) if report["features"] else ():
+                writer.finalize()
+        (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
+
+    def digest(self, split: str, about: str = "") -> str:
+        """Return what names the examples of a split, as they are read for this task, and what is made of them."""
+        data = self.data
+        table = table_digest(self.table(split), subset=data.subset, split="train" if split in self._parts else split)
+        said = [VERSION, table, self._parts.get(split), data.columns, data.max_length, data.too_long, self._about, about]
+        return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
+
+    def _made(self, name: str, build: Callable[[Path], None]) -> Path:
+        """Return the folder ``name`` of the cache, after ``build`` has filled it if it was not there."""
+        folder = self._folder / name
+        if folder.is_dir():
+            return folder
+        self._folder.mkdir(parents=True, exist_ok=True)
+        with open(self._folder / f".{name}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it ends
+            if not folder.is_dir():
+                with TemporaryDirectory(prefix=f".{name}.", dir=self._folder, ignore_cleanup_errors=True) as scratch:
+                    partial = Path(scratch) / name
+                    partial.mkdir()
+                    build(partial)
+                    partial.rename(folder)
+        return folder
+
+
+def _mapped(file: Path) -> Any:
+    import datasets
+
+    return datasets.Dataset.from_file(str(file))

@@ -1,0 +1,221 @@
+"""What every task offers fine-tuning, evaluation and prediction, and the table of tasks.
+
+A task is an objective whose rows are *features*, made from labelled *examples*:
+
+    row of a file --columns--> example {role: value, "id"} --features--> one or more features --collate--> Batch --loss--> sums
+                                                                                          --predict--> an output a feature
+    outputs of an example --answer--> {"id", "prediction", ...} --score, with the examples themselves as references--> {name: number}
+
+One example gives one feature as a rule, and several where a long text is read in windows. Features and outputs are plain lists,
+numbers and texts, so features can be cached as Arrow and predictions written as JSONL. Shape legend: B features, T tokens.
+"""
+from __future__ import annotations
+
+import hashlib
+import inspect
+import json
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from hfscale.config.schema import Named, Section
+from hfscale.metrics.measure import Measure
+from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
+from hfscale.registry import load_plugin
+from hfscale.stream.examples import Examples
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig, PreTrainedModel
+
+TASKS: dict[str, str] = {
+    "translation": "hfscale.tasks.text_generation:Translation",
+    "summarization": "hfscale.tasks.text_generation:Summarization",
+    "instruction": "hfscale.tasks.instruction:Instruction",
+    "embedding": "hfscale.tasks.embedding:Embedding",
+    "fill_mask": "hfscale.tasks.inference:FillMask",
+    "feature_extraction": "hfscale.tasks.inference:FeatureExtraction",
+    "text_generation": "hfscale.tasks.inference:TextGeneration",
+    "sequence_classification": "hfscale.tasks.sequence_classification:SequenceClassification",
+    "token_classification": "hfscale.tasks.token_classification:TokenClassification",
+    "extractive_qa": "hfscale.tasks.extractive_qa:ExtractiveQA",
+}
+
+Example = dict[str, Any]  # role -> value, and "id": str; an optional role or an unknown answer is not there
+MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives the models
+Feature = dict[str, Any]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
+PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}  # of what may be padded; "input_ids" by the tokenizer's
+
+
+class Task(Objective):
+    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``weights``, ``loss``, ``predict`` and ``score``.
+
+    ``setting`` holds the tokenizer, ``seq_len`` (the longest feature, in tokens) and ``facts``: what ``facts()`` found in the training
+    split, or ``known()`` in a finished model's config.
+    """
+
+    columns: ClassVar[dict[str, str]] = {}  # role -> what it holds; a role is read from the column of its name, or what data.columns says
+    optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
+    answers: ClassVar[frozenset[str]] = frozenset()  # roles that training and scoring need, and prediction does not
+    token_loss: ClassVar[bool] = False
+    frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
+    code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
+    term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
+
+    # ------------------------------------------------------------------------------------------ before training
+    @classmethod
+    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+        """Return what must be known of all training examples before features can be made (labels, say), as JSON.
+
+        Raises:
+            BadExample: (``hfscale.stream.examples``) if they contradict each other.
+        """
+        return {}
+
+    @classmethod
+    def known(cls, config: PretrainedConfig) -> dict[str, Any]:
+        """Return the facts as the config of a model that was fine-tuned for this task, by anybody, says them."""
+        return {}
+
+    def model_overrides(self) -> dict[str, Any]:
+        """Return values that the model's config must have: ``num_labels``, ``id2label``, ... They are exported with it."""
+        return {}
+
+    def features(self, example: Example) -> list[Feature]:
+        """Return the features of ``example``, with labels where it has its answers.
+
+        Depends on the example, the options, the setting's tokenizer, ``seq_len`` and ``facts`` alone: it is cached.
+
+        Raises:
+            BadExample: if there is nothing to learn or predict from it; such examples are counted and shown.
+        """
+        raise NotImplementedError
+
+    # --------------------------------------------------------------------------------------------- with a model
+    def weights(self) -> dict[str, float]:
+        """Return the one term."""
+        return {self.term: 1.0}
+
+    def collate(self, rows: Examples) -> Batch:
+        """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler) counts nothing."""
+        raise NotImplementedError
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return ``sums_B`` of the one term, 0 for fillers. For tasks whose loss and outputs both come of the logits of one pass."""
+        raise NotImplementedError
+
+    def outputs(self, logits: Tensor, rows: Examples) -> list[dict[str, Any]]:
+        """Return one JSON-able output for each row, fillers too. For such tasks."""
+        raise NotImplementedError
+
+    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Return ``{term: sums_B}``; other tasks give ``weights``, ``loss``, ``predict`` and ``judge`` themselves."""
+        return {self.term: self.row_losses(self.logits(model, batch), batch)}
+
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+        """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's device, gradients are off.
+
+        ``model`` is an engine or a bare model in eval mode. All ranks call this equally often.
+        """
+        return self.outputs(self.logits(model, batch), rows)
+
+    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+        """Return ``loss`` and ``predict`` of a batch, of one pass: for validation."""
+        logits = self.logits(model, batch)
+        return {self.term: self.row_losses(logits, batch)}, self.outputs(logits, rows)
+
+    # ----------------------------------------------------------------------------------------- without a model
+    def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+        """Return the prediction for ``example``, ``{"prediction": ..., ...}``, from the outputs of its features in order."""
+        return outputs[0]
+
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+        """Return the metrics, of which there are also confidence intervals. Both have one entry an example, in the same order; pure."""
+        raise NotImplementedError
+
+    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+        """Return ``{name: score}``, so that predictions can be rescored from a file."""
+        return self.measure(predictions, references).scores()
+
+    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Return with what an export shall carry along put into ``model.config``, ``model.generation_config`` and ``tokenizer``."""
+
+    # ------------------------------------------------------------------------------------------------- helpers
+    @property
+    def pad_id(self) -> int:
+        """The id that fills up: the tokenizer's, or what is masked anyway."""
+        tokenizer = self.setting.tokenizer
+        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), 0)
+
+    def encode(self, text: str, pair: str | None = None) -> Feature:
+        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first)."""
+        made = self.setting.tokenizer(text, pair)
+        truncated = len(made["input_ids"]) > self.setting.seq_len
+        if truncated:
+            made = self.setting.tokenizer(text, pair, truncation=True, max_length=self.setting.seq_len)
+        return {**made, "truncated": truncated}
+
+    def logits(self, model: Model, batch: Batch) -> Tensor:
+        """Return the logits of the head."""
+        return model(**batch.inputs).logits
+
+    def inputs(self, rows: Examples) -> dict[str, Tensor]:
+        """Return what the tokenizer gave, padded; but no types of tokens for a model that knows none."""
+        config = self.setting.model_config
+        typed = config is None or bool(getattr(config, "type_vocab_size", 0))
+        return {name: self.padded(rows, name) for name in rows.features[0]
+                if name in MODEL_INPUTS and (typed or name != "token_type_ids")}
+
+    def padded(self, rows: Examples, name: str, *, fill: int | None = None) -> Tensor:
+        """Return the lists under ``name`` as one int64 (B, T), filled up on the right."""
+        fill = PADDING.get(name, self.pad_id) if fill is None else fill
+        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows.features], batch_first=True, padding_value=fill)
+
+    def batch(self, rows: Examples, *, inputs: dict[str, Tensor], labels: Tensor, counts: dict[str, Tensor]) -> Batch:
+        """Return the batch, whose digest is that of the rows' ``input_ids`` without padding; fillers count nothing."""
+        return Batch(inputs=inputs, labels_BT=labels, input_ids=self.padded(rows, "input_ids"), source_B=rows.source_B,
+                     position_B=rows.position, counts={term: count_B * rows.valid_B for term, count_B in counts.items()},
+                     lengths_B=torch.tensor([len(row["input_ids"]) for row in rows.features]))
+
+
+def task_class(name: str) -> type[Task]:
+    """Return the class of a task.
+
+    Raises:
+        ConfigError: if there is none of this name; the message offers the nearest.
+    """
+    return load_plugin("task", TASKS, name)
+
+
+def load_task(named: Named, setting: Setting) -> Task:
+    """Return the task that a config names, with its options checked.
+
+    Raises:
+        ConfigError: for an unknown task or option, or a value out of range.
+    """
+    kind = task_class(named.name)
+    return kind(check_options(kind.Options, named.options, where="task.options"), setting)
+
+
+def code_digest(kind: type[Task]) -> str:
+    """Return the digest of the file that a task is written in: what was made by other code is not found in a cache."""
+    return hashlib.blake2b(Path(inspect.getfile(kind)).read_bytes(), digest_size=8).hexdigest()
+
+
+def cache_key(task: Task) -> str:
+    """Return all that ``task.features`` depends on, beside the example."""
+    tokenizer, setting = task.setting.tokenizer, task.setting
+    texts = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template) + str(tokenizer.special_tokens_map)
+    return json.dumps([code_digest(type(task)), task.options.model_dump(mode="json"), dict(setting.facts), setting.seq_len,
+                       hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()])
+
+
+def all_labels(values: Iterable[Any]) -> list[str]:
+    """Return the distinct labels (of lists, their members) as texts: numbers by size, else by the alphabet."""
+    found = set(chain.from_iterable(value if isinstance(value, list) else [value] for value in values))
+    return [str(label) for label in sorted(found, key=lambda label: (isinstance(label, str), label))]
+

@@ -1,0 +1,119 @@
+"""Pretrained models as they are, with nothing to train: masks filled, hidden states, continuations; the answers of transformers' pipelines.
+
+Shape legend: B texts, T tokens, V vocabulary, H width.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, ClassVar
+
+import torch
+
+from hfscale.config.schema import Positive, Section
+from hfscale.errors import ConfigError
+from hfscale.objectives.base import Batch, Model
+from hfscale.stream.examples import BadExample, Examples
+from hfscale.tasks.base import Example, Feature, Task
+from hfscale.tasks.generation import Generation, written
+from hfscale.tasks.text_generation import check_text
+
+
+class Inference(Task):
+    """Texts in, whatever the model gives out."""
+
+    columns: ClassVar = {"text": "a text"}
+
+    @classmethod
+    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+        """Refuse to be trained."""
+        raise ConfigError("this task only predicts: there is nothing to learn from texts alone", where="task.name", value=cls.__name__,
+                          remedy="hfscale predict MODEL --task NAME; to train on texts alone, hfscale pretrain")
+
+    def features(self, example: Example) -> list[Feature]:
+        """Return the one feature."""
+        check_text("text", example["text"])
+        return [self.encode(example["text"])]
+
+    def collate(self, rows: Examples) -> Batch:
+        """Return the padded texts."""
+        return self.batch(rows, inputs=self.inputs(rows), labels=torch.empty(0), counts={})
+
+    def weights(self) -> dict[str, float]:
+        """Return nothing."""
+        return {}
+
+
+class FillMaskOptions(Section):
+    """How many candidates a mask gets."""
+
+    top_k: Positive = 5
+
+
+class FillMask(Inference):
+    """What most likely stands in place of the tokenizer's mask token; for any architecture of ``AutoModelForMaskedLM``."""
+
+    Options = FillMaskOptions
+    options: FillMaskOptions
+    auto_model = "AutoModelForMaskedLM"
+    pipeline = "fill-mask"
+
+    def features(self, example: Example) -> list[Feature]:
+        """Return the one feature, in which there is a mask."""
+        (feature,) = super().features(example)
+        if self.setting.tokenizer.mask_token_id not in feature["input_ids"]:
+            raise BadExample(f"there is no {self.setting.tokenizer.mask_token} in the text")
+        return [feature]
+
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+        """Return the candidates, the likeliest first, as the pipeline does: a list; of several masks, a list for each."""
+        tokenizer, outputs = self.setting.tokenizer, []
+        for row, logits_TV in zip(rows.features, model(**batch.inputs).logits.float(), strict=True):
+            ids, masks = row["input_ids"], [at for at, token in enumerate(row["input_ids"]) if token == tokenizer.mask_token_id]
+            filled = []
+            for at in masks:
+                best = logits_TV[at].softmax(-1).topk(self.options.top_k)
+                filled.append([{"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": tokenizer.decode(
+                    [*ids[:at], token, *ids[at + 1:]], skip_special_tokens=len(masks) == 1)}
+                    for score, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
+            outputs.append({"prediction": filled[0] if len(masks) == 1 else filled})
+        return outputs
+
+
+class FeatureExtraction(Inference):
+    """The last hidden states, (T, H) for each text; for any architecture of ``AutoModel``."""
+
+    auto_model = "AutoModel"
+    pipeline = "feature-extraction"
+
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+        """Return the hidden states of each text's tokens, special ones included."""
+        assert batch.lengths_B is not None
+        hidden_BTH = model(**batch.inputs).last_hidden_state.float()
+        return [{"prediction": hidden_TH[:len(row["input_ids"])].tolist()}
+                for hidden_TH, row in zip(hidden_BTH, rows.features, strict=True)]
+
+
+class TextGenerationOptions(Section):
+    """How texts are gone on with."""
+
+    generation: Generation = Generation()
+
+
+class TextGeneration(Inference):
+    """A text goes on; for any architecture of ``AutoModelForCausalLM``."""
+
+    Options = TextGenerationOptions
+    options: TextGenerationOptions
+    columns: ClassVar = {"prompt": "the text to go on with"}
+
+    def features(self, example: Example) -> list[Feature]:
+        """Return the one feature; an empty prompt starts a document, as the corpus does after every document's end."""
+        tokenizer, prompt = self.setting.tokenizer, example["prompt"]
+        if not isinstance(prompt, str):
+            raise BadExample(f"the prompt is not text: {prompt!r:.60}")
+        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        return [{"input_ids": tokenizer(prompt)["input_ids"] or [start or 0]}]
+
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+        """Return the continuation alone."""
+        return [{"prediction": text} for text in written(self, model, rows, options=self.options.generation)]

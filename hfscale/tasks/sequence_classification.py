@@ -1,0 +1,180 @@
+"""Sequence classification: one label, several, or a number for a text or a pair of texts. Sentiment analysis is the first example.
+
+    single label   loss = - sum over examples of w_y log softmax(z)_y  /  number of examples
+    multi-label    loss =   sum over examples and labels of binary cross-entropy(z_c, y_c) / (number of examples * C)
+    regression     loss =   sum over examples of (z - y)^2  /  number of examples
+
+With ``class_weights: balanced`` w_c = N / (C * N_c) over the training examples, whose mean is 1, so the divisor stays their number.
+Label smoothing e gives the true class 1 - e + e / C and every other e / C (Szegedy et al. 2016, sec. 7).
+Shape legend: B examples, T tokens, C classes.
+"""
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor
+
+from hfscale.config.schema import Section
+from hfscale.errors import nearest
+from hfscale.metrics.classification import classification
+from hfscale.metrics.correlation import correlation
+from hfscale.metrics.measure import Measure, mean
+from hfscale.objectives.base import Batch
+from hfscale.stream.examples import BadExample, Examples
+from hfscale.tasks.base import Example, Feature, Task, all_labels
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
+
+
+class ClassificationOptions(Section):
+    """What is asked of a text. Without ``problem`` the labels say it: lists are several labels, fractions are regression."""
+
+    problem: Problem | None = None
+    labels: list[str] | None = None  # the whole set, in its order; without it, those of the training examples
+    separator: str | None = None  # several labels as one text, in csv: what stands between them
+    class_weights: Literal["none", "balanced"] = "none"  # of a single label
+    label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a single label
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of several labels: the least probability
+
+
+class SequenceClassification(Task):
+    """For any architecture of ``AutoModelForSequenceClassification``."""
+
+    Options = ClassificationOptions
+    options: ClassificationOptions
+    term = "classification"
+    auto_model = "AutoModelForSequenceClassification"
+    pipeline = "text-classification"
+    columns: ClassVar = {"text": "a text", "pair": "a second text, which belongs to it", "label": "a label, a list of them, or a number"}
+    optional: ClassVar = frozenset({"pair"})
+    answers: ClassVar = frozenset({"label"})
+
+    @classmethod
+    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+        """Return the problem, and the labels with how often each occurs."""
+        assert isinstance(options, ClassificationOptions)
+        values = [_split(example["label"], options) for example in examples if example.get("label") not in (None, "")]
+        kinds = {"list" if isinstance(v, list) else "fraction" if _is_fraction(v) else "label" for v in values}
+        problem = options.problem or ("multi_label_classification" if "list" in kinds else
+                                      "regression" if "fraction" in kinds and "label" not in kinds else "single_label_classification")
+        if problem == "regression":
+            return {"problem": problem}
+        labels = options.labels or all_labels(values)
+        if len(labels) < 2 and problem == "single_label_classification":
+            raise BadExample(f"all examples have one label, {labels}: there is nothing to tell apart")
+        counts = Counter(str(label) for v in values for label in (v if isinstance(v, list) else [v]))
+        return {"problem": problem, "labels": labels, "counts": [counts[label] for label in labels]}
+
+    @classmethod
+    def known(cls, config: PretrainedConfig) -> dict[str, Any]:
+        """Return problem and labels of a classifier that anybody made."""
+        problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+        return {"problem": problem, "labels": list((config.id2label or {}).values())}
+
+    @property
+    def problem(self) -> str:
+        return self.setting.facts["problem"]
+
+    @property
+    def labels(self) -> list[str]:
+        return self.setting.facts.get("labels", [])
+
+    def model_overrides(self) -> dict[str, Any]:
+        """Return the labels and the kind of problem; and the padding id, by which decoders find the last token."""
+        labels = self.labels or ["LABEL_0"]
+        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)},
+                "problem_type": self.problem, "pad_token_id": self.pad_id}
+
+    def features(self, example: Example) -> list[Feature]:
+        """Return the one feature; its ``labels`` is a class's number, a list of C zeros and ones, or a number."""
+        text, pair = example["text"], example.get("pair")
+        if not isinstance(text, str) or not text.strip():
+            raise BadExample("the text is empty" if text in (None, "") or isinstance(text, str) else f"the text is not text: {text!r:.60}")
+        feature = self.encode(text, pair)
+        if "label" in example:
+            feature["labels"] = self._target(_split(example["label"], self.options))
+        return [feature]
+
+    def _target(self, value: Any) -> Any:
+        if self.problem == "regression":
+            try:
+                return float(value)
+            except (TypeError, ValueError):
+                raise BadExample(f"the label {value!r:.60} is not a number") from None
+        several = self.problem == "multi_label_classification"
+        if isinstance(value, list) and not several:
+            raise BadExample(f"the label {value!r:.60} is a list, where others have one")
+        names = [str(label) for label in (value if isinstance(value, list) else [value])]
+        for name in names:
+            if name not in self.labels:
+                raise BadExample(f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}")
+        return [float(label in names) for label in self.labels] if several else self.labels.index(names[0])
+
+    def collate(self, rows: Examples) -> Batch:
+        """Return the padded texts and their labels (B,) or (B, C)."""
+        asked_B = torch.tensor(["labels" in row for row in rows.features]).long()
+        labels = torch.tensor([row["labels"] for row in rows.features]) if asked_B.all() else torch.empty(0)
+        return self.batch(rows, inputs=self.inputs(rows), labels=labels, counts={self.term: asked_B})
+
+    def row_losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
+        """Return each row's loss."""
+        logits_BC, valid_B = logits_BC.float(), batch.counts[self.term].to(logits_BC.device)
+        if self.problem == "regression":
+            return (logits_BC.squeeze(1) - batch.labels_BT).square() * valid_B
+        if self.problem == "multi_label_classification":
+            return F.binary_cross_entropy_with_logits(logits_BC, batch.labels_BT, reduction="none").mean(1) * valid_B
+        losses_B = F.cross_entropy(logits_BC, batch.labels_BT, reduction="none", label_smoothing=self.options.label_smoothing)
+        counts = self.setting.facts.get("counts")
+        if self.options.class_weights == "balanced" and counts:
+            weights_C = torch.tensor([sum(counts) / (len(counts) * max(1, n)) for n in counts], device=logits_BC.device)
+            losses_B = losses_B * weights_C[batch.labels_BT]
+        return losses_B * valid_B
+
+    def outputs(self, logits_BC: Tensor, rows: Examples) -> list[dict[str, Any]]:
+        """Return label and probabilities a row; of several labels, those above the threshold; of a regression, the number."""
+        logits_BC = logits_BC.float()
+        if self.problem == "regression":
+            return [{"prediction": value} for value in logits_BC.squeeze(1).tolist()]
+        several = self.problem == "multi_label_classification"
+        probabilities = (logits_BC.sigmoid() if several else logits_BC.softmax(-1)).tolist()
+        scored = [dict(zip(self.labels, row, strict=True)) for row in probabilities]
+        if several:
+            return [{"prediction": [label for label, p in row.items() if p >= self.options.threshold], "scores": row} for row in scored]
+        return [{"prediction": max(row, key=row.__getitem__), "scores": row} for row in scored]
+
+    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+        """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations and the mean squared error."""
+        true = [_split(reference["label"], self.options) for reference in references]
+        got = [prediction["prediction"] for prediction in predictions]
+        if self.problem == "regression":
+            numbers = list(map(float, true))
+            return correlation(got, numbers) | mean({"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]})
+        if self.problem == "multi_label_classification":
+            true = [list(map(str, value)) if isinstance(value, list) else [str(value)] for value in true]
+        else:
+            true = list(map(str, true))
+        return classification(got, true, labels=self.labels)
+
+
+def _split(value: Any, options: ClassificationOptions) -> Any:
+    if options.separator is not None and isinstance(value, str):
+        return [part.strip() for part in value.split(options.separator) if part.strip()]
+    return value
+
+
+def _is_fraction(value: Any) -> bool:
+    """Return whether a label can only be a number to predict: 2.5, or "2.5" in csv."""
+    if isinstance(value, str):
+        try:
+            return "." in value and isinstance(float(value), float)
+        except ValueError:
+            return False
+    return isinstance(value, float) and not value.is_integer()

@@ -1,0 +1,39 @@
+"""The pipeline that transformers 5 dropped: a text in, the text that an encoder-decoder makes of it out.
+
+A copy of this file goes along with exports, so it knows transformers alone: ``pipeline("translation", FOLDER, trust_remote_code=True)``.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Pipeline
+
+KEYS = {"translation": "translation_text", "summarization": "summary_text"}  # as in transformers 4
+
+
+class TextToTextPipeline(Pipeline):
+    """Generates as the folder's generation_config.json says, unless a call says otherwise: ``num_beams=4``, ..."""
+
+    _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = True  # type: ignore[assignment]
+    model: Any
+    tokenizer: Any
+
+    def __call__(self, inputs: Any, *args: Any, **options: Any) -> Any:
+        """Return ``[{"translation_text": text}]``: one for a text, and one for each of a list of texts."""
+        made = super().__call__(inputs, *args, **options)
+        return [answers[0] for answers in made] if isinstance(inputs, list) else made
+
+    def _sanitize_parameters(self, **generation: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return {}, generation, {}
+
+    def preprocess(self, input_: str, **_: Any) -> Any:
+        made = self.tokenizer((getattr(self.model.config, "prefix", None) or "") + input_, truncation=True, return_tensors="pt")
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    def _forward(self, input_tensors: Any, **generation: Any) -> Any:
+        return {"ids": self.model.generate(**input_tensors, **generation)}
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> list[dict[str, str]]:
+        texts = self.tokenizer.batch_decode(model_outputs["ids"], skip_special_tokens=True)
+        return [{KEYS.get(self.task, "generated_text"): text} for text in texts]

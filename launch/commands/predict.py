@@ -1,0 +1,81 @@
+"""`hfscale predict`: predictions of any model for a text, or for a table in as many processes as there are devices."""
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+
+if TYPE_CHECKING:
+    from hfscale.config.finetune import PredictConfig
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, an export, a transformers folder or a hub name.")]
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", show_default=False, help=(
+    "Options of the task (threshold=0.3, generation.max_new_tokens=20), or of a section: data.columns.text=review predict.batch=64"))]
+TaskName = Annotated[str | None, typer.Option("--task", help="Without it: what the run was trained for, or the architecture suggests.")]
+Procs = Annotated[int, typer.Option(min=1, help="Processes, each with the whole model: one a GPU, or some of the CPU.")]
+
+
+def predict(
+    model: Model, overrides: Overrides = None, task: TaskName = None,
+    data: Annotated[str | None, typer.Option(help="JSONL, csv, tsv, parquet, txt (a text a line), a folder or glob of them.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSONL here; it must not exist, and appears whole.")] = None,
+    text: Annotated[str | None, typer.Option("--text", "--prompt", help="One text instead of a table.")] = None,
+    question: Annotated[str | None, typer.Option(help="One question, about --context.")] = None,
+    context: Annotated[str | None, typer.Option(help="The text that --question is about.")] = None,
+    procs: Procs = 1,
+) -> None:
+    """Predict with MODEL: {"id", "prediction", ...} a line, in the order of DATA. Killed, the same command goes on.
+
+    Examples: hfscale predict runs/sentiment --text "What a film!"; hfscale predict runs/sentiment --data reviews.csv --out stars.jsonl;
+    hfscale predict exports/gpt --prompt "Once upon" generation.max_new_tokens=20
+    """
+    if (data is None) != (out is None) or (data is None) == (text is None and question is None):
+        raise ConfigError("say what to predict for", where="command line", remedy="--data FILE --out FILE, or --text T, or --question Q "
+                          "--context C")
+    from hfscale import log
+    from hfscale.jobs.opening import settle
+    from hfscale.jobs.predict import predict_texts
+    from hfscale.stream.labelled import is_text
+    from hfscale.tasks.base import task_class
+
+    log.setup()
+    config = settle(model, task=task, data=data or "-", out=out or Path("-"), overrides=overrides or ())
+    if data is None:
+        columns = task_class(config.task.name).columns
+        given = {"question": question, "context": context} | ({next(iter(columns)): text} if text is not None else {})
+        example = {role: value for role, value in given.items() if value is not None}
+        if wrong := [role for role in example if role not in columns]:
+            raise ConfigError(f"the task {config.task.name} has no {wrong[0]}", where="command line", remedy=f"it has {', '.join(columns)}")
+        if not all(map(is_text, example.values())):
+            raise ConfigError("the text is not UTF-8", where="command line", value=ascii(example))
+        made = predict_texts(config, {"id": "0", **example})
+        typer.echo(made["prediction"] if isinstance(made["prediction"], str) and len(made) == 2 else json.dumps(made, ensure_ascii=False))
+        return
+    count = make(config, procs=procs)
+    typer.echo(f"{count:,} predictions in {out}")
+
+
+def make(config: PredictConfig, *, procs: int) -> int:
+    """Return how many predictions are now in the config's ``out``; they are made by ``procs`` processes, this one if that is one.
+
+    Raises:
+        UserError: for what speaks against it before a process is started, or in this one.
+    """
+    from hfscale.dist.stop import StopRequest
+    from hfscale.dist.world import World, free_port
+    from hfscale.jobs import predict as job
+    from launch.local import run_ranks
+
+    file = job.prepare(config)
+    if procs == 1:
+        code = EXIT_DONE if job.run(config, World(), StopRequest().listen()) else EXIT_STOPPED
+    else:
+        code = run_ranks([sys.executable, "-m", "hfscale.worker", str(file)], procs=procs, port=free_port(), logs=file.parent / "logs")
+    if code:
+        raise typer.Exit(code)
+    return job.join(config)

@@ -1,0 +1,44 @@
+"""`hfscale compare`: evaluations and validations of runs in one table, as text, csv and a picture."""
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+
+import pytest
+
+from hfscale.errors import DataError
+from hfscale.reports.compare import find, table
+from launch.commands.runs import compare
+
+
+def make_run(folder: Path, f1: float) -> Path:
+    """Return a run directory with a log whose last line a kill has torn, and an evaluation."""
+    evaluation = folder / "evaluations" / "ner-test" / "step-00000002-abc"
+    evaluation.mkdir(parents=True)
+    (evaluation / "scores.json").write_text(json.dumps({"model": folder.name, "scores": {"f1": f1, "precision": None},
+                                                        "intervals": {"f1": [f1 - 0.1, f1 + 0.1]}}))
+    records = [{"step": 1, "loss": 2.0, "validation_f1": 0.1}, {"step": 2, "loss": 1.0, "validation_f1": 0.2}, {"step": 3, "loss": 1.0}]
+    (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + '\n{"step": 4, "validation_f1')
+    return folder
+
+
+def test_a_table_as_text_csv_and_png(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    runs = [make_run(tmp_path / name, f1) for name, f1 in (("a", 0.5), ("é", 0.75))]
+    compare(runs, csv=tmp_path / "t.csv", png=tmp_path / "t.png")
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].split() == ["f1", "precision"]
+    assert [line.split() for line in lines[1:3]] == [["a", "ner-test", "0.5000"], [str(runs[0]), "validation,", "step", "2", "0.2000"]]
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["name"] for row in rows][2] == "é ner-test" and float(rows[2]["f1_high"]) == 0.85 and rows[1]["f1_low"] == ""
+    assert (tmp_path / "t.png").read_bytes().startswith(b"\x89PNG")
+    scores = next(runs[0].glob("evaluations/*/*/scores.json"))
+    assert table(find([scores])).splitlines()[1].split() == ["a", "ner-test", "0.5000"]
+
+
+def test_what_has_no_scores(tmp_path: Path) -> None:
+    (tmp_path / "x.json").write_text("[1]")
+    for source, problem in ((tmp_path, "no scores here"), (tmp_path / "none", "no scores here"), (tmp_path / "x.json", "not a file")):
+        with pytest.raises(DataError, match=problem):
+            find([source])

@@ -1,0 +1,100 @@
+"""Embeddings: InfoNCE with hard negatives by hand, toy pairs learnt, STS and retrieval scores, the export's hidden states."""
+from __future__ import annotations
+
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from transformers import pipeline
+
+from hfscale.stream.examples import BadExample
+from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
+
+ENGLISH, CHINESE = ["river", "town", "old", "slow", "bridge", "night"], list("河城老慢桥夜")
+PAIRS = [{"id": str(n), "text": text, "positive": positive, "negative": negative} for n, (text, positive, negative) in enumerate(
+    [("old river", "老 河", "老 桥"), ("slow", "慢", "夜"), ("town night", "城 夜", "城 河")])]
+
+
+def embedding(**options: Any) -> Any:
+    words = words_tokenizer(" ".join([*ENGLISH, *CHINESE]), cls_token="[CLS]", sep_token="[SEP]")
+    return *load("embedding", words, family="bert", **options), words
+
+
+def without(role: str) -> list[dict[str, Any]]:
+    return [{name: value for name, value in pair.items() if name != role} for pair in PAIRS]
+
+
+@pytest.mark.parametrize("pairs", [PAIRS, without("negative")], ids=["triples", "pairs"])
+def test_the_loss_is_over_all_positives_and_hard_negatives(pairs: list[dict[str, Any]]) -> None:
+    task, model, _ = embedding(temperature=0.1)
+    one, two = task.collate(rows_of(task, pairs[:2])), task.collate(rows_of(task, pairs[2:]))
+    counts = task.counts([one, two])
+    sum(loss for loss in task.losses(model, [one, two], counts, world_size=1)).backward()
+    gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    model.zero_grad()
+
+    def vectors(role: str) -> torch.Tensor:
+        return torch.cat([F.normalize(model(input_ids=torch.tensor([task.encode(pair[role])["input_ids"]])).last_hidden_state.mean(1))
+                          for pair in pairs])
+
+    candidates = torch.cat([vectors(role) for role in pairs[0] if role in ("positive", "negative")])
+    by_hand = F.cross_entropy(vectors("text") @ candidates.T / 0.1, torch.arange(3))
+    assert task.take_sums()["contrastive"].item() / counts["contrastive"] == pytest.approx(by_hand.item(), rel=1e-5)
+    by_hand.backward()
+    wanted = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
+
+
+def test_toy_pairs_are_learnt_and_found(tmp_path: Path) -> None:
+    rng = random.Random(0)
+    texts = [[rng.randrange(6) for _ in range(3)] for _ in range(300)]
+    toy = [{"id": str(n), "text": " ".join(ENGLISH[k] for k in row), "positive": " ".join(CHINESE[k] for k in row)}
+           for n, row in enumerate(dict.fromkeys(map(tuple, map(sorted, texts))))]
+    task, model, words = embedding()
+    tests, learnt = toy[:12], toy[12:]
+
+    def scores() -> dict[str, float]:
+        rows = rows_of(task, tests)
+        with torch.no_grad():
+            sums, outputs = task.judge(model.eval(), task.collate(rows), rows)
+        assert outputs == task.predict(model.eval(), task.collate(rows), rows) and sums["contrastive"].shape == (12,)
+        return task.score(outputs, tests)
+
+    before = scores()
+    train(task, model.train(), learnt, steps=40, batch=24)
+    after = scores()
+    assert after["accuracy"] >= 0.75 > before["accuracy"] and 1 >= after["mrr"] > before["mrr"] and after["recall_at_10"] == 1
+
+    got = predict(task, model.eval(), tests)
+    task.finish(model, words)
+    model.save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    states = pipeline(task.pipeline, str(tmp_path))([example["text"] for example in tests])
+    for answer, state in zip(got, states, strict=True):
+        mean = np.array(state[0]).mean(0)
+        np.testing.assert_allclose(answer["prediction"], mean / np.linalg.norm(mean), atol=1e-6)
+
+
+def test_scores() -> None:
+    task, _, _ = embedding()
+    angles = [0.0, 0.3, 0.9, 1.2]
+    predictions = [{"prediction": [1.0, 0.0], "positive": [np.cos(a), np.sin(a)]} for a in angles]
+    assert task.score(predictions, [{"score": s} for s in (5, 4, 2.5, 0)])["spearman"] == pytest.approx(1.0)
+    assert task.score(predictions, [{"score": s} for s in (0, 4, 5, 2)])["spearman"] == pytest.approx(-0.4)
+    found = task.score(predictions, [{}] * 4)
+    assert found["accuracy"] == 0.25 and found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
+    assert task.score(predictions[:1] * 5, [{}] * 5)["accuracy"] == 1.0, "equal positives are all right"
+
+
+def test_what_cannot_be_learnt_from() -> None:
+    task, _, _ = embedding()
+    with pytest.raises(BadExample, match="positive is empty"):
+        task.features({"id": "0", "text": "old", "positive": ""})
+    with pytest.raises(BadExample, match="for evaluation"):
+        task.facts(task.options, [{**PAIRS[0], "score": 3}])
+    with pytest.raises(BadExample, match="others have none"):
+        task.facts(task.options, [PAIRS[0], without("negative")[1]])

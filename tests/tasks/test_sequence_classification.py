@@ -1,0 +1,92 @@
+"""Sequence classification on a bare tiny model: targets, losses done by hand, predictions."""
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+
+from hfscale.config.schema import Named
+from hfscale.objectives.base import Setting
+from hfscale.stream.examples import BadExample, Examples
+from hfscale.tasks.base import load_task, task_class
+
+WORDS = ["[PAD]", "[UNK]", "[SEP]", "good", "bad", "film", "book"]
+
+
+def words_tokenizer() -> PreTrainedTokenizerFast:
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]")
+
+
+def make(examples, **options):
+    named = Named(name="sequence_classification", options=options)
+    kind = task_class(named.name)
+    facts = kind.facts(kind.Options(**options), examples)
+    return load_task(named, Setting(seq_len=4, tokenizer=words_tokenizer(), facts=facts))
+
+
+def rows_of(task, examples) -> Examples:
+    features = [feature for example in examples for feature in task.features(example)]
+    n = len(features)
+    return Examples(features, torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16), torch.arange(n))
+
+
+def model_of(task):
+    torch.manual_seed(0)
+    return BertForSequenceClassification(BertConfig(
+        vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
+        **task.model_overrides())).eval()
+
+
+ONE = [{"id": "0", "text": "good film", "label": "+"}, {"id": "1", "text": "bad", "label": "-"}, {"id": "2", "text": "good", "label": "+"}]
+
+
+def test_a_single_label():
+    task = make(ONE, class_weights="balanced")
+    rows = rows_of(task, ONE)
+    batch = task.collate(rows)
+    assert batch.inputs["input_ids"].tolist() == [[3, 5], [4, 0], [3, 0]]
+    assert [row.tolist() for row in batch.rows()] == [[[3, 5]], [[4]], [[3]]]
+    assert task.counts([batch]) == {"classification": 3}
+    model = model_of(task)
+    losses, outputs = task.judge(model, batch, rows)
+    weights = {"+": 3 / (2 * 2), "-": 3 / (2 * 1)}
+    by_hand = [-weights[e["label"]] * math.log(o["scores"][e["label"]]) for e, o in zip(ONE, outputs, strict=True)]
+    assert losses["classification"].tolist() == pytest.approx(by_hand, rel=1e-5)
+    assert outputs == task.predict(model, batch, rows)
+    assert model.config.id2label == {0: "+", 1: "-"}
+    scores = task.score([{"prediction": label} for label in "+++"], ONE)
+    assert scores == pytest.approx({"accuracy": 2 / 3, "f1": 0.0, "f1_macro": 0.4, "f1_micro": 2 / 3, "mcc": 0.0})  # f1: of "-", the last
+
+
+def test_several_labels_and_numbers():
+    several = [{"id": "0", "text": "good film", "label": "a, b"}, {"id": "1", "text": "bad", "label": "b"}]
+    task = make(several, separator=",")
+    batch = task.collate(rows_of(task, several))
+    scores = task.score([{"prediction": ["a"]}, {"prediction": ["b"]}], several)
+    assert scores == pytest.approx({"accuracy": 0.5, "f1_micro": 0.8, "f1_macro": 5 / 6})
+    assert task.problem == "multi_label_classification" and batch.labels_BT.tolist() == [[1, 1], [0, 1]]
+    assert task.loss(model_of(task), batch)["classification"].tolist() == pytest.approx([math.log(2)] * 2, abs=0.05)
+
+    numbers = [{"id": "0", "text": "good", "pair": "film", "label": 2.5}, {"id": "1", "text": "bad", "label": 1}]
+    task = make(numbers, problem="regression")
+    batch, model = task.collate(rows_of(task, numbers)), model_of(task)
+    predicted = [output["prediction"] for output in task.predict(model, batch, rows_of(task, numbers))]
+    assert task.score([{"prediction": 2.0}, {"prediction": 1.0}], numbers) == pytest.approx({"pearson": 1.0, "spearman": 1.0, "mse": 0.125})
+    assert task.loss(model, batch)["classification"].tolist() == pytest.approx([(predicted[0] - 2.5) ** 2, (predicted[1] - 1) ** 2])
+
+
+@pytest.mark.parametrize(("example", "problem"), [
+    ({"text": " "}, "empty"), ({"text": "good", "label": "++"}, r"not in the set"), ({"text": 3}, "not text")])
+def test_bad_examples(example, problem):
+    with pytest.raises(BadExample, match=problem):
+        make(ONE).features({"id": "7", **example})
+
+
+def test_a_long_text_is_cut_and_says_so():
+    [feature] = make(ONE).features({"id": "0", "text": "good bad film book good"})
+    assert len(feature["input_ids"]) == 4 and feature["truncated"]
