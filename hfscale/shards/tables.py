@@ -10,6 +10,7 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, Any
@@ -67,10 +68,6 @@ def _csv(file: Path, column: str | None, *, delimiter: str = ",") -> Rows:
                             remedy="a header line, commas, UTF-8") from None
 
 
-def _tsv(file: Path, column: str | None) -> Rows:
-    return _csv(file, column, delimiter="\t")
-
-
 def _parquet(file: Path, column: str | None) -> Rows:
     import pyarrow
     import pyarrow.parquet as parquet
@@ -103,8 +100,8 @@ def _webdataset(file: Path, column: str | None) -> Rows:
             yield where, row
 
 
-READERS: dict[str, Callable[[Path, str | None], Rows]] = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "parquet": _parquet,
-                                                          "webdataset": _webdataset, "lines": _lines}
+READERS: dict[str, Callable[[Path, str | None], Rows]] = {
+    "jsonl": _jsonl, "csv": _csv, "tsv": partial(_csv, delimiter="\t"), "parquet": _parquet, "webdataset": _webdataset, "lines": _lines}
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
             ".tar": "webdataset", ".txt": "lines"}
 
