@@ -72,7 +72,7 @@ def write_csv(found: Sequence[Line], path: Path) -> None:
 def draw(found: Sequence[Line], path: Path) -> None:
     """Draw a panel a score into ``path``, a PNG, with the intervals."""
     names = _names(found)
-    with picture(path, width=7, height=len(names) * (0.6 + 0.25 * len(found))) as figure:
+    with picture(path, width=7, height=len(names) * (0.8 + 0.25 * len(found))) as figure:
         for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
             for line in reversed([line for line in found if line.get(name) is not None]):
                 axes.barh(line["name"], line[name], color="0.75")
