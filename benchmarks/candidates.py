@@ -76,11 +76,11 @@ class Work:
     def write_rows(self, *, limit: int) -> None:
         """Write at most ``limit`` rows for the peers: one epoch or less, in the order in which hfscale trains on them."""
         from hfscale.stream.loader import Stream
-        from hfscale.stream.order import Order
         from hfscale.stream.rows import TokenRows
+        from tests.helpers.orders import order_of
 
         rows = TokenRows(self.folder / "shards", seq_len=self.seq_len)
-        order = Order(rows.shard_rows, seed=SEED, lanes="auto", block=1024)
+        order = order_of(rows.shard_rows, seed=SEED, lanes="auto", block=1024)
         stream = Stream(rows, order, global_batch=self.global_batch, micro_batch=self.global_batch, rank=0, world_size=1)
         with open(self.rows, "wb") as file:
             for _ in range(min(order.rows, limit) // self.global_batch):

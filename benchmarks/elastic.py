@@ -23,23 +23,23 @@ import numpy as np
 
 from benchmarks.common import machine, record, table, verdict
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
-from hfscale.stream.order import Order
 from tests.helpers.elastic import compare, draw
+from tests.helpers.orders import order_of
 
 SEQ, RANKS, SHARDS = 1024, 4096, 100_000
 START = """
 import sys, time
 from pathlib import Path
 import numpy
-from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
+from tests.helpers.orders import order_of
 assert "torch" not in sys.modules
 def peak_mib():  # of this process; getrusage's may be its parent's
     return int(Path("/proc/self/status").read_text().split("VmHWM:")[1].split()[0]) / 1024
 before, began = peak_mib(), time.perf_counter()
 rows = TokenRows(sys.argv[1], seq_len=int(sys.argv[2]))
 opened = time.perf_counter()
-order = Order(rows.shard_rows, seed=1, lanes="auto", block=1024)
+order = order_of(rows.shard_rows, seed=1, lanes="auto", block=1024)
 order.locate(order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)[0])
 ended = time.perf_counter()
 print(ended - began, ended - opened, peak_mib() - before, peak_mib())
@@ -70,7 +70,7 @@ def sweep(layouts: int, procs: int) -> str:
 def trillion() -> str:
     """Return what was found in a trillion tokens: steps of 4,096 ranks, whole blocks, and a million places that all differ."""
     began = time.perf_counter()
-    order = Order(np.full(SHARDS, 9766) - np.arange(SHARDS) % 2, seed=1, lanes="auto", block=1024)
+    order = order_of(np.full(SHARDS, 9766) - np.arange(SHARDS) % 2, seed=1, lanes="auto", block=1024)
     for start in (0, order.rows // 2 // 8192 * 8192, order.rows - 4096, 7 * order.rows - 1):  # the last two straddle an epoch's end
         alone = order.steps(start, count=1, global_batch=8192, rank=0, world_size=1)[0]
         dealt = [order.steps(start, count=1, global_batch=8192, rank=rank, world_size=RANKS)[0] for rank in range(RANKS)]
@@ -79,7 +79,8 @@ def trillion() -> str:
     rng = np.random.default_rng(0)
     positions = np.unique(rng.integers(0, order.rows, 10**6)) + 3 * order.rows
     places = order.locate(positions)
-    assert len(np.unique(places.shard << 32 | places.row)) == len(positions) and (places.row < order.shard_rows[places.shard]).all()
+    assert len(np.unique(places.shard << 32 | places.row)) == len(positions)
+    assert (places.row < order.orders[0].shard_rows[places.shard]).all()
     for lane, block in zip(rng.integers(0, order.lanes, 20).tolist(), rng.integers(0, order.rows // order.lanes // 1024, 20).tolist()):
         places = order.locate((block * 1024 + np.arange(1024)) * order.lanes + lane)
         assert len(set(zip(places.shard.tolist(), places.row.tolist(), strict=True))) == 1024

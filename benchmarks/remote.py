@@ -24,8 +24,8 @@ from benchmarks.common import interleaved, machine, ratio, record, spread, table
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
 from hfscale.stream.loader import Stream
-from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
+from tests.helpers.orders import order_of
 
 BATCH, SEQ, SHARDS, SHARD_TOKENS = 64, 1024, 32, 2**21
 LOCAL = "local folder"
@@ -49,7 +49,7 @@ def run(place: str, *, steps: int, first: list[float], waits: list[float], size_
         began, waited = time.perf_counter(), 0.0
         options: dict[str, Any] = {"folder": Path(cache), "size_gb": size_gb} if "://" in place else {}
         rows = TokenRows(place, seq_len=SEQ, **options)
-        stream = Stream(rows, Order(rows.shard_rows, seed=1, lanes=2, block=1024), global_batch=BATCH, micro_batch=BATCH, rank=0,
+        stream = Stream(rows, order_of(rows.shard_rows, seed=1, lanes=2, block=1024), global_batch=BATCH, micro_batch=BATCH, rank=0,
                         world_size=1)
         stream.take()
         first.append(time.perf_counter() - began)

@@ -21,8 +21,8 @@ from benchmarks.common import record, table
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
 from hfscale.stream.loader import Stream
-from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
+from tests.helpers.orders import order_of
 
 SEQ, BATCH, BUFFER, PARTS = 8, 512, 1000, 1000
 PLACES = f"1/{PARTS}ths of the corpus a batch"
@@ -75,7 +75,7 @@ def stock(tars: list[str], *, ranks: int) -> np.ndarray:
 def ours(folder: Path) -> np.ndarray:
     """Return the corpus places of our epoch, read from the ids of the batches."""
     rows = TokenRows(folder, seq_len=SEQ)
-    order = Order(rows.shard_rows, seed=1, lanes="auto", block=1024)
+    order = order_of(rows.shard_rows, seed=1, lanes="auto", block=1024)
     stream, batches = Stream(rows, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1), []
     for _ in range(order.rows // BATCH):
         [batch] = stream.take()
@@ -113,7 +113,7 @@ def measures(batches: np.ndarray, *, rows: int, shards: int) -> dict[str, float]
 def huge() -> str:
     """Return what a batch mixes where the data is a trillion tokens: by the order alone, no tar is that long."""
     shards, rows = 100_000, 9766
-    order = Order(np.full(shards, rows), seed=1, lanes="auto", block=1024)
+    order = order_of(np.full(shards, rows), seed=1, lanes="auto", block=1024)
     places = order.locate(order.rows // 2 // BATCH * BATCH + np.arange(200 * BATCH))
     found = measures((places.shard * rows + places.row).reshape(-1, BATCH), rows=rows, shards=shards)
     mixed = f"{found['shards a batch']:.0f} shards and {found[PLACES]:.0f} of the 1/{PARTS}ths"

@@ -36,9 +36,10 @@ from benchmarks.common import interleaved, machine, ratio, record, spread, table
 from benchmarks.peers.streams import BATCH, OWN_ENVIRONMENT, READERS, SEQ, TOKENS, Batches, Reader, serve, tokens_of
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
-from hfscale.stream.loader import SLAB_TOKENS, Stream, StreamState
-from hfscale.stream.order import Order
+from hfscale.stream.loader import SLAB_TOKENS, Stream
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
+from tests.helpers.orders import order_of
 
 PLOT = Path(__file__).parents[1] / "docs" / "resume.png"
 PLACES = (0.0, 0.1, 0.25, 0.5, 0.75, 0.99)  # of a resume, in epochs
@@ -76,7 +77,7 @@ def open_stream(folder: Path, *, lanes: Literal["auto"] | int, block: int, with_
                 state: dict[str, Any] | None = None) -> Stream:
     """Return the whole path: manifest, order, reader thread."""
     rows = TokenRows(folder / "shards", seq_len=SEQ)
-    order = Order(rows.shard_rows, seed=1, lanes=lanes, block=block)
+    order = order_of(rows.shard_rows, seed=1, lanes=lanes, block=block)
     return Stream(rows, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1, with_documents=with_documents,
                   state=StreamState.from_dict(state) if state else None)
 
@@ -155,7 +156,7 @@ class Process:
 def pieces(folder: Path, turns: int) -> dict[str, list[float]]:
     """Return the seconds that an epoch in order takes to write as int64 alone, to copy prepared rows, and to prepare them."""
     rows = TokenRows(folder / "shards", seq_len=SEQ)
-    order = Order(rows.shard_rows, seed=1, lanes=1, block=1)
+    order = order_of(rows.shard_rows, seed=1, lanes=1, block=1)
     step = SLAB_TOKENS // SEQ
     slab, flat = np.empty((step, SEQ + 1), np.int64), np.asarray(tokens_of(folder))
     windows = np.lib.stride_tricks.as_strided(flat, (order.rows, SEQ + 1), (2 * SEQ, 2))
@@ -217,7 +218,7 @@ def order_alone(turns: int) -> str:
     shard_rows = np.full(100_000, 9766)
     for _ in range(turns):
         began = time.perf_counter()
-        order = Order(shard_rows, seed=1, lanes="auto", block=1024)
+        order = order_of(shard_rows, seed=1, lanes="auto", block=1024)
         order.locate(order.steps(order.rows // 2, count=1, global_batch=4096, rank=0, world_size=1)[0])
         starts.append(time.perf_counter() - began)
         began = time.perf_counter()

@@ -54,6 +54,8 @@ class Encoders:
 
     def __init__(self, tokenizer_json: str, *, eod_id: int, dtype: str, procs: int, setting: str) -> None:
         self.procs, self._setting = procs, setting
+        if "PYTHONWARNINGS" not in os.environ:
+            os.putenv("PYTHONWARNINGS", "ignore:resource_tracker")  # that semaphores are left: a rank that fails leaves at once
         context = multiprocessing.get_context("spawn")  # forking a process that has threads is not safe
         self._pool = ProcessPoolExecutor(procs, mp_context=context, initializer=_start_worker, initargs=(tokenizer_json, eod_id, dtype))
 

@@ -36,7 +36,7 @@ def launch(request: Request) -> int:
     loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
     config = loaded.config
     batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1)
-    check(config, device_type="cuda" if on_gpu else "cpu")
+    check(config, device_type="cuda" if on_gpu else "cpu", fresh=True)
     if request.dry_run:
         from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
 
@@ -77,6 +77,8 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
     }
     if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
         small |= {"train.steps": 6, "train.epochs": "null", "train.tokens": "null"}
+    if not examples:
+        small["data.lanes"] = "auto"
     if examples and config.data.validation is not None:
         small["data.validate_every_steps"] = 4
     elif config.data.validation is not None:

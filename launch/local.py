@@ -49,8 +49,8 @@ def launch(request: Request) -> int:
         raise ConfigError(f"{procs} ranks on {gpus} GPUs", where="--procs", value=procs,
                           remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU")
     batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
-    check(config, device_type="cuda" if gpus else "cpu")
     said = [*notices(config), *run_dir.compare(config)]
+    check(config, device_type="cuda" if gpus else "cpu")
     try:
         port = free_port(request.port or 0)
     except OSError as error:

@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from hfscale.checkpoint.layout import newest_state
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, load_config
-from hfscale.config.schema import TrainConfig
+from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
-from hfscale.shards.manifest import Manifest
 from hfscale.shards.tables import table_files
+from hfscale.stream.mixture import open_mixture
+from hfscale.stream.rows import TokenRows
 
 LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch", "slurm": "launch.slurm:launch"}
 CONFIG = "config.yaml"
@@ -56,11 +58,11 @@ def config_file(source: str) -> Path:
     return path / CONFIG if path.is_dir() else path
 
 
-def check(config: TrainConfig, *, device_type: str) -> None:
-    """Return if nothing that can be known without torch speaks against this run.
+def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None:
+    """Return if nothing that can be known without torch speaks against this run, which goes on from a checkpoint unless it is ``fresh``.
 
     Raises:
-        UserError: for what the engine refuses on this device, and for data or a tokenizer that is not there.
+        UserError: for what the engine refuses on this device, data or a tokenizer that is not there, sources that do not fit together.
     """
     deepspeed_config(config, device_type=device_type)
     if config.tokenizer and Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
@@ -71,10 +73,15 @@ def check(config: TrainConfig, *, device_type: str) -> None:
             table_files(table)
         return
     held_out = [config.data.validation.shards] if config.data.validation else []
+    parts = []
     for shards in (*(source.shards for source in config.data.sources), *held_out):
-        manifest = Manifest.load(shards, **config.data.remote)
+        parts.append(TokenRows(shards, seq_len=config.data.seq_len, **config.data.remote))
+        manifest = parts[-1].manifest
         there = set(os.listdir(manifest.folder))
-        missing = [name for shard in manifest.shards for name in (shard.name, shard.index_name) if name not in there]
+        missing = [name for shard in manifest.shards for name in (shard.name, shard.index_name)
+                   if name not in there and not (manifest.folder / name).exists()]  # tars of others may lie elsewhere
         if missing and not manifest.remote and config.data.on_error == "stop":
             raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
                             remedy="restore them from a copy, or build the shards again")
+    assert isinstance(config, RunConfig)
+    open_mixture(config, parts[:len(config.data.sources)], saved=None if fresh else newest_state(config.run_dir))

@@ -20,7 +20,7 @@ from typing import Any
 
 from hfscale.checkpoint import layout
 from hfscale.config.load import Loaded, load_config, to_yaml
-from hfscale.config.rules import differences, resume_differences
+from hfscale.config.rules import Difference, differences, resume_differences
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
@@ -52,8 +52,11 @@ def compare(config: TrainConfig) -> list[str]:
     if not _has_trained(path):
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
-    if any(difference.key == "tokenizer.path" for difference in refused) and _is_the_runs_tokenizer(path, config.tokenizer.path):
-        refused = [difference for difference in refused if difference.key != "tokenizer.path"]  # it was only moved
+    digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
+    if len(digests) == 1:
+        refused = [difference for difference in refused if difference.key != "tokenizer.path"]  # it was at most moved
+    elif digests:
+        refused.append(Difference("the tokenizer's digest", *digests))
     if refused:
         changes = "".join(f"\n          {difference}" for difference in refused)
         raise CheckpointError(f"this run has trained with another config; a resume cannot change:{changes}", where=path,
@@ -150,12 +153,10 @@ def _has_trained(path: Path) -> bool:
     return bool(layout.candidates(path / layout.FOLDER)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
-def _is_the_runs_tokenizer(path: Path, tokenizer: str) -> bool:
-    """Return whether the folder ``tokenizer`` has the digest that the newest checkpoint of the run speaks of."""
-    saved = layout.committed(path / layout.FOLDER)
-    if not saved or not Path(tokenizer).is_dir():
-        return False
-    return json.loads((saved[-1] / layout.STATE).read_text("utf-8")).get("tokenizer_digest") == tokenizer_digest(tokenizer)
+def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:
+    """Return the digest that the newest checkpoint of the run speaks of, and that of the folder ``tokenizer`` if it is another."""
+    then = (layout.newest_state(path) or {}).get("tokenizer_digest")
+    return list(dict.fromkeys([then, tokenizer_digest(tokenizer)])) if then and Path(tokenizer).is_dir() else []
 
 
 def _other_name(config: TrainConfig) -> str:

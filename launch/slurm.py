@@ -94,12 +94,13 @@ def before(config: TrainConfig, procs: int, *, gpus: bool, on_nodes: bool = True
         UserError: for the first thing that speaks against it.
     """
     solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
+    changed = run_dir.compare(config)
     check(config, device_type="cuda" if gpus else "cpu")
     if on_nodes:
         _refuse_local_disk(config)
     if config.model.pretrained:  # into the cache, where the nodes find it: they have no network
         local_folder(config.model.pretrained, where="model.pretrained", weights=True)
-    return [*notices(config), *run_dir.compare(config), *(_time_to_save(config) if on_nodes else ())]
+    return [*notices(config), *changed, *(_time_to_save(config) if on_nodes else ())]
 
 
 def prepare(loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Path | None = None) -> None:

@@ -27,7 +27,7 @@ from hfscale.checkpoint.manifest import Entry, verify, write_file, write_manifes
 from hfscale.checkpoint.probe import make_probe
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
 from hfscale.config.schema import Checkpoint
-from hfscale.dist.agree import from_rank_0
+from hfscale.dist.agree import from_all_ranks, from_rank_0
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
@@ -254,8 +254,7 @@ class CheckpointManager:
 
 def verify_together(checkpoint: Path) -> list[str]:
     """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files. Collective."""
-    everyone: list[Any] = [None] * torch_dist.get_world_size()
-    torch_dist.all_gather_object(everyone, verify(checkpoint, part=torch_dist.get_rank(), parts=len(everyone)), group=host_group())
+    everyone = from_all_ranks(verify(checkpoint, part=torch_dist.get_rank(), parts=torch_dist.get_world_size()))
     return sorted({problem for problems in everyone for problem in problems})
 
 

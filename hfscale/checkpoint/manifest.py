@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hfscale.checkpoint import layout
 from hfscale.errors import CheckpointError
-from hfscale.shards.verify import file_digest
+from hfscale.shards.files import file_digest
 
 VERSION = 1
 

@@ -4,6 +4,7 @@ Counts, flags and digests are summed as int64, which wraps modulo 2^64: just wha
 """
 from __future__ import annotations
 
+import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 import torch.distributed as torch_dist
 
 from hfscale.dist.group import host_group
+from hfscale.errors import DataError
 
 
 @dataclass(frozen=True)
@@ -43,21 +45,32 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
-def from_rank_0(value: Any) -> Any:
-    """Return rank 0's ``value`` (anything that pickles) on every rank."""
+def from_all_ranks(value: Any) -> list[Any]:
+    """Return every rank's ``value`` (anything that pickles), on every rank."""
     values = [value]
     if torch_dist.is_initialized():
-        torch_dist.broadcast_object_list(values, src=0, group=host_group())
-    return values[0]
+        values *= torch_dist.get_world_size()
+        torch_dist.all_gather_object(values, value, group=host_group())
+    return values
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Return what each rank gave (anything that pickles), on rank 0; nothing on the others."""
-    if not (torch_dist.is_initialized() and torch_dist.get_world_size() > 1):
-        return [value]
-    values = [None] * torch_dist.get_world_size() if torch_dist.get_rank() == 0 else None
-    torch_dist.gather_object(value, values, dst=0, group=host_group())
-    return values or []
+def same_on_all_ranks(digests: Mapping[str, str]) -> None:
+    """Return if every rank has these ``digests`` of its files, by key of the config. Collective.
+
+    Raises:
+        DataError: on every rank, if one has other files than rank 0.
+    """
+    everyone = from_all_ranks((socket.gethostname(), digests))
+    for rank, (host, theirs) in enumerate(everyone):
+        for key, digest in everyone[0][1].items():
+            if theirs[key] != digest:
+                raise DataError("the ranks would train on different data", where=key, remedy="give every node the same files",
+                                value=f"{digest[:12]} on rank 0 ({everyone[0][0]}), {theirs[key][:12]} on rank {rank} ({host})")
+
+
+def from_rank_0(value: Any) -> Any:
+    """Return rank 0's ``value`` (anything that pickles) on every rank."""
+    return from_all_ranks(value)[0]
 
 
 def gather_from_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, int]:

@@ -18,7 +18,7 @@ from hfscale.checkpoint.pretrained import load_pretrained
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import TrainConfig
-from hfscale.dist.agree import from_rank_0
+from hfscale.dist.agree import from_rank_0, same_on_all_ranks
 from hfscale.dist.group import device_name
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation
@@ -47,6 +47,7 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
 
     folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
     material = open_material(config, world, folder)
+    same_on_all_ranks({"tokenizer.path": tokenizer_digest(material.tokenizer), **material.digests()})
     model = build(config, material, device, folder)
     objective = material.objective(model.config)
 

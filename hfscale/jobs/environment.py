@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as torch_dist
 
-from hfscale.dist.group import device_name, host_group
+from hfscale.dist.agree import from_all_ranks
+from hfscale.dist.group import device_name
 from hfscale.dist.world import World
 from hfscale.shards.files import write_atomically
 
@@ -18,8 +18,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 def record_ranks(run_dir: Path, world: World, device: torch.device, *, described: dict[str, Any]) -> None:
     """Complete the newest attempt's entry. Collective. One that is complete is of an earlier start, so another entry is added."""
-    ranks: list[Any] = [None] * world.world_size
-    torch_dist.all_gather_object(ranks, f"{socket.gethostname()}: {device_name(device)}", group=host_group())
+    ranks = from_all_ranks(f"{socket.gethostname()}: {device_name(device)}")
     file = run_dir / "environment.json"
     if world.rank:
         return

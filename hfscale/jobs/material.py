@@ -23,9 +23,10 @@ from hfscale.errors import DataError
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 from hfscale.stream.labelled import LabelledData
-from hfscale.stream.loader import EvaluationRows, Stream, StreamState
+from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.mixture import kept_manifest, open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tasks.base import Task, cache_key, code_digest, load_task, task_class
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
@@ -49,11 +50,11 @@ class TokenMaterial:
             seq_len=config.data.seq_len, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
             cross_document=config.data.cross_document, sources=len(self._parts), tokenizer=self.tokenizer, model_config=model_config))
 
-    def check(self, saved: dict[str, Any] | None) -> None:
-        """Return if all of the data fits together, also with what ``saved`` says was read of it."""
-        open_mixture(self._config, self._parts, saved=saved)
-        if self._config.data.validation is not None:
-            open_rows(self._config.data.validation.shards, self._config, self.tokenizer)
+    def digests(self) -> dict[str, str]:
+        """Return what names each part of the data, by key of the config; it must be the same on all ranks."""
+        held_out = self._config.data.validation
+        named = {f"data.sources, {source.name}": part.fingerprint for source, part in zip(self._config.data.sources, self._parts)}
+        return named | ({"data.validation": open_rows(held_out.shards, self._config, self.tokenizer).fingerprint} if held_out else {})
 
     def open(self, objective: Objective, *, saved: dict[str, Any] | None, pin_memory: bool) -> Stream:
         """Return the stream, where ``saved`` left it."""
@@ -112,8 +113,10 @@ class ExampleMaterial:
             seq_len=config.data.max_length, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
             tokenizer=self.tokenizer, model_config=model_config, facts=self._facts))
 
-    def check(self, saved: dict[str, Any] | None) -> None:
-        """Return: all was looked at when it was read."""
+    def digests(self) -> dict[str, str]:
+        """Return what names each split, by key of the config; it must be the same on all ranks."""
+        splits = {"data.train": self._train, "data.validation": self._validation}
+        return {key: split.fingerprint for key, split in splits.items() if split is not None}
 
     def open(self, objective: Objective, *, saved: Mapping[str, Any] | None, pin_memory: bool) -> ExampleStream:
         """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""

@@ -18,9 +18,9 @@ from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import digest_rows
-from hfscale.stream.loader import StreamState
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
 from hfscale.stream.text import TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer
 

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfscale.errors import DataError
-from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import Manifest
+from hfscale.shards.raw import read_text, samples_of
 from hfscale.shards.reader import ShardReader
 from hfscale.shards.tars import walk
 from hfscale.stream.rows import TokenRows
@@ -90,17 +90,18 @@ def samples(manifest: Manifest, *, first: int, count: int, key: str | None) -> I
             continue
         path = manifest.folder / entry.name
         with manifest.local(entry):
-            index = ShardIndex.load(manifest.folder / entry.index_name)
-        if index.tar_digest != entry.digest:
-            raise DataError("the index belongs to another shard than the manifest names", where=manifest.folder / entry.index_name)
+            members = samples_of(manifest.folder, entry)
         names = {member.offset: member.name for member in walk(path)}
         with open(path, "rb") as file:
-            for number, member in zip(numbers, index.members, strict=True):
+            for number, member in zip(numbers, members, strict=True):
                 name = names.get(int(member["offset"]), "(not in the tar)")
                 if number in wanted and found < count and key in (None, base_plus_ext(name)[0]):
                     found += 1
-                    file.seek(int(member["offset"]))
-                    yield f"sample {number:,}  {entry.name}  {name}", file.read(int(member["bytes"])).decode(errors="replace")
+                    try:
+                        text = read_text(file, *(int(member[of]) for of in ("offset", "bytes", "checksum")), field=manifest.source["field"])
+                    except ValueError as error:
+                        raise DataError(f"sample {number:,} (member {name}): the text {error}", where=path) from None
+                    yield f"sample {number:,}  {entry.name}  {name}", text
     if key is not None and not found:
         raise DataError("no sample has this key", where=manifest.folder, value=key, remedy="a key is a member's name up to its first dot")
 

@@ -11,7 +11,7 @@ from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_
 from hfscale.config.rules import notices, solve_batch, total_steps
 from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import DataError
-from hfscale.shards.manifest import Manifest
+from hfscale.shards.manifest import TEXT, Manifest
 
 
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
@@ -50,25 +50,27 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
     if isinstance(config, FinetuneConfig):  # how many examples there are, only reading them shows
         return [*facts, ("steps", str(train.steps or f"{train.epochs} epochs")), *(("notice", line) for line in notices(config))]
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
-    rows = _rows(config)
+    rows, unknown = _rows(config)
     if rows or train.epochs is None:
-        steps = total_steps(train, rows=rows or 0, seq_len=seq_len)
+        steps = total_steps(train, rows=rows, seq_len=seq_len)
         facts.append(("steps", f"{steps:,}"))
         facts.append(("tokens", f"{steps * train.global_batch * seq_len:,}"))
-        if rows:
-            facts.append(("epochs", f"{steps * train.global_batch / rows:.3g} of {rows:,} rows"))
     else:
-        facts.append(("steps", f"not known before there are shards at {', '.join(source.shards for source in config.data.sources)}"))
+        facts.append(("steps", f"not known before {unknown}"))
+    facts.append(("epochs", f"{steps * train.global_batch / rows:.3g} of {rows:,} rows" if rows else f"not known before {unknown}"))
     return [*facts, *(("notice", line) for line in notices(config))]
 
 
-def _rows(config: TrainConfig) -> int | None:
-    """Return the rows of an epoch, or None where the shards are not there yet. A row needs one token more than it predicts."""
+def _rows(config: TrainConfig) -> tuple[int, str]:
+    """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than it predicts."""
     try:
-        shards = [shard for source in config.data.sources for shard in Manifest.load(source.shards, **config.data.remote).shards]
+        manifests = [Manifest.load(source.shards, **config.data.remote) for source in config.data.sources]
     except DataError:
-        return None
-    return sum((shard.tokens - 1) // config.data.seq_len for shard in shards if shard.tokens)
+        return 0, f"there are shards at {', '.join(source.shards for source in config.data.sources)}"
+    if samples := sum(manifest.documents for manifest in manifests if manifest.dtype == TEXT):
+        return 0, f"raw text is tokenized: {samples:,} samples"
+    shards = [shard for manifest in manifests for shard in manifest.shards if shard.tokens]
+    return sum((shard.tokens - 1) // config.data.seq_len for shard in shards), "a shard is as long as a row"
 
 
 def _text(value: Any) -> str:

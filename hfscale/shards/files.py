@@ -1,10 +1,22 @@
 """Files that are either whole or absent: written under a temporary name, synced, renamed."""
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 
 from hfscale.errors import DataError
+
+BLOCK = 1 << 24  # bytes read at once
+
+
+def file_digest(path: Path) -> str:
+    """Return the SHA-256 (hex) of a file."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_atomically(path: Path, data: bytes | memoryview) -> None:

@@ -98,6 +98,8 @@ class Manifest:
                 raise TypeError("counts are no numbers")
             if (tokenizer is None) != (manifest.dtype == TEXT) and manifest.dtype in DTYPES:
                 raise TypeError("token shards name their tokenizer, raw text has none")
+            if manifest.dtype == TEXT and not isinstance(manifest.source.get("field"), str):
+                raise TypeError("raw text names the field that holds it")
         except (KeyError, TypeError) as error:
             raise DataError(f"the manifest is damaged: {error}", where=path, remedy=REMEDY) from None
         if manifest.dtype not in DTYPES:

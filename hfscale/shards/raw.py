@@ -6,17 +6,18 @@ import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import xxhash
 
 from hfscale.errors import DataError, nearest
+from hfscale.shards.files import file_digest
 from hfscale.shards.index import MEMBER, ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
 from hfscale.shards.tars import PICKLED, Member, walk
-from hfscale.shards.verify import file_digest
 
 FIELDS = ("txt", "json.text", "text")  # where the text is looked for, in this order
 
@@ -40,7 +41,7 @@ def index_tars(tars: Sequence[Path], *, folder: Path, field: str | None, threads
         raise DataError("two tars of one name would share an index", value=f"{twice}.idx",
                         remedy="index them into different folders (--out)")
     if field is None:
-        _, first = next(samples_of(tars[0]), ("", {}))
+        _, first = next(members_of(tars[0]), ("", {}))
         field = next((known for known in FIELDS if _split(known)[0] in first), FIELDS[0])
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -86,6 +87,35 @@ def text_of(payload: bytes, field: str) -> str:
     return value
 
 
+@lru_cache(64)  # reading an index again takes a fraction of a millisecond
+def samples_of(folder: Path, entry: ShardEntry) -> np.ndarray:
+    """Return the index of a tar of raw text: a MEMBER a sample.
+
+    Raises:
+        DataError: if it is missing or damaged, or not that of the manifest's entry.
+    """
+    path = folder / entry.index_name
+    index = ShardIndex.load(path)
+    if index.tar_digest != entry.digest or len(index.members) != entry.documents:
+        what = ("belongs to another shard than the manifest names" if index.tar_digest != entry.digest
+                else f"counts {len(index.members):,} samples, the manifest {entry.documents:,}")
+        raise DataError(f"the index {what}", where=path, remedy="restore it, or make index and manifest again: `hfscale shards index`")
+    return index.members
+
+
+def read_text(file: IO[bytes], offset: int, size: int, checksum: int, *, field: str, verify: bool = True) -> str:
+    """Return the text of a sample out of its tar.
+
+    Raises:
+        ValueError: if it is damaged or has no such text; the message goes on from "the text of a sample".
+    """
+    file.seek(offset)
+    payload = file.read(size)
+    if len(payload) < size or (verify and xxhash.xxh3_64_intdigest(payload) != checksum):
+        raise ValueError("is cut off" if len(payload) < size else "does not match its checksum")
+    return text_of(payload, field)
+
+
 Sample = tuple[Path, int, int, int]  # tar; offset, size and checksum of the member with the text
 Encoded = tuple[np.ndarray, np.ndarray, dict[int, str]]  # of samples: ids end to end, where each ends, what is wrong with some
 
@@ -97,11 +127,7 @@ def encode_samples(encode: Callable[[list[str]], list[np.ndarray]], samples: Seq
     for number, (path, offset, size, checksum) in enumerate(samples):
         try:
             with open(path, "rb") as file:
-                file.seek(offset)
-                payload = file.read(size)
-            if len(payload) < size or (verify and xxhash.xxh3_64_intdigest(payload) != checksum):
-                raise ValueError("is cut off" if len(payload) < size else "does not match its checksum")
-            texts.append(text_of(payload, field))
+                texts.append(read_text(file, offset, size, checksum, field=field, verify=verify))
         except (OSError, ValueError) as error:
             damage[number] = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
     whole = iter(encode(texts))
@@ -117,7 +143,7 @@ def _split(field: str) -> tuple[str, list[str]]:
     return field, []
 
 
-def samples_of(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+def members_of(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield the key of each sample, and its members by the rest of their names."""
     from webdataset.tariterators import base_plus_ext
 
@@ -144,7 +170,7 @@ def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
     """
     extension, _ = _split(field)
     with open(tar, "rb") as file:
-        for key, members in samples_of(tar):
+        for key, members in members_of(tar):
             if (member := members.get(extension)) is None or extension in PICKLED:
                 known = nearest(extension, members.keys() - PICKLED)
                 raise DataError(f"a sample has no text: there is no field {extension!r}", where=f"{tar}, sample {key}",

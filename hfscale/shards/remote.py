@@ -25,10 +25,9 @@ from typing import IO, Any
 
 from hfscale.errors import ConfigError, DataError
 from hfscale.log import logger
-from hfscale.shards.files import publish, sync, write_atomically
+from hfscale.shards.files import file_digest, publish, sync, write_atomically
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
-from hfscale.shards.verify import file_digest
 
 BLOCK, LEAST_BLOCK = 2**23, 2**18  # bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
 BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2

@@ -114,7 +114,8 @@ def _counts(manifest: Manifest) -> np.ndarray:
 
 def _readers(manifest: Manifest) -> Iterator[ShardReader]:
     if manifest.dtype == TEXT:
-        raise DataError("these are tars of raw text, not of tokens", where=manifest.folder)
+        raise DataError("these are tars of raw text, not of tokens", where=manifest.folder,
+                        remedy="leave --png out: tokens are not counted before raw text is tokenized")
     for entry in manifest.shards:
         with manifest.local(entry):
             yield ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from hfscale.errors import DataError
-from hfscale.shards.raw import PICKLED, samples_of
+from hfscale.shards.raw import PICKLED, members_of
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -85,7 +85,7 @@ def _parquet(file: Path, column: str | None) -> Rows:
 def _webdataset(file: Path, column: str | None) -> Rows:
     """Yield the samples: the keys of JSON members and, by their extensions, the members that are text; the sample's key is its id."""
     with open(file, "rb") as stream:
-        for key, members in samples_of(file):
+        for key, members in members_of(file):
             where, row = f"{file}, sample {key}", dict[str, Any](id=key)
             for name, member in members.items():
                 stream.seek(member.offset)

@@ -1,7 +1,6 @@
 """Everything that can be checked about shards on disk, all findings in one list."""
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,12 +9,12 @@ import numpy as np
 import xxhash
 
 from hfscale.errors import DataError
+from hfscale.shards.files import file_digest
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
+from hfscale.shards.raw import text_of
 from hfscale.shards.reader import member_name
 from hfscale.shards.tars import walk
-
-BLOCK = 1 << 24
 
 
 def manifests_at(path: str | Path) -> list[Manifest]:
@@ -41,15 +40,6 @@ def verify(manifest: Manifest, *, threads: int, advance: Callable[[int], object]
         return [finding for findings in pool.map(check, manifest.shards) for finding in findings]
 
 
-def file_digest(path: Path) -> str:
-    """Return the SHA-256 (hex) of a file."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
     path = manifest.folder / entry.name
     if not path.is_file():
@@ -71,10 +61,17 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
     payloads = [data[offset:offset + size] for offset, size in index.members[["offset", "bytes"]].tolist()]
     names = {offset: name for name, offset, _ in in_tar}
     for member, payload in zip(index.members, payloads, strict=True):
+        place = f"member {names.get(int(member['offset']), '(not in the tar)')} at offset {int(member['offset']):,}"
         if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
-            offset = int(member["offset"])
-            yield f"member {names.get(offset, '(not in the tar)')} at offset {offset:,} does not match its checksum"
+            yield f"{place} does not match its checksum"
+        elif manifest.dtype == TEXT:
+            try:
+                text_of(payload.tobytes(), manifest.source["field"])
+            except ValueError as error:
+                yield f"{place}: the text {error}"
     if manifest.dtype == TEXT:
+        if len(index.members) != entry.documents:
+            yield f"the index counts {len(index.members):,} samples, the manifest {entry.documents:,}"
         return
     if in_tar != [(member_name(k // 2, ("ends.npy", "tokens.bin")[k % 2]), int(member["offset"]), int(member["bytes"]))
                   for k, member in enumerate(index.members)]:

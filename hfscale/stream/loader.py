@@ -13,70 +13,24 @@ Worker processes would cost about 1 ms a batch in hand-over alone.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
 from hfscale.errors import DataError
 from hfscale.stream.ahead import fetch_ahead
-from hfscale.stream.order import Order, Places
+from hfscale.stream.mixture import Mixture
+from hfscale.stream.order import Places
 from hfscale.stream.rows import Prepared, Rows, TokenRows
+from hfscale.stream.state import StreamState
 
-if TYPE_CHECKING:
-    from hfscale.stream.mixture import Mixture
-
+SPARSE = 16  # a look further ahead is further from the one before, by the 16th of its distance
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
 PLAN_ROWS = 2**15  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
-STATE_VERSION = 1
-
-
-@dataclass(frozen=True)
-class StreamState:
-    """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB, and of raw text
-    two numbers a lane."""
-
-    fingerprint: str  # of the data
-    seed: int
-    seq_len: int
-    lanes: int
-    block: int
-    epoch_rows: int
-    consumed_rows: int = 0
-    sources: dict[str, list[Any]] = field(default_factory=dict)  # of a mixture: name -> [start of the fingerprint, rows consumed]
-    phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
-    cursors: list[list[list[int]]] = field(default_factory=list)  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
-    version: int = STATE_VERSION
-
-    @property
-    def consumed_tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.consumed_rows * self.seq_len
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far, with the fraction of the one under way."""
-        return self.consumed_rows / self.epoch_rows
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the state as JSON types."""
-        content = {**asdict(self), "consumed_tokens": self.consumed_tokens}
-        return {name: value for name, value in content.items() if value or name not in ("sources", "phases", "cursors")}
-
-    @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
-        """Return the state that ``to_dict`` gave.
-
-        Raises:
-            DataError: if it is not of this version.
-        """
-        if content.get("version") != STATE_VERSION:
-            raise DataError("a stream state of an unknown version", where="the checkpoint's state.json", value=content.get("version"),
-                            remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it")
-        return cls(**{name: value for name, value in content.items() if name != "consumed_tokens"})
 
 
 class Stream:
@@ -89,7 +43,7 @@ class Stream:
         DataError: if ``state`` is of other data or of another order; it names what differs.
     """
 
-    def __init__(self, rows: TokenRows, order: Order | Mixture, *, global_batch: int, micro_batch: int, rank: int, world_size: int,
+    def __init__(self, rows: TokenRows, order: Mixture, *, global_batch: int, micro_batch: int, rank: int, world_size: int,
                  state: StreamState | None = None, prefetch_steps: int = 2, with_documents: bool = False, pin_memory: bool = False) -> None:
         assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)  # rules.py has checked it
         self._rows, self._order = rows, order
@@ -107,8 +61,7 @@ class Stream:
         self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
         self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
-        self._ahead = threading.Thread(target=fetch_ahead, args=(rows, self._places), daemon=True, name="stream-ahead", kwargs={
-            "consumed": lambda: self._consumed, "global_batch": global_batch, "lanes": order.lanes})
+        self._ahead = threading.Thread(target=fetch_ahead, args=(rows, self._wanted), daemon=True, name="stream-ahead")
         self._ahead.start()
 
     def take(self) -> list[Rows]:
@@ -162,6 +115,15 @@ class Stream:
         """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
         positions, places = self._places(start, steps)
         return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per, positions=positions)
+
+    def _wanted(self) -> Iterator[np.ndarray]:
+        """Yield the shards that the next steps want on this rank, then those of steps further and further ahead, up to an epoch."""
+        start, ahead, wanted = self._consumed, 0, self._rows.wanted()
+        steps = -(-self._order.lanes // self._global_batch)  # go through all lanes
+        while ahead * min(self._global_batch, self._order.lanes) <= self._order.rows:
+            _, places = self._places(start + ahead * self._global_batch, steps)
+            yield wanted(places.shard, ahead)
+            ahead += max(steps, ahead // SPARSE)
 
     def _places(self, start: int, steps: int) -> tuple[np.ndarray, Places]:
         positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,

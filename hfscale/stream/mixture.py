@@ -26,9 +26,9 @@ from hfscale.config.rules import nearest_text, total_steps
 from hfscale.config.schema import RunConfig, Source
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.manifest import Manifest
-from hfscale.stream.loader import StreamState
 from hfscale.stream.order import AUTO_LANES, Order, Places, deal, key_of, mix, permute
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
 
 _SOURCES, _SLOTS = 3, 4  # purposes of a key; order.py has the others
 
@@ -45,6 +45,7 @@ class Phase(NamedTuple):
         return sum(self.counts)
 
 
+ALONE = Phase(0, (1,))  # of a run over one source
 Stages = Sequence[tuple[int, Sequence[float]]]  # (first row of the run, weight of each source); the first stage begins at row 0
 
 
@@ -102,14 +103,14 @@ def _rows_before(phases: Sequence[Phase]) -> np.ndarray:
 
 
 class Mixture:
-    """The order of a run over S sources; with one source it is that source's own. The same interface as ``Order``.
+    """The order of a run over S sources; with one source it is that source's own.
 
     ``fingerprints`` names the sources and their data; shards are numbered through (``TokenRows.joined``). The order of a source of
     ``raw`` text is that of its samples; where its rows lie only ``text.py`` knows. With such a source lanes are of the run's positions.
     """
 
-    def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase], end: int | None,
-                 raw: Sequence[int] = ()) -> None:
+    def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase] = (ALONE,),
+                 end: int | None = None, raw: Sequence[int] = ()) -> None:
         self.names, self.end, self.fingerprints, self._phases = tuple(fingerprints), end, fingerprints, phases
         self.seed, self.block, self.lanes = orders[0].seed, orders[0].block, orders[raw[0] if raw else 0].lanes
         self.orders, self.raw = orders, raw
@@ -145,7 +146,11 @@ class Mixture:
         return source, self._before[phase, source] + block * count + slot - (self._ends[phase, source] - count)
 
     def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
-        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on."""
+        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
+
+        A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into ``world_size`` equal slices,
+        so where lanes divide the global batch a rank stays with its lanes' shards. Whatever the slices, the step is the same.
+        """
         positions = start + np.arange(count * global_batch, dtype=np.int64)
         if self.raw:
             lane = positions % self.lanes
@@ -236,7 +241,7 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     caps = [None if (most := given[name][0].max_epochs) is None else int(most * order.rows) for name, order in zip(names, orders)]
     past = [Phase(begin, tuple(counts)) for begin, counts in state.phases] if state else []
     phases, end = plan(stages, block=data.block if len(names) > 1 else 1, caps=caps, consumed=consumed,
-                       past=past or [Phase(0, (1,))])  # a run of one source can turn into a mixture at any row
+                       past=past or [ALONE])  # a run of one source can turn into a mixture at any row
     if end is not None and consumed + (steps - step) * train.global_batch > end:
         raise ConfigError(f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
                           where="data.sources", remedy="give more epochs or more data, or fewer train.steps")

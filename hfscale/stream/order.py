@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Union
+from typing import Literal, Union
 
 import numpy as np
 
@@ -72,18 +72,8 @@ class Order:
         self.rows = int(self.shard_rows.sum())  # N: rows of one epoch
         if self.rows == 0:
             raise DataError("no rows to order: every shard is empty or shorter than a row", where="data.sources")
-        self.end = None  # epoch after epoch
         self.seed, self.block, self.lanes = seed, block, resolve_lanes(lanes, self.rows, block=block)
         self._epochs: dict[int, _Epoch] = {}
-
-    def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
-        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
-
-        A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into ``world_size`` equal slices,
-        so where lanes divide the global batch a rank stays with its lanes' shards. Whatever the slices, the step is the same.
-        """
-        positions = start + np.arange(count * global_batch, dtype=np.int64).reshape(count, global_batch)
-        return deal(positions, positions % self.rows % self.lanes, rank=rank, world_size=world_size)
 
     def locate(self, positions: np.ndarray) -> Places:
         """Return the places of ``positions`` (n, int64, in any order, of any epochs)."""
@@ -106,14 +96,6 @@ class Order:
             shard[at] = layout.shards[ordinal]
             row[at] = line[at] - layout.begins[ordinal]
         return Places(epoch, lane, shard, row)
-
-    def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
-        """Return the passes over the data before ``position``, as the metrics have them."""
-        return {"epoch": position / self.rows}
-
-    def record(self, position: int) -> dict[str, Any]:
-        """Return what a state must hold beside the position: nothing. A mixture has more to say."""
-        return {}
 
     def _epoch(self, epoch: int) -> _Epoch:
         if (found := self._epochs.get(epoch)) is None:  # another thread may clear them meanwhile

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -220,6 +220,10 @@ class TokenRows:
         prepared = self.prepare(shards, rows)
         prepared.fill(slice(0, len(shards)), ids_BL)
         return prepared.valid
+
+    def wanted(self) -> Callable[[np.ndarray, int], np.ndarray]:
+        """Return what tells which shards are wanted, given those of rows (n) and how many steps ahead these are."""
+        return lambda shards, ahead: shards
 
     def advance(self, consumed: int) -> None:
         """Return with ``consumed`` rows of the run noted: nothing to do where the order alone says which rows those were."""

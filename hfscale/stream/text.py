@@ -16,8 +16,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from functools import lru_cache
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -27,11 +25,10 @@ from hfscale.dist.agree import sum_over_ranks
 from hfscale.dist.world import available_cores
 from hfscale.encoding import Encoders
 from hfscale.errors import DataError
-from hfscale.shards.index import ShardIndex
-from hfscale.shards.raw import Encoded, Sample, encode_samples
+from hfscale.shards.raw import Encoded, Sample, encode_samples, samples_of
 from hfscale.shards.tars import name_at
-from hfscale.stream.mixture import Mixture, Phase
-from hfscale.stream.order import Order
+from hfscale.stream.mixture import Mixture
+from hfscale.stream.order import Order, Places
 from hfscale.stream.rows import FILLER_ID, Prepared, TokenRows
 from hfscale.tokenizer import end_of_document_id
 
@@ -39,7 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
     from hfscale.config.schema import RunConfig
-    from hfscale.stream.loader import StreamState
+    from hfscale.stream.state import StreamState
 
 TASK_BYTES = 2**14, 2**18  # of text that a process takes at once, least and most
 TYPICAL_BYTES = 2**11  # of a sample, until a lane has seen its own
@@ -70,39 +67,33 @@ class Lane:
 
     def __init__(self, rows: TextRows, source: int, number: int) -> None:
         self.source, self.number, self._rows = source, number, rows
-        self._manifest, self._order = rows.manifests[source], rows.order.orders[source]
+        self._manifest = rows.manifests[source]
         cursor: list[int] = rows.cursors[rows.order.raw.index(source), number].tolist()
-        self._first, self._at = cursor  # the sample that `_ids` begins with; the next row's place in `_ids`
+        self.first, self._at = cursor  # the sample that `_ids` begins with; the next row's place in `_ids`
         self._ids, self._ends, self._damage = np.empty(0, "<u4"), np.empty(0, np.int64), dict[int, str]()
-        self._asked, self._size, self._mean_size = self._first, FIRST_BYTES * rows.seq_len, TYPICAL_BYTES
+        self._asked, self._size, self._mean_size = self.first, FIRST_BYTES * rows.seq_len, TYPICAL_BYTES
         self._tasks: deque[Callable[[], Encoded]] = deque()
         self._pulls = 0
 
     def places(self, first: int, count: int) -> list[tuple[int, int]]:
         """Return the shard of each of ``count`` samples from ``first`` on, and its number there."""
-        rows, lanes = self._order.rows, self._rows.order.lanes
-        epoch, i = np.divmod(np.arange(first, first + count), (rows - self.number - 1) // lanes + 1)
-        found = self._order.locate(epoch * rows + i * lanes + self.number)
+        found = self._rows.samples(self.source, self.number, np.arange(first, first + count))
         return list(zip(found.shard.tolist(), found.row.tolist(), strict=True))
-
-    def sample(self, shard: int, number: int) -> Sample:
-        """Return where the text of a sample lies."""
-        entry = self._manifest.shards[shard]
-        with self._manifest.local(entry):
-            offset, size, _, _, checksum = _members(self._manifest.folder / entry.index_name, entry.digest)[number].item()
-        return self._manifest.folder / entry.name, offset, size, checksum
 
     def ask(self) -> None:
         """Return with as many tasks under way as there should be, each of whole samples that come to about ``_size`` bytes of text."""
         while len(self._tasks) < min(self._rows.ahead, 1 + self._pulls):
             samples, size = list[Sample](), 0
             for place in self.places(self._asked, -(-self._size // self._mean_size)):
-                samples.append(self.sample(*place))
+                samples.append(self._rows.sample(self.source, *place))
                 if (size := size + samples[-1][2]) >= self._size:
                     break
-            self._tasks.append(self._rows.encoders.submit(encode_samples, samples, self._manifest.source["field"], *self._rows.options))
+            self._tasks.append(self._encode(samples))
             self._asked, self._mean_size = self._asked + len(samples), max(TYPICAL_BYTES // 16, size // len(samples))
             self._size = max(self._size, min(2 * self._size, self._rows.task_bytes))
+
+    def _encode(self, samples: list[Sample]) -> Callable[[], Encoded]:
+        return self._rows.encoders.submit(encode_samples, samples, self._manifest.source["field"], *self._rows.options)
 
     def take(self) -> Piece:
         """Return the next row."""
@@ -110,8 +101,8 @@ class Lane:
             self._pull()
         start, stop, ends = self._at, self._at + self._rows.seq_len, self._ends
         a, b = np.searchsorted(ends, (start, stop), side="right").tolist()
-        cursors = [(self._first + n, at - (int(ends[n - 1]) if n else 0)) for n, at in ((a, start), (b, stop))]
-        damage = next((found for found in self._damage.items() if a <= found[0] - self._first <= b), None)
+        cursors = [(self.first + n, at - (int(ends[n - 1]) if n else 0)) for n, at in ((a, start), (b, stop))]
+        damage = next((found for found in self._damage.items() if a <= found[0] - self.first <= b), None)
         self._at = stop
         return Piece(self._ids[start:stop + 1], *cursors[0], cursors[1], ends[a:b] - start, damage)
 
@@ -120,12 +111,15 @@ class Lane:
         self.ask()
         ids, ends, damage = self._tasks.popleft()()
         self._pulls += 1
-        first, used = self._first + len(self._ends), int(np.searchsorted(self._ends, self._at, side="right"))
+        first = self.first + len(self._ends)
+        if damage and self._manifest.remote:  # the cache may have removed a tar that was not read yet
+            ids, ends, damage = self._encode([self._rows.sample(self.source, *place) for place in self.places(first, len(ends))])()
+        used = int(np.searchsorted(self._ends, self._at, side="right"))
         cut = int(self._ends[used - 1]) if used else 0
         self._ends = np.concatenate([self._ends[used:] - cut, ends + (len(self._ids) - cut)])
         self._ids = np.concatenate([self._ids[cut:], ids])
-        self._first, self._at = self._first + used, self._at - cut
-        self._damage = {number: problem for number, problem in self._damage.items() if number >= self._first}
+        self.first, self._at = self.first + used, self._at - cut
+        self._damage = {number: problem for number, problem in self._damage.items() if number >= self.first}
         self._damage |= {first + number: problem for number, problem in damage.items()}
         self.ask()
 
@@ -194,6 +188,41 @@ class TextRows(TokenRows):
                 valid[k], blocked = False, blocked if self._skip else {**blocked, k: error}
         return Prepared.copied(ids, begins, documents_per, valid=valid, source=self.source_of(shards), blocked=blocked)
 
+    def samples(self, source: int, lane: int | np.ndarray, numbers: np.ndarray) -> Places:
+        """Return the places of a source's samples (n), counted in their lanes."""
+        order, lanes = self.order.orders[source], self.order.lanes
+        epoch, i = np.divmod(numbers, (order.rows - lane - 1) // lanes + 1)
+        return order.locate(epoch * order.rows + i * lanes + lane)
+
+    def sample(self, source: int, shard: int, number: int) -> Sample:
+        """Return where the text of a sample lies: at -1, where its shard cannot be had and is to be skipped."""
+        manifest, whole = self.manifests[source], int(self._first_shards[source]) + shard
+        entry = manifest.shards[shard]
+        try:
+            if (whole, -1) in self.damage:
+                raise self.damage[whole, -1]
+            with manifest.local(entry):
+                offset, size, _, _, checksum = samples_of(manifest.folder, entry)[number].item()
+        except DataError as error:
+            if not self._skip:
+                raise
+            self._note(whole, -1, error)
+            offset, size, checksum = -1, 0, 0
+        return manifest.folder / entry.name, offset, size, checksum
+
+    def wanted(self) -> Callable[[np.ndarray, int], np.ndarray]:
+        """Return what tells which shards are wanted, given those of rows, so many steps ahead: as if a step took a sample of each lane."""
+        held = np.array([(lane.source, lane.number, lane.first) for lane in [*self._lanes.values()]], np.int64).reshape(-1, 3)
+
+        def wanted(shards: np.ndarray, ahead: int) -> np.ndarray:
+            found = [shards[~np.isin(self.source_of(shards), self.order.raw)]]
+            for source in set(held[:, 0].tolist()):
+                _, lane, first = held[held[:, 0] == source].T
+                found.append(self._first_shards[source] + self.samples(source, lane, first + ahead).shard)
+            return np.concatenate(found)
+
+        return wanted
+
     def advance(self, consumed: int) -> None:
         """Return with the cursors after ``consumed`` rows of the run."""
         while self._walked and self._walked[0][0] < consumed:
@@ -213,7 +242,7 @@ class TextRows(TokenRows):
         """Return where row ``k`` of those prepared last begins (tar, token of its sample, member) and the numbers of its samples."""
         lane, piece = self.pieces[k]
         between = lane.places(piece.sample, piece.after[0] - piece.sample + (piece.after[1] > 0))  # the last token is only predicted
-        path, offset, *_ = lane.sample(*between[0])
+        path, offset, *_ = self.sample(lane.source, *between[0])
         return path.name, piece.offset, name_at(path, offset), (between[0][1], between[-1][1])
 
     def _walk(self, positions: np.ndarray) -> list[tuple[int, Lane]]:
@@ -232,10 +261,13 @@ class TextRows(TokenRows):
     def _damage(self, lane: Lane, sample: int, problem: str) -> DataError:
         """Return the error that names a damaged sample, which was noted if it is to be skipped."""
         [(shard, number)] = lane.places(sample, 1)
-        path, offset, *_ = lane.sample(shard, number)
-        error = DataError(f"sample {number:,} (member {name_at(path, offset)} at offset {offset:,}): the text {problem}", where=path,
-                          remedy="restore the tar from a copy; `hfscale shards verify` lists all damage")
-        self._note(int(self._first_shards[lane.source]) + shard, number, error)
+        path, offset, *_ = self.sample(lane.source, shard, number)
+        whole = int(self._first_shards[lane.source]) + shard
+        if (whole, -1) in self.damage:
+            return self.damage[whole, -1]
+        place = f"sample {number:,} (member {name_at(path, offset)} at offset {offset:,}): the text" if path.exists() else "the shard"
+        error = DataError(f"{place} {problem}", where=path, remedy="restore the tar from a copy; `hfscale shards verify` lists all damage")
+        self._note(whole, number if path.exists() else -1, error)
         return error
 
 
@@ -245,8 +277,7 @@ class HeldOutText(TokenRows):
     def __init__(self, rows: TokenRows, encoders: Encoders, *, count: int) -> None:
         vars(self).update(vars(rows))
         samples = int(rows.shard_rows.sum())
-        order = Mixture([Order(rows.shard_rows, seed=0, lanes=1, block=samples)], fingerprints={"text": rows.fingerprint},
-                        phases=[Phase(0, (1,))], end=None, raw=[0])
+        order = Mixture([Order(rows.shard_rows, seed=0, lanes=1, block=samples)], fingerprints={"text": rows.fingerprint}, raw=[0])
         text, zeros = TextRows(rows, order, encoders, global_batch=count), np.zeros(count, np.int64)
         self._ids = np.empty((count, rows.seq_len + 1), "<u4")
         prepared = text.prepare(zeros, zeros, positions=np.arange(count))
@@ -261,11 +292,3 @@ class HeldOutText(TokenRows):
         """Return ``rows`` (n), ready to be copied."""
         begins = [self._begins[row] for row in rows.tolist()]
         return Prepared.copied(self._ids[rows], begins, documents_per, valid=self._valid[rows], source=np.zeros_like(rows), blocked={})
-
-
-@lru_cache(64)  # reading an index again takes a fraction of a millisecond
-def _members(path: Path, digest: str) -> np.ndarray:
-    index = ShardIndex.load(path)
-    if index.tar_digest != digest:
-        raise DataError("the index belongs to another shard than the manifest names", where=path)
-    return index.members

@@ -76,7 +76,8 @@ def verify(path: Annotated[str, typer.Argument(help="folder of a build, of one s
         with progress_bar(f"verifying {manifest.folder.name}", manifest.bytes) as bar:
             found = verify_manifest(manifest, threads=available_cores(), advance=bar.update)
         findings += found
-        print(f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens  {manifest.folder}")
+        print(f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens, "
+              f"{manifest.documents:,} documents  {manifest.folder}")
     if findings:
         more = [f"... and {len(findings) - SHOWN:,} more"] if len(findings) > SHOWN else []
         raise DataError("damage was found:\n  " + "\n  ".join([*findings[:SHOWN], *more]), where=path,

@@ -13,7 +13,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -36,6 +36,7 @@ class Server(ThreadingHTTPServer):
         # what goes wrong, for names that end in `suffix`
         self.statuses: list[int] = []  # of the next answers, one each
         self.drops: list[int] = []  # the next answers end after these many bytes of their body, one each
+        self.pause_at: int | None = None  # bytes of a file after which no more come until this is None again
         self.rate = 0  # bytes a second of each answer; 0 for as fast as it goes
         self.hangs = 0  # the next answers never come
         self.ranges = True  # else every answer is the whole file
@@ -91,9 +92,9 @@ class Handler(BaseHTTPRequestHandler):
             self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self._body(name, data, ends=server.drops.pop(0) if chosen and server.drops else None, rate=server.rate if chosen else 0)
+        self._body(name, data, ends=server.drops.pop(0) if chosen and server.drops else None, chosen=chosen)
 
-    def _body(self, name: str, data: bytes, *, ends: int | None, rate: int) -> None:
+    def _body(self, name: str, data: bytes, *, ends: int | None, chosen: bool) -> None:
         for first in range(0, len(data), PIECE):
             piece = data[first:first + PIECE]
             if ends is not None and first + len(piece) > ends:
@@ -102,8 +103,10 @@ class Handler(BaseHTTPRequestHandler):
                 self.close_connection = True
                 self.connection.close()
                 return
-            if rate:
-                time.sleep(len(piece) / rate)
+            while chosen and self.server.pause_at is not None and self.server.served[name] >= self.server.pause_at:
+                time.sleep(0.005)
+            if chosen and self.server.rate:
+                time.sleep(len(piece) / self.server.rate)
             self.wfile.write(piece)
             self.server.served[name] += len(piece)
 
@@ -111,6 +114,14 @@ class Handler(BaseHTTPRequestHandler):
         self.send_response(status)
         self.send_header("Content-Length", "0")
         self.end_headers()
+
+
+def eventually(what: Callable[[], object], timeout_s: float = 60.0) -> None:
+    """Return when ``what`` is true: an event that must come, however busy the machine is."""
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
 
 
 @contextmanager

@@ -1,7 +1,9 @@
 """Data that a run cannot take is refused on one screen with exit code 2: what, where, the value and what to do. Nothing is executed."""
 from __future__ import annotations
 
+import copy
 import json
+import os
 import pickle
 import re
 import shutil
@@ -13,8 +15,10 @@ import pytest
 import yaml
 
 from hfscale.config.load import load_config, to_yaml
+from hfscale.errors import DataError
 from hfscale.log import logger
 from hfscale.shards.manifest import Manifest
+from hfscale.shards.raw import index_tars
 from launch.cli import main
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -88,6 +92,34 @@ def test_sources_that_do_not_fit_together(corpus: Path, sides: dict[str, Path], 
     edit(sides["small"], **changes)
     path = write(corpus, tmp_path, [{"name": name, "shards": str(folder)} for name, folder in sides.items()])
     assert re.search(words, refuse("pretrain", path, "--dry-run", "--procs", 1))
+
+
+def refused_on_each_rank(values_of_ranks: list[dict[str, Any]]) -> str:
+    """Return what a rank says whose node has files of its own; for ``run_ranks``."""
+    with pytest.raises(DataError) as error:
+        train(values_of_ranks[int(os.environ["RANK"])])
+    return str(error.value)
+
+
+@pytest.mark.parametrize("what", ["data.sources, text", "data.validation", "tokenizer.path"])
+def test_nodes_with_different_copies_are_refused_on_every_rank(corpus: Path, sides: dict[str, Path], tmp_path: Path, what: str) -> None:
+    raw = write_tar(tmp_path / "raw" / "a.tar", {f"{k}.txt": b"a text" for k in range(4)}).parent
+    index_tars([*raw.glob("*.tar")], folder=raw, field=None, threads=1)
+    values = run_values(corpus, tmp_path, "run", train={**SHORT, "micro_batch": 2}, data={
+        "sources": [{"shards": str(raw)}], "validation": {"shards": str(sides["small"])}})
+    other = copy.deepcopy(values)
+    if what == "tokenizer.path":  # which token shards would refuse by themselves
+        del values["data"]["validation"], other["data"]["validation"]
+        other["tokenizer"]["path"] = str(shutil.copytree(corpus / "tokenizer", tmp_path / "tokenizer"))
+        file = tmp_path / "tokenizer" / "tokenizer.json"
+        file.write_text(file.read_text("utf-8").replace('"add_prefix_space": false', '"add_prefix_space": true'), "utf-8")
+    elif what == "data.validation":
+        other["data"]["validation"]["shards"] = str(sides["big"])
+    else:
+        other["data"]["sources"][0]["shards"] = str(sides["big"])
+    first, second = run_ranks(refused_on_each_rank, 2, [values, other])
+    assert first == second
+    assert re.search(rf"different data[\s\S]*{what}[\s\S]*[0-9a-f]{{12}} on rank 0 \(.+\), [0-9a-f]{{12}} on rank 1 \(.+\)", first), first
 
 
 @pytest.mark.parametrize("names", [("big",), ("big", "small")])

@@ -32,7 +32,6 @@ def test_what_fits_is_accepted(corpus: Path, tmp_path: Path) -> None:
     ({"model": {"config": {"vocab_size": 100}}}, ["100 ids for a tokenizer of 512"]),
     ({"objective": {"name": "cml"}}, ["unknown objective", "clm"]),
     ({"objective": {"options": {"smoothing": 1}}}, ["smoothing", "objective.options"]),
-    ({"data": {"lanes": 10**9}}, ["more lanes than rows", "data.lanes"]),
     ({"data": {"seq_len": 10**6}}, ["no shard is as long as a row", "seq_len"]),
     ({"tokenizer": {"path": "no/such/tokenizer"}}, ["tokenizer.path", "hfscale tokenizer train"]),
 ])  # fmt: skip

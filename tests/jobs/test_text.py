@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,10 @@ import pytest
 import webdataset
 import yaml
 
+from hfscale.errors import ConfigError
 from hfscale.reports.batch import rebuild
+from launch.local import launch
+from launch.request import Request
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import LLAMA, run_values
 from tests.helpers.ranks import run_ranks
@@ -66,8 +70,14 @@ def test_two_ranks_then_one_then_four_are_one_uninterrupted_run(corpus: Path, ra
     assert refused.returncode == 2 and "train.global_batch=24 or 48" in refused.stderr
 
 
-def test_an_epoch_of_raw_text_is_refused_at_once(corpus: Path, raw: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("overrides", "says"), [
+    (["train.steps=null", "train.epochs=1"], "train.tokens"), (["data.lanes=5"], "data.lanes=4 or 6"),
+    (["data.sources.0.max_epochs=2"], "max_epochs of source web"), (["data.sources.0.weight=1e-9"], "the weight of web is too small"),
+])  # fmt: skip
+def test_what_raw_text_cannot_do_is_refused_before_a_rank_starts(corpus: Path, raw: Path, tmp_path: Path, overrides: list[str],
+                                                                 says: str) -> None:
     config = tmp_path / "run.yaml"
-    config.write_text(yaml.safe_dump(values(corpus, raw, tmp_path, "run", train={"epochs": 1.0, "global_batch": 24, "micro_batch": 3})))
-    refused = hfscale("pretrain", config, "--dry-run", check=False)
-    assert refused.returncode == 2 and "train.tokens" in refused.stderr
+    config.write_text(yaml.safe_dump(values(corpus, raw, tmp_path, "run")))
+    with pytest.raises(ConfigError, match=re.escape(says)):
+        launch(Request(str(config), tuple(overrides)))
+    assert not (tmp_path / "run").exists()

@@ -88,6 +88,9 @@ def test_a_moved_tokenizer_is_the_same_and_another_one_is_not(folder: Path):
     (folder / "moved").rename(folder / "other")
     with pytest.raises(CheckpointError, match=r"tokenizer\.path: .*moved.* -> .*other"):
         attempt("tokenizer.path=./other")
+    (folder / "other").rename(folder / "moved")
+    with pytest.raises(CheckpointError, match=r"the tokenizer's digest: '[0-9a-f]+' -> '[0-9a-f]+'"):
+        attempt("tokenizer.path=./moved")  # in its place, but another one
 
 
 def test_other_folders_are_left_alone(folder: Path):

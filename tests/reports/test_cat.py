@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import json
 import tarfile
 from pathlib import Path
 
@@ -11,10 +12,11 @@ import pytest
 from hfscale.errors import DataError
 from hfscale.reports.cat import documents, find_tokenizer, rows, samples
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
-from hfscale.shards.raw import index_tars
+from hfscale.shards.raw import index_tars, samples_of
 from hfscale.shards.writer import ShardWriter
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.cli import hfscale
+from tests.shards.test_verify import write_tar
 
 LENGTHS = [5, 40, 1, 100, 16, 3, 27]  # the fourth document crosses shards of 32 tokens, one of which has no document's end
 
@@ -89,8 +91,19 @@ def test_samples_come_by_position_and_key(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"no such sample[\s\S]*0 to 5"):
         list(samples(manifest, first=6, count=1, key=None))
     (tmp_path / "a.idx").write_bytes((tmp_path / "b.idx").read_bytes())
+    samples_of.cache_clear()  # another process would look again
     with pytest.raises(DataError, match="belongs to another shard"):
         list(samples(manifest, first=0, count=1, key=None))
+
+
+def test_the_field_of_a_json_is_printed_not_the_json(tmp_path: Path) -> None:
+    body = {"page": {"text": "训练\n数据", "more": 1}}
+    tar = write_tar(tmp_path / "a.tar", {"x.json": json.dumps(body).encode()})
+    manifest = index_tars([tar], folder=tmp_path, field="json.page.text", threads=1)
+    assert list(samples(manifest, first=0, count=1, key=None)) == [("sample 0  a.tar  x.json", "训练\n数据")]
+    tar.write_bytes(tar.read_bytes().replace(b"more", b"less"))
+    with pytest.raises(DataError, match=r"sample 0 \(member x.json\): the text does not match its checksum[\s\S]*a\.tar"):
+        list(samples(manifest, first=0, count=1, key="x"))
 
 
 def test_the_command_prints_text(corpus: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 import io
 import json
 import pickle
+import re
 import tarfile
 from pathlib import Path
 from typing import Any
@@ -15,9 +16,11 @@ import webdataset
 from hfscale.errors import DataError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import Manifest
-from hfscale.shards.raw import encode_samples, index_tars
+from hfscale.shards.raw import encode_samples, index_tars, samples_of
 from hfscale.shards.tars import name_at, walk
+from hfscale.shards.verify import verify
 from tests.helpers.cli import hfscale
+from tests.shards.test_verify import write_tar
 
 LONG = "很长的文件夹/" * 12 + "very-long-name-" * 12
 
@@ -119,3 +122,22 @@ def test_a_compressed_tar_says_unpack(tmp_path):
         tar.add(path, "x")
     done = hfscale("shards", "index", tmp_path / "x.tar.gz", check=False)
     assert done.returncode == 2 and "must be unpacked" in done.stderr
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"shards": [{"documents": 4}]}, "the index counts 3 samples, the manifest 4"),
+    ({"source": {"field": "json.text"}}, "member 0.txt at offset 512: the text is not in JSON"),
+    ({"source": {}}, "the manifest is damaged: raw text names the field that holds it"),
+])  # fmt: skip
+def test_a_wrong_manifest_is_found(tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    tar = write_tar(tmp_path / "a.tar", {f"{k}.txt": b"a text" for k in range(3)})
+    index_tars([tar], folder=tmp_path, field=None, threads=1)
+    content = json.loads((tmp_path / "manifest.json").read_text())
+    if "shards" in change:
+        change = {"shards": [content["shards"][0] | change["shards"][0]]}
+    (tmp_path / "manifest.json").write_text(json.dumps(content | change))
+    with pytest.raises(DataError, match=re.escape(says)):
+        raise DataError("\n".join(verify(Manifest.load(tmp_path), threads=1)))
+    if "shards" in change:
+        with pytest.raises(DataError, match=re.escape(says)):
+            samples_of(tmp_path, Manifest.load(tmp_path).shards[0])

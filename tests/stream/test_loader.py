@@ -13,9 +13,10 @@ import torch
 from hfscale.errors import DataError
 from hfscale.stream import loader
 from hfscale.stream.digest import batch_digest
-from hfscale.stream.loader import EvaluationRows, Stream, StreamState
-from hfscale.stream.order import Order
+from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
+from tests.helpers.orders import order_of
 
 SEQ = 32
 
@@ -23,7 +24,7 @@ SEQ = 32
 def open_stream(corpus, *, rank=0, world_size=1, global_batch=24, micro_batch=2, state=None, seed=3, lanes=7, block=16, seq_len=SEQ,
                 **options) -> Stream:
     rows = TokenRows(corpus.folder, seq_len=seq_len)
-    order = Order(rows.shard_rows, seed=seed, lanes=lanes, block=block)
+    order = order_of(rows.shard_rows, seed=seed, lanes=lanes, block=block)
     return Stream(rows, order, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, state=state, **options)
 
 
@@ -176,7 +177,7 @@ def test_skipped_rows_keep_their_places(make_corpus, world_size):
     """With a shard missing, the same rows are not valid on any number of ranks, no other is touched, and evaluation leaves them out."""
     corpus = make_corpus()
     lost = sorted(corpus.folder.glob("*.tar"))[4]
-    order = Order(TokenRows(corpus.folder, seq_len=SEQ).shard_rows, seed=3, lanes=7, block=16)
+    order = order_of(TokenRows(corpus.folder, seq_len=SEQ).shard_rows, seed=3, lanes=7, block=16)
     whole = open_stream(corpus)
     expected = [batch.ids_BL.clone() for batch in whole.take()]
     whole.close()

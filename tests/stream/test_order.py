@@ -9,7 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfscale.errors import ConfigError, DataError
+from hfscale.stream.mixture import Mixture
 from hfscale.stream.order import Order, key_of, mix, permute, resolve_lanes
+from tests.helpers.orders import order_of
 
 layouts = st.tuples(
     st.lists(st.integers(0, 40), min_size=1, max_size=12).filter(any),  # rows of each shard
@@ -19,12 +21,12 @@ layouts = st.tuples(
 )
 
 
-def make(layout) -> Order:
+def make(layout) -> Mixture:
     shard_rows, lanes, block, seed = layout
-    return Order(shard_rows, seed=seed, lanes=min(lanes, sum(shard_rows)), block=block)
+    return order_of(shard_rows, seed=seed, lanes=min(lanes, sum(shard_rows)), block=block)
 
 
-def global_step(order: Order, start: int, global_batch: int, world_size: int) -> np.ndarray:
+def global_step(order: Mixture, start: int, global_batch: int, world_size: int) -> np.ndarray:
     slices = [order.steps(start, count=1, global_batch=global_batch, rank=r, world_size=world_size)[0] for r in range(world_size)]
     return np.concatenate(slices)
 
@@ -99,7 +101,7 @@ def test_epochs_and_seeds_differ():
 
 
 def test_a_step_reads_from_as_many_lanes_as_it_can():
-    order = Order([1000] * 100, seed=3, lanes=64, block=256)
+    order = order_of([1000] * 100, seed=3, lanes=64, block=256)
     places = order.locate(order.steps(12345 * 64, count=1, global_batch=64, rank=0, world_size=1)[0])
     assert places.lane.tolist() == list(range(64))
     assert len(set(places.shard.tolist())) >= 60  # 64 distant places of a line of 100 shards
@@ -228,7 +230,7 @@ def test_a_trillion_tokens_start_at_once():
     """100,000 shards, 1e12 tokens, 4,096 ranks, at 50 %: in little memory, whatever the position (its time: benchmarks/stream.py)."""
     shard_rows = np.full(100_000, 9765) + np.arange(100_000) % 7
     tracemalloc.start()
-    order = Order(shard_rows, seed=1, lanes="auto", block=1024)
+    order = order_of(shard_rows, seed=1, lanes="auto", block=1024)
     positions = order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)[0]
     places = order.locate(positions)
     assert tracemalloc.get_traced_memory()[1] < 50e6

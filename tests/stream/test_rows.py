@@ -126,5 +126,5 @@ def test_what_cannot_be_rows_is_refused(make_corpus, tmp_path):
     with pytest.raises(DataError, match=r"no shard is as long as a row[\s\S]*50[\s\S]*data.seq_len \+ 1 = 51"):
         TokenRows(corpus.folder, seq_len=50)
     assert TokenRows(corpus.folder, seq_len=49).shard_rows.tolist() == [1]
-    Manifest(dtype="text", tokenizer=None, source={}, shards=()).save(tmp_path)
+    Manifest(dtype="text", tokenizer=None, source={"field": "txt"}, shards=()).save(tmp_path)
     assert TokenRows(tmp_path, seq_len=8).raw and not len(TokenRows(tmp_path, seq_len=8).shard_rows)

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import tarfile
 import time
@@ -22,14 +23,15 @@ from hfscale.config.schema import RunConfig
 from hfscale.encoding import Encoders
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.raw import index_tars
-from hfscale.stream import text
-from hfscale.stream.loader import EvaluationRows, Stream, StreamState
+from hfscale.stream import ahead, text
+from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
-from tests.helpers.web_server import serve
+from tests.helpers.web_server import eventually, serve
 
 SEQ = 16
 WORDS = ["def", "return", "import", "数据", "模型", "训练", "一个", "de", "la", "über", "self", "0x1f", "\n\t", "😀", "class"]
@@ -164,6 +166,7 @@ class Oracle:
 def _small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that stays a few steps ahead: a test reads few."""
     monkeypatch.setattr(text.TextRows, "plan_tokens", 100 * SEQ)
+    monkeypatch.setattr(text, "TASK_BYTES", (256, 2048))  # or a lane of these few texts would ask for hundreds of epochs
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +201,54 @@ def test_text_of_a_url_is_the_text_of_the_folder(corpus, encoders, web, tmp_path
         far, _ = train(config_of(corpus, {"web": (server.url, 1.0)}, cache={"folder": tmp_path}), encoders, 6)
         near, _ = train(config_of(corpus, {"web": (web, 1.0)}), encoders, 6)
     assert far == near
+
+
+def test_tars_of_a_url_come_before_they_are_needed(corpus, encoders, expected, web, tmp_path):
+    with serve(web) as server:
+        stream, seen = open_stream(config_of(corpus, {"web": (server.url, 1.0)}, cache={"folder": tmp_path}), encoders), {}
+        stream.take()
+        eventually(lambda: len(list(tmp_path.rglob("*.tar"))) == 3)
+        server.gone = True
+        for _ in range(20):
+            seen |= {int(rows.position): rows.ids_BL[0].tolist() for rows in stream.take()}
+            stream.advance()
+        stream.close()
+    assert [seen[position] for position in range(24 * 20)] == [ids for ids, *_ in expected[:24 * 20]]
+
+
+def wait_for(_encode: Any, path: Path) -> None:
+    """A task that keeps a tokenizing process from the next one until there is a file."""
+    while not path.exists():
+        time.sleep(0.01)
+
+
+def test_a_tar_that_the_cache_removed_is_fetched_again(corpus, tokenizer, expected, web, tmp_path, monkeypatch):
+    monkeypatch.setattr(ahead, "ROUND_S", 100)  # the reader must help itself
+    encoders = Encoders(tokenizer.backend_tokenizer.to_str(), eod_id=tokenizer.eos_token_id, dtype="<u4", procs=1, setting="procs")
+    encoders.submit(wait_for, tmp_path / "go")
+    with serve(web) as server:
+        stream = open_stream(config_of(corpus, {"web": (server.url, 1.0)}, cache={"folder": tmp_path / "cache"}), encoders)
+        eventually(lambda: len(stream._rows._lanes) == 12 and all(lane._asked for lane in stream._rows._lanes.values()))
+        for tar in (tmp_path / "cache").rglob("*.tar"):
+            tar.unlink()
+        (tmp_path / "go").touch()
+        assert [rows.ids_BL[0].tolist() for rows in stream.take()] == [expected[int(rows.position)][0] for rows in stream.take()]
+        stream.close()
+        assert max(server.asked[name] for name in server.asked if name.endswith(".tar")) == 2
+
+
+def test_a_tar_that_cannot_be_had_is_skipped_as_a_missing_one(corpus, encoders, web, tmp_path, caplog):
+    near = Path(shutil.copytree(web, tmp_path / "near"))
+    (near / "raw-001.tar").unlink()
+    skip = {"on_error": "skip", "cache": {"folder": tmp_path / "cache", "retries": 0}}
+    with serve(near) as server:
+        far, _ = train(config_of(corpus, {"web": (server.url, 1.0)}, **skip), encoders, 30, world_size=2)
+    assert caplog.text.count("rows are skipped") == 2, "once on each rank"
+    assert far == train(config_of(corpus, {"web": (near, 1.0)}, **skip), encoders, 30)[0]
+    assert caplog.text.count("rows are skipped") == 3
+    (near / "raw-001.idx").unlink()  # without its index it is just as lost
+    assert far == train(config_of(corpus, {"web": (near, 1.0)}, **skip), encoders, 30)[0]
+    assert 0 < sum(not valid for *_, valid in far.values()) < 24 * 30
 
 
 def test_any_chain_of_a_mixture_with_token_shards_too(corpus, encoders, tokenizer, web, news, make_corpus):
@@ -313,10 +364,7 @@ def test_a_killed_process_is_a_clear_error(corpus, tokenizer, web):
             stream.take()
             stream.advance()
     stream.close()
-    deadline = time.monotonic() + 10
-    while Path(f"/proc/{other.pid}").exists():
-        assert time.monotonic() < deadline, "the others end too"
-        time.sleep(0.02)
+    eventually(lambda: not Path(f"/proc/{other.pid}").exists())  # the others end too
 
 
 @pytest.mark.parametrize("world_size", [1, 3])
@@ -324,7 +372,7 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
     def rows(count: int) -> TokenRows:
         return HeldOutText(TokenRows(web, seq_len=SEQ), encoders, count=count)
 
-    everything = rows(600)
+    everything = rows(200)
     ids = [token for shard in WEB for text in shard for token in [*tokenizer(text)["input_ids"], tokenizer.eos_token_id]]
     assert int(everything.shard_rows[0]) == (len(ids) - 1) // SEQ
     seen = []

@@ -1,0 +1,55 @@
+"""What a checkpoint holds of a stream. Needs no torch: the login node looks at it before a run goes on."""
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from hfscale.errors import DataError
+
+STATE_VERSION = 1
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB, and of raw text
+    two numbers a lane."""
+
+    fingerprint: str  # of the data
+    seed: int
+    seq_len: int
+    lanes: int
+    block: int
+    epoch_rows: int
+    consumed_rows: int = 0
+    sources: dict[str, list[Any]] = field(default_factory=dict)  # of a mixture: name -> [start of the fingerprint, rows consumed]
+    phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
+    cursors: list[list[list[int]]] = field(default_factory=list)  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
+    version: int = STATE_VERSION
+
+    @property
+    def consumed_tokens(self) -> int:
+        """Tokens trained on so far."""
+        return self.consumed_rows * self.seq_len
+
+    @property
+    def epoch(self) -> float:
+        """Passes over the data so far, with the fraction of the one under way."""
+        return self.consumed_rows / self.epoch_rows
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the state as JSON types."""
+        content = {**asdict(self), "consumed_tokens": self.consumed_tokens}
+        return {name: value for name, value in content.items() if value or name not in ("sources", "phases", "cursors")}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
+        """Return the state that ``to_dict`` gave.
+
+        Raises:
+            DataError: if it is not of this version.
+        """
+        if content.get("version") != STATE_VERSION:
+            raise DataError("a stream state of an unknown version", where="the checkpoint's state.json", value=content.get("version"),
+                            remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it")
+        return cls(**{name: value for name, value in content.items() if name != "consumed_tokens"})
