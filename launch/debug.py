@@ -73,11 +73,12 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
     small = {
         "train.micro_batch": micro_batch, "train.global_batch": micro_batch * accumulation,
         f"data.{length}": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
-        **({} if examples else {"data.lanes": "auto"}), "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1,
-        **layers,
+        "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
     }
     if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
         small |= {"train.steps": 6, "train.epochs": "null", "train.tokens": "null"}
+    if not examples:
+        small["data.lanes"] = "auto"
     if examples and config.data.validation is not None:
         small["data.validate_every_steps"] = 4
     elif config.data.validation is not None:

@@ -72,7 +72,6 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
         for table in {str(table) for table in (config.data.train, config.data.validation, config.data.test) if isinstance(table, str)}:
             table_files(table)
         return
-    assert isinstance(config, RunConfig)
     held_out = [config.data.validation.shards] if config.data.validation else []
     parts = []
     for shards in (*(source.shards for source in config.data.sources), *held_out):
@@ -84,4 +83,5 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
         if missing and not manifest.remote and config.data.on_error == "stop":
             raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
                             remedy="restore them from a copy, or build the shards again")
+    assert isinstance(config, RunConfig)
     open_mixture(config, parts[:len(config.data.sources)], saved=None if fresh else newest_state(config.run_dir))

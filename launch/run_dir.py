@@ -52,7 +52,7 @@ def compare(config: TrainConfig) -> list[str]:
     if not _has_trained(path):
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
-    digests = _tokenizer_digests(path, config.tokenizer.path)
+    digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
     if len(digests) == 1:
         refused = [difference for difference in refused if difference.key != "tokenizer.path"]  # it was at most moved
     elif digests:

@@ -57,6 +57,8 @@ def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
         have, want = tuple(reader.shape(first)), shapes[name]
         if have != want and rows[0] < rows[1] and want == tuple(rows[1] if size == rows[0] else size for size in have):
             grown.append(name)
+        elif have[:1] != want[:1] == (model.config.num_labels,) and not name.startswith(f"{model.base_model_prefix}."):
+            found[name] = []  # the head of another set of labels starts fresh
         elif have != want:
             wrong.append(f"{name}: {list(want)}, there {list(have)}")
         if any(reader.home(other) != reader.home(first) and not torch.equal(reader.read(other), reader.read(first)) for other in others):

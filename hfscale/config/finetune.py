@@ -1,33 +1,23 @@
 """The config of a fine-tuning, and of predictions: labelled examples instead of shards, a task instead of an objective."""
 from __future__ import annotations
 
-import os
-import re
-from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from hfscale.config.schema import (
+    AbsolutePath,
+    HeldOut,
     LocalPath,
     Named,
     Optim,
     PathOrHubName,
     Positive,
     Section,
+    Table,
     Tokenizer,
     TrainConfig,
-    absolute_unless_hub_name,
 )
-
-
-def _path_or_hub_data(name: str) -> str:
-    """Return a path in full: what is one for models, ends like a file or has a wild card. The hub's ``org/name:split`` stays."""
-    return str(Path(os.path.abspath(Path(name).expanduser()))) if re.search(r"[*?\[]|\.\w+$", name) else absolute_unless_hub_name(name)
-
-
-Table = Annotated[str, Field(min_length=1), AfterValidator(_path_or_hub_data)]
-HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 class Examples(Section):
@@ -43,7 +33,7 @@ class Examples(Section):
     on_error: Literal["stop", "skip"] = "stop"  # skip: examples that cannot be used are counted, shown and left out
     length_grouping: bool = True  # batches of about equal length
     validate_every_steps: Positive | None = None  # without it once an epoch
-    cache: LocalPath | None = None  # of preprocessed examples; hfscale in $XDG_CACHE_HOME or ~/.cache
+    cache: AbsolutePath | None = None  # of preprocessed examples; hfscale in $XDG_CACHE_HOME or ~/.cache
 
     @property
     def seq_len(self) -> int:

@@ -22,19 +22,27 @@ def _absolute_unless_url(path: str) -> str:
     return path if re.match(r"\w+:", path) else str(_absolute(Path(path)))
 
 
-def absolute_unless_hub_name(path: str) -> str:
+def _absolute_unless_hub_name(path: str) -> str:
     """A folder that exists, or a spelling that the hub has no names of, is a path; ``gpt2`` and ``org/name`` stay."""
     is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
     return str(_absolute(Path(path))) if is_path else path
+
+
+def _absolute_unless_hub_data(name: str) -> str:
+    """Return a path in full: what is one for models, ends like a file or has a wild card. The hub's ``org/name:split`` stays."""
+    return str(_absolute(Path(name))) if re.search(r"[*?\[]|\.\w+$", name) else _absolute_unless_hub_name(name)
 
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 FileName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
-LocalPath = Annotated[Path, AfterValidator(_absolute), Field(validate_default=True)]
+AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
+LocalPath = Annotated[AbsolutePath, Field(validate_default=True)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_url)]
-PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(absolute_unless_hub_name)]
+PathOrHubName = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_name)]
+Table = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_data)]
+HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 class Section(BaseModel):
@@ -85,7 +93,7 @@ class Validation(Section):
 class Cache(Section):
     """Where this machine keeps shards of URLs, and how they are fetched. The limit holds for all that share the folder."""
 
-    folder: Annotated[Path, AfterValidator(_absolute)] | None = None  # hfscale in $XDG_CACHE_HOME or ~/.cache
+    folder: AbsolutePath | None = None  # hfscale in $XDG_CACHE_HOME or ~/.cache
     size_gb: Annotated[float, Field(gt=0)] = 100.0
     retries: Annotated[int, Field(ge=0)] = 6  # of a block that failed
     timeout_s: Annotated[float, Field(gt=0)] = 60.0  # of a block

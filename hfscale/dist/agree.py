@@ -73,15 +73,6 @@ def from_rank_0(value: Any) -> Any:
     return from_all_ranks(value)[0]
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Return what each rank gave (anything that pickles), on rank 0; nothing on the others."""
-    if not (torch_dist.is_initialized() and torch_dist.get_world_size() > 1):
-        return [value]
-    values = [None] * torch_dist.get_world_size() if torch_dist.get_rank() == 0 else None
-    torch_dist.gather_object(value, values, dst=0, group=host_group())
-    return values or []
-
-
 def gather_from_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
     """Return the ``rows`` of all ranks (the same number of each) in the order of ranks, and where this rank's begin; no gradient."""
     if not (torch_dist.is_initialized() and torch_dist.get_world_size() > 1):

@@ -47,7 +47,7 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
 
     folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
     material = open_material(config, world, folder)
-    same_on_all_ranks({"tokenizer.path": tokenizer_digest(material.tokenizer), **material.fingerprints})
+    same_on_all_ranks({"tokenizer.path": tokenizer_digest(material.tokenizer), **material.digests()})
     model = build(config, material, device, folder)
     objective = material.objective(model.config)
 

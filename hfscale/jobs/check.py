@@ -35,7 +35,7 @@ def check(config: TrainConfig) -> None:
     """
     folder = pretrained_folder(config)
     material = open_material(config, World(), folder)
-    material.check(layout.newest_state(config.run_dir))
+    material.digests()  # which opens all of its data
     objective = material.objective()
     model_config = check_model_config(**model_needs(config, material.tokenizer, folder, also=material.needs))
     check_head(model_config, objective.auto_model)

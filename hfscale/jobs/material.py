@@ -1,8 +1,7 @@
 """What a run trains on, and what follows from it: tokenizer, objective or task, stream, validation. Of two kinds, with the same verbs.
 
-``tokenizer``, ``fingerprints``, ``needs`` (values that the model's config must have) and ``objective(model_config)`` come first; once
-there is a model and perhaps a checkpoint, ``open`` gives the stream, and then ``rows`` (of an epoch), ``names`` (of the sources),
-``validation``, ``describe``.
+``tokenizer``, ``needs`` (values that the model's config must have) and ``objective(model_config)`` come first; once there is a model and
+perhaps a checkpoint, ``open`` gives the stream, and then ``rows`` (of an epoch), ``names`` (of the sources), ``validation``, ``describe``.
 """
 from __future__ import annotations
 
@@ -43,14 +42,6 @@ class TokenMaterial:
         self._config, self._world, self.needs = config, world, dict[str, Any]()
         self.tokenizer = load_tokenizer(config.tokenizer.path)
         self._parts = [open_rows(source.shards, config, self.tokenizer) for source in config.data.sources]
-        self._held_out = open_rows(config.data.validation.shards, config, self.tokenizer) if config.data.validation else None
-
-    @property
-    def fingerprints(self) -> dict[str, str]:
-        """Of all that is read, by key of the config: to be the same on all ranks."""
-        sources = zip(self._config.data.sources, self._parts, strict=True)
-        found = {f"data.sources, {source.name}": part.fingerprint for source, part in sources}
-        return found | ({"data.validation": self._held_out.fingerprint} if self._held_out else {})
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Objective:
         """Return the objective; without ``model_config`` it can say what model it wants."""
@@ -59,9 +50,11 @@ class TokenMaterial:
             seq_len=config.data.seq_len, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
             cross_document=config.data.cross_document, sources=len(self._parts), tokenizer=self.tokenizer, model_config=model_config))
 
-    def check(self, saved: dict[str, Any] | None) -> None:
-        """Return if all of the data fits together, also with what ``saved`` says was read of it."""
-        open_mixture(self._config, self._parts, saved=saved)
+    def digests(self) -> dict[str, str]:
+        """Return what names each part of the data, by key of the config; it must be the same on all ranks."""
+        held_out = self._config.data.validation
+        named = {f"data.sources, {source.name}": part.fingerprint for source, part in zip(self._config.data.sources, self._parts)}
+        return named | ({"data.validation": open_rows(held_out.shards, self._config, self.tokenizer).fingerprint} if held_out else {})
 
     def open(self, objective: Objective, *, saved: dict[str, Any] | None, pin_memory: bool) -> Stream:
         """Return the stream, where ``saved`` left it."""
@@ -82,9 +75,9 @@ class TokenMaterial:
     def validation(self, objective: Objective) -> dict[str, Any]:
         """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
         config, held_out, world = self._config, self._config.data.validation, self._world
-        if held_out is None or self._held_out is None:
+        if held_out is None:
             return {}
-        rows = self._held_out
+        rows = open_rows(held_out.shards, config, self.tokenizer)
         if rows.raw:
             rows = HeldOutText(rows, open_encoders(config, self.tokenizer, local_ranks=world.local_world_size), count=held_out.rows)
         scored = EvaluationRows(rows, count=held_out.rows, micro_batch=config.train.micro_batch, rank=world.rank,
@@ -112,7 +105,6 @@ class ExampleMaterial:
         self._train = self._data.prepared("train", task.features, about=about)
         self._validation = self._data.prepared("validation", task.features, about=about) if config.data.validation else None
         self.rows, self.names = len(self._train.lengths), ("train",)
-        self.fingerprints = {"data.train": self._train.fingerprint}
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Task:
         """Return the task; without ``model_config`` it can say what model it wants, and make features."""
@@ -121,8 +113,10 @@ class ExampleMaterial:
             seq_len=config.data.max_length, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
             tokenizer=self.tokenizer, model_config=model_config, facts=self._facts))
 
-    def check(self, saved: dict[str, Any] | None) -> None:
-        """Return: all was looked at when it was read."""
+    def digests(self) -> dict[str, str]:
+        """Return what names each split, by key of the config; it must be the same on all ranks."""
+        splits = {"data.train": self._train, "data.validation": self._validation}
+        return {key: split.fingerprint for key, split in splits.items() if split is not None}
 
     def open(self, objective: Objective, *, saved: Mapping[str, Any] | None, pin_memory: bool) -> ExampleStream:
         """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""

@@ -41,7 +41,7 @@ def index_tars(tars: Sequence[Path], *, folder: Path, field: str | None, threads
         raise DataError("two tars of one name would share an index", value=f"{twice}.idx",
                         remedy="index them into different folders (--out)")
     if field is None:
-        _, first = next(tar_samples(tars[0]), ("", {}))
+        _, first = next(members_of(tars[0]), ("", {}))
         field = next((known for known in FIELDS if _split(known)[0] in first), FIELDS[0])
     folder.mkdir(parents=True, exist_ok=True)
 
@@ -143,7 +143,7 @@ def _split(field: str) -> tuple[str, list[str]]:
     return field, []
 
 
-def tar_samples(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
+def members_of(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     """Yield the key of each sample, and its members by the rest of their names."""
     from webdataset.tariterators import base_plus_ext
 
@@ -170,7 +170,7 @@ def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
     """
     extension, _ = _split(field)
     with open(tar, "rb") as file:
-        for key, members in tar_samples(tar):
+        for key, members in members_of(tar):
             if (member := members.get(extension)) is None or extension in PICKLED:
                 known = nearest(extension, members.keys() - PICKLED)
                 raise DataError(f"a sample has no text: there is no field {extension!r}", where=f"{tar}, sample {key}",

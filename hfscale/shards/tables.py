@@ -10,12 +10,13 @@ import sys
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
 from typing import IO, Any
 
 from hfscale.errors import DataError
-from hfscale.shards.raw import PICKLED, tar_samples
+from hfscale.shards.raw import PICKLED, members_of
 
 Rows = Iterator[tuple[str, Any]]
 
@@ -67,10 +68,6 @@ def _csv(file: Path, column: str | None, *, delimiter: str = ",") -> Rows:
                             remedy="a header line, commas, UTF-8") from None
 
 
-def _tsv(file: Path, column: str | None) -> Rows:
-    return _csv(file, column, delimiter="\t")
-
-
 def _parquet(file: Path, column: str | None) -> Rows:
     import pyarrow
     import pyarrow.parquet as parquet
@@ -88,7 +85,7 @@ def _parquet(file: Path, column: str | None) -> Rows:
 def _webdataset(file: Path, column: str | None) -> Rows:
     """Yield the samples: the keys of JSON members and, by their extensions, the members that are text; the sample's key is its id."""
     with open(file, "rb") as stream:
-        for key, members in tar_samples(file):
+        for key, members in members_of(file):
             where, row = f"{file}, sample {key}", dict[str, Any](id=key)
             for name, member in members.items():
                 stream.seek(member.offset)
@@ -103,8 +100,8 @@ def _webdataset(file: Path, column: str | None) -> Rows:
             yield where, row
 
 
-READERS: dict[str, Callable[[Path, str | None], Rows]] = {"jsonl": _jsonl, "csv": _csv, "tsv": _tsv, "parquet": _parquet,
-                                                          "webdataset": _webdataset, "lines": _lines}
+READERS: dict[str, Callable[[Path, str | None], Rows]] = {
+    "jsonl": _jsonl, "csv": _csv, "tsv": partial(_csv, delimiter="\t"), "parquet": _parquet, "webdataset": _webdataset, "lines": _lines}
 SUFFIXES = {".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl", ".csv": "csv", ".tsv": "tsv", ".parquet": "parquet",
             ".tar": "webdataset", ".txt": "lines"}
 

@@ -66,15 +66,13 @@ class FillMask(Inference):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the candidates, the likeliest first, as the pipeline does: a list; of several masks, a list for each."""
-        tokenizer, outputs = self.setting.tokenizer, []
+        tokenizer, mask, outputs = self.setting.tokenizer, self.setting.tokenizer.mask_token_id, []
         for row, logits_TV in zip(rows.features, model(**batch.inputs).logits.float(), strict=True):
-            ids, masks = row["input_ids"], [at for at, token in enumerate(row["input_ids"]) if token == tokenizer.mask_token_id]
-            filled = []
-            for at in masks:
-                best = logits_TV[at].softmax(-1).topk(self.options.top_k)
-                filled.append([{"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": tokenizer.decode(
-                    [*ids[:at], token, *ids[at + 1:]], skip_special_tokens=len(masks) == 1)}
-                    for score, token in zip(best.values.tolist(), best.indices.tolist(), strict=True)])
+            ids, masks = row["input_ids"], [at for at, token in enumerate(row["input_ids"]) if token == mask]
+            best = logits_TV[masks].softmax(-1).topk(self.options.top_k)
+            filled = [[{"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": tokenizer.decode(
+                [*ids[:at], token, *ids[at + 1:]], skip_special_tokens=len(masks) == 1)} for score, token in zip(*scored, strict=True)]
+                for at, *scored in zip(masks, best.values.tolist(), best.indices.tolist(), strict=True)]
             outputs.append({"prediction": filled[0] if len(masks) == 1 else filled})
         return outputs
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from hfscale.dist.agree import from_rank_0, gather_objects, sum_over_ranks
+from hfscale.dist.agree import from_all_ranks, from_rank_0, sum_over_ranks
 from hfscale.objectives.base import Objective
 from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
@@ -59,8 +59,8 @@ class TaskEvaluator:
                 outputs |= {int(number): output for number, valid, output in zip(rows.position, rows.valid_B, made, strict=True) if valid}
         totals = sum_over_ranks(torch.tensor([counts[term] for term in sorted(counts)])).long().tolist()
         losses = global_losses(task, dict(zip(sorted(counts), totals, strict=True)))
-        gathered = {number: output for part in gather_objects(outputs) for number, output in part.items()}
-        return losses | from_rank_0(self._score(gathered) if gathered else None)
+        gathered = {number: output for part in from_all_ranks(outputs) for number, output in part.items()}
+        return losses | from_rank_0(self._score(gathered) if self._examples else None)
 
     def _score(self, outputs: Mapping[int, dict[str, Any]]) -> dict[str, float]:
         ends = np.searchsorted(self._of, np.arange(len(self._examples)), side="right").tolist()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, BertForMaskedLM, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import Match, load_pretrained, match
@@ -181,3 +181,12 @@ def test_the_fp32_weights_of_a_checkpoint_are_not_rounded_on_the_way(tmp_path: P
     for stage, precision in ((1, "bf16"), (3, "bf16"), (0, "fp32")):
         got = run_ranks(taken, 2, tmp_path / "step-00000001", stage, precision)[0]
         assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+def test_the_head_of_another_set_of_labels_starts_fresh(caplog: pytest.LogCaptureFixture) -> None:
+    small = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
+    five, two = (BertForSequenceClassification(BertConfig(num_labels=labels, **small)) for labels in (5, 2))
+    found = match(two, DictReader(dict(five.state_dict())))
+    assert found.missing == ("classifier.weight", "classifier.bias") and "start fresh: classifier.weight" in caplog.text
+    with pytest.raises(CheckpointError, match="do not fit"):
+        match(two, DictReader({**five.state_dict(), "bert.pooler.dense.weight": torch.zeros(9, 8)}))
