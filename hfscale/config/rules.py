@@ -135,7 +135,7 @@ CHANGES: dict[str, Change] = {
     "data.stages": "noticed",
     "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
     "data.cross_document": "noticed",
-    "train": "noticed", "train.micro_batch": "free", "optim": "noticed", "schedule": "noticed",
+    "train": "noticed", "train.micro_batch": "free", "train.hang_timeout_s": "free", "optim": "noticed", "schedule": "noticed",
 }
 
 
