@@ -17,7 +17,7 @@ from pathlib import Path
 from hfscale import log
 from hfscale.config.load import load_config
 from hfscale.dist.stop import WARNINGS, StopRequest
-from hfscale.dist.world import World, allocation, node_name
+from hfscale.dist.world import Allocation, World, allocation, node_name
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError, exit_code
 from hfscale.monitor.heartbeat import watching
 
@@ -36,8 +36,8 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     world = World.from_environment()
     log.setup(rank=world.rank)
     config = load_config(config_path).config
-    if world.rank == 0:
-        _refuse_second_job(config_path.parent / JOB)
+    if world.rank == 0 and (here := allocation()):
+        _refuse_second_job(config_path.parent / JOB, here)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints on stdout that it found none
     job = import_module(JOBS[next(section for section in JOBS if hasattr(config, section))])
@@ -46,15 +46,12 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
         return EXIT_DONE if job.run(config, world, stop) else EXIT_STOPPED
 
 
-def _refuse_second_job(file: Path) -> None:
-    """Return if the Slurm job around this process, if any, holds the run directory, now or before.
+def _refuse_second_job(file: Path, here: Allocation) -> None:
+    """Return if the Slurm job around this process holds the run directory, now or before.
 
     Raises:
         CheckpointError: naming the job that does. Whether that one still lives is known to the launcher only.
     """
-    here = allocation()
-    if here is None:
-        return
     with suppress(FileExistsError), open(file, "x") as new:
         new.write(here.job_id)
     if (holder := file.read_text().strip()) not in (here.job_id, here.array_id):

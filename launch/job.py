@@ -126,20 +126,17 @@ def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
     return new
 
 
-def main(command: str, first: str, second: str, *more: str) -> None:
-    """Print what slurm/train.sbatch asks for."""
+def main(command: str, first: str, second: str, *more: str) -> str:
+    """Return what slurm/train.sbatch asks for."""
     if command == "begin":
-        nodes, run = begin(more[0], more[1:], nodes=int(first), tasks=int(second))
-        print(nodes, run)
-    else:
-        code, shell = end(Path(second), int(first))
-        print(f"code={code} again={shlex.quote(shell)}")
+        return "{} {}".format(*begin(more[0], more[1:], nodes=int(first), tasks=int(second)))
+    return "code={} again={}".format(*map(shlex.quote, map(str, end(Path(second), int(first)))))
 
 
 if __name__ == "__main__":
     log.setup()
     try:
-        main(*sys.argv[1:])
+        print(main(*sys.argv[1:]))
     except Exception as error:
         if (code := exit_code(error)) is None:
             raise

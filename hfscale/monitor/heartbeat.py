@@ -35,7 +35,6 @@ POLL_S = 1.0  # between looks
 SETTLE_S, AFTER_S, LAST_S = 20.0, 3.0, 55.0  # until all have written their stacks; after the report; to leave, come what may
 ROUND_S, SLOW = 60.0, 2.0  # how often rank 0 looks for slow ranks, and how many times the others' time is slow
 WIDTH = 160  # bytes of a heartbeat
-RECORDER = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1"}
 
 
 @dataclass(frozen=True)
@@ -72,8 +71,9 @@ def watching(run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s:
         yield
         return
     (run_dir / HANGS).mkdir(exist_ok=True)
-    for name, value in {**RECORDER, "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir / HANGS}/nccl-timeout-rank-"}.items():
-        os.environ.setdefault(name, value)
+    recorder = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+                "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir / HANGS}/nccl-timeout-rank-"}
+    os.environ.update(recorder | os.environ)
     _current = Heartbeat(run_dir, rank=rank, world_size=world_size, node=node, timeout_s=timeout_s, on_hang=on_hang)
     try:
         yield
@@ -180,13 +180,10 @@ class Heartbeat:
 
     def _look_from_outside(self, silent: Sequence[Beat]) -> None:
         """Let py-spy, if it is there, write the stacks of ranks of this node that cannot do so: stopped, or inside of C code."""
-        if py_spy := shutil.which("py-spy"):
-            for rank in silent:
-                with suppress(FileExistsError, subprocess.TimeoutExpired):
-                    if rank.node == self._node:
-                        with open(self._hang / f"rank-{rank.rank}-py-spy.txt", "x") as file:
-                            command = [py_spy, "dump", "--nonblocking", "--pid", str(rank.pid)]
-                            subprocess.run(command, stdout=file, stderr=file, timeout=SETTLE_S)
+        py_spy = shutil.which("py-spy")
+        for there in [beat for beat in silent if py_spy and beat.node == self._node]:
+            with suppress(OSError, subprocess.TimeoutExpired), open(self._hang / f"rank-{there.rank}-py-spy.txt", "x") as file:
+                subprocess.run([str(py_spy), "dump", "--nonblocking", "--pid", str(there.pid)], stdout=file, stderr=file, timeout=SETTLE_S)
 
     def _judge(self, idle_s: float, silent: Sequence[int]) -> None:
         beats = read_beats(self._run_dir, range(self._world_size))
@@ -206,15 +203,12 @@ class Heartbeat:
 
 def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
     """Return the last beat of each of ``ranks``."""
-    return [_read(run_dir / FOLDER / f"rank-{rank}", rank) for rank in ranks]
-
-
-def _read(file: Path, rank: int) -> Beat:
-    try:
-        count, step, phase, own_s, pid, node = file.read_text().split()
-    except (OSError, ValueError):
-        return Beat(rank)
-    return Beat(rank, int(count), int(step), phase, float(own_s), int(pid), node)
+    beats = {rank: Beat(rank) for rank in ranks}
+    for rank in ranks:
+        with suppress(OSError, ValueError):
+            count, step, phase, own_s, pid, node = (run_dir / FOLDER / f"rank-{rank}").read_text().split()
+            beats[rank] = Beat(rank, int(count), int(step), phase, float(own_s), int(pid), node)
+    return list(beats.values())
 
 
 def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[int]) -> list[Beat]:
