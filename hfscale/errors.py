@@ -14,6 +14,7 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
 EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
+EXIT_HUNG = 77  # ranks hung (who is to blame is written down), or lost one another; may be requeued or rerun
 
 _UNSET = object()
 

@@ -73,6 +73,7 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
     small = {
         "train.micro_batch": micro_batch, "train.global_batch": micro_batch * accumulation,
         f"data.{length}": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
+        "train.hang_timeout_s": "null",  # pdb takes its time
         "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
     }
     if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):

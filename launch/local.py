@@ -21,7 +21,7 @@ from typing import Any
 from hfscale import log
 from hfscale.config.rules import BatchPlan, notices, solve_batch
 from hfscale.dist.world import World, allocation, available_cores, free_port
-from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
+from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from launch import run_dir
 from launch.queue import hold
@@ -75,7 +75,7 @@ def launch(request: Request) -> int:
                 logger.info(tensorboard_line(config.run_dir))
             codes.append(run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs"))
     [code] = codes
-    if code == EXIT_STOPPED:
+    if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
     return code
 

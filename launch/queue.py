@@ -9,8 +9,8 @@ from pathlib import Path
 
 from hfscale.dist.world import allocation
 from hfscale.errors import CheckpointError
+from hfscale.worker import JOB
 
-JOB = "job"  # in a run directory: the id of the job that holds it, or held it last
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")
 TIMEOUT_S = 60
 

@@ -19,7 +19,8 @@ from hfscale.shards.tables import table_files
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 
-LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch", "slurm": "launch.slurm:launch"}
+LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch", "slurm": "launch.slurm:launch",
+             "submitit": "launch.submit:launch"}
 CONFIG = "config.yaml"
 
 

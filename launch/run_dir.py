@@ -10,6 +10,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ from hfscale.config.rules import Difference, differences, resume_differences
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
+from hfscale.monitor.heartbeat import FOLDER
 from hfscale.shards.files import write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.environment import describe
@@ -102,6 +104,7 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
              "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
              "sources": loaded.sources}
     text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
+    shutil.rmtree(path / FOLDER, ignore_errors=True)  # heartbeats of the attempt before
     write_atomically(path / ENVIRONMENT, text.encode())  # first, so that a replaced value is on record
     write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
     return path / CONFIG

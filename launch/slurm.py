@@ -1,7 +1,6 @@
 """The Slurm launcher: makes the run directory, hands slurm/train.sbatch to sbatch, and tells how to follow the job.
 
-The job itself begins with ``python -m launch.slurm RANKS CONFIG_OR_RUN [key=value ...]``, which prepares its run directory on the
-first node. Inside an allocation the launcher runs the script right there instead of submitting it.
+What the script does beside srun is in ``launch/job.py``. Inside an allocation the launcher runs it right there instead of submitting it.
 """
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ from hfscale.config.load import Loaded
 from hfscale.config.rules import notices, solve_batch
 from hfscale.config.schema import Cluster, TrainConfig
 from hfscale.dist.world import Allocation, allocation
-from hfscale.errors import EXIT_DONE, EXIT_USER_ERROR, ConfigError, UserError
+from hfscale.errors import EXIT_DONE, ConfigError
 from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
@@ -30,6 +29,7 @@ from launch.request import Request, check
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "slurm/train.sbatch"
+EXCLUDED = "excluded_nodes.txt"  # in a run directory
 SHIPPED = ("hfscale", "launch", "slurm")  # the folders of the checkout that a job needs
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
 LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
@@ -47,10 +47,10 @@ def launch(request: Request) -> int:
     loaded, here = request.load(), allocation()
     config = loaded.config
     run, cluster = config.run_dir, config.cluster
-    if request.procs or request.port:
-        raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
-                          remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
+    no_ranks(request)
     procs = here.nodes * here.tasks_per_node if here else cluster.nodes * tasks_per_node(cluster)
+    if cluster.min_nodes:
+        before(config, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node))
     said = before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
     code = code_folder(run)
     options = [] if here else sbatch_options(config, code)
@@ -70,17 +70,33 @@ def launch(request: Request) -> int:
         if here is None:
             done = client(command, cwd=code)
             if done.returncode:
-                raise _refusal(done.stderr, options)
+                raise refusal(done.stderr, options)
             job = done.stdout.strip().partition(";")[0]
             hold(run, job)
     if here:
         return subprocess.run(command, cwd=code, check=False).returncode
-    print(f"job {job}: {procs} ranks on {cluster.nodes} nodes\n"
-          f"run directory {run}\nlogs          {run / 'logs'}/slurm-{job}.log and rank-*.log\n"
-          f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
-          f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
-          f"curves        tensorboard --logdir {run / 'tensorboard'}")
+    print(f"job {job}: {procs} ranks on {cluster.nodes} nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}")
     return EXIT_DONE
+
+
+def no_ranks(request: Request) -> None:
+    """Return if nothing was asked for that a job has from its cluster.
+
+    Raises:
+        ConfigError: if it was.
+    """
+    if request.procs or request.port:
+        raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
+                          remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
+
+
+def followed(job: str, config: TrainConfig, *, log: str) -> str:
+    """Return how to follow a job that was submitted."""
+    run = config.run_dir
+    return (f"run directory {run}\nlogs          {log}\n"
+            f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
+            f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
+            f"curves        tensorboard --logdir {run / 'tensorboard'}")
 
 
 def tasks_per_node(cluster: Cluster) -> int:
@@ -134,11 +150,23 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
     for name in cluster.sbatch:
         if name in REFUSED:
             raise ConfigError(f"--{name} is not for training: {REFUSED[name]}", where=f"cluster.sbatch.{name}", remedy="take it out")
+    if cluster.min_nodes and cluster.sbatch.get("ntasks-per-node"):
+        raise ConfigError("with a number of tasks Slurm gives a job the fewest nodes at once", where="cluster.min_nodes",
+                          value=cluster.min_nodes, remedy="take cluster.sbatch.ntasks-per-node out: cluster.gpus_per_node says it")
     values: dict[str, Any] = {
-        "job-name": config.run.name, "chdir": code, "output": config.run_dir / "logs" / "slurm-%j.log", "nodes": cluster.nodes,
+        "job-name": config.run.name, "chdir": code, "output": config.run_dir / "logs" / "slurm-%j.log",
+        "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else cluster.nodes,
         "gpus-per-node": cluster.gpus_per_node or None, "partition": cluster.partition, "account": cluster.account,
         "time": cluster.time, "signal": f"USR1@{cluster.signal_s}", **cluster.sbatch}
+    left_out = [str(name) for name in (cluster.sbatch.get("exclude"), *excluded(config.run_dir)) if name]
+    values["exclude"] = ",".join(left_out) or None
     return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
+
+
+def excluded(run: Path) -> list[str]:
+    """Return the nodes that jobs of this run leave out: the first word of each line of a file that people may edit."""
+    file = run / EXCLUDED
+    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
 
 
 def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
@@ -153,7 +181,7 @@ def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
         raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy="go to a login node, or take --launcher local")
     tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
     if tried.returncode:
-        raise _refusal(tried.stderr, options)
+        raise refusal(tried.stderr, options)
     asked = dict(option[2:].split("=", 1) for option in options if "=" in option)
     limit, said = longest(asked.get("partition")), [line for line in tried.stderr.splitlines() if " to start at " in line]
     if limit[0].isdigit() and seconds(asked.get("time", "0")) > seconds(limit):
@@ -161,7 +189,8 @@ def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     return [line.removeprefix("sbatch: ") for line in said]
 
 
-def _refusal(stderr: str, options: Sequence[str]) -> ConfigError:
+def refusal(stderr: str, options: Sequence[str]) -> ConfigError:
+    """Return Slurm's refusal of a job with these options, in its own words, with what the cluster has."""
     words = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip())
     offers = "; ".join(client(["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]).stdout.splitlines())
     asked = " ".join(option for option in options if not option.startswith(("--chdir", "--output")))
@@ -217,46 +246,3 @@ def local_kind(path: Path) -> str | None:
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
     _, kind = max((len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1]))
     return f"a {kind}" if kind in LOCAL_KINDS else None
-
-
-# -------------------------------------------------------------------------------------------- inside the job
-def begin(source: str, overrides: Sequence[str], *, procs: int) -> Path:
-    """Return the run directory of the job around this process, made or found, checked, and held by the job.
-
-    Raises:
-        UserError: as ``launch``; and if another job holds it, or this one was restarted too often.
-    """
-    here = allocation()
-    if here is None:
-        raise ConfigError("this is not a Slurm job", where=SCRIPT, remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG")
-    loaded = Request(source, tuple(overrides)).load()
-    config = loaded.config
-    for line in before(config, procs, gpus=here.gpus_per_node > 0):
-        logger.info(f"notice: {line}")
-    with run_dir.locked(config.run_dir):
-        take(config, here)
-        prepare(loaded, launcher="slurm", procs=procs)
-        (config.run_dir / "exit_code").unlink(missing_ok=True)
-    logger.info(f"job {here.job_id}, restart {here.restarts}: {procs} ranks on {here.node_list}; logs: {config.run_dir / 'logs'}")
-    return config.run_dir
-
-
-def take(config: TrainConfig, here: Allocation) -> None:
-    """Return if the job ``here`` now holds the run directory.
-
-    Raises:
-        UserError: if another one does, or this one was restarted too often.
-    """
-    if here.restarts > config.cluster.max_restarts:
-        raise ConfigError(f"job {here.job_id} was restarted {here.restarts} times", where="cluster.max_restarts",
-                          value=config.cluster.max_restarts, remedy="see why in the logs; then submit it again, or raise the limit")
-    hold(config.run_dir, here.job_id)
-
-
-if __name__ == "__main__":
-    log.setup()
-    try:
-        print(begin(sys.argv[2], sys.argv[3:], procs=int(sys.argv[1])))
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(EXIT_USER_ERROR)

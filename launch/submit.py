@@ -24,16 +24,18 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-from hfscale import worker
+from hfscale import log, worker
+from hfscale.config.load import Loaded
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.stop import SIGNALS
-from hfscale.dist.world import allocation
-from hfscale.errors import EXIT_STOPPED, ConfigError
+from hfscale.dist.world import Allocation, allocation
+from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hfscale.reports.status import last_record
 from launch import run_dir
+from launch.job import take
 from launch.queue import client, facts, has_slurm, hold, seconds
 from launch.request import Request
-from launch.slurm import before, code_folder, prepare, take, tasks_per_node
+from launch.slurm import before, code_folder, followed, no_ranks, prepare, refusal, tasks_per_node
 
 
 class Train:
@@ -47,7 +49,7 @@ class Train:
         try:
             if here and place.rank == 0:
                 take(Request(str(run)).load().config, here)
-            code = worker.run(Path(config))
+            code = worker.run(Path(config), on_hang=lambda rank: _requeue(here))
         except BaseException:
             atexit.register(os._exit, 1)  # once submitit has written what happened: the other ranks may wait in a collective for ever
             raise
@@ -59,13 +61,18 @@ class Train:
         if code == EXIT_STOPPED and here and facts(here.job_id).get("JobState") == "RUNNING":  # a cancelled one would come back
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if place.rank == 0:
-                subprocess.run(["scontrol", "requeue", here.job_id], check=True)
+                _requeue(here)
             time.sleep(600)  # Slurm ends all ranks; one that returned would be taken for done
         return {**last_record(run), "run_dir": str(run), "done": code != EXIT_STOPPED}
 
     def checkpoint(self, config: str) -> submitit.helpers.DelayedSubmission:
         """Return what a job that is warned before training listens does next: the same again."""
         return submitit.helpers.DelayedSubmission(self, config)
+
+
+def _requeue(here: Allocation | None) -> None:
+    if here:
+        subprocess.run(["scontrol", "requeue", here.job_id], check=True)
 
 
 class QueueWatcher(SlurmInfoWatcher):
@@ -78,6 +85,23 @@ class QueueWatcher(SlurmInfoWatcher):
         text = string if isinstance(string, str) else string.decode()
         forgotten = {job: {"State": "FORGOTTEN"} for job in self._registered}  # it ended some minutes ago
         return forgotten | super().read_info("JobID|State|NodeList\n" + text)
+
+
+def launch(request: Request) -> int:
+    """Return 0 once submitit has submitted the run to Slurm: ``--launcher submitit``.
+
+    Raises:
+        UserError: as ``submit``.
+    """
+    log.setup()
+    no_ranks(request)
+    if request.dry_run:
+        _, parameters = _checked([request], "slurm", {})
+        print(f"submitit.AutoExecutor(cluster='slurm').update_parameters({', '.join(f'{k}={v!r}' for k, v in parameters.items())})")
+    else:
+        [job] = _submit([request], "slurm", {})
+        print(followed(job.job_id, request.load().config, log=str(job.paths.stdout)))
+    return EXIT_DONE
 
 
 def submit(config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: Any) -> submitit.Job[dict[str, Any]]:
@@ -102,22 +126,29 @@ def submit_sweep(config: str, grid: Mapping[str, Sequence[Any]], overrides: Sequ
     return _submit(requests, cluster, options)
 
 
-def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) -> list[submitit.Job[dict[str, Any]]]:
+def _checked(requests: Sequence[Request], cluster: str, options: dict[str, Any]) -> tuple[list[Loaded[TrainConfig]], dict[str, Any]]:
+    """Return the configs that were asked for, looked at before the first one writes, and what submitit is told."""
     if cluster == "slurm" and not has_slurm():
         raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy='submit from a login node, or with cluster="local"')
     loads = [request.load() for request in requests]
     first = loads[0].config
     parameters = _parameters(first, cluster) | first.cluster.submitit | options
     nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
-    for loaded in loads:  # all are looked at before the first one writes
+    for loaded in loads:
         before(loaded.config, nodes * ranks, gpus=bool(parameters.get("gpus_per_node")), on_nodes=cluster == "slurm")
     from hfscale.jobs.check import check as check_parts  # slow to import
 
     check_parts(first)
+    return loads, parameters
+
+
+def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) -> list[submitit.Job[dict[str, Any]]]:
+    loads, parameters = _checked(requests, cluster, options)
+    first, procs = loads[0].config, parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
     code = code_folder(first.run_dir)
     for loaded in loads:
         with run_dir.locked(loaded.config.run_dir):
-            prepare(loaded, launcher=f"submitit {cluster}", procs=nodes * ranks, code=code if loaded is loads[0] else None)
+            prepare(loaded, launcher=f"submitit {cluster}", procs=procs, code=code if loaded is loads[0] else None)
     executor = submitit.AutoExecutor(folder=first.run.root / "submitit" / "%j", cluster=cluster)
     if cluster == "slurm":
         parameters |= {"slurm_setup": [f"cd {code}", "source slurm/site.sh", "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
@@ -125,7 +156,10 @@ def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) 
         if client(["sacct", "-n", "-X"]).returncode:
             SlurmJob.watcher = QueueWatcher(delay_s=30)
     executor.update_parameters(**parameters)
-    jobs = executor.map_array(Train(), [str(loaded.config.run_dir / run_dir.CONFIG) for loaded in loads])
+    try:
+        jobs = executor.map_array(Train(), [str(loaded.config.run_dir / run_dir.CONFIG) for loaded in loads])
+    except submitit.core.utils.FailedJobError as error:
+        raise refusal(str(error), [f"{name}={value}" for name, value in parameters.items()]) from error
     if cluster == "slurm":
         for loaded, job in zip(loads, jobs, strict=True):
             hold(loaded.config.run_dir, job.job_id)

@@ -80,7 +80,7 @@ def checkpoint_of(name: str | Path) -> Path | None:
         return None
     if found := candidates(path / FOLDER):
         return found[-1]
-    raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it: hfscale pretrain {path}")
+    raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it: the command that began it, on {path}")
 
 
 def reject(checkpoint: Path) -> Path:

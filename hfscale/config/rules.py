@@ -146,7 +146,7 @@ CHANGES: dict[str, Change] = {
     "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
     "data.cross_document": "noticed",
     "task": "refused",  # and what it is given: other examples than were seen are found by their fingerprint
-    "train": "noticed", "train.micro_batch": "free", "optim": "noticed", "schedule": "noticed",
+    "train": "noticed", "train.micro_batch": "free", "train.hang_timeout_s": "free", "optim": "noticed", "schedule": "noticed",
 }
 
 

@@ -168,6 +168,7 @@ class Train(Section):
     tokens: Positive | None = None
     global_batch: Positive
     micro_batch: Positive
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0  # without progress, after which stacks are written and the run ends
 
 
 class Engine(Section):
@@ -210,13 +211,14 @@ class Cluster(Section):
     """What a submitter asks Slurm for. Read by submitters only; inside an allocation the allocation wins."""
 
     nodes: Positive = 1
+    min_nodes: Positive | None = None  # go on with as few, where no more are left
     gpus_per_node: Annotated[int, Field(ge=0)] | None = None
     partition: str | None = None
     account: str | None = None
     # as sbatch takes it: 90 (minutes), 24:00:00, 2-12
     time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", coerce_numbers_to_str=True)] | None = None
     signal_s: Positive = 300  # how long before the time limit the ranks are told to save: longer than a save takes
-    max_restarts: Annotated[int, Field(ge=0)] = 100  # of one job, by Slurm or by itself, before it gives up
+    max_restarts: Annotated[int, Field(ge=0)] = 10  # of one job in a row that come no further than the one before
     allow_local_disk: bool = False  # a run directory on a disk that only this machine sees
     sbatch: dict[str, Any] = {}  # any other option by its long name; true for one without a value
     submitit: dict[str, Any] = {}

@@ -12,7 +12,7 @@ import torch.distributed as torch_dist
 from hfscale.dist.world import World, free_port
 from hfscale.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=30)  # above the longest checkpoint write; hangs are found by their heartbeats, sooner
+TIMEOUT = timedelta(minutes=60)  # above the longest checkpoint write; hangs are found by their heartbeats, sooner
 
 _host_group: torch_dist.ProcessGroup | None = None
 

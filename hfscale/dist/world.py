@@ -61,6 +61,7 @@ class Allocation:
     tasks_per_node: int
     restarts: int
     rank: int
+    array_id: str  # its other name, if it is a task of an array
 
 
 def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
@@ -70,7 +71,8 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
     gpus = int(env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2])  # the second in salloc's shell
     return Allocation(env["SLURM_JOB_ID"], env.get("SLURM_JOB_NODELIST", ""), nodes=int(env.get("SLURM_JOB_NUM_NODES", "1")),
                       gpus_per_node=gpus, tasks_per_node=int(env.get("SLURM_NTASKS_PER_NODE", gpus or 1)),
-                      restarts=int(env.get("SLURM_RESTART_COUNT", "0")), rank=int(env.get("SLURM_PROCID", "0")))
+                      restarts=int(env.get("SLURM_RESTART_COUNT", "0")), rank=int(env.get("SLURM_PROCID", "0")),
+                      array_id=f"{env.get('SLURM_ARRAY_JOB_ID', '')}_{env.get('SLURM_ARRAY_TASK_ID', '')}")
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hfscale.dist.agree import from_all_ranks, from_rank_0, sum_over_ranks
+from hfscale.monitor.heartbeat import beat
 from hfscale.objectives.base import Objective
 from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
@@ -28,13 +29,14 @@ class Evaluator:
     def run(self, engine: Engine) -> dict[str, float]:
         """Return the validation loss and what else the objective reports (all ranks together); the engine's mode is restored."""
         objective = self._objective
+        beat("validation")
         batches = [objective.collate(rows) for rows in self._rows]
         counts = objective.counts(batches)
         names = sorted(counts)
         counts = dict(zip(names, sum_over_ranks(torch.tensor([counts[name] for name in names])).long().tolist(), strict=True))
         with engine.eval_mode():
             for _ in objective.losses(engine, (batch.to(engine.device) for batch in batches), counts, world_size=1):
-                pass  # what was measured is in the sums
+                beat("validation")  # what was measured is in the sums
         losses = global_losses(objective, counts)
         return losses | ({"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {})
 

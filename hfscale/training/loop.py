@@ -19,6 +19,7 @@ from hfscale.dist.stop import StopRequest
 from hfscale.engine.engine import Engine, StepStats
 from hfscale.errors import CheckpointError, DataError, UnhealthyError
 from hfscale.log import logger
+from hfscale.monitor.heartbeat import beat
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
@@ -97,20 +98,26 @@ class Trainer:
 
     def _step(self) -> tuple[Agreed, StepStats]:
         step = self.state.step
+        beat("data", step + 1)
         with self.throughput.waiting():
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
         ids = [row for batch in batches for row in batch.rows()]
         counts = self.objective.counts(batches) | {SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows),
                                                    TOKENS: sum(row.numel() for row in ids)}
+        beat("collective")
         agreed = agree(counts=counts, stop=self.stop.requested, due=self.checkpoints.due(step + 1),
                        failed=self.checkpoints.failed() is not None,
                        digest=batch_digest(ids) if self._logged(step + 1) else 0)
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
         losses = self.objective.losses(self.engine, on_device, agreed.counts, world_size=self.world_size)
+        beat("forward")
         for loss in seeded(losses, seed=self.seed, step=step, rank=self.rank):
+            beat("backward")
             self.engine.backward(loss)
+            beat("forward")
+        beat("step")
         stats = self.engine.step(self.learning_rate(step + 1))
         self.stream.advance()
         self.state.step += 1
@@ -141,6 +148,7 @@ class Trainer:
         step = self.state.step
         if not self._logged(step):
             return
+        beat("collective")
         losses = global_losses(self.objective, agreed.counts, sources=self.sources)
         record = self.record = {"step": step, **losses, "lr": stats.lr, "grad_norm": stats.grad_norm,
                                 "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
@@ -170,6 +178,7 @@ class Trainer:
         self.engine.close()
 
     def _save(self) -> None:
+        beat("save")
         state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen,
                  SKIPPED: self.state.skipped_rows, "stream": self.stream.state().to_dict(),
                  "metrics": {key: value for key, value in self.record.items()

@@ -12,10 +12,11 @@ from hfscale.errors import CheckpointError
 Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
                                                        show_default=False)]
-Launcher = Annotated[str, typer.Option(help="local: processes here; slurm: a job; debug: one process, tiny.")]
+Launcher = Annotated[str, typer.Option(help="local: processes here; slurm, submitit: a job; debug: one process, tiny.")]
 Procs = Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")]
 Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")]
+
 
 
 def pretrain(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,

@@ -28,7 +28,7 @@ def test_the_allocation():
     assert allocation({"PATH": "/bin"}) is None
     env = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2", "SLURM_GPUS_ON_NODE": "8",
            "SLURM_RESTART_COUNT": "3"}
-    assert allocation(env) == Allocation("12", "n[1-2]", nodes=2, gpus_per_node=8, tasks_per_node=8, restarts=3, rank=0)
+    assert allocation(env) == Allocation("12", "n[1-2]", nodes=2, gpus_per_node=8, tasks_per_node=8, restarts=3, rank=0, array_id="_")
     shell = allocation({"SLURM_JOB_ID": "12", "SLURM_GPUS_PER_NODE": "a100:4", "SLURM_NTASKS_PER_NODE": "2"})
     assert shell is not None
     assert (shell.gpus_per_node, shell.tasks_per_node) == (4, 2), "in a shell of salloc"

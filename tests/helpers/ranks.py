@@ -31,6 +31,7 @@ from typing import Any
 from hfscale.dist.world import free_port
 
 ROOT = Path(__file__).resolve().parents[2]
+STACKS_TIMEOUT_S = 20.0
 START_TIMEOUT_S = 300.0  # importing torch and meeting the others, on a busy machine
 _groups: dict[int, RankGroup] = {}
 
@@ -148,7 +149,10 @@ class RankGroup:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
                 process.send_signal(signal.SIGUSR2)  # faulthandler writes all stacks into the log
-        time.sleep(1.0)
+        for rank, process in enumerate(self.processes):
+            until = time.monotonic() + STACKS_TIMEOUT_S
+            while "most recent call first" not in self._output(rank) and process.poll() is None and time.monotonic() < until:
+                time.sleep(0.05)
         parts = [f"ranks {silent} did not answer in {timeout_s:g} s"]
         return "\n".join(parts + [self._output(rank) for rank in range(len(self.processes))])
 

@@ -59,7 +59,7 @@ PreemptType=preempt/partition_prio
 PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 SlurmdTimeout=15
-KillWait=2
+KillWait=20
 FirstJobId={first_job}
 GresTypes=gpu
 JobSubmitPlugins=lua
@@ -136,14 +136,26 @@ class Cluster:
         at = self.folder
         self._spawn("munged", ["munged", "--foreground", "--force", f"--key-file={at}/munge.key", f"--socket={at}/munge.socket",
                                f"--pid-file={at}/munge.pid", f"--log-file={at}/munge.log", f"--seed-file={at}/munge.seed"])
-        wait_for((at / "munge.socket").exists, timeout_s=10)
+        wait_for((at / "munge.socket").exists)
         self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", str(at / "slurm.conf")])
         for node in NODES:
-            inside = f"hostname {node} && mount --bind {at}/hosts /etc/hosts && exec slurmd -D -N {node} -f {at}/slurm.conf"
-            self._spawn(node, ["unshare", "--mount", "--uts", "sh", "-c", inside])
+            self.start_node(node)
         idle = ["sinfo", "-h", "-t", "idle", "-o", "%D", "-p", "low"]
-        wait_for(lambda: self.run(*idle, check=False).strip() == str(len(NODES)), timeout_s=30,
+        wait_for(lambda: self.run(*idle, check=False).strip() == str(len(NODES)),
                  what=lambda: "the nodes did not come up\n" + self.logs())
+
+    def start_node(self, node: str) -> None:
+        inside = f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
+        self._spawn(node, ["unshare", "--mount", "--uts", "sh", "-c", inside])
+
+    def kill_node(self, node: str) -> None:
+        """Kill -9 everything that runs on a node, its slurmd first: what a power failure leaves."""
+        pids = [pid for pid in processes_of(self.folder) if _command(pid)[:4] == ["slurmd", "-D", "-N", node]]
+        there = os.readlink(f"/proc/{pids[0]}/ns/uts")  # the host name is the node's
+        for pid in pids + processes_of(self.folder):
+            with contextlib.suppress(OSError):
+                if os.readlink(f"/proc/{pid}/ns/uts") == there:
+                    os.kill(pid, signal.SIGKILL)
 
     def _spawn(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
@@ -154,10 +166,10 @@ class Cluster:
         """End every process of the cluster, jobs and all, and remove its folder."""
         assert self._reaper.stdin is not None
         self._reaper.stdin.close()
-        self._reaper.wait(30)
+        self._reaper.wait(60)
 
     # ------------------------------------------------------------------------------------------------ clients
-    def run(self, *command: object, check: bool = True, timeout_s: float = 20.0, **options: Any) -> str:
+    def run(self, *command: object, check: bool = True, timeout_s: float = 60.0, **options: Any) -> str:
         """Return what a client prints (stdout and stderr)."""
         done = subprocess.run([*map(str, command)], env=options.pop("env", self.env), text=True, stdout=subprocess.PIPE,
                               stderr=subprocess.STDOUT, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL, **options)
@@ -175,7 +187,7 @@ class Cluster:
     def state(self, job: str) -> str:
         return self.job(job)["JobState"]
 
-    def wait(self, job: str, states: tuple[str, ...] = ENDED, *, timeout_s: float = 120.0) -> str:
+    def wait(self, job: str, states: tuple[str, ...] = ENDED, *, timeout_s: float = 300.0) -> str:
         """Return the state of a job once it is one of ``states``."""
         wait_for(lambda: self.state(job) in states, timeout_s=timeout_s, every_s=0.3,
                  what=lambda: f"job {job} is not {' or '.join(states)}: {self.job(job)}\n{self.output(job)}")
@@ -183,13 +195,18 @@ class Cluster:
 
     def ranks(self, job: str) -> dict[int, int]:
         """Return rank -> process of the Python processes of a job's step."""
+        return {int(env["SLURM_PROCID"]): pid for pid, env in self.processes(job).items()
+                if "SLURM_STEP_NUM_TASKS" in env and "python" in Path(_command(pid)[0]).name}
+
+    def processes(self, job: str) -> dict[int, dict[str, str]]:
+        """Return process -> environment of what runs for a job: its ranks, its script, and whatever they started."""
         found = {}
         for pid in processes_of(self.folder):
             with contextlib.suppress(OSError):
-                env = dict(pair.partition("=")[::2] for pair in Path(f"/proc/{pid}/environ").read_text(errors="replace").split("\0"))
-                command = Path(f"/proc/{pid}/cmdline").read_text().split("\0")
-                if env.get("SLURM_JOB_ID") == job and "SLURM_STEP_NUM_TASKS" in env and "python" in Path(command[0]).name:
-                    found[int(env["SLURM_PROCID"])] = pid
+                text = Path(f"/proc/{pid}/environ").read_text(errors="replace")
+                env = dict(pair.partition("=")[::2] for pair in text.split("\0"))
+                if env.get("SLURM_JOB_ID") == job and not _command(pid)[0].startswith("slurmstepd"):
+                    found[pid] = env
         return found
 
     def output(self, job: str) -> str:
@@ -213,7 +230,7 @@ def running() -> Iterator[Cluster]:
         cluster.stop()
 
 
-def wait_for(condition: Callable[[], object], *, timeout_s: float = 60.0, every_s: float = 0.02,
+def wait_for(condition: Callable[[], object], *, timeout_s: float = 180.0, every_s: float = 0.02,
              what: Callable[[], str] = lambda: "it did not happen") -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
@@ -231,6 +248,14 @@ def _free_ports(count: int) -> list[int]:
     return ports
 
 
+def _command(pid: int) -> list[str]:
+    """Return the words of a process's command; one empty word if it is gone."""
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace").split("\0")
+    except OSError:
+        return [""]
+
+
 def processes_of(folder: Path) -> list[int]:
     """Return every process that was started with this cluster's configuration: daemons, job steps and what they started."""
     mark, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
@@ -244,7 +269,7 @@ def processes_of(folder: Path) -> list[int]:
 def reap(folder: Path) -> None:
     """Wait for the pipe to close, then kill all there is of the cluster in ``folder`` and remove it."""
     sys.stdin.buffer.read()
-    for _ in range(100):
+    for _ in range(1500):
         pids = processes_of(folder)
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):

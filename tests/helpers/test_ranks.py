@@ -56,6 +56,7 @@ def test_a_dead_rank_is_named():
 
 
 def test_a_hang_shows_the_stacks():
+    run_ranks(pid, 1)  # the rank is up, and has imported this module
     with pytest.raises(RankFailure, match=r"(?s)ranks \[0\] did not answer in 3 s.*in sleep"):
         run_ranks(sleep, 1, timeout_s=3)
 

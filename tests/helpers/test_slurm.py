@@ -48,7 +48,7 @@ def test_nothing_is_left_of_a_session_that_dies(number: signal.Signals):
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as session:
         assert session.stdout is not None
         folder = Path(session.stdout.readline().strip())
-        wait_for(lambda: len(processes_of(folder)) > 6 + 4, timeout_s=60)  # daemons; and the job with its steps, which start after it
+        wait_for(lambda: len(processes_of(folder)) > 6 + 4)  # daemons; and the job with its steps, which start after it
         session.send_signal(number)
-        session.wait(30)
-    wait_for(lambda: not folder.exists() and not processes_of(folder), timeout_s=20)
+        session.wait(60)
+    wait_for(lambda: not folder.exists() and not processes_of(folder))

@@ -11,8 +11,10 @@ from typing import Any
 import pytest
 import yaml
 
+from hfscale.checkpoint import layout
+from hfscale.dist.world import allocation
 from hfscale.errors import CheckpointError, ConfigError
-from launch import local, slurm
+from launch import job, local, slurm
 from launch.queue import seconds
 from launch.request import Request
 from tests.helpers.cli import ROOT, hfscale
@@ -63,6 +65,7 @@ REFUSALS = {
     "a limit that is none": (["cluster.time=soon"], "cluster.time", "soon"),
     "a run directory of this node alone": (["cluster.allow_local_disk=false"], "other nodes do not see", "run.root"),
     "an option that would hide a lost node": (["cluster.sbatch.no-kill=true"], "lost a node", "take it out"),
+    "fewer nodes of a number of tasks": (["cluster.min_nodes=1"], "the fewest nodes at once", "take cluster.sbatch.ntasks-per-node out"),
     "an uneven batch": (["cluster.nodes=3"], "cannot be cut", "world_size"),
 }
 
@@ -137,6 +140,10 @@ def test_one_job_holds_a_run_directory(config: Path, cluster: Cluster, capsys: p
         local.launch(Request(str(config)))
     second = cluster.sbatch("--oversubscribe", "--ntasks-per-node=2", "--mem=100", f"--output={config.parent}/second.log",
                             "slurm/train.sbatch", config, cwd=ROOT, env=os.environ)  # by hand
+    bare = cluster.sbatch("--oversubscribe", "--mem=100", f"--output={config.parent}/bare.log", "--wrap",
+                          f"srun {sys.executable} -m hfscale.worker {run}/config.yaml", cwd=ROOT, env=os.environ)
+    assert cluster.wait(bare) == "FAILED"
+    assert f"'job {job}'" in cluster.output(bare)
     assert cluster.wait(second) == "FAILED"
     assert cluster.job(second)["ExitCode"] == "2:0"
     assert f"job {job}" in cluster.output(second)
@@ -161,7 +168,7 @@ def test_one_job_holds_a_run_directory(config: Path, cluster: Cluster, capsys: p
 @pytest.mark.slow
 def test_in_an_interactive_allocation_the_allocation_wins(config: Path, cluster: Cluster):
     said = cluster.run("salloc", "--nodes=2", "--ntasks-per-node=1", "--mem=100", "--oversubscribe", sys.executable, "-m", "launch.cli",
-                       "pretrain", config, "--launcher", "slurm", env=os.environ, timeout_s=90)
+                       "pretrain", config, "--launcher", "slurm", env=os.environ, timeout_s=300)
     assert "the allocation has nodes 2, not the 1 of cluster.nodes" in said
     assert "0: " in said, "output is labelled with the rank"
     assert "step 1/1" in said
@@ -176,32 +183,59 @@ def test_what_ends_a_job_for_good(config: Path, cluster: Cluster):
         submit(config, "train.steps=100000", f"run.name={name}", *more)
     job = {name: (runs / name / "job").read_text() for name in ("cancelled", "signalled")}
     for name in job:
-        wait_for((runs / name / "metrics.jsonl").exists, timeout_s=90, what=lambda name=name: cluster.output(job[name]))
+        wait_for((runs / name / "metrics.jsonl").exists, what=lambda name=name: cluster.output(job[name]))
     cluster.run("scancel", job["cancelled"])
     cluster.run("scancel", "--signal=USR1", job["signalled"])
     assert cluster.wait(job["cancelled"]) == "CANCELLED"
     assert cluster.wait(job["signalled"]) == "FAILED"
     assert cluster.job(job["signalled"])["ExitCode"] == "75:0", cluster.output(job["signalled"])
     for name in job:
-        wait_for(lambda name=name: any((runs / name / "checkpoints").glob("step-????????")), timeout_s=20)
-    wait_for(lambda: cluster.run("squeue", "-h").strip() == "", timeout_s=20)
+        wait_for(lambda name=name: any((runs / name / "checkpoints").glob("step-????????")))
+    wait_for(lambda: cluster.run("squeue", "-h").strip() == "")
     assert {cluster.state(number) for number in job.values()} == {"CANCELLED", "FAILED"}
 
 
-def test_a_job_gives_up_after_too_many_restarts(config: Path):
-    env = {"SLURM_JOB_ID": "1", "SLURM_RESTART_COUNT": "101", "SLURM_JOB_NUM_NODES": "1"}
-    done = hfscale("--help", check=False, env=env)  # the environment alone disturbs nothing
-    assert done.returncode == 0
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in env.items():
-            patch.setenv(name, value)
-        with pytest.raises(ConfigError, match="was restarted 101 times"):
-            slurm.begin(str(config), [], procs=1)
+def test_a_job_gives_up_after_too_many_restarts_that_came_no_further(config: Path):
+    wanted = Request(str(config), ("cluster.max_restarts=2",)).load().config
+    wanted.run_dir.mkdir(parents=True)
+
+    def start(number: str) -> None:
+        here = allocation({"SLURM_JOB_ID": number})
+        assert here is not None
+        job.take(wanted, here)
+
+    def save(step: int) -> None:
+        folder = wanted.run_dir / "checkpoints" / layout.step_name(step)
+        folder.mkdir(parents=True)
+        (folder / layout.MANIFEST).touch()
+
+    for _ in range(3):
+        start("1")
+    save(10)
+    for _ in range(3):
+        start("1")
+    with pytest.raises(ConfigError, match="job 1 was restarted 3 times without getting beyond step-00000010"):
+        start("1")
+    start("2")  # a person has submitted it again
+    assert hfscale("--help", check=False, env={"SLURM_JOB_ID": "1"}).returncode == 0, "the environment alone disturbs nothing"
+
+
+def test_nodes_to_leave_out_and_fewer_nodes(config: Path):
+    asked = ("cluster.nodes=4", "train.global_batch=16")
+    fewer = (*asked, "cluster.min_nodes=2", "cluster.sbatch.exclude=n9", "cluster.sbatch.ntasks-per-node=null")
+    wanted = Request(str(config), fewer).load().config
+    wanted.run_dir.mkdir(parents=True)
+    (wanted.run_dir / "excluded_nodes.txt").write_text("n2 hung 2 times\n\nn3 has a bad GPU\n")
+    assert {"--nodes=2-4", "--exclude=n9,n2,n3"} <= {*slurm.sbatch_options(wanted, config.parent)}
+    assert [job.usable_nodes(wanted, nodes, 2) for nodes in (4, 3, 2)] == [4, 2, 2], "a batch of 16 does not divide among three nodes"
+    assert job.usable_nodes(Request(str(config), asked).load().config, 3, 2) == 3, "nobody allowed fewer: then the batch is refused"
+    with pytest.raises(ConfigError, match="cannot be cut .* on 6 ranks"):
+        submit(config, *asked, "cluster.min_nodes=3", "cluster.sbatch.ntasks-per-node=null", "cluster.gpus_per_node=2")
 
 
 def test_a_worker_outside_of_a_job_has_nothing_to_begin(config: Path):
     with pytest.raises(ConfigError, match="this is not a Slurm job"):
-        slurm.begin(str(config), [], procs=1)
+        job.begin(str(config), [], nodes=1, tasks=1)
 
 
 @pytest.mark.parametrize(("limit", "value"), [("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("2-12", 216000), ("1-0:30", 88200)])

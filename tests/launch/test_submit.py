@@ -14,7 +14,8 @@ import yaml
 
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.reports.status import last_record
-from launch.submit import submit, submit_sweep
+from launch.request import Request
+from launch.submit import launch, submit, submit_sweep
 from tests.helpers.cli import ROOT
 from tests.helpers.corpus import run_values
 from tests.helpers.slurm import Cluster, wait_for
@@ -46,14 +47,17 @@ def on_slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def finished(job: submitit.Job[dict[str, Any]]) -> dict[str, Any]:
-    wait_for(lambda: job.done(force_check=True), timeout_s=90, every_s=0.5, what=lambda: f"{job.state}\n{job.stdout()}\n{job.stderr()}")
+    wait_for(lambda: job.done(force_check=True), timeout_s=300, every_s=0.5, what=lambda: f"{job.state}\n{job.stdout()}\n{job.stderr()}")
     return job.results()[0]
 
 
 @pytest.mark.slow
 def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("STEP_S", "0.3")
-    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests/launch/slow_steps:{ROOT}")
+    monkeypatch.setenv("PYTHONPATH", f"{ROOT}/tests/launch/faults:{ROOT}")
+    with monkeypatch.context() as patch:
+        patch.setenv("FAULT", "loader sleeps")
+        hung = submit(config, ["train.steps=8", "run.name=hung", "train.hang_timeout_s=3"], nodes=2)
     warned = submit(config, ["train.steps=30", "run.name=warned"], nodes=2)
     cancelled = submit(config, ["train.steps=100000", "run.name=cancelled"])
     waiting = submit(config, ["cluster.sbatch.hold=true", "run.name=waiting"])
@@ -62,6 +66,8 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
         submit(config, ["train.steps=30", "run.name=warned"], nodes=2)
     with pytest.raises(ConfigError, match="cannot be cut"):
         submit(config, nodes=3)
+    with pytest.raises(ConfigError, match="Slurm refuses the job: .*invalid partition"):
+        submit(config, ["run.name=nowhere"], slurm_partition="nope")
     sweep = submit_sweep(config, {"optim.lr": [0.01, 0.001], "optim.clip_norm": [1.0]})
     assert [job.job_id.partition("_")[2] for job in sweep] == ["0", "1"], "one array"
 
@@ -70,7 +76,7 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert all(result["done"] and result["step"] == 3 for result in results)
     assert results[0]["loss"] != results[1]["loss"]
 
-    wait_for(lambda: last_record(runs / "warned").get("step", 0) >= 2, timeout_s=60, what=lambda: f"{warned.stdout()}{warned.stderr()}")
+    wait_for(lambda: last_record(runs / "warned").get("step", 0) >= 2, what=lambda: f"{warned.stdout()}{warned.stderr()}")
     os.kill(on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2)  # what submitit's --signal sends; to one rank, the ranks agree
     cancelled.cancel()
     waiting.cancel()
@@ -80,24 +86,46 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert len((runs / "warned" / "metrics.jsonl").read_text().splitlines()) == 30, "no step was made twice"
     assert warned.num_tasks == 2
 
+    result = finished(hung)
+    assert (result["done"], result["step"], result["attempt"]) == (True, 8, 2)
+    assert (runs / "hung" / "hangs" / "1" / "report.json").exists()
+
     on_slurm.wait(cancelled.job_id)
     assert cancelled.state == "CANCELLED", "it was running, has saved, and did not go back into the queue"
     with pytest.raises(submitit.core.utils.UncompletedJobError, match="CANCELLED"):  # with submitit alone this waits for ever
         finished(waiting)
 
 
+def test_from_the_command_line(config: str, on_slurm: Cluster, capsys: pytest.CaptureFixture[str]):
+    held = ("cluster.sbatch.hold=true",)
+    run = Path(config).parent / "runs" / "run"
+    assert launch(Request(config, held, dry_run=True)) == 0
+    assert "AutoExecutor(cluster='slurm').update_parameters(name='run', tasks_per_node=1" in capsys.readouterr().out
+    assert not run.exists()
+    assert launch(Request(config, held)) == 0
+    out, job = capsys.readouterr().out, (run / "job").read_text()
+    assert f"scancel {job}" in out
+    assert f"hfscale status {run}" in out
+    assert on_slurm.state(job) == "PENDING"
+    on_slurm.run("scancel", job)
+    with pytest.raises(ConfigError, match="from the cluster"):
+        launch(Request(config, held, procs=2))
+
+
 @pytest.mark.slow
 def test_on_this_machine(config: str):
-    result = finished(submit(config, cluster="local", tasks_per_node=2))
+    job = submit(config, cluster="local", tasks_per_node=2)
+    bad = submit(config, ["run.name=bad", "model.config.n_head=3"], cluster="local")
+    result = finished(job)
     assert (result["done"], result["step"]) == (True, 3)
     with pytest.raises(submitit.core.utils.FailedJobError, match="refused|ConfigError|DataError"):
-        finished(submit(config, ["run.name=bad", "model.config.n_head=3"], cluster="local"))
+        finished(bad)
 
 
 @pytest.mark.slow
 def test_from_a_notebook_in_this_process(config: str):
     """The callable is found by its module's name, wherever it is called from."""
-    done = subprocess.run([sys.executable, "-c", NOTEBOOK.format(config=config)], capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run([sys.executable, "-c", NOTEBOOK.format(config=config)], capture_output=True, text=True, timeout=300, check=False)
     assert done.stdout.splitlines()[-1:] == ["True 3"], done.stderr
 
 

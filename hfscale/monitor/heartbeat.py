@@ -1,0 +1,239 @@
+"""Signs of life of every rank, and the autopsy of a run that has none left.
+
+    RUN_DIR/heartbeats/rank-N    what rank N does: one line, written over at every change of phase (2 us)
+    RUN_DIR/hangs/K/             of the K-th attempt that hung: every rank's stacks, NCCL's flight record, report.json
+
+All ranks pass through the same phases in the same order, so the one that has passed through fewest is the one that the others wait for.
+A thread of each rank sees its own standstill: each writes down its stacks, the lowest rank that can names the odd one out, and all
+leave the hard way, without a collective. Time in which the whole process was stopped (`scontrol suspend`) is not counted.
+"""
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from statistics import median
+from typing import NoReturn
+
+from hfscale.errors import EXIT_HUNG
+from hfscale.log import logger
+
+FOLDER, HANGS, REPORT = "heartbeats", "hangs", "report.json"
+OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
+LONG, LONG_S = ("start", "save"), 1800.0  # may take this long; so may the first step, which compiles
+POLL_S = 1.0  # between looks
+SETTLE_S, AFTER_S, LAST_S = 20.0, 3.0, 55.0  # until all have written their stacks; after the report; to leave, come what may
+ROUND_S, SLOW = 60.0, 2.0  # how often rank 0 looks for slow ranks, and how many times the others' time is slow
+WIDTH = 160  # bytes of a heartbeat
+
+
+@dataclass(frozen=True)
+class Beat:
+    """What a rank does. ``count`` is of all phases so far, ``own_s`` the time spent in those of ``OWN``."""
+
+    rank: int
+    count: int = -1
+    step: int = 0
+    phase: str = "not_started"
+    own_s: float = 0.0
+    pid: int = 0
+    node: str = "?"
+
+
+_current: Heartbeat | None = None
+
+
+def beat(phase: str, step: int | None = None) -> None:
+    """Say that this rank begins ``phase`` (of ``step``, counted from 1). Does nothing where nobody watches."""
+    if _current is not None:
+        _current.beat(phase, step)
+
+
+@contextmanager
+def watching(run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s: float | None,
+             on_hang: Callable[[int], None]) -> Iterator[None]:
+    """Watch this rank inside: where it stands still for ``timeout_s`` (None: for ever), the process ends with EXIT_HUNG.
+
+    ``on_hang`` is called before, on one rank, with the rank that is to blame, once the report is written.
+    """
+    global _current
+    if timeout_s is None:
+        yield
+        return
+    (run_dir / HANGS).mkdir(exist_ok=True)
+    recorder = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+                "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir / HANGS}/nccl-timeout-rank-"}
+    os.environ.update(recorder | os.environ)
+    _current = Heartbeat(run_dir, rank=rank, world_size=world_size, node=node, timeout_s=timeout_s, on_hang=on_hang)
+    try:
+        yield
+    finally:
+        _current.close()
+        _current = None
+
+
+class Heartbeat:
+    """One rank's heartbeat, and the thread that watches it."""
+
+    def __init__(self, run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s: float, on_hang: Callable[[int], None]) -> None:
+        self._run_dir, self._rank, self._world_size, self._timeout_s, self._on_hang = run_dir, rank, world_size, timeout_s, on_hang
+        self._hang = run_dir / HANGS / str(len([name for name in os.listdir(run_dir / HANGS) if name.isdigit()]) + 1)
+        (run_dir / FOLDER).mkdir(exist_ok=True)
+        self._fd = os.open(run_dir / FOLDER / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._whose = f"{os.getpid()} {node}"
+        self._node, self._count, self._step, self._phase, self._own_s, self._since = node, 0, 0, "start", 0.0, time.monotonic()
+        self._first: int | None = None  # step of this attempt
+        self.beat("start", None)
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
+        self._thread.start()
+
+    def beat(self, phase: str, step: int | None) -> None:
+        """Write down the phase that begins."""
+        now = time.monotonic()
+        if self._phase in OWN:
+            self._own_s += now - self._since
+        if step is not None:
+            self._step = step
+            self._first = self._first or step
+        self._count, self._phase, self._since = self._count + 1, phase, now
+        line = f"{self._count} {self._step} {phase} {self._own_s:.3f} {self._whose}\n"
+        with suppress(OSError):  # training goes on without
+            os.pwrite(self._fd, line.ljust(WIDTH).encode(), 0)
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join(POLL_S)  # a disk that does not answer may hold it
+        faulthandler.cancel_dump_traceback_later()
+        os.close(self._fd)
+
+    def limit_s(self) -> float:
+        """Return how long the present phase may last."""
+        long = self._phase in LONG or self._first in (None, self._step)
+        return max(self._timeout_s, LONG_S) if long else self._timeout_s
+
+    def _watch(self) -> None:
+        seen, idle_s, earlier, looked = -1, 0.0, list[Beat](), time.monotonic()
+        while not self._over.wait(POLL_S):
+            seen, idle_s = self._count, idle_s + POLL_S if self._count == seen else 0.0
+            limit_s = self.limit_s()
+            if idle_s >= limit_s or (idle_s >= self._timeout_s / 2 and os.path.exists(self._hang)):  # another one has stood for longer
+                self._autopsy(idle_s)
+            faulthandler.dump_traceback_later(limit_s, file=2)  # if this thread is never let run again
+            if self._rank == 0 and time.monotonic() - looked > min(ROUND_S, self._timeout_s):
+                beats = read_beats(self._run_dir, range(self._world_size))
+                for line in slow_ranks(earlier, beats):
+                    logger.warning(line)
+                earlier, looked = beats, time.monotonic()
+
+    # ------------------------------------------------------------------------------------------------ autopsy
+    def _autopsy(self, idle_s: float) -> NoReturn:
+        """Write this rank's stacks; with the others' find who is to blame; end the process."""
+        last = threading.Timer(LAST_S, os._exit, [EXIT_HUNG])  # also where the disk does not answer
+        last.daemon = True
+        last.start()
+        faulthandler.cancel_dump_traceback_later()
+        try:
+            self._hang.mkdir(exist_ok=True)
+            with open(self._stacks(self._rank), "w") as file:
+                faulthandler.dump_traceback(file, all_threads=True)
+            self._dump_nccl()
+            until = time.monotonic() + min(SETTLE_S, self._timeout_s)
+            while (silent := self._silent()) and time.monotonic() < until:
+                time.sleep(POLL_S)
+            self._look_from_outside(read_beats(self._run_dir, silent))
+            if self._rank == min(set(range(self._world_size)) - set(silent)):
+                self._judge(idle_s, silent)
+            else:
+                while not (self._hang / REPORT).exists():
+                    time.sleep(0.5)
+                time.sleep(AFTER_S)  # not before the judge: the first to leave may have the others killed
+        except OSError as error:
+            logger.error(f"no progress for {idle_s:.0f} s, and the stacks cannot be written: {error}")
+        finally:
+            sys.stderr.flush()
+            os._exit(EXIT_HUNG)
+
+    def _stacks(self, rank: int) -> Path:
+        return self._hang / f"rank-{rank}.txt"
+
+    def _silent(self) -> list[int]:
+        """Return the ranks that have not written their stacks."""
+        written = set(os.listdir(self._hang))
+        return [rank for rank in range(self._world_size) if self._stacks(rank).name not in written]
+
+    def _dump_nccl(self) -> None:
+        torch = sys.modules.get("torch")
+        dump = torch and torch.cuda.is_initialized() and getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+        if dump:
+            (self._hang / f"nccl-rank-{self._rank}.json").write_bytes(dump())
+
+    def _look_from_outside(self, silent: Sequence[Beat]) -> None:
+        """Let py-spy, if it is there, write the stacks of ranks of this node that cannot do so: stopped, or inside of C code."""
+        py_spy = shutil.which("py-spy")
+        for there in [beat for beat in silent if py_spy and beat.node == self._node]:
+            with suppress(OSError, subprocess.TimeoutExpired), open(self._hang / f"rank-{there.rank}-py-spy.txt", "x") as file:
+                subprocess.run([str(py_spy), "dump", "--nonblocking", "--pid", str(there.pid)], stdout=file, stderr=file, timeout=SETTLE_S)
+
+    def _judge(self, idle_s: float, silent: Sequence[int]) -> None:
+        beats = read_beats(self._run_dir, range(self._world_size))
+        waiting = [rank for rank in range(self._world_size) if rank not in silent and _waits(self._stacks(rank).read_text())]
+        odd = odd_ones(beats, silent=silent, waiting=waiting)
+        others = Counter(f"{beat.phase} of step {beat.step}" for beat in beats if beat not in odd)
+        named = [f"rank {beat.rank} on {beat.node} stands in {beat.phase} of step {beat.step}"
+                 + " and does not answer" * (beat.rank in silent) for beat in odd]
+        text = "; ".join(named) if odd else "no rank differs from the others: the network, or a disk"
+        logger.error(f"no progress for {idle_s:.0f} s: {text}; the others: {', '.join(f'{n} in {where}' for where, n in others.items())}. "
+                     f"Stacks: {self._hang}")
+        content = {"idle_s": idle_s, "verdict": text, "odd": [asdict(beat) for beat in odd], "beats": [asdict(beat) for beat in beats]}
+        (self._hang / f"{REPORT}.new").write_text(json.dumps(content, indent=1))
+        (self._hang / f"{REPORT}.new").rename(self._hang / REPORT)  # the sign for the others to leave
+        self._on_hang(odd[0].rank if odd else self._rank)
+
+
+def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
+    """Return the last beat of each of ``ranks``."""
+    beats = {rank: Beat(rank) for rank in ranks}
+    for rank in ranks:
+        with suppress(OSError, ValueError):
+            count, step, phase, own_s, pid, node = (run_dir / FOLDER / f"rank-{rank}").read_text().split()
+            beats[rank] = Beat(rank, int(count), int(step), phase, float(own_s), int(pid), node)
+    return list(beats.values())
+
+
+def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[int]) -> list[Beat]:
+    """Return the ranks to blame: those that do not answer, else those that are behind, else those that are not ``waiting`` for others.
+
+    Nobody, if that would be everybody.
+    """
+    behind = min(beat.count for beat in beats)
+    for odd in ([beat for beat in beats if beat.rank in silent], [beat for beat in beats if beat.count == behind],
+                [beat for beat in beats if beat.rank not in waiting]):
+        if odd and (len(odd) < len(beats) or len(beats) == 1):
+            return odd
+    return []
+
+
+def _waits(stacks: str) -> bool:
+    """Return whether the main thread, the last one in faulthandler's words, is inside a collective."""
+    return "torch/distributed/" in stacks.rpartition("hread 0x")[2]
+
+
+def slow_ranks(earlier: Sequence[Beat], beats: Sequence[Beat]) -> list[str]:
+    """Return a line on each rank that takes ``SLOW`` times as long as the others for what it does by itself, per step."""
+    if len(beats) < 2 or len(earlier) != len(beats) or any(new.step <= old.step for old, new in zip(earlier, beats, strict=True)):
+        return []
+    own_s = [(new.own_s - old.own_s) / (new.step - old.step) for old, new in zip(earlier, beats, strict=True)]
+    usual_s = median(sorted(own_s)[:-1])
+    return [f"rank {beat.rank} on {beat.node} is slow: {mine_s:.2f} s a step for {' and '.join(OWN)}, the others {usual_s:.2f} s"
+            for beat, mine_s in zip(beats, own_s, strict=True) if mine_s > SLOW * usual_s and mine_s - usual_s > 0.05]
