@@ -27,7 +27,6 @@ from launch.queue import hold
 from launch.request import Request
 from launch.slurm import EXCLUDED, SCRIPT, before, excluded, prepare, sbatch_options
 
-RESTARTS = "restarts.json"  # in a run directory: how often which job began from which checkpoint
 TWICE = 2  # hangs of a node, after which the run leaves it out
 TAIL_LINES = 20
 AGAIN = {EXIT_STOPPED: "stopped and saved", EXIT_HUNG: "ranks hung, or lost one another"}  # after which a job is requeued
@@ -73,7 +72,7 @@ def take(config: TrainConfig, here: Allocation) -> None:
     hold(config.run_dir, here.job_id)
     saved = layout.committed(config.run_dir / layout.FOLDER)
     start = {"job": here.job_id, "checkpoint": saved[-1].name if saved else None}
-    file = config.run_dir / RESTARTS
+    file = config.run_dir / run_dir.RESTARTS
     last = json.loads(file.read_text()) if file.is_file() else {}
     restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
     if restarts > config.cluster.max_restarts:

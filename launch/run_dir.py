@@ -34,6 +34,7 @@ from launch.request import CONFIG
 
 ENVIRONMENT = "environment.json"
 LOCK = "lock"
+RESTARTS = "restarts.json"  # how often which job began from which checkpoint
 
 
 def compare(config: TrainConfig) -> list[str]:
@@ -47,7 +48,8 @@ def compare(config: TrainConfig) -> list[str]:
         raise CheckpointError("the run directory is a file", where=path, remedy=_other_name(config))
     if not (path / CONFIG).is_file():
         names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
-        if foreign := sorted(name for name in names - {LOCK, JOB} if not name.startswith("environment")):  # what an early kill leaves
+        early = {LOCK, JOB, RESTARTS}  # what a job that has just begun has written, or an early kill leaves
+        if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
                                   remedy=_other_name(config))
         return []
