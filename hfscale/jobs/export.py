@@ -71,7 +71,9 @@ def usage(objective: Objective, folder: Path | str) -> str:
         return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained("{folder}"), {model}.from_pretrained("{folder}")
 print(tokenizer.batch_decode(model.generate(tokenizer("Once upon a {mark}", return_tensors="pt").input_ids, max_new_tokens=40)))"""
-    text = {"text-generation": '"Once upon a time", max_new_tokens=40', "fill-mask": f'"Once upon a {mark}"',
+    chats = isinstance(objective, Task) and objective.setting.tokenizer.chat_template
+    chat = '[{"role": "user", "content": "Once upon a time"}]' if chats else '"Once upon a time"'
+    text = {"text-generation": f"{chat}, max_new_tokens=40", "fill-mask": f'"Once upon a {mark}"',
             "question-answering": 'question="Who wrote it?", context="Ada wrote it."'}.get(task, '"Once upon a time"')
     trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""  # of one file, which lies in the folder
     return f"""from transformers import pipeline
