@@ -49,6 +49,8 @@ def evaluate(
     found: list[dict[str, Any]] = []
     for name in names:
         if task is None and is_pretraining(name, data):
+            if procs > 1:
+                raise ConfigError("shards are evaluated by one process", where="--procs", value=procs, remedy="leave it out")
             home, scores = job.on_shards(name, data, said)
         else:
             config = settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True)
