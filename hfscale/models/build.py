@@ -101,18 +101,23 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
     import transformers
     from transformers.initialization import no_init_weights
 
-    from hfscale.models.init import initialize
+    from hfscale.models.init import initialize, initialize_adapters
+    from hfscale.models.trained import choose_trained
 
     config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
     check_head(config, auto_model)
 
     def construct() -> PreTrainedModel:
         with no_init_weights(), context():
-            return getattr(transformers, auto_model).from_config(
+            made = getattr(transformers, auto_model).from_config(
                 config, dtype=dtype or torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code)
+            choose_trained(made, model)
+            return made
 
     built = _accepted(construct, model)
     untouched = initialize(built, seed=seed, gather=gather)
+    if model.lora:
+        initialize_adapters(built, seed=seed, gather=gather)
     if untouched and model.pretrained is None:
         raise ConfigError(f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
                           value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture")
