@@ -132,7 +132,7 @@ class MergedWeights:
 
     def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
                  targets: dict[str, bool]) -> None:
-        self.saved, self.base, self.scale, self.targets = saved, open_weights(folder, check=check), scale, targets
+        self.saved, self.folder, self.base, self.scale, self.targets = saved, folder, open_weights(folder, check=check), scale, targets
         self.own = {name.replace(BASE, "."): name for name in saved.names() if ".lora_" not in name}
         self.match = Match(**match)
         self.plain = {name.replace(BASE, "."): name for name in self.match.sources} | self.own

@@ -191,9 +191,12 @@ class Engine:
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over what ``scalars`` returned, on whatever stage and world size."""
-        self.fragments(owned=False)  # so that Adam's state exists
-        for state in self._adamw.state.values():
-            state["step"].fill_(scalars["adam_step"])
+        # also for flat weights that are nothing but padding on this rank, and so have no fragments
+        flat = self._zero.single_partition_of_fp32_groups if self.stage in (1, 2) else self._zero.fp32_partitioned_groups_flat if (
+            self.stage == 3) else [param for group in self._adamw.param_groups for param in group["params"]]
+        for weight in flat:
+            parts.trained(self._adamw, weight)
+            self._adamw.state[weight]["step"].fill_(scalars["adam_step"])
         if self.precision == "fp16" and scalars["loss_scaler"]:
             for key, value in scalars["loss_scaler"].items():
                 setattr(self._zero.loss_scaler, key, value)

@@ -1,17 +1,22 @@
-"""A run of LoRA adapters: the weights that they stand beside."""
+"""A run of LoRA adapters: the weights that they stand beside, and its export as peft's own folder."""
 from __future__ import annotations
 
 from contextlib import suppress
-from dataclasses import asdict
+from copy import copy
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
+from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manager import verify_together
 from hfscale.checkpoint.pretrained import match
-from hfscale.checkpoint.weights import open_weights
+from hfscale.checkpoint.weights import MergedWeights, open_weights
 from hfscale.config.schema import Lora
+from hfscale.errors import ConfigError
+from hfscale.jobs.opening import RunModel
 from hfscale.models.trained import transposed
 
 
@@ -29,3 +34,44 @@ class Beside:
         # what every checkpoint says of the weights that are not in it
         self.about = {"adapters": {"folder": str(folder), "scale": lora.alpha / lora.r, "match": asdict(self.match),
                                    "targets": transposed(model)}}
+
+
+def write_adapter(source: RunModel, folder: Path) -> None:
+    """Write what a run trained as ``PeftModel.from_pretrained`` reads it; modules that were trained whole go along whole.
+
+    Raises:
+        ConfigError: if it is no run of adapters.
+    """
+    from peft import LoraConfig
+
+    reader, lora = source.reader, source.config.model.lora
+    if lora is None or not isinstance(reader, MergedWeights):
+        raise ConfigError("this run has no adapters", where=source.checkpoint, remedy="export it without --adapter")
+    buffers = dict(source.skeleton.named_buffers())
+    whole = {name: name.rpartition(".")[0] for name in reader.own if name not in buffers}
+    chosen = [module for module in reader.targets if module not in whole.values()]
+    LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen,  # type: ignore[arg-type]
+               modules_to_save=sorted(set(whole.values())) or None, fan_in_fan_out=any(reader.targets.values()), inference_mode=True,
+               base_model_name_or_path=reader.folder).save_pretrained(str(folder))
+    tensors = {name: reader.read(name) for name in whole} | {f"{module}.lora_{side}.weight": reader.saved.read(
+        f"{module}.lora_{side}.default.weight") for module in chosen for side in "AB"}
+    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+
+
+def load_adapter(source: RunModel, folder: Path) -> Any:
+    """Return the run's base with the adapter of ``folder``, as peft puts them together."""
+    from peft import PeftModel
+
+    base: Any = copy(source.reader)
+    base.targets = {}
+    return PeftModel.from_pretrained(replace(source, reader=base).model(), str(folder))
+
+
+def use_adapter(source: RunModel, folder: Path) -> str:
+    """Return lines of Python that use an adapter. Its base may have to be exported first."""
+    kind, base = source.objective.auto_model, source.reader.folder  # type: ignore[attr-defined]
+    first = f"# first: hfscale export {base} BASE\n" if (Path(base) / layout.MANIFEST).is_file() else ""
+    return f"""{first}from peft import PeftModel
+from transformers import AutoConfig, {kind}
+base = {kind}.from_pretrained("{'BASE' if first else base}", config=AutoConfig.from_pretrained("{folder}"))
+model = PeftModel.from_pretrained(base, "{folder}")"""
