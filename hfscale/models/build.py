@@ -109,15 +109,14 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
 
     def construct() -> PreTrainedModel:
         with no_init_weights(), context():
-            made = getattr(transformers, auto_model).from_config(
+            return getattr(transformers, auto_model).from_config(
                 config, dtype=dtype or torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code)
-            choose_trained(made, model)
-            return made
 
     built = _accepted(construct, model)
     untouched = initialize(built, seed=seed, gather=gather)
-    if model.lora:
-        initialize_adapters(built, seed=seed, gather=gather)
+    with no_init_weights(), context():
+        choose_trained(built, model)
+    initialize_adapters(built, seed=seed, gather=gather)
     if untouched and model.pretrained is None:
         raise ConfigError(f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
                           value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture")

@@ -55,7 +55,7 @@ def _add_adapters(model: PreTrainedModel, lora: Lora) -> None:
     from peft import LoraConfig, inject_adapter_in_model
 
     chosen = _targets(model, lora.targets)
-    inject_adapter_in_model(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout,  # type: ignore[arg-type]
+    inject_adapter_in_model(LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, init_lora_weights=False,  # type: ignore[arg-type]
                                        target_modules=[*chosen], fan_in_fan_out=any(chosen.values())), model)
 
 

@@ -50,7 +50,7 @@ def compare(
     csv: Annotated[Path | None, typer.Option(help="Write the table here, with confidence intervals.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw it here, with confidence intervals.")] = None,
 ) -> None:
-    """Print a table of what each run scored: its evaluations, and its newest validation.
+    """Print a table of what each run scored: its evaluations, its best and its newest validation; and means over runs of several seeds.
 
     Example: hfscale compare runs/sentiment-* --csv scores.csv --png scores.png
     """
