@@ -133,9 +133,9 @@ class MergedWeights:
     def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
                  targets: dict[str, bool]) -> None:
         self.saved, self.folder, self.base, self.scale, self.targets = saved, folder, open_weights(folder, check=check), scale, targets
-        self.own = {name.replace(BASE, "."): name for name in saved.names() if ".lora_" not in name}
-        self.match = Match(**match)
-        self.plain = {name.replace(BASE, "."): name for name in self.match.sources} | self.own
+        self.match, trained = Match(**match), [name for name in saved.names() if ".lora_" not in name]
+        self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
+        self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}
 
     def names(self) -> list[str]:
         return [*self.plain]

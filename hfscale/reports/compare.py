@@ -66,8 +66,9 @@ def _mean(what: str, lines: Sequence[Line]) -> Line:
     mean: Line = {"name": f"{what}, mean of {len(lines)} seeds"}
     for name in _names(lines):
         values = [line[name] for line in lines if line.get(name) is not None]
-        middle, deviation = fmean(values), stdev(values) if len(values) > 1 else 0.0
-        mean |= {name: middle, name + DEVIATION: deviation, name + LOW: middle - deviation, name + HIGH: middle + deviation}
+        if len(values) > 1:
+            middle, deviation = fmean(values), stdev(values)
+            mean |= {name: middle, name + DEVIATION: deviation, name + LOW: middle - deviation, name + HIGH: middle + deviation}
     return mean
 
 

@@ -95,15 +95,14 @@ class Trainer:
             if agreed.stop and not last:
                 self.checkpoints.wait()
                 return False
+        if self._stopped_early():
+            logger.info(f"no new best in {self.checkpoints.stale} validations: training ends at step {self.state.step}, as train.patience says")
         self.checkpoints.wait()
         return True
 
     def _stopped_early(self) -> bool:
         """Return whether the metric of ``checkpoint.keep_best`` has been no better for as many validations as patience allows."""
-        over = self.patience is not None and self.checkpoints.stale >= self.patience
-        if over:
-            logger.info(f"step {self.state.step}: {self.checkpoints.stale} validations without a new best; training ends here")
-        return over
+        return self.patience is not None and self.checkpoints.stale >= self.patience
 
     def _step(self) -> tuple[Agreed, StepStats]:
         step = self.state.step
