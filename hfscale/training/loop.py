@@ -96,7 +96,7 @@ class Trainer:
                 self.checkpoints.wait()
                 return False
         if self._stopped_early():
-            logger.info(f"no new best in {self.checkpoints.stale} validations: training ends at step {self.state.step}, as train.patience says")
+            logger.info(f"no new best in {self.checkpoints.stale} validations: train.patience ends the run at step {self.state.step}")
         self.checkpoints.wait()
         return True
 
