@@ -131,8 +131,9 @@ class MergedWeights:
     """What adapters were trained to: W + scale * B A of each target; the rest as it is in their checkpoint, or in ``folder``."""
 
     def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
-                 targets: dict[str, bool]) -> None:
+                 targets: dict[str, bool], digests: dict[str, str]) -> None:
         self.saved, self.folder, self.base, self.scale, self.targets = saved, folder, open_weights(folder, check=check), scale, targets
+        self.digests = digests  # of the base's files; a resume compares them
         self.match, trained = Match(**match), [name for name in saved.names() if ".lora_" not in name]
         self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
         self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}

@@ -162,13 +162,14 @@ class Engine:
         that this rank holds, to be loaded; call ``after_load`` when it has been written.
         """
         left_out = set() if frozen else {name for name, param in self.module.named_parameters() if not param.requires_grad}
-        held = [parts.replicated(self.module, stage=self.stage, adamw=self._adamw)]
-        if self.stage:
-            held.append(parts.partitioned(self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank))
-        replicated, *own = [[fragment for fragment in some if fragment.name not in left_out] for some in held]
+        replicated: Iterator[Fragment] = (fragment for fragment in parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
+                                          if fragment.name not in left_out)
         if owned:
-            replicated = list(parts.share(replicated, rank=self.rank, world_size=self.world_size))
-        return [*(own[0] if own else []), *replicated]
+            replicated = parts.share(replicated, rank=self.rank, world_size=self.world_size)
+        if self.stage == 0:
+            return list(replicated)
+        own = parts.partitioned(self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank)
+        return [*(fragment for fragment in own if fragment.name not in left_out), *replicated]
 
     @torch.no_grad()
     def after_load(self) -> None:

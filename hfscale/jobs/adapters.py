@@ -15,9 +15,11 @@ from hfscale.checkpoint.manager import verify_together
 from hfscale.checkpoint.pretrained import match
 from hfscale.checkpoint.weights import MergedWeights, open_weights
 from hfscale.config.schema import Lora
-from hfscale.errors import ConfigError
+from hfscale.dist.agree import from_rank_0
+from hfscale.errors import CheckpointError, ConfigError
 from hfscale.jobs.opening import RunModel
 from hfscale.models.trained import transposed
+from hfscale.shards.files import file_digest
 
 
 class Beside:
@@ -31,9 +33,21 @@ class Beside:
         self.match = match(model, self.reader)
         for name in self.match.missing:
             model.get_parameter(name).requires_grad_(True)
+        files = [folder / layout.MANIFEST] if (folder / layout.MANIFEST).is_file() else sorted(folder.glob("*.safetensors"))
+        digests = from_rank_0({file.name: file_digest(file) for file in files} if rank == 0 else {})
         # what every checkpoint says of the weights that are not in it
-        self.about = {"adapters": {"folder": str(folder), "scale": lora.alpha / lora.r, "match": asdict(self.match),
+        self.about = {"adapters": {"folder": str(folder), "digests": digests, "scale": lora.alpha / lora.r, "match": asdict(self.match),
                                    "targets": transposed(model)}}
+
+    def check(self, saved: dict[str, Any]) -> None:
+        """Return if the weights are those that the adapters were trained beside.
+
+        Raises:
+            CheckpointError: on all ranks, if they have changed.
+        """
+        if (was := saved["adapters"]["digests"]) != (now := self.about["adapters"]["digests"]):
+            raise CheckpointError("the weights that the adapters stand beside have changed", where=saved["adapters"]["folder"],
+                                  value=sorted(dict(was.items() ^ now.items())), remedy="give them back, or begin another run.name")
 
 
 def write_adapter(source: RunModel, folder: Path) -> None:

@@ -61,6 +61,8 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
 
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
+    if saved and beside:
+        beside.check(saved)
     if folder is not None and (saved is None or beside):
         logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
         load_pretrained(engine, beside.reader if beside else open_weights(folder, check=verify_together), beside.match if beside else None)

@@ -46,16 +46,11 @@ def run(name: str, tasks: Sequence[str], *, path: Path | None = None) -> tuple[P
     model = source.model() if source else auto.from_pretrained(local_folder(name, where="MODEL", weights=True)).eval()
     model = model.to(default_device())  # type: ignore[arg-type]
     made: Any = simple_evaluate(HFLM(model, tokenizer=tokenizer, batch_size=BATCH), tasks=[*tasks], task_manager=known)
-    scores, intervals = dict[str, float](), dict[str, list[float]]()
-    for task, figures in made["results"].items():
-        for key, value in figures.items():
-            metric, _, filtered = key.partition(",")
-            if isinstance(value, float) and not metric.endswith("_stderr"):
-                called = f"{task}/{metric}" if filtered == "none" else f"{task}/{metric}/{filtered}"
-                scores[called], deviation = value, figures.get(f"{metric}_stderr,{filtered}")
-                if isinstance(deviation, float):
-                    intervals[called] = [value - 1.96 * deviation, value + 1.96 * deviation]
+    figures = {f"{task}/{key}".removesuffix(",none"): value for task, some in made["results"].items() for key, value in some.items()
+               if isinstance(value, float)}  # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
+    scores = {key: value for key, value in figures.items() if "_stderr" not in key}
+    errors = {key.replace("_stderr", ""): 1.96 * value for key, value in figures.items() if "_stderr" in key}
     found = {"task": "lm_eval", "versions": made["versions"], "examples": sum(count["effective"] for count in made["n-samples"].values()),
-             "scores": scores, "intervals": intervals, "notes": {}}
-    model_at = layout.checkpoint_of(name) or name
-    return folder_of(name, "harness-" + "-".join(tasks)[:80], {"model": str(model_at), "found": str(found)}), found
+             "scores": scores, "intervals": {key: [scores[key] - half, scores[key] + half] for key, half in errors.items()}, "notes": {}}
+    about = {"model": str(layout.checkpoint_of(name) or name), "found": str(found)}
+    return folder_of(name, "harness-" + "-".join(tasks)[:80], about), found

@@ -40,10 +40,11 @@ def _targets(model: PreTrainedModel, asked: str | Sequence[str]) -> dict[str, bo
               if isinstance(module, nn.Linear | Conv1D) and module is not output}
     if isinstance(asked, str):
         return {name: kind for name, kind in linear.items() if model.get_submodule(name) in inside}
+    found = {end: [name for name in linear if f".{name}".endswith(f".{end}")] for end in asked}
     for number, end in enumerate(asked):
-        if not any(f".{name}".endswith(f".{end}") for name in linear):
+        if not found[end]:
             raise _unknown("no linear module has such a name", f"model.lora.targets.{number}", end, linear)
-    return {name: kind for name, kind in linear.items() if any(f".{name}".endswith(f".{end}") for end in asked)}
+    return {name: linear[name] for names in found.values() for name in names}
 
 
 def transposed(model: PreTrainedModel) -> dict[str, bool]:

@@ -13,7 +13,7 @@ from hfscale.checkpoint.weights import open_weights
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import to_yaml
 from hfscale.config.rules import problems
-from hfscale.errors import ConfigError
+from hfscale.errors import CheckpointError, ConfigError
 from hfscale.jobs import export
 from hfscale.jobs.check import check
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
@@ -122,6 +122,20 @@ def test_a_run_may_begin_with_adapters(folder: Path) -> None:
     changed = {name for name in base.names() if not torch.equal(base.read(name), reader.read(name))}
     assert changed and all("query" in name or "dense" in name for name in changed)
     export.run(str(folder / "runs" / "again"), folder / "again-merged")
+
+
+def refused(values: dict[str, Any]) -> str:
+    with pytest.raises(CheckpointError, match="stand beside have changed") as raised:
+        train(values)
+    return str(raised.value)
+
+
+def test_another_base_is_refused(folder: Path) -> None:
+    make_encoder(folder / "other")
+    records(folder, "moved", 0, model={"pretrained": str(folder / "other"), "lora": {}}, train={"steps": 1})
+    make_encoder(folder / "other")  # drawn anew
+    values = task_values(folder, "moved", model={"pretrained": str(folder / "other"), "lora": {}}, engine={"zero_stage": 0})
+    assert all("model.safetensors" in said for said in run_ranks(refused, 2, values))
 
 
 def test_patience_ends_a_run_for_good(folder: Path) -> None:
