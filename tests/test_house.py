@@ -24,7 +24,7 @@ FLOORS = [  # a module imports from lower floors, and from its own package; erro
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 SLOW = {"torch", "deepspeed", "transformers", "datasets", "webdataset", "tokenizers", "accelerate", "tensorboard", "pyarrow", "pandas"}
 WORLD = re.compile(r"^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_\w+)$")
-OPTIONAL = {"matplotlib"}  # imported on use, with an error that says what to install
+OPTIONAL = {"matplotlib", "lm-eval"}  # imported on use, with an error that says what to install
 DISTRIBUTIONS = {"yaml": "pyyaml", "sklearn": "scikit-learn"}  # import name -> what pip calls it, where they differ
 
 MODULES = sorted([*(ROOT / "hfscale").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])

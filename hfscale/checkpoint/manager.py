@@ -82,9 +82,16 @@ class CheckpointManager:
                               remedy=nearest(best.metric, given))
         value, before = record[best.metric], self._best if self._best and self._best["metric"] == best.metric else None
         if not math.isfinite(value) or (before and (value >= before["value"] if best.mode == "min" else value <= before["value"])):
+            if before:
+                before["stale"] = before.get("stale", 0) + 1
             return False
-        self._best = {"metric": best.metric, "step": record["step"], "value": value}
+        self._best = {"metric": best.metric, "step": record["step"], "value": value, "stale": 0}
         return True
+
+    @property
+    def stale(self) -> int:
+        """How many validations there were since the best one; a resume goes on counting."""
+        return self._best.get("stale", 0) if self._best and self._config.keep_best else 0
 
     def failed(self) -> BaseException | None:
         """Return what stopped this rank's last background write, if anything did."""
@@ -107,7 +114,7 @@ class CheckpointManager:
             if not probe.logits.isfinite().all():
                 raise UnhealthyError("the model's logits are not finite; nothing was saved, older checkpoints are untouched")
             small[layout.PROBE] = probe.to_bytes()
-        fragments = engine.fragments()
+        fragments = engine.fragments(frozen=not engine.adapted)
         self._prepare(fragments, step=step)
         reused = bool(self._buffers)
         snapshot = self._snapshot(fragments)
@@ -231,7 +238,7 @@ class CheckpointManager:
                 continue
             state = json.loads((checkpoint / layout.STATE).read_text())
             reader = FragmentReader(checkpoint)
-            load_fragments(reader, engine.fragments(owned=False))
+            load_fragments(reader, engine.fragments(owned=False, frozen=not engine.adapted))
             reader.close()
             engine.load_scalars(state["engine"])
             engine.after_load()

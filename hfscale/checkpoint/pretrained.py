@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 from transformers import PreTrainedModel
 
-from hfscale.checkpoint.weights import WeightsReader
+from hfscale.checkpoint.weights import BASE, Match, WeightsReader
 from hfscale.engine.fragments import tied
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
@@ -24,18 +22,6 @@ if TYPE_CHECKING:  # a login node matches names without DeepSpeed
     from hfscale.engine.engine import Engine
 
 NAMED = 20  # tensors that a message names
-BLOCK_ROWS = 4096
-
-
-@dataclass(frozen=True)
-class Match:
-    """Where a model's tensors come from. Missing parameters keep their first weights (a new head, say); unexpected ones are not read."""
-
-    sources: dict[str, str]  # name in the model -> name in the reader
-    missing: tuple[str, ...]
-    unexpected: tuple[str, ...]
-    grown: tuple[str, ...]  # names in the model of what has a row (or number) an id, and more ids than its source
-    rows: tuple[int, int]  # ids there, and in the model
 
 
 def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
@@ -47,7 +33,7 @@ def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
     parameters, saved, available = dict(model.named_parameters()), model.state_dict(), reader.names()
     tensors = parameters | {name: buffer for name, buffer in model.named_buffers() if name in saved}
     shapes = {name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()}
-    names = {name: [name, *(alias for alias, first in tied(model).items() if first == name)] for name in tensors}
+    names = {name: [name.replace(BASE, "."), *(alias for alias, first in tied(model).items() if first == name)] for name in tensors}
     found = {name: [there for alias in names[name] for there in _spellings(alias, model.base_model_prefix) if there in available]
              for name in tensors}
     words = next(name for name, tensor in tensors.items() if tensor is model.get_input_embeddings().weight)
@@ -70,45 +56,25 @@ def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
     used, ignored = {there for all_ in found.values() for there in all_}, model._keys_to_ignore_on_load_unexpected or ()
     unexpected = [name for name in available if name not in used and not any(re.search(pattern, name) for pattern in ignored)]
     missing = [name for name in parameters if not found[name]]  # buffers have their constructor's value
-    _say(missing, "parameters of the model are not among the pretrained weights and start fresh")
+    _say([name for name in missing if ".lora_" not in name], "parameters of the model are not among the pretrained weights and start fresh")
     _say(unexpected, "pretrained weights have no place in the model and are not read")
     _say(grown, f"tensors grow from {rows[0]} to {rows[1]} ids; each new one starts as the mean of the old ones")
     return Match({name: there[0] for name, there in found.items() if there}, tuple(missing), tuple(sorted(unexpected)), tuple(grown), rows)
 
 
 @torch.no_grad()
-def load_pretrained(engine: Engine, reader: WeightsReader) -> Match:
-    """Return what matched, after each rank has filled its part of the fp32 weights. Collective.
-
-    New ids: the mean keeps the old ids' probabilities almost as they were (Hewitt 2021, "Initializing new word embeddings").
+def load_pretrained(engine: Engine, reader: WeightsReader, found: Match | None = None) -> Match:
+    """Return what matched (``found``, where that is known), after each rank has filled its part of the fp32 weights. Collective.
 
     Raises:
         CheckpointError: on all ranks, before anything is changed, as ``match``.
     """
-    found = match(engine.module, reader)  # type: ignore[arg-type]
+    found = found or match(engine.module, reader)  # type: ignore[arg-type]
     for fragment in engine.fragments(owned=False):
-        there = found.sources.get(fragment.name)
-        if there is None:
-            continue
-        weight, size = fragment.tensors["weight"], torch.Size(reader.shape(there)).numel()
-        old = min(max(size - fragment.start, 0), fragment.numel)
-        if old:
-            weight[:old] = reader.read_slice(there, start=fragment.start, numel=old).to(weight)
-        if old < fragment.numel:
-            mean = _mean_row(reader, there, rows=found.rows[0])
-            weight[old:] = mean[torch.arange(fragment.start + old, fragment.start + fragment.numel) % len(mean)].to(weight)
+        if fragment.name in found.sources:
+            fragment.tensors["weight"].copy_(found.read_slice(reader, fragment.name, start=fragment.start, numel=fragment.numel))
     engine.after_load()
     return found
-
-
-def _mean_row(reader: WeightsReader, name: str, *, rows: int) -> Tensor:
-    """Return the mean of all rows (float64), read block by block; of a vector with a number an id: of its numbers."""
-    width = torch.Size(reader.shape(name)).numel() // rows
-    total = torch.zeros(width, dtype=torch.float64)
-    for first in range(0, rows, BLOCK_ROWS):
-        count = min(BLOCK_ROWS, rows - first)
-        total += reader.read_slice(name, start=first * width, numel=count * width).view(count, width).double().sum(0)
-    return total / rows
 
 
 def _spellings(name: str, prefix: str) -> Iterator[str]:

@@ -2,8 +2,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +17,7 @@ from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.errors import CheckpointError
 
+BASE, BLOCK_ROWS = ".base_layer.", 4096  # what stands in the name of a matrix that has an adapter
 Check = Callable[[Path], list[str]]
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
 
@@ -38,6 +40,50 @@ class WeightsReader(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class Match:
+    """Where a model's tensors come from. Missing parameters keep their first weights (a new head, say); unexpected ones are not read."""
+
+    sources: dict[str, str]  # name in the model -> name in the reader
+    missing: Sequence[str]
+    unexpected: Sequence[str]
+    grown: Sequence[str]  # names in the model of what has a row (or number) an id, and more ids than its source
+    rows: Sequence[int]  # ids there, and in the model
+
+    def shape(self, reader: WeightsReader, name: str) -> tuple[int, ...]:
+        """Return the shape of the model's tensor ``name``."""
+        old, new = self.rows
+        there = reader.shape(self.sources[name])
+        return tuple(new if size == old else size for size in there) if name in self.grown else there
+
+    def read_slice(self, reader: WeightsReader, name: str, *, start: int, numel: int) -> Tensor:
+        """Return elements of the model's flattened tensor ``name``; fp32, where it has grown.
+
+        New ids: the mean keeps the old ids' probabilities almost as they were (Hewitt 2021, "Initializing new word embeddings").
+        """
+        there = self.sources[name]
+        if name not in self.grown:
+            return reader.read_slice(there, start=start, numel=numel)
+        size, values = torch.Size(reader.shape(there)).numel(), torch.empty(numel)
+        old = min(max(size - start, 0), numel)
+        if old:
+            values[:old] = reader.read_slice(there, start=start, numel=old)
+        if old < numel:
+            mean = _mean_row(reader, there, rows=self.rows[0])
+            values[old:] = mean[torch.arange(start + old, start + numel) % len(mean)]
+        return values
+
+
+def _mean_row(reader: WeightsReader, name: str, *, rows: int) -> Tensor:
+    """Return the mean of all rows (float64), read block by block; of a vector with a number an id: of its numbers."""
+    width = torch.Size(reader.shape(name)).numel() // rows
+    total = torch.zeros(width, dtype=torch.float64)
+    for first in range(0, rows, BLOCK_ROWS):
+        count = min(BLOCK_ROWS, rows - first)
+        total += reader.read_slice(name, start=first * width, numel=count * width).view(count, width).double().sum(0)
+    return total / rows
+
+
 def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a folder of transformers.
 
@@ -47,7 +93,8 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
         CheckpointError: if there are none, or a checkpoint does not match its manifest.
     """
     if checkpoint := layout.checkpoint_of(path):
-        return CheckpointWeights(checkpoint, check=check)
+        saved, state = CheckpointWeights(checkpoint, check=check), json.loads((checkpoint / layout.STATE).read_text("utf-8"))
+        return MergedWeights(saved, check=check, **state["adapters"]) if "adapters" in state else saved
     if not Path(path).is_dir():
         raise CheckpointError("there is no such folder", where=path, remedy="name a run, a checkpoint or a transformers folder")
     return FolderWeights(Path(path))
@@ -78,6 +125,42 @@ class CheckpointWeights:
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         name = self.home(name)
         return self._reader.read(name, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(name)))
+
+
+class MergedWeights:
+    """What adapters were trained to: W + scale * B A of each target; the rest as it is in their checkpoint, or in ``folder``."""
+
+    def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
+                 targets: dict[str, bool], digests: dict[str, str]) -> None:
+        self.saved, self.folder, self.base, self.scale, self.targets = saved, folder, open_weights(folder, check=check), scale, targets
+        self.digests = digests  # of the base's files; a resume compares them
+        self.match, trained = Match(**match), [name for name in saved.names() if ".lora_" not in name]
+        self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
+        self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}
+
+    def names(self) -> list[str]:
+        return [*self.plain]
+
+    def home(self, name: str) -> str:
+        return self.saved.home(self.plain[name]).replace(BASE, ".")
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        inside = self.plain[self.home(name)]
+        return self.saved.shape(inside) if inside in self.own.values() else self.match.shape(self.base, inside)
+
+    def read(self, name: str) -> Tensor:
+        name = self.home(name)
+        shape, inside, module = self.shape(name), self.plain[name], name.removesuffix(".weight")
+        value = self.saved.read(inside) if name in self.own else (
+            self.match.read_slice(self.base, inside, start=0, numel=torch.Size(shape).numel()).view(shape))
+        if module == name or module not in self.targets:
+            return value
+        a, b = (self.saved.read(f"{module}.lora_{side}.default.weight") for side in "AB")
+        delta = b @ a * self.scale
+        return value.float() + (delta.T if self.targets[module] else delta)
+
+    def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
+        return self.read(name).reshape(-1)[start:start + numel]
 
 
 class FolderWeights:

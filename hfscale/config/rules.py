@@ -44,6 +44,11 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
     if config.checkpoint.keep_best and data.validation is None:
         setting = "data.validation" if isinstance(data, Examples) else "data.validation.shards"
         found.append(("checkpoint.keep_best", f"there is no validation to find the best by: set {setting}, or take it back"))
+    if train.patience and not config.checkpoint.keep_best:
+        found.append(("train.patience", "nothing says what shall become better: set checkpoint.keep_best.metric"))
+    if model.lora and (model.pretrained is None or model.freeze):
+        found.append(("model.lora", "adapters stand beside pretrained weights: set model.pretrained" if model.pretrained is None else
+                      "all that has pretrained weights is frozen beside adapters: take back model.freeze"))
     if not isinstance(data, Examples):
         return found + list(_mixture_problems(data))
     if train.tokens is not None:

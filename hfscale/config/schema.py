@@ -123,6 +123,15 @@ class Data(Section):
         return {**self.cache.model_dump(), "allow_pipe": self.allow_pipe}
 
 
+class Lora(Section):
+    """Low-rank adapters beside frozen matrices W: (W + alpha / r B A) x (Hu et al. 2021). What has no pretrained weights is trained too."""
+
+    r: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Decay = 0.0  # of what goes into A
+    targets: Union[Literal["all-linear"], list[str]] = "all-linear"  # ends of names of linear modules; all: those of the base model
+
+
 class Model(Section):
     """A transformers architecture by name with its config, or pretrained weights to start from."""
 
@@ -131,6 +140,8 @@ class Model(Section):
     pretrained: PathOrHubName | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
+    freeze: list[re.Pattern[str]] = []  # parameters in whose names one of these is found keep their first values
+    lora: Lora | None = None
 
 
 class Named(Section):
@@ -149,6 +160,7 @@ class Optim(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0 = off
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's learning rate is this share of the one's above it
 
 
 class Schedule(Section):
@@ -169,6 +181,7 @@ class Train(Section):
     global_batch: Positive
     micro_batch: Positive
     hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0  # without progress, after which stacks are written and the run ends
+    patience: Positive | None = None  # the run is done after so many validations without a new best of checkpoint.keep_best
 
 
 class Engine(Section):

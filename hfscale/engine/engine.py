@@ -23,6 +23,7 @@ from hfscale.config.schema import TrainConfig
 from hfscale.engine import fragments as parts
 from hfscale.engine.ds_config import deepspeed_config, running_stage
 from hfscale.engine.fragments import Fragment
+from hfscale.engine.groups import param_groups
 from hfscale.errors import ConfigError, UnhealthyError
 
 LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic scaler (fp16)
@@ -65,6 +66,7 @@ class Engine:
         self._lr_used: set[float] = set()
         self.stage: int = running_stage(config.engine)
         self.precision: str = config.engine.precision
+        self.adapted: bool = config.model.lora is not None  # then the frozen weights are kept where they came from
         self.device: torch.device = ds.device
         self.rank, self.world_size = torch_dist.get_rank(), torch_dist.get_world_size()
         adamw.register_step_pre_hook(self._before_update)
@@ -80,7 +82,7 @@ class Engine:
         if config.engine.activation_checkpointing:
             _enable_activation_checkpointing(model)
         _join_process_group()
-        adamw = torch.optim.AdamW(_param_groups(model, config.optim.weight_decay), lr=0.0, betas=config.optim.betas,
+        adamw = torch.optim.AdamW(param_groups(model, config.optim), lr=0.0, betas=config.optim.betas,
                                   eps=config.optim.eps, fused=True)
         ds, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
         if config.engine.compile:
@@ -114,7 +116,7 @@ class Engine:
                 (fp16: the step is skipped and the loss scale lowered instead). The engine must not be trained further.
         """
         for group in self._adamw.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_share"]
         self._lr_used.clear()
         self._ds.step()
         skipped = bool(getattr(self._zero, "overflow", False))
@@ -122,7 +124,8 @@ class Engine:
             if self.precision != "fp16":
                 raise UnhealthyError("the gradient is not finite; weights were not changed")
             return StepStats(float("inf"), lr, skipped=True)
-        assert self._lr_used == {lr}, f"AdamW used learning rates {self._lr_used}, not {lr}"
+        expected = {lr * group["lr_share"] for group in self._adamw.param_groups}
+        assert self._lr_used == expected, f"AdamW used learning rates {self._lr_used}, not {expected}"
         return StepStats(self._norm, lr)
 
     def _before_update(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
@@ -152,19 +155,21 @@ class Engine:
             self.module.train(training)
 
     # ---------------------------------------------------------------------------------------------- state
-    def fragments(self, *, owned: bool = True) -> list[Fragment]:
-        """Return live views of this rank's state.
+    def fragments(self, *, owned: bool = True, frozen: bool = True) -> list[Fragment]:
+        """Return live views of this rank's state; of ``frozen`` parameters only where asked.
 
         ``owned``: a share that is disjoint from other ranks' and with them covers everything, to be saved. Otherwise all
         that this rank holds, to be loaded; call ``after_load`` when it has been written.
         """
-        replicated = parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
+        left_out = set() if frozen else {name for name, param in self.module.named_parameters() if not param.requires_grad}
+        replicated: Iterator[Fragment] = (fragment for fragment in parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
+                                          if fragment.name not in left_out)
         if owned:
             replicated = parts.share(replicated, rank=self.rank, world_size=self.world_size)
         if self.stage == 0:
             return list(replicated)
         own = parts.partitioned(self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank)
-        return [*own, *replicated]
+        return [*(fragment for fragment in own if fragment.name not in left_out), *replicated]
 
     @torch.no_grad()
     def after_load(self) -> None:
@@ -187,9 +192,12 @@ class Engine:
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over what ``scalars`` returned, on whatever stage and world size."""
-        self.fragments(owned=False)  # so that Adam's state exists
-        for state in self._adamw.state.values():
-            state["step"].fill_(scalars["adam_step"])
+        # also for flat weights that are nothing but padding on this rank, and so have no fragments
+        flat = self._zero.single_partition_of_fp32_groups if self.stage in (1, 2) else self._zero.fp32_partitioned_groups_flat if (
+            self.stage == 3) else [param for group in self._adamw.param_groups for param in group["params"]]
+        for weight in flat:
+            parts.trained(self._adamw, weight)
+            self._adamw.state[weight]["step"].fill_(scalars["adam_step"])
         if self.precision == "fp16" and scalars["loss_scaler"]:
             for key, value in scalars["loss_scaler"].items():
                 setattr(self._zero.loss_scaler, key, value)
@@ -213,17 +221,6 @@ def _join_process_group() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*is deprecated")  # DeepSpeed's calls
-
-
-def _param_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not. Shapes are the unpartitioned ones."""
-    trained = [param for param in model.parameters() if param.requires_grad]
-    if not trained:
-        raise ConfigError("the model has no parameter to train", where="model")
-    decayed = {id(param) for param in trained if len(getattr(param, "ds_shape", param.shape)) >= 2}
-    groups = [{"params": [param for param in trained if id(param) in decayed], "weight_decay": weight_decay},
-              {"params": [param for param in trained if id(param) not in decayed], "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
 
 
 def _enable_activation_checkpointing(model: nn.Module) -> None:

@@ -45,7 +45,7 @@ def partitioned(module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.
             if param.requires_grad:
                 group, offset, _ = zero.grad_position[zero.get_param_id(param)]
                 flat = zero.fp32_partitioned_groups_flat[group]
-                tensors = {key: value.narrow(0, offset, real) for key, value in _trained(adamw, flat).items()}
+                tensors = {key: value.narrow(0, offset, real) for key, value in trained(adamw, flat).items()}
             else:
                 tensors = {"weight": param.ds_tensor.detach().narrow(0, 0, real)}
             yield Fragment(name, shape, start, tensors)
@@ -53,7 +53,7 @@ def partitioned(module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.
             mapping = param._hp_mapping
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
             here = mapping.get_hp_fragment_address()
-            tensors = {key: value.narrow(0, here.start, here.numel) for key, value in _trained(adamw, flat).items()}
+            tensors = {key: value.narrow(0, here.start, here.numel) for key, value in trained(adamw, flat).items()}
             yield Fragment(name, tuple(param.shape), mapping.lp_fragment_address.start, tensors)
 
 
@@ -61,7 +61,7 @@ def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> It
     """Yield, whole, what every rank holds: persistent buffers, below stage 3 frozen parameters, at stage 0 all parameters."""
     for name, param in module.named_parameters():
         if stage == 0 and param.requires_grad:
-            yield Fragment(name, tuple(param.shape), 0, {key: value.view(-1) for key, value in _trained(adamw, param).items()})
+            yield Fragment(name, tuple(param.shape), 0, {key: value.view(-1) for key, value in trained(adamw, param).items()})
         elif stage < 3 and not param.requires_grad:
             yield Fragment(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
     for path, child in module.named_modules():
@@ -91,7 +91,7 @@ def tied(module: nn.Module) -> dict[str, str]:
     return {name: home for name, home in homes.items() if home != name}
 
 
-def _trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
+def trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
     """Return a parameter's fp32 weight and moments, which are made here if no step has made them yet."""
     state = adamw.state[weight]
     if not state:

@@ -24,6 +24,7 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
+from hfscale.jobs.adapters import Beside
 from hfscale.jobs.check import model_needs, pretrained_folder
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
 from hfscale.log import logger
@@ -50,6 +51,7 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
     same_on_all_ranks({"tokenizer.path": tokenizer_digest(material.tokenizer), **material.digests()})
     model = build(config, material, device, folder)
     objective = material.objective(model.config)
+    beside = Beside(model, config.model.lora, folder, rank=world.rank) if folder and config.model.lora else None
 
     parameters = sum(getattr(p, "ds_numel", p.numel()) for p in model.parameters())  # ds_numel: of the whole, at ZeRO 3
     flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=parameters)
@@ -59,9 +61,11 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
 
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
-    if saved is None and folder is not None:
-        logger.info(f"starting from the weights of {folder}")
-        load_pretrained(engine, open_weights(folder, check=verify_together))
+    if saved and beside:
+        beside.check(saved)
+    if folder is not None and (saved is None or beside):
+        logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
+        load_pretrained(engine, beside.reader if beside else open_weights(folder, check=verify_together), beside.match if beside else None)
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=material.rows, seq_len=data.seq_len)
@@ -73,9 +77,10 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
         engine=engine, stream=stream, objective=objective, checkpoints=checkpoints, state=state, stop=(stop or StopRequest()).listen(),
         throughput=Throughput(flops_per_token=flops, peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
-        describe=describe(config, material, world, device), total_steps=steps, sources=material.names, seed=config.run.seed,
-        rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps,
+        describe=describe(config, material, world, device) | (beside.about if beside else {}), total_steps=steps, sources=material.names,
+        seed=config.run.seed, rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps,
         max_skipped=getattr(data, "max_skipped", 0.0), warned_s=config.cluster.signal_s if allocation() and world.rank == 0 else None,
+        patience=train.patience,
         **material.validation(objective),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)

@@ -21,6 +21,7 @@ from hfscale.dist.world import World
 from hfscale.hub import local_folder
 from hfscale.jobs.material import open_material
 from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
+from hfscale.models.trained import choose_trained
 from hfscale.objectives.draws import lacking
 from hfscale.tokenizer import vocabulary_size
 
@@ -42,8 +43,11 @@ def check(config: TrainConfig) -> None:
     if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:
         why = f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own"
         raise lacking(material.tokenizer, why, add="pad='<pad>'")
-    if folder and not layout.newest_state(config.run_dir):
-        match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
+    if config.model.freeze or config.model.lora or (folder and not layout.newest_state(config.run_dir)):
+        shape = skeleton(config, model_config, objective.auto_model)
+        choose_trained(shape, config.model)
+        if folder and not layout.newest_state(config.run_dir):
+            match(shape, open_weights(folder, check=partial(verify, digests=False)))
 
 
 def parameters(config: TrainConfig) -> int:
@@ -65,6 +69,8 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
     """
     if (name := config.model.pretrained) is None:
         return None
+    if config.model.lora and (state := layout.newest_state(config.run_dir)):
+        return Path(state["adapters"]["folder"])  # which the run does not save
     own = [path for path in layout.committed(config.run_dir / layout.FOLDER) if not verify(path, digests=False)]
     return own[-1] if own else layout.checkpoint_of(name) or local_folder(name, where="model.pretrained", weights=True)
 

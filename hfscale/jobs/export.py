@@ -19,6 +19,7 @@ from hfscale.checkpoint.probe import read_probe
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
+from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
 from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.objectives.base import Objective
@@ -29,8 +30,8 @@ SAME_DEVICE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # 3e-3 was seen in bf1
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 
 
-def run(name: str, out: Path) -> str:
-    """Return lines of Python that use the model which is now published at ``out``.
+def run(name: str, out: Path, *, adapter: bool = False) -> str:
+    """Return lines of Python that use the model which is now published at ``out``: of a run of adapters merged, or the ``adapter`` alone.
 
     Raises:
         CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits differ; then nothing is published.
@@ -45,7 +46,10 @@ def run(name: str, out: Path) -> str:
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # a name of our own, removed whatever happens
         partial = Path(scratch) / "model"
         partial.mkdir()
-        write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+        if adapter:
+            write_adapter(source, partial)
+        else:
+            write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
         if isinstance(source.objective, Task):
             config: Any = source.config
             source.skeleton.config.hfscale = {"task": config.task.model_dump(mode="json"), "max_length": config.data.max_length}
@@ -57,11 +61,11 @@ def run(name: str, out: Path) -> str:
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
         framed(source.tokenizer, source.objective.frame, source.skeleton.config).save_pretrained(partial)
-        difference = prove(source, partial)
+        difference = prove(source, partial, adapter=adapter)
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
-    return usage(source.objective, out)
+    return use_adapter(source, out) if adapter else usage(source.objective, out)
 
 
 def usage(objective: Objective, folder: Path | str) -> str:
@@ -81,7 +85,7 @@ use = pipeline("{task}", model="{folder}"{trusted})
 print(use({text}))"""
 
 
-def prove(source: RunModel, folder: Path) -> float:
+def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     """Return the relative difference between the engine's logits at the save and those of ``folder`` loaded by transformers.
 
     Raises:
@@ -89,13 +93,14 @@ def prove(source: RunModel, folder: Path) -> float:
     """
     device = default_device()
     attention = source.skeleton.config._attn_implementation
-    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention)
-    model.to(device).eval()  # type: ignore[arg-type]
+    model: Any = load_adapter(source, folder) if adapter else type(source.skeleton).from_pretrained(
+        folder, dtype=source.dtype, attn_implementation=attention)
+    model.to(device).eval()
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
         got = probe.ask(model, device=device)
     assert got is not None, "it had logits when it was saved"
-    same = device_name(device) == state(source)["device"] and not source.config.engine.compile
+    same = device_name(device) == state(source)["device"] and not source.config.engine.compile and not source.config.model.lora
     return compare_logits(got, probe.logits, tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision])
 
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.weights import CheckpointWeights, WeightsReader
+from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.finetune import FinetuneConfig, PredictConfig
 from hfscale.config.load import load_config, load_values
 from hfscale.config.schema import RunConfig, TrainConfig
@@ -61,7 +61,7 @@ def open_run(name: str) -> RunModel | None:
     disable_progress_bar()
     if (checkpoint := layout.checkpoint_of(name)) is None:
         return None
-    reader = CheckpointWeights(checkpoint)  # damaged ones are refused: silently taking an older one would be a lie
+    reader = open_weights(checkpoint)  # damaged ones are refused: silently taking an older one would be a lie
     config = run_config(checkpoint)
     tokenizer = load_tokenizer(tokenizer_folder(config, None))
     state = json.loads((checkpoint / layout.STATE).read_text("utf-8"))

@@ -101,7 +101,8 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
     import transformers
     from transformers.initialization import no_init_weights
 
-    from hfscale.models.init import initialize
+    from hfscale.models.init import initialize, initialize_adapters
+    from hfscale.models.trained import choose_trained
 
     config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
     check_head(config, auto_model)
@@ -113,6 +114,9 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
 
     built = _accepted(construct, model)
     untouched = initialize(built, seed=seed, gather=gather)
+    with no_init_weights(), context():
+        choose_trained(built, model)
+    initialize_adapters(built, seed=seed, gather=gather)
     if untouched and model.pretrained is None:
         raise ConfigError(f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
                           value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture")

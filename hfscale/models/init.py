@@ -9,6 +9,7 @@ copied back. No rank ever holds more than one module's part. Source: transformer
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -55,6 +56,18 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                     remedy="set engine.zero_stage=2, or choose another architecture")
     model.tie_weights()
     return [name for name, p in model.named_parameters() if p in undrawn]
+
+
+def initialize_adapters(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> None:
+    """Return with A of each LoRA adapter drawn as peft does (uniform, like a linear module of torch) and B zero."""
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for path, module in model.named_modules():
+            for name in getattr(module, "lora_A", ()):
+                pair = [module.get_parameter(f"lora_{side}.{name}.weight") for side in "AB"]
+                with gather(pair) if gather else nullcontext(), _fp32_on_cpu(pair, set()):
+                    torch.default_generator.manual_seed(_seed(seed, path))
+                    nn.init.kaiming_uniform_(pair[0], a=math.sqrt(5))
+                    nn.init.zeros_(pair[1])
 
 
 def _near(path: str, module: nn.Module, tied: Mapping[str, str]) -> dict[Parameter, bool]:

@@ -6,38 +6,70 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from operator import itemgetter
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
+
+import yaml
 
 from hfscale.errors import DataError
 from hfscale.shards.stats import picture
 
-PREFIX, LOW, HIGH = "validation_", "_low", "_high"
+PREFIX, LOW, HIGH, DEVIATION = "validation_", "_low", "_high", "_deviation"
 Line = dict[str, Any]
 
 
 def find(sources: Sequence[Path]) -> list[Line]:
-    """Return the evaluations and the newest validation of each run directory, and what each file of scores says.
+    """Return the evaluations, the best validation (of ``checkpoint.keep_best``) and the newest of each run directory, and what each file
+    of scores says; then the means of runs that differ in seed alone.
 
     Raises:
         DataError: if a source has neither.
     """
     found: list[Line] = []
+    alike: dict[tuple[str, str], dict[Path, Line]] = {}  # (what was scored, config) -> the newest line of each run
     for source in sources:
-        lines = [_evaluation(file) for file in ([source] if source.is_file() else sorted(source.glob("evaluations/*/*/scores.json")))]
-        log = source / "metrics.jsonl"
-        for text in reversed(log.read_text("utf-8").splitlines()) if log.is_file() else ():
-            with suppress(ValueError):  # torn by a kill
-                record = json.loads(text)
-                if scores := {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}:
-                    lines.append({"name": f"{source} validation, step {record['step']}", **scores})
-                    break
+        files = [source] if source.is_file() else sorted(source.glob("evaluations/*/*/scores.json"))
+        lines = [(file.resolve().parent.parent.name, _evaluation(file)) for file in files]
+        config = yaml.safe_load((source / "config.yaml").read_text("utf-8")) if (source / "config.yaml").is_file() else {}
+        records = list(_validations(source / "metrics.jsonl"))
+        if best := (config.get("checkpoint") or {}).get("keep_best"):
+            choose = min if best["mode"] == "min" else max
+            scored = [record for record in records if record.get(best["metric"]) is not None]
+            lines += [("best validation", choose(scored, key=itemgetter(best["metric"])))] if scored else []
+        lines += [("validation", record) for record in records[-1:]]
         if not lines:
             raise DataError("no scores here", where=source, remedy="name runs that were validated or evaluated, or files scores.json")
-        found += lines
-    return found
+        for what, line in lines:
+            if "step" in line:
+                line = {"name": f"{source} {what}, step {line['step']}"} | {
+                    name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
+            found.append(line)
+            if config:
+                alike.setdefault((what, json.dumps(config | {"run": None}, default=str)), {})[source] = line
+    return found + [_mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1]
+
+
+def _validations(log: Path) -> Iterator[dict[str, Any]]:
+    for text in log.read_text("utf-8").splitlines() if log.is_file() else ():
+        with suppress(ValueError):  # torn by a kill
+            record = json.loads(text)
+            if any(name.startswith(PREFIX) for name in record):
+                yield record
+
+
+def _mean(what: str, lines: Sequence[Line]) -> Line:
+    """Return the mean of runs whose configs differ in name and seed alone, and on both sides of it their (sample's) deviation."""
+    mean: Line = {"name": f"{what}, mean of {len(lines)} seeds"}
+    for name in _names(lines):
+        values = [line[name] for line in lines if line.get(name) is not None]
+        if len(values) > 1:
+            middle, deviation = fmean(values), stdev(values)
+            mean |= {name: middle, name + DEVIATION: deviation, name + LOW: middle - deviation, name + HIGH: middle + deviation}
+    return mean
 
 
 def _evaluation(file: Path) -> Line:
@@ -50,15 +82,20 @@ def _evaluation(file: Path) -> Line:
 
 
 def _names(found: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(name for line in found for name in line if name != "name" and not name.endswith((LOW, HIGH))))
+    return list(dict.fromkeys(name for line in found for name in line if name != "name" and not name.endswith((LOW, HIGH, DEVIATION))))
 
 
 def table(found: Sequence[Line]) -> str:
     """Return the table as text, without the intervals; a score that a line has not is left blank."""
     rows = [["", *_names(found)]]
-    rows += [[line["name"], *("" if line.get(name) is None else f"{line[name]:.4f}" for name in _names(found))] for line in found]
+    rows += [[line["name"], *(_cell(line, name) for name in _names(found))] for line in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+
+
+def _cell(line: Line, name: str) -> str:
+    deviation = f" ± {line[name + DEVIATION]:.4f}" if name + DEVIATION in line else ""
+    return "" if line.get(name) is None else f"{line[name]:.4f}{deviation}"
 
 
 def write_csv(found: Sequence[Line], path: Path) -> None:

@@ -29,7 +29,7 @@ from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
 SHOWN = 3  # bad examples that a report names
-VERSION = 1  # of what is cached
+VERSION = 2  # of what is cached
 
 
 class Roles(Protocol):
@@ -114,8 +114,8 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """What names the content."""
-        return self.folder.name
+        """The digest of the features: the same whatever files, options and code they were made of."""
+        return self.report["digest"]
 
     def examples(self) -> list[dict[str, Any]]:
         """Return all examples, in the order of their numbers."""
@@ -200,6 +200,7 @@ class LabelledData:
     def _write(self, folder: Path, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:
         from datasets.arrow_writer import ArrowWriter
 
+        content = hashlib.blake2b(digest_size=16)
         report: dict[str, Any] = {"examples": 0, "features": 0, "truncated": 0, "bad": 0, "shown": []}
         with ArrowWriter(path=str(folder / "features.arrow")) as rows, ArrowWriter(path=str(folder / "examples.arrow")) as examples, \
                 progress_bar(f"preparing {split}", None, unit=" examples") as bar:
@@ -215,6 +216,7 @@ class LabelledData:
                     report["shown"] = [*report["shown"], f"{example['id']}: {error}"][:SHOWN]
                     continue
                 for feature in made:
+                    content.update(json.dumps(feature, sort_keys=True).encode())
                     rows.write({**feature, "example": report["examples"], "length": len(feature["input_ids"])})
                 examples.write({"id": example["id"], "example": json.dumps(example, ensure_ascii=False, default=str)})
                 report["truncated"] += any(cut)
@@ -222,6 +224,7 @@ class LabelledData:
                 report["examples"] += 1
             for writer in (rows, examples) if report["features"] else ():
                 writer.finalize()
+        report["digest"] = content.hexdigest()
         (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
 
     def digest(self, split: str, about: str = "") -> str:

@@ -61,6 +61,7 @@ class Trainer:
     sources: tuple[str, ...] = ("text",)  # names, as the rows number them
     max_skipped: float = 0.0  # of the rows read
     validate_every: int | None = None
+    patience: int | None = None  # validations without a new best, after which the run is done
     evaluator: Evaluator | TaskEvaluator | None = None
     warned_s: float | None = None  # in a Slurm job: how long before its end the ranks are told to save
     log: MetricsLog | None = None  # rank 0 only
@@ -75,7 +76,7 @@ class Trainer:
             CheckpointError: if a background write failed on any rank.
             DataError: on every rank, when more rows were skipped than ``max_skipped`` allows.
         """
-        while self.state.step < self.total_steps:
+        while self.state.step < self.total_steps and not self._stopped_early():
             with self.throughput.step():
                 try:
                     agreed, stats = self._step()
@@ -83,7 +84,8 @@ class Trainer:
                     raise UnhealthyError(f"step {self.state.step + 1}: {error}; the newest checkpoint is older") from error
             last = self.state.step == self.total_steps
             self._observe(agreed, stats)
-            best = self.checkpoints.improves(self.record)
+            best = self.record.get("step") == self.state.step and self.checkpoints.improves(self.record)
+            last = last or self._stopped_early()
             if agreed.failed:
                 raise CheckpointError("a checkpoint could not be written", where=f"before step {self.state.step}",
                                       value=str(self.checkpoints.failed() or "failed on another rank; see its log"),
@@ -93,8 +95,14 @@ class Trainer:
             if agreed.stop and not last:
                 self.checkpoints.wait()
                 return False
+        if self._stopped_early():
+            logger.info(f"no new best in {self.checkpoints.stale} validations: train.patience ends the run at step {self.state.step}")
         self.checkpoints.wait()
         return True
+
+    def _stopped_early(self) -> bool:
+        """Return whether the metric of ``checkpoint.keep_best`` has been no better for as many validations as patience allows."""
+        return self.patience is not None and self.checkpoints.stale >= self.patience
 
     def _step(self) -> tuple[Agreed, StepStats]:
         step = self.state.step

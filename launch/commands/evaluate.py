@@ -18,6 +18,8 @@ def evaluate(
     data: Annotated[str | None, typer.Option(help="Labelled examples; or shards. Without it: the held-out ones of the run.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Score this file of predictions; no model is needed.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint of the run MODEL, oldest first.")] = False,
+    harness: Annotated[str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, with commas.")] = None,
+    harness_path: Annotated[Path | None, typer.Option(help="A folder with YAMLs of such tasks; only these are known then.")] = None,
     procs: Procs = 1,
 ) -> None:
     """Score MODEL: on labelled examples for its task, a pretrained one on shards (loss, perplexity, bits per byte).
@@ -48,7 +50,11 @@ def evaluate(
             raise CheckpointError("no run with checkpoints here", where=model, remedy="--all wants a run directory that has some")
     found: list[dict[str, Any]] = []
     for name in names:
-        if task is None and is_pretraining(name, data):
+        if harness is not None:
+            from hfscale.jobs.harness import run
+
+            home, scores = run(name, harness.split(","), path=harness_path)
+        elif task is None and is_pretraining(name, data):
             if procs > 1:
                 raise ConfigError("shards are evaluated by one process", where="--procs", value=procs, remedy="leave it out")
             home, scores = job.on_shards(name, data, said)

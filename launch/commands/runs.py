@@ -50,7 +50,7 @@ def compare(
     csv: Annotated[Path | None, typer.Option(help="Write the table here, with confidence intervals.")] = None,
     png: Annotated[Path | None, typer.Option(help="Draw it here, with confidence intervals.")] = None,
 ) -> None:
-    """Print a table of what each run scored: its evaluations, and its newest validation.
+    """Print a table of what each run scored: its evaluations, its best and its newest validation; and means over runs of several seeds.
 
     Example: hfscale compare runs/sentiment-* --csv scores.csv --png scores.png
     """
@@ -182,6 +182,7 @@ def checkpoints(
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory (its newest checkpoint) or one of its checkpoints.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist.")],
+    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapters of MODEL alone, for peft; else they are merged.")] = False,
 ) -> None:
     """Write OUT as a transformers folder, after proving that transformers computes the logits that the training engine had.
 
@@ -191,4 +192,4 @@ def export(
     from hfscale.jobs.export import run
 
     log.setup()
-    typer.echo(run(model, out))
+    typer.echo(run(model, out, adapter=adapter))

@@ -168,6 +168,43 @@ def test_frozen_parameters_and_persistent_buffers_are_state_too(stage):
         assert trained == {"trained.weight", "trained.bias"} == set(changed)
 
 
+class WithUnusedPart(WithFrozenParts):
+    """A parameter that is trained, says the config, but that no loss reaches (the pooler of an encoder without a head)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.unused = torch.nn.Linear(5, 3)
+
+
+def unused_parts(stage: int) -> tuple[dict[str, list[float]], list[str]]:
+    config = tiny_config(stage, world_size=2)
+    engine = Engine.create(WithUnusedPart(), config=config, device=torch.device("cpu"))
+    engine.backward(engine(x_BF=torch.ones(2, 3)).sum())
+    engine.step(0.1)
+    state, scalars = full_state(engine), engine.scalars()
+    engine.close()
+    fresh = Engine.create(WithUnusedPart(), config=config, device=torch.device("cpu"))
+    for fragment in fresh.fragments(owned=False):
+        for kind, tensor in fragment.tensors.items():
+            tensor.copy_(state[fragment.name][kind][fragment.start:fragment.start + fragment.numel])
+    fresh.load_scalars(scalars)
+    fresh.after_load()
+    fresh.backward(fresh(x_BF=torch.ones(2, 3)).sum())
+    fresh.step(0.1)
+    after = full_state(fresh)
+    assert fresh.scalars()["adam_step"] == 2
+    fresh.close()
+    return {name: after[name]["weight"].tolist() for name in after}, [name for name in after if "exp_avg" in after[name]]
+
+
+def test_a_parameter_without_gradient_is_the_same_at_every_stage():
+    found = [run_ranks(unused_parts, 2, stage)[0] for stage in STAGES]
+    for weights, trained in found:
+        assert sorted(trained) == ["trained.bias", "trained.weight", "unused.bias", "unused.weight"]
+        for name, values in weights.items():
+            assert values == pytest.approx(found[0][0][name], rel=1e-6), name
+
+
 def build_partitioned(stage: int) -> tuple[bool, list[tuple[int, ...]], float]:
     from transformers import AutoModelForCausalLM
 

@@ -42,3 +42,17 @@ def test_what_has_no_scores(tmp_path: Path) -> None:
     for source, problem in ((tmp_path, "no scores here"), (tmp_path / "none", "no scores here"), (tmp_path / "x.json", "not a file")):
         with pytest.raises(DataError, match=problem):
             find([source])
+
+
+def test_runs_that_differ_in_seed_alone_get_a_mean(tmp_path: Path) -> None:
+    runs = [make_run(tmp_path / name, f1) for name, f1 in (("seed_1", 0.5), ("seed_2", 0.7), ("other", 0.9), ("bare", 0.1))]
+    for run, seed, lr in zip(runs, (1, 2, 2), (0.1, 0.1, 0.2), strict=False):
+        config = {"run": {"name": run.name, "seed": seed}, "optim": {"lr": lr},
+                  "checkpoint": {"keep_best": {"metric": "validation_f1", "mode": "min"}}}
+        (run / "config.yaml").write_text(json.dumps(config))
+    found = find(runs)
+    means = {line["name"]: line for line in found if "mean of" in line["name"]}
+    assert set(means) == {f"{what}, mean of 2 seeds" for what in ("ner-test", "validation", "best validation")}
+    mean = means["ner-test, mean of 2 seeds"]
+    assert mean["f1"] == pytest.approx(0.6) and mean["f1_deviation"] == pytest.approx(0.02**0.5)
+    assert "0.6000 ± 0.1414" in table(found) and "best validation, step 1 " in table(found)
