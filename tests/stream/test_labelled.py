@@ -123,13 +123,14 @@ def test_prepared_once_and_by_content(tmp_path: Path) -> None:
         labelled(path, tmp_path).prepared("train", counted, about="a")
     made = labelled(path, tmp_path, on_error="skip").prepared("train", counted, about="a")
     assert calls == ["0", "1", "2"], "what was made before the refusal is found again"
-    assert {**made.report, "digest": ""} == {"digest": "", "examples": 2, "features": 2, "truncated": 1, "bad": 1, "shown": ["1: it is bad"]}
+    assert made.report | {"digest": ""} == {"digest": "", "examples": 2, "features": 2, "truncated": 1, "bad": 1, "shown": ["1: it is bad"]}
     assert [row["input_ids"] for row in made.features] == [[3] * 3, [9] * 3] and made.of.tolist() == [0, 1]
     assert [example["id"] for example in made.examples()] == ["0", "2"]
     again = labelled(path, tmp_path, on_error="skip").prepared("train", counted, about="b")  # by newer code, say
     assert len(calls) == 6 and again.fingerprint == made.fingerprint, "what is trained on is the same"
     refused = labelled(path, tmp_path, on_error="skip", too_long="refuse").prepared("train", counted, about="a")
-    assert refused.fingerprint != made.fingerprint and refused.report["bad"] == 2 and "longer than data.max_length" in refused.report["shown"][1]
+    assert refused.fingerprint != made.fingerprint and refused.report["bad"] == 2
+    assert "longer than data.max_length" in refused.report["shown"][1]
     path.write_text(json.dumps({"text": "bad", "label": 1}) + "\n")
     with pytest.raises(DataError, match="no example of train is left"):
         labelled(path, tmp_path, on_error="skip").prepared("train", counted, about="a")
