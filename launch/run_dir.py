@@ -152,10 +152,8 @@ def _has_trained(path: Path) -> bool:
 
 def _is_the_runs_tokenizer(path: Path, tokenizer: str) -> bool:
     """Return whether the folder ``tokenizer`` has the digest that the newest checkpoint of the run speaks of."""
-    saved = layout.committed(path / layout.FOLDER)
-    if not saved or not Path(tokenizer).is_dir():
-        return False
-    return json.loads((saved[-1] / layout.STATE).read_text("utf-8")).get("tokenizer_digest") == tokenizer_digest(tokenizer)
+    saved = layout.newest_state(path)
+    return saved is not None and Path(tokenizer).is_dir() and saved.get("tokenizer_digest") == tokenizer_digest(tokenizer)
 
 
 def _other_name(config: RunConfig) -> str:

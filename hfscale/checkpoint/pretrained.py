@@ -83,7 +83,7 @@ def load_pretrained(engine: Engine, reader: WeightsReader) -> Match:
     Raises:
         CheckpointError: on all ranks, before anything is changed, as ``match``.
     """
-    found = match(engine.module, reader)  # type: ignore[arg-type]
+    found = match(engine.module, reader)
     for fragment in engine.fragments(owned=False):
         there = found.sources.get(fragment.name)
         if there is None:

@@ -26,42 +26,36 @@ class Probe:
     """What went in, and what of the logits came out."""
 
     ids_BT: Tensor  # int64
-    positions_P: Tensor
     columns_C: Tensor
     logits: Tensor  # (B, P, C), fp32
 
-    def ask(self, model: Any, *, device: torch.device) -> Tensor | None:
-        """Return what the probe keeps of the logits of ``model`` (with a ``config``, or an engine): (B, P, C), fp32, on the CPU.
-
-        An encoder-decoder gets the tokens on both sides. None: the model has no logits for each token.
-        """
-        ids = self.ids_BT.to(device)
-        both = {"decoder_input_ids": ids} if getattr(getattr(model, "module", model).config, "is_encoder_decoder", False) else {}
-        logits = getattr(model(input_ids=ids, **both), "logits", None)
-        return None if logits is None or logits.ndim != 3 else self.pick(logits).contiguous()
-
     def pick(self, logits_BTV: Tensor) -> Tensor:
         """Return the part of ``logits_BTV`` that the probe kept: (B, P, C), fp32, on the CPU."""
-        return logits_BTV.cpu()[:, self.positions_P][..., self.columns_C].float()
+        return logits_BTV[:, -POSITIONS:].float().cpu()[..., self.columns_C].contiguous()
 
     def to_bytes(self) -> bytes:
-        return save({"ids": self.ids_BT, "positions": self.positions_P, "columns": self.columns_C, "logits": self.logits})
+        return save({"ids": self.ids_BT, "columns": self.columns_C, "logits": self.logits})
+
+
+def respond(model: Any, ids_BT: Tensor, *, encoder_decoder: bool) -> Tensor:
+    """Return what a model, or the engine around it, says first of the tokens: logits, or a headless model's states: (B, T or 1, V)."""
+    more = {"decoder_input_ids": ids_BT} if encoder_decoder else {}
+    first = model(input_ids=ids_BT, **more)[0]
+    return first if first.ndim == 3 else first[:, None]
 
 
 def make_probe(engine: Engine) -> Probe | None:
-    """Return the engine's logits on the fixed tokens. Collective. None for a model without a vocabulary or logits of its own."""
-    config = getattr(engine.module, "config", None)
+    """Return the engine's logits on the fixed tokens. Collective. None for a model without a vocabulary."""
+    config = engine.module.config
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
         return None
     tokens = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
     ids = torch.randint(vocab_size, (ROWS, tokens), generator=torch.Generator().manual_seed(0))
-    positions = torch.arange(max(0, tokens - POSITIONS), tokens)
-    columns = torch.linspace(0, vocab_size - 1, min(COLUMNS, vocab_size)).long()
-    empty = Probe(ids, positions, columns, torch.empty(0))
     with engine.eval_mode():
-        logits = empty.ask(engine, device=engine.device)
-    return None if logits is None else replace(empty, logits=logits)
+        said = respond(engine, ids.to(engine.device), encoder_decoder=config.is_encoder_decoder)
+    empty = Probe(ids, torch.linspace(0, said.shape[-1] - 1, min(COLUMNS, said.shape[-1])).long(), torch.empty(0))
+    return replace(empty, logits=empty.pick(said))
 
 
 def read_probe(checkpoint: Path) -> Probe:
@@ -75,4 +69,4 @@ def read_probe(checkpoint: Path) -> Probe:
         raise CheckpointError("this checkpoint has no logits to compare with", where=path,
                               remedy="export a checkpoint of a model that gives logits")
     tensors = load_file(path)
-    return Probe(tensors["ids"], tensors["positions"], tensors["columns"], tensors["logits"])
+    return Probe(tensors["ids"], tensors["columns"], tensors["logits"])

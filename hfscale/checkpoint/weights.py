@@ -25,17 +25,20 @@ class WeightsReader(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def home(self, name: str) -> str:
-        """Return the name under which the tensor is stored: another one, if it is tied."""
-        ...
-
     def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str) -> Tensor: ...
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         """Return elements ``start .. start + numel`` of the flattened tensor, 1-D."""
         ...
+
+    def home(self, name: str) -> str:
+        """Return the name under which the tensor is stored: another one, if it is tied."""
+        return name
+
+    def read(self, name: str) -> Tensor:
+        """Return the whole tensor."""
+        shape = torch.Size(self.shape(name))
+        return self.read_slice(name, start=0, numel=shape.numel()).view(shape)
 
 
 def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
@@ -53,7 +56,7 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     return FolderWeights(Path(path))
 
 
-class CheckpointWeights:
+class CheckpointWeights(WeightsReader):
     """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it is tied to."""
 
     def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
@@ -72,15 +75,12 @@ class CheckpointWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._reader.shapes[self.home(name)]
 
-    def read(self, name: str) -> Tensor:
-        return self.read_slice(name, start=0, numel=torch.Size(self.shape(name)).numel()).view(self.shape(name))
-
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
-        name = self.home(name)
-        return self._reader.read(name, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(name)))
+        home = self.home(name)
+        return self._reader.read(home, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(home)))
 
 
-class FolderWeights:
+class FolderWeights(WeightsReader):
     """The safetensors of a transformers folder, one file or several."""
 
     def __init__(self, folder: Path) -> None:
@@ -105,19 +105,13 @@ class FolderWeights:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def home(self, name: str) -> str:
-        return name
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].get_tensor(name)
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         shape = self.shape(name)
         if not shape:
-            return self.read(name).view(-1)[start:start + numel]
+            return self._tensors[name].get_tensor(name).view(-1)[start:start + numel]
         row = torch.Size(shape[1:]).numel()  # safetensors slices by rows: read those that cover the range
         first, last = start // row, -(-(start + numel) // row)
         return self._tensors[name].get_slice(name)[first:last].reshape(-1)[start - first * row:][:numel]

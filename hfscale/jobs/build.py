@@ -24,7 +24,7 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
-from hfscale.jobs.check import model_needs, open_rows, pretrained_folder
+from hfscale.jobs.check import model_needs, open_rows, pretrained_folder, warn_of_tokenizer
 from hfscale.log import logger
 from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
@@ -65,8 +65,10 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
 
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
+    origin = saved.get("pretrained") if saved else folder and str(folder)
     if saved is None and folder is not None:
         logger.info(f"starting from the weights of {folder}")
+        warn_of_tokenizer(folder, tokenizer)
         load_pretrained(engine, open_weights(folder, check=verify_together))
     rows, order = open_mixture(config, parts, saved=saved)
     for part in parts if world.rank == 0 else ():
@@ -89,8 +91,9 @@ def build_trainer(config: RunConfig, world: World, device: torch.device, stop: S
         throughput=Throughput(tokens_per_step=train.global_batch * data.seq_len, flops_per_token=flops,
                               peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
-        describe=describe(config, order, tokenizer, world, device), total_steps=steps, sources=order.names, seed=config.run.seed,
-        rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps, max_skipped=data.max_skipped,
+        describe=describe(config, order, tokenizer, world, device) | {"pretrained": origin},
+        total_steps=steps, sources=order.names, seed=config.run.seed, rank=world.rank, world_size=world.world_size,
+        metrics_every=config.metrics.every_steps, max_skipped=data.max_skipped,
         warned_s=config.cluster.signal_s if allocation() and world.rank == 0 else None,
         **validation(config, objective, tokenizer, world),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,

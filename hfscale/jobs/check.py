@@ -1,6 +1,7 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
 from __future__ import annotations
 
+import json
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
+from hfscale.log import logger
 from hfscale.models.build import check_model_config, special_ids
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.stream.mixture import open_mixture
@@ -43,6 +45,7 @@ def check(config: RunConfig) -> None:
     model_config = check_model_config(**model_needs(config, tokenizer, folder))
     if folder and not layout.newest_state(config.run_dir):
         match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
+        warn_of_tokenizer(folder, tokenizer)
 
 
 def pretrained_folder(config: RunConfig) -> Path | None:
@@ -57,6 +60,15 @@ def pretrained_folder(config: RunConfig) -> Path | None:
         return None
     own = [path for path in layout.committed(config.run_dir / layout.FOLDER) if not verify(path, digests=False)]
     return own[-1] if own else layout.checkpoint_of(name) or local_folder(name, where="model.pretrained", weights=True)
+
+
+def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say so if the weights in ``folder`` are known to be those of another tokenizer."""
+    state, theirs = folder / layout.STATE, None
+    if state.is_file() or (folder / "tokenizer.json").is_file():
+        theirs = json.loads(state.read_text("utf-8"))["tokenizer_digest"] if state.is_file() else tokenizer_digest(folder)
+    if theirs not in (None, tokenizer_digest(tokenizer)):
+        logger.warning(f"the weights of {folder} are those of another tokenizer: what id means what token must be the same")
 
 
 def model_needs(config: RunConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None) -> dict[str, Any]:

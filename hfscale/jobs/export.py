@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from tokenizers import processors
 from transformers import PreTrainedTokenizerFast
 
 from hfscale.checkpoint.export import compare_logits, write_weights
-from hfscale.checkpoint.probe import read_probe
+from hfscale.checkpoint.probe import read_probe, respond
+from hfscale.config.load import to_yaml
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.opening import RunModel, open_run
@@ -24,10 +26,12 @@ from hfscale.log import logger
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
 SAME_DEVICE = {"fp32": 1e-5, "bf16": 2e-3, "fp16": 5e-4}
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
+ROOM = 2**30  # bytes of a GPU beside the weights: kernels, activations
+TRAINED = ("model", "objective", "optim", "schedule", "train", "engine")  # the sections of a config that the card shows
 
 
-def run(name: str, out: Path) -> float:
-    """Return the relative difference of logits of the model now published at ``out``.
+def run(name: str, out: Path) -> str:
+    """Return the Python lines that use the model now published at ``out``.
 
     Raises:
         CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits differ; then nothing is published.
@@ -42,7 +46,12 @@ def run(name: str, out: Path) -> float:
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # a name of our own, removed whatever happens
         partial = Path(scratch) / "model"
         partial.mkdir()
-        write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+        try:
+            write_weights(source.reader, source.skeleton, partial)
+        except OSError as error:
+            raise CheckpointError("the weights cannot be written; nothing was published", where=out.parent, value=error.strerror,
+                                  remedy="make room, or export to another disk") from error
+        source.skeleton.config.architectures = [type(source.skeleton).__name__]
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
@@ -51,7 +60,7 @@ def run(name: str, out: Path) -> float:
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
     logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
-    return difference
+    return usage(source, out)
 
 
 def plain(tokenizer: PreTrainedTokenizerFast) -> PreTrainedTokenizerFast:
@@ -67,14 +76,15 @@ def prove(source: RunModel, folder: Path) -> float:
     Raises:
         CheckpointError: if they differ by more than rounding explains.
     """
-    device = default_device()
+    device, size = default_device(), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     attention = source.skeleton.config._attn_implementation
-    model = type(source.skeleton).from_pretrained(folder, dtype=source.dtype, attn_implementation=attention)
+    if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
+        device, attention = torch.device("cpu"), "sdpa"  # where files are mapped: a model larger than the memory is slow there, but goes
+    model = type(source.skeleton).from_pretrained(folder, dtype=source.skeleton.dtype, attn_implementation=attention)
     model.to(device).eval()  # type: ignore[arg-type]
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
-        got = probe.ask(model, device=device)
-    assert got is not None, "it had logits when it was saved"
+        got = probe.pick(respond(model, probe.ids_BT.to(device), encoder_decoder=model.config.is_encoder_decoder))
     same = device_name(device) == state(source)["device"] and not source.config.engine.compile
     return compare_logits(got, probe.logits, tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision])
 
@@ -87,8 +97,18 @@ def state(source: RunModel) -> dict[str, Any]:
 def card(source: RunModel, difference: float) -> str:
     """Return the model card: the run's facts, and how to use the model."""
     at, config = state(source), source.config
-    parameters = sum(p.numel() for p in source.skeleton.parameters())
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    rows = {
+        "architecture": f"{source.skeleton.config.model_type}, {sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
+        "started from": at.get("pretrained") or "new weights",
+        "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens",
+        "data": f"{', '.join(f'{corpus.name} (weight {corpus.weight:g})' for corpus in config.data.sources)}; "
+                f"fingerprint `{at['data_fingerprint'][:16]}`, tokenizer `{at['tokenizer_digest'][:16]}`",
+        "figures": ", ".join(f"{key} {value:,.6g}" for key, value in at["metrics"].items() if isinstance(value, int | float)) or "none",
+        "versions": f"{at['versions']}, exported by transformers {transformers.__version__}",
+        "proof": f"logits equal to the training engine's, relative difference {difference:.1e}"}
+    # not the rest of the config: a card is for everybody, and that names folders, hosts and accounts
+    trained = "".join(f"{name}:\n{indent(to_yaml(getattr(config, name)), '  ')}" for name in TRAINED)
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
 tags: [hfscale]
@@ -97,19 +117,23 @@ tags: [hfscale]
 
 | | |
 |---|---|
-| architecture | {source.skeleton.config.model_type}, {parameters:,} parameters |
-| objective | {config.objective.name} |
-| trained on | {at["tokens_seen"]:,} tokens in {at["step"]:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens |
-| data | {", ".join(corpus.name for corpus in config.data.sources)} (fingerprint `{at["data_fingerprint"][:16]}`) |
-| tokenizer | {len(source.tokenizer):,} ids (digest `{at["tokenizer_digest"][:16]}`) |
-| precision, ZeRO stage, ranks | {at["precision"]}, {at["zero_stage"]}, {at["world_size"]} |
-| seed | {config.run.seed} |
-| versions | {versions}; exported by transformers {transformers.__version__} |
-| proof | logits equal to the training engine's, relative difference {difference:.1e} |
+{table}
 
 ```python
-from transformers import pipeline
-generator = pipeline("text-generation", model="PATH_OF_THIS_FOLDER")
-print(generator("Once upon a time", max_new_tokens=40)[0]["generated_text"])
+{usage(source, "PATH_OF_THIS_FOLDER")}
 ```
+
+How it was trained:
+```yaml
+{trained}```
 """
+
+
+def usage(source: RunModel, path: Path | str) -> str:
+    """Return the Python lines that use the model at ``path``."""
+    name = type(source.skeleton).__name__
+    if not source.skeleton.can_generate() or source.skeleton.config.is_encoder_decoder:
+        return f'from transformers import {name}\nmodel = {name}.from_pretrained("{path}")'
+    return f"""from transformers import pipeline
+generate = pipeline("text-generation", model="{path}")
+print(generate("Once upon a time", max_new_tokens=40)[0]["generated_text"])"""

@@ -4,7 +4,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -17,7 +16,7 @@ from hfscale.config.schema import RunConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError
 from hfscale.hub import local_folder
-from hfscale.jobs.check import DTYPES, model_needs, skeleton
+from hfscale.jobs.check import model_needs, skeleton
 from hfscale.models.build import check_model_config
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.tokenizer import load_tokenizer
@@ -25,7 +24,7 @@ from hfscale.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class RunModel:
-    """A checkpoint of a run: ``skeleton`` has the shapes (meta device), ``reader`` the weights, verified."""
+    """A checkpoint of a run: ``skeleton`` has shapes and precision (meta device), ``reader`` the weights, verified."""
 
     config: RunConfig
     checkpoint: Path
@@ -33,15 +32,11 @@ class RunModel:
     reader: WeightsReader
     tokenizer: PreTrainedTokenizerFast
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision in which the run computed."""
-        return DTYPES[self.config.engine.precision]
-
     def model(self) -> PreTrainedModel:
         """Return the model with its weights, on the CPU, in evaluation mode."""
-        state = {name: self.reader.read(name).to(self.dtype) for name in self.reader.names()}
-        return type(self.skeleton).from_pretrained(None, config=self.skeleton.config, state_dict=state, dtype=self.dtype).eval()
+        dtype = self.skeleton.dtype
+        state = {name: self.reader.read(name).to(dtype) for name in self.reader.names()}
+        return type(self.skeleton).from_pretrained(None, config=self.skeleton.config, state_dict=state, dtype=dtype).eval()
 
 
 def open_run(name: str) -> RunModel | None:
