@@ -4,6 +4,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -12,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manifest import verify
+from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.errors import CheckpointError
 
@@ -56,14 +57,23 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     return FolderWeights(Path(path))
 
 
+def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Path:
+    """Return ``checkpoint`` if ``check`` finds nothing; by default it reads the small files only, before anybody believes them.
+
+    Raises:
+        CheckpointError: if it finds something.
+    """
+    if problems := check(checkpoint):
+        raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
+                              remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
+    return checkpoint
+
+
 class CheckpointWeights(WeightsReader):
     """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it is tied to."""
 
     def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
-        if problems := check(checkpoint):
-            raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
-                                  remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
-        self._reader = FragmentReader(checkpoint)
+        self._reader = FragmentReader(checked(checkpoint, check))
         self._tied: dict[str, str] = json.loads((checkpoint / layout.STATE).read_text())["tied"]
 
     def names(self) -> list[str]:

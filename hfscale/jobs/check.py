@@ -13,9 +13,9 @@ from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manifest import verify
+from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.pretrained import match
-from hfscale.checkpoint.weights import open_weights
+from hfscale.checkpoint.weights import checked, open_weights
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
@@ -44,22 +44,26 @@ def check(config: RunConfig) -> None:
     folder = pretrained_folder(config)
     model_config = check_model_config(**model_needs(config, tokenizer, folder))
     if folder and not layout.newest_state(config.run_dir):
-        match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, digests=False)))
+        match(skeleton(config, model_config, objective.auto_model), open_weights(folder, check=partial(verify, up_to=SMALL)))
         warn_of_tokenizer(folder, tokenizer)
 
 
 def pretrained_folder(config: RunConfig) -> Path | None:
     """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
 
-    A run that has saved needs its source no more: then it is the run's own newest checkpoint.
+    A run that has saved needs its source no more: then it is the run's own newest checkpoint. Of a checkpoint the small files have
+    been verified, the model's config among them; the weights are when they are read.
 
     Raises:
         UserError: if it is nothing that could have weights.
     """
     if (name := config.model.pretrained) is None:
         return None
-    own = [path for path in layout.committed(config.run_dir / layout.FOLDER) if not verify(path, digests=False)]
-    return own[-1] if own else layout.checkpoint_of(name) or local_folder(name, where="model.pretrained", weights=True)
+    saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
+    if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
+        return own
+    theirs = layout.checkpoint_of(name)
+    return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
 
 
 def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

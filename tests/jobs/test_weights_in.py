@@ -90,10 +90,28 @@ def refused(corpus: Path, tmp_path: Path, model: dict[str, Any], kind: type[Exce
     return str(error.value)
 
 
+def meddle(checkpoint: Path) -> None:
+    """Edit the model's config, in as many bytes."""
+    config = checkpoint / "config.json"
+    config.write_text(config.read_text().replace('"initializer_range": 0.02', '"initializer_range": 0.03'))
+
+
+def test_an_edited_config_of_the_runs_own_newest_checkpoint_is_not_believed(corpus: Path, folder: Path, tmp_path: Path) -> None:
+    checkpoints = Path(shutil.copytree(folder / "runs/gpt2", tmp_path / "runs/run")) / "checkpoints"
+    config = RunConfig.model_validate(values(corpus, tmp_path, "run", model=pretrained(folder / "export")))
+    assert check.pretrained_folder(config) == checkpoints / "step-00000006"
+    meddle(checkpoints / "step-00000006")
+    assert check.pretrained_folder(config) == checkpoints / "step-00000003"
+
+
 def test_what_cannot_give_its_weights_is_refused_before_anything_is_built(corpus: Path, folder: Path, tmp_path: Path) -> None:
     assert "h.0.mlp.c_fc.weight" in refused(corpus, tmp_path, pretrained(folder / "export", n_inner=64))
     cut = shutil.copytree(folder / "export", tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:5000])
+    edited = Path(shutil.copytree(folder / "runs/llama", tmp_path / "edited"), "checkpoints/step-00000006")
+    meddle(edited)
+    for name in (edited, edited.parents[1]):
+        assert "config.json does not have the digest" in refused(corpus, tmp_path, pretrained(name))
     assert "missing or damaged" in refused(corpus, tmp_path, pretrained(cut))
     assert "neither a folder" in refused(corpus, tmp_path, pretrained(tmp_path / "nowhere"), ConfigError)
     assert not (tmp_path / "runs").exists()

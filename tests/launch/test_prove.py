@@ -59,6 +59,13 @@ def test_what_could_prove_nothing_is_refused(config: Path, tmp_path: Path, overr
     assert not (tmp_path / "runs").exists()
 
 
+def test_an_earlier_certificate_is_not_overwritten(config: Path, tmp_path: Path):
+    (tmp_path / "proof.json").write_text("{}")
+    done = hfscale("prove", "resume", config, "--out", tmp_path / "proof.json", check=False)
+    assert done.returncode == 2 and "exists already; nothing was run" in done.stderr
+    assert (tmp_path / "proof.json").read_text() == "{}" and not (tmp_path / "runs").exists()
+
+
 def test_a_run_that_cannot_start_proves_nothing(config: Path, tmp_path: Path):
     done = hfscale("prove", "resume", config, "tokenizer.path=./nothing", check=False)
     assert done.returncode == 2
