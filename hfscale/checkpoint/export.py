@@ -19,7 +19,7 @@ from hfscale.engine.fragments import tied
 from hfscale.errors import CheckpointError
 
 SHARD_BYTES = 2 * 2**30
-BLOCK = 2**22  # elements
+BLOCK = 2**20  # elements
 
 
 def write_weights(reader: WeightsReader, skeleton: PreTrainedModel, folder: Path, *, shard_bytes: int = SHARD_BYTES) -> None:

@@ -129,8 +129,7 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
                     return {}
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, now["step_s"]))
-            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            victim = rng.choice([process.pid, *map(int, ranks)])
+            victim = rng.choice([process.pid, *ranks_of(process.pid)])
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(victim, signal.SIGKILL)
             process.wait()  # a launcher that lives ends the other ranks
@@ -139,6 +138,15 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
     kill = {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": last_record(run)["step"]}
     logger.info(f"killed: {kill}")
     return kill
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Return the process ids of a local launcher's ranks, not of the other processes that it started (``tee``)."""
+    found = []
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            found += [int(child)] if Request.worker.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0") else []
+    return found
 
 
 def _failed(run: Path, code: int) -> CheckpointError:

@@ -2,11 +2,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch.commands.prove import ranks_of
 from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.corpus import run_values
 
@@ -31,6 +37,24 @@ def test_a_killed_run_becomes_its_twin(config: Path, tmp_path: Path):
     assert all(4 <= kill["resumed_at_step"] <= kill["after_step"] for kill in proof["kills"])
     assert proof["made"]["packages"]["torch"] and "train.epochs=3" in proof["command"]
     assert list((tmp_path / "runs").iterdir()) == [], "the runs are removed"
+
+
+@pytest.mark.slow
+def test_what_is_killed_is_a_rank(config: Path, tmp_path: Path):
+    """And not one of the processes that copy its output, whose end nobody would notice."""
+    command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "run.name=two", "--procs", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+        try:
+            until, log = time.monotonic() + 60, tmp_path / "runs/two/logs/rank-1.log"
+            while len(ranks := ranks_of(launcher.pid)) < 2 or not log.exists():
+                assert time.monotonic() < until and launcher.poll() is None
+                time.sleep(0.05)
+            environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+            assert [b"RANK=0" in environments[0], b"RANK=1" in environments[1], len(ranks)] == [True, True, 2]
+            os.kill(ranks[1], signal.SIGKILL)
+            assert launcher.wait(timeout=60) == 128 + signal.SIGKILL
+        finally:
+            launcher.kill()
 
 
 @pytest.mark.slow
