@@ -33,7 +33,7 @@ def prove(home: Path, stage: int, precision: str, procs: int, *, kills: int) -> 
     certificate = home / f"{name}-{kills}.json"
     if not certificate.exists():
         values = run_values(home / "corpus", home / "runs", name, engine={"zero_stage": stage, "precision": precision},
-                            train={"steps": 40, "global_batch": 16, "micro_batch": 2}, checkpoint={"every_minutes": None, "every_steps": 3})
+                            train={"steps": 40, "global_batch": 32, "micro_batch": 2}, checkpoint={"every_minutes": None, "every_steps": 3})
         (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
         command = [sys.executable, "-m", "launch.cli", "prove", "resume", home / f"{name}.yaml", "train.steps=40",
                    "checkpoint.every_steps=3", "--procs", procs, "--kills", kills, "--out", certificate,

@@ -108,8 +108,7 @@ class CheckpointManager:
         began = self._clock()
         self.wait()
         about = {**state, "engine": engine.scalars(), "tied": engine.tied, "best": self._best if self._config.keep_best else None}
-        model_config: Any = engine.module.config
-        small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: model_config.to_json_string().encode()}
+        small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: engine.module.config.to_json_string().encode()}
         if probe := make_probe(engine):
             if not probe.logits.isfinite().all():
                 raise UnhealthyError("the model's logits are not finite; nothing was saved, older checkpoints are untouched")

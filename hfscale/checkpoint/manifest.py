@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from hfscale.errors import CheckpointError
 from hfscale.shards.files import file_digest
 
 VERSION = 1
+SMALL = 2**20  # bytes: more than any file has that says what a checkpoint is (config, state), less than weights worth the name
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ def read_manifest(checkpoint: Path) -> list[Entry]:
     return files
 
 
-def problem_with(checkpoint: Path, entry: Entry, *, digest: bool = True) -> str | None:
+def problem_with(checkpoint: Path, entry: Entry, *, digest: bool) -> str | None:
     """Return what is wrong with one file, or None if its size, and its digest if asked for, match."""
     path = checkpoint / entry.path
     try:
@@ -86,8 +88,8 @@ def problem_with(checkpoint: Path, entry: Entry, *, digest: bool = True) -> str 
     return None if good else f"{entry.path} does not have the digest it was written with"
 
 
-def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, digests: bool = True) -> list[str]:
-    """Return everything wrong with a checkpoint; none means that it may be loaded. Without ``digests`` no file is read.
+def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, up_to: float = math.inf) -> list[str]:
+    """Return everything wrong with a checkpoint; none means that it may be loaded. Files of more than ``up_to`` bytes are not read.
 
     Of its files, only each ``parts``-th from ``part`` on is looked at, so that ranks can share the work.
     """
@@ -98,7 +100,7 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, digests: bool = T
     files = {f"{layout.ENGINE}/{file.name}" for file in (checkpoint / layout.ENGINE).glob("*.safetensors")}  # all are read
     strangers = [f"{path} is not of this checkpoint" for path in sorted(files - {entry.path for entry in entries})]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda entry: problem_with(checkpoint, entry, digest=digests), entries[part::parts])
+        found = pool.map(lambda entry: problem_with(checkpoint, entry, digest=entry.bytes <= up_to), entries[part::parts])
         return strangers + [problem for problem in found if problem]
 
 

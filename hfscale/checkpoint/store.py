@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -30,20 +30,28 @@ KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<kind>\w+)")
 def serialize(fragments: Sequence[Fragment]) -> Iterator[memoryview | bytes]:
     """Yield the bytes of a safetensors file with ``fragments``, whose tensors lie on the CPU; nothing is copied."""
     shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", "shapes": json.dumps(shapes)}}
-    tensors, offset = [], 0
-    for fragment in fragments:
-        for kind, tensor in fragment.tensors.items():
-            stop = offset + tensor.numel() * tensor.element_size()
-            key = f"{fragment.name}[{fragment.start}:{fragment.start + fragment.numel}].{kind}"
-            header[key] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": [tensor.numel()], "data_offsets": [offset, stop]}
-            tensors.append(tensor)
-            offset = stop
+    tensors = {f"{fragment.name}[{fragment.start}:{fragment.start + fragment.numel}].{kind}": tensor
+               for fragment in fragments for kind, tensor in fragment.tensors.items()}
+    return pack({key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}, tensors.values(), shapes=json.dumps(shapes))
+
+
+def pack(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor], **metadata: str
+         ) -> Iterator[memoryview | bytes]:
+    """Yield the bytes of a safetensors file with ``entries``: name -> (dtype, shape).
+
+    ``tensors`` are their numbers in this order, whole or in pieces; each may be made when its turn comes.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    offset = 0
+    for name, (dtype, shape) in entries.items():
+        stop = offset + torch.Size(shape).numel() * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
     yield struct.pack("<Q", len(text)) + text
     for tensor in tensors:
-        raw = memoryview(tensor.view(torch.uint8).numpy())  # type: ignore[arg-type]
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         for start in range(0, len(raw), CHUNK):
             yield raw[start:start + CHUNK]
 

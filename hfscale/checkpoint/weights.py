@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manifest import verify
+from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.errors import CheckpointError
 
@@ -27,17 +28,20 @@ class WeightsReader(Protocol):
 
     def names(self) -> list[str]: ...
 
-    def home(self, name: str) -> str:
-        """Return the name under which the tensor is stored: another one, if it is tied."""
-        ...
-
     def shape(self, name: str) -> tuple[int, ...]: ...
-
-    def read(self, name: str) -> Tensor: ...
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         """Return elements ``start .. start + numel`` of the flattened tensor, 1-D."""
         ...
+
+    def home(self, name: str) -> str:
+        """Return the name under which the tensor is stored: another one, if it is tied."""
+        return name
+
+    def read(self, name: str) -> Tensor:
+        """Return the whole tensor."""
+        shape = torch.Size(self.shape(name))
+        return self.read_slice(name, start=0, numel=shape.numel()).view(shape)
 
 
 @dataclass(frozen=True)
@@ -100,14 +104,23 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     return FolderWeights(Path(path))
 
 
-class CheckpointWeights:
+def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Path:
+    """Return ``checkpoint`` if ``check`` finds nothing; by default it reads the small files only, before anybody believes them.
+
+    Raises:
+        CheckpointError: if it finds something.
+    """
+    if problems := check(checkpoint):
+        raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
+                              remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
+    return checkpoint
+
+
+class CheckpointWeights(WeightsReader):
     """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it is tied to."""
 
     def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
-        if problems := check(checkpoint):
-            raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
-                                  remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
-        self._reader = FragmentReader(checkpoint)
+        self._reader = FragmentReader(checked(checkpoint, check))
         self._tied: dict[str, str] = json.loads((checkpoint / layout.STATE).read_text())["tied"]
 
     def names(self) -> list[str]:
@@ -119,15 +132,12 @@ class CheckpointWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._reader.shapes[self.home(name)]
 
-    def read(self, name: str) -> Tensor:
-        return self.read_slice(name, start=0, numel=torch.Size(self.shape(name)).numel()).view(self.shape(name))
-
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
-        name = self.home(name)
-        return self._reader.read(name, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(name)))
+        home = self.home(name)
+        return self._reader.read(home, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(home)))
 
 
-class MergedWeights:
+class MergedWeights(WeightsReader):
     """What adapters were trained to: W + scale * B A of each target; the rest as it is in their checkpoint, or in ``folder``."""
 
     def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
@@ -163,7 +173,7 @@ class MergedWeights:
         return self.read(name).reshape(-1)[start:start + numel]
 
 
-class FolderWeights:
+class FolderWeights(WeightsReader):
     """The safetensors of a transformers folder, one file or several."""
 
     def __init__(self, folder: Path) -> None:
@@ -188,19 +198,13 @@ class FolderWeights:
     def names(self) -> list[str]:
         return list(self._tensors)
 
-    def home(self, name: str) -> str:
-        return name
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> Tensor:
-        return self._tensors[name].get_tensor(name)
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         shape = self.shape(name)
         if not shape:
-            return self.read(name).view(-1)[start:start + numel]
+            return self._tensors[name].get_tensor(name).view(-1)[start:start + numel]
         row = torch.Size(shape[1:]).numel()  # safetensors slices by rows: read those that cover the range
         first, last = start // row, -(-(start + numel) // row)
         return self._tensors[name].get_slice(name)[first:last].reshape(-1)[start - first * row:][:numel]

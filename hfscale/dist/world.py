@@ -6,11 +6,14 @@ SLURM_* ones are understood too, and a process with neither is a world of one.
 from __future__ import annotations
 
 import os
+import secrets
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hfscale.errors import ConfigError
+
+PORTS = range(12_000, 30_000)
 
 
 @dataclass(frozen=True)
@@ -81,11 +84,20 @@ def node_name(env: Mapping[str, str] = os.environ) -> str:
 
 
 def free_port(port: int = 0) -> int:
-    """Return a TCP port that is free on this machine now: any, or ``port`` itself (OSError if it is not)."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind(("127.0.0.1", port))
-        return probe.getsockname()[1]
+    """Return a TCP port that is free on this machine now: any, or ``port`` itself (OSError if it is not).
+
+    Any: not one of those that systems give to whoever asks for none in particular (from 32,768 on, mostly). It is used only when the
+    ranks have imported torch, and on a busy machine somebody would have been given it by then.
+    """
+    while True:
+        with socket.socket() as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind(("127.0.0.1", port or secrets.choice(PORTS)))
+                return probe.getsockname()[1]
+            except OSError:
+                if port:
+                    raise
 
 
 def available_cores() -> int:

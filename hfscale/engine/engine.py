@@ -90,8 +90,8 @@ class Engine:
         return cls(ds, adamw, config)
 
     @property
-    def module(self) -> nn.Module:
-        """The model, to look at: names, config, shapes. Never call it."""
+    def module(self) -> Any:
+        """The transformers model, to look at: names, config, shapes. Never call it."""
         return self._ds.module
 
     @property

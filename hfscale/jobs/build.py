@@ -25,7 +25,7 @@ from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.jobs.adapters import Beside
-from hfscale.jobs.check import model_needs, pretrained_folder
+from hfscale.jobs.check import model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
 from hfscale.log import logger
 from hfscale.models.build import build_model
@@ -61,10 +61,12 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
 
     checkpoints = CheckpointManager(config.run_dir / "checkpoints", config=config.checkpoint, rank=world.rank, world_size=world.world_size)
     saved = checkpoints.load_latest(engine)
+    origin = saved.get("pretrained") if saved else folder and str(folder)
     if saved and beside:
         beside.check(saved)
     if folder is not None and (saved is None or beside):
         logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
+        warn_of_tokenizer(folder, material.tokenizer)
         load_pretrained(engine, beside.reader if beside else open_weights(folder, check=verify_together), beside.match if beside else None)
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
@@ -77,10 +79,10 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
         engine=engine, stream=stream, objective=objective, checkpoints=checkpoints, state=state, stop=(stop or StopRequest()).listen(),
         throughput=Throughput(flops_per_token=flops, peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule),
-        describe=describe(config, material, world, device) | (beside.about if beside else {}), total_steps=steps, sources=material.names,
-        seed=config.run.seed, rank=world.rank, world_size=world.world_size, metrics_every=config.metrics.every_steps,
-        max_skipped=getattr(data, "max_skipped", 0.0), warned_s=config.cluster.signal_s if allocation() and world.rank == 0 else None,
-        patience=train.patience,
+        describe=describe(config, material, world, device) | {"pretrained": origin} | (beside.about if beside else {}),
+        total_steps=steps, sources=material.names, seed=config.run.seed, rank=world.rank, world_size=world.world_size,
+        metrics_every=config.metrics.every_steps, max_skipped=getattr(data, "max_skipped", 0.0), patience=train.patience,
+        warned_s=config.cluster.signal_s if allocation() and world.rank == 0 else None,
         **material.validation(objective),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)

@@ -1,6 +1,7 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -13,17 +14,18 @@ from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manifest import verify
+from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.pretrained import match
-from hfscale.checkpoint.weights import open_weights
+from hfscale.checkpoint.weights import checked, open_weights
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
 from hfscale.hub import local_folder
 from hfscale.jobs.material import open_material
+from hfscale.log import logger
 from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
 from hfscale.models.trained import choose_trained
 from hfscale.objectives.draws import lacking
-from hfscale.tokenizer import vocabulary_size
+from hfscale.tokenizer import tokenizer_digest, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -47,7 +49,8 @@ def check(config: TrainConfig) -> None:
         shape = skeleton(config, model_config, objective.auto_model)
         choose_trained(shape, config.model)
         if folder and not layout.newest_state(config.run_dir):
-            match(shape, open_weights(folder, check=partial(verify, digests=False)))
+            match(shape, open_weights(folder, check=partial(verify, up_to=SMALL)))
+            warn_of_tokenizer(folder, material.tokenizer)
 
 
 def parameters(config: TrainConfig) -> int:
@@ -62,7 +65,8 @@ def parameters(config: TrainConfig) -> int:
 def pretrained_folder(config: TrainConfig) -> Path | None:
     """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
 
-    A run that has saved needs its source no more: then it is the run's own newest checkpoint.
+    A run that has saved needs its source no more: then it is the run's own newest checkpoint. Of a checkpoint the small files have
+    been verified, the model's config among them; the weights are when they are read.
 
     Raises:
         UserError: if it is nothing that could have weights.
@@ -71,8 +75,20 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
         return None
     if config.model.lora and (state := layout.newest_state(config.run_dir)):
         return Path(state["adapters"]["folder"])  # which the run does not save
-    own = [path for path in layout.committed(config.run_dir / layout.FOLDER) if not verify(path, digests=False)]
-    return own[-1] if own else layout.checkpoint_of(name) or local_folder(name, where="model.pretrained", weights=True)
+    saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
+    if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
+        return own
+    theirs = layout.checkpoint_of(name)
+    return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
+
+
+def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Say so if the weights in ``folder`` are known to be those of another tokenizer."""
+    state, theirs = folder / layout.STATE, None
+    if state.is_file() or (folder / "tokenizer.json").is_file():
+        theirs = json.loads(state.read_text("utf-8"))["tokenizer_digest"] if state.is_file() else tokenizer_digest(folder)
+    if theirs not in (None, tokenizer_digest(tokenizer)):
+        logger.warning(f"the weights of {folder} are those of another tokenizer: what id means what token must be the same")
 
 
 def model_needs(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None, *,

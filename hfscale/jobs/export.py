@@ -9,6 +9,7 @@ import shutil
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from textwrap import indent
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ import transformers
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
 from hfscale.config.finetune import FinetuneConfig
+from hfscale.config.load import to_yaml
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
@@ -28,6 +30,8 @@ from hfscale.tasks.base import Task
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
 SAME_DEVICE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
+ROOM = 2**30  # bytes of a GPU beside the weights: kernels, activations
+TRAINED = ("model", "objective", "task", "optim", "schedule", "train", "engine")  # the sections of a config that the card shows
 
 
 def run(name: str, out: Path, *, adapter: bool = False) -> str:
@@ -46,10 +50,14 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
     with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # a name of our own, removed whatever happens
         partial = Path(scratch) / "model"
         partial.mkdir()
-        if adapter:
-            write_adapter(source, partial)
-        else:
-            write_weights(source.reader, source.skeleton, partial, dtype=source.dtype)
+        try:
+            if adapter:
+                write_adapter(source, partial)
+            else:
+                write_weights(source.reader, source.skeleton, partial)
+        except OSError as error:
+            raise CheckpointError("the weights cannot be written; nothing was published", where=out.parent, value=error.strerror,
+                                  remedy="make room, or export to another disk") from error
         if isinstance(source.objective, Task):
             config: Any = source.config
             source.skeleton.config.hfscale = {"task": config.task.model_dump(mode="json"), "max_length": config.data.max_length}
@@ -91,10 +99,12 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     Raises:
         CheckpointError: if they differ by more than rounding explains.
     """
-    device = default_device()
+    device, size = default_device(), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     attention = source.skeleton.config._attn_implementation
+    if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
+        device, attention = torch.device("cpu"), "sdpa"  # where files are mapped: a model larger than the memory is slow there, but goes
     model: Any = load_adapter(source, folder) if adapter else type(source.skeleton).from_pretrained(
-        folder, dtype=source.dtype, attn_implementation=attention)
+        folder, dtype=source.skeleton.dtype, attn_implementation=attention)
     model.to(device).eval()
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
@@ -113,9 +123,18 @@ def card(source: RunModel, difference: float) -> str:
     """Return the model card: the run's facts, and how to use the model."""
     at, finetuned = state(source), isinstance(source.config, FinetuneConfig)
     config: Any = source.config
-    data = Path(config.data.train).name if finetuned else ", ".join(corpus.name for corpus in config.data.sources)
-    parameters = sum(p.numel() for p in source.skeleton.parameters())
-    versions = ", ".join(f"{name} {version}" for name, version in at["versions"].items())
+    data = Path(config.data.train).name if finetuned else ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
+    rows = {
+        "architecture": f"{source.skeleton.config.model_type}, {sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
+        "started from": at.get("pretrained") or "new weights",
+        "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens",
+        "data": f"{data}; fingerprint `{at['data_fingerprint'][:16]}`, tokenizer `{at['tokenizer_digest'][:16]}`",
+        "figures": ", ".join(f"{key} {value:,.6g}" for key, value in at["metrics"].items() if isinstance(value, int | float)) or "none",
+        "versions": f"{at['versions']}, exported by transformers {transformers.__version__}",
+        "proof": f"logits equal to the training engine's, relative difference {difference:.1e}"}
+    # not the rest of the config: a card is for everybody, and that names folders, hosts and accounts
+    trained = "".join(f"{name}:\n{indent(to_yaml(getattr(config, name)), '  ')}" for name in TRAINED if hasattr(config, name))
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers
 tags: [hfscale]
@@ -124,17 +143,13 @@ tags: [hfscale]
 
 | | |
 |---|---|
-| architecture | {source.skeleton.config.model_type}, {parameters:,} parameters |
-| {"task" if finetuned else "objective"} | {(config.task if finetuned else config.objective).name} |
-| trained on | {at["tokens_seen"]:,} tokens in {at["step"]:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens |
-| data | {data} (fingerprint `{at["data_fingerprint"][:16]}`) |
-| tokenizer | {len(source.tokenizer):,} ids (digest `{at["tokenizer_digest"][:16]}`) |
-| precision, ZeRO stage, ranks | {at["precision"]}, {at["zero_stage"]}, {at["world_size"]} |
-| seed | {config.run.seed} |
-| versions | {versions}; exported by transformers {transformers.__version__} |
-| proof | logits equal to the training engine's, relative difference {difference:.1e} |
+{table}
 
 ```python
 {usage(source.objective, "PATH_OF_THIS_FOLDER")}
 ```
+
+How it was trained:
+```yaml
+{trained}```
 """

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
 
-import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import processors
@@ -22,7 +21,7 @@ from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
-from hfscale.jobs.check import DTYPES, model_needs, skeleton
+from hfscale.jobs.check import model_needs, skeleton
 from hfscale.jobs.material import tokenizer_folder
 from hfscale.models.build import check_model_config, first_position
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective
@@ -32,7 +31,7 @@ from hfscale.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class RunModel:
-    """A checkpoint of a run: ``skeleton`` has the shapes (meta device), ``reader`` the weights, verified."""
+    """A checkpoint of a run: ``skeleton`` has shapes and precision (meta device), ``reader`` the weights, verified."""
 
     config: TrainConfig
     objective: Objective  # or a task
@@ -41,15 +40,11 @@ class RunModel:
     reader: WeightsReader
     tokenizer: PreTrainedTokenizerFast
 
-    @property
-    def dtype(self) -> torch.dtype:
-        """The precision in which the run computed."""
-        return DTYPES[self.config.engine.precision]
-
     def model(self) -> PreTrainedModel:
         """Return the model with its weights, on the CPU, in evaluation mode."""
-        state = {name: self.reader.read(name).to(self.dtype) for name in self.reader.names()}
-        return type(self.skeleton).from_pretrained(None, config=self.skeleton.config, state_dict=state, dtype=self.dtype).eval()
+        dtype = self.skeleton.dtype
+        state = {name: self.reader.read(name).to(dtype) for name in self.reader.names()}
+        return type(self.skeleton).from_pretrained(None, config=self.skeleton.config, state_dict=state, dtype=dtype).eval()
 
 
 def open_run(name: str) -> RunModel | None:

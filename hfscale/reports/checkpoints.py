@@ -3,8 +3,8 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
 
@@ -12,15 +12,6 @@ from hfscale.checkpoint import layout, manifest
 from hfscale.config.load import load_config
 from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class Saved:
-    """A checkpoint; ``problems`` is None where it was not verified."""
-
-    path: Path
-    line: str
-    problems: list[str] | None
 
 
 def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
@@ -34,14 +25,16 @@ def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
     return run_dir / layout.FOLDER, load_config(run_dir / "config.yaml").config.checkpoint
 
 
-def list_checkpoints(run_dir: Path, *, verify: bool) -> list[Saved]:
-    """Return a run's checkpoints, oldest first."""
+def list_checkpoints(run_dir: Path, *, verify: bool) -> Iterator[tuple[str, list[str] | None]]:
+    """Yield a line for each of a run's checkpoints, oldest first, and what is wrong with it; None where it was not verified."""
     folder, policy = open_folder(run_dir)
-    reasons, found = layout.kept(folder, policy), []
+    reasons = layout.kept(folder, policy)
     for path in layout.candidates(folder):
         with suppress(FileNotFoundError):  # the running job prunes
-            found.append(_describe(path, reasons.get(path, ["not committed"]), verify=verify))
-    return [saved for saved in found if saved.path.is_dir()]
+            line = _describe(path, reasons.get(path, ["not committed"]))
+            problems = manifest.verify(path) if verify else None
+            if path.is_dir():
+                yield line, problems
 
 
 def prune(run_dir: Path) -> tuple[list[Path], int]:
@@ -57,7 +50,7 @@ def rejected(run_dir: Path) -> list[Path]:
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 
-def _describe(path: Path, reasons: list[str], *, verify: bool) -> Saved:
+def _describe(path: Path, reasons: list[str]) -> str:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     saved = datetime.fromtimestamp(next(file for file in (path / layout.STATE, path) if file.exists()).stat().st_mtime)
     hours = (datetime.now() - saved).total_seconds() / 3600
@@ -68,5 +61,4 @@ def _describe(path: Path, reasons: list[str], *, verify: bool) -> Saved:
     except (OSError, ValueError, KeyError, TypeError):
         facts = f"{layout.STATE} cannot be read"
     why = ", ".join(reasons) or "nothing keeps it: goes at the next pruning"
-    line = f"{path.name}  {saved.isoformat(' ', 'minutes')} ({age} ago)  {size / 1e6:>10,.1f} MB  {facts}  [{why}]"
-    return Saved(path, line, manifest.verify(path) if verify else None)
+    return f"{path.name}  {saved.isoformat(' ', 'minutes')} ({age} ago)  {size / 1e6:>10,.1f} MB  {facts}  [{why}]"

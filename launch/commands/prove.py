@@ -54,13 +54,15 @@ def resume(
     from hfscale.reports.prove import first_difference, observe
 
     log.setup()
+    if out and out.exists():
+        raise ConfigError("this file exists already; nothing was run", where="--out", value=out, remedy="name another file, or move it")
     rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
     moments, ours = _plan(wanted, kills=kills, rng=rng)
     wanted.config.run.root.mkdir(parents=True, exist_ok=True)
     home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root))
     command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}",
                *(["--procs", str(procs)] if procs else [])]
-    twin, run = home / "twin", home / "killed"
+    twin, run, out = home / "twin", home / "killed", out or home.with_name(f"{home.name}.json")
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
     logger.info("2 of 2: the same command, killed and started again")
@@ -81,11 +83,12 @@ def resume(
         "verdict": "different" if difference else "equal", "first_difference": difference, "seed": seed, "command": command,
         "kills": [{**kill, "resumed_at_step": resumed.get(number)} for number, kill in enumerate(killed, 2)],
         "steps": evidence, "made": json.loads((twin / "environment.json").read_text("utf-8"))[0]}
-    write_atomically(out or home.with_suffix(".json"), json.dumps(certificate, indent=1, ensure_ascii=False).encode())
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())
     if not difference:
         shutil.rmtree(home)
     logger.info(f"{f'DIFFERENT: {difference}; both runs are kept in {home}' if difference else 'equal, bit for bit'}; "
-                f"certificate: {out or home.with_suffix('.json')}")
+                f"certificate: {out}")
     raise typer.Exit(1 if difference else 0)
 
 
@@ -126,8 +129,7 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
                     return {}
                 time.sleep(0.002)
             time.sleep(rng.uniform(0, now["step_s"]))
-            ranks = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
-            victim = rng.choice([process.pid, *map(int, ranks)])
+            victim = rng.choice([process.pid, *ranks_of(process.pid)])
             with suppress(ProcessLookupError):  # it has just ended
                 os.kill(victim, signal.SIGKILL)
             process.wait()  # a launcher that lives ends the other ranks
@@ -136,6 +138,15 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
     kill = {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": last_record(run)["step"]}
     logger.info(f"killed: {kill}")
     return kill
+
+
+def ranks_of(launcher: int) -> list[int]:
+    """Return the process ids of a local launcher's ranks, not of the other processes that it started (``tee``)."""
+    found = []
+    for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
+        with suppress(OSError):  # it has just ended
+            found += [int(child)] if Request.worker.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0") else []
+    return found
 
 
 def _failed(run: Path, code: int) -> CheckpointError:

@@ -166,17 +166,14 @@ def checkpoints(
     if prune:
         gone, free = prune_run(run)
         typer.echo(f"removed {', '.join(path.name for path in gone) or 'nothing'}; {free / 1e9:,.1f} GB free")
-    found = list_checkpoints(run, verify=verify)
-    for saved in found:
-        verdict = "" if saved.problems is None else "  damaged" if saved.problems else "  ok"
-        typer.echo(saved.line + verdict)
-        for problem in saved.problems or ():
-            typer.echo(f"    {problem}")
+    found = list(list_checkpoints(run, verify=verify))
+    for line, problems in found:
+        typer.echo("\n    ".join([line + ("" if problems is None else "  damaged" if problems else "  ok"), *(problems or ())]))
     if not found:
         typer.echo(f"no checkpoints in {run} yet")
     for path in rejected(run):
         typer.echo(f"rejected earlier, kept for inspection: {path}")
-    raise typer.Exit(1 if any(saved.problems for saved in found) else 0)
+    raise typer.Exit(1 if any(problems for _, problems in found) else 0)
 
 
 def export(

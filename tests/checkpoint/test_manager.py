@@ -4,6 +4,8 @@ from __future__ import annotations
 import resource
 import shutil
 import subprocess
+import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,8 +17,9 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.probe import read_probe
-from hfscale.config.schema import Checkpoint
-from hfscale.errors import CheckpointError, UnhealthyError
+from hfscale.checkpoint.store import FragmentReader
+from hfscale.config.schema import Best, Checkpoint
+from hfscale.errors import CheckpointError, ConfigError, UnhealthyError
 from tests.engine.tiny import full_state, logits, same, tiny_config, tiny_engine, train_step
 from tests.helpers.ranks import run_ranks
 
@@ -256,6 +259,58 @@ def test_a_full_disk_is_seen_before_the_save(tmp_path):
 def test_old_checkpoints_go_and_permanent_ones_stay(tmp_path):
     run_ranks(train_and_save, 2, tmp_path, 1, save_at=tuple(range(1, 8)), steps=7, keep_last=2, keep_every_steps=3)
     assert [layout.step_of(path) for path in layout.committed(tmp_path)] == [3, 6, 7]
+
+
+class SlowDisk(CheckpointManager):
+    """Its writers wait for a gate before they begin."""
+
+    gate = threading.Event()
+
+    def _write(self, **kwargs: Any) -> None:
+        self.gate.wait()
+        super()._write(**kwargs)
+
+
+def two_saves(folder: Path) -> dict[str, Any]:
+    config = tiny_config(1, world_size=2)
+    engine, checkpoints = tiny_engine(config), SlowDisk(folder, config=Checkpoint(), rank=torch.distributed.get_rank(), world_size=2)
+    SlowDisk.gate.clear()
+    train_step(engine, config, 1)
+    checkpoints.save(engine, {"step": 1}, step=1)
+    at_first = full_state(engine)
+    train_step(engine, config, 2)  # while nothing is written
+    committed = len(layout.committed(folder))
+    threading.Timer(0.5, SlowDisk.gate.set).start()
+    began = time.monotonic()
+    checkpoints.save(engine, {"step": 2}, step=2)  # one set of buffers: it has to wait for the first
+    waited, there = time.monotonic() - began, [path.name for path in layout.committed(folder)]
+    checkpoints.wait()
+    reader = FragmentReader(folder / "step-00000001")
+    wrong = [name for name, tensors in at_first.items() for kind, want in tensors.items()
+             if not torch.equal(reader.read(name, kind, start=0, out=torch.empty_like(want)), want)]
+    reader.close()
+    engine.close()
+    return {"committed": committed, "waited": waited, "there": there, "wrong": wrong}
+
+
+def test_training_goes_on_behind_a_slow_disk_and_the_next_save_waits(tmp_path, caplog):
+    for rank in run_ranks(two_saves, 2, tmp_path):
+        assert rank["committed"] == 0 and rank["waited"] > 0.3
+        assert rank["there"][0] == "step-00000001", "the first is committed before the second has its snapshot"
+        assert rank["wrong"] == [], "what was trained meanwhile is not in it"
+    assert [path.name for path in layout.committed(tmp_path)] == ["step-00000001", "step-00000002"]
+
+
+def test_what_improves(tmp_path):
+    checkpoints = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best()), rank=0, world_size=1)
+    losses = [float("nan"), 3.0, 3.0, 2.5, 2.6, 2.4]
+    assert [checkpoints.improves({"step": step, "validation_loss": loss}) for step, loss in enumerate(losses)] == [
+        False, True, False, True, False, True]
+    assert not checkpoints.improves({"step": 6, "loss": 0.1}), "not validated"
+    with pytest.raises(ConfigError, match=r"keep_best(.|\n)*validation_perplexity"):
+        checkpoints.improves({"step": 7, "validation_perplexity": 3.0})
+    scores = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1", mode="max")), rank=0, world_size=1)
+    assert [scores.improves({"step": step, "validation_f1": value}) for step, value in enumerate([0.1, 0.3, 0.2])] == [True, True, False]
 
 
 class Clock:

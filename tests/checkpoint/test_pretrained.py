@@ -12,7 +12,7 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequence
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import Match, load_pretrained, match
-from hfscale.checkpoint.weights import open_weights
+from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.errors import CheckpointError
@@ -22,7 +22,7 @@ from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, VOCAB
 
 
-class DictReader:
+class DictReader(WeightsReader):
     """Weights from a dict: the reader's contract, without a file."""
 
     def __init__(self, weights: dict[str, Tensor]) -> None:
@@ -31,14 +31,8 @@ class DictReader:
     def names(self) -> list[str]:
         return list(self.weights)
 
-    def home(self, name: str) -> str:
-        return name
-
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self.weights[name].shape)
-
-    def read(self, name: str) -> Tensor:
-        return self.weights[name]
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         return self.weights[name].reshape(-1)[start:start + numel]

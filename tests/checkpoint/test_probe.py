@@ -42,7 +42,7 @@ def test_an_exported_model_of_any_kind_gives_the_engines_output(tmp_path: Path, 
     run_ranks(save, 2, tmp_path, family, auto_model)
     checkpoint, out, other = tmp_path / "step-00000001", tmp_path / "out", build(family, auto_model, 2)
     out.mkdir()
-    write_weights(open_weights(checkpoint), other, out, dtype=torch.float32)
+    write_weights(open_weights(checkpoint), other, out)
     other.config.save_pretrained(out)
     model = getattr(transformers, auto_model or FAMILIES[family][0]).from_pretrained(out).eval()
     probe = read_probe(checkpoint)

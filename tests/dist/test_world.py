@@ -1,7 +1,10 @@
 """A rank finds its place from torchrun's or Slurm's variables, and says so when they name none."""
+import socket
+from pathlib import Path
+
 import pytest
 
-from hfscale.dist.world import Allocation, World, allocation
+from hfscale.dist.world import Allocation, World, allocation, free_port
 from hfscale.errors import ConfigError
 
 
@@ -38,3 +41,15 @@ def test_the_allocation():
 def test_an_impossible_place_is_refused(env):
     with pytest.raises(ConfigError, match="no place in the world"):
         World.from_environment(env)
+
+
+def test_a_port_that_nobody_is_given_meanwhile():
+    given = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    port = free_port()
+    assert port < max(given, 30_000)
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", port))
+        other.listen()
+        with pytest.raises(OSError, match="in use"):
+            free_port(port)
+        assert free_port() != port

@@ -57,7 +57,7 @@ def test_a_run_goes_on_from_another_runs_weights_and_then_from_its_own(corpus: P
 
 def test_a_run_without_a_checkpoint_is_refused_as_a_source(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "source/checkpoints").mkdir(parents=True)
-    with pytest.raises(CheckpointError, match=r"no checkpoint yet(.|\n)*hfscale pretrain"):
+    with pytest.raises(CheckpointError, match=r"no checkpoint yet(.|\n)*the command that began it"):
         check(RunConfig.model_validate(values(corpus, tmp_path, tmp_path / "source")))
 
 

@@ -1,30 +1,37 @@
 """A run leaves as a transformers folder with the engine's own logits, or not at all; and goes on with prompts."""
 from __future__ import annotations
 
+import copy
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, pipeline
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Config, pipeline
 
-from hfscale.checkpoint.export import untied_shapes, write_weights
-from hfscale.config.schema import CorpusConfig, RunConfig
+from hfscale.checkpoint.export import untied, write_weights
+from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.weights import CheckpointWeights
+from hfscale.config.schema import Checkpoint, CorpusConfig, RunConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
+from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError, DataError
-from hfscale.jobs import export
+from hfscale.jobs import check, export
 from hfscale.jobs.check import model_needs
-from hfscale.jobs.check import skeleton as meta_model
-from hfscale.jobs.opening import open_run
-from hfscale.models.build import check_model_config
+from hfscale.jobs.opening import RunModel, open_run
+from hfscale.models.build import build_model, check_model_config
 from hfscale.tokenizer import load_tokenizer
 from launch.commands.predict import predict
+from tests.engine.tiny import tiny_config
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import GPT2, LLAMA, run_values
+from tests.helpers.ranks import run_ranks
+from tests.models.families import FAMILIES, SPECIAL_IDS, VOCAB
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +57,10 @@ def exported(run: Path) -> Path:
 def test_transformers_loads_it(exported: Path) -> None:
     model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
     assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(tokenizer)
-    assert "logits equal" in (exported / "README.md").read_text()
+    card = (exported / "README.md").read_text()
+    for fact in ("logits equal", "in 6 steps of 16 x 32 tokens", "text (weight 1); ", "step 6, loss ", "'torch': '2.", "stage: 3"):
+        assert fact in card
+    assert json.loads((exported / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
     text = pipeline("text-generation", model=str(exported))("import", max_new_tokens=4, do_sample=False)[0]["generated_text"]
     assert text.startswith("import") and len(text) > len("import")
     ours = hfscale("predict", exported, "--prompt", "import", "generation.max_new_tokens=4").stdout
@@ -67,10 +77,10 @@ def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
 def test_a_tied_tensor_is_counted_and_written_once(corpus: Path, tmp_path: Path) -> None:
     config = RunConfig.model_validate(run_values(corpus, tmp_path, "run", model=GPT2))
     needs = model_needs(config, load_tokenizer(corpus / "tokenizer"), None)
-    skeleton = meta_model(config, check_model_config(**needs), "AutoModelForCausalLM")
-    names = untied_shapes(skeleton)
+    skeleton = check.skeleton(config, check_model_config(**needs), "AutoModelForCausalLM")
+    names = untied(skeleton)
     assert "transformer.wte.weight" in names and "lm_head.weight" not in names
-    assert sum(shape.numel() for shape in names.values()) == sum(p.numel() for p in skeleton.parameters())
+    assert sum(tensor.numel() for tensor in names.values()) == sum(p.numel() for p in skeleton.parameters())
 
 
 class Planted:
@@ -82,8 +92,8 @@ class Planted:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._reader, name)
 
-    def read(self, name: str) -> torch.Tensor:
-        return self._reader.read(self._swaps.get(name, name))
+    def read_slice(self, name: str, **where: int) -> torch.Tensor:
+        return self._reader.read_slice(self._swaps.get(name, name), **where)
 
 
 def test_swapped_layers_are_not_published(run: Path, tmp_path: Path) -> None:
@@ -91,7 +101,7 @@ def test_swapped_layers_are_not_published(run: Path, tmp_path: Path) -> None:
     assert source is not None
     swap = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
     names = {name: name.replace(layer, other) for name in source.reader.names() for layer, other in swap.items() if layer in name}
-    write_weights(Planted(source.reader, names), source.skeleton, tmp_path, dtype=source.dtype)  # type: ignore[arg-type]
+    write_weights(Planted(source.reader, names), source.skeleton, tmp_path)  # type: ignore[arg-type]
     source.skeleton.config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="does not give the run's logits"):
         export.prove(source, tmp_path)
@@ -102,15 +112,76 @@ def test_missing_tensors_are_named(run: Path, tmp_path: Path) -> None:
     assert source is not None
     reader = Planted(source.reader, {})
     reader.names = lambda: [name for name in source.reader.names() if "norm" not in name]  # type: ignore[method-assign]
-    with pytest.raises(CheckpointError, match="missing or misshapen") as error:
-        write_weights(reader, source.skeleton, tmp_path, dtype=source.dtype)  # type: ignore[arg-type]
+    with pytest.raises(CheckpointError, match="missing, misshapen") as error:
+        write_weights(reader, source.skeleton, tmp_path)  # type: ignore[arg-type]
     assert "layernorm" in str(error.value)
+
+
+def test_empty_tensors_are_named(run: Path, tmp_path: Path) -> None:
+    source = open_run(str(run))
+    assert source is not None
+    reader = Planted(source.reader, {})
+    reader.shape = lambda name: (0,) if "mlp" in name else source.reader.shape(name)  # type: ignore[attr-defined]
+    with pytest.raises(CheckpointError, match=r"6 tensors of the model are missing, misshapen(.|\n)*mlp.gate_proj.weight: \[0\]"):
+        write_weights(reader, source.skeleton, tmp_path)  # type: ignore[arg-type]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_head_that_was_tied_by_mistake_is_not_published(run: Path, tmp_path: Path) -> None:
+    source = open_run(str(run))
+    assert source is not None and not source.skeleton.config.tie_word_embeddings
+    mistaken = copy.deepcopy(source.skeleton.config)
+    mistaken.tie_word_embeddings = True
+    tied = replace(source, skeleton=check.skeleton(source.config, mistaken, "AutoModelForCausalLM"))
+    with pytest.raises(CheckpointError, match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint does not"):
+        write_weights(tied.reader, tied.skeleton, tmp_path)
+    assert not list(tmp_path.iterdir())
+    write_weights(source.reader, source.skeleton, tmp_path)  # and if somebody else wrote it so
+    weights = load_file(tmp_path / "model.safetensors")
+    del weights["lm_head.weight"]
+    save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    mistaken.save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="does not give the run's logits"):
+        export.prove(tied, tmp_path)
+
+
+def saved_family(folder: Path, family: str, stage: int) -> None:
+    auto_model, model = FAMILIES[family]
+    config = tiny_config(stage, world_size=2)
+    built = build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=16, seed=1, overrides=SPECIAL_IDS)
+    for parameter in built.parameters():
+        parameter.data *= 10 if parameter.ndim == 2 else 1  # as large as trained ones: at first a layer hardly adds to the stream
+    engine = Engine.create(built, config=config, device=torch.device("cpu"))
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
+    checkpoints.save(engine, {"step": 1, "device": "cpu"}, step=1)
+    checkpoints.wait()
+    engine.close()
+
+
+@pytest.mark.parametrize(("family", "stage"), [("t5", 3), ("bart", 1), ("bert", 0), ("gpt2", 2)])
+def test_every_kind_of_model_has_a_probe_and_an_export(tmp_path: Path, family: str, stage: int) -> None:
+    run_ranks(saved_family, 2, tmp_path, family, stage)
+    checkpoint, out = tmp_path / "step-00000001", tmp_path / "out"
+    out.mkdir()
+    config = tiny_config(stage)
+    skeleton = check.skeleton(config, AutoConfig.from_pretrained(checkpoint), FAMILIES[family][0])
+    source = RunModel(config, None, checkpoint, skeleton, CheckpointWeights(checkpoint), None)  # type: ignore[arg-type]
+    write_weights(source.reader, skeleton, out)
+    skeleton.config.save_pretrained(out)
+    assert export.prove(source, out) < 1e-6
+    swapped = load_file(out / "model.safetensors")
+    one = next(name for name in swapped if ".0." in name and swapped[name].ndim == 2)
+    other = one.replace(".0.", ".1.", 1)  # the same weight of the next layer
+    swapped[one], swapped[other] = swapped[other], swapped[one]
+    save_file(swapped, out / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match="does not give the run's logits"):
+        export.prove(source, out)
 
 
 def test_shards_hold_every_tensor_once(run: Path, tmp_path: Path) -> None:
     source = open_run(str(run))
     assert source is not None
-    write_weights(source.reader, source.skeleton, tmp_path, dtype=source.dtype, shard_bytes=20_000)
+    write_weights(source.reader, source.skeleton, tmp_path, shard_bytes=20_000)
     source.skeleton.config.save_pretrained(tmp_path)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2

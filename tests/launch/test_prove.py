@@ -2,11 +2,17 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import yaml
 
+from launch.commands.prove import ranks_of
 from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.corpus import run_values
 
@@ -34,6 +40,24 @@ def test_a_killed_run_becomes_its_twin(config: Path, tmp_path: Path):
 
 
 @pytest.mark.slow
+def test_what_is_killed_is_a_rank(config: Path, tmp_path: Path):
+    """And not one of the processes that copy its output, whose end nobody would notice."""
+    command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "run.name=two", "--procs", "2"]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as launcher:
+        try:
+            until, log = time.monotonic() + 60, tmp_path / "runs/two/logs/rank-1.log"
+            while len(ranks := ranks_of(launcher.pid)) < 2 or not log.exists():
+                assert time.monotonic() < until and launcher.poll() is None
+                time.sleep(0.05)
+            environments = [Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in ranks]
+            assert [b"RANK=0" in environments[0], b"RANK=1" in environments[1], len(ranks)] == [True, True, 2]
+            os.kill(ranks[1], signal.SIGKILL)
+            assert launcher.wait(timeout=60) == 128 + signal.SIGKILL
+        finally:
+            launcher.kill()
+
+
+@pytest.mark.slow
 def test_a_resume_that_forgets_a_moment_is_found_and_kept(config: Path, tmp_path: Path):
     path = f"{ROOT / 'tests/launch/forgetful'}:{ROOT}"
     done = hfscale("prove", "resume", config, "train.steps=12", "checkpoint.every_steps=3", check=False, env={"PYTHONPATH": path})
@@ -57,6 +81,13 @@ def test_what_could_prove_nothing_is_refused(config: Path, tmp_path: Path, overr
     done = hfscale("prove", "resume", config, *overrides, check=False)
     assert done.returncode == 2 and words in done.stderr, done.stderr
     assert not (tmp_path / "runs").exists()
+
+
+def test_an_earlier_certificate_is_not_overwritten(config: Path, tmp_path: Path):
+    (tmp_path / "proof.json").write_text("{}")
+    done = hfscale("prove", "resume", config, "--out", tmp_path / "proof.json", check=False)
+    assert done.returncode == 2 and "exists already; nothing was run" in done.stderr
+    assert (tmp_path / "proof.json").read_text() == "{}" and not (tmp_path / "runs").exists()
 
 
 def test_a_run_that_cannot_start_proves_nothing(config: Path, tmp_path: Path):
