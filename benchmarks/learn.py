@@ -79,7 +79,7 @@ def walks(rng: np.random.Generator) -> Iterator[np.ndarray]:
     while True:
         draws, at, states = rng.random(8192), 0, list[int]()
         for draw in draws:
-            at = min(int(np.searchsorted(steps[at], draw)), STATES - 1)
+            at = min(np.searchsorted(steps[at], draw).item(), STATES - 1)
             states.append(at)
         yield np.array(states) + 1
 
@@ -108,11 +108,12 @@ def cycles(rng: np.random.Generator) -> Iterator[np.ndarray]:
 # -------------------------------------------------------------------------------------------------- measures
 def opened(run: Path) -> tuple[Any, Any, Any]:
     """Return model, tokenizer and objective of a run."""
+    from hfscale.config.schema import RunConfig
     from hfscale.jobs.opening import open_run
     from hfscale.objectives.base import Setting, load_objective
 
     found = open_run(str(run))
-    assert found is not None, run
+    assert found is not None and isinstance(found.config, RunConfig), run
     data = found.config.data
     objective = load_objective(found.config.objective, Setting(
         seq_len=data.seq_len, seed=99, tokenizer=found.tokenizer, model_config=found.skeleton.config))
@@ -159,7 +160,7 @@ def oracle_loss(inputs_BT: np.ndarray, labels_BT: np.ndarray) -> float:
         for t in range(T - 1, 0, -1):
             message = P @ (behind[-1] * seen[t])
             behind.append(message / message.sum())
-        for t in np.flatnonzero((labels_T >= 1) & (labels_T <= STATES)):
+        for t in np.flatnonzero((labels_T >= 1) & (labels_T <= STATES)).tolist():
             belief = ahead[t] * behind[T - 1 - t]
             losses.append(-float(np.log(belief[labels_T[t] - 1] / belief.sum())))
     return float(np.mean(losses))
