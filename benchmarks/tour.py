@@ -6,7 +6,7 @@
 Texts are docstrings of Python's standard library and the messages of the machine's programs with their translations (gettext).
 What is tested comes from files, templates and words that training has not seen: a file is on one side by the hash of its name.
 
-- topics        which part of the library a docstring is from                   baseline: the most frequent label
+- topics        which part of the library a docstring is from                   baseline: the label most frequent there
 - sentiment     sentences from templates, with words like careful and careless  baseline: the most frequent label
 - ner           dotted names in docstrings                                       baseline: the tag that a word most often had, else O
 - qa            what a function does, among others' first lines                  baseline: the first line in the context
@@ -92,11 +92,13 @@ def one_line(text: str) -> str:
 
 # --------------------------------------------------------------------------------------------- labelled examples
 def topics(docs: list[tuple[str, str, str]]) -> Split:
-    """Return docstrings and the package that each is from."""
+    """Return docstrings and the package that each is from; of a large file some."""
     packages = {"asyncio", "email", "tkinter", "unittest", "xml", "http", "multiprocessing", "importlib", "idlelib", "distutils"}
     made: Split = {"train": [], "test": []}
+    taken: Counter[str] = Counter()
     for file, _, text in docs:
-        if "/" in file and (label := file.split("/")[0]) in packages and len(text) > 40:
+        if "/" in file and (label := file.split("/")[0]) in packages and len(text) > 40 and taken[file] < 60:
+            taken[file] += 1
             made["test" if is_test(file) else "train"].append({"text": one_line(text)[:400], "label": label})
     trained = {example["label"] for example in made["train"]}
     return {"train": made["train"], "test": [example for example in made["test"] if example["label"] in trained]}
@@ -179,7 +181,7 @@ def unique(examples: Iterable[dict[str, Any]], rng: random.Random, limit: int | 
 def baseline(task: str, train: list[dict[str, Any]], test: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return predictions that nobody had to train a model for."""
     if task in ("topics", "sentiment"):
-        [(label, _)] = Counter(example["label"] for example in train).most_common(1)
+        [(label, _)] = Counter(example["label"] for example in test).most_common(1)  # no constant is better
         return [{"id": example["id"], "prediction": label} for example in test]
     if task == "ner":
         tags: dict[str, Counter[str]] = defaultdict(Counter)
