@@ -213,7 +213,7 @@ CASES = {
                                                      "embd_pdrop": 0.0, "attn_pdrop": 0.0}}}, measure_clm, at_least=False),
     "mlm": Case(STATES + 1, walks, 4_000_000, {
         "data": {"seq_len": 64}, "objective": {"name": "mlm", "options": {"as_mask": 1.0, "as_random": 0.0}},
-        "train": {"steps": 2000, "global_batch": 64},
+        "train": {"steps": 2600, "global_batch": 64},
         "optim": {"lr": 2e-3}, "model": {"architecture": "modernbert", "config": {  # BERT's own layers take many steps to begin
             "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "local_attention": 64,
             "max_position_embeddings": 64}}}, measure_mlm, at_least=False),
@@ -223,7 +223,7 @@ CASES = {
             "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 128,
             "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}}, measure_contrastive, at_least=True),
     "seq2seq": Case(1 + CYCLE, cycles, 2_000_000, {
-        "data": {"seq_len": 32}, "objective": {"name": "seq2seq"}, "train": {"steps": 1500, "global_batch": 64}, "optim": {"lr": 3e-3},
+        "data": {"seq_len": 32}, "objective": {"name": "seq2seq"}, "train": {"steps": 4000, "global_batch": 64}, "optim": {"lr": 3e-3},
         "model": {"architecture": "t5", "config": {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4,
                                                    "dropout_rate": 0.0}}}, measure_seq2seq, at_least=True),
 }
