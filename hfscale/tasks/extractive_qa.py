@@ -155,9 +155,10 @@ class ExtractiveQA(Task):
 
 
 def _compared(predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> tuple[list[str], list[list[str]], list[float]]:
-    """Return the best spans, the true answers, and how much "none" beats each span."""
-    return ([prediction["n_best"][0]["text"] for prediction in predictions], [[text for text, _ in _answers(e)] for e in references],
-            [prediction["no_answer_score"] for prediction in predictions])
+    """Return the best spans, the true answers, and how much "none" beats each span. Predictions of others may be mere texts."""
+    spans = [p["n_best"][0]["text"] if p.get("n_best") else p["prediction"] for p in predictions]
+    none = [p.get("no_answer_score", -1.0 if p["prediction"] else 1.0) for p in predictions]
+    return spans, [[text for text, _ in _answers(example)] for example in references], none
 
 
 def _answers(example: Example) -> list[tuple[str, int]]:

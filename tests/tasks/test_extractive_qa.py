@@ -129,6 +129,14 @@ def test_the_pipeline_that_goes_along_gives_the_same_answers(tmp_path):
     assert [a["score"] for a in theirs] == pytest.approx([p["score"] for p in ours], rel=1e-4)
 
 
+def test_answers_of_others_are_scored_as_they_are():
+    examples = [{"id": "0", "question": "Who?", "context": "Ada wrote it.", "answers": "Ada"},
+                {"id": "1", "question": "When?", "context": "Ada.", "answers": ""}]
+    task = task_of(examples=examples)
+    assert task.score([{"id": "0", "prediction": "Ada"}, {"id": "1", "prediction": ""}], examples)["exact_match"] == 100.0
+    assert task.score([{"id": "0", "prediction": ""}, {"id": "1", "prediction": "Ada"}], examples)["exact_match"] == 0.0
+
+
 def test_without_questions_that_have_no_answer_there_always_is_one():
     task = task_of(examples=EXAMPLES[:4])
     assert task.no_answer is False
