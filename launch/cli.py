@@ -62,7 +62,7 @@ app = typer.Typer(cls=Verbs, rich_markup_mode=None, pretty_exceptions_enable=Fal
 @app.callback(epilog="hfscale VERB --help explains a verb. Exit codes: 0 done, 2 a mistake to mend, 75 stopped and saved (run it again), "
                      "76 unhealthy numbers, 77 hung (run it again).")
 def _hfscale() -> None:
-    """Pretrain Hugging Face models on token shards with DeepSpeed ZeRO, and resume exactly."""
+    """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume exactly."""
 
 
 def main() -> None:

@@ -77,7 +77,7 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
         "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
     }
     if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
-        small |= {"train.steps": 6, "train.epochs": "null", "train.tokens": "null"}
+        small |= {"train.steps": 6}
     if not examples:
         small["data.lanes"] = "auto"
     if examples and config.data.validation is not None:

@@ -22,6 +22,7 @@ from hfscale.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
+CHOICES = {"train": ("steps", "epochs", "tokens"), "model": ("architecture", "pretrained")}  # one of each; the layer on top decides
 S = TypeVar("S", bound=Section)
 _WORDS = {"": None, "~": None} | {spelled(word): value for word, value in (("null", None), ("true", True), ("false", False))
                                   for spelled in (str.lower, str.title, str.upper)}
@@ -51,7 +52,19 @@ class Tree:
     sources: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Tree) -> None:
-        """Lay ``other`` on top: mappings are merged, everything else is replaced; so is what belongs to another architecture or plug-in."""
+        """Lay ``other`` on top: mappings are merged, everything else is replaced; so is what another choice leaves behind."""
+        for section, choices in CHOICES.items():
+            below, above = self.values.get(section), other.values.get(section)
+            if isinstance(below, dict) and isinstance(above, dict) and any(above.get(name) is not None for name in choices):
+                left = [name for name in choices if below.get(name) is not None and above.get(name) is None]
+                for key in [*left, *(["config"] if left and section == "model" else [])]:  # sizes of new weights are not those of old ones
+                    below.pop(key, None)
+                    gone = f"{section}.{key}."
+                    self.sources = {known: source for known, source in self.sources.items() if not f"{known}.".startswith(gone)}
+        self.lay(other)
+
+    def lay(self, other: Tree) -> None:
+        """Lay ``other`` on top as ``merge`` does, without a decision between two choices: those of one layer are a contradiction."""
         self._merge(self.values, other.values, "")
         self.sources.update(other.sources)
 
@@ -120,7 +133,7 @@ def _with(tree: Tree, overrides: Sequence[str]) -> Tree:
     """Return ``tree`` with ``overrides`` laid on top."""
     written = Tree()
     for override in overrides:
-        written.merge(_parse_override(override))
+        written.lay(_parse_override(override))
     tree.merge(written)
     return tree
 

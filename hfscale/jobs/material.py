@@ -192,8 +192,8 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
     made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
     if ends[0] != ends[1]:
-        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards, value=ends,
-                        remedy="give back the tokenizer that made them, or build the shards again")
+        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards,
+                        value=f"id {ends[0]}, not {ends[1]}", remedy="give back the tokenizer that made them, or build the shards again")
     if made_by != have:
         raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
                         remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")

@@ -57,7 +57,8 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
         facts.append(("tokens", f"{steps * train.global_batch * seq_len:,}"))
     else:
         facts.append(("steps", f"not known before {unknown}"))
-    facts.append(("epochs", f"{steps * train.global_batch / rows:.3g} of {rows:,} rows" if rows else f"not known before {unknown}"))
+    epochs = f"{round(steps * train.global_batch / rows, 3):,g} of {rows:,} rows" if rows else f"not known before {unknown}"
+    facts.append(("epochs", epochs))
     return [*facts, *(("notice", line) for line in notices(config))]
 
 

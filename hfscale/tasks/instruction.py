@@ -57,8 +57,8 @@ class Instruction(Task, CausalLM):
     options: InstructionOptions  # type: ignore[assignment]
     frame = ()
     pipeline = "text-generation"
-    columns: ClassVar = {"messages": 'a list of {"role", "content"}, which ends with the answer',
-                         "prompt": "in place of messages: a question", "response": "its answer"}
+    columns: ClassVar = {"prompt": "in place of messages: a question", "response": "its answer",
+                         "messages": 'a list of {"role", "content"}, which ends with the answer'}
     optional: ClassVar = frozenset({"messages", "prompt", "response"})
     answers: ClassVar = frozenset({"response"})
     token_loss = True

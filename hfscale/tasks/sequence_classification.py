@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 import torch
@@ -62,7 +63,7 @@ class SequenceClassification(Task):
         """Return the problem, and the labels with how often each occurs."""
         assert isinstance(options, ClassificationOptions)
         values = [_split(example["label"], options) for example in examples if example.get("label") not in (None, "")]
-        kinds = {"list" if isinstance(v, list) else "fraction" if _is_fraction(v) else "label" for v in values}
+        kinds = {_kind(v) for v in values}
         problem = options.problem or ("multi_label_classification" if "list" in kinds else
                                       "regression" if "fraction" in kinds and "label" not in kinds else "single_label_classification")
         if problem == "regression":
@@ -170,11 +171,14 @@ def _split(value: Any, options: ClassificationOptions) -> Any:
     return value
 
 
-def _is_fraction(value: Any) -> bool:
-    """Return whether a label can only be a number to predict: 2.5, or "2.5" in csv."""
+def _kind(value: Any) -> str:
+    """Return list, fraction (it can only be a number to predict: 2.5, or "2.5" in csv), whole (a number, or a label) or label."""
+    if isinstance(value, list):
+        return "list"
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        return "label"
     if isinstance(value, str):
-        try:
-            return "." in value and isinstance(float(value), float)
-        except ValueError:
-            return False
-    return isinstance(value, float) and not value.is_integer()
+        return "fraction" if "." in value else "whole" if isfinite(number) else "label"
+    return "whole" if number.is_integer() else "fraction"

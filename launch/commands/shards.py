@@ -8,7 +8,7 @@ import typer
 
 from hfscale.errors import ConfigError, DataError
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Build, index, verify, describe and print shards.")
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False, help="Build, index, verify and print shards.")
 SHOWN = 20  # findings that are printed in full
 
 
@@ -65,7 +65,7 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
 
 @app.command(epilog="Example: hfscale shards verify data/books")
 def verify(path: Annotated[str, typer.Argument(help="folder of a build, of one side of it, a manifest.json, or a URL of one")]) -> None:
-    """Check every byte and count against manifest and index; all damage in one report."""
+    """Check every byte and count; all damage in one report."""
     from hfscale.dist.world import available_cores
     from hfscale.log import progress_bar
     from hfscale.shards.verify import manifests_at

@@ -6,13 +6,13 @@ from typing import Annotated, Optional
 
 import typer
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, help="Train a tokenizer on your text.")
+app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False, help="Train a tokenizer on your text, or extend one.")
 
 
 @app.command(epilog="Example: hfscale tokenizer train corpus.yaml source.path=books tokenizer.path=data/tokenizer tokenizer.kind=unigram")
 def train(config: Annotated[Path, typer.Argument(help="YAML with sections source, split, tokenizer, shards")],
           overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None) -> None:  # noqa: UP045 (typer, 3.10)
-    """Train on the train side of the corpus, save for AutoTokenizer, and measure on the held-out side."""
+    """Train a transformers tokenizer; measure it on held-out text."""
     from hfscale.config.load import load_config
     from hfscale.config.schema import CorpusConfig
 
@@ -30,7 +30,6 @@ def train(config: Annotated[Path, typer.Argument(help="YAML with sections source
           f"({report['duplicates']:,} duplicates; {report['undecodable']:,} skipped as not UTF-8{such_as})")
     print(f"  on {report['measured_on']}: {report['bytes_per_token']:.2f} bytes a token, "
           f"{report['vocabulary_used']:.1%} of the vocabulary used, {report['unknown']:.2%} unknown tokens")
-
 
 
 

@@ -69,6 +69,15 @@ def test_another_architecture_leaves_the_config_of_the_first_behind(folder: Path
     assert same.config.model.config == {"n_layer": 2, "layer_norm_epsilon": 1e-5, "n_head": 2}
 
 
+def test_the_layer_on_top_chooses_between_what_excludes_each_other(folder: Path):
+    loaded = load_config("base.yaml", ["train.tokens=5000", "model.pretrained=runs/other", "model.config.attn_pdrop=0.5"])
+    assert (loaded.config.train.steps, loaded.config.train.tokens, loaded.source("train.steps")) == (None, 5000, DEFAULT)
+    assert (loaded.config.model.architecture, loaded.config.model.config) == (None, {"attn_pdrop": 0.5})
+    Path("child.yaml").write_text("extends: base.yaml\ntrain: {epochs: 2}\n")
+    assert load_config("child.yaml").config.train.steps is None
+    assert "here train.steps and train.epochs" in refusal("base.yaml", ["train.steps=3", "train.epochs=2"])
+
+
 def test_values_are_yaml_1_2(folder: Path):
     config = load_config("base.yaml", ["cluster.time=24:00:00", "cluster.partition=no", "train.tokens=10_000", "train.steps=null",
                                        "model.config.x=[1e-3, true, off]"]).config

@@ -73,11 +73,19 @@ def test_several_labels_and_numbers():
     assert task.loss(model_of(task), batch)["classification"].tolist() == pytest.approx([math.log(2)] * 2, abs=0.05)
 
     numbers = [{"id": "0", "text": "good", "pair": "film", "label": 2.5}, {"id": "1", "text": "bad", "label": 1}]
-    task = make(numbers, problem="regression")
+    task = make(numbers)
     batch, model = task.collate(rows_of(task, numbers)), model_of(task)
     predicted = [output["prediction"] for output in task.predict(model, batch, rows_of(task, numbers))]
     assert task.score([{"prediction": 2.0}, {"prediction": 1.0}], numbers) == pytest.approx({"pearson": 1.0, "spearman": 1.0, "mse": 0.125})
     assert task.loss(model, batch)["classification"].tolist() == pytest.approx([(predicted[0] - 2.5) ** 2, (predicted[1] - 1) ** 2])
+
+
+@pytest.mark.parametrize(("labels", "problem"), [
+    ([2.5, 3.0, 1], "regression"), (["2.5", "3.0", "1"], "regression"), ([1, 2, 5.0], "single_label_classification"),
+    (["1.5", "2", "good"], "single_label_classification"), (["good", "inf", "nan"], "single_label_classification"),
+    ([["a"], []], "multi_label_classification")])
+def test_labels_say_what_the_problem_is(labels, problem):
+    assert make([{"id": str(n), "text": "good", "label": label} for n, label in enumerate(labels)]).problem == problem
 
 
 @pytest.mark.parametrize(("example", "problem"), [
