@@ -65,7 +65,12 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
     """
     kind = task_class(config.task.name)
     options = check_options(kind.Options, config.task.options, where="task.options")
-    rows = {str(row.get("id")): row for _, row in table_rows(predictions)}
+    rows = dict[str, dict[str, Any]]()
+    for where, row in table_rows(predictions):
+        if (name := str(row.get("id"))) in rows or not {"prediction", "problem"} & row.keys():
+            raise DataError("an id occurs twice" if name in rows else "there is no prediction", where=where, value=str(row)[:80],
+                            remedy='one line for each example: {"id": ..., "prediction": ...}')
+        rows[name] = row
     references = list(examples_of(config))
     missing = [example["id"] for example in references if example["id"] not in rows]
     if missing or len(rows) != len(references):
@@ -81,9 +86,14 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
     facts = facts or kind.facts(options, iter(usable))
     task = kind(options, Setting(seq_len=config.data.max_length, facts=facts))
     chosen = [rows[example["id"]] for example in usable]
-    measure = task.measure(chosen, usable)
-    return {"task": config.task.name, "options": config.task.options, "left_out": len(references) - len(usable),
-            **described(measure), "scores": task.score(chosen, usable)}
+    try:
+        said = described(task.measure(chosen, usable)) | {"scores": task.score(chosen, usable)}
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        if predictions == config.predict.out:  # made here: a defect
+            raise
+        raise DataError("these are no predictions of this task", where=predictions, value=repr(error),
+                        remedy=f"give what hfscale predict --task {config.task.name} writes") from error
+    return {"task": config.task.name, "options": config.task.options, "left_out": len(references) - len(usable), **said}
 
 
 def described(measure: Measure) -> dict[str, Any]:

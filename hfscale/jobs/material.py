@@ -102,8 +102,8 @@ class ExampleMaterial:
         task = self.objective()
         self.needs = task.model_overrides()
         about = cache_key(task)
-        self._train = self._data.prepared("train", task.features, about=about)
-        self._validation = self._data.prepared("validation", task.features, about=about) if config.data.validation else None
+        self._train = self._data.prepared("train", task.answered_features, about=about)
+        self._validation = self._data.prepared("validation", task.answered_features, about=about) if config.data.validation else None
         self.rows, self.names = len(self._train.lengths), ("train",)
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Task:

@@ -76,17 +76,18 @@ def prepare(config: PredictConfig) -> Path:
     out, key = config.predict.out, key_of(config)
     if out.exists():
         raise DataError("this file exists already; nothing was written", where=out, remedy="give another --out, or remove it")
-    count = sum(1 for _ in examples_of(config))
+    count, size = sum(1 for _ in examples_of(config)), max(CHUNK, config.predict.batch)
     if not count:
         raise DataError("there are no examples", where=config.data.train, remedy="give at least one row")
     parts = parts_of(out)
     file = parts / "key.json"
-    if file.is_file() and (saved := json.loads(file.read_text("utf-8"))["key"]) != key:
-        differ = [name for name in key if saved.get(name) != key[name]]
+    saved: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {"key": key, "chunk": size}
+    if saved["key"] != key:
+        differ = [name for name in key if saved["key"].get(name) != key[name]]
         raise DataError("half-made predictions of something else are in the way", where=parts, value=f"other {', '.join(differ)}",
                         remedy="give another --out, ask for the same again, or remove that folder")
     parts.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, json.dumps({"key": key, "examples": count}).encode())
+    write_atomically(file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode())
     write_atomically(parts / "config.yaml", to_yaml(config).encode())
     return parts / "config.yaml"
 
@@ -94,8 +95,8 @@ def prepare(config: PredictConfig) -> Path:
 def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     """Return True when this process's chunks are there, False when it was stopped before."""
     disable_progress_bar()
-    parts, size = parts_of(config.predict.out), max(CHUNK, config.predict.batch)
-    total = json.loads((parts / "key.json").read_text("utf-8"))["examples"]
+    parts = parts_of(config.predict.out)
+    total, size = _begun(parts)
     mine = [number for number in range(world.rank, -(-total // size), world.world_size) if not _chunk(parts, number).exists()]
     if not mine:
         return True
@@ -109,7 +110,7 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
             chunk = list(islice(examples, number * size - at, number * size - at + size))
             at = number * size + len(chunk)
             made = predict(task, model, chunk, batch=config.predict.batch, device=device, first=number * size,
-                           refuse_long=config.data.too_long == "refuse")
+                           refuse_long=config.data.too_long == "refuse", answers=config.predict.answers)
             if config.predict.answers and config.data.on_error == "stop" and (bad := [row for row in made if "problem" in row]):
                 raise DataError(f"{len(bad)} examples cannot be scored", where=config.data.train, value=[
                     f"{row['id']}: {row['problem']}" for row in bad[:3]], remedy="mend them, or leave them out with data.on_error=skip")
@@ -123,12 +124,15 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
 def join(config: PredictConfig) -> int:
     """Return how many predictions are now in OUT, which appears whole."""
     out, parts = config.predict.out, parts_of(config.predict.out)
-    bad, count = 0, 0
-    whole = parts / "whole"
+    bad, count, whole = 0, 0, parts / "whole"
+    total, size = _begun(parts)
     with open(whole, "wb") as file:
-        for chunk in sorted(parts.glob("*.jsonl")):
-            content = chunk.read_bytes()
-            count += content.count(b"\n")
+        for number in range(-(-total // size)):
+            content = _chunk(parts, number).read_bytes()
+            if (lines := content.count(b"\n")) != (wanted := min(size, total - number * size)):
+                raise DataError("this part of the predictions was changed", where=_chunk(parts, number), value=f"{lines} of {wanted} lines",
+                                remedy="remove it, then run the same command again")
+            count += lines
             bad += content.count(b'"prediction": null, "problem": ')
             file.write(content)
         file.flush()
@@ -151,6 +155,12 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
     if "problem" in made:
         raise DataError(made["problem"], where="command line", value={**example})
     return made
+
+
+def _begun(parts: Path) -> tuple[int, int]:
+    """Return how many examples there are, and in a chunk: as it was begun, since another ``predict.batch`` must not move the chunks."""
+    key = json.loads((parts / "key.json").read_text("utf-8"))
+    return key["examples"], key["chunk"]
 
 
 def _chunk(parts: Path, number: int) -> Path:

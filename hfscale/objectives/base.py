@@ -138,6 +138,14 @@ class Objective:
         """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels answer and nothing is compiled again."""
         return self.setting.micro_batch, self.setting.seq_len
 
+    def check_causal(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse (ConfigError) a live model that sees the future: an encoder."""
+        if moved := self.sight(model, device=device):
+            raise ConfigError(f"the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
+                              where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
+                              remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or to pretrain "
+                                     "use objective mlm")
+
     def check_documents(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse (ConfigError) a live model in which documents see each other, where they are to be kept apart."""
         if not self.setting.cross_document:
@@ -224,5 +232,9 @@ def check_options(schema: type[Section], options: Mapping[str, Any], *, where: s
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
             unknown = problem["type"] == "extra_forbidden"
-            lines.append(f"{name}: unknown option; {nearest(name, schema.model_fields)}" if unknown else f"{name}: {problem['msg']}")
+            known: Any = schema
+            for part in problem["loc"][:-1]:
+                known = known.model_fields[part].annotation
+            lines.append(f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known.model_fields)}" if unknown else
+                         f"{name}: {problem['msg']}")
         raise ConfigError("; ".join(lines), where=where, value=dict(options)) from error

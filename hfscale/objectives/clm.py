@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 
@@ -50,9 +49,5 @@ class CausalLM(Objective):
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a model that sees the future (an encoder), or another document where documents are to be kept apart."""
-        if moved := self.sight(model, device=device):
-            raise ConfigError(
-                f"clm: the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
-                where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
-                remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or use objective mlm")
+        self.check_causal(model, device=device)
         self.check_documents(model, device=device)

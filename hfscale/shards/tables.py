@@ -59,13 +59,13 @@ def _lines(file: Path, column: str | None) -> Rows:
 def _csv(file: Path, column: str | None, *, delimiter: str = ",") -> Rows:
     csv.field_size_limit(sys.maxsize)
     with open_source(file) as stream:
-        rows = csv.DictReader(codecs.iterdecode(stream, "utf-8-sig"), delimiter=delimiter)
+        rows = csv.DictReader(codecs.iterdecode(stream, "utf-8-sig"), delimiter=delimiter, strict=True)  # an open quote eats the rest
         try:
             for row in rows:
                 yield f"{file}:{rows.line_num}", row
         except (UnicodeDecodeError, csv.Error) as error:
             raise DataError(f"not a readable csv row: {error}", where=f"{file}:{rows.line_num + 1}",
-                            remedy="a header line, commas, UTF-8") from None
+                            remedy="a header line, commas, quotes that close, UTF-8") from None
 
 
 def _parquet(file: Path, column: str | None) -> Rows:

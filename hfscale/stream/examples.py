@@ -105,7 +105,7 @@ class ExampleStream:
             differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in asdict(self.state()).items()
                       if state.get(name) != now]
             raise DataError("the checkpoint continues other examples, or another order of them", where="; ".join(differ),
-                            remedy="give back the files and options of data, or start a new run with another run.name")
+                            remedy="give back the files and options of data (and the hfscale of then), or start a new run: run.name=...")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
         self._next = self._reader.submit(self._read, self._consumed)
 

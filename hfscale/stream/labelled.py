@@ -62,12 +62,14 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
                 raise DataError(f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})", where=where, value=column,
                                 remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}")
         example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
-        if any(isinstance(value, str) and not is_text(value) for value in example.values()):
+        if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
             raise DataError("a text holds half of a character (a lone surrogate)", where=where, value=ascii(example)[:80], remedy="mend it")
         if example["id"] in seen:
             raise DataError("an id occurs twice", where=where, value=example["id"], remedy="give each example an id of its own, or no ids")
         seen.add(example["id"])
         yield where, example
+    if not seen:
+        raise DataError("there are no rows in it", where=table, remedy="give at least one; is it the right file, with a header if csv?")
 
 
 def is_text(value: str) -> bool:

@@ -16,10 +16,12 @@ import inspect
 import json
 from collections.abc import Iterable, Sequence
 from itertools import chain
+from math import isfinite
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
+from pydantic import AfterValidator
 from torch import Tensor
 
 from hfscale.config.schema import Named, Section
@@ -49,6 +51,15 @@ Example = dict[str, Any]  # role -> value, and "id": str; an optional role or an
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives the models
 Feature = dict[str, Any]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
 PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}  # of what may be padded; "input_ids" by the tokenizer's
+
+
+def _distinct(labels: list[str]) -> list[str]:
+    if twice := [label for label in set(labels) if labels.count(label) > 1]:
+        raise ValueError(f"{twice[0]!r} occurs twice")
+    return labels
+
+
+Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in its order
 
 
 class Task(Objective):
@@ -95,7 +106,21 @@ class Task(Objective):
         """
         raise NotImplementedError
 
+    def answered_features(self, example: Example) -> list[Feature]:
+        """Return ``features`` of an example that is learnt from or scored.
+
+        Raises:
+            BadExample: also where it has no answer.
+        """
+        return self.features(example)
+
     # --------------------------------------------------------------------------------------------- with a model
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse a causal model that sees the future, and documents that see each other."""
+        if self.auto_model == "AutoModelForCausalLM":
+            self.check_causal(model, device=device)
+            self.check_documents(model, device=device)
+
     def weights(self) -> dict[str, float]:
         """Return the one term."""
         return {self.term: 1.0}
@@ -214,8 +239,18 @@ def cache_key(task: Task) -> str:
                        hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()])
 
 
+def label_name(label: Any) -> str:
+    """Return a label as text; 1.0 is 1, as a table with gaps has it."""
+    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
 def all_labels(values: Iterable[Any]) -> list[str]:
-    """Return the distinct labels (of lists, their members) as texts: numbers by size, else by the alphabet."""
-    found = set(chain.from_iterable(value if isinstance(value, list) else [value] for value in values))
-    return [str(label) for label in sorted(found, key=lambda label: (isinstance(label, str), label))]
+    """Return the distinct labels (of lists, their members) as texts: numbers by size, else by the alphabet.
+
+    What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then names the example.
+    """
+    members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
+    found = {label_name(label): label for label in members
+             if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))}
+    return sorted(found, key=lambda name: (isinstance(found[name], str), found[name]))
 

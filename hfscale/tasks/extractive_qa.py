@@ -10,6 +10,7 @@ Shape legend: B windows, T tokens. Sources: Devlin et al. 2019, BERT, sec. 4.2 a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import torch
@@ -65,7 +66,10 @@ class ExtractiveQA(Task):
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Return whether some questions have no answer."""
-        answered = {bool(_answers(example)) for example in examples}
+        answered = set[bool]()
+        for example in examples:
+            with suppress(BadExample):  # ``features`` says which
+                answered.add(bool(_answers(example)))
         if answered == {False}:
             raise BadExample("no example has an answer: is the column of the answers the right one?")
         return {"no_answer": False in answered}
@@ -165,13 +169,16 @@ def _answers(example: Example) -> list[tuple[str, int]]:
     """Return the answers with where they should begin (-1: not said), of any of the forms that data sets have."""
     texts: Any = example["answers"]
     starts = example.get("answer_start")
-    if isinstance(texts, dict):
-        texts, starts = texts.get("text"), texts.get("answer_start")
-    texts = [texts] if isinstance(texts, str) else list(texts or [])
-    if texts and isinstance(texts[0], dict):  # as in SQuAD's own file
-        texts, starts = [answer["text"] for answer in texts], [answer.get("answer_start") for answer in texts]
-    starts = starts if isinstance(starts, list) else [starts] * len(texts)
-    return [(text, -1 if start in (None, "") else int(start)) for text, start in zip(texts, starts, strict=False) if text.strip()]
+    try:
+        if isinstance(texts, dict):
+            texts, starts = texts["text"], texts.get("answer_start")
+        texts = [texts] if isinstance(texts, str) else list(texts or [])
+        if texts and isinstance(texts[0], dict):  # as in SQuAD's own file
+            texts, starts = [answer["text"] for answer in texts], [answer.get("answer_start") for answer in texts]
+        starts = starts if isinstance(starts, list) else [starts] * len(texts)
+        return [(text, -1 if start in (None, "") else int(start)) for text, start in zip(texts, starts, strict=True) if text.strip()]
+    except (TypeError, ValueError, KeyError, AttributeError):
+        raise BadExample(f"the answers are neither texts nor as in SQuAD, with as many places: {example['answers']!r:.60}") from None
 
 
 def _label(window: Feature, start: int, end: int) -> list[int]:

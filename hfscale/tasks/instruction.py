@@ -92,6 +92,13 @@ class Instruction(Task, CausalLM):
             raise BadExample(f"no answer within the first {longest} tokens (data.max_length)")
         return [{**feature, "input_ids": made["input_ids"][:longest], "labels": labels[:longest], "truncated": len(labels) > longest}]
 
+    def answered_features(self, example: Example) -> list[Feature]:
+        """Return the one feature, if the last message is an answer."""
+        (feature,) = self.features(example)
+        if "labels" not in feature:
+            raise BadExample("the last message is not the assistant's: there is no answer")
+        return [feature]
+
     def _messages(self, example: Example) -> list[dict[str, str]]:
         messages = example.get("messages")
         if messages is None:

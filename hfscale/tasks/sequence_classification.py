@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -27,7 +28,8 @@ from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.objectives.base import Batch
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, all_labels
+from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, label_name
+from hfscale.tasks.text_generation import check_text
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -39,7 +41,7 @@ class ClassificationOptions(Section):
     """What is asked of a text. Without ``problem`` the labels say it: lists are several labels, fractions are regression."""
 
     problem: Problem | None = None
-    labels: list[str] | None = None  # the whole set, in its order; without it, those of the training examples
+    labels: Labels | None = None  # the whole set, in its order; without it, those of the training examples
     separator: str | None = None  # several labels as one text, in csv: what stands between them
     class_weights: Literal["none", "balanced"] = "none"  # of a single label
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a single label
@@ -70,8 +72,9 @@ class SequenceClassification(Task):
             return {"problem": problem}
         labels = options.labels or all_labels(values)
         if len(labels) < 2 and problem == "single_label_classification":
-            raise BadExample(f"all examples have one label, {labels}: there is nothing to tell apart")
-        counts = Counter(str(label) for v in values for label in (v if isinstance(v, list) else [v]))
+            raise BadExample(f"all examples have one label, {labels[0]}: there is nothing to tell apart" if labels else
+                             "no example has a label")
+        counts = Counter(label_name(label) for v in values for label in (v if isinstance(v, list) else [v]))
         return {"problem": problem, "labels": labels, "counts": [counts[label] for label in labels]}
 
     @classmethod
@@ -97,23 +100,24 @@ class SequenceClassification(Task):
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature; its ``labels`` is a class's number, a list of C zeros and ones, or a number."""
         text, pair = example["text"], example.get("pair")
-        if not isinstance(text, str) or not text.strip():
-            raise BadExample("the text is empty" if text in (None, "") or isinstance(text, str) else f"the text is not text: {text!r:.60}")
-        feature = self.encode(text, pair)
+        check_text("text", text)
+        if pair:
+            check_text("pair", pair)
+        feature = self.encode(text, pair or None)
         if "label" in example:
             feature["labels"] = self._target(_split(example["label"], self.options))
         return [feature]
 
     def _target(self, value: Any) -> Any:
         if self.problem == "regression":
-            try:
-                return float(value)
-            except (TypeError, ValueError):
-                raise BadExample(f"the label {value!r:.60} is not a number") from None
+            with suppress(TypeError, ValueError):
+                if isfinite(number := float(value)):
+                    return number
+            raise BadExample(f"the label {value!r:.60} is not a number")
         several = self.problem == "multi_label_classification"
         if isinstance(value, list) and not several:
             raise BadExample(f"the label {value!r:.60} is a list, where others have one")
-        names = [str(label) for label in (value if isinstance(value, list) else [value])]
+        names = [label_name(label) for label in (value if isinstance(value, list) else [value])]
         for name in names:
             if name not in self.labels:
                 raise BadExample(f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}")
@@ -159,9 +163,9 @@ class SequenceClassification(Task):
             numbers = list(map(float, true))
             return correlation(got, numbers) | mean({"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]})
         if self.problem == "multi_label_classification":
-            true = [list(map(str, value)) if isinstance(value, list) else [str(value)] for value in true]
+            true = [list(map(label_name, value)) if isinstance(value, list) else [label_name(value)] for value in true]
         else:
-            true = list(map(str, true))
+            true = list(map(label_name, true))
         return classification(got, true, labels=self.labels)
 
 

@@ -25,7 +25,7 @@ from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Task, all_labels
+from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, label_name
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -36,7 +36,7 @@ OUTSIDE = "O"
 class TokenOptions(Section):
     """The whole set of tags, in its order; without it, those of the training examples. Numbers in the data count from 0 in it."""
 
-    labels: list[str] | None = None
+    labels: Labels | None = None
 
 
 class TokenClassification(Task):
@@ -56,7 +56,8 @@ class TokenClassification(Task):
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Return the tags, ``O`` first."""
         assert isinstance(options, TokenOptions)
-        found = all_labels(_listed(example["tags"]) for example in examples if example.get("tags")) if not options.labels else []
+        given = (example.get("tags") for example in examples)
+        found = all_labels(_listed(tags) for tags in given if isinstance(tags, (str, list))) if not options.labels else []
         if found and all(label.isdigit() for label in found):
             raise BadExample(f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels")
         return {"labels": options.labels or sorted(found, key=lambda label: label != OUTSIDE)}
@@ -99,7 +100,8 @@ class TokenClassification(Task):
         return features
 
     def _targets(self, example: Example, words: int) -> list[int]:
-        tags = [self.labels[tag] if isinstance(tag, int) and tag < len(self.labels) else str(tag) for tag in _listed(example["tags"])]
+        tags = [self.labels[tag] if isinstance(tag, int) and 0 <= tag < len(self.labels) else label_name(tag)
+                for tag in _listed(example["tags"])]
         if len(tags) != words:
             raise BadExample(f"there are {words} words and {len(tags)} tags")
         if unknown := set(tags) - {*self.labels}:
@@ -157,10 +159,14 @@ def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
         edges = [regex.search(rf"{UNSPACED}$", a) or regex.match(UNSPACED, b) for a, b in pairwise(words)]
         return words, [False, *(not edge for edge in edges)], []
     text = example.get("text") or ""
+    if not isinstance(text, str):
+        raise BadExample(f"the text is not text: {text!r:.60}")
     found = list(regex.finditer(rf"{WORD}|\S", text))
     places = [match.start() for match in found]
     return [match.group() for match in found], [text[place - 1 : place].isspace() for place in places], places
 
 
 def _listed(value: Any) -> list[Any]:
-    return value.split() if isinstance(value, str) else list(value)
+    if not isinstance(value, (str, list)):
+        raise BadExample(f"neither a list nor text with spaces: {value!r:.60}")
+    return value.split() if isinstance(value, str) else value

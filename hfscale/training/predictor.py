@@ -14,7 +14,7 @@ from hfscale.tasks.base import Example, Task
 
 @torch.no_grad()
 def predict(task: Task, model: Model, examples: Sequence[Example], *, batch: int, device: torch.device, first: int = 0,
-            refuse_long: bool = False) -> list[dict[str, Any]]:
+            refuse_long: bool = False, answers: bool = False) -> list[dict[str, Any]]:
     """Return ``{"id", "prediction", ...}`` of each example, in order; of one that cannot be used, a ``problem`` and no prediction.
 
     ``first`` is the number of the first of them among all.
@@ -22,7 +22,7 @@ def predict(task: Task, model: Model, examples: Sequence[Example], *, batch: int
     rows, owners, problems = list[dict[str, Any]](), list[int](), dict[int, str]()
     for number, example in enumerate(examples):
         try:
-            made = task.features(example)
+            made = task.answered_features(example) if answers else task.features(example)
             if [feature.pop("truncated", False) for feature in made].count(True) and refuse_long:
                 raise BadExample(f"it is longer than {task.setting.seq_len} tokens (data.max_length)")
         except BadExample as error:

@@ -114,6 +114,11 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     torn.write_text("".join(predictions.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="1 of which have none"):
         evaluate(str(run), predictions=torn)
+    some = lines(predictions)
+    for changed, words in (([*some, some[0]], "an id occurs twice"), ([{"id": some[0]["id"]}], "there is no prediction"),
+                           ([row | {"prediction": {}} for row in some], "no predictions of this task")):
+        with pytest.raises(DataError, match=words):
+            evaluate(str(run), predictions=write_jsonl(torn, changed))
 
 
 def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -129,7 +134,13 @@ def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.Capt
     assert not out.exists() and 2 <= len(list(parts.glob("0*.jsonl"))) < 12
     with pytest.raises(DataError, match="(?s)half-made.*other task"):
         predict(str(run), ["threshold=0.9"], data=rows, out=out)
-    predict(str(run), data=rows, out=out)  # on one process
+    chunk = min(parts.glob("0*.jsonl"))
+    (folder / "kept").write_bytes(chunk.read_bytes())
+    chunk.write_bytes(chunk.read_bytes()[:-50])
+    with pytest.raises(DataError, match=f"(?s)part of the predictions was changed.*{chunk.name}.*511 of 512"):
+        predict(str(run), ["predict.batch=1000"], data=rows, out=out)  # on one process, and no chunk is moved by its batch
+    (folder / "kept").rename(chunk)
+    predict(str(run), data=rows, out=out)
     assert "6,000 predictions" in capsys.readouterr().out
     assert [line["id"] for line in lines(out)] == [f"r{number}" for number in range(6000)] and not parts.exists()
     with pytest.raises(DataError, match="exists already"):
@@ -145,6 +156,8 @@ def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path:
     refused(ConfigError, "(?s)no such role.*did you mean text", data={"columns": {"texts": "text"}})
     refused(ConfigError, "unknown task", task={"name": "sequence_clasification"})
     refused(ConfigError, "(?s)unknown option.*label_smoothing", task={"options": {"smoothing": 0.1}})
+    refused(ConfigError, "(?s)generation.num_beam: unknown option; did you mean num_beams",
+            task={"name": "translation", "options": {"generation": {"num_beam": 2}}})
     refused(ConfigError, "positions", data={"max_length": 100})
     refused(DataError, "(?s)bad.*not in the set", task={"options": {"labels": ["good", "poor"]}})
     empty = write_jsonl(tmp_path / "empty.jsonl", [*reviews(20), {"id": "x", "text": " ", "label": "bad"}])

@@ -67,6 +67,8 @@ def test_columns_and_ids(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("content", "columns", "words"), [
     ('{"text": "a", "label": 1}\n{"text": "b"', {}, r"not a JSON line[\s\S]*x.jsonl:2"),
+    ("\n", {}, r"no rows in it[\s\S]*x.jsonl"),
+    ('{"text": "a", "label": ["\\ud83d"]}\n', {}, r"half of a character[\s\S]*x.jsonl:1"),
     ("[1]\n", {}, r"no object[\s\S]*x.jsonl:1"),
     ('{"txt": "a", "label": 1}\n', {}, r"no column 'text'[\s\S]*x.jsonl:1[\s\S]*columns are txt, label"),
     ('{"text": "a", "label": 1}\n', {"pair": "second"}, r"no column 'second'"),
@@ -82,6 +84,9 @@ def test_what_is_not_there(tmp_path: Path) -> None:
     for name in (tmp_path / "none.jsonl", tmp_path, "*.nothing"):
         with pytest.raises(DataError, match="no such table"):
             [*read_examples(str(name), Roles, columns={})]
+    (tmp_path / "x.csv").write_text('text,label\n"a,b\nc,d\n')
+    with pytest.raises(DataError, match="quotes that close"):
+        [*read_examples(str(tmp_path / "x.csv"), Roles, columns={})]
     (tmp_path / "x.csv").write_text("text,label\na,b,c\n")
     with pytest.raises(DataError, match=r"more cells than the header[\s\S]*x.csv:2"):
         [*read_examples(str(tmp_path / "x.csv"), Roles, columns={})]

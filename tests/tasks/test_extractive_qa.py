@@ -148,7 +148,9 @@ def test_without_questions_that_have_no_answer_there_always_is_one():
 @pytest.mark.parametrize(("change", "problem"), [
     ({"question": " "}, "question is empty"), ({"context": None}, "context is empty"),
     ({"context": "\u200b", "answers": ""}, "nothing of the context"),
-    ({"answers": "a cat"}, "'a cat' is not in its context")])
+    ({"answers": "a cat"}, "'a cat' is not in its context"),
+    *(({"answers": answers}, "neither texts nor as in SQuAD") for answers in (
+        5, [None], {"tekst": ["a"]}, {"text": ["a"], "answer_start": ["x"]}, {"text": ["a", "b"], "answer_start": [1]}))])
 def test_bad_examples(change, problem):
     with pytest.raises(BadExample, match=problem):
         task_of().features({**EXAMPLES[0], **change})
@@ -157,7 +159,7 @@ def test_bad_examples(change, problem):
 def test_a_wrong_start_is_searched_and_a_column_without_answers_refused():
     assert task_of().features({**EXAMPLES[1], "answer_start": 3})[0]["labels"] == task_of().features(EXAMPLES[1])[0]["labels"]
     with pytest.raises(BadExample, match="no example has an answer"):
-        task_of(examples=[{"id": "0", "question": "x", "context": "y", "answers": ""}])
+        task_of(examples=[{"id": "0", "question": "x", "context": "y", "answers": ""}, {**EXAMPLES[1], "answers": 5}])
 
 
 def test_a_question_that_fills_the_window_is_cut():

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -9,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from transformers import pipeline
 
+from hfscale.errors import ConfigError
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample
 from hfscale.tasks.instruction import pack
@@ -91,6 +93,13 @@ def test_a_toy_answers_as_its_export_does_in_transformers(tmp_path: Path) -> Non
     assert task.score(whole, toy)["rougeL"] == 1.0
 
 
+def test_an_encoder_and_documents_that_leak_are_refused() -> None:
+    for family, words in (("bert", "sees the future"), ("gpt2", None)):
+        task, model = load("instruction", tokenizer(), family=family)
+        with pytest.raises(ConfigError, match=words) if words else nullcontext():
+            task.check(model, device="cpu")
+
+
 def test_what_cannot_be_learnt_from() -> None:
     task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=16)
     for bad, why in (({}, "nobody asks"), ({"prompt": "a", "response": ""}, "text of the assistant is empty"),
@@ -98,6 +107,10 @@ def test_what_cannot_be_learnt_from() -> None:
                      ({"prompt": "a" * 99, "response": "b"}, "within the first 16 tokens")):
         with pytest.raises(BadExample, match=why):
             task.features({"id": "0", **bad})
+    question = {"id": "0", "messages": TALK[:2]}
+    assert "labels" not in task.features(question)[0]  # to be predicted
+    with pytest.raises(BadExample, match="no answer"):
+        task.answered_features(question)
     forgets = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] + ';' }}{% endif %}{% endfor %}"
     for template, why in ((forgets, "writes an answer differently"), ("{{ raise_exception('no') }}", "refuses the conversation: no")):
         task, _ = load("instruction", tokenizer(), family="gpt2", chat_template=template)

@@ -9,9 +9,10 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
 
 from hfscale.config.schema import Named
-from hfscale.objectives.base import Setting
+from hfscale.errors import ConfigError
+from hfscale.objectives.base import Setting, check_options
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import load_task, task_class
+from hfscale.tasks.base import all_labels, load_task, task_class
 
 WORDS = ["[PAD]", "[UNK]", "[SEP]", "good", "bad", "film", "book"]
 
@@ -89,10 +90,27 @@ def test_labels_say_what_the_problem_is(labels, problem):
 
 
 @pytest.mark.parametrize(("example", "problem"), [
-    ({"text": " "}, "empty"), ({"text": "good", "label": "++"}, r"not in the set"), ({"text": 3}, "not text")])
+    ({"text": " "}, "empty"), ({"text": "good", "label": "++"}, r"not in the set"), ({"text": 3}, "not text"),
+    ({"text": "good", "pair": 5}, "pair is not text"), *(({"text": "good", "label": label}, "not in the set") for label in (
+        None, float("nan"), {"a": 1}))])
 def test_bad_examples(example, problem):
     with pytest.raises(BadExample, match=problem):
         make(ONE).features({"id": "7", **example})
+
+
+def test_labels_are_names_however_they_are_written():
+    texts = [{"id": str(n), "text": "good", "label": label} for n, label in enumerate((1, "1", 1.0, 0, None, float("nan"), "x", ["y", {}]))]
+    assert all_labels(example["label"] for example in texts) == ["0", "1", "x", "y"]
+    task = make(texts[:4])
+    assert task.labels == ["0", "1"] and [task.features(example)[0]["labels"] for example in texts[:4]] == [1, 1, 1, 0]
+    assert task.score([{"prediction": "1"}] * 3, texts[:3])["accuracy"] == 1.0
+    for label in ("nan", float("inf"), None):
+        with pytest.raises(BadExample, match="not a number"):
+            make(texts, problem="regression").features({"id": "0", "text": "good", "label": label})
+    with pytest.raises(BadExample, match="no example has a label"):
+        make(texts[4:5])
+    with pytest.raises(ConfigError, match="'a' occurs twice"):
+        check_options(task.Options, {"labels": ["a", "b", "a"]})
 
 
 def test_a_long_text_is_cut_and_says_so():

@@ -102,7 +102,9 @@ def test_tags_that_are_not_entities_and_numbers():
 
 @pytest.mark.parametrize(("example", "problem"), [
     ({"words": ["a", "b"], "tags": ["O"]}, "2 words and 1 tags"), ({"words": ["a"], "tags": ["B-LOK"]}, "did you mean B-LOC"),
-    ({"words": []}, "no words"), ({"text": " \n"}, "no words"), ({"text": None}, "no words")])
+    ({"words": []}, "no words"), ({"text": " \n"}, "no words"), ({"text": None}, "no words"),
+    ({"text": 5}, "not text"), ({"words": 5}, "neither a list"), *(({"words": ["a"], "tags": tags}, problem) for tags, problem in (
+        (None, "neither a list"), ([None], "not in the set"), ([-1], "not in the set"), ([["O"]], "not in the set")))])
 def test_bad_examples(example, problem):
     with pytest.raises(BadExample, match=problem):
         task_of().features({"id": "7", **example})
