@@ -98,7 +98,7 @@ def test_sizes():
                 if length > 80:
                     wrong.append(f"{relative(path)}:{node.lineno} {node.name} has {length} lines (80)")
     assert not wrong, "\n".join(wrong)
-    assert sum(map(lines_of_code, MODULES)) < 11_000
+    assert sum(map(lines_of_code, MODULES)) < 11_500
 
 
 def lines_of_code(path: Path) -> int:
