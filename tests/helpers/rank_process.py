@@ -18,7 +18,7 @@ def main() -> None:
     """Serve calls that arrive as ``(module:function, args, kwargs)``."""
     ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test session leaves no ranks behind
     faulthandler.enable()
-    faulthandler.register(signal.SIGUSR2, all_threads=True)
+    faulthandler.register(signal.SIGQUIT, all_threads=True)  # not a signal that a trainer listens to
     pipe = Connection(int(sys.argv[1]))
 
     import torch

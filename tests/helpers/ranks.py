@@ -148,7 +148,7 @@ class RankGroup:
     def _stacks(self, silent: list[int], timeout_s: float) -> str:
         for process in self.processes:
             with contextlib.suppress(ProcessLookupError):
-                process.send_signal(signal.SIGUSR2)  # faulthandler writes all stacks into the log
+                process.send_signal(signal.SIGQUIT)  # faulthandler writes all stacks into the log
         for rank, process in enumerate(self.processes):
             until = time.monotonic() + STACKS_TIMEOUT_S
             while "most recent call first" not in self._output(rank) and process.poll() is None and time.monotonic() < until:
