@@ -115,10 +115,12 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(DataError, match="1 of which have none"):
         evaluate(str(run), predictions=torn)
     some = lines(predictions)
-    for changed, words in (([*some, some[0]], "an id occurs twice"), ([{"id": some[0]["id"]}], "there is no prediction"),
-                           ([row | {"prediction": {}} for row in some], "no predictions of this task")):
+    for changed, words in (([*some, some[0]], "an id occurs twice"), ([{"id": some[0]["id"]}], "there is no prediction")):
         with pytest.raises(DataError, match=words):
             evaluate(str(run), predictions=write_jsonl(torn, changed))
+    asked = write_jsonl(torn.with_name("asked.jsonl"), [{"id": "0", "question": "a?", "context": "a b", "answers": "b"}])
+    with pytest.raises(DataError, match="no predictions of this task"):
+        evaluate(task="extractive_qa", data=str(asked), predictions=write_jsonl(torn, [{"id": "0", "prediction": 5}]))
 
 
 def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
