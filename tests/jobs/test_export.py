@@ -244,7 +244,7 @@ def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "message"), [
-    ('{"prompt": ', r"not a JSON line[\s\S]*:1"), ("", "no examples"), ("[" * 100_000, "not a JSON line"),
+    ('{"prompt": ', r"not a JSON line[\s\S]*:1"), ("", "there are no rows in it"), ("[" * 100_000, "not a JSON line"),
     ('{"text": "a"}', "no column 'prompt'"), ('{"prompt": "a\\ud800"}', "half of a character"),
     ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice")])  # fmt: skip
 def test_broken_prompts_name_their_line(run: Path, tmp_path: Path, content: str, message: str) -> None:
