@@ -117,7 +117,7 @@ def opened(run: Path) -> tuple[Any, Any, Any]:
     data = found.config.data
     objective = load_objective(found.config.objective, Setting(
         seq_len=data.seq_len, seed=99, tokenizer=found.tokenizer, model_config=found.skeleton.config))
-    return found.model(), found.tokenizer, objective
+    return found.engine().module, found.tokenizer, objective
 
 
 def held_out(run: Path, objective: Any) -> Any:

@@ -19,6 +19,7 @@ from transformers.utils.logging import set_verbosity_error
 
 from benchmarks.common import interleaved, machine, ratio, record, spread, table, verdict
 from hfscale.config.schema import Model, Named
+from hfscale.engine.inference import InferenceEngine
 from hfscale.models.build import build_model, special_ids
 from hfscale.objectives.base import Setting
 from hfscale.tasks.base import load_task
@@ -67,7 +68,7 @@ def candidates(name: str, how: dict[str, Any], texts: list[str]) -> tuple[dict[s
             return len(texts) / (time.perf_counter() - began)
         return measure
 
-    runs = {"hfscale": timed("hfscale", lambda: predict(task, model, examples, batch=32, device=torch.device("cpu")))}
+    runs = {"hfscale": timed("hfscale", lambda: predict(task, InferenceEngine(model), examples, batch=32))}
     runs |= {f"pipeline, batch {size}": timed("pipeline", lambda size=size: use(texts, batch_size=size)) for size in BATCHES}
     runs["hfscale"], runs["pipeline, batch 1"]()
     runs["hfscale"]()

@@ -13,9 +13,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from hfscale import log
 from hfscale.config.load import load_config
+from hfscale.config.schema import Section
 from hfscale.dist.stop import WARNINGS, StopRequest
 from hfscale.dist.world import Allocation, World, allocation, node_name
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError, exit_code
@@ -24,8 +26,14 @@ from hfscale.monitor.heartbeat import watching
 JOB = "job"  # in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
 EXIT_CODE = "exit_code"  # in the run directory of a Slurm job: code and rank of the first that did not end well
 LOST_PEER = ("by peer", "remote process exited", "peer closed")  # gloo and NCCL, of a rank that died: this one is not the cause
-# the section of a config that names the job -> its module, with run(config, world, stop) -> bool
-JOBS = {"predict": "hfscale.jobs.predict", "objective": "hfscale.jobs.train", "task": "hfscale.jobs.train"}
+# the section of a config that names the job -> its module
+JOBS = {"predict": "hfscale.jobs.predict", "harness": "hfscale.jobs.harness", "evaluate": "hfscale.jobs.shards",
+        "objective": "hfscale.jobs.train", "task": "hfscale.jobs.train"}
+
+
+def job_of(config: Section) -> Any:
+    """Return the module with ``run(config, world, stop) -> bool`` that does what ``config`` says: True when done, False when stopped."""
+    return import_module(JOBS[next(section for section in JOBS if hasattr(config, section))])
 
 
 def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -> int:
@@ -40,7 +48,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
         _refuse_second_job(config_path.parent / JOB, here)
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints on stdout that it found none
-    job = import_module(JOBS[next(section for section in JOBS if hasattr(config, section))])
+    job = job_of(config)
     with watching(config_path.parent, rank=world.rank, world_size=world.world_size, node=node_name(), on_hang=on_hang,
                   timeout_s=config.train.hang_timeout_s if hasattr(config, "train") else None):  # predictions have an uneven pace
         return EXIT_DONE if job.run(config, world, stop) else EXIT_STOPPED

@@ -18,11 +18,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import typer
+
 from hfscale import log
+from hfscale.config.load import to_yaml
 from hfscale.config.rules import BatchPlan, notices, solve_batch
+from hfscale.config.schema import Section
+from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation, available_cores, free_port
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
+from hfscale.shards.files import write_atomically
+from hfscale.worker import job_of
 from launch import run_dir
 from launch.queue import hold
 from launch.request import Request, check
@@ -78,6 +85,23 @@ def launch(request: Request) -> int:
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
     return code
+
+
+def start(config: Section, file: Path, *, procs: int) -> None:
+    """Return when the job of ``config``, written to ``file``, is done: by ``procs`` processes, this one if that is one.
+
+    Raises:
+        typer.Exit: with the exit code, if it was stopped or a process failed.
+        UserError: in this process, for what the job refuses.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, to_yaml(config).encode())
+    if procs == 1:
+        code = EXIT_DONE if job_of(config).run(config, World(), StopRequest()) else EXIT_STOPPED
+    else:
+        code = run_ranks([sys.executable, "-m", "hfscale.worker", str(file)], procs=procs, port=free_port(), logs=file.parent / "logs")
+    if code:
+        raise typer.Exit(code)
 
 
 # --------------------------------------------------------------------------------------------------- machine

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import yaml
 
-from hfscale.config.finetune import FinetuneConfig, PredictConfig
+from hfscale.config.finetune import FinetuneConfig
+from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import CorpusConfig, RunConfig
 from launch.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-KINDS = (RunConfig, FinetuneConfig, PredictConfig)
+KINDS = (RunConfig, FinetuneConfig, PredictConfig, HarnessConfig, ShardsConfig)
 
 
 def pages() -> pytest.MarkDecorator:

@@ -23,11 +23,12 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manifest import Entry, verify, write_file, write_manifest
+from hfscale.checkpoint.manifest import Entry, write_file, write_manifest
 from hfscale.checkpoint.probe import make_probe
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
+from hfscale.checkpoint.weights import verify_together
 from hfscale.config.schema import Checkpoint
-from hfscale.dist.agree import from_all_ranks, from_rank_0
+from hfscale.dist.agree import from_rank_0
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
@@ -256,12 +257,6 @@ class CheckpointManager:
         if self._rank == 0:
             logger.warning(f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}")
         torch_dist.barrier(group=host_group())
-
-
-def verify_together(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files. Collective."""
-    everyone = from_all_ranks(verify(checkpoint, part=torch_dist.get_rank(), parts=torch_dist.get_world_size()))
-    return sorted({problem for problems in everyone for problem in problems})
 
 
 def _any_rank(*flags: bool) -> list[bool]:

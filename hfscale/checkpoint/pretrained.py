@@ -7,7 +7,7 @@ largest of these ranges. Names in files differ from a model's by the base model'
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -20,12 +20,13 @@ from hfscale.log import logger
 
 if TYPE_CHECKING:  # a login node matches names without DeepSpeed
     from hfscale.engine.engine import Engine
+    from hfscale.engine.inference import InferenceEngine
 
 NAMED = 20  # tensors that a message names
 
 
 def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
-    """Return what fills ``model``, whose tensors may be partitioned or on the meta device, after naming in the log what does not match.
+    """Return what fills ``model``, whose tensors may be partitioned or on the meta device.
 
     Raises:
         CheckpointError: if nothing matches, shapes differ by more than new ids, or what is one tensor here are two there.
@@ -56,25 +57,25 @@ def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
     used, ignored = {there for all_ in found.values() for there in all_}, model._keys_to_ignore_on_load_unexpected or ()
     unexpected = [name for name in available if name not in used and not any(re.search(pattern, name) for pattern in ignored)]
     missing = [name for name in parameters if not found[name]]  # buffers have their constructor's value
-    _say([name for name in missing if ".lora_" not in name], "parameters of the model are not among the pretrained weights and start fresh")
-    _say(unexpected, "pretrained weights have no place in the model and are not read")
-    _say(grown, f"tensors grow from {rows[0]} to {rows[1]} ids; each new one starts as the mean of the old ones")
     return Match({name: there[0] for name, there in found.items() if there}, tuple(missing), tuple(sorted(unexpected)), tuple(grown), rows)
 
 
-@torch.no_grad()
-def load_pretrained(engine: Engine, reader: WeightsReader, found: Match | None = None) -> Match:
-    """Return what matched (``found``, where that is known), after each rank has filled its part of the fp32 weights. Collective.
+def tell(found: Match) -> Match:
+    """Return ``found``, after naming in the log what did not match."""
+    _say([name for name in found.missing if ".lora_" not in name],
+         "parameters of the model are not among the pretrained weights and start fresh")
+    _say(found.unexpected, "pretrained weights have no place in the model and are not read")
+    _say(found.grown, "tensors grow from {} to {} ids; each new one starts as the mean of the old ones".format(*found.rows))
+    return found
 
-    Raises:
-        CheckpointError: on all ranks, before anything is changed, as ``match``.
-    """
-    found = found or match(engine.module, reader)  # type: ignore[arg-type]
+
+@torch.no_grad()
+def load_pretrained(engine: Engine | InferenceEngine, reader: WeightsReader, found: Match) -> None:
+    """Return when each rank has filled its part of the weights with what was ``found``. Collective."""
     for fragment in engine.fragments(owned=False):
         if fragment.name in found.sources:
             fragment.tensors["weight"].copy_(found.read_slice(reader, fragment.name, start=fragment.start, numel=fragment.numel))
     engine.after_load()
-    return found
 
 
 def _spellings(name: str, prefix: str) -> Iterator[str]:
@@ -85,6 +86,6 @@ def _spellings(name: str, prefix: str) -> Iterator[str]:
             yield old
 
 
-def _say(names: list[str], what: str) -> None:
+def _say(names: Sequence[str], what: str) -> None:
     if names:
         logger.warning(f"{len(names)} {what}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}")

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.distributed as torch_dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.store import FragmentReader
+from hfscale.dist.agree import from_all_ranks
 from hfscale.errors import CheckpointError
 
 BASE, BLOCK_ROWS = ".base_layer.", 4096  # what stands in the name of a matrix that has an adapter
@@ -102,6 +104,13 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     if not Path(path).is_dir():
         raise CheckpointError("there is no such folder", where=path, remedy="name a run, a checkpoint or a transformers folder")
     return FolderWeights(Path(path))
+
+
+def verify_together(checkpoint: Path) -> list[str]:
+    """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files. Collective."""
+    rank, world_size = (torch_dist.get_rank(), torch_dist.get_world_size()) if torch_dist.is_initialized() else (0, 1)
+    everyone = from_all_ranks(verify(checkpoint, part=rank, parts=world_size))
+    return sorted({problem for problems in everyone for problem in problems})
 
 
 def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Path:

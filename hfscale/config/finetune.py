@@ -1,4 +1,4 @@
-"""The config of a fine-tuning, and of predictions: labelled examples instead of shards, a task instead of an objective."""
+"""The config of a fine-tuning: labelled examples instead of shards, a task instead of an objective."""
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Union
@@ -8,10 +8,8 @@ from pydantic import Field
 from hfscale.config.schema import (
     AbsolutePath,
     HeldOut,
-    LocalPath,
     Named,
     Optim,
-    PathOrHubName,
     Positive,
     Section,
     Table,
@@ -49,21 +47,3 @@ class FinetuneConfig(TrainConfig):
     data: Examples
     task: Named
     optim: Optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
-
-
-class Predict(Section):
-    """What predicts, and where its predictions go."""
-
-    model: PathOrHubName  # a run, a checkpoint, an export, a transformers folder, a hub name
-    out: LocalPath
-    split: Literal["train", "validation", "test"] = "train"  # of the data
-    batch: Positive = 32
-    answers: bool = False  # the examples have their answers, which predictions will be compared with
-
-
-class PredictConfig(Section):
-    """Predictions of a task for a split of ``data``; a table that stands alone is its ``train``."""
-
-    predict: Predict
-    task: Named
-    data: Examples

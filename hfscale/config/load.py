@@ -16,13 +16,16 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfscale.config import rules
-from hfscale.config.finetune import FinetuneConfig, PredictConfig
+from hfscale.config.finetune import FinetuneConfig
+from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import RunConfig, Section, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 CHOICES = {"train": ("steps", "epochs", "tokens"), "model": ("architecture", "pretrained")}  # one of each; the layer on top decides
+KINDS: dict[str, type[Section]] = {"predict": PredictConfig, "harness": HarnessConfig, "evaluate": ShardsConfig, "task": FinetuneConfig,
+                                   "objective": RunConfig}  # the first of these sections that is there says what a config is of
 S = TypeVar("S", bound=Section)
 _WORDS = {"": None, "~": None} | {spelled(word): value for word, value in (("null", None), ("true", True), ("false", False))
                                   for spelled in (str.lower, str.title, str.upper)}
@@ -95,7 +98,7 @@ def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type
 def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] | None = None) -> Loaded[Any]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
 
-    Without ``schema`` it is a run's: a ``FinetuneConfig`` where there is a section ``task``, else a ``RunConfig``.
+    Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them does.
 
     Raises:
         ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
@@ -113,7 +116,7 @@ def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: typ
 
 
 def _validated(tree: Tree, path: Path | str, schema: type[Any] | None) -> Loaded[Any]:
-    schema = schema or (PredictConfig if "predict" in tree.values else FinetuneConfig if "task" in tree.values else RunConfig)
+    schema = schema or next((kind for section, kind in KINDS.items() if section in tree.values), RunConfig)
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:

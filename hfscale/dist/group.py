@@ -2,7 +2,8 @@
 from __future__ import annotations
 
 import os
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -54,6 +55,22 @@ def start(world: World) -> torch.device:
                           remedy="choose another MASTER_PORT, or let the launcher choose a free one") from error
     _host_group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
     return device
+
+
+@contextmanager
+def joined(world: World, *, needed: bool) -> Iterator[None]:
+    """Be in the group inside, and leave it together; if that is not ``needed``, only take this rank's GPU. On an error nobody waits.
+
+    Raises:
+        ConfigError: as ``start``.
+    """
+    if needed:
+        start(world)
+    elif torch.cuda.is_available():
+        torch.cuda.set_device(world.local_rank)
+    yield
+    if needed:
+        shutdown()
 
 
 def host_group() -> torch_dist.ProcessGroup | None:

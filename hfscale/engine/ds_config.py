@@ -3,6 +3,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hfscale.config.inference import Inference
 from hfscale.config.schema import Engine, TrainConfig
 from hfscale.errors import ConfigError
 
@@ -26,8 +27,7 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
         ConfigError: for what this device or stage cannot run, and where ``engine.extra`` repeats a derived key.
     """
     engine, stage = config.engine, running_stage(config.engine)
-    if engine.precision == "fp16" and device_type != "cuda":
-        raise ConfigError("fp16 needs a GPU", where="engine.precision", value="fp16", remedy="engine.precision=bf16 or fp32")
+    _check_precision(engine.precision, device_type)
     if engine.offload != "none" and stage == 0:
         raise ConfigError("there is nothing to offload without ZeRO", where="engine.offload", value=engine.offload,
                           remedy="engine.zero_stage=1 (optimizer) or 3 (parameters)")
@@ -53,6 +53,24 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
     if engine.precision != "fp32" and stage >= 2:  # at stage 1 it would switch to another optimizer
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
     return _merged(derived, engine.extra, where="engine.extra")
+
+
+def inference_config(engine: Inference, *, precision: str, device_type: str) -> dict[str, Any]:
+    """Return the dict for a model that only computes, at stage 3: the other stages partition what training adds to the weights.
+
+    Raises:
+        ConfigError: as ``deepspeed_config``.
+    """
+    _check_precision(precision, device_type)
+    place = {"offload_param": {"device": "cpu", "pin_memory": device_type == "cuda"}} if engine.offload == "parameters" else {}
+    derived = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **place}, "bf16": {"enabled": precision == "bf16"},
+               "fp16": {"enabled": precision == "fp16"}, "timers": {"throughput": {"enabled": False}}}
+    return _merged(derived, engine.extra, where="engine.extra")
+
+
+def _check_precision(precision: str, device_type: str) -> None:
+    if precision == "fp16" and device_type != "cuda":
+        raise ConfigError("fp16 needs a GPU", where="engine.precision", value="fp16", remedy="engine.precision=bf16 or fp32")
 
 
 def _merged(derived: dict[str, Any], extra: dict[str, Any], *, where: str) -> dict[str, Any]:

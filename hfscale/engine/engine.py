@@ -44,7 +44,7 @@ def construction(config: TrainConfig, *, device_type: str) -> Iterator[None]:
     if running_stage(config.engine) < 3:
         yield
         return
-    _join_process_group()
+    join_process_group()
     with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, device_type=device_type)):
         yield
 
@@ -81,7 +81,7 @@ class Engine:
         settings = deepspeed_config(config, device_type=device.type)
         if config.engine.activation_checkpointing:
             _enable_activation_checkpointing(model)
-        _join_process_group()
+        join_process_group()
         adamw = torch.optim.AdamW(param_groups(model, config.optim), lr=0.0, betas=config.optim.betas,
                                   eps=config.optim.eps, fused=True)
         ds, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
@@ -216,7 +216,7 @@ class Engine:
         gc.collect()
 
 
-def _join_process_group() -> None:
+def join_process_group() -> None:
     """Let DeepSpeed use the process group that is up. Its shared-memory kernel serves inference only, and wants a compiler."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)

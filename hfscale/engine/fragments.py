@@ -37,18 +37,12 @@ def partitioned(module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.
     param: Any  # DeepSpeed hangs its own attributes on it
     for name, param in module.named_parameters():
         if stage == 3:
-            shape, size = tuple(param.ds_shape), param.ds_tensor.numel()
-            start = rank * size
-            real = min(size, param.ds_numel - start)  # the last partition is padded
-            if real <= 0:
-                continue
-            if param.requires_grad:
-                group, offset, _ = zero.grad_position[zero.get_param_id(param)]
-                flat = zero.fp32_partitioned_groups_flat[group]
-                tensors = {key: value.narrow(0, offset, real) for key, value in trained(adamw, flat).items()}
-            else:
-                tensors = {"weight": param.ds_tensor.detach().narrow(0, 0, real)}
-            yield Fragment(name, shape, start, tensors)
+            for part in _split(name, param, rank=rank):
+                if param.requires_grad:
+                    group, offset, _ = zero.grad_position[zero.get_param_id(param)]
+                    flat = zero.fp32_partitioned_groups_flat[group]
+                    part.tensors.update({key: value.narrow(0, offset, part.numel) for key, value in trained(adamw, flat).items()})
+                yield part
         elif param.requires_grad and param._hp_mapping is not None:  # None: it lies on other ranks
             mapping = param._hp_mapping
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
@@ -64,6 +58,28 @@ def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> It
             yield Fragment(name, tuple(param.shape), 0, {key: value.view(-1) for key, value in trained(adamw, param).items()})
         elif stage < 3 and not param.requires_grad:
             yield Fragment(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
+    yield from _buffers(module)
+
+
+def held(module: nn.Module, *, rank: int) -> Iterator[Fragment]:
+    """Yield what this rank holds of a model that is not trained: persistent buffers, and of each parameter its share or all."""
+    for name, param in module.named_parameters():
+        if hasattr(param, "ds_tensor"):
+            yield from _split(name, param, rank=rank)
+        else:
+            yield Fragment(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
+    yield from _buffers(module)
+
+
+def _split(name: str, param: Any, *, rank: int) -> Iterator[Fragment]:
+    """Yield the share of a parameter that stage 3 gave to this rank, if it is more than padding."""
+    size = param.ds_tensor.numel()
+    real = min(size, param.ds_numel - rank * size)
+    if real > 0:
+        yield Fragment(name, tuple(param.ds_shape), rank * size, {"weight": param.ds_tensor.detach().narrow(0, 0, real)})
+
+
+def _buffers(module: nn.Module) -> Iterator[Fragment]:
     for path, child in module.named_modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:

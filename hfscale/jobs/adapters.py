@@ -11,9 +11,8 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.manager import verify_together
-from hfscale.checkpoint.pretrained import match
-from hfscale.checkpoint.weights import MergedWeights, open_weights
+from hfscale.checkpoint.pretrained import match, tell
+from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
 from hfscale.config.schema import Lora
 from hfscale.dist.agree import from_rank_0
 from hfscale.errors import CheckpointError, ConfigError
@@ -30,7 +29,7 @@ class Beside:
             with suppress(OSError):  # a run of somebody else's; one of our own never prunes what adapters need
                 layout.pin(folder.parent, layout.step_of(folder), pinned=True)
         self.reader = open_weights(folder, check=verify_together)
-        self.match = match(model, self.reader)
+        self.match = tell(match(model, self.reader))
         for name in self.match.missing:
             model.get_parameter(name).requires_grad_(True)
         files = [folder / layout.MANIFEST] if (folder / layout.MANIFEST).is_file() else sorted(folder.glob("*.safetensors"))
@@ -78,7 +77,7 @@ def load_adapter(source: RunModel, folder: Path) -> Any:
 
     base: Any = copy(source.reader)
     base.targets = {}
-    return PeftModel.from_pretrained(replace(source, reader=base).model(), str(folder))
+    return PeftModel.from_pretrained(replace(source, reader=base).engine().module, str(folder))
 
 
 def use_adapter(source: RunModel, folder: Path) -> str:

@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
-from hfscale.checkpoint.manager import CheckpointManager, verify_together
-from hfscale.checkpoint.pretrained import load_pretrained
-from hfscale.checkpoint.weights import open_weights
+from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.pretrained import load_pretrained, match, tell
+from hfscale.checkpoint.weights import open_weights, verify_together
 from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.agree import from_rank_0, same_on_all_ranks
@@ -67,7 +67,8 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
     if folder is not None and (saved is None or beside):
         logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
         warn_of_tokenizer(folder, material.tokenizer)
-        load_pretrained(engine, beside.reader if beside else open_weights(folder, check=verify_together), beside.match if beside else None)
+        reader = beside.reader if beside else open_weights(folder, check=verify_together)
+        load_pretrained(engine, reader, beside.match if beside else tell(match(engine.module, reader)))
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=material.rows, seq_len=data.seq_len)

@@ -1,56 +1,104 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024, arXiv 2405.14782) on a model by name: of a run of any ZeRO stage too.
+"""Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024, arXiv 2405.14782) on a model by name, held at any ZeRO stage.
 
-The harness asks three things of a model (loglikelihood, loglikelihood_rolling, generate_until); its own wrapper of transformers' models
-answers them, around the model that our weights reader fills.
+The harness asks three things of a model (loglikelihood, loglikelihood_rolling, generate_until). Its own wrapper of transformers' models
+answers them, around our engine: every rank is asked everything, computes its share, and gets the others' answers.
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM
+from lm_eval.evaluator import simple_evaluate
+from lm_eval.models.huggingface import HFLM
+from lm_eval.tasks import TaskManager
+from transformers import PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
-from hfscale.dist.group import default_device
+from hfscale.config.inference import HarnessConfig
+from hfscale.config.load import load_values
+from hfscale.dist import group
+from hfscale.dist.agree import from_all_ranks
+from hfscale.dist.stop import StopRequest
+from hfscale.dist.world import World
+from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, nearest
-from hfscale.hub import local_folder
-from hfscale.jobs.evaluate import folder_of
-from hfscale.jobs.opening import model_and_tokenizer, open_run
+from hfscale.jobs.evaluate import folder_of, keep
+from hfscale.jobs.opening import auto_model_of, open_model
 
-BATCH = 16
+WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
-def run(name: str, tasks: Sequence[str], *, path: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Return the scores of MODEL ``name`` as ``described`` gives them, with 95 % intervals, and where they belong.
+class EngineLM(HFLM):
+    """Our engine as the harness wants a model. All ranks get the same requests, in the same order."""
 
-    With ``path``, a folder of task YAMLs, only its tasks are known; without, those of the harness, whose data comes from the hub.
+    def __init__(self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, batch: int) -> None:
+        super().__init__(engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False)  # which would make passes uneven
+        self._engine = engine
+
+    def _dealt(self, requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
+        """Return the answers to all, a share from each rank; shares are filled up to equal size, so each makes as many passes."""
+        rank, ranks = self._engine.rank, self._engine.world_size
+        filled = requests + requests[:1] * (-len(requests) % ranks)
+        parts = from_all_ranks(answer(filled[rank::ranks]))
+        return [parts[number % ranks][number // ranks] for number in range(len(requests))]
+
+    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
+        return self._dealt([*requests], lambda some: HFLM._loglikelihood_tokens(self, some, disable_tqdm=disable_tqdm))
+
+    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+        settings = [str(request.args[1]) for request in requests]
+        answers = dict[int, str]()
+        for _, same in groupby(sorted(range(len(requests)), key=settings.__getitem__), key=settings.__getitem__):
+            numbers = [*same]
+            answers |= zip(numbers, self._dealt([requests[number] for number in numbers], lambda some: HFLM.generate_until(
+                self, some, disable_tqdm=disable_tqdm)), strict=True)
+        return [answers[number] for number in range(len(requests))]
+
+    def _model_generate(self, *args: Any, **how: Any) -> Any:
+        return super()._model_generate(*args, **how, synced_gpus=self._engine.together)
+
+
+def settle(name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequence[str]) -> HarnessConfig:
+    """Return what scoring MODEL ``name`` on ``tasks`` means. With ``folder`` only its YAMLs are tasks; else those of the harness.
 
     Raises:
-        UserError: if lm-eval is not installed, a task is unknown, or the model writes no text.
+        UserError: if a task is unknown, or the model writes no text.
     """
-    try:
-        from lm_eval.evaluator import simple_evaluate
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ConfigError(f"the harness cannot be loaded: {error}", where="--harness", remedy="pip install 'hfscale[eval]'") from error
-    source, (config, tokenizer) = open_run(name), model_and_tokenizer(name)
-    kind = type(source.skeleton).__name__ if source else (config.architectures or [""])[0]
-    if not kind.endswith(("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")):
+    if (kind := auto_model_of(name)) not in WRITERS:
         raise ConfigError("the harness asks for likelihoods of texts, which this model does not give", where=name, value=kind)
-    known = TaskManager(include_path=str(path) if path else None, include_defaults=path is None)
-    if unknown := [task for task in tasks if task not in known.all_tasks]:
-        raise ConfigError("there is no such task", where=path or "--harness", value=unknown[0], remedy=nearest(unknown[0], known.all_tasks))
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    model = source.model() if source else auto.from_pretrained(local_folder(name, where="MODEL", weights=True)).eval()
-    model = model.to(default_device())  # type: ignore[arg-type]
-    made: Any = simple_evaluate(HFLM(model, tokenizer=tokenizer, batch_size=BATCH), tasks=[*tasks], task_manager=known)
+    if unknown := [task for task in tasks if task not in _known(folder).all_tasks]:
+        raise ConfigError("there is no such task", where=folder or "--harness", value=unknown[0],
+                          remedy=nearest(unknown[0], _known(folder).all_tasks))
+    model = str((layout.checkpoint_of(name) or Path(name)).absolute()) if Path(name).exists() else name
+    home = folder_of(name, "harness-" + "-".join(tasks)[:80], {"model": model, "tasks": ",".join(tasks), "folder": str(folder)})
+    values = {"harness": {"model": model, "out": str(home), "tasks": [*tasks], "folder": folder and str(folder)}}
+    return load_values(values, overrides, schema=HarnessConfig)
+
+
+def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
+    """Return True when the scores are kept, with 95 % intervals. A stop saves nothing."""
+    wanted = config.harness
+    with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
+        opened = open_model(wanted.model, auto_model_of(wanted.model), config.engine)
+        model = EngineLM(opened.engine, opened.tokenizer, wanted.batch)
+        made: Any = simple_evaluate(model, tasks=[*wanted.tasks], task_manager=_known(wanted.folder))
+        opened.engine.close()
+        if world.rank == 0:
+            keep(wanted.out, wanted.model, _scores(made))
+    return True
+
+
+def _known(folder: Path | None) -> TaskManager:
+    return TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+
+
+def _scores(made: dict[str, Any]) -> dict[str, Any]:
+    """Return what the harness found, as ``described`` gives scores."""
     figures = {f"{task}/{key}".removesuffix(",none"): value for task, some in made["results"].items() for key, value in some.items()
                if isinstance(value, float)}  # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
     scores = {key: value for key, value in figures.items() if "_stderr" not in key}
     errors = {key.replace("_stderr", ""): 1.96 * value for key, value in figures.items() if "_stderr" in key}
-    found = {"task": "lm_eval", "versions": made["versions"], "examples": sum(count["effective"] for count in made["n-samples"].values()),
-             "scores": scores, "intervals": {key: [scores[key] - half, scores[key] + half] for key, half in errors.items()}, "notes": {}}
-    about = {"model": str(layout.checkpoint_of(name) or name), "found": str(found)}
-    return folder_of(name, "harness-" + "-".join(tasks)[:80], about), found
+    return {"task": "lm_eval", "versions": made["versions"], "examples": sum(count["effective"] for count in made["n-samples"].values()),
+            "scores": scores, "intervals": {key: [scores[key] - half, scores[key] + half] for key, half in errors.items()}, "notes": {}}

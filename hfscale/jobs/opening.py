@@ -2,11 +2,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
+import torch
 import transformers
 from safetensors import SafetensorError
 from tokenizers import processors
@@ -14,16 +16,20 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.weights import WeightsReader, open_weights
-from hfscale.config.finetune import FinetuneConfig, PredictConfig
+from hfscale.checkpoint.pretrained import load_pretrained, match
+from hfscale.checkpoint.weights import WeightsReader, open_weights, verify_together
+from hfscale.config.finetune import FinetuneConfig
+from hfscale.config.inference import Inference, PredictConfig
 from hfscale.config.load import load_config, load_values
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.group import default_device
+from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
-from hfscale.jobs.check import model_needs, skeleton
+from hfscale.jobs.check import DTYPES, model_needs, skeleton
 from hfscale.jobs.material import tokenizer_folder
-from hfscale.models.build import check_model_config, first_position
+from hfscale.models.build import check_head, check_model_config, construct, first_position
+from hfscale.models.init import float_buffers_to_fp32
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective
 from hfscale.tasks.base import TASKS, Task, load_task, task_class
 from hfscale.tokenizer import load_tokenizer
@@ -40,15 +46,15 @@ class RunModel:
     reader: WeightsReader
     tokenizer: PreTrainedTokenizerFast
 
-    def model(self) -> PreTrainedModel:
-        """Return the model with its weights, on the CPU, in evaluation mode."""
-        dtype = self.skeleton.dtype
-        state = {name: self.reader.read(name).to(dtype) for name in self.reader.names()}
-        return type(self.skeleton).from_pretrained(None, config=self.skeleton.config, state_dict=state, dtype=dtype).eval()
+    def engine(self, how: Inference = Inference(), *, auto_model: str | None = None) -> InferenceEngine:
+        """Return the model with its weights; ``auto_model``: as another class of transformers has it."""
+        return _filled(self.skeleton.config, auto_model or self.objective.auto_model, self.reader, how, where=str(self.checkpoint),
+                       precision=how.precision or self.config.engine.precision, attention=self.skeleton.config._attn_implementation,
+                       trust_remote_code=self.config.model.trust_remote_code)
 
 
 def open_run(name: str) -> RunModel | None:
-    """Return the checkpoint that ``name`` stands for (of a run: its newest), or None if it is nothing of ours.
+    """Return the checkpoint that ``name`` stands for (of a run: its newest), or None if it is nothing of ours. Collective, in a group.
 
     Raises:
         CheckpointError: if it is a run without a checkpoint, or one whose files do not match its manifest.
@@ -56,50 +62,98 @@ def open_run(name: str) -> RunModel | None:
     disable_progress_bar()
     if (checkpoint := layout.checkpoint_of(name)) is None:
         return None
-    reader = open_weights(checkpoint)  # damaged ones are refused: silently taking an older one would be a lie
+    reader = open_weights(checkpoint, check=verify_together)  # damaged ones are refused: silently taking an older one would be a lie
     config = run_config(checkpoint)
-    tokenizer = load_tokenizer(tokenizer_folder(config, None))
-    state = json.loads((checkpoint / layout.STATE).read_text("utf-8"))
-    setting = Setting(seq_len=config.data.seq_len, tokenizer=tokenizer, facts=state.get("facts", {}))
-    if isinstance(config, FinetuneConfig):
-        objective: Objective = load_task(config.task, setting)
-    else:
-        assert isinstance(config, RunConfig)
-        objective = load_objective(config.objective, setting)
+    objective = _objective(config, checkpoint)
+    tokenizer = objective.setting.tokenizer
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
     return RunModel(config, objective, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
 
 
-def open_task(config: PredictConfig) -> tuple[PreTrainedModel, Task]:
-    """Return the model that predicts, on the GPU if there is one, and its task.
+def _objective(config: TrainConfig, checkpoint: Path) -> Objective:
+    """Return the objective or task of a run, with what its training examples said."""
+    facts = json.loads((checkpoint / layout.STATE).read_text("utf-8")).get("facts", {})
+    setting = Setting(seq_len=config.data.seq_len, tokenizer=load_tokenizer(tokenizer_folder(config, None)), facts=facts)
+    if isinstance(config, FinetuneConfig):
+        return load_task(config.task, setting)
+    assert isinstance(config, RunConfig)
+    return load_objective(config.objective, setting)
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that can be asked."""
+
+    engine: InferenceEngine
+    tokenizer: PreTrainedTokenizerFast  # as an export of it has it
+    facts: Mapping[str, Any]  # what its run knows of its task
+
+
+def open_model(name: str, auto_model: str, how: Inference) -> Opened:
+    """Return MODEL ``name`` as that class of transformers, on the GPU if there is one. Collective at ZeRO stage 3.
+
+    Raises:
+        UserError: if there is no such model, or its weights lack a part of that class.
+    """
+    if run := open_run(name):
+        if auto_model not in ("AutoModel", run.objective.auto_model):
+            raise _no_head(auto_model, name, type(run.skeleton).__name__)
+        engine = run.engine(how, auto_model=auto_model)
+        return Opened(engine, framed(run.tokenizer, run.objective.frame, engine.module.config), run.objective.setting.facts)
+    disable_progress_bar()
+    folder = local_folder(name, where="MODEL", weights=True, remedy="name a run, a checkpoint, an export, a transformers folder")
+    try:
+        config = AutoConfig.from_pretrained(folder)
+        saved = next((precision for precision, dtype in DTYPES.items() if dtype == config.dtype), "fp32")
+        precision: str = how.precision or saved
+        if how.zero_stage == 3:
+            check_head(config, auto_model)
+            engine = _filled(config, auto_model, open_weights(folder), how, where=name, precision=precision)
+            return Opened(engine, load_tokenizer(folder), {})
+        model, found = getattr(transformers, auto_model).from_pretrained(folder, dtype=DTYPES[precision], output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        raise CheckpointError("no model for this task here", where=name, value=str(error).splitlines()[0],
+                              remedy=f"name a run, a checkpoint, an export, or a folder that {auto_model} loads") from error
+    if auto_model != "AutoModel" and found["missing_keys"]:
+        raise _no_head(auto_model, name, sorted(found["missing_keys"])[:4])
+    return Opened(InferenceEngine(model, device=default_device()), load_tokenizer(folder), {})
+
+
+@torch.no_grad()
+def _filled(config: PretrainedConfig, auto_model: str, reader: WeightsReader, how: Inference, *, where: str, precision: str,
+            attention: str | None = None, trust_remote_code: bool = False) -> InferenceEngine:
+    """Return the model of ``config`` with the weights of ``reader``, of which each rank reads what it holds."""
+
+    def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
+        model = construct(config, auto_model, dtype=DTYPES[precision], attention=attention, trust_remote_code=trust_remote_code,
+                          context=context)
+        float_buffers_to_fp32(model)
+        model.tie_weights()
+        return model
+
+    engine = InferenceEngine.create(build, how=how, precision=precision, device=default_device())
+    found = match(engine.module, reader)
+    if found.missing and auto_model != "AutoModel":
+        raise _no_head(auto_model, where, found.missing[:4])
+    for fragment in engine.fragments():
+        if fragment.name in found.missing:  # BERT's pooler, say, on which no hidden state depends
+            fragment.tensors["weight"].zero_()
+    load_pretrained(engine, reader, found)
+    return engine
+
+
+def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
+    """Return the model that predicts, and its task.
 
     Raises:
         UserError: if there is no such model, or it has no head for the task.
     """
-    kind, name = task_class(config.task.name), config.predict.model
+    kind, length = task_class(config.task.name), config.data.max_length
     options = check_options(kind.Options, config.task.options, where="task.options")
-    if run := open_run(name):
-        model, tokenizer, facts = run.model(), run.tokenizer, run.objective.setting.facts
-        framed(tokenizer, run.objective.frame, model.config)  # as an export of it would have it
-        wanted = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer)).auto_model
-        if wanted == "AutoModel":
-            model = cast("PreTrainedModel", model.base_model)
-        elif run.objective.auto_model != wanted:
-            raise _no_head(wanted, name, type(model).__name__)
-    else:
-        folder = local_folder(name, where="MODEL", weights=True, remedy="name a run, a checkpoint, an export, a transformers folder")
-        tokenizer, facts = load_tokenizer(folder), {}
-        wanted = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer)).auto_model
-        try:
-            model, found = getattr(transformers, wanted).from_pretrained(folder, output_loading_info=True)
-        except (OSError, ValueError, SafetensorError) as error:
-            raise CheckpointError("no model for this task here", where=name, value=str(error).splitlines()[0],
-                                  remedy=f"name a run, a checkpoint, an export, or a folder that {wanted} loads") from error
-        if wanted != "AutoModel" and found["missing_keys"]:
-            raise _no_head(wanted, name, sorted(found["missing_keys"])[:4])
-    facts = facts or kind.known(model.config)
-    task = kind(options, Setting(seq_len=config.data.max_length, tokenizer=tokenizer, facts=facts, model_config=model.config))
-    return model.eval().to(default_device()), task  # type: ignore[arg-type]
+    opened = open_model(config.predict.model, kind(options, Setting(seq_len=length)).auto_model, config.engine)
+    model_config = opened.engine.module.config
+    return opened.engine, kind(options, Setting(seq_len=length, tokenizer=opened.tokenizer, model_config=model_config,
+                                                facts=opened.facts or kind.known(model_config)))
 
 
 def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | None, config: PretrainedConfig) -> PreTrainedTokenizerFast:
@@ -134,7 +188,17 @@ def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
 SUGGESTED = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification",
              "ForQuestionAnswering": "extractive_qa", "ForMaskedLM": "fill_mask", "ForCausalLM": "text_generation",
              "LMHeadModel": "text_generation"}  # end of an architecture's name -> task
+CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
+           "ForConditionalGeneration": "AutoModelForSeq2SeqLM"}
 OF_OBJECTIVES = {"clm": "text_generation", "mlm": "fill_mask", "contrastive": "feature_extraction"}
+
+
+def auto_model_of(name: str) -> str:
+    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it writes no text."""
+    if checkpoint := layout.checkpoint_of(name):
+        return _objective(run_config(checkpoint), checkpoint).auto_model
+    architecture = (model_and_tokenizer(name)[0].architectures or [""])[0]
+    return next((kind for end, kind in CLASSES.items() if architecture.endswith(end)), architecture)
 
 
 def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
@@ -167,7 +231,8 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
     Raises:
         UserError: if there is no such model, or nothing says the task or the data.
     """
-    values: dict[str, Any] = {"predict": {"model": name or "-", "out": str(out), "answers": answers}, "task": {"options": {}}, "data": {}}
+    values: dict[str, Any] = {"predict": {"model": name or "-", "out": str(out), "answers": answers}, "task": {"options": {}}, "data": {},
+                              "engine": {}}
     suggested = None
     if name is None:
         pass  # there are predictions already

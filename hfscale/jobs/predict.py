@@ -5,34 +5,33 @@
     .OUT.parts/00000012.jsonl  chunk 12, whole or absent: it is written under another name first
     OUT                        all chunks, end to end; then the parts go
 
-The processes say nothing to each other: process r of n makes every n-th chunk that is not there.
+Process r of n makes every n-th chunk, if it is not there. At ZeRO stage 3 the processes go through their chunks together; otherwise
+they say nothing to each other.
 """
 from __future__ import annotations
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
-import torch
-from transformers.utils.logging import disable_progress_bar
-
 from hfscale.checkpoint import layout
-from hfscale.config.finetune import PredictConfig
-from hfscale.config.load import to_yaml
-from hfscale.dist.group import default_device
+from hfscale.config.inference import PredictConfig
+from hfscale.dist import group
+from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
+from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
 from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
 from hfscale.shards.files import publish, sync, write_atomically
 from hfscale.stream.labelled import LabelledData
-from hfscale.tasks.base import Example, code_digest, task_class
+from hfscale.tasks.base import Example, Task, code_digest, task_class
 from hfscale.training.predictor import predict
 
 CHUNK = 512  # examples: batched by length among themselves, and the most that a kill costs a process
@@ -62,13 +61,14 @@ def key_of(config: PredictConfig) -> dict[str, str]:
     for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED):
         large = file.suffix == ".safetensors"  # of a checkpoint of ours the manifest has their digests
         model.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode() if large else file.read_bytes())
-    task = f"{code_digest(kind)} {config.task.model_dump_json()} {data.max_length} {data.too_long} {config.predict.answers}"
+    how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
+    task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
     return {"model": model.hexdigest(), "data": LabelledData(data, kind, about="").digest(config.predict.split),
             "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest()}
 
 
 def prepare(config: PredictConfig) -> Path:
-    """Return the config's path in the folder of parts, new or half filled, after reading all examples once: nothing is wrong with them.
+    """Return where the config belongs, in the folder of parts, new or half filled. All examples were read once: nothing is wrong with them.
 
     Raises:
         DataError: for bad rows, an OUT that exists, and parts of predictions of something else.
@@ -88,35 +88,49 @@ def prepare(config: PredictConfig) -> Path:
                         remedy="give another --out, ask for the same again, or remove that folder")
     parts.mkdir(parents=True, exist_ok=True)
     write_atomically(file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode())
-    write_atomically(parts / "config.yaml", to_yaml(config).encode())
     return parts / "config.yaml"
 
 
 def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     """Return True when this process's chunks are there, False when it was stopped before."""
-    disable_progress_bar()
     parts = parts_of(config.predict.out)
     total, size = _begun(parts)
-    mine = [number for number in range(world.rank, -(-total // size), world.world_size) if not _chunk(parts, number).exists()]
-    if not mine:
+    left = [number for number in range(-(-total // size)) if not _chunk(parts, number).exists()]
+    if not left:
         return True
-    if torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
-    model, task = open_task(config)
-    device, examples, at = default_device(), examples_of(config), 0
+    stop.listen()
+    with group.joined(world, needed=config.engine.zero_stage == 3):
+        engine, task = open_task(config)
+        done = _predict_chunks(config, engine, task, left=left, world=world, stop=stop)
+        engine.close()
+        return done
+
+
+def _predict_chunks(config: PredictConfig, engine: InferenceEngine, task: Task, *, left: Sequence[int], world: World,
+                    stop: StopRequest) -> bool:
+    """Return as ``run``, after this process's share of the chunks that are ``left``."""
+    parts = parts_of(config.predict.out)
+    total, size = _begun(parts)
+    shares = [[number for number in left if number % world.world_size == rank] for rank in range(world.world_size)]
+    mine = shares[world.rank]
+    rounds = max(map(len, shares)) if engine.together else len(mine)
+    examples, at = examples_of(config), 0
     with progress_bar("predicting" if world.rank == 0 else "", None if world.rank else sum(min(size, total - n * size) for n in mine),
                       unit=" examples") as bar:
-        for number in mine:
-            chunk = list(islice(examples, number * size - at, number * size - at + size))
-            at = number * size + len(chunk)
-            made = predict(task, model, chunk, batch=config.predict.batch, device=device, first=number * size,
+        for turn in range(rounds):
+            first = mine[turn] * size if turn < len(mine) else total
+            chunk = list(islice(examples, first - at, first - at + size))
+            at = first + len(chunk)
+            made = predict(task, engine, chunk, batch=config.predict.batch, first=first,
                            refuse_long=config.data.too_long == "refuse", answers=config.predict.answers)
             if config.predict.answers and config.data.on_error == "stop" and (bad := [row for row in made if "problem" in row]):
                 raise DataError(f"{len(bad)} examples cannot be scored", where=config.data.train, value=[
                     f"{row['id']}: {row['problem']}" for row in bad[:3]], remedy="mend them, or leave them out with data.on_error=skip")
-            write_atomically(_chunk(parts, number), "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made).encode())
+            if chunk:
+                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
+                write_atomically(_chunk(parts, mine[turn]), lines.encode())
             bar.update(len(chunk))
-            if stop.requested:
+            if any(from_all_ranks(stop.requested)) if engine.together else stop.requested:
                 return False
     return True
 
@@ -150,8 +164,10 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
     Raises:
         DataError: if there can be none.
     """
-    model, task = open_task(config)
-    (made,) = predict(task, model, [example], batch=1, device=default_device())
+    with group.joined(World(), needed=config.engine.zero_stage == 3):
+        engine, task = open_task(config)
+        (made,) = predict(task, engine, [example], batch=1)
+        engine.close()
     if "problem" in made:
         raise DataError(made["problem"], where="command line", value={**example})
     return made

@@ -98,7 +98,6 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
         ConfigError: as ``check_model_config``, and where the architecture has no such ``auto_model`` or refuses its config.
     """
     import torch
-    import transformers
     from transformers.initialization import no_init_weights
 
     from hfscale.models.init import initialize, initialize_adapters
@@ -106,13 +105,8 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
 
     config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
     check_head(config, auto_model)
-
-    def construct() -> PreTrainedModel:
-        with no_init_weights(), context():
-            return getattr(transformers, auto_model).from_config(
-                config, dtype=dtype or torch.float32, attn_implementation=model.attention, trust_remote_code=model.trust_remote_code)
-
-    built = _accepted(construct, model)
+    built = _accepted(lambda: construct(config, auto_model, dtype=dtype or torch.float32, attention=model.attention,
+                                        trust_remote_code=model.trust_remote_code, context=context), model)
     untouched = initialize(built, seed=seed, gather=gather)
     with no_init_weights(), context():
         choose_trained(built, model)
@@ -121,6 +115,17 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
         raise ConfigError(f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
                           value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture")
     return built.train()
+
+
+def construct(config: PretrainedConfig, auto_model: str, *, dtype: torch.dtype, attention: str | None = None,
+              trust_remote_code: bool = False, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> PreTrainedModel:
+    """Return the model of ``config`` with nothing in its weights yet; ``context`` as in ``build_model``."""
+    import transformers
+    from transformers.initialization import no_init_weights
+
+    with no_init_weights(), context():
+        return getattr(transformers, auto_model).from_config(config, dtype=dtype, attn_implementation=attention,
+                                                             trust_remote_code=trust_remote_code)
 
 
 def _pretrained_config(model: Model) -> PretrainedConfig:

@@ -33,7 +33,7 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
     Raises:
         ConfigError: for an architecture whose initialization reaches parameters that the walk does not gather.
     """
-    _float_buffers_to_fp32(model)
+    float_buffers_to_fp32(model)
     undrawn = set(model.parameters())
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for path, module, owner in _children_first("", model, model):
@@ -110,7 +110,7 @@ def _fp32_on_cpu(params: list[Parameter], undrawn: set[Parameter]) -> Iterator[N
         p.data = home
 
 
-def _float_buffers_to_fp32(model: nn.Module) -> None:
+def float_buffers_to_fp32(model: nn.Module) -> None:
     """Make float buffers (rotary frequencies) fp32, as in a plain fp32 build: ZeRO 3's context makes them in 16 bits."""
     for module in model.modules():
         for name, buffer in list(module.named_buffers(recurse=False)):

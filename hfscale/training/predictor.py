@@ -7,17 +7,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from hfscale.objectives.base import Model
+from hfscale.dist.agree import from_all_ranks
+from hfscale.engine.inference import InferenceEngine
 from hfscale.stream.examples import BadExample, micro_batch
 from hfscale.tasks.base import Example, Task
 
 
 @torch.no_grad()
-def predict(task: Task, model: Model, examples: Sequence[Example], *, batch: int, device: torch.device, first: int = 0,
+def predict(task: Task, engine: InferenceEngine, examples: Sequence[Example], *, batch: int, first: int = 0,
             refuse_long: bool = False, answers: bool = False) -> list[dict[str, Any]]:
     """Return ``{"id", "prediction", ...}`` of each example, in order; of one that cannot be used, a ``problem`` and no prediction.
 
-    ``first`` is the number of the first of them among all.
+    ``first`` is the number of the first of them among all. Where the ranks compute ``together`` all must call, with any examples or none.
     """
     rows, owners, problems = list[dict[str, Any]](), list[int](), dict[int, str]()
     for number, example in enumerate(examples):
@@ -30,13 +31,19 @@ def predict(task: Task, model: Model, examples: Sequence[Example], *, batch: int
             continue
         rows += [{**feature, "example": first + number} for feature in made]
         owners += [number] * len(made)
-    outputs: list[list[dict[str, Any]]] = [[] for _ in examples]
     by_length = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")  # what is too large for the memory shows at once
-    found = dict[int, dict[str, Any]]()
-    for begin in range(0, len(rows), batch):
-        numbers = by_length[begin:begin + batch]
-        taken = micro_batch(rows, numbers, numbers)
-        found |= zip(numbers.tolist(), task.predict(model, task.collate(taken).to(device), taken), strict=True)
+    batches = [(rows, by_length[begin:begin + batch]) for begin in range(0, len(rows), batch)]
+    own, found = len(batches), dict[int, dict[str, Any]]()
+    if engine.together:  # equally many passes on each rank: the last ones of some are of a row that nobody asks for
+        everyone = from_all_ranks((own, rows[:1]))
+        spare = [row for _, some in everyone for row in some]
+        batches += [(spare, np.zeros(1, int))] * (max(count for count, _ in everyone) - own)
+    for turn, (features, numbers) in enumerate(batches):
+        taken = micro_batch(features, numbers, numbers)
+        made_here = task.predict(engine, task.collate(taken).to(engine.device), taken)
+        if turn < own:
+            found |= zip(numbers.tolist(), made_here, strict=True)
+    outputs: list[list[dict[str, Any]]] = [[] for _ in examples]
     for number, owner in enumerate(owners):
         outputs[owner].append(found[number])
     return [{"id": example["id"], **({"prediction": None, "problem": problems[number]} if number in problems else

@@ -27,12 +27,15 @@ def evaluate(
     Predictions and scores are kept, in the run directory or in ./evaluations, and found again.
 
     Examples: hfscale evaluate runs/sentiment --all; hfscale evaluate runs/gpt2-small; hfscale evaluate exports/x --data test.csv;
+    hfscale evaluate runs/llama-70b --procs 8 engine.zero_stage=3;
     hfscale evaluate --task extractive_qa --data test.jsonl --predictions answers.jsonl
     """
     from hfscale import log
     from hfscale.checkpoint import layout
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.opening import is_pretraining, settle
+    from hfscale.jobs.shards import settle as settle_shards
+    from launch.local import start
 
     log.setup()
     said = list(overrides or ())
@@ -51,13 +54,14 @@ def evaluate(
     found: list[dict[str, Any]] = []
     for name in names:
         if harness is not None:
-            from hfscale.jobs.harness import run
-
-            home, scores = run(name, harness.split(","), path=harness_path)
+            asked: Any = _harness().settle(name, harness.split(","), harness_path, said)
+            home = asked.harness.out
+            start(asked, home / "config.yaml", procs=procs)  # anew: whether its data has changed is not known here
         elif task is None and is_pretraining(name, data):
-            if procs > 1:
-                raise ConfigError("shards are evaluated by one process", where="--procs", value=procs, remedy="leave it out")
-            home, scores = job.on_shards(name, data, said)
+            asked = settle_shards(name, data, said)
+            home = asked.evaluate.out
+            if not (home / job.SCORES).is_file():
+                start(asked, home / "config.yaml", procs=procs)
         else:
             config = settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True)
             if predictions:
@@ -65,14 +69,18 @@ def evaluate(
                 return
             config = job.with_folder(config)
             home = config.predict.out.parent
-            if (home / job.SCORES).is_file():
-                scores = json.loads((home / job.SCORES).read_text("utf-8"))
-            else:
+            if not (home / job.SCORES).is_file():
                 if not config.predict.out.is_file():
                     make(config, procs=procs)
-                scores = job.score(config, config.predict.out)
-        if not (home / job.SCORES).is_file():
-            job.keep(home, name, scores)
-        found.append({"model": name, **scores})
+                job.keep(home, name, job.score(config, config.predict.out))
+        found.append({**json.loads((home / job.SCORES).read_text("utf-8")), "model": name})
     typer.echo(job.table(found))
     typer.echo(f"kept in {home if len(names) == 1 else home.parent}")
+
+
+def _harness() -> Any:
+    try:
+        from hfscale.jobs import harness
+    except ImportError as error:
+        raise ConfigError(f"the harness cannot be loaded: {error}", where="--harness", remedy="pip install 'hfscale[eval]'") from error
+    return harness

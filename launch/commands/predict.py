@@ -2,22 +2,23 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from hfscale.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hfscale.config.finetune import PredictConfig
+    from hfscale.config.inference import PredictConfig
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A run, a checkpoint, an export, a transformers folder or a hub name.")]
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", show_default=False, help=(
-    "Options of the task (threshold=0.3, generation.max_new_tokens=20), or of a section: data.columns.text=review predict.batch=64"))]
+    "Options of the task (threshold=0.3, generation.max_new_tokens=20), or of a section: data.columns.text=review predict.batch=64 "
+    "engine.precision=bf16"))]
 TaskName = Annotated[str | None, typer.Option("--task", help="Without it: what the run was trained for, or the architecture suggests.")]
-Procs = Annotated[int, typer.Option(min=1, help="Processes, each with the whole model: one a GPU, or some of the CPU.")]
+Procs = Annotated[int, typer.Option(min=1, help=(
+    "Processes: one a GPU, or some of the CPU. Each has the whole model; with engine.zero_stage=3 a share of it."))]
 
 
 def predict(
@@ -66,16 +67,8 @@ def make(config: PredictConfig, *, procs: int) -> int:
     Raises:
         UserError: for what speaks against it before a process is started, or in this one.
     """
-    from hfscale.dist.stop import StopRequest
-    from hfscale.dist.world import World, free_port
     from hfscale.jobs import predict as job
-    from launch.local import run_ranks
+    from launch.local import start
 
-    file = job.prepare(config)
-    if procs == 1:
-        code = EXIT_DONE if job.run(config, World(), StopRequest().listen()) else EXIT_STOPPED
-    else:
-        code = run_ranks([sys.executable, "-m", "hfscale.worker", str(file)], procs=procs, port=free_port(), logs=file.parent / "logs")
-    if code:
-        raise typer.Exit(code)
+    start(config, job.prepare(config), procs=procs)
     return job.join(config)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from hfscale.checkpoint.manager import CheckpointManager
-from hfscale.checkpoint.pretrained import Match, load_pretrained, match
+from hfscale.checkpoint.pretrained import Match, load_pretrained, match, tell
 from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.engine.engine import Engine, construction, gathered
@@ -46,7 +46,8 @@ def build(family: str, seed: int, vocab_size: int = VOCAB) -> Any:
 def loaded(model: nn.Module, weights: dict[str, Tensor], stage: int = 0) -> tuple[Match, dict[str, Tensor]]:
     """Return what matched and the model's tensors, whole, once ``weights`` are in an engine of this stage."""
     engine = Engine.create(model, config=tiny_config(stage, world_size=torch.distributed.get_world_size()), device=torch.device("cpu"))
-    found = load_pretrained(engine, DictReader(weights))
+    found = tell(match(engine.module, DictReader(weights)))
+    load_pretrained(engine, DictReader(weights), found)
     with gathered(engine.module.parameters()):  # the weights that the engine computes with, not only those it updates
         live = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     state = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
@@ -90,7 +91,7 @@ def test_a_headless_model_fills_all_but_the_head(caplog: pytest.LogCaptureFixtur
     assert found.missing and all(name.startswith("cls.") for name in found.missing)
     assert found.unexpected == ("pooler.dense.bias", "pooler.dense.weight")
     logging.getLogger("hfscale").propagate = True
-    match(model, DictReader(source.state_dict()))
+    tell(match(model, DictReader(source.state_dict())))
     assert "start fresh: cls.predictions.bias" in caplog.text and "no place in the model and are not read: pooler.dense" in caplog.text
 
 
@@ -163,7 +164,8 @@ def trained(folder: Path) -> torch.Tensor:
 def taken(folder: Path, stage: int, precision: str) -> dict[str, Tensor]:
     model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=24, n_layer=2, n_head=2))
     engine = Engine.create(model, config=tiny_config(stage, precision, world_size=2), device=torch.device("cpu"))
-    load_pretrained(engine, open_weights(folder))
+    reader = open_weights(folder)
+    load_pretrained(engine, reader, match(engine.module, reader))
     state = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
     engine.close()
     return state
@@ -180,7 +182,7 @@ def test_the_fp32_weights_of_a_checkpoint_are_not_rounded_on_the_way(tmp_path: P
 def test_the_head_of_another_set_of_labels_starts_fresh(caplog: pytest.LogCaptureFixture) -> None:
     small = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
     five, two = (BertForSequenceClassification(BertConfig(num_labels=labels, **small)) for labels in (5, 2))
-    found = match(two, DictReader(dict(five.state_dict())))
+    found = tell(match(two, DictReader(dict(five.state_dict()))))
     assert found.missing == ("classifier.weight", "classifier.bias") and "start fresh: classifier.weight" in caplog.text
     with pytest.raises(CheckpointError, match="do not fit"):
         match(two, DictReader({**five.state_dict(), "bert.pooler.dense.weight": torch.zeros(9, 8)}))

@@ -11,7 +11,7 @@ from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError
 from hfscale.jobs import export
-from hfscale.jobs.evaluate import on_shards
+from hfscale.jobs.shards import settle
 from launch.commands.evaluate import evaluate
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -20,7 +20,8 @@ from tests.helpers.training import train
 pytestmark = pytest.mark.slow
 
 
-def test_a_pretrained_model_on_shards(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pretrained_model_on_shards(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
+                                        monkeypatch: pytest.MonkeyPatch) -> None:
     shards = str(corpus / "shards" / "validation")
     values = run_values(corpus, tmp_path, "run", data={"validation": {"shards": shards, "rows": 37, "every_steps": 6}})
     logged = run_ranks(train, 2, values)[0][-1]
@@ -35,9 +36,16 @@ def test_a_pretrained_model_on_shards(corpus: Path, tmp_path: Path, capsys: pyte
     assert 0 < found["scores"]["bits_per_byte"] < found["scores"]["loss"] / math.log(2), "a token has more than a byte"
     low, high = found["intervals"]["loss"]
     assert low < found["scores"]["loss"] < high
-    assert on_shards(str(run), None, []) == (file.parent, found)
+    assert settle(str(run), None, []).evaluate.out == file.parent
+    before = file.read_bytes()
+    file.unlink()
+    evaluate(str(run), ["engine.zero_stage=3", "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"], procs=2)
+    split = json.loads(file.read_text())
+    assert split == json.loads(before) | {"scores": pytest.approx(found["scores"], rel=1e-6), "intervals": split["intervals"]}
     export.run(str(run), tmp_path / "exported")
-    theirs = on_shards(str(tmp_path / "exported"), shards, ["data.seq_len=32", "data.cross_document=true"])[1]
-    assert theirs["examples"] > 37
+    monkeypatch.chdir(tmp_path)
+    evaluate(str(tmp_path / "exported"), ["data.seq_len=32", "data.cross_document=true"], data=shards)
+    [theirs] = tmp_path.glob("evaluations/shards/exported-*/scores.json")
+    assert json.loads(theirs.read_text())["examples"] > 37
     with pytest.raises(ConfigError, match="nothing says on what"):
-        on_shards(str(tmp_path / "exported"), None, [])
+        settle(str(tmp_path / "exported"), None, [])

@@ -147,6 +147,11 @@ def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.Capt
     assert [line["id"] for line in lines(out)] == [f"r{number}" for number in range(6000)] and not parts.exists()
     with pytest.raises(DataError, match="exists already"):
         predict(str(run), data=rows, out=out)
+    few = str(write_jsonl(folder / "few.jsonl", reviews(1100, seed=2)))  # three chunks for two ranks that hold a half of the model each
+    split = ["engine.zero_stage=3", "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
+    predict(str(run), split, data=few, out=folder / "few.out", procs=2)
+    predict(str(run), data=few, out=folder / "plain.out")
+    assert lines(folder / "few.out") == lines(folder / "plain.out")
 
 
 def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path: Path) -> None:

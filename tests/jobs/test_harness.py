@@ -77,9 +77,12 @@ def test_scores_are_those_computed_by_hand(run: Path, tasks: Path, monkeypatch: 
     evaluate(str(run), harness="my_choices,my_texts,my_words", harness_path=tasks)
     (kept,) = run.glob("evaluations/harness-*/*/scores.json")
     scores = json.loads(kept.read_text())["scores"]
+    split = ["engine.zero_stage=3", "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}", "harness.batch=2"]
+    evaluate(str(run), split, harness="my_choices,my_texts,my_words", harness_path=tasks, procs=2)  # three questions on two ranks
+    assert json.loads(kept.read_text())["scores"] == pytest.approx(scores, rel=1e-6)
     opened = open_run(str(run))
     assert opened is not None
-    model, tokenizer = opened.model(), opened.tokenizer
+    model, tokenizer = opened.engine(), opened.tokenizer
 
     def likelihood(context: str, text: str) -> float:
         before, whole = tokenizer(context)["input_ids"], tokenizer(context + text)["input_ids"]

@@ -189,7 +189,8 @@ def test_predictions_are_an_array_over_files(jobs: Jobs):
     files = [jobs.folder / f"{name}.jsonl" for name in ("a", "b", "c")]
     out = jobs.folder / "texts"
     small = ["--oversubscribe", "--mem=100", f"--output={jobs.folder}/predict-%a.log"]
-    array = jobs.cluster.sbatch("--array=1-2", *small, "slurm/predict.sbatch", jobs.run("whole"), out, *files, cwd=ROOT)
+    array = jobs.cluster.sbatch("--array=1-2", *small, "slurm/predict.sbatch", jobs.run("whole"), out, *files,
+                                "--", "generation.max_new_tokens=3", cwd=ROOT)
     for task in (1, 2):
         assert jobs.cluster.wait(f"{array}_{task}") == "COMPLETED", (jobs.folder / f"predict-{task}.log").read_text()
     assert sorted(path.name for path in out.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl"]

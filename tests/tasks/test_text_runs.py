@@ -12,6 +12,7 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.jobs import export, predict
 from hfscale.jobs.opening import settle
+from launch.commands.predict import predict as predict_command
 from tests.helpers.labelled import task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
 from tests.tasks.test_text_generation import tokenizer, toy
@@ -69,3 +70,8 @@ def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None
     translate = pipeline("translation", str(tmp_path / "export"), trust_remote_code=True)
     assert answers["run"] == answers["export"] == [answer["translation_text"] for answer in translate([e["source"] for e in asked])]
     assert len(set(answers["run"])) > 1
+    split = ["engine.zero_stage=3", "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}", "predict.batch=7"]
+    for model in (run, tmp_path / "export"):  # two ranks hold a half each; the second has no prompts of its own
+        out = tmp_path / f"split-{model.name}.jsonl"
+        predict_command(str(model), split, data=str(data), out=out, procs=2)
+        assert [json.loads(line)["prediction"] for line in out.read_text("utf-8").splitlines()] == answers["run"]

@@ -1,0 +1,124 @@
+"""A language model on shards: loss, perplexity and bits per byte; each row is scored once, whatever the ranks."""
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from hfscale.checkpoint import layout
+from hfscale.config.inference import ShardsConfig
+from hfscale.config.load import load_values
+from hfscale.config.schema import RunConfig
+from hfscale.dist import group
+from hfscale.dist.agree import from_all_ranks
+from hfscale.dist.stop import StopRequest
+from hfscale.dist.world import World
+from hfscale.engine.inference import InferenceEngine
+from hfscale.errors import ConfigError
+from hfscale.hub import local_folder
+from hfscale.jobs.evaluate import described, folder_of, keep
+from hfscale.jobs.material import open_rows
+from hfscale.jobs.opening import model_and_tokenizer, open_model, run_config
+from hfscale.log import progress_bar
+from hfscale.metrics.language_model import language_model
+from hfscale.objectives.base import Objective, Setting, load_objective
+from hfscale.stream.loader import EvaluationRows
+from hfscale.stream.text import HeldOutText, open_encoders
+
+OF_ARCHITECTURES = {"ForCausalLM": "clm", "LMHeadModel": "clm", "ForMaskedLM": "mlm"}
+
+
+def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsConfig:
+    """Return what scoring MODEL ``name`` on ``shards`` (of a run: on its validation) means, and where its scores are kept.
+
+    Nothing is read of the weights.
+
+    Raises:
+        UserError: if there is no such model or shards, or they do not fit together, or the model has no perplexity.
+    """
+    values = _values(name, shards) | {"evaluate": {"model": name, "out": "."}}
+    config = load_values(values, overrides, schema=ShardsConfig)
+    _, tokenizer = model_and_tokenizer(name)
+    if not _objective(config, tokenizer).token_loss:
+        raise ConfigError("such a model has no perplexity", where=name, value=config.objective.name, remedy="name a task: --task")
+    rows = open_rows(config.data.sources[0].shards, config, tokenizer)
+    folder = layout.checkpoint_of(name) or local_folder(name, where="MODEL")
+    cut = config.data.model_dump_json(exclude={"sources", "validation"})
+    key = {"model": str(folder.absolute()), "data": rows.fingerprint, "config": f"{cut} {config.engine.precision}"}
+    where = {"model": str(folder.absolute()), "out": folder_of(name, "shards", key)}  # a run goes on meanwhile
+    return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
+
+
+def _values(name: str, shards: str | None) -> dict[str, Any]:
+    """Return what says how shards are read for the model: its run's config, or one that its architecture suggests."""
+    if checkpoint := layout.checkpoint_of(name):
+        trained = run_config(checkpoint)
+        if not isinstance(trained, RunConfig):
+            raise ConfigError("this run was fine-tuned; it is evaluated on examples", where=name, remedy="--data FILE, or a test split")
+        values = trained.model_dump(mode="json", by_alias=True, exclude={"engine"})
+        if shards is None and trained.data.validation is None:
+            raise ConfigError("this run has no validation shards", where=name, remedy="name shards: --data MANIFEST")
+        if shards is None:
+            values["data"]["sources"] = [{"shards": values["data"]["validation"]["shards"]}]
+    else:
+        model_config, _ = model_and_tokenizer(name)
+        architecture = (model_config.architectures or [""])[0]
+        objective = next((found for end, found in OF_ARCHITECTURES.items() if architecture.endswith(end)), None)
+        if shards is None or objective is None:
+            raise ConfigError("nothing says on what to evaluate this model", where=name, value=architecture,
+                              remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of shards")
+        values = {"run": {"name": "evaluate"}, "tokenizer": {"path": name}, "model": {"pretrained": name}, "objective": {"name": objective},
+                  "data": {"seq_len": min(1024, getattr(model_config, "max_position_embeddings", 1024))},
+                  "train": {"steps": 1, "global_batch": 8, "micro_batch": 8}}
+    if shards is not None:
+        values["data"] |= {"sources": [{"shards": shards}], "validation": None}
+    values["data"] |= {"stages": []}
+    values.get("checkpoint", {}).pop("keep_best", None)
+    return values
+
+
+def _objective(config: ShardsConfig, tokenizer: PreTrainedTokenizerFast, model_config: Any = None) -> Objective:
+    return load_objective(config.objective, Setting(
+        seq_len=config.data.seq_len, cross_document=config.data.cross_document, micro_batch=config.train.micro_batch,
+        tokenizer=tokenizer, seed=config.run.seed, model_config=model_config))
+
+
+def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
+    """Return True when the scores are kept. They are soon made again: nothing is saved at a stop."""
+    _, tokenizer = model_and_tokenizer(config.evaluate.model)
+    with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
+        engine = open_model(config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine).engine
+        rows = open_rows(config.data.sources[0].shards, config, tokenizer)
+        count = config.data.validation.rows if config.data.validation else None
+        if rows.raw:
+            rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size),
+                               count=count or int(rows.shard_rows.sum()))
+        scored = EvaluationRows(rows, count=count or 2**62, micro_batch=config.train.micro_batch, rank=world.rank,
+                                world_size=world.world_size)
+        found = _scores(_objective(config, tokenizer, engine.module.config), engine, scored, tokenizer)
+        engine.close()
+        if world.rank == 0:
+            keep(config.evaluate.out, config.evaluate.model, found)
+    return True
+
+
+@torch.no_grad()
+def _scores(objective: Objective, engine: InferenceEngine, rows: EvaluationRows, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+    """Return the scores of the rows of all ranks."""
+    mine = list[tuple[int, float, int, int]]()  # of a row: its position, nats, tokens, bytes
+    [term, *_] = [term for term, weight in objective.weights().items() if weight]
+    with progress_bar("evaluating" if engine.rank == 0 else "", len(rows), unit=" batches") as bar:
+        for micro in rows:
+            batch = objective.collate(micro)
+            nats_B, tokens_B = objective.loss(engine, batch.to(engine.device))[term].tolist(), batch.counts[term].tolist()
+            texts_B = [str(tokenizer.decode(labels_T[labels_T >= 0], skip_special_tokens=True)) for labels_T in batch.labels_BT]
+            lines = zip(micro.position.tolist(), nats_B, tokens_B, (len(text.encode()) for text in texts_B), strict=True)
+            mine += [line for line, valid in zip(lines, micro.valid_B, strict=True) if valid and line[2]]
+            bar.update()
+    _, nats, tokens, sizes = zip(*sorted(line for part in from_all_ranks(mine) for line in part), strict=True)
+    found = described(language_model(nats, tokens, sizes))
+    for figures in (found["scores"], found["intervals"]) if not objective.causal else ():
+        del figures["bits_per_byte"]  # of a text all of whose tokens are predicted
+    return {"objective": term, "tokens": sum(tokens), **found}
