@@ -47,6 +47,7 @@ class Embedding(Contrastive, Task):
     answers: ClassVar = frozenset({"positive"})
     needs_documents = False
     frame = None  # as every task's texts
+    pipeline, code = "sentence-embedding", "hfscale.tasks.sentence_embedding"
 
     def __init__(self, options: Section, setting: Setting) -> None:
         kind = Contrastive if setting.tokenizer else Objective  # there is none where predictions are scored
@@ -100,6 +101,12 @@ class Embedding(Contrastive, Task):
                                    for at in range(0, len(texts_NH), BLOCK)])  # a positive that occurs twice is found twice
         values = {"accuracy": better_N < 1, "recall_at_10": better_N < 10, "mrr": 1 / (1 + better_N)}
         return mean({name: value.tolist() for name, value in values.items()})
+
+    def finish(self, model: Any, tokenizer: Any) -> None:
+        """Carry along the pooling, and the pipeline that does it."""
+        tokenizer.model_max_length = self.setting.seq_len
+        model.config.pooling = self.options.pooling
+        model.config.custom_pipelines = {self.pipeline: {"impl": "sentence_embedding.SentenceEmbeddingPipeline", "pt": [self.auto_model]}}
 
 
 def _outputs(z_VBH: Tensor) -> list[dict[str, Any]]:

@@ -2,20 +2,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from hfscale.errors import CheckpointError, ConfigError
-from launch.commands.predict import Overrides, Procs, TaskName, make
+from launch.commands.predict import Overrides, Procs, make
 
 
 def evaluate(
     model: Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help=(
         "A run, a checkpoint, an export, a transformers folder or a hub name."))] = None,
-    overrides: Overrides = None, task: TaskName = None,
-    data: Annotated[str | None, typer.Option(help="Labelled examples; or shards. Without it: the held-out ones of the run.")] = None,
+    overrides: Overrides = None,
+    task: Annotated[list[str] | None, typer.Option(help="Without it: what the run was trained for, or the architecture suggests.")] = None,
+    data: Annotated[list[str] | None, typer.Option(help="Labelled examples, or shards. Without it: the held-out ones of the run. Several: "
+                                                        "one a --task, or all for one.")] = None,
     predictions: Annotated[Path | None, typer.Option(help="Score this file of predictions; no model is needed.")] = None,
     every: Annotated[bool, typer.Option("--all", help="Every checkpoint of the run MODEL, oldest first.")] = False,
     harness: Annotated[str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, with commas.")] = None,
@@ -26,26 +29,23 @@ def evaluate(
 
     Predictions and scores are kept, in the run directory or in ./evaluations, and found again.
 
-    Examples: hfscale evaluate runs/sentiment --all; hfscale evaluate runs/gpt2-small; hfscale evaluate exports/x --data test.csv;
+    Examples: hfscale evaluate runs/sentiment --all; hfscale evaluate runs/gpt2-small; hfscale evaluate exports/x --data a.csv --data b.csv;
     hfscale evaluate runs/llama-70b --procs 8 engine.zero_stage=3;
     hfscale evaluate --task extractive_qa --data test.jsonl --predictions answers.jsonl
     """
     from hfscale import log
     from hfscale.checkpoint import layout
     from hfscale.jobs import evaluate as job
-    from hfscale.jobs.opening import is_pretraining, settle
-    from hfscale.jobs.shards import settle as settle_shards
-    from launch.local import start
 
     log.setup()
-    said = list(overrides or ())
+    said, asked = list(overrides or ()), _pairs(task or [], data or [])
     if model is None or "=" in model:
-        said = ([model] if model else []) + said
-        if not (task and data and predictions):
-            raise ConfigError("there is no MODEL", where="command line", remedy="name one; or --task, --data and --predictions")
-        config = settle(None, task=task, data=data, out=Path("-"), overrides=said, answers=True)
-        typer.echo(job.table([{"model": str(predictions), **job.score(config, predictions, model=False)}]))
+        said, model = ([model] if model else []) + said, None
+    if predictions:
+        typer.echo(job.table([_rescored(model, asked, predictions, said)]))
         return
+    if model is None:
+        raise ConfigError("there is no MODEL", where="command line", remedy="name one; or --task, --data and --predictions")
     names = [model]
     if every:
         names = [str(path) for path in layout.committed(Path(model) / layout.FOLDER)]
@@ -53,34 +53,66 @@ def evaluate(
             raise CheckpointError("no run with checkpoints here", where=model, remedy="--all wants a run directory that has some")
     found: list[dict[str, Any]] = []
     for name in names:
-        if harness is not None:
-            asked: Any = _harness().settle(name, harness.split(","), harness_path, said)
-            home = asked.harness.out
-            start(asked, home / "config.yaml", procs=procs)  # anew: whether its data has changed is not known here
-        elif task is None and is_pretraining(name, data):
-            asked = settle_shards(name, data, said)
-            home = asked.evaluate.out
-            if not (home / job.SCORES).is_file():
-                start(asked, home / "config.yaml", procs=procs)
-        else:
-            config = settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True)
-            if predictions:
-                typer.echo(job.table([{"model": str(predictions), **job.score(config, predictions)}]))
-                return
-            config = job.with_folder(config)
-            home = config.predict.out.parent
-            if not (home / job.SCORES).is_file():
-                if not config.predict.out.is_file():
-                    make(config, procs=procs)
-                job.keep(home, name, job.score(config, config.predict.out))
-        found.append({**json.loads((home / job.SCORES).read_text("utf-8")), "model": name})
+        for one in asked if harness is None else [(None, None)]:
+            home = _on_harness(name, harness, harness_path, said, procs) if harness is not None else _scored(name, *one, said, procs)
+            label = name if len(asked) == 1 else f"{name}  {home.parent.name}"
+            found.append({**json.loads((home / job.SCORES).read_text("utf-8")), "model": label})
     typer.echo(job.table(found))
-    typer.echo(f"kept in {home if len(names) == 1 else home.parent}")
+    typer.echo(f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}")
 
 
-def _harness() -> Any:
+def _pairs(tasks: Sequence[str], tables: Sequence[str]) -> list[tuple[str | None, str | None]]:
+    """Return which task is for which data; None where the model says it."""
+    if len(tasks) > 1 and len(tasks) != len(tables):
+        raise ConfigError("each of several tasks wants its data", where="command line", value=f"{len(tasks)} --task, {len(tables)} --data",
+                          remedy="give --task and --data in pairs")
+    own: list[str | None] = [*tasks] if len(tasks) > 1 else [*tasks, None][:1] * max(1, len(tables))
+    of: list[str | None] = [*tables] or [None]
+    return list(zip(own, of, strict=True))
+
+
+def _rescored(model: str | None, asked: Sequence[tuple[str | None, str | None]], predictions: Path, said: Sequence[str]) -> dict[str, Any]:
+    """Return the scores of a file of predictions; without a ``model``, of which at most the labels are read."""
+    from hfscale.jobs import evaluate as job
+    from hfscale.jobs.opening import settle
+
+    [(task, data), *more] = asked
+    if more or (model is None and not (task and data)):
+        raise ConfigError("nothing says what these predictions are of", where="command line",
+                          remedy="name MODEL, or one --task and one --data")
+    config = settle(model, task=task, data=data, out=Path("-"), overrides=said, answers=True)
+    return {"model": str(predictions), **job.score(config, predictions, model=model is not None)}
+
+
+def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], procs: int) -> Path:
+    """Return the folder with the scores of MODEL ``name``, made now or before."""
+    from hfscale.jobs import evaluate as job
+    from hfscale.jobs.opening import is_pretraining, settle
+    from hfscale.jobs.shards import settle as settle_shards
+    from launch.local import start
+
+    if task is None and is_pretraining(name, data):
+        on_shards = settle_shards(name, data, said)
+        if not (on_shards.evaluate.out / job.SCORES).is_file():
+            start(on_shards, on_shards.evaluate.out / "config.yaml", procs=procs)
+        return on_shards.evaluate.out
+    config = job.with_folder(settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True))
+    home = config.predict.out.parent
+    if not (home / job.SCORES).is_file():
+        if not config.predict.out.is_file():
+            make(config, procs=procs)
+        job.keep(home, name, job.score(config, config.predict.out))
+    return home
+
+
+def _on_harness(name: str, tasks: str, folder: Path | None, said: Sequence[str], procs: int) -> Path:
+    """Return the folder with scores that were made now: whether the data of the tasks has changed is not known here."""
     try:
-        from hfscale.jobs import harness
+        from hfscale.jobs.harness import settle
     except ImportError as error:
         raise ConfigError(f"the harness cannot be loaded: {error}", where="--harness", remedy="pip install 'hfscale[eval]'") from error
-    return harness
+    from launch.local import start
+
+    config = settle(name, tasks.split(","), folder, said)
+    start(config, config.harness.out / "config.yaml", procs=procs)
+    return config.harness.out

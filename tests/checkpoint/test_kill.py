@@ -52,6 +52,7 @@ def test_killed_at_any_moment_every_start_loads_the_newest_and_nothing_else(tmp_
         assert all(straight.saved[step] == found for step, found in killed.saved.items())
 
 
+@pytest.mark.slow
 def test_random_damage_is_never_loaded_and_a_newer_format_is_left_alone(tmp_path: Path):
     rng = random.Random(7)
     with Forks(tmp_path / "errors") as forks:

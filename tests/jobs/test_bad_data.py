@@ -25,6 +25,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 from tests.shards.test_verify import write_tar
 
+pytestmark = pytest.mark.slow
+
 Refuse = Callable[..., str]
 SHORT = {"steps": 1, "global_batch": 4, "micro_batch": 4}
 

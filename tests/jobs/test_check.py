@@ -51,6 +51,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
         check(config(corpus, tmp_path, tokenizer={"path": str(other)}))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "debug"])
 def test_a_dry_run_checks_and_says_all_and_writes_nothing(corpus: Path, tmp_path: Path, launcher: str) -> None:
     path = tmp_path / "run.yaml"

@@ -44,7 +44,7 @@ def test_a_pretrained_model_on_shards(corpus: Path, tmp_path: Path, capsys: pyte
     assert split == json.loads(before) | {"scores": pytest.approx(found["scores"], rel=1e-6), "intervals": split["intervals"]}
     export.run(str(run), tmp_path / "exported")
     monkeypatch.chdir(tmp_path)
-    evaluate(str(tmp_path / "exported"), ["data.seq_len=32", "data.cross_document=true"], data=shards)
+    evaluate(str(tmp_path / "exported"), ["data.seq_len=32", "data.cross_document=true"], data=[shards])
     [theirs] = tmp_path.glob("evaluations/shards/exported-*/scores.json")
     assert json.loads(theirs.read_text())["examples"] > 37
     with pytest.raises(ConfigError, match="nothing says on what"):

@@ -118,9 +118,16 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     for changed, words in (([*some, some[0]], "an id occurs twice"), ([{"id": some[0]["id"]}], "there is no prediction")):
         with pytest.raises(DataError, match=words):
             evaluate(str(run), predictions=write_jsonl(torn, changed))
+    tables = [str(write_jsonl(torn.with_name(f"{name}.jsonl"), reviews(30, seed=3))) for name in ("one", "two")]
+    capsys.readouterr()
+    evaluate(str(run), data=tables)  # several in one go
+    said = capsys.readouterr().out
+    assert f"{run}  sequence_classification-one  30 examples" in said and said.count("accuracy") == 2
+    with pytest.raises(ConfigError, match="each of several tasks wants its data"):
+        evaluate(str(run), task=["sequence_classification", "fill_mask"], data=tables[:1])
     asked = write_jsonl(torn.with_name("asked.jsonl"), [{"id": "0", "question": "a?", "context": "a b", "answers": "b"}])
     with pytest.raises(DataError, match="no predictions of this task"):
-        evaluate(task="extractive_qa", data=str(asked), predictions=write_jsonl(torn, [{"id": "0", "prediction": 5}]))
+        evaluate(task=["extractive_qa"], data=[str(asked)], predictions=write_jsonl(torn, [{"id": "0", "prediction": 5}]))
 
 
 def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:

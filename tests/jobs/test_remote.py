@@ -17,6 +17,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 from tests.helpers.web_server import Server, serve
 
+pytestmark = pytest.mark.slow
+
 SAME = ("step", "batch_digest", "loss", "tokens_seen", "validation_loss")
 
 

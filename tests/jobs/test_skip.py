@@ -17,6 +17,8 @@ from tests.helpers.corpus import LLAMA, run_values
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.slow
+
 EXACT = ("step", "batch_digest", "tokens_seen", "skipped_rows")
 
 

@@ -99,7 +99,7 @@ def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ours[0]["prediction"] == asked[0]["context"][ours[0]["start"] : ours[0]["end"]] == "awful"
     true = write_jsonl(tmp_path / "true.jsonl", [{**asked[0], "answers": "awful"}, {**asked[1], "answers": ""}])
     capsys.readouterr()
-    evaluate("no_answer_threshold=1000", task="extractive_qa", data=str(true), predictions=tmp_path / "answers.jsonl")
+    evaluate("no_answer_threshold=1000", task=["extractive_qa"], data=[str(true)], predictions=tmp_path / "answers.jsonl")
     rescored = capsys.readouterr().out
     assert "has_answer_f1               100.0000" in rescored and "no_answer_accuracy            0.0000" in rescored
 

@@ -88,6 +88,7 @@ def of_ranks(micro_batch: int, mlm_weight: float) -> tuple[torch.Tensor, dict[st
     return got, dict(zip(sorted(sums), totals.tolist(), strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mlm_weight", [0.0, 0.1])
 def test_negatives_are_those_of_all_ranks(mlm_weight: float) -> None:
     objective = contrastive(mlm_weight=mlm_weight)

@@ -45,6 +45,7 @@ def test_texts_are_those_of_the_corpus(run: tuple[Path, list[dict[str, Any]]], c
     assert [row.text for row in inside if not any(row.text in text for text in texts)] == []
 
 
+@pytest.mark.slow
 def test_the_command_proves_it_or_says_that_it_cannot(run: tuple[Path, list[dict[str, Any]]]) -> None:
     folder, _ = run
     assert "equals the logged one" in hfscale("batch", folder, "--step", 4).stdout

@@ -183,6 +183,7 @@ def test_one_process_reads_what_the_oracle_reads(corpus, encoders, web, expected
     assert saved["stream"]["consumed_rows"] == 24 * 60
 
 
+@pytest.mark.slow
 @settings(max_examples=25, deadline=None)
 @given(st.lists(st.tuples(st.sampled_from([1, 2, 3, 4, 6, 8]), st.sampled_from([24, 48, 72]), st.integers(0, 12)), min_size=1, max_size=6))
 def test_any_chain_of_ranks_and_batches_gives_the_rows_of_one_process(corpus, encoders, web, expected, chain):
@@ -367,6 +368,7 @@ def test_a_killed_process_is_a_clear_error(corpus, tokenizer, web):
     eventually(lambda: not Path(f"/proc/{other.pid}").exists())  # the others end too
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenizer, web, world_size):
     def rows(count: int) -> TokenRows:

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,10 @@ import torch
 import torch.nn.functional as F
 from transformers import pipeline
 
+from hfscale.config.schema import Named
 from hfscale.stream.examples import BadExample
+from hfscale.tasks import sentence_embedding
+from hfscale.tasks.base import load_task
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
 
 ENGLISH, CHINESE = ["river", "town", "old", "slow", "bridge", "night"], list("河城老慢桥夜")
@@ -69,14 +73,18 @@ def test_toy_pairs_are_learnt_and_found(tmp_path: Path) -> None:
     after = scores()
     assert after["accuracy"] >= 0.75 > before["accuracy"] and 1 >= after["mrr"] > before["mrr"] and after["recall_at_10"] == 1
 
-    got = predict(task, model.eval(), tests)
-    task.finish(model, words)
-    model.save_pretrained(tmp_path)
-    words.save_pretrained(tmp_path)
-    states = pipeline(task.pipeline, str(tmp_path))([example["text"] for example in tests])
-    for answer, state in zip(got, states, strict=True):
-        mean = np.array(state[0]).mean(0)
-        np.testing.assert_allclose(answer["prediction"], mean / np.linalg.norm(mean), atol=1e-6)
+    texts = [example["text"] for example in tests]
+    for pooling in ("mean", "cls", "last"):
+        task = load_task(Named(name="embedding", options={"pooling": pooling}), task.setting)
+        folder = tmp_path / pooling
+        task.finish(model, words)
+        model.save_pretrained(folder)
+        words.save_pretrained(folder)
+        shutil.copy(sentence_embedding.__file__, folder)
+        use = pipeline("sentence-embedding", str(folder), trust_remote_code=True)
+        got = [answer["prediction"] for answer in predict(task, model.eval(), tests)]
+        np.testing.assert_allclose(use(texts), got, atol=1e-6)
+        np.testing.assert_allclose(use([*texts, texts[0] + " slow"], batch_size=4)[:-1], got, atol=1e-5)
 
 
 def test_scores() -> None:

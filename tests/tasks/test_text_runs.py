@@ -17,6 +17,8 @@ from tests.helpers.labelled import task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
 from tests.tasks.test_text_generation import tokenizer, toy
 
+pytestmark = pytest.mark.slow
+
 
 def finetune(values: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the records of a short run; on ranks other than 0, nothing."""

@@ -1,0 +1,41 @@
+"""The pipeline that transformers has not: a text in, its vector of length 1 out, pooled as in training.
+
+A copy of this file goes along with exports, so it knows transformers alone:
+``pipeline("sentence-embedding", FOLDER, trust_remote_code=True)``.
+Shape legend: B texts, T tokens, H width.
+"""
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from transformers import Pipeline
+
+
+class SentenceEmbeddingPipeline(Pipeline):
+    """``model.config.pooling`` says how: the state of the first token, of the last one, or the mean of all."""
+
+    _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
+    _load_tokenizer = True  # type: ignore[assignment]
+    model: Any
+    tokenizer: Any
+
+    def _sanitize_parameters(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        return {}, {}, {}
+
+    def preprocess(self, input_: str, **_: Any) -> Any:
+        made = self.tokenizer(input_, truncation=True, return_tensors="pt")
+        return {name: made[name] for name in ("input_ids", "attention_mask")}
+
+    def _forward(self, input_tensors: Any, **_: Any) -> Any:
+        hidden_BTH, mask_BT = self.model(**input_tensors).last_hidden_state.float(), input_tensors["attention_mask"]
+        if self.model.config.pooling == "mean":
+            mask_BT1 = mask_BT.unsqueeze(-1).float()
+            pooled_BH = (hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1)
+        else:
+            at_B = (mask_BT if self.model.config.pooling == "cls" else mask_BT.cumsum(1)).argmax(1)  # the first that is as large
+            pooled_BH = hidden_BTH[range(len(hidden_BTH)), at_B]
+        return {"vector": torch.nn.functional.normalize(pooled_BH, dim=-1)}
+
+    def postprocess(self, model_outputs: Any, **_: Any) -> list[float]:
+        return model_outputs["vector"][0].tolist()
