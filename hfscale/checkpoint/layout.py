@@ -68,12 +68,15 @@ def _newest(found: list[Path]) -> dict[str, Any] | None:
 
 
 def checkpoint_of(name: str | Path) -> Path | None:
-    """Return the checkpoint that ``name`` stands for: itself, or the newest of a run, also a damaged one. None: it is neither.
+    """Return the checkpoint that ``name`` stands for: itself, the newest of a RUN, also a damaged one, RUN@best or RUN@STEP. None: neither.
 
     Raises:
-        CheckpointError: if it is a run that has none.
+        CheckpointError: if it is a run that has none, or not that one.
     """
     path = Path(name)
+    run, _, which = str(name).rpartition("@")
+    if run and not path.exists() and (Path(run) / FOLDER).is_dir():
+        return _chosen(Path(run) / FOLDER, which)
     if not path.is_dir() or NAME.fullmatch(path.name):
         return path if path.is_dir() else None
     if not (path / FOLDER).is_dir() and ((path / "config.json").is_file() or not (path / "config.yaml").is_file()):
@@ -81,6 +84,18 @@ def checkpoint_of(name: str | Path) -> Path | None:
     if found := candidates(path / FOLDER):
         return found[-1]
     raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it: the command that began it, on {path}")
+
+
+def _chosen(folder: Path, which: str) -> Path:
+    found = committed(folder)
+    there = {str(step_of(path)): path for path in found}
+    if best := (_newest(found) or {}).get("best"):
+        there["best"] = folder / step_name(best["step"])
+    if which not in there:
+        hint = "" if best else "; a best one, where checkpoint.keep_best names a metric"
+        raise CheckpointError("this run has no such checkpoint", where=folder.parent, value=which,
+                              remedy=f"it has {', '.join(there)}{hint}")
+    return there[which]
 
 
 def reject(checkpoint: Path) -> Path:

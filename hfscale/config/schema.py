@@ -23,8 +23,8 @@ def _absolute_unless_url(path: str) -> str:
 
 
 def _absolute_unless_hub_name(path: str) -> str:
-    """A folder that exists, or a spelling that the hub has no names of, is a path; ``gpt2`` and ``org/name`` stay."""
-    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path).exists()
+    """A folder that exists (or a run with its checkpoint, RUN@best), or no spelling of the hub's, is a path; ``org/name`` stays."""
+    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.partition("@")[0]).exists()
     return str(_absolute(Path(path))) if is_path else path
 
 

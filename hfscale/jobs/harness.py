@@ -71,7 +71,8 @@ def settle(name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequ
     if unknown := [task for task in tasks if task not in _known(folder).all_tasks]:
         raise ConfigError("there is no such task", where=folder or "--harness", value=unknown[0],
                           remedy=nearest(unknown[0], _known(folder).all_tasks))
-    model = str((layout.checkpoint_of(name) or Path(name)).absolute()) if Path(name).exists() else name
+    checkpoint = layout.checkpoint_of(name)
+    model = str(checkpoint.absolute()) if checkpoint else str(Path(name).absolute()) if Path(name).exists() else name
     home = folder_of(name, "harness-" + "-".join(tasks)[:80], {"model": model, "tasks": ",".join(tasks), "folder": str(folder)})
     values = {"harness": {"model": model, "out": str(home), "tasks": [*tasks], "folder": folder and str(folder)}}
     return load_values(values, overrides, schema=HarnessConfig)

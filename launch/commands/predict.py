@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -24,19 +25,19 @@ Procs = Annotated[int, typer.Option(min=1, help=(
 def predict(
     model: Model, overrides: Overrides = None, task: TaskName = None,
     data: Annotated[str | None, typer.Option(help="JSONL, csv, tsv, parquet, txt (a text a line), a folder or glob of them.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Write JSONL here; it must not exist, and appears whole.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write JSONL here; it must not exist, and appears whole. Else it is printed.")] = None,
     text: Annotated[str | None, typer.Option("--text", "--prompt", help="One text instead of a table.")] = None,
     question: Annotated[str | None, typer.Option(help="One question, about --context.")] = None,
     context: Annotated[str | None, typer.Option(help="The text that --question is about.")] = None,
     procs: Procs = 1,
 ) -> None:
-    """Predict with MODEL: {"id", "prediction", ...} a line, in the order of DATA. Killed, the same command goes on.
+    """Predict with MODEL: {"id", "prediction", ...} a line, in the order of DATA. Killed, the same command with --out goes on.
 
-    Examples: hfscale predict runs/sentiment --text "What a film!"; hfscale predict runs/sentiment --data reviews.csv --out stars.jsonl;
+    Examples: hfscale predict runs/sentiment --text "What a film!"; hfscale predict runs/sentiment@best --data new.csv --out stars.jsonl;
     hfscale predict exports/gpt --prompt "Once upon" generation.max_new_tokens=20
     """
-    if (data is None) != (out is None) or (data is None) == (text is None and question is None):
-        raise ConfigError("say what to predict for", where="command line", remedy="--data FILE --out FILE, or --text T, or --question Q "
+    if (data is None) == (text is None and question is None) or (out and data is None):
+        raise ConfigError("say what to predict for", where="command line", remedy="--data FILE [--out FILE], or --text T, or --question Q "
                           "--context C")
     from hfscale import log
     from hfscale.jobs.opening import settle
@@ -57,8 +58,13 @@ def predict(
         made = predict_texts(config, {"id": "0", **example})
         typer.echo(made["prediction"] if isinstance(made["prediction"], str) and len(made) == 2 else json.dumps(made, ensure_ascii=False))
         return
-    count = make(config, procs=procs)
-    typer.echo(f"{count:,} predictions in {out}")
+    if out is not None:
+        typer.echo(f"{make(config, procs=procs):,} predictions in {out}")
+        return
+    with TemporaryDirectory() as scratch:
+        here = config.predict.model_copy(update={"out": Path(scratch) / "predictions.jsonl"})
+        make(config.model_copy(update={"predict": here}), procs=procs)
+        typer.echo(here.out.read_text("utf-8"), nl=False)
 
 
 def make(config: PredictConfig, *, procs: int) -> int:

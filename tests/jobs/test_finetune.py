@@ -14,6 +14,7 @@ import pytest
 import yaml
 from transformers import pipeline
 
+from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
 from hfscale.jobs import export
@@ -90,6 +91,8 @@ def test_an_export_gives_the_same_answers(folder: Path, run: Path, capsys: pytes
     right = sum(row["prediction"] == true["label"] for row, true in zip(ours, rows, strict=True)) / len(rows)
     assert right >= 0.9, right
     capsys.readouterr()
+    predict(str(run), data=data)
+    assert [json.loads(line) for line in capsys.readouterr().out.splitlines()] == ours
     predict(str(run), text="a dull film")
     assert json.loads(capsys.readouterr().out)["prediction"] == "bad"
 
@@ -99,7 +102,12 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     said = capsys.readouterr().out
     assert "accuracy" in said and "95 % [" in said
     kept = sorted((run / "evaluations" / "sequence_classification-test").glob("*/scores.json"))
-    assert len(kept) == len(sorted((run / "checkpoints").glob("step-*")))
+    checkpoints = sorted((run / "checkpoints").glob("step-*"))
+    assert len(kept) == len(checkpoints)
+    best = json.loads((checkpoints[-1] / "state.json").read_text())["best"]["step"]
+    assert layout.checkpoint_of(f"{run}@best").name == f"step-{best:08}" and layout.checkpoint_of(f"{run}@{best}").name.endswith(str(best))
+    with pytest.raises(CheckpointError, match="(?s)no such checkpoint.*it has .*best"):
+        predict(f"{run}@7", text="a film")
     scores, predictions = json.loads(kept[-1].read_text()), kept[-1].with_name("predictions.jsonl")
     assert scores["examples"] == len(lines(predictions)) > 40
     before = {file: file.stat().st_mtime_ns for file in kept}
