@@ -13,7 +13,7 @@ from hfscale.config.schema import Positive, Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task
+from hfscale.tasks.base import TASKS, Example, Feature, Task
 from hfscale.tasks.generation import Generation, written
 from hfscale.tasks.text_generation import check_text
 
@@ -26,7 +26,8 @@ class Inference(Task):
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Refuse to be trained."""
-        raise ConfigError("this task only predicts: there is nothing to learn from texts alone", where="task.name", value=cls.__name__,
+        name = next(name for name, place in TASKS.items() if place.endswith(f":{cls.__name__}"))
+        raise ConfigError("this task only predicts: there is nothing to learn or score without answers", where="task.name", value=name,
                           remedy="hfscale predict MODEL --task NAME; to train on texts alone, hfscale pretrain")
 
     def features(self, example: Example) -> list[Feature]:
