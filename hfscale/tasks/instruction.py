@@ -153,9 +153,10 @@ class Instruction(Task, CausalLM):
         return {"answers": sums_B * (counts_B > 0).to(sums_B.device)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there."""
+        """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there, if any."""
         texts = written(self, model, rows, of="prompt", options=self.options.generation, eos_token_id=self._end)
-        return [{"prediction": text, **known} for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)]
+        return [{"prediction": text, **(known if known["tokens"] else {})}
+                for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)]
 
     def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return the loss, and outputs without an answer: to write one for every example takes longer than to train on it."""
