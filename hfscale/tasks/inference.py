@@ -14,7 +14,7 @@ from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import TASKS, Example, Feature, Task
-from hfscale.tasks.generation import Generation, written
+from hfscale.tasks.generation import Generation, check_prompt, written
 from hfscale.tasks.text_generation import check_text
 
 
@@ -111,7 +111,9 @@ class TextGeneration(Inference):
         if not isinstance(prompt, str):
             raise BadExample(f"the prompt is not text: {prompt!r:.60}")
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return [{"input_ids": tokenizer(prompt)["input_ids"] or [start or 0]}]
+        ids = tokenizer(prompt)["input_ids"] or [start or 0]
+        check_prompt(self, ids, self.options.generation)
+        return [{"input_ids": ids}]
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the continuation alone."""
