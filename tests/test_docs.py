@@ -140,6 +140,22 @@ def test_a_page_of_a_task_is_complete(page: Path):
     assert verbs >= {"predict", "export"}
 
 
+def test_messages_of_the_faq_are_still_said():
+    """Word by word as in the code; what is in braces there may be any word here, and ``...`` leaves some out."""
+    files = [path for top in ("hfscale", "launch") for path in (ROOT / top).rglob("*.py")]
+    code = " ".join(re.sub(r'["\']\s*\n\s*f?["\']', "", path.read_text("utf-8")) for path in files)  # a message over two lines is one
+    code = re.sub(r"\{[^{}]*\}", "{}", code)
+    rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.M)
+    messages = [message for row in rows for message in re.findall(r"`([^`]+ [^`]+)`", row)]
+    assert len(messages) > 45
+
+    def said(message: str) -> bool:
+        words = [".{0,200}?" if word == "..." else rf"(?:{re.escape(word)}|[^\s{{}}]*{{}}[^\s{{}}]*)" for word in message.split()]
+        return re.search(r"\s+".join(words), code) is not None
+
+    assert [message for message in messages if not said(message)] == []
+
+
 def test_the_corpus_yaml_in_the_docs_is_valid():
     block = re.search(r"```yaml\n(source:.*?)```", (ROOT / "docs" / "data.md").read_text(), flags=re.S)
     assert block is not None
