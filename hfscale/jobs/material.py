@@ -98,7 +98,7 @@ class ExampleMaterial:
         kind = task_class(config.task.name)
         options = check_options(kind.Options, config.task.options, where="task.options")
         self._data = LabelledData(config.data, kind, about=f"{code_digest(kind)} {options.model_dump_json()}")
-        self._facts = self._data.facts(partial(kind.facts, options))
+        self._facts = self._data.facts(partial(kind.facts_of_training, options))
         task = self.objective()
         self.needs = task.model_overrides()
         about = cache_key(task)

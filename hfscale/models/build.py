@@ -82,8 +82,8 @@ def check_head(config: PretrainedConfig, auto_model: str) -> None:
         return
     heads = {"clm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
     fit = [objective for objective, head in heads.items() if type(config) in getattr(transformers, head)._model_mapping]
-    raise ConfigError(f"{config.model_type} has no {auto_model}", where="model.architecture", value=config.model_type,
-                      remedy=" ".join(["choose an architecture that has it", *(f"or objective {objective}" for objective in fit)]))
+    raise ConfigError(f"{config.model_type} has no {auto_model}", where="model", value=config.model_type,
+                      remedy="choose an architecture that has it" + (f" (of pretraining: or objective {' or '.join(fit)})" if fit else ""))
 
 
 def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int, seed: int, dtype: torch.dtype | None = None,
@@ -178,8 +178,9 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
         return  # relative positions (T5, XLNet): no limit
     taken = first_position(config)
     if seq_len > positions - taken:
-        smaller = f", or data.seq_len={positions - taken} or less" if positions > taken + 1 else ""
+        room = positions - taken
+        smaller = f", or data.seq_len={room} (of labelled examples data.max_length={room}) or less" if room > 1 else ""
         why = f" ({config.model_type} counts them from its padding id, {taken - 1})" if taken else ""
         raise ConfigError(
-            f"rows of {seq_len} tokens need more than the model's {positions} positions{why}", where=f"data.seq_len, model.config.{key}",
-            value=seq_len, remedy=f"set model.config.{key}={seq_len + taken}{smaller}")
+            f"rows of {seq_len} tokens need more than the model's {positions} positions{why}", value=seq_len,
+            where=f"data.seq_len or data.max_length, model.config.{key}", remedy=f"set model.config.{key}={seq_len + taken}{smaller}")

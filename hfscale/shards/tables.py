@@ -42,9 +42,11 @@ def _jsonl(file: Path, column: str | None) -> Rows:
             if line.strip():
                 where = f"{file}:{number}"
                 try:
-                    yield where, json.loads(line.decode("utf-8-sig") if number == 1 else line)
+                    yield where, json.loads((line.decode("utf-8-sig") if number == 1 else line).rstrip())
                 except (ValueError, RecursionError) as error:
-                    raise DataError(f"not a JSON line: {error}", where=where, remedy="one JSON object a line, in UTF-8") from None
+                    at = f"{error.msg} (character {error.colno})" if isinstance(error, json.JSONDecodeError) else str(error)
+                    raise DataError(f"not a JSON line: {at}", where=where, value=line.decode("utf-8", "replace").rstrip()[:80],
+                                    remedy="one JSON object a line, in UTF-8") from None
 
 
 def _lines(file: Path, column: str | None) -> Rows:
@@ -141,8 +143,10 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
             raise DataError("the name of this file does not say how to read it", where=file, remedy=f"rename it: {', '.join(SUFFIXES)}")
         for where, row in READERS[kind](file, None):
             if not isinstance(row, dict) or None in row:
-                problem = "a row is no object with named fields" if not isinstance(row, dict) else "a row has more cells than the header"
-                raise DataError(problem, where=where, value=str(row)[:80], remedy="one object (one row under the header) a line")
+                if isinstance(row, dict):
+                    raise DataError("a row has more cells than the header", where=where, value=str(row)[:80],
+                                    remedy="put a cell that holds the delimiter between quotes, or mend the row")
+                raise DataError("a row is no object with named fields", where=where, value=str(row)[:80], remedy="one JSON object a line")
             yield where, row
     if not files:
         rows = hub_dataset(str(name), subset=subset, split=split)

@@ -52,15 +52,19 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
         raise ConfigError("the task has no such role", where=f"data.columns.{wrong[0]}", value=wrong[0], remedy=nearest(wrong[0], known))
     seen = set[str]()
     may_lack = roles.optional | (frozenset() if answers else roles.answers) | {"id"}
+    asked = [role for role in roles.columns if role not in roles.answers]
     for number, (where, row) in enumerate(table_rows(table, **hub)):
         example = {}
+        there = ", ".join(map(str, row)) or "none"
         for role in (*roles.columns, "id"):
             if (column := columns.get(role, role)) in row:
                 example[role] = row[column]
             elif role not in may_lack or (role in columns and role not in roles.answers):
-                there = ", ".join(map(str, row)) or "none"
                 raise DataError(f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})", where=where, value=column,
                                 remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}")
+        if not any(role in example for role in asked):  # each of them alone may be missing
+            raise DataError(f"there is none of the columns {', '.join(asked)}", where=where, value=there[:80],
+                            remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the columns are {there}")
         example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
         if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
             raise DataError("a text holds half of a character (a lone surrogate)", where=where, value=ascii(example)[:80], remedy="mend it")
@@ -171,7 +175,7 @@ class LabelledData:
             try:
                 (folder / "facts.json").write_text(json.dumps(find(self.examples("train")), ensure_ascii=False), "utf-8")
             except BadExample as error:
-                raise DataError(str(error), where=self.table("train"), remedy="mend the labels, or say more in task.options") from error
+                raise DataError(str(error), where=self.table("train"), remedy="mend the examples, or say more in task.options") from error
 
         folder = self._made(self.digest("train", "facts"), build)
         return json.loads((folder / "facts.json").read_text("utf-8"))

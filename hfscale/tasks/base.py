@@ -88,6 +88,15 @@ class Task(Objective):
         return {}
 
     @classmethod
+    def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+        """Return ``facts`` of examples that are learnt from: what can be scored cannot always.
+
+        Raises:
+            BadExample: also if nothing can be learnt from them together.
+        """
+        return cls.facts(options, examples)
+
+    @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
         """Return the facts as the config of a model that was fine-tuned for this task, by anybody, says them."""
         return {}

@@ -54,7 +54,7 @@ class Embedding(Contrastive, Task):
         kind.__init__(self, ContrastiveOptions(**options.model_dump()), setting)
 
     @classmethod
-    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Refuse training examples that cannot be compared with each other."""
         kinds = {(example.get("negative") is not None, example.get("score") is not None) for example in examples}
         if any(scored for _, scored in kinds):

@@ -24,7 +24,7 @@ from hfscale.config.schema import Positive, Section
 from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
 from hfscale.models.build import first_position
-from hfscale.stream.examples import Examples
+from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Task
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
@@ -121,14 +121,30 @@ def pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> t
     return torch.tensor(padded), torch.tensor(masks)
 
 
+def longest_prompt(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a prompt may have; None: positions are relative, and it may have any number."""
+    positions = getattr(config, "max_position_embeddings", None)
+    return None if positions is None else positions - first_position(config) - (not config.is_encoder_decoder)
+
+
+def check_prompt(task: Task, ids: Sequence[int], options: Generation) -> None:
+    """Refuse a prompt that leaves no room, where the model is known and ``options`` do not cut it.
+
+    Raises:
+        BadExample: so that the other rows of a table are answered.
+    """
+    longest = None if task.setting.model_config is None else longest_prompt(task.setting.model_config)
+    if longest is not None and len(ids) > longest and not options.truncate:
+        raise BadExample(f"the prompt has {len(ids)} tokens, and the model's positions have room for {longest}: shorten it, or set "
+                         "generation.truncate")
+
+
 def _fit(prompt: list[int], config: Any, new_tokens: int, *, key: str, truncate: bool) -> tuple[list[int], int]:
     """Return the prompt, cut if that is allowed and needed, and how many tokens may follow."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if positions is None:  # relative ones
+    if (longest := longest_prompt(config)) is None:
         return prompt, new_tokens
-    positions -= first_position(config)
+    positions = longest + (not config.is_encoder_decoder)
     new_tokens = min(new_tokens, positions - 1)
-    longest = positions if config.is_encoder_decoder else positions - 1
     if len(prompt) > longest:
         if not truncate:
             raise ConfigError(f"prompt {key!r} leaves no room in the model's {positions} positions", where=f"prompt {key}",

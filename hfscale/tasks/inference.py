@@ -13,8 +13,8 @@ from hfscale.config.schema import Positive, Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, written
+from hfscale.tasks.base import TASKS, Example, Feature, Task
+from hfscale.tasks.generation import Generation, check_prompt, written
 from hfscale.tasks.text_generation import check_text
 
 
@@ -26,7 +26,8 @@ class Inference(Task):
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Refuse to be trained."""
-        raise ConfigError("this task only predicts: there is nothing to learn from texts alone", where="task.name", value=cls.__name__,
+        name = next(name for name, place in TASKS.items() if place.endswith(f":{cls.__name__}"))
+        raise ConfigError("this task only predicts: there is nothing to learn or score without answers", where="task.name", value=name,
                           remedy="hfscale predict MODEL --task NAME; to train on texts alone, hfscale pretrain")
 
     def features(self, example: Example) -> list[Feature]:
@@ -110,7 +111,9 @@ class TextGeneration(Inference):
         if not isinstance(prompt, str):
             raise BadExample(f"the prompt is not text: {prompt!r:.60}")
         start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        return [{"input_ids": tokenizer(prompt)["input_ids"] or [start or 0]}]
+        ids = tokenizer(prompt)["input_ids"] or [start or 0]
+        check_prompt(self, ids, self.options.generation)
+        return [{"input_ids": ids}]
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the continuation alone."""

@@ -29,7 +29,7 @@ from hfscale.objectives.clm import CausalLM
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, pad_rows, written
+from hfscale.tasks.generation import Generation, check_prompt, pad_rows, written
 from hfscale.tasks.text_generation import check_text
 from hfscale.tokenizer import end_of_document_id
 
@@ -81,6 +81,7 @@ class Instruction(Task, CausalLM):
         before = self._render(messages[:-1] if answered else messages, prompt=True)
         feature = {"prompt": self._ids(before)["input_ids"]}
         if not answered:
+            check_prompt(self, feature["prompt"], self.options.generation)
             return [{**feature, "input_ids": feature["prompt"], "truncated": len(feature["prompt"]) > self.setting.seq_len}]
         whole = self._render(messages)
         spans = [(len(self._render(messages[:n], prompt=True, of=whole)), len(self._render(messages[:n + 1], of=whole)))
@@ -90,6 +91,7 @@ class Instruction(Task, CausalLM):
                   for number, (begin, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)]
         if all(label == IGNORE_INDEX for label in labels[:longest]):
             raise BadExample(f"no answer within the first {longest} tokens (data.max_length)")
+        check_prompt(self, feature["prompt"], self.options.generation)
         return [{**feature, "input_ids": made["input_ids"][:longest], "labels": labels[:longest], "truncated": len(labels) > longest}]
 
     def answered_features(self, example: Example) -> list[Feature]:
@@ -153,9 +155,10 @@ class Instruction(Task, CausalLM):
         return {"answers": sums_B * (counts_B > 0).to(sums_B.device)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there."""
+        """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there, if any."""
         texts = written(self, model, rows, of="prompt", options=self.options.generation, eos_token_id=self._end)
-        return [{"prediction": text, **known} for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)]
+        return [{"prediction": text, **(known if known["tokens"] else {})}
+                for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)]
 
     def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return the loss, and outputs without an answer: to write one for every example takes longer than to train on it."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -109,6 +110,8 @@ class SequenceClassification(Task):
         return [feature]
 
     def _target(self, value: Any) -> Any:
+        if value in (None, "") and self.problem != "regression":
+            raise BadExample("there is no label")
         if self.problem == "regression":
             with suppress(TypeError, ValueError):
                 if isfinite(number := float(value)):
@@ -163,10 +166,15 @@ class SequenceClassification(Task):
             numbers = list(map(float, true))
             return correlation(got, numbers) | mean({"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]})
         if self.problem == "multi_label_classification":
-            true = [list(map(label_name, value)) if isinstance(value, list) else [label_name(value)] for value in true]
+            true, got = ([list(map(label_name, value)) if isinstance(value, list) else [label_name(value)] for value in side]
+                         for side in (true, got))
+            said = [label for labels in got for label in labels]
         else:
-            true = list(map(label_name, true))
-        return classification(got, true, labels=self.labels)
+            true, got = list(map(label_name, true)), list(map(label_name, got))
+            said = got
+        found, unknown = classification(got, true, labels=self.labels), [label for label in said if label not in self.labels]
+        note = f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}" if unknown else ""
+        return replace(found, notes={"unknown labels": note}) if unknown else found
 
 
 def _split(value: Any, options: ClassificationOptions) -> Any:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
-from hfscale.errors import nearest
+from hfscale.errors import DataError, nearest
 from hfscale.metrics.entities import entities, entity_f1
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import UNSPACED, WORD
@@ -144,6 +144,10 @@ class TokenClassification(Task):
     def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags are not ``B-`` and ``I-``."""
         true = [[self.labels[n] for n in self._targets(example, len(_words(example)[0]))] for example in references]
+        for prediction, tags, example in zip(predictions, true, references, strict=True):
+            if len(prediction["prediction"]) != len(tags):
+                raise DataError("a prediction is not one tag a word", where=f"example {example['id']}", remedy="give one for each word",
+                                value=f"{len(prediction['prediction'])} tags, {len(tags)} words")
         measure = entity_f1([prediction["prediction"] for prediction in predictions], true)
         if any(label[:2] in ("B-", "I-") for label in self.labels):
             return measure

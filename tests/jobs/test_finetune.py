@@ -180,7 +180,9 @@ def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path:
     refused(ConfigError, "(?s)unknown option.*label_smoothing", task={"options": {"smoothing": 0.1}})
     refused(ConfigError, "(?s)generation.num_beam: unknown option; did you mean num_beams",
             task={"name": "translation", "options": {"generation": {"num_beam": 2}}})
-    refused(ConfigError, "positions", data={"max_length": 100})
+    refused(ConfigError, "(?s)64 positions.*data.max_length.*remedy: .*data.max_length=64.? or less", data={"max_length": 100})
+    refused(ConfigError, "(?s)bert has no AutoModelForSeq2SeqLM.*of pretraining", task={"name": "translation"},
+            data={"columns": {"source": "text", "target": "label"}})
     refused(DataError, "(?s)bad.*not in the set", task={"options": {"labels": ["good", "poor"]}})
     empty = write_jsonl(tmp_path / "empty.jsonl", [*reviews(20), {"id": "x", "text": " ", "label": "bad"}])
     refused(DataError, "(?s)1 examples of train cannot be used.*x: the text is empty", data={"train": str(empty), "validation": None})

@@ -27,6 +27,12 @@ class Roles:
     answers = frozenset({"label"})
 
 
+class EitherRoles:  # as of a tagged sentence, or a conversation
+    columns = {"text": "a text", "words": "a list of words", "tags": "as many tags"}
+    optional = frozenset({"text", "words"})
+    answers = frozenset({"tags"})
+
+
 def write(folder: Path, kind: str) -> Path:
     path = folder / f"rows.{kind}"
     if kind == "jsonl":
@@ -78,6 +84,29 @@ def test_bad_rows_are_named(tmp_path: Path, content: str, columns: dict[str, str
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(DataError, match=words):
         [*read_examples(str(tmp_path / "x.jsonl"), Roles, columns=columns)]
+
+
+@pytest.mark.parametrize("answers", [True, False])
+def test_a_row_without_any_of_the_columns_that_may_be_missing(tmp_path: Path, answers: bool) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text('{"tokens": ["a"], "tags": ["O"]}\n')
+    words = r"none of the columns text, words[\s\S]*x.jsonl:1[\s\S]*data.columns.text=[\s\S]*columns are tokens, tags"
+    with pytest.raises(DataError, match=words):
+        [*read_examples(str(path), EitherRoles, columns={}, answers=answers)]
+    assert [e["words"] for _, e in read_examples(str(path), EitherRoles, columns={"words": "tokens"}, answers=answers)] == [["a"]]
+
+
+def test_what_is_wrong_with_a_line_is_shown(tmp_path: Path) -> None:
+    path = tmp_path / "x.jsonl"
+    for line, words in (('{"text": "a" "label": 1}', r"',' delimiter \(character 14\)[\s\S]*x.jsonl:2[\s\S]*value: .*\"a\" \"label\""),
+                        ("NaN, [", r"\(character 4\)"), ('{"text": "a", "label"', r"\(character 22\)")):
+        path.write_text(f'{{"text": "a", "label": 1}}\n{line}\n')
+        with pytest.raises(DataError, match=words) as error:
+            [*read_examples(str(path), Roles, columns={})]
+        assert "line 1" not in str(error.value), "which line it is says the place"
+    (tmp_path / "x.csv").write_text("text,label\na film, which was bad,-\n")
+    with pytest.raises(DataError, match="put a cell that holds the delimiter between quotes"):
+        [*read_examples(str(tmp_path / "x.csv"), Roles, columns={})]
 
 
 def test_what_is_not_there(tmp_path: Path) -> None:

@@ -12,10 +12,15 @@ import torch
 import torch.nn.functional as F
 from transformers import pipeline
 
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.schema import Named
+from hfscale.errors import DataError
+from hfscale.jobs.check import check
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import sentence_embedding
 from hfscale.tasks.base import load_task
+from launch.commands.evaluate import evaluate
+from tests.helpers.labelled import make_encoder, task_values, write_jsonl
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
 
 ENGLISH, CHINESE = ["river", "town", "old", "slow", "bridge", "night"], list("河城老慢桥夜")
@@ -103,6 +108,24 @@ def test_what_cannot_be_learnt_from() -> None:
     with pytest.raises(BadExample, match="positive is empty"):
         task.features({"id": "0", "text": "old", "positive": ""})
     with pytest.raises(BadExample, match="for evaluation"):
-        task.facts(task.options, [{**PAIRS[0], "score": 3}])
+        task.facts_of_training(task.options, [{**PAIRS[0], "score": 3}])
     with pytest.raises(BadExample, match="others have none"):
-        task.facts(task.options, [PAIRS[0], without("negative")[1]])
+        task.facts_of_training(task.options, [PAIRS[0], without("negative")[1]])
+
+
+def test_what_cannot_be_learnt_from_can_be_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Pairs with a score, or with hard negatives here and there: by the command, on predictions that are there."""
+    pairs = [{"id": str(n), "text": "old", "positive": "slow", "score": n} for n in range(3)]
+    vectors = [{"id": str(n), "prediction": [1.0, 0.0], "positive": [float(np.cos(n)), float(np.sin(n))]} for n in (2, 1, 0)]
+    predictions = write_jsonl(tmp_path / "vectors.jsonl", vectors)
+    evaluate(task=["embedding"], data=[str(write_jsonl(tmp_path / "sts.jsonl", pairs))], predictions=predictions)
+    assert "spearman                     -1.0000" in capsys.readouterr().out
+    mixed = [PAIRS[0], *without("negative")[1:]]
+    evaluate(task=["embedding"], data=[str(write_jsonl(tmp_path / "mixed.jsonl", mixed))], predictions=predictions)
+    assert "mrr" in capsys.readouterr().out
+    make_encoder(tmp_path / "encoder")
+    for rows, words in ((pairs, "(?s)for evaluation.*sts.jsonl"), (mixed, "(?s)others have none.*mixed.jsonl")):
+        file = tmp_path / ("sts.jsonl" if rows is pairs else "mixed.jsonl")
+        with pytest.raises(DataError, match=words):
+            check(FinetuneConfig.model_validate(task_values(tmp_path, "run", task={"name": "embedding"}, data={
+                "train": str(file), "validation": None})))

@@ -57,7 +57,18 @@ def test_texts_go_on_as_in_transformers(family: str) -> None:
     assert answers(task, model, [""]) == [use("</s>")[0]["generated_text"]]
 
 
+@pytest.mark.parametrize("name", ["text_generation", "instruction"])
+def test_one_prompt_without_room_does_not_stop_the_others(name: str) -> None:
+    """It is a bad example: what is wrong stands where its prediction would be."""
+    long = {"id": "0", "prompt": "river " * 90}
+    task, _ = load(name, tokenizer(), family="gpt2")
+    with pytest.raises(BadExample, match="room for 63: shorten it, or set generation.truncate"):
+        task.features(long)
+    task, _ = load(name, tokenizer(), family="gpt2", generation={"truncate": True})
+    assert task.features(long)
+
+
 def test_there_is_nothing_to_train() -> None:
     task, _ = load("fill_mask", tokenizer(), family="bert")
-    with pytest.raises(ConfigError, match="only predicts"):
+    with pytest.raises(ConfigError, match="(?s)only predicts.*value:  'fill_mask'"):
         task.facts(task.options, [])

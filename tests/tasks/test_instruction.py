@@ -59,6 +59,13 @@ def test_packing_changes_nothing_but_the_number_of_rows() -> None:
     assert task.counts([filled])["answers"] == task.counts([batch])["answers"] - len(tokenizer()("在城里</s>")["input_ids"])
 
 
+def test_a_prediction_without_an_answer_to_compare_with_is_the_text_alone() -> None:
+    task, model = load("instruction", tokenizer(), family="gpt2", seq_len=400, model={"n_positions": 400}, generation={"max_new_tokens": 2})
+    asked = {"id": "0", "messages": TALK[:-1]}
+    assert [*predict(task, model, [asked])[0]] == ["prediction"]
+    assert [*predict(task, model, EXAMPLES[:1])[0]] == ["prediction", "nats", "tokens"]
+
+
 def test_every_example_is_packed_once() -> None:
     rng = random.Random(0)
     for _ in range(50):

@@ -92,7 +92,7 @@ def test_labels_say_what_the_problem_is(labels, problem):
 @pytest.mark.parametrize(("example", "problem"), [
     ({"text": " "}, "empty"), ({"text": "good", "label": "++"}, r"not in the set"), ({"text": 3}, "not text"),
     ({"text": "good", "pair": 5}, "pair is not text"), *(({"text": "good", "label": label}, "not in the set") for label in (
-        None, float("nan"), {"a": 1}))])
+        float("nan"), {"a": 1})), *(({"text": "good", "label": label}, "there is no label") for label in (None, ""))])
 def test_bad_examples(example, problem):
     with pytest.raises(BadExample, match=problem):
         make(ONE).features({"id": "7", **example})
@@ -111,6 +111,18 @@ def test_labels_are_names_however_they_are_written():
         make(texts[4:5])
     with pytest.raises(ConfigError, match="'a' occurs twice"):
         check_options(task.Options, {"labels": ["a", "b", "a"]})
+
+
+def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():
+    task = make(ONE)
+    right = [example["label"] for example in ONE]
+    assert task.measure([{"prediction": label} for label in right], ONE).notes == {}
+    measure = task.measure([{"prediction": "meh"}, *({"prediction": label} for label in right[1:])], ONE)
+    assert measure.notes["unknown labels"].startswith("1, such as 'meh'")
+    assert measure.scores()["accuracy"] == pytest.approx(1 - 1 / len(ONE))
+    several = [{"id": "0", "text": "good", "label": ["a", "b"]}, {"id": "1", "text": "good", "label": ["a"]}]
+    measure = make(several).measure([{"prediction": ["a", "b"]}, {"prediction": "a"}], several)
+    assert measure.notes == {} and measure.scores()["accuracy"] == 1.0, "a text is one label, not its letters"
 
 
 def test_a_long_text_is_cut_and_says_so():

@@ -5,6 +5,7 @@ import pytest
 import torch
 from transformers import BertForTokenClassification, pipeline
 
+from hfscale.errors import DataError
 from hfscale.stream.examples import BadExample
 from tests.tasks.kit import answers, bert, learn, make_task, marking_tokenizer, rows_of
 
@@ -108,6 +109,14 @@ def test_tags_that_are_not_entities_and_numbers():
 def test_bad_examples(example, problem):
     with pytest.raises(BadExample, match=problem):
         task_of().features({"id": "7", **example})
+
+
+def test_predictions_with_a_tag_too_few_are_refused():
+    """Else a half-written list would score as if its end had been right."""
+    predictions = [{"prediction": example["tags"]} for example in EXAMPLES]
+    assert task_of().score(predictions, EXAMPLES)["f1"] == 1.0
+    with pytest.raises(DataError, match=r"(?s)one tag a word.*example 0.*4 tags, 5 words"):
+        task_of().score([{"prediction": EXAMPLES[0]["tags"][:-1]}, *predictions[1:]], EXAMPLES)
 
 
 def test_a_word_without_a_token_is_outside():
