@@ -53,6 +53,8 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
     seen = set[str]()
     may_lack = roles.optional | (frozenset() if answers else roles.answers) | {"id"}
     asked = [role for role in roles.columns if role not in roles.answers]
+    if table.endswith(".txt") and "text" not in roles.columns:  # a text a line is what is asked about, whatever its role's name
+        columns = {asked[0]: "text", **columns}
     for number, (where, row) in enumerate(table_rows(table, **hub)):
         example = {}
         there = ", ".join(map(str, row)) or "none"

@@ -70,6 +70,11 @@ def test_columns_and_ids(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\ntwo\n")
     assert [e["text"] for _, e in read_examples(str(tmp_path / "x.txt"), Roles, columns={}, answers=False)] == ["one", "two"]
 
+    class Prompts(Roles):
+        columns: ClassVar = {"prompt": "what goes on"}
+
+    assert [e["prompt"] for _, e in read_examples(str(tmp_path / "x.txt"), Prompts, columns={}, answers=False)] == ["one", "two"]
+
 
 @pytest.mark.parametrize(("content", "columns", "words"), [
     ('{"text": "a", "label": 1}\n{"text": "b"', {}, r"not a JSON line[\s\S]*x.jsonl:2"),
