@@ -71,7 +71,7 @@ def test_columns_and_ids(tmp_path: Path) -> None:
     assert [e["text"] for _, e in read_examples(str(tmp_path / "x.txt"), Roles, columns={}, answers=False)] == ["one", "two"]
 
     class Prompts(Roles):
-        columns: ClassVar = {"prompt": "what goes on"}
+        columns = {"prompt": "what goes on"}
 
     assert [e["prompt"] for _, e in read_examples(str(tmp_path / "x.txt"), Prompts, columns={}, answers=False)] == ["one", "two"]
 
