@@ -1,12 +1,14 @@
 """What every test gets: ranks that end with the session, and skips for hardware that is not there."""
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from hfscale.log import logger
 from tests.helpers.corpus import make_corpus
 from tests.helpers.ranks import close_ranks
 
@@ -25,6 +27,14 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def _ranks_end_with_the_session() -> Iterator[None]:
     yield
     close_ranks()
+
+
+@pytest.fixture(autouse=True)
+def _the_logger_of_one_test_is_not_that_of_the_next() -> Iterator[None]:
+    """A command run in this process sets its logger up; what pytest captures in later tests would come twice."""
+    yield
+    logger.handlers[:], logger.propagate = [], True
+    logger.setLevel(logging.NOTSET)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
