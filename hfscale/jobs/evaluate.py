@@ -18,7 +18,7 @@ from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
 from hfscale.errors import DataError
-from hfscale.jobs.opening import model_and_tokenizer
+from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.predict import examples_of, key_of
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options

@@ -24,8 +24,9 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, nearest
+from hfscale.jobs.asked import auto_model_of
 from hfscale.jobs.evaluate import folder_of, keep
-from hfscale.jobs.opening import auto_model_of, open_model
+from hfscale.jobs.opening import open_model
 
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 

@@ -1,8 +1,7 @@
-"""A model by name, whatever kind of place that is: a run, one of its checkpoints, an export, a transformers folder, a hub name."""
+"""The weights of a MODEL by name, whatever kind of place that is: a run, a checkpoint, an export, a transformers folder, a hub name."""
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,20 +17,18 @@ from transformers.utils.logging import disable_progress_bar
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.pretrained import load_pretrained, match
 from hfscale.checkpoint.weights import WeightsReader, open_weights, verify_together
-from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import Inference, PredictConfig
-from hfscale.config.load import load_config, load_values
-from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.engine.inference import InferenceEngine
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import CheckpointError
 from hfscale.hub import local_folder
+from hfscale.jobs.asked import objective_of, run_config
 from hfscale.jobs.check import DTYPES, model_needs, skeleton
-from hfscale.jobs.material import tokenizer_folder
-from hfscale.models.build import check_head, check_model_config, construct, first_position
+from hfscale.models.build import check_head, check_model_config, construct
 from hfscale.models.init import float_buffers_to_fp32
-from hfscale.objectives.base import Objective, Setting, check_options, load_objective
-from hfscale.tasks.base import TASKS, Task, load_task, task_class
+from hfscale.objectives.base import Objective, Setting, check_options
+from hfscale.tasks.base import Task, task_class
 from hfscale.tokenizer import load_tokenizer
 
 
@@ -64,20 +61,10 @@ def open_run(name: str) -> RunModel | None:
         return None
     reader = open_weights(checkpoint, check=verify_together)  # damaged ones are refused: silently taking an older one would be a lie
     config = run_config(checkpoint)
-    objective = _objective(config, checkpoint)
+    objective = objective_of(config, checkpoint)
     tokenizer = objective.setting.tokenizer
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
     return RunModel(config, objective, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
-
-
-def _objective(config: TrainConfig, checkpoint: Path) -> Objective:
-    """Return the objective or task of a run, with what its training examples said."""
-    facts = json.loads((checkpoint / layout.STATE).read_text("utf-8")).get("facts", {})
-    setting = Setting(seq_len=config.data.seq_len, tokenizer=load_tokenizer(tokenizer_folder(config, None)), facts=facts)
-    if isinstance(config, FinetuneConfig):
-        return load_task(config.task, setting)
-    assert isinstance(config, RunConfig)
-    return load_objective(config.objective, setting)
 
 
 @dataclass(frozen=True)
@@ -183,87 +170,3 @@ def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | N
 def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
     return CheckpointError(f"this model has no head for the task: it is not one of {wanted}", where=name, value=value,
                            remedy=f"fine-tune it first: hfscale finetune CONFIG model.pretrained={name}")
-
-
-SUGGESTED = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification",
-             "ForQuestionAnswering": "extractive_qa", "ForMaskedLM": "fill_mask", "ForCausalLM": "text_generation",
-             "LMHeadModel": "text_generation"}  # end of an architecture's name -> task
-CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
-           "ForConditionalGeneration": "AutoModelForSeq2SeqLM"}
-OF_OBJECTIVES = {"clm": "text_generation", "mlm": "fill_mask", "contrastive": "feature_extraction"}
-
-
-def auto_model_of(name: str) -> str:
-    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it writes no text."""
-    if checkpoint := layout.checkpoint_of(name):
-        return _objective(run_config(checkpoint), checkpoint).auto_model
-    architecture = (model_and_tokenizer(name)[0].architectures or [""])[0]
-    return next((kind for end, kind in CLASSES.items() if architecture.endswith(end)), architecture)
-
-
-def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
-    if checkpoint := layout.checkpoint_of(name):
-        return AutoConfig.from_pretrained(checkpoint), load_tokenizer(tokenizer_folder(run_config(checkpoint), None))
-    folder = local_folder(name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder")
-    try:
-        return AutoConfig.from_pretrained(folder), load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError("no model here", where=name, value=str(error).splitlines()[0],
-                              remedy="name a run, a checkpoint, an export, or a transformers folder") from error
-
-
-def is_pretraining(name: str, data: str | None) -> bool:
-    """Return whether MODEL ``name`` is to be evaluated on shards, where no task is named."""
-    if data is not None:
-        return (Path(data) / "manifest.json").is_file() or Path(data).name == "manifest.json"
-    checkpoint = layout.checkpoint_of(name)
-    return checkpoint is not None and isinstance(run_config(checkpoint), RunConfig)
-
-
-def settle(name: str | None, *, task: str | None, data: str | None, out: Path, overrides: Sequence[str],
-           answers: bool = False) -> PredictConfig:
-    """Return what predicting with MODEL ``name`` means: as its run was trained, or as its architecture suggests; ``overrides`` go on top.
-
-    Without a name there are predictions already. An override is of a section (``data.columns.text=review``), or else of the task's
-    options. Without ``data`` it is the held-out split of the run. Nothing is read of the weights.
-
-    Raises:
-        UserError: if there is no such model, or nothing says the task or the data.
-    """
-    values: dict[str, Any] = {"predict": {"model": name or "-", "out": str(out), "answers": answers}, "task": {"options": {}}, "data": {},
-                              "engine": {}}
-    suggested = None
-    if name is None:
-        pass  # there are predictions already
-    elif checkpoint := layout.checkpoint_of(name):
-        values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
-        trained: Any = run_config(checkpoint)
-        suggested = trained.task.name if isinstance(trained, FinetuneConfig) else OF_OBJECTIVES.get(trained.objective.name)
-        values["data"]["max_length"] = trained.data.seq_len
-        if isinstance(trained, FinetuneConfig) and task in (None, trained.task.name):
-            values["task"]["options"] = trained.task.options
-            values["data"] = trained.data.model_dump(mode="json", exclude={"train", "validation", "test"} if data else None)
-            values["predict"]["split"] = "train" if data else "test" if trained.data.test else "validation"
-    else:
-        config, _ = model_and_tokenizer(name)
-        architecture = (config.architectures or [""])[0]
-        suggested = next((found for end, found in SUGGESTED.items() if architecture.endswith(end)), None)
-        values["data"]["max_length"] = min(512, getattr(config, "max_position_embeddings", 514) - first_position(config))
-        if (said := getattr(config, "hfscale", None)) and task in (None, said["task"]["name"]):  # an export of ours
-            suggested, values["task"]["options"] = said["task"]["name"], said["task"]["options"]
-            values["data"]["max_length"] = said["max_length"]
-    values["task"]["name"] = task or suggested
-    if values["task"]["name"] is None:
-        raise ConfigError("nothing says what this model is for", where="--task", value=name, remedy=f"name the task: {', '.join(TASKS)}")
-    if data or "train" not in values["data"]:
-        values["data"]["train"] = data or ""
-    sections = [f"{'' if text.split('.')[0] in values else 'task.options.'}{text}" for text in overrides]
-    return load_values(values, sections, schema=PredictConfig)
-
-
-def run_config(checkpoint: Path) -> TrainConfig:
-    """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
-    run_dir = checkpoint.resolve().parents[1]
-    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
-    return load_config(run_dir / "config.yaml", moved).config

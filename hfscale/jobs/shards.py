@@ -18,9 +18,10 @@ from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError
 from hfscale.hub import local_folder
+from hfscale.jobs.asked import model_and_tokenizer, run_config
 from hfscale.jobs.evaluate import described, folder_of, keep
 from hfscale.jobs.material import open_rows
-from hfscale.jobs.opening import model_and_tokenizer, open_model, run_config
+from hfscale.jobs.opening import open_model
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.objectives.base import Objective, Setting, load_objective

@@ -74,7 +74,7 @@ def _pairs(tasks: Sequence[str], tables: Sequence[str]) -> list[tuple[str | None
 def _rescored(model: str | None, asked: Sequence[tuple[str | None, str | None]], predictions: Path, said: Sequence[str]) -> dict[str, Any]:
     """Return the scores of a file of predictions; without a ``model``, of which at most the labels are read."""
     from hfscale.jobs import evaluate as job
-    from hfscale.jobs.opening import settle
+    from hfscale.jobs.asked import settle
 
     [(task, data), *more] = asked
     if more or (model is None and not (task and data)):
@@ -87,7 +87,7 @@ def _rescored(model: str | None, asked: Sequence[tuple[str | None, str | None]],
 def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], procs: int) -> Path:
     """Return the folder with the scores of MODEL ``name``, made now or before."""
     from hfscale.jobs import evaluate as job
-    from hfscale.jobs.opening import is_pretraining, settle
+    from hfscale.jobs.asked import is_pretraining, settle
     from hfscale.jobs.shards import settle as settle_shards
     from launch.local import start
 

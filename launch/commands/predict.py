@@ -40,7 +40,7 @@ def predict(
         raise ConfigError("say what to predict for", where="command line", remedy="--data FILE [--out FILE], or --text T, or --question Q "
                           "--context C")
     from hfscale import log
-    from hfscale.jobs.opening import settle
+    from hfscale.jobs.asked import settle
     from hfscale.jobs.predict import predict_texts
     from hfscale.stream.labelled import is_text
     from hfscale.tasks.base import task_class

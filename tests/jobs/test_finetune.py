@@ -18,8 +18,9 @@ from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
 from hfscale.jobs import export
+from hfscale.jobs.asked import settle
 from hfscale.jobs.check import check
-from hfscale.jobs.opening import open_task, settle
+from hfscale.jobs.opening import open_task
 from launch.commands.evaluate import evaluate
 from launch.commands.predict import predict
 from tests.helpers.cli import ROOT, hfscale

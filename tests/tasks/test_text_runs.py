@@ -11,7 +11,7 @@ from transformers import T5Config, T5ForConditionalGeneration, pipeline
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.jobs import export, predict
-from hfscale.jobs.opening import settle
+from hfscale.jobs.asked import settle
 from launch.commands.predict import predict as predict_command
 from tests.helpers.labelled import task_values, write_jsonl
 from tests.helpers.ranks import run_ranks

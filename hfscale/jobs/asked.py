@@ -1,0 +1,115 @@
+"""What MODEL on a command line means, and what is to be done with it: settled on the login node, with nothing read of its weights."""
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+
+from hfscale.checkpoint import layout
+from hfscale.config.finetune import FinetuneConfig
+from hfscale.config.inference import PredictConfig
+from hfscale.config.load import load_config, load_values
+from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.errors import CheckpointError, ConfigError
+from hfscale.hub import local_folder
+from hfscale.jobs.material import tokenizer_folder
+from hfscale.models.build import first_position
+from hfscale.objectives.base import Objective, Setting, load_objective
+from hfscale.tasks.base import TASKS, load_task
+from hfscale.tokenizer import load_tokenizer
+
+SUGGESTED = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification",
+             "ForQuestionAnswering": "extractive_qa", "ForMaskedLM": "fill_mask", "ForCausalLM": "text_generation",
+             "LMHeadModel": "text_generation"}  # end of an architecture's name -> task
+CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
+           "ForConditionalGeneration": "AutoModelForSeq2SeqLM"}
+OF_OBJECTIVES = {"clm": "text_generation", "mlm": "fill_mask", "contrastive": "feature_extraction"}
+
+
+def run_config(checkpoint: Path) -> TrainConfig:
+    """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
+    run_dir = checkpoint.resolve().parents[1]
+    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
+    return load_config(run_dir / "config.yaml", moved).config
+
+
+def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
+    """Return the objective or task of a run, with what its training examples said."""
+    facts = json.loads((checkpoint / layout.STATE).read_text("utf-8")).get("facts", {})
+    setting = Setting(seq_len=config.data.seq_len, tokenizer=load_tokenizer(tokenizer_folder(config, None)), facts=facts)
+    if isinstance(config, FinetuneConfig):
+        return load_task(config.task, setting)
+    assert isinstance(config, RunConfig)
+    return load_objective(config.objective, setting)
+
+
+def auto_model_of(name: str) -> str:
+    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it writes no text."""
+    if checkpoint := layout.checkpoint_of(name):
+        return objective_of(run_config(checkpoint), checkpoint).auto_model
+    architecture = (model_and_tokenizer(name)[0].architectures or [""])[0]
+    return next((kind for end, kind in CLASSES.items() if architecture.endswith(end)), architecture)
+
+
+def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
+    """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
+    if checkpoint := layout.checkpoint_of(name):
+        return AutoConfig.from_pretrained(checkpoint), load_tokenizer(tokenizer_folder(run_config(checkpoint), None))
+    folder = local_folder(name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder")
+    try:
+        return AutoConfig.from_pretrained(folder), load_tokenizer(folder)
+    except (OSError, ValueError) as error:
+        raise CheckpointError("no model here", where=name, value=str(error).splitlines()[0],
+                              remedy="name a run, a checkpoint, an export, or a transformers folder") from error
+
+
+def is_pretraining(name: str, data: str | None) -> bool:
+    """Return whether MODEL ``name`` is to be evaluated on shards, where no task is named."""
+    if data is not None:
+        return (Path(data) / "manifest.json").is_file() or Path(data).name == "manifest.json"
+    checkpoint = layout.checkpoint_of(name)
+    return checkpoint is not None and isinstance(run_config(checkpoint), RunConfig)
+
+
+def settle(name: str | None, *, task: str | None, data: str | None, out: Path, overrides: Sequence[str],
+           answers: bool = False) -> PredictConfig:
+    """Return what predicting with MODEL ``name`` means: as its run was trained, or as its architecture suggests; ``overrides`` go on top.
+
+    Without a name there are predictions already. An override is of a section (``data.columns.text=review``), or else of the task's
+    options. Without ``data`` it is the held-out split of the run. Nothing is read of the weights.
+
+    Raises:
+        UserError: if there is no such model, or nothing says the task or the data.
+    """
+    values: dict[str, Any] = {"predict": {"model": name or "-", "out": str(out), "answers": answers}, "task": {"options": {}}, "data": {},
+                              "engine": {}}
+    suggested = None
+    if name is None:
+        pass  # there are predictions already
+    elif checkpoint := layout.checkpoint_of(name):
+        values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
+        trained: Any = run_config(checkpoint)
+        suggested = trained.task.name if isinstance(trained, FinetuneConfig) else OF_OBJECTIVES.get(trained.objective.name)
+        values["data"]["max_length"] = trained.data.seq_len
+        if isinstance(trained, FinetuneConfig) and task in (None, trained.task.name):
+            values["task"]["options"] = trained.task.options
+            values["data"] = trained.data.model_dump(mode="json", exclude={"train", "validation", "test"} if data else None)
+            values["predict"]["split"] = "train" if data else "test" if trained.data.test else "validation"
+    else:
+        config, _ = model_and_tokenizer(name)
+        architecture = (config.architectures or [""])[0]
+        suggested = next((found for end, found in SUGGESTED.items() if architecture.endswith(end)), None)
+        values["data"]["max_length"] = min(512, getattr(config, "max_position_embeddings", 514) - first_position(config))
+        if (said := getattr(config, "hfscale", None)) and task in (None, said["task"]["name"]):  # an export of ours
+            suggested, values["task"]["options"] = said["task"]["name"], said["task"]["options"]
+            values["data"]["max_length"] = said["max_length"]
+    values["task"]["name"] = task or suggested
+    if values["task"]["name"] is None:
+        raise ConfigError("nothing says what this model is for", where="--task", value=name, remedy=f"name the task: {', '.join(TASKS)}")
+    if data or "train" not in values["data"]:
+        values["data"]["train"] = data or ""
+    sections = [f"{'' if text.split('.')[0] in values else 'task.options.'}{text}" for text in overrides]
+    return load_values(values, sections, schema=PredictConfig)
