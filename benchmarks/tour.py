@@ -284,8 +284,8 @@ def make(folder: Path) -> None:
 
 def table(folder: Path) -> None:
     """Print model and baseline of each task with 95 % intervals, and a few outputs; exit with 1 if one does not beat its baseline."""
-    from hfscale.jobs.evaluate import score
     from hfscale.jobs.asked import settle
+    from hfscale.jobs.evaluate import score
 
     beaten = True
     print(f"{'task':<15}{'metric':<10}{'tested':>7}   {'model (95 %)':<24}{'baseline (95 %)':<24}")
