@@ -65,6 +65,11 @@ def exit_code(error: BaseException) -> int | None:
     return None
 
 
+def counted(number: int, noun: str) -> str:
+    """Return "1 example", "2,000 examples"."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a phrase that offers the valid names nearest to ``name``, or all of them."""
     known = sorted(known)

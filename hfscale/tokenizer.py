@@ -3,7 +3,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -16,6 +17,19 @@ if TYPE_CHECKING:
 FILE_NAME = "tokenizer.json"
 
 
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Let transformers log errors alone inside."""
+    from transformers.utils import logging
+
+    level = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+
+
 def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """Return the fast tokenizer in a folder, or of a name on the hub.
 
@@ -23,21 +37,17 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         DataError: if there is none, or only a slow (pure Python) one.
     """
     from transformers import AutoTokenizer
-    from transformers.utils import logging
 
     remedy = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one)"
     folder = local_folder(path, where="tokenizer.path", remedy=remedy)
     if not any(folder.iterdir()):
         raise DataError("the tokenizer's folder is empty", where=path, remedy=remedy)
-    level = logging.get_verbosity()
-    logging.set_verbosity_error()  # its advice about other models' configs is not about the tokenizer
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        with quiet():  # its advice about other models' configs is not about the tokenizer
+            tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for the same thing
         first_line = str(error).strip().split("\n")[0]
         raise DataError(f"cannot load a tokenizer: {first_line}", where=path, remedy=remedy) from error
-    finally:
-        logging.set_verbosity(level)
     if not getattr(tokenizer, "is_fast", False):
         raise DataError("this tokenizer has no fast version", where=path, value=type(tokenizer).__name__, remedy=remedy)
     return cast("PreTrainedTokenizerFast", tokenizer)

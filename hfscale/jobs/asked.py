@@ -16,9 +16,9 @@ from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
 from hfscale.jobs.material import tokenizer_folder
-from hfscale.models.build import first_position
+from hfscale.models.build import longest_row
 from hfscale.objectives.base import Objective, Setting, load_objective
-from hfscale.tasks.base import TASKS, load_task
+from hfscale.tasks.base import TASKS, load_task, task_class
 from hfscale.tokenizer import load_tokenizer
 
 SUGGESTED = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification",
@@ -102,14 +102,19 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
         config, _ = model_and_tokenizer(name)
         architecture = (config.architectures or [""])[0]
         suggested = next((found for end, found in SUGGESTED.items() if architecture.endswith(end)), None)
-        values["data"]["max_length"] = min(512, getattr(config, "max_position_embeddings", 514) - first_position(config))
+        values["data"]["max_length"] = min(512, longest_row(config) or 512)
         if (said := getattr(config, "hfscale", None)) and task in (None, said["task"]["name"]):  # an export of ours
             suggested, values["task"]["options"] = said["task"]["name"], said["task"]["options"]
             values["data"]["max_length"] = said["max_length"]
     values["task"]["name"] = task or suggested
     if values["task"]["name"] is None:
         raise ConfigError("nothing says what this model is for", where="--task", value=name, remedy=f"name the task: {', '.join(TASKS)}")
-    if data or "train" not in values["data"]:
-        values["data"]["train"] = data or ""
+    if answers and not task_class(values["task"]["name"]).scored:
+        raise ConfigError("this task only predicts: there are no answers to score", where="--task", value=values["task"]["name"],
+                          remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, without --task")
+    if data is None and "train" not in values["data"]:
+        raise ConfigError("nothing says which examples to score the model on", where="--data", value=name, remedy="--data FILE")
+    if data:
+        values["data"]["train"] = data
     sections = [f"{'' if text.split('.')[0] in values else 'task.options.'}{text}" for text in overrides]
     return load_values(values, sections, schema=PredictConfig)

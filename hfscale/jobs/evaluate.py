@@ -11,19 +11,21 @@ import hashlib
 import json
 from collections.abc import Sequence
 from contextlib import suppress
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
-from hfscale.errors import DataError
+from hfscale.errors import DataError, counted
 from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.predict import examples_of, key_of
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options
 from hfscale.shards.files import write_atomically
 from hfscale.shards.tables import table_rows
+from hfscale.stream.examples import BadExample
 from hfscale.tasks.base import task_class
 
 FOLDER, SCORES, PREDICTIONS = "evaluations", "scores.json", "predictions.jsonl"
@@ -67,12 +69,18 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
         raise DataError(f"{count}, {len(missing):,} of which have none", where=predictions, value=missing[:5],
                         remedy="give the predictions of these examples, whole; ids must be the same")
     usable = [example for example in references if "problem" not in rows[example["id"]]]
+    if not usable:
+        raise DataError("no example can be scored", where=config.data.train, remedy="mend them", value=[
+            f"{name}: {row['problem']}" for name, row in islice(rows.items(), 3)])
     facts: dict[str, Any] = {}
     if model:
         checkpoint = layout.checkpoint_of(config.predict.model)
         state = json.loads((checkpoint / layout.STATE).read_text("utf-8")) if checkpoint else {}
         facts = state.get("facts") or kind.known(model_and_tokenizer(config.predict.model)[0])
-    facts = facts or kind.facts(options, iter(usable))
+    try:
+        facts = facts or kind.facts(options, iter(usable))
+    except BadExample as error:
+        raise DataError(str(error), where=config.data.train, remedy="mend the examples, or say more of the task (key=value)") from error
     task = kind(options, Setting(seq_len=config.data.max_length, facts=facts))
     chosen = [rows[example["id"]] for example in usable]
     try:
@@ -109,7 +117,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     """Return the scores of one or more models as lines, with their intervals."""
     lines = []
     for one in found:
-        lines.append(f"{one['model']}  {one['examples']:,} {'rows' if 'objective' in one else 'examples'}")
+        left = f", {one['left_out']:,} left out" if one.get("left_out") else ""
+        lines.append(f"{one['model']}  {counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}")
         for name, value in one["scores"].items():
             low, high = one["intervals"].get(name, (None, None))
             lines.append(f"  {name:<24}{value:>12.4f}" + (f"   95 % [{low:.4f}, {high:.4f}]" if low is not None else ""))

@@ -68,7 +68,8 @@ def settle(name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequ
         UserError: if a task is unknown, or the model writes no text.
     """
     if (kind := auto_model_of(name)) not in WRITERS:
-        raise ConfigError("the harness asks for likelihoods of texts, which this model does not give", where=name, value=kind)
+        raise ConfigError("the harness asks for likelihoods of texts, which this model does not give", where=name, value=kind,
+                          remedy="name a causal model or an encoder-decoder")
     if unknown := [task for task in tasks if task not in _known(folder).all_tasks]:
         raise ConfigError("there is no such task", where=folder or "--harness", value=unknown[0],
                           remedy=nearest(unknown[0], _known(folder).all_tasks))

@@ -21,15 +21,15 @@ from hfscale.config.inference import Inference, PredictConfig
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.engine.inference import InferenceEngine
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
 from hfscale.jobs.asked import objective_of, run_config
 from hfscale.jobs.check import DTYPES, model_needs, skeleton
-from hfscale.models.build import check_head, check_model_config, construct
+from hfscale.models.build import check_head, check_model_config, construct, longest_row
 from hfscale.models.init import float_buffers_to_fp32
 from hfscale.objectives.base import Objective, Setting, check_options
 from hfscale.tasks.base import Task, task_class
-from hfscale.tokenizer import load_tokenizer
+from hfscale.tokenizer import load_tokenizer, quiet
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,8 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
             check_head(config, auto_model)
             engine = _filled(config, auto_model, open_weights(folder), how, where=name, precision=precision)
             return Opened(engine, load_tokenizer(folder), {})
-        model, found = getattr(transformers, auto_model).from_pretrained(folder, dtype=DTYPES[precision], output_loading_info=True)
+        with quiet():  # its report of what is missing; we say it
+            model, found = getattr(transformers, auto_model).from_pretrained(folder, dtype=DTYPES[precision], output_loading_info=True)
     except (OSError, ValueError, SafetensorError) as error:
         raise CheckpointError("no model for this task here", where=name, value=str(error).splitlines()[0],
                               remedy=f"name a run, a checkpoint, an export, or a folder that {auto_model} loads") from error
@@ -139,6 +140,9 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
     options = check_options(kind.Options, config.task.options, where="task.options")
     opened = open_model(config.predict.model, kind(options, Setting(seq_len=length)).auto_model, config.engine)
     model_config = opened.engine.module.config
+    if (longest := longest_row(model_config)) is not None and length > longest:
+        raise ConfigError("texts may be longer than the model can read", where="data.max_length", value=length,
+                          remedy=f"data.max_length={longest} or less")
     return opened.engine, kind(options, Setting(seq_len=length, tokenizer=opened.tokenizer, model_config=model_config,
                                                 facts=opened.facts or kind.known(model_config)))
 
@@ -168,5 +172,7 @@ def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | N
 
 
 def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
+    objective = {"AutoModelForMaskedLM": "mlm", "AutoModelForCausalLM": "clm"}.get(wanted)
+    pretrained = f", or for texts alone pretrain one with objective.name={objective}" if objective else ""
     return CheckpointError(f"this model has no head for the task: it is not one of {wanted}", where=name, value=value,
-                           remedy=f"fine-tune it first: hfscale finetune CONFIG model.pretrained={name}")
+                           remedy=f"fine-tune it for the task first: hfscale finetune CONFIG model.pretrained={name}{pretrained}")

@@ -25,7 +25,7 @@ from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
-from hfscale.errors import DataError
+from hfscale.errors import DataError, counted
 from hfscale.hub import local_folder
 from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
@@ -34,6 +34,8 @@ from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
 from hfscale.training.predictor import predict
 
+PROBLEM, TRUNCATED = b'"prediction": null, "problem": ', b'"truncated": true'  # in lines; in a text the quotes are escaped
+SHOWN = 3  # problems that a message tells
 CHUNK = 512  # examples: batched by length among themselves, and the most that a kill costs a process
 
 
@@ -81,7 +83,7 @@ def prepare(config: PredictConfig) -> Path:
         raise DataError("there are no examples", where=config.data.train, remedy="give at least one row")
     parts = parts_of(out)
     file = parts / "key.json"
-    saved: dict[str, Any] = json.loads(file.read_text("utf-8")) if file.is_file() else {"key": key, "chunk": size}
+    saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
     if saved["key"] != key:
         differ = [name for name in key if saved["key"].get(name) != key[name]]
         raise DataError("half-made predictions of something else are in the way", where=parts, value=f"other {', '.join(differ)}",
@@ -124,8 +126,8 @@ def _predict_chunks(config: PredictConfig, engine: InferenceEngine, task: Task, 
             made = predict(task, engine, chunk, batch=config.predict.batch, first=first,
                            refuse_long=config.data.too_long == "refuse", answers=config.predict.answers)
             if config.predict.answers and config.data.on_error == "stop" and (bad := [row for row in made if "problem" in row]):
-                raise DataError(f"{len(bad)} examples cannot be scored", where=config.data.train, value=[
-                    f"{row['id']}: {row['problem']}" for row in bad[:3]], remedy="mend them, or leave them out with data.on_error=skip")
+                raise DataError(f"{counted(len(bad), 'example')} cannot be scored", where=config.data.train, value=[
+                    f"{row['id']}: {row['problem']}" for row in bad[:SHOWN]], remedy="mend them, or leave them out with data.on_error=skip")
             if chunk:
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
                 write_atomically(_chunk(parts, mine[turn]), lines.encode())
@@ -138,7 +140,7 @@ def _predict_chunks(config: PredictConfig, engine: InferenceEngine, task: Task, 
 def join(config: PredictConfig) -> int:
     """Return how many predictions are now in OUT, which appears whole."""
     out, parts = config.predict.out, parts_of(config.predict.out)
-    bad, count, whole = 0, 0, parts / "whole"
+    bad, cut, count, whole = list[bytes](), 0, 0, parts / "whole"
     total, size = _begun(parts)
     with open(whole, "wb") as file:
         for number in range(-(-total // size)):
@@ -147,14 +149,18 @@ def join(config: PredictConfig) -> int:
                 raise DataError("this part of the predictions was changed", where=_chunk(parts, number), value=f"{lines} of {wanted} lines",
                                 remedy="remove it, then run the same command again")
             count += lines
-            bad += content.count(b'"prediction": null, "problem": ')
+            bad += [line for line in content.splitlines() if PROBLEM in line]
+            cut += content.count(TRUNCATED)
             file.write(content)
         file.flush()
         sync(file.fileno())
     publish(whole, out)
     shutil.rmtree(parts)
     if bad:
-        logger.warning(f"{bad:,} of {count:,} examples have a problem instead of a prediction")
+        shown = "; ".join("{id}: {problem}".format(**json.loads(line)) for line in bad[:SHOWN])
+        logger.warning(f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a prediction, such as {shown}")
+    if cut:
+        logger.warning(f"{cut:,} of {counted(count, 'example')} were cut, as they are longer than data.max_length={config.data.max_length}")
     return count
 
 
@@ -169,14 +175,21 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
         (made,) = predict(task, engine, [example], batch=1)
         engine.close()
     if "problem" in made:
-        raise DataError(made["problem"], where="command line", value={**example})
+        raise DataError(made["problem"], where="command line", value={**example}, remedy="give another text")
     return made
 
 
 def _begun(parts: Path) -> tuple[int, int]:
     """Return how many examples there are, and in a chunk: as it was begun, since another ``predict.batch`` must not move the chunks."""
-    key = json.loads((parts / "key.json").read_text("utf-8"))
+    key = _key(parts)
     return key["examples"], key["chunk"]
+
+
+def _key(parts: Path) -> dict[str, Any]:
+    try:
+        return dict(json.loads((parts / "key.json").read_text("utf-8")))
+    except ValueError:
+        raise DataError("these half-made predictions are damaged", where=parts / "key.json", remedy="remove their folder") from None
 
 
 def _chunk(parts: Path, number: int) -> Path:

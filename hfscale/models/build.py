@@ -42,6 +42,12 @@ def first_position(config: PretrainedConfig) -> int:
     return 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1  # MPNet's is written into its code
 
 
+def longest_row(config: PretrainedConfig) -> int | None:
+    """Return how many tokens a row may have; None: positions are relative (T5, XLNet), and there is no limit."""
+    positions = getattr(config, config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None)
+    return positions - first_position(config) if isinstance(positions, int) and positions > 0 else None
+
+
 def check_model_config(model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
     """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len`` positions.
 
@@ -172,15 +178,11 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
     if config.vocab_size < vocab_size:
         raise ConfigError(f"the model has {config.vocab_size} ids for a tokenizer of {vocab_size}", where="model.config.vocab_size",
                           value=config.vocab_size, remedy=f"omit it, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)")
-    key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-    positions = getattr(config, key, None)
-    if not isinstance(positions, int) or positions < 1:
-        return  # relative positions (T5, XLNet): no limit
-    taken = first_position(config)
-    if seq_len > positions - taken:
-        room = positions - taken
-        smaller = f", or data.seq_len={room} (of labelled examples data.max_length={room}) or less" if room > 1 else ""
+    longest, taken = longest_row(config), first_position(config)
+    if longest is not None and seq_len > longest:
+        key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
+        smaller = f", or data.seq_len={longest} (of labelled examples data.max_length={longest}) or less" if longest > 1 else ""
         why = f" ({config.model_type} counts them from its padding id, {taken - 1})" if taken else ""
         raise ConfigError(
-            f"rows of {seq_len} tokens need more than the model's {positions} positions{why}", value=seq_len,
+            f"rows of {seq_len} tokens need more than the model's {longest + taken} positions{why}", value=seq_len,
             where=f"data.seq_len or data.max_length, model.config.{key}", remedy=f"set model.config.{key}={seq_len + taken}{smaller}")

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from hfscale.config.finetune import Examples
-from hfscale.errors import ConfigError, DataError, nearest
+from hfscale.errors import ConfigError, DataError, counted, nearest
 from hfscale.log import logger, progress_bar
 from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
@@ -200,7 +200,7 @@ class LabelledData:
             raise DataError(f"{report['bad']:,} examples of {split} cannot be used", where=where, value=report["shown"],
                             remedy="mend them, or leave them out with data.on_error=skip")
         if report["bad"]:
-            logger.warning(f"{split}: {report['bad']:,} examples are left out, such as {'; '.join(report['shown'])}")
+            logger.warning(f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}")
         if not report["features"]:
             raise DataError(f"no example of {split} is left", where=where, value=report["shown"], remedy="give more or other examples")
         return made

@@ -72,6 +72,7 @@ class Task(Objective):
     columns: ClassVar[dict[str, str]] = {}  # role -> what it holds; a role is read from the column of its name, or what data.columns says
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
     answers: ClassVar[frozenset[str]] = frozenset()  # roles that training and scoring need, and prediction does not
+    scored: ClassVar[bool] = True  # False: it only predicts
     token_loss: ClassVar[bool] = False
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
     code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more

@@ -23,7 +23,7 @@ from transformers import GenerationConfig, LogitsProcessor, PretrainedConfig, Te
 from hfscale.config.schema import Positive, Section
 from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
-from hfscale.models.build import first_position
+from hfscale.models.build import longest_row
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Task
 
@@ -123,8 +123,7 @@ def pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> t
 
 def longest_prompt(config: PretrainedConfig) -> int | None:
     """Return how many tokens a prompt may have; None: positions are relative, and it may have any number."""
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else positions - first_position(config) - (not config.is_encoder_decoder)
+    return None if (longest := longest_row(config)) is None else longest - (not config.is_encoder_decoder)
 
 
 def check_prompt(task: Task, ids: Sequence[int], options: Generation) -> None:

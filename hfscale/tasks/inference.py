@@ -22,6 +22,7 @@ class Inference(Task):
     """Texts in, whatever the model gives out."""
 
     columns: ClassVar = {"text": "a text"}
+    scored = False
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:

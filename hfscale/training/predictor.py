@@ -16,16 +16,20 @@ from hfscale.tasks.base import Example, Task
 @torch.no_grad()
 def predict(task: Task, engine: InferenceEngine, examples: Sequence[Example], *, batch: int, first: int = 0,
             refuse_long: bool = False, answers: bool = False) -> list[dict[str, Any]]:
-    """Return ``{"id", "prediction", ...}`` of each example, in order; of one that cannot be used, a ``problem`` and no prediction.
+    """Return ``{"id", "prediction", ...}`` of each example, in order.
 
+    One that cannot be used has a ``problem`` and no prediction; one that was cut, because it is longer than allowed, is ``truncated``.
     ``first`` is the number of the first of them among all. Where the ranks compute ``together`` all must call, with any examples or none.
     """
-    rows, owners, problems = list[dict[str, Any]](), list[int](), dict[int, str]()
+    rows, owners, problems, cut = list[dict[str, Any]](), list[int](), dict[int, str](), set[int]()
     for number, example in enumerate(examples):
         try:
             made = task.answered_features(example) if answers else task.features(example)
-            if [feature.pop("truncated", False) for feature in made].count(True) and refuse_long:
-                raise BadExample(f"it is longer than {task.setting.seq_len} tokens (data.max_length)")
+            truncated = [feature.pop("truncated", False) for feature in made]
+            if any(truncated):
+                if refuse_long:
+                    raise BadExample(f"it is longer than {task.setting.seq_len} tokens (data.max_length)")
+                cut.add(number)
         except BadExample as error:
             problems[number] = str(error)
             continue
@@ -47,4 +51,5 @@ def predict(task: Task, engine: InferenceEngine, examples: Sequence[Example], *,
     for number, owner in enumerate(owners):
         outputs[owner].append(found[number])
     return [{"id": example["id"], **({"prediction": None, "problem": problems[number]} if number in problems else
-                                     task.answer(example, outputs[number]))} for number, example in enumerate(examples)]
+                                     task.answer(example, outputs[number])), **({"truncated": True} if number in cut else {})}
+            for number, example in enumerate(examples)]

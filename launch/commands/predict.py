@@ -53,6 +53,8 @@ def predict(
         example = {role: value for role, value in given.items() if value is not None}
         if wrong := [role for role in example if role not in columns]:
             raise ConfigError(f"the task {config.task.name} has no {wrong[0]}", where="command line", remedy=f"it has {', '.join(columns)}")
+        if (question is None) != (context is None):
+            raise ConfigError("a question is about a context", where="command line", remedy="give both: --question Q --context C")
         if not all(map(is_text, example.values())):
             raise ConfigError("the text is not UTF-8", where="command line", value=ascii(example))
         made = predict_texts(config, {"id": "0", **example})

@@ -170,6 +170,36 @@ def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.Capt
     assert lines(folder / "few.out") == lines(folder / "plain.out")
 
 
+def test_mistakes_in_what_is_asked_of_a_model(folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = reviews(3, seed=4)
+    table = str(write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[0], "id": "e", "text": " "}]))
+    with pytest.raises(ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"):
+        predict(str(run), ["data.max_length=5000"], data=table)
+    out = tmp_path / "out.jsonl"
+    predict(str(run), ["data.max_length=3"], data=table, out=out)
+    said = capsys.readouterr().err
+    assert [row.get("truncated") for row in lines(out)] == [True, True, True, None] and "3 of 4 examples were cut" in said
+    assert "1 of 4 examples have a problem instead of a prediction, such as e: the text is empty" in said
+    with pytest.raises(DataError, match=r"(?s)1 example cannot be scored.*e: the text is empty"):
+        evaluate(str(run), data=[table])
+    evaluate(str(run), ["data.on_error=skip"], data=[table])
+    assert "3 examples, 1 left out" in capsys.readouterr().out
+    empty = str(write_jsonl(tmp_path / "empty.jsonl", [{**row, "text": ""} for row in rows]))
+    with pytest.raises(DataError, match=r"(?s)no example can be scored.*empty.jsonl.*the text is empty"):
+        evaluate(str(run), ["data.on_error=skip"], data=[empty])
+    with pytest.raises(ConfigError, match=r"(?s)which examples to score.*--data FILE"):
+        evaluate(str(folder / "encoder"), task=["sequence_classification"])
+    with pytest.raises(ConfigError, match="(?s)only predicts.*fill_mask"):
+        evaluate(str(folder / "encoder"), task=["fill_mask"], data=[table])
+    with pytest.raises(ConfigError, match="--question Q --context C"):
+        predict(str(folder / "encoder"), task="extractive_qa", question="who?")
+    parts = tmp_path / ".late.jsonl.parts"
+    parts.mkdir()
+    (parts / "key.json").write_text("{")
+    with pytest.raises(DataError, match="(?s)half-made predictions are damaged.*key.json"):
+        predict(str(run), data=table, out=tmp_path / "late.jsonl")
+
+
 def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path: Path) -> None:
     def refused(kind: type[UserError], words: str, **sections: Any) -> None:
         with pytest.raises(kind, match=words):
