@@ -36,7 +36,7 @@ class Probe:
         """
         ids = self.ids_1T.to(device)
         both = {"decoder_input_ids": ids} if getattr(getattr(model, "module", model).config, "is_encoder_decoder", False) else {}
-        output = model(input_ids=ids, **both)
+        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **both)  # without one transformers warns of padding
         flat = [found.flatten() for name in OUTPUTS if (found := getattr(output, name, None)) is not None]
         spread = [numbers[torch.linspace(0, len(numbers) - 1, min(KEPT, len(numbers)), dtype=torch.float64).long()] for numbers in flat]
         return torch.cat(spread).cpu().float() if spread else None

@@ -71,9 +71,11 @@ def generate(model: Any, prompts: Sequence[list[int]], options: Generation, *, k
     """
     model = getattr(model, "module", model)
     config: GenerationConfig = deepcopy(model.generation_config)
-    config.update(**{"max_new_tokens": config.max_new_tokens or NEW_TOKENS} | settings | options.settings())
+    for name, value in ({"max_new_tokens": config.max_new_tokens or NEW_TOKENS} | settings | options.settings()).items():
+        setattr(config, name, value)  # update() would warn of what is set for drawing where none is done
     config.max_length, config.pad_token_id = None, pad_id
-    drawn, config.do_sample = config.do_sample, False
+    drawn, config.do_sample = config.do_sample and deepcopy(config), False
+    config.temperature = config.top_k = config.top_p = None  # of drawing alone: transformers would warn of them
     if drawn and (config.num_beams or 1) > 1:
         raise ConfigError("tokens are drawn, or found by beam search, not both", where="generation.do_sample", value=True,
                           remedy="set do_sample=false or num_beams=1")
@@ -92,7 +94,7 @@ def generate(model: Any, prompts: Sequence[list[int]], options: Generation, *, k
         ids_BT, mask_BT = pad_rows([fitted[row] for row in rows] or [[0]], pad_id, left=not encoder)
         config.max_new_tokens = room
         config.min_new_tokens = min(config.min_new_tokens or 0, room)
-        draws = [_Draw(config, options.seed, [keys[row] for row in rows])] if drawn and rows else []
+        draws = [_Draw(drawn, options.seed, [keys[row] for row in rows])] if drawn and rows else []
         out_BT = model.generate(ids_BT.to(model.device), attention_mask=mask_BT.to(model.device), generation_config=config,
                                 logits_processor=draws, synced_gpus=synced)
         for row, ids in zip(rows, out_BT[:, 1 if encoder else ids_BT.shape[1]:].tolist(), strict=False):

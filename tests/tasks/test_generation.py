@@ -144,3 +144,13 @@ def test_zero_3_gives_the_answers_of_one_process_and_never_hangs(family: str) ->
         assert second[number] == answers(model, PROMPTS[4:], KEYS[4:], max_new_tokens=12, **options)
     assert (first[3], second[3]) == ([], answers(model, PROMPTS[4:], KEYS[4:], max_new_tokens=5))
     assert second[4] == answers(model, [[7]], KEYS[:1], max_new_tokens=7)
+
+
+@pytest.mark.parametrize("how", [{"do_sample": True}, {"do_sample": False}])
+def test_settings_of_drawing_do_not_make_transformers_warn(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.generation.configuration_utils import logger
+
+    said: list[str] = []
+    monkeypatch.setattr(logger, "warning_once", said.append)
+    answers(model_of("gpt2"), temperature=1.5, top_k=5, top_p=0.9, max_new_tokens=2, **how)
+    assert not said
