@@ -4,9 +4,12 @@ stdout is left to results (predictions, resolved configs), so that they can be p
 """
 from __future__ import annotations
 
+import io
 import logging
 import sys
 from typing import Any
+
+LINE_S = 30.0  # between lines of progress where no bar can be drawn: in a log, and of several processes
 
 logger = logging.getLogger("hfscale")
 
@@ -21,7 +24,19 @@ def setup(*, rank: int = 0) -> None:
 
 
 def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
-    """Return a tqdm bar on stderr, silent where that is no terminal; a ``total`` of None is not known."""
+    """Return a tqdm bar on stderr; where that is no terminal, a line each half minute. A ``total`` of None is not known; no ``title``: silent."""
     from tqdm import tqdm
 
-    return tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=None, dynamic_ncols=True)
+    lines: dict[str, Any] = {} if sys.stderr.isatty() else {
+        "file": _Lines(), "mininterval": LINE_S, "delay": LINE_S, "miniters": 1, "leave": False,
+        "bar_format": "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, left {remaining}"}
+    return tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=not title, dynamic_ncols=True, **lines)
+
+
+class _Lines(io.StringIO):
+    """What a bar writes, as lines of the log."""
+
+    def write(self, text: str) -> int:
+        if text.strip():
+            logger.info(text.strip())
+        return len(text)

@@ -84,6 +84,8 @@ def launch(request: Request) -> int:
     [code] = codes
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
+    if code == EXIT_DONE:
+        logger.info(f"done; hfscale evaluate {config.run_dir} scores it; predict and export take it as well")
     return code
 
 
@@ -100,6 +102,8 @@ def start(config: Section, file: Path, *, procs: int) -> None:
         code = EXIT_DONE if job_of(config).run(config, World(), StopRequest()) else EXIT_STOPPED
     else:
         code = run_ranks([sys.executable, "-m", "hfscale.worker", str(file)], procs=procs, port=free_port(), logs=file.parent / "logs")
+    if code == EXIT_STOPPED:
+        logger.info("stopped; run the same command again")
     if code:
         raise typer.Exit(code)
 

@@ -202,7 +202,9 @@ class LabelledData:
         if report["bad"]:
             logger.warning(f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}")
         if not report["features"]:
-            raise DataError(f"no example of {split} is left", where=where, value=report["shown"], remedy="give more or other examples")
+            few = f"; data.{split} is a share of the texts that differ, and these are few" if split in self._parts else ""
+            raise DataError(f"no example of {split} is left", where=where, value=report["shown"] or report["examples"],
+                            remedy=f"give more or other examples{few}")
         return made
 
     def _write(self, folder: Path, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:

@@ -55,7 +55,7 @@ def evaluate(
     for name in names:
         for one in asked if harness is None else [(None, None)]:
             home = _on_harness(name, harness, harness_path, said, procs) if harness is not None else _scored(name, *one, said, procs)
-            label = name if len(asked) == 1 else f"{name}  {home.parent.name}"
+            label = "  ".join(filter(None, [name, *one] if any(one) else [name, home.parent.name]))  # on what: its own split, or --data
             found.append({**json.loads((home / job.SCORES).read_text("utf-8")), "model": label})
     typer.echo(job.table(found))
     typer.echo(f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}")
