@@ -24,7 +24,10 @@ def setup(*, rank: int = 0) -> None:
 
 
 def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
-    """Return a tqdm bar on stderr; where that is no terminal, a line each half minute. A ``total`` of None is not known; no ``title``: silent."""
+    """Return a tqdm bar on stderr; where that is no terminal, a line each half minute; without a ``title`` nothing.
+
+    A ``total`` of None is not known.
+    """
     from tqdm import tqdm
 
     lines: dict[str, Any] = {} if sys.stderr.isatty() else {

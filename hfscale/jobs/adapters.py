@@ -1,6 +1,7 @@
 """A run of LoRA adapters: the weights that they stand beside, and its export as peft's own folder."""
 from __future__ import annotations
 
+import warnings
 from contextlib import suppress
 from copy import copy
 from dataclasses import asdict, replace
@@ -77,7 +78,9 @@ def load_adapter(source: RunModel, folder: Path) -> Any:
 
     base: Any = copy(source.reader)
     base.targets = {}
-    return PeftModel.from_pretrained(replace(source, reader=base).engine().module, str(folder))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name of old
+        return PeftModel.from_pretrained(replace(source, reader=base).engine().module, str(folder))
 
 
 def use_adapter(source: RunModel, folder: Path) -> str:

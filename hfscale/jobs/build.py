@@ -72,7 +72,7 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=material.rows, seq_len=data.seq_len)
-    nothing_left = "; nothing is left to do, train.steps says how far" if state.step >= steps else ""
+    nothing_left = "; nothing is left to do, train.steps (or epochs, tokens) says how far" if state.step >= steps else ""
     logger.info(f"resumed at step {state.step} of {steps}{nothing_left}" if saved else f"starting at step 0 of {steps}")
 
     peak = peak_flops(device, precision=config.engine.precision)

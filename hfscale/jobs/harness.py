@@ -5,6 +5,7 @@ answers them, around our engine: every rank is asked everything, computes its sh
 """
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from itertools import groupby
 from pathlib import Path
@@ -35,7 +36,9 @@ class EngineLM(HFLM):
     """Our engine as the harness wants a model. All ranks get the same requests, in the same order."""
 
     def __init__(self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, batch: int) -> None:
+        logging.disable(logging.WARNING)  # of advice for models that the harness would open itself
         super().__init__(engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False)  # which would make passes uneven
+        logging.disable(logging.NOTSET)
         self._engine = engine
 
     def _dealt(self, requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:

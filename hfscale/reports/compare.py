@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import csv
 import json
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from operator import itemgetter
@@ -34,6 +35,10 @@ def find(sources: Sequence[Path]) -> list[Line]:
     for source in sources:
         files = [source] if source.is_file() else sorted(source.glob("evaluations/*/*/scores.json"))
         lines = [(file.resolve().parent.parent.name, _evaluation(file)) for file in files]
+        names = Counter(line["name"] for _, line in lines)
+        for file, (_, line) in zip(files, lines, strict=True):
+            if names[line["name"]] > 1:  # other options, or other shards: its folder tells
+                line["name"] += f" {file.resolve().parent.name}"
         config = yaml.safe_load((source / "config.yaml").read_text("utf-8")) if (source / "config.yaml").is_file() else {}
         records = list(_validations(source / "metrics.jsonl"))
         if best := (config.get("checkpoint") or {}).get("keep_best"):
@@ -76,7 +81,8 @@ def _evaluation(file: Path) -> Line:
     try:
         content = json.loads(file.read_text("utf-8"))
         ends = {name + end: value for name, pair in content["intervals"].items() for end, value in zip((LOW, HIGH), pair, strict=True)}
-        return {"name": f"{content['model']} {file.resolve().parent.parent.name}", **content["scores"], **ends}
+        model = content["model"].removeprefix(f"{Path.cwd()}/")
+        return {"name": f"{model} {file.resolve().parent.parent.name}", **content["scores"], **ends}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError("not a file of scores", where=file, value=str(error)[:80], remedy="name a scores.json that evaluate kept") from None
 

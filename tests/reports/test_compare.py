@@ -56,3 +56,13 @@ def test_runs_that_differ_in_seed_alone_get_a_mean(tmp_path: Path) -> None:
     mean = means["ner-test, mean of 2 seeds"]
     assert mean["f1"] == pytest.approx(0.6) and mean["f1_deviation"] == pytest.approx(0.02**0.5)
     assert "0.6000 ± 0.1414" in table(found) and "best validation, step 1 " in table(found)
+
+
+def test_evaluations_that_differ_in_options_alone_have_names_of_their_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    run = make_run(tmp_path / "a", 0.5)
+    [file] = run.glob("evaluations/*/*/scores.json")
+    again = file.parents[1] / "step-00000002-def" / "scores.json"
+    again.parent.mkdir()
+    again.write_text(file.read_text().replace('"a"', json.dumps(str(run))))
+    assert [line["name"] for line in find([run])][:2] == ["a ner-test step-00000002-abc", "a ner-test step-00000002-def"]
