@@ -122,7 +122,8 @@ def table_files(name: str | Path) -> list[Path]:
     files = sorted(file for file in map(Path, found) if kind_of(file) and file.is_file() and not file.name.startswith("."))
     no_hub_name = has_magic(str(name)) or path.is_absolute() or path.suffix in SUFFIXES or str(name).startswith(".") or len(path.parts) > 2
     if not files and no_hub_name:
-        raise DataError("there is no such table", where="data", value=str(name), remedy=f"a file ({', '.join(SUFFIXES)}), a folder, a glob")
+        raise DataError("there is no such table", where="data", value=str(name),
+                        remedy=f"name a file ({', '.join(SUFFIXES)}), a folder or a glob: data.train=FILE; or --data FILE")
     return files
 
 
