@@ -10,7 +10,7 @@ import transformers
 
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
-from hfscale.checkpoint.probe import read_probe
+from hfscale.checkpoint.probe import Probe, read_probe
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.engine.engine import Engine
@@ -52,3 +52,11 @@ def test_an_exported_model_of_any_kind_gives_the_engines_output(tmp_path: Path, 
     assert compare_logits(got, probe.logits, tolerance=1e-5) <= 1e-5
     with pytest.raises(CheckpointError, match="does not give the run's logits"):
         compare_logits(wrong, probe.logits, tolerance=1e-3)
+
+
+def test_a_probe_that_ends_with_padding_does_not_make_transformers_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, said = build("gpt2", "AutoModelForSequenceClassification", 1).eval(), list[str]()
+    model.config.pad_token_id = 2
+    monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", said.append)
+    assert Probe(torch.tensor([[5, 6, 2]]), torch.empty(0)).ask(model, device=torch.device("cpu")) is not None
+    assert not said
