@@ -131,7 +131,7 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     capsys.readouterr()
     evaluate(str(run), data=tables)  # several in one go
     said = capsys.readouterr().out
-    assert f"{run}  sequence_classification-one  30 examples" in said and said.count("accuracy") == 2
+    assert f"{run}  {tables[0]}  30 examples" in said and said.count("accuracy") == 2
     with pytest.raises(ConfigError, match="each of several tasks wants its data"):
         evaluate(str(run), task=["sequence_classification", "fill_mask"], data=tables[:1])
     asked = write_jsonl(torn.with_name("asked.jsonl"), [{"id": "0", "question": "a?", "context": "a b", "answers": "b"}])
