@@ -3,15 +3,16 @@
     python -m benchmarks.tour data FOLDER        # texts, labelled examples, configs
     python -m benchmarks.tour table FOLDER       # after training and evaluation
 
-Texts are docstrings of Python's standard library and the messages of the machine's programs with their translations (gettext).
-What is tested comes from files, templates and words that training has not seen: a file is on one side by the hash of its name.
+Texts are docstrings of Python's standard library and of packages that PyTorch brings along, and the messages of the machine's
+programs with their translations (gettext). What is tested comes from files, templates and words that training has not seen: a file
+is on one side by the hash of its name.
 
 - topics        which part of the library a docstring is from                   baseline: the label most frequent there
 - sentiment     sentences from templates, with words like careful and careless  baseline: the most frequent label
 - ner           dotted names in docstrings                                       baseline: the tag that a word most often had, else O
-- qa            what a function does, among others' first lines                  baseline: the first line in the context
-- summarization the first line of a docstring out of the rest                    baseline: lead, as many words of the rest as summaries have
-- translation   messages of programs, English to Chinese                         baseline: copy
+- qa            what a docstring's function returns, raises, does when ...       baseline: the context's first words, as many as answers have
+- summarization the first line of a docstring out of the rest and the name      baseline: lead, as many words as summaries have
+- translation   messages of programs, English to Russian                         baseline: copy
 """
 from __future__ import annotations
 
@@ -30,7 +31,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-LANGUAGE, HAN = "zh_CN", "[\u4e00-\u9fff]"
+LANGUAGE, LETTERS = "ru", "[\u0400-\u04ff]"  # Russian, the most translated language in another script
+LIBRARIES = "numpy", "networkx", "sympy"
 LEAST_TESTED, MOST_TESTED = 200, 400
 Split = dict[str, list[dict[str, Any]]]  # "train" and "test"
 
@@ -48,6 +50,20 @@ FORMS = {"train": ["The {place} was {word}.", "What a {word} {place}!", "I found
          "test": ["Nobody told me that the {place} would be so {word}.", "We left early, but the {place} seemed {word}.",
                   "In the end it is a {word} {place}, we thought.", "So {word} a {place} I have never seen."]}
 
+ASKED = {  # kind of answer -> how training asks for it, how the test does
+    "return": ("What does {name} return?", "What is returned by {name}?", "What value is the return of {name}?"),
+    "condition": ("When does this hold for {name}?", "In which case is it so?", "In which case does {name} do this, and when?"),
+    "raise": ("Which error does {name} raise?", "What exception is raised?", "Which exception or error may {name} raise?"),
+    "default": ("What is the default of {name}?", "Which value is the default?", "What does {name} take as the default?"),
+    "use": ("What is {name} used for?", "What is the use of {name}?", "For what use is {name}?")}
+END = r"(?=[.;:,](?:\s|$)|\s(?:if|when|unless|and|or|where|which|that)\s|$)"
+ANSWERS = {kind: re.compile(pattern) for kind, pattern in {
+    "return": r"\b[Rr]eturns?\s+(\S.{3,70}?)" + END,
+    "condition": r"\b(?:[Ii]f|[Ww]hen|[Uu]nless)\s+(\S.{3,70}?)(?=[.;:,](?:\s|$)|\sthen\s|$)",
+    "raise": r"\b[Rr]ais(?:es?|ed|ing)\s+(?:an?\s+|the\s+)?(\w*(?:Error|Exception|Warning|Exit|Interrupt)\w*)",
+    "default": r"\b[Dd]efaults? (?:value )?(?:is|to)\s+(\S.{0,40}?)" + END,
+    "use": r"\bused (?:to|for|as|by)\s+(\S.{3,70}?)" + END}.items()}
+
 
 def is_test(name: str) -> bool:
     """Return whether a file is on the side that is tested: one in four."""
@@ -56,10 +72,11 @@ def is_test(name: str) -> bool:
 
 # ------------------------------------------------------------------------------------------------ sources
 def docstrings() -> Iterator[tuple[str, str, str]]:
-    """Yield (file, name, docstring) of the modules, classes and functions of the standard library."""
-    root = Path(sysconfig.get_path("stdlib"))
-    for path in sorted(root.rglob("*.py")):
-        file = path.relative_to(root).as_posix()
+    """Yield (file, name, docstring) of the modules, classes and functions of the standard library and of LIBRARIES."""
+    standard, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
+    files = [(path, path.relative_to(root).as_posix()) for root, folder in (
+        (standard, standard), *((packages, packages / name) for name in LIBRARIES)) for path in sorted(folder.rglob("*.py"))]
+    for path, file in files:
         if re.search(r"(^|/)(site-packages|dist-packages|tests?|idle_test|lib2to3)/", file):
             continue
         with suppress(SyntaxError, UnicodeDecodeError, ValueError):
@@ -69,11 +86,13 @@ def docstrings() -> Iterator[tuple[str, str, str]]:
 
 
 def messages() -> Iterator[tuple[str, str, str]]:
-    """Yield (catalogue, English, Chinese) of the programs installed here; sentences about files and days where there are none."""
+    """Yield (catalogue, English, Russian) of the programs installed here; names of countries and the like are left out."""
     for file in sorted(Path("/usr/share/locale").glob(f"{LANGUAGE}/LC_MESSAGES/*.mo")):
         with open(file, "rb") as catalogue, suppress(UnicodeDecodeError, OSError):
+            if file.stem.startswith("iso_"):
+                continue
             for source, target in gettext.GNUTranslations(catalogue)._catalog.items():  # type: ignore[attr-defined]
-                if isinstance(source, str) and "\x04" not in source and re.search("[a-z]{3}", source) and re.search(HAN, target):
+                if isinstance(source, str) and "\x04" not in source and re.search("[a-z]{3}", source) and re.search(LETTERS, target):
                     yield file.stem, one_line(source), one_line(target)
 
 
@@ -83,7 +102,12 @@ def made_up_messages() -> Iterator[tuple[str, str, str]]:
     for _ in range(6000):
         file = f"made up {rng.randrange(40)}"
         files, folders = (2 * rng.randint(1, 49) + is_test(file) for _ in range(2))
-        yield file, f"{files} files in {folders} folders", f"{folders} 个文件夹中有 {files} 个文件"
+        yield file, f"{files} files in {folders} folders", f"в папках ({folders}) файлов: {files}"
+
+
+def spoken(name: str) -> str:
+    """Return the words of an identifier: ``getValue`` and ``get_value`` are "get value"."""
+    return " ".join(re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name.replace("_", " ")).lower().split())
 
 
 def one_line(text: str) -> str:
@@ -129,34 +153,27 @@ def ner(docs: list[tuple[str, str, str]]) -> Split:
     return made
 
 
-def qa(docs: list[tuple[str, str, str]], rng: random.Random) -> Split:
-    """Return questions what a function does, and a context that tells it of several of a file."""
-    by_file: dict[str, dict[str, str]] = defaultdict(dict)
-    for file, name, text in docs:
-        first = one_line(text.split("\n\n")[0])
-        if 15 < len(first) < 90 and not name.startswith("_"):
-            by_file[file][name] = first
+def qa(docs: list[tuple[str, str, str]]) -> Split:
+    """Return questions about docstrings whose answers stand in them word for word."""
     made: Split = {"train": [], "test": []}
-    for file, found in by_file.items():
-        for name in found if len(found) > 3 else ():
-            for _ in range(1 if is_test(file) else 4):
-                told = rng.sample(sorted(found.keys() - {name}), 3) + [name]
-                rng.shuffle(told)
-                context = " ".join(f"{other}: {found[other]}" for other in told)
-                begins = context.index(f"{name}: {found[name]}") + len(name) + 2
-                made["test" if is_test(file) else "train"].append({
-                    "question": f"What does {name} do?", "context": context,
-                    "answers": {"text": [found[name]], "answer_start": [begins]}})
+    for file, name, text in docs:
+        context, side = one_line(text)[:350], "test" if is_test(file) else "train"
+        found = {kind: match for kind, pattern in ANSWERS.items() if (match := pattern.search(context))}
+        for kind, match in found.items() if len(context) > 60 else ():
+            *trained, tested = ASKED[kind]
+            made[side] += [{"question": form.format(name=name), "context": context, "answers": {
+                "text": [match[1]], "answer_start": [match.start(1)]}} for form in ([tested] if side == "test" else trained)]
     return made
 
 
 def summarization(docs: list[tuple[str, str, str]]) -> Split:
-    """Return docstrings without their first line, and that line."""
+    """Return docstrings without their first line, but with the words of the name behind them; and that line."""
     made: Split = {"train": [], "test": []}
-    for file, _, text in docs:
+    for file, name, text in docs:
         first, _, rest = text.partition("\n\n")
         if 15 < len(first) < 120 and len(rest) > 60:
-            made["test" if is_test(file) else "train"].append({"source": one_line(rest)[:500], "target": one_line(first)})
+            source = f"{one_line(rest)[:300]} Name: {spoken(name)}."
+            made["test" if is_test(file) else "train"].append({"source": source, "target": one_line(first)})
     return made
 
 
@@ -190,11 +207,10 @@ def baseline(task: str, train: list[dict[str, Any]], test: list[dict[str, Any]])
                 tags[word][tag] += 1
         [(label, _)] = Counter(tag for example in train for tag in example["tags"]).most_common(1)
         return [{"id": example["id"], "prediction": [label] * len(example["words"])} for example in test]
-    if task == "qa":
-        return [{"id": example["id"], "prediction": re.split(r" (?=\w+: )", example["context"])[0].partition(": ")[2]} for example in test]
-    if task == "summarization":
-        words = round(sum(len(example["target"].split()) for example in train) / len(train))
-        return [{"id": example["id"], "prediction": " ".join(example["source"].split()[:words])} for example in test]
+    if task in ("qa", "summarization"):
+        text, said = ("context", lambda one: one["answers"]["text"][0]) if task == "qa" else ("source", lambda one: one["target"])
+        words = round(sum(len(said(example).split()) for example in train) / len(train))
+        return [{"id": example["id"], "prediction": " ".join(example[text].split()[:words])} for example in test]
     return [{"id": example["id"], "prediction": example["source"]} for example in test]
 
 
@@ -206,17 +222,18 @@ SIZES: dict[str, dict[str, Any]] = {
     "decoder": {"model": {"architecture": "gpt2", "config": {
         "n_layer": 4, "n_embd": 192, "n_head": 4, "n_positions": 512, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}},
         "objective": {"name": "clm"}},
-    "encoder-decoder": {"model": {"architecture": "t5", "config": {
-        "d_model": 192, "d_kv": 48, "d_ff": 512, "num_layers": 3, "num_heads": 4, "dropout_rate": 0.0, "feed_forward_proj": "gated-gelu"}},
-        "objective": {"name": "seq2seq"}}}
+    "encoder-decoder": {"model": {"architecture": "mbart", "config": {
+        "d_model": 192, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
+        "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "max_position_embeddings": 256, "dropout": 0.0, "attention_dropout": 0.0,
+        "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}}, "objective": {"name": "seq2seq", "options": {"noise": "bart"}}}}
 TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # begins with, task, what differs, the metric that counts
     "topics": ("encoder", {"name": "sequence_classification"}, {"train": {"steps": 150}}, "accuracy"),
     "sentiment": ("encoder", {"name": "sequence_classification"}, {"train": {"steps": 150}}, "accuracy"),
     "ner": ("encoder", {"name": "token_classification"}, {"train": {"steps": 150}}, "f1"),
-    "qa": ("encoder", {"name": "extractive_qa"}, {"train": {"steps": 500}}, "f1"),
-    "summarization": ("decoder", {"name": "summarization", "options": {"prompt": "{source}\n\nIn one line: ", "max_target_length": 32,
-                                                                       "generation": {"max_new_tokens": 32, "num_beams": 2}}},
-                      {"data": {"max_length": 160}, "train": {"steps": 250}}, "rouge1"),
+    "qa": ("encoder", {"name": "extractive_qa"}, {"train": {"steps": 300}}, "f1"),
+    "summarization": ("decoder", {"name": "summarization", "options": {"prompt": "{source}\nIn one line: ", "max_target_length": 24,
+                                                                       "generation": {"max_new_tokens": 24, "num_beams": 2}}},
+                      {"data": {"max_length": 128}, "train": {"steps": 400}}, "rouge1"),
     "translation": ("encoder-decoder", {"name": "translation", "options": {"max_target_length": 64,
                                                                             "generation": {"max_new_tokens": 48, "num_beams": 2}}},
                     {"data": {"max_length": 64}, "train": {"steps": 600}}, "chrf")}
@@ -255,16 +272,16 @@ def make(folder: Path) -> None:
     """Write texts, examples, baselines and configs. What is tested is not among the texts."""
     rng, docs, pairs = random.Random(0), list(docstrings()), list(messages())
     if len({source for file, source, _ in pairs if is_test(file)}) < LEAST_TESTED:
-        print("    few programs here have a Chinese translation: sentences about files and folders take their place")
+        print("    few programs here have a Russian translation: sentences about files and folders take their place")
         pairs = list(made_up_messages())
     (folder / "text").mkdir(parents=True, exist_ok=True)
     for file in {file for file, _, _ in docs if not is_test(file)}:
-        said = "\n\n".join(f"{name}\n{text}" for of, name, text in docs if of == file)
+        said = "\n\n".join(f"Name: {spoken(name)}.\n{text}" for of, name, text in docs if of == file)
         (folder / "text" / (file.replace("/", "-") + ".txt")).write_text(said, "utf-8")
     for file in {file for file, _, _ in pairs if not is_test(file)}:
         said = "\n".join(f"{source}\n{target}" for of, source, target in pairs if of == file)
         (folder / "text" / f"messages-{file.replace('/', '-')}.txt").write_text(said, "utf-8")
-    made = {"topics": topics(docs), "sentiment": sentiment(), "ner": ner(docs), "qa": qa(docs, rng), "summarization": summarization(docs),
+    made = {"topics": topics(docs), "sentiment": sentiment(), "ner": ner(docs), "qa": qa(docs), "summarization": summarization(docs),
             "translation": translation(pairs)}
     for task, sides in made.items():
         (folder / task).mkdir(exist_ok=True)

@@ -21,7 +21,7 @@ for model in encoder decoder encoder-decoder; do
     hfscale shards build "$data/$model/corpus.yaml"
     if [ ! -e "$data/$model/tokenizer" ]; then  # the ids of text stay, so the shards stay good
         case $model in
-        encoder-decoder) hfscale tokenizer add "$data/$model/plain" "$data/$model/tokenizer" "pad=<pad>" sentinels=40 ;;
+        encoder-decoder) hfscale tokenizer add "$data/$model/plain" "$data/$model/tokenizer" "pad=<pad>" "mask=<mask>" ;;
         *) cp -r "$data/$model/plain" "$data/$model/tokenizer" ;;
         esac
     fi
