@@ -19,9 +19,10 @@ for model in encoder decoder encoder-decoder; do
     say "Pretraining: $model"
     hfscale tokenizer train "$data/$model/corpus.yaml"
     hfscale shards build "$data/$model/corpus.yaml"
+    [ ! -e "$data/$model/lesson.yaml" ] || hfscale shards build "$data/$model/lesson.yaml"
     if [ ! -e "$data/$model/tokenizer" ]; then  # the ids of text stay, so the shards stay good
         case $model in
-        encoder-decoder) hfscale tokenizer add "$data/$model/plain" "$data/$model/tokenizer" "pad=<pad>" sentinels=40 ;;
+        encoder-decoder) hfscale tokenizer add "$data/$model/plain" "$data/$model/tokenizer" "pad=<pad>" "mask=<mask>" ;;
         *) cp -r "$data/$model/plain" "$data/$model/tokenizer" ;;
         esac
     fi
@@ -34,7 +35,7 @@ for task in topics sentiment ner qa summarization translation; do
 done
 say "One-off predictions"
 hfscale predict runs/tour-sentiment --text "The waiter was cheerful."
-hfscale predict runs/tour-qa --question "What does fill do?" --context "wrap: Wrap a paragraph. fill: Fill a paragraph of text."
+hfscale predict runs/tour-qa --question "What does fill return?" --context "Fill a paragraph of text. Returns a string with line breaks, or raises ValueError if the width is 0."
 hfscale predict runs/tour-translation --text "No such file or directory"
 say "Scores on examples whose files, templates and words were not trained on"
 "$PYTHON" -m benchmarks.tour table "$data" || say "What is NOT beaten wants longer training than a tour has: raise train.steps in $data/*/run.yaml and run it again"
