@@ -1,6 +1,6 @@
 """What a Slurm job does beside training: slurm/train.sbatch calls this before its srun and after it, on the first node.
 
-    python -m launch.job begin NODES TASKS CONFIG_OR_RUN [key=value ...]    prints how many of the NODES to use, and the run directory
+    python -m launch.job begin NODES TASKS CONFIG_OR_RUN [key=value ...]    prints how many NODES to use, a port, the run directory
     python -m launch.job end CODE RUN                                       prints what the shell does next, in the shell's words
 """
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Any
 from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.config.schema import TrainConfig
-from hfscale.dist.world import Allocation, allocation
+from hfscale.dist.world import Allocation, allocation, job_port
 from hfscale.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, exit_code
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import HANGS, REPORT
@@ -32,8 +32,9 @@ TAIL_LINES = 20
 AGAIN = {EXIT_STOPPED: "stopped and saved", EXIT_HUNG: "ranks hung, or lost one another"}  # after which a job is requeued
 
 
-def begin(source: str, overrides: Sequence[str], *, nodes: int, tasks: int) -> tuple[int, Path]:
-    """Return how many of the allocation's ``nodes`` to use, with ``tasks`` ranks on each, and the run directory: made or found, held.
+def begin(source: str, overrides: Sequence[str], *, nodes: int, tasks: int) -> tuple[int, int, Path]:
+    """Return how many of the allocation's ``nodes`` to use, with ``tasks`` ranks on each, the port of their rendezvous, free on the first,
+    where this runs, and the run directory: made or found, held.
 
     Raises:
         UserError: as ``launch.slurm.launch``; and if another job holds it, or this one restarts again and again.
@@ -53,7 +54,7 @@ def begin(source: str, overrides: Sequence[str], *, nodes: int, tasks: int) -> t
     idle = f" ({nodes - usable} stay idle: the batch does not divide)" if usable < nodes else ""
     logger.info(f"job {here.job_id}, restart {here.restarts}: {usable * tasks} ranks on {usable} of the nodes {here.node_list}{idle}; "
                 f"logs: {config.run_dir / 'logs'}")
-    return usable, config.run_dir
+    return usable, job_port(here.job_id), config.run_dir
 
 
 def usable_nodes(config: TrainConfig, nodes: int, tasks: int) -> int:
@@ -128,7 +129,7 @@ def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
 def main(command: str, first: str, second: str, *more: str) -> str:
     """Return what slurm/train.sbatch asks for."""
     if command == "begin":
-        return "{} {}".format(*begin(more[0], more[1:], nodes=int(first), tasks=int(second)))
+        return "{} {} {}".format(*begin(more[0], more[1:], nodes=int(first), tasks=int(second)))
     return "code={} again={}".format(*map(shlex.quote, map(str, end(Path(second), int(first)))))
 
 

@@ -9,7 +9,9 @@ import os
 import secrets
 import socket
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
+from itertools import count
 
 from hfscale.errors import ConfigError
 
@@ -98,6 +100,14 @@ def free_port(port: int = 0) -> int:
             except OSError:
                 if port:
                     raise
+
+
+def job_port(job_id: str) -> int:
+    """Return where the ranks of a Slurm job meet: a port of its own, or the next one that nobody has on this node."""
+    for port in count(10_000 + int(job_id) % 20_000):
+        with suppress(OSError):
+            return free_port(port)
+    raise AssertionError
 
 
 def available_cores() -> int:

@@ -20,7 +20,7 @@ import typer
 
 from hfscale import log
 from hfscale.config.schema import RunConfig, TrainConfig
-from hfscale.dist.world import Allocation, allocation, available_cores, node_name
+from hfscale.dist.world import Allocation, allocation, available_cores, job_port, node_name
 from hfscale.errors import UserError
 from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, table
 from launch import slurm
@@ -116,7 +116,7 @@ def _measure(place: Path, task: dict[str, Any], here: Allocation | None, names: 
     text = json.dumps({**task, "run": str(place), "token": str(token) if token.exists() else "", "gpus": gpus}, default=str)
     if here:
         command = ["bash", "-c", STEP, "bash", str(here.tasks_per_node), str(procs), RANK, text]
-        env = {"MASTER_ADDR": names[0], "MASTER_PORT": str(10000 + int(here.job_id) % 20000), "HFSCALE_PYTHON": sys.executable}
+        env = {"MASTER_ADDR": names[0], "MASTER_PORT": str(job_port(here.job_id)), "HFSCALE_PYTHON": sys.executable}
     else:
         command = [sys.executable, *TORCHRUN, f"--nproc-per-node={procs}", "-m", RANK, text]
         env = {"OMP_NUM_THREADS": str(max(1, available_cores() // procs))}
