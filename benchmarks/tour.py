@@ -36,16 +36,17 @@ from benchmarks.tour_examples import (
     texts,
     topics,
     translation,
+    untold,
 )
 
 LEAST_TESTED, MOST_TESTED = 200, 400
 
 
-def unique(examples: Iterable[dict[str, Any]], rng: random.Random, limit: int | None) -> list[dict[str, Any]]:
-    """Return distinct examples in an order of chance, at most ``limit`` of them, with ids."""
+def unique(examples: Iterable[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+    """Return distinct examples in an order of chance, with ids."""
     found = list({json.dumps(example, sort_keys=True): example for example in examples}.values())
     rng.shuffle(found)
-    return [{"id": str(number), **example} for number, example in enumerate(found[:limit])]
+    return [{"id": str(number), **example} for number, example in enumerate(found)]
 
 
 # ---------------------------------------------------------------------------------------------------- configs
@@ -58,7 +59,7 @@ SIZES: dict[str, dict[str, Any]] = {
         "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512,
         "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv", "full_attention"],
         "max_position_embeddings": 512, "tie_word_embeddings": True}},
-        "objective": {"name": "clm"}, "optim": {"lr": 3e-3}, "train": {"steps": 3000, "global_batch": 8, "micro_batch": 4}},
+        "objective": {"name": "clm"}, "optim": {"lr": 3e-3}, "train": {"steps": 2000, "global_batch": 8, "micro_batch": 4}},
     "encoder-decoder": {"model": {"architecture": "mbart", "config": {
         "d_model": 192, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
         "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "max_position_embeddings": 256, "dropout": 0.0, "attention_dropout": 0.0,
@@ -115,7 +116,7 @@ def finetuning(name: str, folder: Path) -> dict[str, Any]:
 def corpus(name: str, folder: Path, *, shards: str, text: str) -> dict[str, Any]:
     """Return the config of one of TEXTS' tokenizers and of shards of a kind of text."""
     _, kind, size = TEXTS[name]
-    return {"source": {"path": str(folder / "texts" / text), "document_mb": 0.02}, "split": {"validation": 0.03},
+    return {"source": {"path": str(folder / "texts" / text), "document_mb": 0.02}, "split": {"validation": 0.05},
             "tokenizer": {"kind": kind, "vocab_size": size, "path": str(folder / name / "plain")},
             "shards": {"path": str(folder / name / shards), "shard_mb": 4, "chunk_mb": 0.5}}
 
@@ -124,7 +125,7 @@ def corpus(name: str, folder: Path, *, shards: str, text: str) -> dict[str, Any]
 def make(folder: Path) -> None:
     """Write texts, examples, baselines and configs. What is tested is not among the texts."""
     rng, docs, pairs = random.Random(0), docstrings(), messages()
-    if len(unique(translation(pairs)["test"], rng, None)) < LEAST_TESTED:
+    if len(unique(translation(pairs)["test"], rng)) < LEAST_TESTED:
         print("    few programs here have a Russian translation: made-up sentences take their place")
         pairs = made_up_messages()
     for kind, told in texts(docs, pairs).items():
@@ -135,7 +136,10 @@ def make(folder: Path) -> None:
                               "summarization": summarization(docs), "translation": translation(pairs)}
     for task, sides in made.items():
         (folder / task).mkdir(exist_ok=True)
-        train, test = (unique(sides[side], rng, limit) for side, limit in (("train", None), ("test", MOST_TESTED)))
+        train, test = (unique(sides[side], rng) for side in ("train", "test"))
+        if task not in ("sentiment", "translation"):  # whose texts are no docstrings
+            test = untold(test[:2 * MOST_TESTED], docs)
+        test = test[:MOST_TESTED]
         if len(test) < LEAST_TESTED:
             raise SystemExit(f"{task}: only {len(test)} examples to test on; this machine's Python has too few docstrings")
         for name, lines in (("train", train), ("test", test), ("baseline", baseline(task, train, test))):
@@ -158,7 +162,7 @@ def table(folder: Path) -> None:
     from hfscale.jobs.evaluate import score
 
     beaten = True
-    print(f"{'task':<15}{'metric':<10}{'tested':>7}   {'model (95 %)':<24}{'baseline (95 %)':<24}")
+    print(f"{'task':<15}{'metric':<10}{'tested':>7}   {'model (95 %)':<26}{'baseline (95 %)':<26}")
     samples = []
     for name, (_, _, _, metric) in TASKS.items():
         run = Path("runs") / f"tour-{name}"
@@ -169,7 +173,7 @@ def table(folder: Path) -> None:
         better = cells[0][1] > cells[1][2]
         beaten &= better
         shown = [f"{value:.3f} ({low:.3f} - {high:.3f})" for value, low, high in cells]
-        print(f"{name:<15}{metric:<10}{ours['examples']:>7}   {shown[0]:<24}{shown[1]:<24}{'' if better else 'NOT beaten'}")
+        print(f"{name:<15}{metric:<10}{ours['examples']:>7}   {shown[0]:<26}{shown[1]:<26}{'' if better else 'NOT beaten'}")
         references = {line["id"]: line for line in map(json.loads, (folder / name / "test.jsonl").read_text("utf-8").splitlines())}
         said = json.loads(home.read_text("utf-8").splitlines()[0])
         question = {key: value for key, value in references[said["id"]].items() if key != "id"}
