@@ -39,7 +39,7 @@ from benchmarks.tour_examples import (
     untold,
 )
 
-LEAST_TESTED, MOST_TESTED = 200, 400
+LEAST_TESTED, MOST_TESTED = 200, 1000
 
 
 def unique(examples: Iterable[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
@@ -76,7 +76,8 @@ TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # begins 
     "ner": ("encoder", {"name": "token_classification"}, {"train": {"steps": 150}}, "f1"),
     "qa": ("encoder", {"name": "extractive_qa"}, {"train": {"steps": 300}}, "f1"),
     "summarization": ("decoder", {"name": "summarization", "options": {"prompt": "{source}:", "max_target_length": 48,
-                                                                       "generation": {"max_new_tokens": 32, "num_beams": 2}}},
+                                                                       "generation": {"max_new_tokens": 32, "num_beams": 2,
+                                                                                      "no_repeat_ngram_size": 10}}},
                       {"data": {"max_length": 160}, "train": {"steps": 600, "global_batch": 16, "micro_batch": 8}}, "rouge1"),
     "translation": ("encoder-decoder", {"name": "translation", "options": {"max_target_length": 64,
                                                                             "generation": {"max_new_tokens": 48, "num_beams": 2}}},
