@@ -27,8 +27,8 @@ from hfscale.training.predictor import predict
 from tests.objectives.tokenizers import TEXTS, tokenizer
 
 BATCHES = (1, 8, 32)
-BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, "max_position_embeddings": 512}
-GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 512, "initializer_range": 0.3}
+BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, "max_position_embeddings": 1024}
+GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3}
 LABELS = {"problem": "single_label_classification", "labels": ["no", "yes"]}
 HOW = {"max_new_tokens": 16, "do_sample": False}
 TASKS: dict[str, dict[str, Any]] = {  # task -> architecture, its config, options of the task, facts, arguments of the pipeline, its answer
