@@ -6,8 +6,10 @@ largest of these ranges. Names in files differ from a model's by the base model'
 """
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,8 +27,16 @@ if TYPE_CHECKING:  # a login node matches names without DeepSpeed
 NAMED = 20  # tensors that a message names
 
 
-def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
+def labels_of(folder: Path) -> dict[int, str]:
+    """Return what the outputs of the model in ``folder`` are called; nothing, where it does not say."""
+    names = json.loads((folder / "config.json").read_text("utf-8")).get("id2label") or {}
+    return {int(number): name for number, name in names.items()}
+
+
+def match(model: PreTrainedModel, reader: WeightsReader, *, labels: Mapping[int, str] | None = None) -> Match:
     """Return what fills ``model``, whose tensors may be partitioned or on the meta device.
+
+    The head is left out where it has another number of outputs there, or other ``labels``, if both have names and not numbers.
 
     Raises:
         CheckpointError: if nothing matches, shapes differ by more than new ids, or what is one tensor here are two there.
@@ -39,13 +49,14 @@ def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
              for name in tensors}
     words = next(name for name, tensor in tensors.items() if tensor is model.get_input_embeddings().weight)
     rows = (reader.shape(found[words][0])[0], shapes[words][0]) if found[words] else (0, 0)
-    grown, wrong = [], []
+    renamed, grown, wrong = labels is not None and _renamed(labels, model.config.id2label), [], []
     for name, (first, *others) in ((name, there) for name, there in found.items() if there):
         have, want = tuple(reader.shape(first)), shapes[name]
+        head = want[:1] == (model.config.num_labels,) and not name.startswith(f"{model.base_model_prefix}.")
         if have != want and rows[0] < rows[1] and want == tuple(rows[1] if size == rows[0] else size for size in have):
             grown.append(name)
-        elif have[:1] != want[:1] == (model.config.num_labels,) and not name.startswith(f"{model.base_model_prefix}."):
-            found[name] = []  # the head of another set of labels starts fresh
+        elif head and (renamed or have[:1] != want[:1]):
+            found[name] = []  # it starts fresh
         elif have != want:
             wrong.append(f"{name}: {list(want)}, there {list(have)}")
         if any(reader.home(other) != reader.home(first) and not torch.equal(reader.read(other), reader.read(first)) for other in others):
@@ -58,6 +69,11 @@ def match(model: PreTrainedModel, reader: WeightsReader) -> Match:
     unexpected = [name for name in available if name not in used and not any(re.search(pattern, name) for pattern in ignored)]
     missing = [name for name in parameters if not found[name]]  # buffers have their constructor's value
     return Match({name: there[0] for name, there in found.items() if there}, tuple(missing), tuple(sorted(unexpected)), tuple(grown), rows)
+
+
+def _renamed(there: Mapping[int, str], here: Mapping[int, str]) -> bool:
+    numbers = any(re.fullmatch(r"(LABEL_)?\d+", name) for name in (*there.values(), *here.values()))  # which say nothing
+    return bool(there) and there != here and not numbers
 
 
 def tell(found: Match) -> Match:

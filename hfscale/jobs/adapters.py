@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.pretrained import match, tell
+from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
 from hfscale.config.schema import Lora
 from hfscale.dist.agree import from_rank_0
@@ -30,7 +30,7 @@ class Beside:
             with suppress(OSError):  # a run of somebody else's; one of our own never prunes what adapters need
                 layout.pin(folder.parent, layout.step_of(folder), pinned=True)
         self.reader = open_weights(folder, check=verify_together)
-        self.match = tell(match(model, self.reader))
+        self.match = tell(match(model, self.reader, labels=labels_of(folder)))
         for name in self.match.missing:
             model.get_parameter(name).requires_grad_(True)
         files = [folder / layout.MANIFEST] if (folder / layout.MANIFEST).is_file() else sorted(folder.glob("*.safetensors"))

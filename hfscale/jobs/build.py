@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedModel
 
 from hfscale.checkpoint.manager import CheckpointManager
-from hfscale.checkpoint.pretrained import load_pretrained, match, tell
+from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import open_weights, verify_together
 from hfscale.config.rules import solve_batch, total_steps
 from hfscale.config.schema import TrainConfig
@@ -68,7 +68,7 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
         logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
         warn_of_tokenizer(folder, material.tokenizer)
         reader = beside.reader if beside else open_weights(folder, check=verify_together)
-        load_pretrained(engine, reader, beside.match if beside else tell(match(engine.module, reader)))
+        load_pretrained(engine, reader, beside.match if beside else tell(match(engine.module, reader, labels=labels_of(folder))))
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0)) if saved else TrainState()
     steps = total_steps(train, rows=material.rows, seq_len=data.seq_len)

@@ -15,7 +15,7 @@ from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import SMALL, verify
-from hfscale.checkpoint.pretrained import match, tell
+from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import checked, open_weights
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
@@ -49,7 +49,7 @@ def check(config: TrainConfig) -> None:
         shape = skeleton(config, model_config, objective.auto_model)
         choose_trained(shape, config.model)
         if folder and not layout.newest_state(config.run_dir):
-            tell(match(shape, open_weights(folder, check=partial(verify, up_to=SMALL))))
+            tell(match(shape, open_weights(folder, check=partial(verify, up_to=SMALL)), labels=labels_of(folder)))
             warn_of_tokenizer(folder, material.tokenizer)
 
 

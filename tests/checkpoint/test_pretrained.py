@@ -1,6 +1,7 @@
 """Pretrained weights under other names, from other heads, with other vocabularies, at every ZeRO stage."""
 from __future__ import annotations
 
+import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
 
 from hfscale.checkpoint.manager import CheckpointManager
-from hfscale.checkpoint.pretrained import Match, load_pretrained, match, tell
+from hfscale.checkpoint.pretrained import Match, labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.engine.engine import Engine, construction, gathered
@@ -177,6 +178,18 @@ def test_the_fp32_weights_of_a_checkpoint_are_not_rounded_on_the_way(tmp_path: P
     for stage, precision in ((1, "bf16"), (3, "bf16"), (0, "fp32")):
         got = run_ranks(taken, 2, tmp_path / "step-00000001", stage, precision)[0]
         assert [name for name in want if not torch.equal(got[name], want[name])] == []
+
+
+@pytest.mark.parametrize(("there", "here", "fresh"), [
+    (["neg", "pos"], ["neg", "pos"], False), (["neg", "pos"], ["ham", "spam"], True), (["neg", "pos"], ["pos", "neg"], True),
+    (["neg", "pos"], ["0", "1"], False), ([], ["neg", "pos"], False), (["LABEL_0", "LABEL_1"], ["neg", "pos"], False)])
+def test_a_head_with_other_names_for_its_labels_starts_fresh(tmp_path: Path, there: list[str], here: list[str], fresh: bool) -> None:
+    config = BertConfig(id2label=dict(enumerate(here)), vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
+                        intermediate_size=8)
+    (tmp_path / "config.json").write_text(json.dumps({"id2label": dict(enumerate(there))} if there else {}))
+    model = BertForSequenceClassification(config)
+    found = match(model, DictReader(dict(model.state_dict())), labels=labels_of(tmp_path))
+    assert found.missing == (("classifier.weight", "classifier.bias") if fresh else ())
 
 
 def test_the_head_of_another_set_of_labels_starts_fresh(caplog: pytest.LogCaptureFixture) -> None:

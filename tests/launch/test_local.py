@@ -130,7 +130,7 @@ def test_ranks_die_with_a_killed_launcher(folder: Path):
     wait_for(lambda: len(pids(folder)) == 2)
     launcher.kill()
     finish(launcher)
-    wait_for(lambda: not any(alive(pid) for pid in pids(folder)), timeout_s=5)
+    wait_for(lambda: not any(alive(pid) for pid in pids(folder)))
 
 
 def test_a_second_launcher_is_refused_and_told_who_is_there(folder: Path):

@@ -48,16 +48,6 @@ def test_without_a_limit_nothing_is_watched_or_written(tmp_path: Path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_beat_costs_microseconds(watched: Heartbeat):
-    rounds = []
-    for _ in range(20):
-        began = time.perf_counter()
-        for _ in range(100):
-            beat("forward")
-        rounds.append((time.perf_counter() - began) / 100)
-    assert min(rounds) < 50e-6
-
-
 def at(*counts: int) -> list[Beat]:
     return [Beat(rank, count, 5, "data", node=f"n{rank}") for rank, count in enumerate(counts)]
 

@@ -20,7 +20,8 @@ def shards(*paths: object, **remote: object) -> SimpleNamespace:
 def test_shards_of_a_url_are_sampled_and_not_kept(corpus: Path, tmp_path: Path):
     with serve(corpus / "shards") as server:
         [one] = machine.reading(shards(f"{server.url}/train", folder=tmp_path, retries=0), World())
-        assert (one.state, one.unit) == ("ok", "MB/s a rank")
+        assert one.unit == "MB/s a rank"
+        assert one.value  # how fast that is, is the machine's affair
         assert sum(server.asked.values()) == 2, "a manifest and a piece of a shard"
         assert list(tmp_path.rglob("*.tar*")) == []
         server.statuses = [503, 503]
