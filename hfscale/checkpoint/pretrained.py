@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from transformers import PreTrainedModel
@@ -71,7 +71,7 @@ def match(model: PreTrainedModel, reader: WeightsReader, *, labels: Mapping[int,
     return Match({name: there[0] for name, there in found.items() if there}, tuple(missing), tuple(sorted(unexpected)), tuple(grown), rows)
 
 
-def _renamed(there: Mapping[int, str], here: Mapping[int, str]) -> bool:
+def _renamed(there: Mapping[int, str], here: Any) -> bool:
     numbers = any(re.fullmatch(r"(LABEL_)?\d+", name) for name in (*there.values(), *here.values()))  # which say nothing
     return bool(there) and there != here and not numbers
 
