@@ -42,12 +42,15 @@ FORMS = {"train": ["The {place} was {word}.", "What a {word} {place}!", "I found
          "test": ["Nobody told me that the {place} would be so {word}.", "We left early, but the {place} seemed {word}.",
                   "In the end it is a {word} {place}, we thought.", "So {word} a {place} I have never seen."]}
 
-ASKED = {  # kind of answer -> how training asks for it, how the test does
-    "return": ("What does {name} return?", "What is returned by {name}?", "What value is the return of {name}?"),
-    "condition": ("When does this hold for {name}?", "In which case is it so?", "In which case does {name} do this, and when?"),
-    "raise": ("Which error does {name} raise?", "What exception is raised?", "Which exception or error may {name} raise?"),
-    "default": ("What is the default of {name}?", "Which value is the default?", "What does {name} take as the default?"),
-    "use": ("What is {name} used for?", "What is the use of {name}?", "For what use is {name}?")}
+ASKED = {  # kind of answer -> how training asks for it; last, how the test does
+    "return": ("What does {name} return?", "What is returned by {name}?", "Which value is returned?", "What value is the return of {name}?"),
+    "condition": ("When does this hold for {name}?", "In which case is it so?", "When does {name} do so?",
+                  "In which case does {name} do this, and when?"),
+    "raise": ("Which error does {name} raise?", "What exception is raised?", "What may {name} raise?",
+              "Which exception or error may {name} raise?"),
+    "default": ("What is the default of {name}?", "Which value is the default?", "What is taken as default?",
+                "What does {name} take as the default?"),
+    "use": ("What is {name} used for?", "What is the use of {name}?", "For what is it used?", "For what use is {name}?")}
 END = r"(?=[.;:,](?:\s|$)|\s(?:if|when|unless|and|or|where|which|that)\s|$)"
 ANSWERS = {kind: re.compile(pattern) for kind, pattern in {
     "return": r"\b[Rr]eturns?\s+(\S.{3,70}?)" + END,
