@@ -23,6 +23,7 @@ def start(folder: Path, corpus: Path, **sections: object) -> subprocess.Popen[by
     return subprocess.Popen([*LISTENING_LATER, str(folder / "config.yaml")], env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
+@pytest.mark.slow
 def test_a_rank_that_is_warned_while_it_starts_saves_after_its_first_step(corpus: Path, tmp_path: Path):
     rank, deadline = start(tmp_path, corpus), time.monotonic() + 90
     time.sleep(0.1)  # the shell has set its trap

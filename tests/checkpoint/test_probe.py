@@ -34,6 +34,7 @@ def save(folder: Path, family: str, auto_model: str | None) -> None:
     engine.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("family", "auto_model"), [
     ("bert", None), ("t5", None), ("bart", None), ("bert", "AutoModel"), ("bert", "AutoModelForSequenceClassification"),
     ("bert", "AutoModelForTokenClassification"), ("bert", "AutoModelForQuestionAnswering"), ("gpt2", "AutoModelForSequenceClassification"),

@@ -129,6 +129,7 @@ def test_fragments_are_the_whole_state_and_writing_them_restores_it(stage, preci
         assert result == {"state": [], "logits": True, "losses": True, "scalars": {"adam_step": 4, "loss_scaler": None}}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "parameters")])
 def test_offloaded_state_is_saved_and_restored_too(stage, offload):
     assert run_ranks(views, 2, stage, "bf16", offload=offload)[0]["losses"] is True

@@ -9,6 +9,7 @@ import pytest
 
 from tests.helpers.cli import hfscale
 
+pytestmark = pytest.mark.slow
 CONFIG = """
 source: {path: text}
 split: {validation: 0.2}

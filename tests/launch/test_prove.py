@@ -71,6 +71,7 @@ def test_a_resume_that_forgets_a_moment_is_found_and_kept(config: Path, tmp_path
     assert f"both runs are kept in {home}" in done.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("overrides", "words"), [
     (["train.steps=4", "checkpoint.every_steps=3"], "too few steps to kill a run 1 times"),
     (["checkpoint.every_steps=null"], "too few steps"),
@@ -90,6 +91,7 @@ def test_an_earlier_certificate_is_not_overwritten(config: Path, tmp_path: Path)
     assert (tmp_path / "proof.json").read_text() == "{}" and not (tmp_path / "runs").exists()
 
 
+@pytest.mark.slow
 def test_a_run_that_cannot_start_proves_nothing(config: Path, tmp_path: Path):
     done = hfscale("prove", "resume", config, "tokenizer.path=./nothing", check=False)
     assert done.returncode == 2

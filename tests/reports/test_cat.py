@@ -106,6 +106,7 @@ def test_the_field_of_a_json_is_printed_not_the_json(tmp_path: Path) -> None:
         list(samples(manifest, first=0, count=1, key="x"))
 
 
+@pytest.mark.slow
 def test_the_command_prints_text(corpus: Path, tmp_path: Path) -> None:
     train = corpus / "shards" / "train"
     manifest = Manifest.load(train)
@@ -118,6 +119,7 @@ def test_the_command_prints_text(corpus: Path, tmp_path: Path) -> None:
     assert hfscale("shards", "cat", tmp_path, "--key", "d/a1").stdout == "--- sample 1  a.tar  d/a1.txt\n文 a d/a1.txt\n"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "says"), [
     (["--row", 1], "give one of"), (["--document", 1, "--key", "x"], "give one of"), (["--key", "x"], "documents, not keys"),
     (["--tokenizer", "nowhere"], "nowhere"), (["--document", 10**6], "no such document"),

@@ -98,6 +98,7 @@ def test_the_choice_equals_a_search_over_all_spans_of_all_windows():
     assert ours["prediction"] == ("" if ours["no_answer_score"] > 0 else ours["n_best"][0]["text"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_it_learns_also_when_there_is_no_answer(kind):
     task = task_of(kind)

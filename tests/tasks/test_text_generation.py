@@ -77,6 +77,7 @@ def test_what_the_model_sees() -> None:
     assert batch.labels_BT[1, 0] == IGNORE_INDEX and words.decode(batch.labels_BT[1, 1:3]).split() == ["四", "</s>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [{"family": "t5", "prefix": "translate: "}, {"family": "bart"}, CAUSAL], ids=["t5", "bart", "gpt2"])
 def test_a_toy_language_is_learnt_exported_and_answered_alike(how: dict[str, Any], tmp_path: Path) -> None:
     words = tokenizer()
