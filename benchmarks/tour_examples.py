@@ -43,7 +43,8 @@ FORMS = {"train": ["The {place} was {word}.", "What a {word} {place}!", "I found
                   "In the end it is a {word} {place}, we thought.", "So {word} a {place} I have never seen."]}
 
 ASKED = {  # kind of answer -> how training asks for it; last, how the test does
-    "return": ("What does {name} return?", "What is returned by {name}?", "Which value is returned?", "What value is the return of {name}?"),
+    "return": ("What does {name} return?", "What is returned by {name}?", "Which value is returned?",
+               "What value is the return of {name}?"),
     "condition": ("When does this hold for {name}?", "In which case is it so?", "When does {name} do so?",
                   "In which case does {name} do this, and when?"),
     "raise": ("Which error does {name} raise?", "What exception is raised?", "What may {name} raise?",

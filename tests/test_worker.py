@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from signal import SIGUSR1
 
+import pytest
 import yaml
 
 from tests.helpers.cli import ROOT
