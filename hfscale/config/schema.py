@@ -195,11 +195,14 @@ class Engine(Section):
     extra: dict[str, Any] = {}
 
 
+FALLING = "_(loss|perplexity|bits_per_byte|mse|alignment|uniformity)"  # in names of what is better the less it is
+
+
 class Best(Section):
     """A figure of a validation, as it is named in ``metrics.jsonl``, and which way is better."""
 
     metric: Annotated[str, Field(pattern="^validation_")] = "validation_loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = Field(default_factory=lambda best: "min" if re.search(FALLING, best.get("metric", "")) else "max")
 
 
 class Checkpoint(Section):

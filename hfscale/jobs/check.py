@@ -19,6 +19,7 @@ from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import checked, open_weights
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
+from hfscale.errors import ConfigError, nearest
 from hfscale.hub import local_folder
 from hfscale.jobs.material import open_material
 from hfscale.log import logger
@@ -40,6 +41,9 @@ def check(config: TrainConfig) -> None:
     material = open_material(config, World(), folder)
     material.digests()  # which opens all of its data
     objective = material.objective()
+    if (best := config.checkpoint.keep_best) and best.metric not in (given := {f"validation_{name}" for name in objective.validated()}):
+        raise ConfigError("no validation gives this metric", where="checkpoint.keep_best.metric", value=best.metric,
+                          remedy=nearest(best.metric, given))
     model_config = check_model_config(**model_needs(config, material.tokenizer, folder, also=material.needs))
     check_head(model_config, objective.auto_model)
     if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:

@@ -101,6 +101,12 @@ class Objective:
         """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only."""
         raise NotImplementedError
 
+    def validated(self) -> set[str]:
+        """Return the names of what a validation can give."""
+        trained = {term for term, weight in self.weights().items() if weight}
+        parts = {f"loss_{term}" for term in trained} if len(trained) > 1 else set()
+        return {"loss", *parts, *(self.weights().keys() - trained), *(["perplexity"] if self.token_loss else [])}
+
     def collate(self, rows: Any) -> Batch:  # Rows; a task's are Examples
         """Return the batch of ``rows`` on the CPU. Depends on the rows, their positions and the seed alone."""
         raise NotImplementedError

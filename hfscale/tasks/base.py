@@ -76,6 +76,7 @@ class Task(Objective):
     token_loss: ClassVar[bool] = False
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
     code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
+    metrics: ClassVar[frozenset[str]] = frozenset()  # the names that a validation can give, beside losses
     term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
 
     # ------------------------------------------------------------------------------------------ before training
@@ -138,6 +139,10 @@ class Task(Objective):
     def collate(self, rows: Examples) -> Batch:
         """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler) counts nothing."""
         raise NotImplementedError
+
+    def validated(self) -> set[str]:
+        """Return the names of the loss and its parts, and the metrics."""
+        return super().validated() | self.metrics
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return ``sums_B`` of the one term, 0 for fillers. For tasks whose loss and outputs both come of the logits of one pass."""

@@ -45,6 +45,7 @@ class Embedding(Contrastive, Task):
                          "score": "in place of that, for evaluation: how much the two belong together"}
     optional: ClassVar = frozenset({"negative", "score"})
     answers: ClassVar = frozenset({"positive"})
+    metrics: ClassVar = frozenset({"accuracy", "recall_at_10", "mrr", "pearson", "spearman"})
     needs_documents = False
     frame = None  # as every task's texts
     pipeline, code = "sentence-embedding", "hfscale.tasks.sentence_embedding"

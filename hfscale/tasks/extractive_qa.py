@@ -56,6 +56,8 @@ class ExtractiveQA(Task):
                          "answer_start": "at which character of the context it begins (or each); without it, where it first occurs"}
     optional: ClassVar = frozenset({"answer_start"})
     answers: ClassVar = frozenset({"answers"})
+    metrics: ClassVar = frozenset({"exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy", "best_f1",
+                                  "best_f1_threshold"})
 
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)

@@ -61,6 +61,7 @@ class Instruction(Task, CausalLM):
                          "messages": 'a list of {"role", "content"}, which ends with the answer'}
     optional: ClassVar = frozenset({"messages", "prompt", "response"})
     answers: ClassVar = frozenset({"response"})
+    metrics: ClassVar = frozenset({"loss", "perplexity", "bits_per_byte"})
     token_loss = True
     logits = Objective.logits  # which keeps documents apart
     term = "answers"  # nats a token of an answer

@@ -60,6 +60,7 @@ class SequenceClassification(Task):
     columns: ClassVar = {"text": "a text", "pair": "a second text, which belongs to it", "label": "a label, a list of them, or a number"}
     optional: ClassVar = frozenset({"pair"})
     answers: ClassVar = frozenset({"label"})
+    metrics: ClassVar = frozenset({"accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"})
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:

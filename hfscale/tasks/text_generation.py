@@ -173,6 +173,7 @@ class Translation(TextToText):
     """A text in another language; scored with sacreBLEU."""
 
     pipeline = "translation"
+    metrics: ClassVar = frozenset({"bleu", "chrf"})
 
     def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return ``bleu`` and ``chrf``."""
@@ -183,6 +184,7 @@ class Summarization(TextToText):
     """A shorter text; scored with ROUGE."""
 
     pipeline = "summarization"
+    metrics: ClassVar = frozenset({"rouge1", "rouge2", "rougeL", "rougeLsum"})
 
     def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``."""

@@ -51,6 +51,7 @@ class TokenClassification(Task):
                          "tags": "as many tags"}
     optional: ClassVar = frozenset({"words", "text"})
     answers: ClassVar = frozenset({"tags"})
+    metrics: ClassVar = frozenset({"f1", "precision", "recall", "f1_macro", "accuracy"})
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:

@@ -307,7 +307,7 @@ def test_what_improves(tmp_path):
     assert not checkpoints.improves({"step": 6, "loss": 0.1}), "not validated"
     with pytest.raises(ConfigError, match=r"keep_best(.|\n)*validation_perplexity"):
         checkpoints.improves({"step": 7, "validation_perplexity": 3.0})
-    scores = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1", mode="max")), rank=0, world_size=1)
+    scores = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1")), rank=0, world_size=1)
     assert [scores.improves({"step": step, "validation_f1": value}) for step, value in enumerate([0.1, 0.3, 0.2])] == [True, True, False]
 
 

@@ -47,7 +47,7 @@ def run(folder: Path) -> Path:
     config = folder / "run.yaml"
     config.write_text(yaml.safe_dump(task_values(
         folder, "run", data={"test": 0.2, "validate_every_steps": 30}, train={"steps": 60},
-        checkpoint={"keep_best": {"metric": "validation_accuracy", "mode": "max"}})))
+        checkpoint={"keep_best": {"metric": "validation_accuracy"}})))
     said = hfscale("finetune", config, "--procs", 2).stderr
     assert "start fresh: classifier.weight, classifier.bias" in said and "validation_accuracy" in said
     return folder / "runs" / "run"
@@ -211,6 +211,8 @@ def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path:
     refused(ConfigError, "(?s)unknown option.*label_smoothing", task={"options": {"smoothing": 0.1}})
     refused(ConfigError, "(?s)generation.num_beam: unknown option; did you mean num_beams",
             task={"name": "translation", "options": {"generation": {"num_beam": 2}}})
+    refused(ConfigError, "(?s)no validation gives.*validation_acuracy.*did you mean validation_accuracy",
+            checkpoint={"keep_best": {"metric": "validation_acuracy"}})
     refused(ConfigError, "(?s)64 positions.*data.max_length.*remedy: .*data.max_length=64.? or less", data={"max_length": 100})
     refused(ConfigError, "(?s)bert has no AutoModelForSeq2SeqLM.*of pretraining", task={"name": "translation"},
             data={"columns": {"source": "text", "target": "label"}})

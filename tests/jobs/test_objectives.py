@@ -14,8 +14,10 @@ import torch
 import yaml
 
 from hfscale.checkpoint.weights import open_weights
-from hfscale.config.schema import Model
+from hfscale.config.schema import Model, RunConfig
+from hfscale.dist.world import World
 from hfscale.jobs import export
+from hfscale.jobs.material import open_material
 from hfscale.models.build import build_model, special_ids
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.pretraining import PRETRAINING, pretraining
@@ -62,6 +64,10 @@ def test_it_resumes_exactly_and_leaves_as_a_model_that_transformers_uses(corpus:
     assert [[record[key] for key in (*EXACT, "validation_loss") if key in record] for record in first[2:]] == \
         [[record[key] for key in (*EXACT, "validation_loss") if key in record] for record in second]
     assert digests(tmp_path / "aside") == digests(checkpoints / "step-00000004")
+
+    config = RunConfig.model_validate(values)
+    assert {key.removeprefix("validation_") for key in first[1] if key.startswith("validation_")} == \
+        open_material(config, World(), None).objective().validated()
 
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
     usage = export.run(str(tmp_path / "run"), tmp_path / "out")

@@ -99,6 +99,7 @@ def test_scores() -> None:
     assert task.score(predictions, [{"score": s} for s in (5, 4, 2.5, 0)])["spearman"] == pytest.approx(1.0)
     assert task.score(predictions, [{"score": s} for s in (0, 4, 5, 2)])["spearman"] == pytest.approx(-0.4)
     found = task.score(predictions, [{}] * 4)
+    assert found.keys() <= task.metrics
     assert found["accuracy"] == 0.25 and found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
     assert task.score(predictions[:1] * 5, [{}] * 5)["accuracy"] == 1.0, "equal positives are all right"
 

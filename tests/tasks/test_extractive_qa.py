@@ -110,6 +110,7 @@ def test_it_learns_also_when_there_is_no_answer(kind):
     assert [p["prediction"] for p in predicted] == ["old river", "unbelievable bridges", "古老的桥", "河水", ""]
     assert (predicted[3]["start"], predicted[3]["end"], predicted[4]["start"]) == (21, 23, None)
     scores = task.score(predicted, EXAMPLES)
+    assert scores.keys() <= task.metrics
     assert scores["exact_match"] == scores["f1"] == scores["no_answer_accuracy"] == scores["best_f1"] == 100.0
     never = task_of(kind, no_answer_threshold=1e6)
     assert never.score(predicted, EXAMPLES)["no_answer_accuracy"] == 0.0  # rescored at another threshold, without a model

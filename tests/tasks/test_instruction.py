@@ -95,6 +95,7 @@ def test_a_toy_answers_as_its_export_does_in_transformers(tmp_path: Path) -> Non
     with torch.no_grad():
         loss, judged = task.judge(model, task.collate(rows_of(task, toy)), rows_of(task, toy))
     scores = task.score(judged, toy)
+    assert scores.keys() == task.metrics
     assert scores["loss"] == pytest.approx(loss["answers"].sum().item() / 20) and scores["perplexity"] < 1.5
     whole = [{**answer, **known} for answer, known in zip(got, judged, strict=True)]
     assert task.score(whole, toy)["rougeL"] == 1.0

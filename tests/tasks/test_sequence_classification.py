@@ -61,6 +61,7 @@ def test_a_single_label():
     assert outputs == task.predict(model, batch, rows)
     assert model.config.id2label == {0: "+", 1: "-"}
     scores = task.score([{"prediction": label} for label in "+++"], ONE)
+    assert scores.keys() <= task.metrics
     assert scores == pytest.approx({"accuracy": 2 / 3, "f1": 0.0, "f1_macro": 0.4, "f1_micro": 2 / 3, "mcc": 0.0})  # f1: of "-", the last
 
 
@@ -69,6 +70,7 @@ def test_several_labels_and_numbers():
     task = make(several, separator=",")
     batch = task.collate(rows_of(task, several))
     scores = task.score([{"prediction": ["a"]}, {"prediction": ["b"]}], several)
+    assert scores.keys() <= task.metrics
     assert scores == pytest.approx({"accuracy": 0.5, "f1_micro": 0.8, "f1_macro": 5 / 6})
     assert task.problem == "multi_label_classification" and batch.labels_BT.tolist() == [[1, 1], [0, 1]]
     assert task.loss(model_of(task), batch)["classification"].tolist() == pytest.approx([math.log(2)] * 2, abs=0.05)

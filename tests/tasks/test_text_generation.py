@@ -88,6 +88,7 @@ def test_a_toy_language_is_learnt_exported_and_answered_alike(how: dict[str, Any
     tests = toy(40, seed=1)
     got = predict(task, model.eval(), tests)
     scores = task.score(got, tests)
+    assert scores.keys() == task.metrics
     assert scores["chrf"] > (25 if how["family"] == "t5" else 70) and scores.keys() == {"bleu", "chrf"}, scores
 
     task.finish(model, words)

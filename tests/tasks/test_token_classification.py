@@ -114,7 +114,8 @@ def test_bad_examples(example, problem):
 def test_predictions_with_a_tag_too_few_are_refused():
     """Else a half-written list would score as if its end had been right."""
     predictions = [{"prediction": example["tags"]} for example in EXAMPLES]
-    assert task_of().score(predictions, EXAMPLES)["f1"] == 1.0
+    scores = task_of().score(predictions, EXAMPLES)
+    assert scores["f1"] == 1.0 and scores.keys() == task_of().metrics
     with pytest.raises(DataError, match=r"(?s)one tag a word.*example 0.*4 tags, 5 words"):
         task_of().score([{"prediction": EXAMPLES[0]["tags"][:-1]}, *predictions[1:]], EXAMPLES)
 
