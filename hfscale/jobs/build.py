@@ -25,8 +25,8 @@ from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.jobs.adapters import Beside
-from hfscale.jobs.check import model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
+from hfscale.jobs.origin import model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.log import logger
 from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops

@@ -1,34 +1,20 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.initialization import no_init_weights
-from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.pretrained import labels_of, match, tell
-from hfscale.checkpoint.weights import checked, open_weights
+from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
 from hfscale.errors import ConfigError, nearest
-from hfscale.hub import local_folder
 from hfscale.jobs.material import open_material
-from hfscale.log import logger
-from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config, special_ids
+from hfscale.jobs.origin import model_needs, pretrained_folder, skeleton, warn_of_tokenizer
+from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config
 from hfscale.models.trained import choose_trained
 from hfscale.objectives.draws import lacking
-from hfscale.tokenizer import tokenizer_digest, vocabulary_size
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def check(config: TrainConfig) -> None:
@@ -64,55 +50,3 @@ def parameters(config: TrainConfig) -> int:
     needs = model_needs(config, material.tokenizer, folder, also=material.needs)
     model = skeleton(config, check_model_config(**needs), material.objective().auto_model)
     return sum(weight.numel() for weight in model.parameters())
-
-
-def pretrained_folder(config: TrainConfig) -> Path | None:
-    """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
-
-    A run that has saved needs its source no more: then it is the run's own newest checkpoint. Of a checkpoint the small files have
-    been verified, the model's config among them; the weights are when they are read.
-
-    Raises:
-        UserError: if it is nothing that could have weights.
-    """
-    if (name := config.model.pretrained) is None:
-        return None
-    if config.model.lora and (state := layout.newest_state(config.run_dir)):
-        return Path(state["adapters"]["folder"])  # which the run does not save
-    saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
-    if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
-        return own
-    theirs = layout.checkpoint_of(name)
-    return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
-
-
-def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say so if the weights in ``folder`` are known to be those of another tokenizer."""
-    state, theirs = folder / layout.STATE, None
-    if state.is_file() or (folder / "tokenizer.json").is_file():
-        theirs = json.loads(state.read_text("utf-8"))["tokenizer_digest"] if state.is_file() else tokenizer_digest(folder)
-    if theirs not in (None, tokenizer_digest(tokenizer)):
-        logger.warning(f"the weights of {folder} are those of another tokenizer: what id means what token must be the same")
-
-
-def model_needs(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None, *,
-                also: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of ``check_model_config`` and ``build_model``.
-
-    ``also`` are values of the model's config that a task needs; those of ``model.config`` win.
-    """
-    start = {} if folder is None else {"pretrained": str(folder), "architecture": None}
-    model = config.model.model_copy(update={"config": {**(also or {}), **config.model.config}, **start})
-    return {"model": model, "vocab_size": vocabulary_size(tokenizer), "seq_len": config.data.seq_len, "overrides": special_ids(tokenizer)}
-
-
-def skeleton(config: TrainConfig, model_config: PretrainedConfig, auto_model: str) -> PreTrainedModel:
-    """Return the model on the meta device: shapes and ties, no numbers."""
-    wanted = config.model.attention
-    available = "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
-    with torch.device("meta"), no_init_weights():
-        model = getattr(transformers, auto_model).from_config(
-            model_config, dtype=DTYPES[config.engine.precision], attn_implementation=available,
-            trust_remote_code=config.model.trust_remote_code)
-    model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
-    return model

@@ -24,7 +24,7 @@ from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
 from hfscale.jobs.asked import objective_of, run_config
-from hfscale.jobs.check import DTYPES, model_needs, skeleton
+from hfscale.jobs.origin import DTYPES, model_needs, skeleton
 from hfscale.models.build import check_head, check_model_config, construct, longest_row
 from hfscale.models.init import float_buffers_to_fp32
 from hfscale.objectives.base import Objective, Setting, check_options

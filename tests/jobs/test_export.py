@@ -21,9 +21,9 @@ from hfscale.config.schema import Checkpoint, CorpusConfig, RunConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError, DataError
-from hfscale.jobs import check, export
-from hfscale.jobs.check import model_needs
+from hfscale.jobs import export, origin
 from hfscale.jobs.opening import RunModel, open_run
+from hfscale.jobs.origin import model_needs
 from hfscale.models.build import build_model, check_model_config
 from hfscale.tokenizer import load_tokenizer
 from launch.commands.predict import predict
@@ -77,7 +77,7 @@ def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
 def test_a_tied_tensor_is_counted_and_written_once(corpus: Path, tmp_path: Path) -> None:
     config = RunConfig.model_validate(run_values(corpus, tmp_path, "run", model=GPT2))
     needs = model_needs(config, load_tokenizer(corpus / "tokenizer"), None)
-    skeleton = check.skeleton(config, check_model_config(**needs), "AutoModelForCausalLM")
+    skeleton = origin.skeleton(config, check_model_config(**needs), "AutoModelForCausalLM")
     names = untied(skeleton)
     assert "transformer.wte.weight" in names and "lm_head.weight" not in names
     assert sum(tensor.numel() for tensor in names.values()) == sum(p.numel() for p in skeleton.parameters())
@@ -132,7 +132,7 @@ def test_a_head_that_was_tied_by_mistake_is_not_published(run: Path, tmp_path: P
     assert source is not None and not source.skeleton.config.tie_word_embeddings
     mistaken = copy.deepcopy(source.skeleton.config)
     mistaken.tie_word_embeddings = True
-    tied = replace(source, skeleton=check.skeleton(source.config, mistaken, "AutoModelForCausalLM"))
+    tied = replace(source, skeleton=origin.skeleton(source.config, mistaken, "AutoModelForCausalLM"))
     with pytest.raises(CheckpointError, match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint does not"):
         write_weights(tied.reader, tied.skeleton, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -164,7 +164,7 @@ def test_every_kind_of_model_has_a_probe_and_an_export(tmp_path: Path, family: s
     checkpoint, out = tmp_path / "step-00000001", tmp_path / "out"
     out.mkdir()
     config = tiny_config(stage)
-    skeleton = check.skeleton(config, AutoConfig.from_pretrained(checkpoint), FAMILIES[family][0])
+    skeleton = origin.skeleton(config, AutoConfig.from_pretrained(checkpoint), FAMILIES[family][0])
     source = RunModel(config, None, checkpoint, skeleton, CheckpointWeights(checkpoint), None)  # type: ignore[arg-type]
     write_weights(source.reader, skeleton, out)
     skeleton.config.save_pretrained(out)

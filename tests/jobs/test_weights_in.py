@@ -15,7 +15,7 @@ from hfscale.checkpoint import layout
 from hfscale.config.schema import CorpusConfig, RunConfig
 from hfscale.corpus.build import build_shards
 from hfscale.errors import CheckpointError, ConfigError
-from hfscale.jobs import check, export
+from hfscale.jobs import check, export, origin
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import GPT2, LLAMA, run_values
 from tests.helpers.ranks import run_ranks
@@ -77,7 +77,7 @@ def test_a_larger_tokenizer_grows_the_vocabulary_and_hardly_moves_the_loss(corpu
     for source, said in ((corpus / "tokenizer", False), (tokenizer, True)):
         caplog.clear()
         for weights in ("runs/llama/checkpoints/step-00000006", "export"):
-            check.warn_of_tokenizer(folder / weights, load_tokenizer(source))
+            origin.warn_of_tokenizer(folder / weights, load_tokenizer(source))
             assert ("are those of another tokenizer" in caplog.text) == said
     [record] = run_ranks(train, 2, grown)[0]
     before = json.loads((folder / "loss.json").read_text())["llama"]
@@ -99,9 +99,9 @@ def meddle(checkpoint: Path) -> None:
 def test_an_edited_config_of_the_runs_own_newest_checkpoint_is_not_believed(corpus: Path, folder: Path, tmp_path: Path) -> None:
     checkpoints = Path(shutil.copytree(folder / "runs/gpt2", tmp_path / "runs/run")) / "checkpoints"
     config = RunConfig.model_validate(values(corpus, tmp_path, "run", model=pretrained(folder / "export")))
-    assert check.pretrained_folder(config) == checkpoints / "step-00000006"
+    assert origin.pretrained_folder(config) == checkpoints / "step-00000006"
     meddle(checkpoints / "step-00000006")
-    assert check.pretrained_folder(config) == checkpoints / "step-00000003"
+    assert origin.pretrained_folder(config) == checkpoints / "step-00000003"
 
 
 def test_what_cannot_give_its_weights_is_refused_before_anything_is_built(corpus: Path, folder: Path, tmp_path: Path) -> None:
