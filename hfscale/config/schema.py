@@ -195,11 +195,15 @@ class Engine(Section):
     extra: dict[str, Any] = {}
 
 
+LESS = re.compile("loss|perplexity|bits|mse")  # in the names of figures that are better the lower they are
+
+
 class Best(Section):
     """A figure of a validation, as it is named in ``metrics.jsonl``, and which way is better."""
 
     metric: Annotated[str, Field(pattern="^validation_")] = "validation_loss"
-    mode: Literal["min", "max"] = "min"
+    mode: Literal["min", "max"] = Field(  # without it, as the name of the metric says
+        default_factory=lambda said: "min" if LESS.search(said.get("metric", "loss")) else "max")
 
 
 class Checkpoint(Section):
