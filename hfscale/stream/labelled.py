@@ -29,7 +29,7 @@ from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
 SHOWN = 3  # bad examples that a report names
-VERSION = 2  # of what is cached
+VERSION = 3  # of what is cached
 MISSING = object()  # None is a cell that is empty
 
 
