@@ -181,7 +181,8 @@ def _compose(text: str, *, where: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f"{where}:{mark.line + 1}" if mark else where
-        raise ConfigError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where) from None
+        raise ConfigError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where,
+                          remedy="a text with { : # of its own stands between quotes; on the command line: 'key=\"{a}: b\"'") from None
 
 
 def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:

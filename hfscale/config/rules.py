@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import Data, Section, Train, TrainConfig
+from hfscale.config.schema import LESS, Data, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
 # What DeepSpeed accepts without a word though losses are then not those of one process (seen with benchmarks.parity), or nothing happens.
@@ -44,6 +44,8 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
     if config.checkpoint.keep_best and data.validation is None:
         setting = "data.validation" if isinstance(data, Examples) else "data.validation.shards"
         found.append(("checkpoint.keep_best", f"there is no validation to find the best by: set {setting}, or take it back"))
+    if (best := config.checkpoint.keep_best) and best.mode == "max" and LESS.search(best.metric):
+        found.append(("checkpoint.keep_best.mode", f"max would keep the worst {best.metric}: set checkpoint.keep_best.mode=min"))
     if train.patience and not config.checkpoint.keep_best:
         found.append(("train.patience", "nothing says what shall become better: set checkpoint.keep_best.metric"))
     if model.lora and (model.pretrained is None or model.freeze):

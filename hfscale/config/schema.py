@@ -195,14 +195,15 @@ class Engine(Section):
     extra: dict[str, Any] = {}
 
 
-FALLING = "_(loss|perplexity|bits_per_byte|mse|alignment|uniformity)"  # in names of what is better the less it is
+LESS = re.compile("loss|perplexity|bits|mse|alignment|uniformity")  # in the names of figures that are better the lower they are
 
 
 class Best(Section):
     """A figure of a validation, as it is named in ``metrics.jsonl``, and which way is better."""
 
     metric: Annotated[str, Field(pattern="^validation_")] = "validation_loss"
-    mode: Literal["min", "max"] = Field(default_factory=lambda best: "min" if re.search(FALLING, best.get("metric", "")) else "max")
+    mode: Literal["min", "max"] = Field(  # without it, as the name of the metric says
+        default_factory=lambda said: "min" if LESS.search(said.get("metric", "loss")) else "max")
 
 
 class Checkpoint(Section):

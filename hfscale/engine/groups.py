@@ -32,7 +32,7 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
             group = groups.setdefault((-depth, -decay), {"params": [], "weight_decay": decay, "lr_share": optim.layer_decay**depth})
             group["params"].append(param)
     if not groups:
-        raise ConfigError("the model has no parameter to train", where="model")
+        raise ConfigError("the model has no parameter to train", where="model.freeze", remedy="freeze less")
     return [groups[key] for key in sorted(groups)]
 
 

@@ -20,6 +20,7 @@ from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import World
 from hfscale.errors import DataError
+from hfscale.log import logger
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 from hfscale.stream.labelled import LabelledData
@@ -99,6 +100,8 @@ class ExampleMaterial:
         options = check_options(kind.Options, config.task.options, where="task.options")
         self._data = LabelledData(config.data, kind, about=f"{code_digest(kind)} {options.model_dump_json()}")
         self._facts = self._data.facts(partial(kind.facts_of_training, options))
+        if self._facts:  # a table read as what it is not is seen here
+            logger.info(f"found in the training examples: {json.dumps(self._facts, ensure_ascii=False):.300}")
         task = self.objective()
         self.needs = task.model_overrides()
         about = cache_key(task)

@@ -9,7 +9,7 @@ import json
 import sys
 import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from glob import glob, has_magic
 from pathlib import Path
@@ -142,7 +142,7 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
     for file in files:
         if (kind := kind_of(file)) is None:
             raise DataError("the name of this file does not say how to read it", where=file, remedy=f"rename it: {', '.join(SUFFIXES)}")
-        for where, row in READERS[kind](file, None):
+        for where, row in ((where, row) for where, document in READERS[kind](file, None) for row in _rows_of(document)):
             if not isinstance(row, dict) or None in row:
                 if isinstance(row, dict):
                     raise DataError("a row has more cells than the header", where=where, value=str(row)[:80],
@@ -152,6 +152,15 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
     if not files:
         rows = hub_dataset(str(name), subset=subset, split=split)
         yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows))
+
+
+def _rows_of(document: Any) -> list[Any]:
+    """Return the rows of what stands on a line: itself, the members of a list, or the questions of SQuAD's own file (one line)."""
+    with suppress(KeyError, TypeError):
+        if asked := [{"context": part["context"], **question} for article in document["data"] for part in article["paragraphs"]
+                     for question in part["qas"]]:
+            return asked
+    return document if isinstance(document, list) else [document]
 
 
 def table_digest(name: str | Path, *, subset: str | None = None, split: str = "train") -> str:

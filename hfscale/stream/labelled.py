@@ -29,7 +29,8 @@ from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
 SHOWN = 3  # bad examples that a report names
-VERSION = 2  # of what is cached
+VERSION = 3  # of what is cached
+MISSING = object()  # None is a cell that is empty
 
 
 class Roles(Protocol):
@@ -57,10 +58,10 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
         columns = {asked[0]: "text", **columns}
     for number, (where, row) in enumerate(table_rows(table, **hub)):
         example = {}
-        there = ", ".join(map(str, row)) or "none"
+        there = ", ".join(_columns(row)) or "none"
         for role in (*roles.columns, "id"):
-            if (column := columns.get(role, role)) in row:
-                example[role] = row[column]
+            if (cell := _cell(row, column := columns.get(role, role))) is not MISSING:
+                example[role] = cell
             elif role not in may_lack or (role in columns and role not in roles.answers):
                 raise DataError(f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})", where=where, value=column,
                                 remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}")
@@ -76,6 +77,19 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
         yield where, example
     if not seen:
         raise DataError("there are no rows in it", where=table, remedy="give at least one; is it the right file, with a header if csv?")
+
+
+def _cell(row: Mapping[str, Any], column: str) -> Any:
+    """Return a cell of ``row``, or MISSING; a dot goes into an object: ``translation.en`` of ``{"translation": {"en": ...}}``."""
+    if column in row or "." not in column:
+        return row.get(column, MISSING)
+    outer, _, inner = column.partition(".")
+    return _cell(row[outer], inner) if isinstance(row.get(outer), Mapping) else MISSING
+
+
+def _columns(row: Mapping[str, Any]) -> Iterator[str]:
+    for name, cell in row.items():
+        yield from (f"{name}.{inner}" for inner in _columns(cell)) if isinstance(cell, Mapping) and cell else (str(name),)
 
 
 def is_text(value: str) -> bool:

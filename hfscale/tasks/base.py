@@ -15,6 +15,7 @@ import hashlib
 import inspect
 import json
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -29,7 +30,7 @@ from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.registry import load_plugin
-from hfscale.stream.examples import Examples
+from hfscale.stream.examples import BadExample, Examples
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -257,6 +258,26 @@ def cache_key(task: Task) -> str:
 def label_name(label: Any) -> str:
     """Return a label as text; 1.0 is 1, as a table with gaps has it."""
     return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+
+
+def named(label: Any, labels: Sequence[str]) -> str:
+    """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in data sets of the hub."""
+    name = label_name(label)
+    if name in labels or not (name.isascii() and name.isdecimal()) or int(name) >= len(labels) or any(map(str.isdecimal, labels)):
+        return name
+    return labels[int(name)]
+
+
+def number(role: str, value: Any) -> float:
+    """Return the number that ``value`` is, or says.
+
+    Raises:
+        BadExample: if it is none.
+    """
+    with suppress(TypeError, ValueError):
+        if isfinite(found := float(value)):
+            return found
+    raise BadExample(f"the {role} {value!r:.60} is not a number")
 
 
 def all_labels(values: Iterable[Any]) -> list[str]:

@@ -22,7 +22,7 @@ from hfscale.models.pooling import Pooling
 from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task
+from hfscale.tasks.base import Example, Feature, Task, number
 from hfscale.tasks.generation import pad_rows
 from hfscale.tasks.text_generation import check_text
 
@@ -72,6 +72,12 @@ class Embedding(Contrastive, Task):
         made = {view: self.encode(example[view]) for view in views}
         ids = {"input_ids" if view == "text" else view: encoded["input_ids"] for view, encoded in made.items()}
         return [{**ids, "truncated": any(encoded["truncated"] for encoded in made.values())}]
+
+    def answered_features(self, example: Example) -> list[Feature]:
+        """Return the one feature; a score is a number."""
+        if example.get("score") is not None:
+            number("score", example["score"])
+        return self.features(example)
 
     def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
         """Return the views (V * B, T), all texts first, then all positives."""

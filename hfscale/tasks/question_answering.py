@@ -17,7 +17,8 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def windows(tokenizer: Any, how: dict[str, Any], *, question: str, context: str) -> list[dict[str, Any]]:
-    """Return the windows: what the tokenizer gives, and where each token ``begins`` and ``ends`` in the context (-1: it is not of it).
+    """Return the windows: what the tokenizer gives, and where each token ``begins`` and ``ends`` in the context (-1: it is not of it,
+    or nothing but white space, which answers nothing).
 
     A question longer than half a window is cut, and all are ``truncated``. None is returned where the context has no token.
     """
@@ -31,7 +32,8 @@ def windows(tokenizer: Any, how: dict[str, Any], *, question: str, context: str)
                      return_offsets_mapping=True, stride=min(max_length // 3 if stride is None else stride, room // 2))
     found = []
     for window, offsets in enumerate(made["offset_mapping"]):
-        places = [place if side == 1 else (-1, -1) for place, side in zip(offsets, made.sequence_ids(window), strict=True)]
+        places = [place if side == 1 and context[slice(*place)].strip() else (-1, -1)
+                  for place, side in zip(offsets, made.sequence_ids(window), strict=True)]
         found.append({**{name: made[name][window] for name in INPUTS if name in made}, "truncated": truncated,
                       "begins": [begin for begin, _ in places], "ends": [end for _, end in places]})
     return [window for window in found if max(window["begins"]) >= 0]

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
@@ -29,7 +28,7 @@ from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.objectives.base import Batch
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, label_name
+from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, named, number
 from hfscale.tasks.text_generation import check_text
 
 if TYPE_CHECKING:
@@ -76,7 +75,7 @@ class SequenceClassification(Task):
         if len(labels) < 2 and problem == "single_label_classification":
             raise BadExample(f"all examples have one label, {labels[0]}: there is nothing to tell apart" if labels else
                              "no example has a label")
-        counts = Counter(label_name(label) for v in values for label in (v if isinstance(v, list) else [v]))
+        counts = Counter(named(label, labels) for v in values for label in (v if isinstance(v, list) else [v]))
         return {"problem": problem, "labels": labels, "counts": [counts[label] for label in labels]}
 
     @classmethod
@@ -114,14 +113,11 @@ class SequenceClassification(Task):
         if value in (None, "") and self.problem != "regression":
             raise BadExample("there is no label")
         if self.problem == "regression":
-            with suppress(TypeError, ValueError):
-                if isfinite(number := float(value)):
-                    return number
-            raise BadExample(f"the label {value!r:.60} is not a number")
+            return number("label", value)
         several = self.problem == "multi_label_classification"
         if isinstance(value, list) and not several:
             raise BadExample(f"the label {value!r:.60} is a list, where others have one")
-        names = [label_name(label) for label in (value if isinstance(value, list) else [value])]
+        names = [named(label, self.labels) for label in (value if isinstance(value, list) else [value])]
         for name in names:
             if name not in self.labels:
                 raise BadExample(f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}")
@@ -167,11 +163,11 @@ class SequenceClassification(Task):
             numbers = list(map(float, true))
             return correlation(got, numbers) | mean({"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]})
         if self.problem == "multi_label_classification":
-            true, got = ([list(map(label_name, value)) if isinstance(value, list) else [label_name(value)] for value in side]
+            true, got = ([[named(label, self.labels) for label in (value if isinstance(value, list) else [value])] for value in side]
                          for side in (true, got))
             said = [label for labels in got for label in labels]
         else:
-            true, got = list(map(label_name, true)), list(map(label_name, got))
+            true, got = ([named(label, self.labels) for label in side] for side in (true, got))
             said = got
         found, unknown = classification(got, true, labels=self.labels), [label for label in said if label not in self.labels]
         note = f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}" if unknown else ""
@@ -189,9 +185,9 @@ def _kind(value: Any) -> str:
     if isinstance(value, list):
         return "list"
     try:
-        number = float(value)
+        amount = float(value)
     except (TypeError, ValueError):
         return "label"
     if isinstance(value, str):
-        return "fraction" if "." in value else "whole" if isfinite(number) else "label"
-    return "whole" if number.is_integer() else "fraction"
+        return "fraction" if "." in value else "whole" if isfinite(amount) else "label"
+    return "whole" if amount.is_integer() or not isfinite(amount) else "fraction"  # NaN is a gap

@@ -25,7 +25,7 @@ from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, label_name
+from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, named
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -101,8 +101,7 @@ class TokenClassification(Task):
         return features
 
     def _targets(self, example: Example, words: int) -> list[int]:
-        tags = [self.labels[tag] if isinstance(tag, int) and 0 <= tag < len(self.labels) else label_name(tag)
-                for tag in _listed(example["tags"])]
+        tags = [named(tag, self.labels) for tag in _listed(example["tags"])]
         if len(tags) != words:
             raise BadExample(f"there are {words} words and {len(tags)} tags")
         if unknown := set(tags) - {*self.labels}:

@@ -132,6 +132,7 @@ def test_unreadable_files(folder: Path, name: str, content: str | bytes | None, 
 
 @pytest.mark.parametrize(("override", "words"), [
     ("train.steps", "key=value"), ("=3", "key=value"), ("train..steps=3", "key=value"), ("train.steps=[1", "not YAML"),
+    ("task.options.prompt={source} TL;DR", "between quotes"),
     ("data.sources.1.weight=2", "a list of 1"), ("train.stepz=3", "did you mean steps"), ("run=3", "run: 3"),
     ("data.sources=null", "data.sources"), ("run.name=a/b", "run.name"), ("optim.lr=.inf", "optim.lr"), ("optim.lr=.nan", "optim.lr"),
     ("optim.betas=[0.9,1.0]", "optim.betas.1"), ("data.cache.size_gb=0", "data.cache.size_gb"),

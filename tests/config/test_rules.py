@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from hfscale.config.rules import Difference, notices, problems, resume_differences, solve_batch, total_steps
-from hfscale.config.schema import RunConfig, Train
+from hfscale.config.schema import Best, RunConfig, Train
 from hfscale.errors import ConfigError
 
 VALUES: dict[str, Any] = {
@@ -20,6 +20,15 @@ def config(**sections: dict[str, Any]) -> RunConfig:
     return RunConfig.model_validate(VALUES | {name: VALUES.get(name, {}) | section for name, section in sections.items()})
 
 
+@pytest.mark.parametrize(("best", "mode"), [
+    ({}, "min"), ({"metric": "validation_mse"}, "min"), ({"metric": "validation_accuracy"}, "max"),
+    ({"metric": "validation_f1", "mode": "min"}, "min")])
+def test_the_best_is_the_least_loss_or_the_highest_score(best: dict[str, Any], mode: str):
+    """Nobody who names a score and no mode wants its worst checkpoint; what the config says is written out for a resume."""
+    made = Best(**best)
+    assert made.mode == mode == Best(**made.model_dump()).mode
+
+
 @pytest.mark.parametrize(("sections", "key", "words"), [
     ({"train": {"steps": None}}, "train.steps", "none of them"),
     ({"train": {"epochs": 2}}, "train.epochs", "train.steps=null"),
@@ -28,6 +37,8 @@ def config(**sections: dict[str, Any]) -> RunConfig:
     ({"model": {"architecture": None}}, "model.architecture", "exactly one"),
     ({"engine": {"extra": {"communication_data_type": "bf16"}}}, "engine.extra.communication_data_type", "fewer bits"),
     ({"engine": {"extra": {"scheduler": {"type": "WarmupLR"}}}}, "engine.extra.scheduler", "`schedule` sets"),
+    ({"data": {"validation": {"shards": "/v", "every_steps": 1}}, "checkpoint": {"keep_best": {"mode": "max"}}},
+     "checkpoint.keep_best.mode", "worst"),
     ({"data": {"sources": [{"shards": "/a"}, {"shards": "/b"}]}}, "data.sources.1.name", "two sources are named text"),
     ({"data": {"sources": [{"shards": "/a", "weight": 0}]}}, "data.sources", "sum to nothing"),
     ({"data": {"stages": [{"at": 0.5, "weights": {"txet": 1}}]}}, "data.stages.0.weights", "no source txet; did you mean text"),

@@ -14,6 +14,7 @@ import pytest
 
 from hfscale.config.finetune import Examples
 from hfscale.errors import ConfigError, DataError
+from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
 from hfscale.stream.labelled import LabelledData, read_examples
 
@@ -70,10 +71,31 @@ def test_columns_and_ids(tmp_path: Path) -> None:
     (tmp_path / "x.txt").write_text("one\ntwo\n")
     assert [e["text"] for _, e in read_examples(str(tmp_path / "x.txt"), Roles, columns={}, answers=False)] == ["one", "two"]
 
+    nested = {"s": {"en": "a", "zh": None}, "q": {"label": 1}, "a.b": "c"}
+    path.write_text(json.dumps(nested) + "\n")
+    for column, cell in (("s.en", "a"), ("s.zh", None), ("a.b", "c")):
+        [(_, example)] = read_examples(str(path), Roles, columns={"text": column, "label": "q.label"})
+        assert example == {"text": cell, "label": 1, "id": "0"}
+    with pytest.raises(DataError, match=r"no column 's.de'[\s\S]*columns are s.en, s.zh, q.label, a.b"):
+        [*read_examples(str(path), Roles, columns={"text": "s.de"})]
+
     class Prompts(Roles):
         columns = {"prompt": "what goes on"}
 
     assert [e["prompt"] for _, e in read_examples(str(tmp_path / "x.txt"), Prompts, columns={}, answers=False)] == ["one", "two"]
+
+
+def test_whole_documents_of_one_line(tmp_path: Path) -> None:
+    """A list of rows, and SQuAD's own file, which has its questions below their contexts."""
+    (tmp_path / "x.json").write_text(json.dumps(ROWS))
+    assert [example for _, example in read_examples(str(tmp_path / "x.json"), Roles, columns={})] == ROWS
+    asked = [{"id": "q1", "text": "who?", "label": [{"text": "I", "answer_start": 0}]}, {"id": "q2", "text": "when?", "label": []}]
+    squad = {"version": "v2.0", "data": [{"title": "t", "paragraphs": [{"context": "I did.", "qas": asked}]}, {"paragraphs": []}]}
+    (tmp_path / "x.json").write_text(json.dumps(squad))
+    assert [row for _, row in table_rows(tmp_path / "x.json")] == [{"context": "I did.", **question} for question in asked]
+    for row in ({"data": []}, {"data": "text"}, {"data": [{"paragraphs": 3}]}):
+        (tmp_path / "x.json").write_text(json.dumps(row))
+        assert [row for _, row in table_rows(tmp_path / "x.json")] == [row], "a column of that name"
 
 
 @pytest.mark.parametrize(("content", "columns", "words"), [

@@ -108,6 +108,9 @@ def test_what_cannot_be_learnt_from() -> None:
     task, _, _ = embedding()
     with pytest.raises(BadExample, match="positive is empty"):
         task.features({"id": "0", "text": "old", "positive": ""})
+    for score in ("", "high", float("nan")):
+        with pytest.raises(BadExample, match="score .* is not a number"):
+            task.answered_features({"id": "0", "text": "old", "positive": "slow", "score": score})
     with pytest.raises(BadExample, match="for evaluation"):
         task.facts_of_training(task.options, [{**PAIRS[0], "score": 3}])
     with pytest.raises(BadExample, match="others have none"):

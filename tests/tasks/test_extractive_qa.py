@@ -58,6 +58,19 @@ def test_windows_overlap_and_cover_the_context(kind):
     assert task.counts([task.collate(rows_of(task, [example]))]) == {"extractive_qa": len(features)}
 
 
+def test_white_space_is_no_answer():
+    """Byte-level tokenizers have tokens of nothing else, as in code: they gave "", which ended before it began."""
+    task = task_of("bpe", EXAMPLES[:4])
+    context = "old river\n\n   \n ran"
+    [window] = task.features({"id": "0", "question": "what?", "context": context, "answers": "ran"})
+    own = [context[begin:end] for begin, end in zip(window["begins"], window["ends"], strict=True) if begin >= 0]
+    assert own and all(map(str.strip, own)) and context[window["begins"][window["labels"][0]]:].strip() == "ran"
+    white = torch.tensor([9.0 * (begin < 0) for begin in window["begins"]])  # is what the model likes best
+    spans = question_answering.best_spans(white, white, window=window, how=task.how)
+    answer = question_answering.choose(context, [spans], how=task.how)
+    assert answer["prediction"] and answer["start"] < answer["end"]
+
+
 def test_the_loss_by_hand_does_not_depend_on_padding():
     task = task_of()
     model = bert(task, BertForQuestionAnswering)

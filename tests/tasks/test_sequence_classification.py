@@ -84,7 +84,8 @@ def test_several_labels_and_numbers():
 
 
 @pytest.mark.parametrize(("labels", "problem"), [
-    ([2.5, 3.0, 1], "regression"), (["2.5", "3.0", "1"], "regression"), ([1, 2, 5.0], "single_label_classification"),
+    ([2.5, 3.0, 1], "regression"), ([1.0, 0.0, float("nan")], "single_label_classification"), ([0.5, float("nan")], "regression"),
+    (["2.5", "3.0", "1"], "regression"), ([1, 2, 5.0], "single_label_classification"),
     (["1.5", "2", "good"], "single_label_classification"), (["good", "inf", "nan"], "single_label_classification"),
     ([["a"], []], "multi_label_classification")])
 def test_labels_say_what_the_problem_is(labels, problem):
@@ -113,6 +114,19 @@ def test_labels_are_names_however_they_are_written():
         make(texts[4:5])
     with pytest.raises(ConfigError, match="'a' occurs twice"):
         check_options(task.Options, {"labels": ["a", "b", "a"]})
+
+
+def test_numbers_count_from_0_where_labels_have_names():
+    """As data sets of the hub have them: a model's own names for 0, 1, ..."""
+    numbered = [{**example, "label": n % 2} for n, example in enumerate(ONE)]
+    task = make(numbered, labels=["bad", "good"], class_weights="balanced")
+    assert [task.features(example)[0]["labels"] for example in numbered] == [n % 2 for n in range(len(ONE))]
+    assert sum(task.setting.facts["counts"]) == len(ONE) and all(task.setting.facts["counts"])
+    assert task.score([{"prediction": ("bad", "good")[n % 2]} for n in range(len(ONE))], numbered)["accuracy"] == 1.0
+    stars = make([{**example, "label": n % 2 + 1} for n, example in enumerate(ONE)], labels=["1", "2"])
+    for strict, label in ((task, 2), (task, -1), (stars, 0)):
+        with pytest.raises(BadExample, match="not in the set"):
+            strict.features({"id": "0", "text": "good", "label": label})
 
 
 def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():

@@ -97,6 +97,7 @@ def test_tags_that_are_not_entities_and_numbers():
     assert task.score([{"prediction": ["ADJ", "ADJ"]}], tagged) == {"accuracy": 0.5}
     numbered = make_task("token_classification", tagged, tokenizer=marking_tokenizer("wordpiece"), labels=["O", "B-X"])
     assert numbered.features({"id": "0", "words": ["old", "river"], "tags": [1, 0]})[0]["labels"] == [1, 0]
+    assert numbered.features({"id": "0", "words": "old river", "tags": "1 0"})[0]["labels"] == [1, 0], "as csv has them"
     with pytest.raises(BadExample, match="give their names in order"):
         make_task("token_classification", [{"id": "0", "words": ["a"], "tags": [3]}], tokenizer=None)
 
