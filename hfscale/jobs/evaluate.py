@@ -12,6 +12,7 @@ import json
 from collections.abc import Sequence
 from contextlib import suppress
 from itertools import islice
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -77,14 +78,12 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
         checkpoint = layout.checkpoint_of(config.predict.model)
         state = json.loads((checkpoint / layout.STATE).read_text("utf-8")) if checkpoint else {}
         facts = state.get("facts") or kind.known(model_and_tokenizer(config.predict.model)[0])
-    try:
-        facts = facts or kind.facts(options, iter(usable))
-    except BadExample as error:
-        raise DataError(str(error), where=config.data.train, remedy="mend the examples, or say more of the task (key=value)") from error
-    task = kind(options, Setting(seq_len=config.data.max_length, facts=facts))
     chosen = [rows[example["id"]] for example in usable]
     try:
-        said = described(task.measure(chosen, usable)) | {"scores": task.score(chosen, usable)}
+        task = kind(options, Setting(seq_len=config.data.max_length, facts=facts or kind.facts(options, iter(usable))))
+        said = described(task.measure(chosen, usable)) | {"scores": _defined(task.score(chosen, usable))}
+    except BadExample as error:
+        raise DataError(str(error), where=config.data.train, remedy="mend the examples, or say more of the task (key=value)") from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if predictions == config.predict.out:  # made here: a defect
             raise
@@ -95,9 +94,12 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
 
 def described(measure: Measure) -> dict[str, Any]:
     """Return what ``scores.json`` says of a measure; what is not a number is null."""
-    intervals = measure.intervals()
-    return {"examples": measure.examples, "scores": measure.scores(), "intervals": {name: [*ends] for name, ends in intervals.items()},
-            "notes": measure.notes}
+    intervals = {name: [*ends] for name, ends in measure.intervals().items() if all(map(isfinite, ends))}
+    return {"examples": measure.examples, "scores": _defined(measure.scores()), "intervals": intervals, "notes": measure.notes}
+
+
+def _defined(scores: dict[str, float]) -> dict[str, float | None]:
+    return {name: value if isfinite(value) else None for name, value in scores.items()}
 
 
 def keep(folder: Path, model: str, found: dict[str, Any]) -> None:
@@ -121,6 +123,7 @@ def table(found: Sequence[dict[str, Any]]) -> str:
         lines.append(f"{one['model']}  {counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}")
         for name, value in one["scores"].items():
             low, high = one["intervals"].get(name, (None, None))
-            lines.append(f"  {name:<24}{value:>12.4f}" + (f"   95 % [{low:.4f}, {high:.4f}]" if low is not None else ""))
+            shown = "undefined" if value is None else f"{value:.4f}"
+            lines.append(f"  {name:<24}{shown:>12}" + (f"   95 % [{low:.4f}, {high:.4f}]" if low is not None else ""))
         lines += [f"  {name}: {note}" for name, note in one["notes"].items()]
     return "\n".join(lines)

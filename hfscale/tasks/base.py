@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import inspect
 import json
+import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import chain
@@ -281,12 +282,12 @@ def number(role: str, value: Any) -> float:
 
 
 def all_labels(values: Iterable[Any]) -> list[str]:
-    """Return the distinct labels (of lists, their members) as texts: numbers by size, else by the alphabet.
+    """Return the distinct labels (of lists, their members) as texts: numbers by size, also as texts, else by the alphabet.
 
     What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then names the example.
     """
     members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
-    found = {label_name(label): label for label in members
-             if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))}
-    return sorted(found, key=lambda name: (isinstance(found[name], str), found[name]))
+    found = {label_name(label) for label in members if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))}
+    sizes = {name: float(name) for name in found if re.fullmatch(r"-?\d+(\.\d+)?", name)}
+    return sorted(found, key=lambda name: (name not in sizes, sizes.get(name, 0.0), name))
 

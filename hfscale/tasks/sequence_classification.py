@@ -158,6 +158,8 @@ class SequenceClassification(Task):
     def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
         """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations and the mean squared error."""
         true = [_split(reference["label"], self.options) for reference in references]
+        if lacking := [reference["id"] for reference, label in zip(references, true, strict=True) if label in (None, "")]:
+            raise BadExample(f"there is no label: {', '.join(lacking[:3])}")
         got = [prediction["prediction"] for prediction in predictions]
         if self.problem == "regression":
             numbers = list(map(float, true))

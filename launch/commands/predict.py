@@ -48,13 +48,15 @@ def predict(
     log.setup()
     config = settle(model, task=task, data=data or "-", out=out or Path("-"), overrides=overrides or ())
     if data is None:
-        columns = task_class(config.task.name).columns
+        kind = task_class(config.task.name)
+        columns = kind.columns
         given = {"question": question, "context": context} | ({next(iter(columns)): text} if text is not None else {})
         example = {role: value for role, value in given.items() if value is not None}
         if wrong := [role for role in example if role not in columns]:
             raise ConfigError(f"the task {config.task.name} has no {wrong[0]}", where="command line", remedy=f"it has {', '.join(columns)}")
-        if (question is None) != (context is None):
-            raise ConfigError("a question is about a context", where="command line", remedy="give both: --question Q --context C")
+        if lacking := columns.keys() - example.keys() - kind.optional - kind.answers:
+            raise ConfigError(f"the task {config.task.name} also asks for a {min(lacking)}", where="command line",
+                              remedy="--question Q --context C" if "context" in lacking else "--data FILE")
         if not all(map(is_text, example.values())):
             raise ConfigError("the text is not UTF-8", where="command line", value=ascii(example))
         made = predict_texts(config, {"id": "0", **example})

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hfscale.errors import ConfigError
 from hfscale.jobs import export
 from launch.commands.evaluate import evaluate
 from launch.commands.predict import predict
@@ -94,6 +95,8 @@ def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     asked = [{"id": "a", "question": "was it", "context": "it was very the a " * 8 + "awful and I saw it"},  # two windows and more
              {"id": "b", "question": "was it", "context": "I saw it and heard it"}]
     write_jsonl(tmp_path / "asked.jsonl", asked)
+    with pytest.raises(ConfigError, match=r"(?s)also asks for a context.*--question Q --context C"):
+        predict(str(run), text="was it")
     predict(str(run), data=str(tmp_path / "asked.jsonl"), out=tmp_path / "answers.jsonl")
     ours = [json.loads(line) for line in (tmp_path / "answers.jsonl").read_text().splitlines()]
     assert ours[0]["prediction"] == asked[0]["context"][ours[0]["start"] : ours[0]["end"]] == "awful"

@@ -104,6 +104,7 @@ def test_bad_examples(example, problem):
 def test_labels_are_names_however_they_are_written():
     texts = [{"id": str(n), "text": "good", "label": label} for n, label in enumerate((1, "1", 1.0, 0, None, float("nan"), "x", ["y", {}]))]
     assert all_labels(example["label"] for example in texts) == ["0", "1", "x", "y"]
+    assert all_labels(["10", "2", "-1", 0, "two", "nan"]) == ["-1", "0", "2", "10", "nan", "two"], "csv has numbers as texts"
     task = make(texts[:4])
     assert task.labels == ["0", "1"] and [task.features(example)[0]["labels"] for example in texts[:4]] == [1, 1, 1, 0]
     assert task.score([{"prediction": "1"}] * 3, texts[:3])["accuracy"] == 1.0
@@ -127,6 +128,11 @@ def test_numbers_count_from_0_where_labels_have_names():
     for strict, label in ((task, 2), (task, -1), (stars, 0)):
         with pytest.raises(BadExample, match="not in the set"):
             strict.features({"id": "0", "text": "good", "label": label})
+
+
+def test_a_reference_without_a_label_is_refused():
+    with pytest.raises(BadExample, match="no label: 1"):
+        make(ONE).score([{"prediction": "+"}] * 3, [ONE[0], {**ONE[1], "label": None}, ONE[2]])
 
 
 def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():
