@@ -89,6 +89,10 @@ def test_an_export_gives_the_same_answers(folder: Path, run: Path, capsys: pytes
     assert [row["id"] for row in ours] == [row["id"] for row in rows]
     assert [row["prediction"] for row in ours] == [row["prediction"] for row in exported] == [row["label"] for row in theirs]
     assert [row["scores"][row["prediction"]] for row in ours] == pytest.approx([row["score"] for row in theirs], rel=1e-5)
+    predict(str(run), data=str(write_jsonl(folder / "long.jsonl", [{"text": "lovely film " * 40 + "dull"}])), out=folder / "long.out")
+    [cut], [asked] = lines(folder / "long.out"), lines(folder / "long.jsonl")
+    [there] = pipeline("text-classification", model=str(folder / "exported"))(asked["text"], truncation=True)
+    assert cut["truncated"] and cut["scores"][there["label"]] == pytest.approx(there["score"], rel=1e-5)
     right = sum(row["prediction"] == true["label"] for row, true in zip(ours, rows, strict=True)) / len(rows)
     assert right >= 0.9, right
     capsys.readouterr()
