@@ -168,7 +168,7 @@ def table(folder: Path) -> None:
     for name, (_, _, _, metric) in TASKS.items():
         run = Path("runs") / f"tour-{name}"
         config = settle(str(run), task=None, data=None, out=Path("-"), overrides=[], answers=True)
-        home = max((run / "evaluations").glob("*/*/predictions.jsonl"), key=lambda file: file.stat().st_mtime)
+        home = max((run / "evaluations").glob("*-test/*/predictions.jsonl"), key=lambda file: file.stat().st_mtime)
         ours, trivial = (score(config, file) for file in (home, folder / name / "baseline.jsonl"))
         cells = [(found["scores"][metric], *found["intervals"][metric]) for found in (ours, trivial)]
         better = cells[0][1] > cells[1][2]

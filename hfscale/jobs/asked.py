@@ -116,5 +116,5 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
         raise ConfigError("nothing says which examples to score the model on", where="--data", value=name, remedy="--data FILE")
     if data:
         values["data"]["train"] = data
-    sections = [f"{'' if text.split('.')[0] in values else 'task.options.'}{text}" for text in overrides]
+    sections = [f"{'' if text.split('.')[0] in values or '=' not in text else 'task.options.'}{text}" for text in overrides]
     return load_values(values, sections, schema=PredictConfig)

@@ -67,7 +67,8 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
     missing = [example["id"] for example in references if example["id"] not in rows]
     if missing or len(rows) != len(references):
         count = f"{len(rows):,} predictions for {len(references):,} examples"
-        raise DataError(f"{count}, {len(missing):,} of which have none", where=predictions, value=missing[:5],
+        unknown = [] if missing else [*rows.keys() - {example["id"] for example in references}]
+        raise DataError(f"{count}, {len(missing):,} of which have none", where=predictions, value=missing[:5] or unknown[:5],
                         remedy="give the predictions of these examples, whole; ids must be the same")
     usable = [example for example in references if "problem" not in rows[example["id"]]]
     if not usable:

@@ -24,7 +24,7 @@ from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
-from hfscale.errors import ConfigError, nearest
+from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.jobs.asked import auto_model_of
 from hfscale.jobs.evaluate import folder_of, keep
 from hfscale.jobs.opening import open_model
@@ -89,7 +89,11 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
     with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
         opened = open_model(wanted.model, auto_model_of(wanted.model), config.engine)
         model = EngineLM(opened.engine, opened.tokenizer, wanted.batch)
-        made: Any = simple_evaluate(model, tasks=[*wanted.tasks], task_manager=_known(wanted.folder))
+        try:
+            made: Any = simple_evaluate(model, tasks=[*wanted.tasks], task_manager=_known(wanted.folder))
+        except (ConnectionError, FileNotFoundError) as error:
+            raise DataError("the data of a task cannot be read", where=", ".join(wanted.tasks), value=str(error).splitlines()[0],
+                            remedy="fetch it once where there is a network, or name tasks of files here: --harness-path") from error
         opened.engine.close()
         if world.rank == 0:
             keep(wanted.out, wanted.model, _scores(made))

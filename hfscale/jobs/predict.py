@@ -29,7 +29,7 @@ from hfscale.errors import DataError, counted
 from hfscale.hub import local_folder
 from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
-from hfscale.shards.files import publish, sync, write_atomically
+from hfscale.shards.files import cannot_write, publish, sync, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
 from hfscale.training.predictor import predict
@@ -55,17 +55,22 @@ def examples_of(config: PredictConfig) -> Iterator[Example]:
         yield example if wanted.answers else {role: value for role, value in example.items() if role not in kind.answers}
 
 
-def key_of(config: PredictConfig) -> dict[str, str]:
-    """Return digests of all that the predictions depend on: model, data, task."""
-    kind, data = task_class(config.task.name), config.data
-    folder = layout.checkpoint_of(config.predict.model) or local_folder(config.predict.model, where="MODEL", weights=True)
+def model_digest(name: str) -> str:
+    """Return what names the content of MODEL ``name``: another one in the same place is another one."""
+    folder = layout.checkpoint_of(name) or local_folder(name, where="MODEL", weights=True)
     model = hashlib.blake2b(digest_size=16)
     for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED):
         large = file.suffix == ".safetensors"  # of a checkpoint of ours the manifest has their digests
         model.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode() if large else file.read_bytes())
+    return model.hexdigest()
+
+
+def key_of(config: PredictConfig) -> dict[str, str]:
+    """Return digests of all that the predictions depend on: model, data, task."""
+    kind, data = task_class(config.task.name), config.data
     how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
     task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
-    return {"model": model.hexdigest(), "data": LabelledData(data, kind, about="").digest(config.predict.split),
+    return {"model": model_digest(config.predict.model), "data": LabelledData(data, kind, about="").digest(config.predict.split),
             "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest()}
 
 
@@ -84,11 +89,16 @@ def prepare(config: PredictConfig) -> Path:
     parts = parts_of(out)
     file = parts / "key.json"
     saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
+    if saved["key"] != key and not any(parts.glob("0*.jsonl")):
+        saved = {"key": key, "chunk": size}  # what was asked first was refused, or stopped, before anything was made
     if saved["key"] != key:
         differ = [name for name in key if saved["key"].get(name) != key[name]]
         raise DataError("half-made predictions of something else are in the way", where=parts, value=f"other {', '.join(differ)}",
                         remedy="give another --out, ask for the same again, or remove that folder")
-    parts.mkdir(parents=True, exist_ok=True)
+    try:
+        parts.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise cannot_write(out, error) from None
     write_atomically(file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode())
     return parts / "config.yaml"
 

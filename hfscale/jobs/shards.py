@@ -22,6 +22,7 @@ from hfscale.jobs.asked import model_and_tokenizer, run_config
 from hfscale.jobs.evaluate import described, folder_of, keep
 from hfscale.jobs.material import open_rows
 from hfscale.jobs.opening import open_model
+from hfscale.jobs.predict import model_digest
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.objectives.base import Objective, Setting, load_objective
@@ -47,7 +48,7 @@ def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsCon
     rows = open_rows(config.data.sources[0].shards, config, tokenizer)
     folder = layout.checkpoint_of(name) or local_folder(name, where="MODEL")
     cut = config.data.model_dump_json(exclude={"sources", "validation"})
-    key = {"model": str(folder.absolute()), "data": rows.fingerprint, "config": f"{cut} {config.engine.precision}"}
+    key = {"model": model_digest(name), "data": rows.fingerprint, "config": f"{cut} {config.engine.precision}"}
     where = {"model": str(folder.absolute()), "out": folder_of(name, "shards", key)}  # a run goes on meanwhile
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
 

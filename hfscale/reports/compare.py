@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from hfscale.errors import DataError
+from hfscale.shards.files import cannot_write
 from hfscale.shards.stats import picture
 
 PREFIX, LOW, HIGH, DEVIATION = "validation_", "_low", "_high", "_deviation"
@@ -105,17 +106,24 @@ def _cell(line: Line, name: str) -> str:
 
 
 def write_csv(found: Sequence[Line], path: Path) -> None:
-    """Write the table with the ends of the intervals."""
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(dict.fromkeys(name for line in found for name in line)))
-        writer.writeheader()
-        writer.writerows(found)
+    """Write the table with the ends of the intervals.
+
+    Raises:
+        DataError: if it cannot be written.
+    """
+    try:
+        with open(path, "w", encoding="utf-8", newline="") as file:
+            writer = csv.DictWriter(file, list(dict.fromkeys(name for line in found for name in line)))
+            writer.writeheader()
+            writer.writerows(found)
+    except OSError as error:
+        raise cannot_write(path, error) from None
 
 
 def draw(found: Sequence[Line], path: Path) -> None:
     """Draw a panel a score into ``path``, a PNG, with the intervals."""
     names = _names(found)
-    with picture(path, width=7, height=len(names) * (0.8 + 0.25 * len(found))) as figure:
+    with picture(path, width=4 + 0.08 * max(len(line["name"]) for line in found), height=len(names) * (0.8 + 0.25 * len(found))) as figure:
         for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
             for line in reversed([line for line in found if line.get(name) is not None]):
                 axes.barh(line["name"], line[name], color="0.75")

@@ -161,8 +161,8 @@ class ExtractiveQA(Task):
 
 
 def _compared(predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> tuple[list[str], list[list[str]], list[float]]:
-    """Return the best spans, the true answers, and how much "none" beats each span. Predictions of others may be mere texts."""
-    spans = [p["n_best"][0]["text"] if p.get("n_best") else p["prediction"] for p in predictions]
+    """Return the best spans, the true answers, and how much "none" beats each span. Those of others, or mended ones, count as they are."""
+    spans = [p["n_best"][0]["text"] if p.get("n_best") and not p["prediction"] else p["prediction"] for p in predictions]
     none = [p.get("no_answer_score", -1.0 if p["prediction"] else 1.0) for p in predictions]
     return spans, [[text for text, _ in _answers(example)] for example in references], none
 

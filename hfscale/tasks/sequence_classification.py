@@ -32,7 +32,7 @@ from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, named
 from hfscale.tasks.text_generation import check_text
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel
 
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
 
@@ -97,6 +97,10 @@ class SequenceClassification(Task):
         labels = self.labels or ["LABEL_0"]
         return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)},
                 "problem_type": self.problem, "pad_token_id": self.pad_id}
+
+    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+        """Carry along where texts are cut, for ``pipe(text, truncation=True)``."""
+        tokenizer.model_max_length = self.setting.seq_len
 
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature; its ``labels`` is a class's number, a list of C zeros and ones, or a number."""

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from pathlib import Path
 
 import pytest
@@ -47,5 +48,8 @@ def test_a_pretrained_model_on_shards(corpus: Path, tmp_path: Path, capsys: pyte
     evaluate(str(tmp_path / "exported"), ["data.seq_len=32", "data.cross_document=true"], data=[shards])
     [theirs] = tmp_path.glob("evaluations/shards/exported-*/scores.json")
     assert json.loads(theirs.read_text())["examples"] > 37
+    before = settle(str(tmp_path / "exported"), shards, []).evaluate.out
+    os.utime(tmp_path / "exported" / "model.safetensors", (1, 1))
+    assert settle(str(tmp_path / "exported"), shards, []).evaluate.out != before, "another model in the same place: other scores"
     with pytest.raises(ConfigError, match="nothing says on what"):
         settle(str(tmp_path / "exported"), None, [])

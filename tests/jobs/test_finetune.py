@@ -89,6 +89,10 @@ def test_an_export_gives_the_same_answers(folder: Path, run: Path, capsys: pytes
     assert [row["id"] for row in ours] == [row["id"] for row in rows]
     assert [row["prediction"] for row in ours] == [row["prediction"] for row in exported] == [row["label"] for row in theirs]
     assert [row["scores"][row["prediction"]] for row in ours] == pytest.approx([row["score"] for row in theirs], rel=1e-5)
+    predict(str(run), data=str(write_jsonl(folder / "long.jsonl", [{"text": "lovely film " * 40 + "dull"}])), out=folder / "long.out")
+    [cut], [asked] = lines(folder / "long.out"), lines(folder / "long.jsonl")
+    [there] = pipeline("text-classification", model=str(folder / "exported"))(asked["text"], truncation=True)
+    assert cut["truncated"] and cut["scores"][there["label"]] == pytest.approx(there["score"], rel=1e-5)
     right = sum(row["prediction"] == true["label"] for row, true in zip(ours, rows, strict=True)) / len(rows)
     assert right >= 0.9, right
     capsys.readouterr()
@@ -122,6 +126,9 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
         evaluate(str(run), predictions=torn)
     torn.write_text("".join(predictions.read_text().splitlines(keepends=True)[:-1]))
     with pytest.raises(DataError, match="1 of which have none"):
+        evaluate(str(run), predictions=torn)
+    torn.write_text(predictions.read_text() + '{"id": "more", "prediction": "good"}')
+    with pytest.raises(DataError, match="(?s)0 of which have none.*'more'"):
         evaluate(str(run), predictions=torn)
     some = lines(predictions)
     for changed, words in (([*some, some[0]], "an id occurs twice"), ([{"id": some[0]["id"]}], "there is no prediction")):
@@ -173,13 +180,17 @@ def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.Capt
 def test_mistakes_in_what_is_asked_of_a_model(folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = reviews(3, seed=4)
     table = str(write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[0], "id": "e", "text": " "}]))
-    with pytest.raises(ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"):
-        predict(str(run), ["data.max_length=5000"], data=table)
     out = tmp_path / "out.jsonl"
+    with pytest.raises(ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"):
+        predict(str(run), ["data.max_length=5000"], data=table, out=out)  # nothing was made, so nothing is in the way of what follows
     predict(str(run), ["data.max_length=3"], data=table, out=out)
     said = capsys.readouterr().err
     assert [row.get("truncated") for row in lines(out)] == [True, True, True, None] and "3 of 4 examples were cut" in said
     assert "1 of 4 examples have a problem instead of a prediction, such as e: the text is empty" in said
+    with pytest.raises(DataError, match=r"cannot write: Not a directory"):
+        predict(str(run), data=table, out=out / "below-a-file")
+    with pytest.raises(ConfigError, match=r"(?s)written key=value.*'runs/other'"):
+        evaluate(str(run), ["runs/other"])
     with pytest.raises(DataError, match=r"(?s)1 example cannot be scored.*e: the text is empty"):
         evaluate(str(run), data=[table])
     evaluate(str(run), ["data.on_error=skip"], data=[table])

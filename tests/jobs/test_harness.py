@@ -12,7 +12,7 @@ import yaml
 
 from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, DataError
 from hfscale.jobs import export
 from hfscale.jobs.opening import open_run
 from launch.commands.evaluate import evaluate
@@ -99,5 +99,9 @@ def test_scores_are_those_computed_by_hand(run: Path, tasks: Path, monkeypatch: 
 def test_what_the_harness_cannot_ask(run: Path, tasks: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"(?s)no such task.*my_choices"):
         evaluate(str(run), harness="my_choice", harness_path=tasks)
+    (lost := tmp_path / "lost").mkdir()
+    (lost / "lost.yaml").write_text((tasks / "my_texts.yaml").read_text().replace("my_texts", "lost").replace("texts.jsonl", "none.jsonl"))
+    with pytest.raises(DataError, match=r"(?s)data of a task cannot be read.*lost"):
+        evaluate(str(run), harness="lost", harness_path=lost)
     with pytest.raises(ConfigError, match="likelihoods"):
         evaluate(str(make_encoder(tmp_path / "encoder")), harness="my_choices", harness_path=tasks)

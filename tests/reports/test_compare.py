@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from hfscale.errors import DataError
-from hfscale.reports.compare import find, table
+from hfscale.reports.compare import find, table, write_csv
 from launch.commands.runs import compare
 
 
@@ -42,6 +42,8 @@ def test_what_has_no_scores(tmp_path: Path) -> None:
     for source, problem in ((tmp_path, "no scores here"), (tmp_path / "none", "no scores here"), (tmp_path / "x.json", "not a file")):
         with pytest.raises(DataError, match=problem):
             find([source])
+    with pytest.raises(DataError, match=r"(?s)cannot write.*nowhere"):
+        write_csv([{"name": "a", "f1": 0.5}], tmp_path / "nowhere" / "t.csv")
 
 
 def test_runs_that_differ_in_seed_alone_get_a_mean(tmp_path: Path) -> None:

@@ -125,6 +125,8 @@ def test_it_learns_also_when_there_is_no_answer(kind):
     scores = task.score(predicted, EXAMPLES)
     assert scores.keys() <= task.metrics
     assert scores["exact_match"] == scores["f1"] == scores["no_answer_accuracy"] == scores["best_f1"] == 100.0
+    mended = [{**predicted[0], "prediction": "a bridge"}, *predicted[1:]]
+    assert task.score(mended, EXAMPLES)["exact_match"] == 80.0  # a prediction that was changed by hand counts, not its best span
     never = task_of(kind, no_answer_threshold=1e6)
     assert never.score(predicted, EXAMPLES)["no_answer_accuracy"] == 0.0  # rescored at another threshold, without a model
 
