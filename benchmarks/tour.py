@@ -42,10 +42,10 @@ from benchmarks.tour_examples import (
 LEAST_TESTED, MOST_TESTED = 200, 1000
 
 
-def unique(examples: Iterable[dict[str, Any]], rng: random.Random) -> list[dict[str, Any]]:
+def unique(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Return distinct examples in an order of chance, with ids."""
     found = list({json.dumps(example, sort_keys=True): example for example in examples}.values())
-    rng.shuffle(found)
+    random.Random(0).shuffle(found)
     return [{"id": str(number), **example} for number, example in enumerate(found)]
 
 
@@ -125,8 +125,8 @@ def corpus(name: str, folder: Path, *, shards: str, text: str) -> dict[str, Any]
 # ------------------------------------------------------------------------------------------------------ commands
 def make(folder: Path) -> None:
     """Write texts, examples, baselines and configs. What is tested is not among the texts."""
-    rng, docs, pairs = random.Random(0), docstrings(), messages()
-    if len(unique(translation(pairs)["test"], rng)) < LEAST_TESTED:
+    docs, pairs = docstrings(), messages()
+    if len(unique(translation(pairs)["test"])) < LEAST_TESTED:
         print("    few programs here have a Russian translation: made-up sentences take their place")
         pairs = made_up_messages()
     for kind, told in texts(docs, pairs).items():
@@ -137,7 +137,7 @@ def make(folder: Path) -> None:
                               "summarization": summarization(docs), "translation": translation(pairs)}
     for task, sides in made.items():
         (folder / task).mkdir(exist_ok=True)
-        train, test = (unique(sides[side], rng) for side in ("train", "test"))
+        train, test = (unique(sides[side]) for side in ("train", "test"))
         if task not in ("sentiment", "translation"):  # whose texts are no docstrings
             test = untold(test[:2 * MOST_TESTED], docs)
         test = test[:MOST_TESTED]
