@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parents[2]
 
 def prepare(tmp_path: Path, *, extra: str = "", **env: str) -> subprocess.CompletedProcess[str]:
     """Return the finished `prepare_python`, with ``tmp_path/bin`` first on PATH and no active environment."""
-    kept = {name: value for name, value in os.environ.items() if name not in ("VIRTUAL_ENV", "CONDA_PREFIX") and not name.startswith("HFSCALE_")}
+    ours = ("VIRTUAL_ENV", "CONDA_PREFIX", "HFSCALE_VENV", "HFSCALE_NO_INSTALL")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
     path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
     return subprocess.run(["bash", "-c", f"set -euo pipefail; source launch/setup.sh; prepare_python {extra}; echo $PYTHON"], cwd=ROOT,
                           env=kept | {"PATH": path} | env, capture_output=True, text=True, check=False, timeout=60)
