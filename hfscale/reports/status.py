@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -27,6 +29,14 @@ def last_record(run_dir: Path) -> dict[str, Any]:
             except ValueError:
                 continue  # torn by a kill
     return {}
+
+
+def records(run_dir: Path) -> Iterator[dict[str, Any]]:
+    """Yield the records of a run's metrics as they were logged, but for what a kill has torn; none if there is no run."""
+    file = run_dir / "metrics.jsonl"
+    for line in file.read_text("utf-8").split("\n") if file.is_file() else ():
+        with suppress(ValueError):
+            yield json.loads(line)
 
 
 def progress(config: TrainConfig, record: dict[str, Any]) -> float:

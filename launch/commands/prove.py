@@ -25,7 +25,7 @@ from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
-from hfscale.reports.status import last_record
+from hfscale.reports.status import last_record, records
 from hfscale.shards.files import write_atomically
 from launch.request import Request
 
@@ -69,8 +69,7 @@ def resume(
     for _ in range(TRIES):
         killed = [_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng) for attempt, step in enumerate(moments, 1)]
         _finish([*command, "run.name=killed"], run)
-        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        resumed = {record["attempt"]: record["step"] - 1 for record in reversed(logged)}  # attempt -> the step that it began from
+        resumed = {record["attempt"]: record["step"] - 1 for record in reversed([*records(run)])}  # attempt -> the step that it began from
         if len(resumed) == kills + 1:
             break
         shutil.rmtree(run)  # it was done before it could be killed, so a start after that had nothing left to do
