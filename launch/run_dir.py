@@ -98,8 +98,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
-    """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``."""
+    """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``.
+
+    Raises:
+        CheckpointError: as ``compare``: what was written between a first look and the lock counts.
+    """
     path = loaded.config.run_dir
+    compare(loaded.config)
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
     here = allocation()
     entry = {"started": _now(), "launcher": launcher, "procs": procs, "job": here and asdict(here), **describe(path),

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import TrainConfig
@@ -53,7 +52,6 @@ def resume(
     """
     from hfscale.reports.prove import first_difference, observe
 
-    log.setup()
     if out and out.exists():
         raise ConfigError("this file exists already; nothing was run", where="--out", value=out, remedy="name another file, or move it")
     rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()

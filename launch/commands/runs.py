@@ -185,8 +185,6 @@ def export(
 
     Example: hfscale export runs/quickstart exports/quickstart
     """
-    from hfscale import log
     from hfscale.jobs.export import run
 
-    log.setup()
     typer.echo(run(model, out, adapter=adapter))
