@@ -72,13 +72,13 @@ def launch(request: Request) -> int:
     with run_dir.locked(config.run_dir):
         if here := allocation():
             hold(config.run_dir, here.job_id)  # the lock may not reach the other nodes
-        with run_dir.restored_if_refused(config.run_dir) as codes:
-            file = run_dir.record(loaded, launcher="local", procs=procs)
-            logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
-            if config.metrics.tensorboard:
-                logger.info(tensorboard_line(config.run_dir))
-            codes.append(run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs"))
-    [code] = codes
+        before = run_dir.before_attempt(config.run_dir)
+        file = run_dir.record(loaded, launcher="local", procs=procs)
+        logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
+        if config.metrics.tensorboard:
+            logger.info(tensorboard_line(config.run_dir))
+        code = run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs")
+        run_dir.restore_if_refused(config.run_dir, before, code=code)
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
     if code == EXIT_DONE:

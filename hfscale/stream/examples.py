@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -99,15 +99,14 @@ class ExampleStream:
                  world_size: int, state: dict[str, Any] | None = None) -> None:
         self._features, self._order, self._rank, self._world_size = features, order, rank, world_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._state = ExampleState(fingerprint, order.seed, order.grouped, len(order.lengths))
-        self._consumed = state["consumed_rows"] if state else 0
-        if state and state != asdict(self.state()):
-            differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in asdict(self.state()).items()
+        self._state = ExampleState(fingerprint, order.seed, order.grouped, len(order.lengths), state["consumed_rows"] if state else 0)
+        if state and state != self._state.to_dict():
+            differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in self._state.to_dict().items()
                       if state.get(name) != now]
             raise DataError("the checkpoint continues other examples, or another order of them", where="; ".join(differ),
                             remedy="give back the files and options of data (and the hfscale of then), or start a new run: run.name=...")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
-        self._next = self._reader.submit(self._read, self._consumed)
+        self._next = self._reader.submit(self._read, self._state.consumed_rows)
 
     def take(self) -> list[Examples]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again."""
@@ -115,16 +114,16 @@ class ExampleStream:
 
     def advance(self) -> None:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
-        self._consumed += self._global_batch
-        self._next = self._reader.submit(self._read, self._consumed)
+        self._state = replace(self._state, consumed_rows=self._state.consumed_rows + self._global_batch)
+        self._next = self._reader.submit(self._read, self._state.consumed_rows)
 
     def state(self) -> ExampleState:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
-        return ExampleState(**{**asdict(self._state), "consumed_rows": self._consumed})
+        return self._state
 
     def epochs(self) -> dict[str, Any]:
         """Return the passes over the examples so far."""
-        return {"epoch": self._consumed / len(self._order.lengths)}
+        return {"epoch": self._state.consumed_rows / self._state.epoch_rows}
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""
