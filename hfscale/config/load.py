@@ -19,7 +19,7 @@ from hfscale.config import rules
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import RunConfig, Section, TrainConfig
-from hfscale.errors import ConfigError, nearest
+from hfscale.errors import ConfigError, counted, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -323,6 +323,5 @@ def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> Co
 
     lines = sorted((f"{place(key)}: {key}: {message}" for key, message in problems),
                    key=lambda line: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)])
-    count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    return ConfigError("\n  ".join([f"{count} in the config {path}", *lines]),
+    return ConfigError("\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),
                        remedy="`hfscale show --schema` prints every key with its type and default")

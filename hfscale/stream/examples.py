@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class ExampleOrder:
     def __init__(self, lengths: np.ndarray, *, seed: int, grouped: bool) -> None:
         self.lengths, self.seed, self.grouped = lengths, seed, grouped
         self._order = Order([len(lengths)], seed=seed, lanes=1, block=len(lengths))
-        self._pools: dict[tuple[int, int], np.ndarray] = {}
+        self._pool = lru_cache(4)(self._permuted)
 
     def at(self, start: int, count: int) -> np.ndarray:
         """Return the numbers of the features at positions ``start .. start + count`` (n; int64)."""
@@ -72,9 +73,8 @@ class ExampleOrder:
             start, count = start + len(found), count - len(found)
         return np.concatenate(parts)
 
-    def _pool(self, epoch: int, number: int) -> np.ndarray:
-        if (found := self._pools.get((epoch, number))) is not None:
-            return found
+    def _permuted(self, epoch: int, number: int) -> np.ndarray:
+        """Return the features of a pool of an epoch, in their order."""
         N = len(self.lengths)
         rows = self._order.locate(epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))).row
         if self.grouped:
@@ -82,9 +82,6 @@ class ExampleOrder:
             groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))  # cut elsewhere in each epoch
             turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
             rows = rows[np.concatenate([np.sort(groups[turn]) for turn in turns])]  # a group itself is in no order of length
-        if len(self._pools) >= 4:
-            self._pools.clear()
-        self._pools[epoch, number] = rows
         return rows
 
 
