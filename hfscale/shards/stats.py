@@ -27,10 +27,9 @@ def document_lengths(manifest: Manifest) -> np.ndarray:
 
 def describe(manifest: Manifest) -> str:
     """Return a screen of text: totals and, for token shards, a histogram of document lengths by powers of two."""
-    tokenizer = manifest.tokenizer
     lines = [f"{manifest.folder}", f"  shards     {len(manifest.shards):,}", f"  bytes      {manifest.bytes:,}",
              f"  documents  {manifest.documents:,}"]
-    if manifest.dtype != TEXT and tokenizer:
+    if tokenizer := manifest.tokenizer:
         lines += [f"  tokens     {manifest.tokens:,} ({manifest.dtype})",
                   f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of document {tokenizer.eod_id}"]
     lines.append(f"  fingerprint {manifest.fingerprint}")
