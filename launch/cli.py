@@ -12,6 +12,7 @@ from typing import Any
 import typer
 from typer.core import TyperGroup
 
+from hfscale import log
 from hfscale.errors import UserError, exit_code, nearest
 
 VERBS = {  # a verb is listed when it works
@@ -63,6 +64,7 @@ app = typer.Typer(cls=Verbs, rich_markup_mode=None, pretty_exceptions_enable=Fal
                      "76 unhealthy numbers, 77 hung (run it again).")
 def _hfscale() -> None:
     """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume exactly."""
+    log.setup()
 
 
 def main() -> None:

@@ -9,7 +9,7 @@ import shutil
 import sys
 import traceback
 
-from hfscale import log, worker
+from hfscale import worker
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.rules import solve_batch
@@ -30,7 +30,6 @@ def launch(request: Request) -> int:
     Raises:
         UserError: as any launcher.
     """
-    log.setup()
     wanted = request.load()
     on_gpu = gpu_count() > 0
     loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
@@ -50,7 +49,6 @@ def launch(request: Request) -> int:
             for old in config.run_dir.iterdir():
                 if old.name != run_dir.LOCK:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
-        run_dir.compare(config)
         file = run_dir.record(loaded, launcher="debug", procs=1)
         try:
             return worker.run(file)

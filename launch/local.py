@@ -20,7 +20,6 @@ from typing import Any
 
 import typer
 
-from hfscale import log
 from hfscale.config.load import to_yaml
 from hfscale.config.rules import BatchPlan, notices, solve_batch
 from hfscale.config.schema import Section
@@ -47,7 +46,6 @@ def launch(request: Request) -> int:
     Raises:
         UserError: for what can be refused before a process is started.
     """
-    log.setup()
     loaded = request.load()
     config = loaded.config
     gpus = gpu_count()
@@ -74,14 +72,13 @@ def launch(request: Request) -> int:
     with run_dir.locked(config.run_dir):
         if here := allocation():
             hold(config.run_dir, here.job_id)  # the lock may not reach the other nodes
-        run_dir.compare(config)  # again: what was written between the first look and the lock counts
-        with run_dir.restored_if_refused(config.run_dir) as codes:
-            file = run_dir.record(loaded, launcher="local", procs=procs)
-            logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
-            if config.metrics.tensorboard:
-                logger.info(tensorboard_line(config.run_dir))
-            codes.append(run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs"))
-    [code] = codes
+        before = run_dir.before_attempt(config.run_dir)
+        file = run_dir.record(loaded, launcher="local", procs=procs)
+        logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
+        if config.metrics.tensorboard:
+            logger.info(tensorboard_line(config.run_dir))
+        code = run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs")
+        run_dir.restore_if_refused(config.run_dir, before, code=code)
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
     if code == EXIT_DONE:
@@ -128,13 +125,12 @@ def tensorboard_line(path: Path) -> str:
 
 def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     """Return what a real run would do."""
-    return "\n".join([batch.equation, f"run directory {path} ({'goes on' if (path / run_dir.CONFIG).is_file() else 'new'})",
-                      *(" ".join([*(f"{name}={value}" for name, value in _place(rank, batch.world_size, port).export().items()),
-                                  sys.executable, "-m", request.worker, str(path / run_dir.CONFIG)]) for rank in range(batch.world_size))])
-
-
-def _place(rank: int, procs: int, port: int) -> World:
-    return World(rank, procs, rank, procs, "127.0.0.1", port)
+    config, procs = path / run_dir.CONFIG, batch.world_size
+    lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
+    for rank in range(procs):
+        place = World(rank, procs, rank, procs, master_port=port).export()
+        lines.append(" ".join([*(f"{name}={value}" for name, value in place.items()), sys.executable, "-m", request.worker, str(config)]))
+    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------- ranks
@@ -165,7 +161,7 @@ def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> i
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                ranks.append(_start(command, _place(number, procs, port), logs))
+                ranks.append(_start(command, World(number, procs, number, procs, master_port=port), logs))
                 if asked:
                     ranks[-1].process.terminate()
             failed = _watch(ranks)

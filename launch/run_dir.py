@@ -53,7 +53,7 @@ def compare(config: TrainConfig) -> list[str]:
             raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
                                   remedy=_other_name(config))
         return []
-    if not _has_trained(path):
+    if not (layout.candidates(path / layout.FOLDER) or before_attempt(path)[1]):  # it has not trained
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
     digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
@@ -98,8 +98,13 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
-    """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``."""
+    """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``.
+
+    Raises:
+        CheckpointError: as ``compare``: what was written between a first look and the lock counts.
+    """
     path = loaded.config.run_dir
+    compare(loaded.config)
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
     here = allocation()
     entry = {"started": _now(), "launcher": launcher, "procs": procs, "job": here and asdict(here), **describe(path),
@@ -112,16 +117,17 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
     return path / CONFIG
 
 
-@contextmanager
-def restored_if_refused(path: Path) -> Iterator[list[int]]:
-    """Yield a list for the exit code of an attempt; if it was refused before its first logged step, the run keeps its old config."""
+def before_attempt(path: Path) -> tuple[bytes | None, int]:
+    """Return the config of a run directory (None: there is none yet) and how many bytes the run has logged."""
     config, metrics = path / CONFIG, path / "metrics.jsonl"
-    old = config.read_bytes() if config.is_file() else None
-    logged = metrics.stat().st_size if metrics.is_file() else 0
-    codes: list[int] = []
-    yield codes
-    if codes == [EXIT_USER_ERROR] and old is not None and logged == (metrics.stat().st_size if metrics.is_file() else 0):
-        write_atomically(config, old)
+    return config.read_bytes() if config.is_file() else None, metrics.stat().st_size if metrics.is_file() else 0
+
+
+def restore_if_refused(path: Path, before: tuple[bytes | None, int], *, code: int) -> None:
+    """Give a run its config of ``before`` back, if the attempt that ended with ``code`` was refused before its first logged step."""
+    config, logged = before
+    if code == EXIT_USER_ERROR and config is not None and logged == before_attempt(path)[1]:
+        write_atomically(path / CONFIG, config)
 
 
 def made_by_alone(path: Path, *, launcher: str) -> None:
@@ -151,11 +157,6 @@ def attempts(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise CheckpointError(f"the record of earlier attempts is damaged: {error}", where=file,
                               remedy="restore it, or move it away: the run itself does not need it") from None
-
-
-def _has_trained(path: Path) -> bool:
-    metrics = path / "metrics.jsonl"
-    return bool(layout.candidates(path / layout.FOLDER)) or (metrics.is_file() and metrics.stat().st_size > 0)
 
 
 def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:

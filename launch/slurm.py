@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hfscale import log
 from hfscale.config.load import Loaded
 from hfscale.config.rules import notices, solve_batch
 from hfscale.config.schema import Cluster, TrainConfig
@@ -43,7 +42,6 @@ def launch(request: Request) -> int:
     Raises:
         UserError: for everything that can be known before the job starts, and what Slurm refuses. Nothing is submitted then.
     """
-    log.setup()
     loaded, here = request.load(), allocation()
     config = loaded.config
     run, cluster = config.run_dir, config.cluster
@@ -125,7 +123,6 @@ def prepare(loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Pat
     Raises:
         ConfigError: if no log can be written there.
     """
-    run_dir.compare(loaded.config)  # again, under the lock
     run_dir.record(loaded, launcher=launcher, procs=procs)
     if code:
         for folder in SHIPPED:
@@ -227,7 +224,6 @@ def _refuse_local_disk(config: TrainConfig) -> None:
         ConfigError: naming the one that is not.
     """
     places = {"run.root": config.run_dir}
-    names = (config.tokenizer and config.tokenizer.path, config.model.pretrained)
     names = (config.tokenizer and config.tokenizer.path, config.model.pretrained)
     if any(name and not Path(name).is_absolute() for name in names):  # from the hub
         places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()

@@ -24,7 +24,7 @@ import submitit
 from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
-from hfscale import log, worker
+from hfscale import worker
 from hfscale.config.load import Loaded
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.stop import SIGNALS
@@ -93,7 +93,6 @@ def launch(request: Request) -> int:
     Raises:
         UserError: as ``submit``.
     """
-    log.setup()
     no_ranks(request)
     if request.dry_run:
         _, parameters = _checked([request], "slurm", {})

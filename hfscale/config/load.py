@@ -19,7 +19,7 @@ from hfscale.config import rules
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import RunConfig, Section, TrainConfig
-from hfscale.errors import ConfigError, nearest
+from hfscale.errors import ConfigError, counted, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -38,13 +38,13 @@ class Loaded(Generic[S]):
     config: S
     sources: dict[str, str]
 
-    def source(self, key: str) -> str:
-        """Return where the value of ``key`` came from; a value inside a written list or mapping came with it."""
+    def source(self, key: str, default: str = DEFAULT) -> str:
+        """Return where the value of ``key`` came from, ``default`` if nobody wrote it; one inside a list or mapping came with it."""
         while key:
             if key in self.sources:
                 return self.sources[key]
             key = key.rpartition(".")[0] if key.rpartition(".")[2].isdigit() else ""
-        return DEFAULT
+        return default
 
 
 @dataclass
@@ -316,13 +316,7 @@ def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
 def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:
     """Return one error that lists all problems in the order of their lines."""
     loaded: Loaded[Any] = Loaded(None, tree.sources)
-
-    def place(key: str) -> str:
-        source = loaded.source(key)
-        return str(path) if source == DEFAULT else source
-
-    lines = sorted((f"{place(key)}: {key}: {message}" for key, message in problems),
+    lines = sorted((f"{loaded.source(key, default=str(path))}: {key}: {message}" for key, message in problems),
                    key=lambda line: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)])
-    count = "1 error" if len(lines) == 1 else f"{len(lines)} errors"
-    return ConfigError("\n  ".join([f"{count} in the config {path}", *lines]),
+    return ConfigError("\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),
                        remedy="`hfscale show --schema` prints every key with its type and default")

@@ -177,7 +177,7 @@ def _documents(manifest: Manifest) -> Iterator[np.ndarray]:
         reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
         tokens = np.empty(len(reader), manifest.numpy_dtype)
         reader.read_tokens(0, len(reader), tokens)
-        *whole, rest = np.split(tokens, reader.ends(0, len(reader)))
+        *whole, rest = np.split(tokens, reader.ends())
         for document in whole:
             yield np.concatenate([*begun, document]) if begun else document
             begun = []

@@ -6,13 +6,12 @@ tokens (Devlin et al. 2019). ``unigram``: Kudo 2018, with NFKC and word marks as
 from __future__ import annotations
 
 import json
-import os
 import re
-import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
@@ -159,16 +158,15 @@ def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, Any]) -> None:
-    temporary = folder.with_name(f".{folder.name}.tmp-{os.getpid()}")
     try:
-        temporary.mkdir(parents=True)
-        tokenizer.save_pretrained(temporary)
-        (temporary / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
-        os.rename(temporary, folder)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
+            partial = Path(scratch) / folder.name
+            tokenizer.save_pretrained(partial)
+            (partial / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            partial.rename(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:

@@ -4,8 +4,6 @@ Needs the shards and the run directory, but no GPU, no weights and none of the o
 """
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +14,7 @@ from hfscale.checkpoint.layout import newest_state
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
+from hfscale.reports.status import records
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import digest_rows
 from hfscale.stream.mixture import open_mixture
@@ -56,8 +55,10 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     config = load_config(run_dir / "config.yaml").config
     if not isinstance(config, RunConfig):
         raise DataError("this run was not trained on shards", where=run_dir, remedy="its examples are in the files of its data section")
-    records = {record["step"]: record for record in _records(run_dir)}
-    start, stop = _positions(records, config, step, where=run_dir)
+    logged = {record["step"]: record for record in records(run_dir)}  # of a step that was repeated, the last one counts
+    if not logged:
+        raise DataError("this run has logged nothing yet", where=run_dir / "metrics.jsonl", remedy="name a run directory that has trained")
+    start, stop = _positions(logged, config, step, where=run_dir)
     skip = config.data.on_error == "skip"
     parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip, **config.data.remote)
              for source in config.data.sources]
@@ -86,36 +87,25 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
             place = entry.name, first, "damaged", ()
         rows.append(Row(start + k, sources[k], *place, text))
     data.close()
-    logged = records.get(step, {}).get("batch_digest")
-    return Step(rows, digest_rows(ids_BL[:, :-1]), logged)
+    return Step(rows, digest_rows(ids_BL[:, :-1]), logged.get(step, {}).get("batch_digest"))
 
 
-def _positions(records: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path) -> tuple[int, int]:
+def _positions(logged: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path) -> tuple[int, int]:
     """Return the positions [start, stop) of a step, from the log where it is there: ``global_batch`` may have changed on the way."""
     if step < 1:
         raise DataError("steps count from 1", where="--step", value=step)
-    last = max(records, default=0)
+    last = max(logged, default=0)
     if step > last:
         raise DataError("this run has not come to that step", where=where, value=step, remedy=f"its last logged step is {last}")
 
     def rows(number: int) -> int | None:
-        return 0 if number == 0 else records[number]["tokens_seen"] // config.data.seq_len if number in records else None
+        return 0 if number == 0 else logged[number]["tokens_seen"] // config.data.seq_len if number in logged else None
 
     before, after = rows(step - 1), rows(step)
     if before is None and after is None:  # between logged steps: count on from the nearest one before
-        near = max(number for number in (0, *records) if number < step)
+        near = max(number for number in (0, *logged) if number < step)
         before = (rows(near) or 0) + (step - 1 - near) * config.train.global_batch
     if before is None:
         assert after is not None
         before = after - config.train.global_batch
     return before, after if after is not None else before + config.train.global_batch
-
-
-def _records(run_dir: Path) -> Iterator[dict[str, Any]]:
-    """Yield the records of ``metrics.jsonl``; of a step that was repeated, the last one counts."""
-    path = run_dir / "metrics.jsonl"
-    if not path.is_file():
-        raise DataError("this run has logged nothing yet", where=path, remedy="name a run directory that has trained")
-    for line in path.read_text("utf-8").split("\n"):
-        if line.endswith("}"):
-            yield json.loads(line)

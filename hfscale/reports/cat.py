@@ -5,7 +5,6 @@ Documents and rows are counted from 0 over all shards of a manifest, in its orde
 from __future__ import annotations
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -29,7 +28,8 @@ def find_tokenizer(manifest: Manifest, path: str | None) -> PreTrainedTokenizerF
         DataError: if there is none, or ``path`` is another one.
     """
     assert manifest.tokenizer is not None
-    places = [Path(manifest.folder).absolute(), *Path(manifest.folder).absolute().parents[:2]]
+    folder = manifest.folder.absolute()
+    places = [folder, *folder.parents[:2]]
     beside = [str(folder) for place in places for folder in (place / "tokenizer", place) if (folder / FILE_NAME).is_file()]
     for candidate in beside if path is None else [path]:
         if tokenizer_digest(candidate) == manifest.tokenizer.digest:
@@ -50,7 +50,7 @@ def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[s
         if wanted.start <= number + entry.documents and number < wanted.stop:
             with manifest.local(entry):
                 reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
-            edges = [0, *reader.ends(0, len(reader)).tolist(), len(reader)]
+            edges = [0, *reader.ends().tolist(), len(reader)]
             for k in range(max(0, wanted.start - number), min(len(edges) - 1, wanted.stop - number)):
                 start, stop = edges[k:k + 2]
                 if start == stop:

@@ -8,7 +8,6 @@ import csv
 import json
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
 from operator import itemgetter
 from pathlib import Path
 from statistics import fmean, stdev
@@ -17,6 +16,7 @@ from typing import Any
 import yaml
 
 from hfscale.errors import DataError
+from hfscale.reports.status import records
 from hfscale.shards.files import cannot_write
 from hfscale.shards.stats import picture
 
@@ -26,7 +26,7 @@ Line = dict[str, Any]
 
 def find(sources: Sequence[Path]) -> list[Line]:
     """Return the evaluations, the best validation (of ``checkpoint.keep_best``) and the newest of each run directory, and what each file
-    of scores says; then the means of runs that differ in seed alone.
+    of scores says; then the means of runs that differ in seed alone. Where tasks differ, the names of scores begin with the task.
 
     Raises:
         DataError: if a source has neither.
@@ -34,42 +34,50 @@ def find(sources: Sequence[Path]) -> list[Line]:
     found: list[Line] = []
     alike: dict[tuple[str, str], dict[Path, Line]] = {}  # (what was scored, config) -> the newest line of each run
     for source in sources:
-        files = [source] if source.is_file() else sorted(source.glob("evaluations/*/*/scores.json"))
-        lines = [(file.resolve().parent.parent.name, _evaluation(file)) for file in files]
-        names = Counter(line["name"] for _, line in lines)
-        for file, (_, line) in zip(files, lines, strict=True):
-            if names[line["name"]] > 1:  # other options, or other shards: its folder tells
-                line["name"] += f" {file.resolve().parent.name}"
         config = yaml.safe_load((source / "config.yaml").read_text("utf-8")) if (source / "config.yaml").is_file() else {}
-        records = list(_validations(source / "metrics.jsonl"))
-        if best := (config.get("checkpoint") or {}).get("keep_best"):
-            choose = min if best["mode"] == "min" else max
-            scored = [record for record in records if record.get(best["metric"]) is not None]
-            lines += [("best validation", choose(scored, key=itemgetter(best["metric"])))] if scored else []
-        lines += [("validation", record) for record in records[-1:]]
+        lines = [*_evaluations(source), *_validations(source, config)]
         if not lines:
             raise DataError("no scores here", where=source, remedy="name runs that were validated or evaluated, or files scores.json")
         for what, line in lines:
-            if "step" in line:
-                line = {"name": f"{source} {what}, step {line['step']}"} | {
-                    name.removeprefix(PREFIX): value for name, value in line.items() if name.startswith(PREFIX)}
             found.append(line)
             if config:
                 alike.setdefault((what, json.dumps(config | {"run": None}, default=str)), {})[source] = line
-    return found + [_mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1]
+    found += [_mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1]
+    tasks = [line.pop("task") for line in found]
+    if len(set(tasks)) > 1:  # a name, such as f1, may then be of several scales
+        found = [{name if name == "name" or not task else f"{task} {name}": value for name, value in line.items()}
+                 for task, line in zip(tasks, found, strict=True)]
+    return found
 
 
-def _validations(log: Path) -> Iterator[dict[str, Any]]:
-    for text in log.read_text("utf-8").splitlines() if log.is_file() else ():
-        with suppress(ValueError):  # torn by a kill
-            record = json.loads(text)
-            if any(name.startswith(PREFIX) for name in record):
-                yield record
+def _evaluations(source: Path) -> Iterator[tuple[str, Line]]:
+    """Yield what each file of scores of a run, or the file ``source``, is of and says."""
+    files = [source] if source.is_file() else sorted(source.glob("evaluations/*/*/scores.json"))
+    lines = [_evaluation(file) for file in files]
+    names = Counter([line["name"] for line in lines])
+    for file, line in zip(files, lines, strict=True):
+        _, what, options, _ = file.resolve().parts[-4:]
+        if names[line["name"]] > 1:  # other options, or other shards: its folder tells
+            line["name"] += f" {options}"
+        yield what, line
+
+
+def _validations(run: Path, config: dict[str, Any]) -> Iterator[tuple[str, Line]]:
+    """Yield the best validation of a run, if its config says what is best, and the newest one."""
+    validated = [record for record in records(run) if any(name.startswith(PREFIX) for name in record)]
+    chosen = []
+    if best := (config.get("checkpoint") or {}).get("keep_best"):
+        choose = min if best["mode"] == "min" else max
+        scored = [record for record in validated if record.get(best["metric"]) is not None]
+        chosen = [("best validation", choose(scored, key=itemgetter(best["metric"])))] if scored else []
+    for what, record in [*chosen, *(("validation", record) for record in validated[-1:])]:
+        scores = {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
+        yield what, {"name": f"{run} {what}, step {record['step']}", "task": (config.get("task") or {}).get("name"), **scores}
 
 
 def _mean(what: str, lines: Sequence[Line]) -> Line:
     """Return the mean of runs whose configs differ in name and seed alone, and on both sides of it their (sample's) deviation."""
-    mean: Line = {"name": f"{what}, mean of {len(lines)} seeds"}
+    mean: Line = {"name": f"{what}, mean of {len(lines)} seeds", "task": lines[0]["task"]}
     for name in _names(lines):
         values = [line[name] for line in lines if line.get(name) is not None]
         if len(values) > 1:
@@ -83,13 +91,14 @@ def _evaluation(file: Path) -> Line:
         content = json.loads(file.read_text("utf-8"))
         ends = {name + end: value for name, pair in content["intervals"].items() for end, value in zip((LOW, HIGH), pair, strict=True)}
         model = content["model"].removeprefix(f"{Path.cwd()}/")
-        return {"name": f"{model} {file.resolve().parent.parent.name}", **content["scores"], **ends}
+        return {"name": f"{model} {file.resolve().parent.parent.name}", "task": content.get("task"), **content["scores"], **ends}
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise DataError("not a file of scores", where=file, value=str(error)[:80], remedy="name a scores.json that evaluate kept") from None
 
 
 def _names(found: Sequence[Line]) -> list[str]:
-    return list(dict.fromkeys(name for line in found for name in line if name != "name" and not name.endswith((LOW, HIGH, DEVIATION))))
+    names = dict.fromkeys(name for line in found for name in line if not name.endswith((LOW, HIGH, DEVIATION)))
+    return [name for name in names if name not in ("name", "task")]
 
 
 def table(found: Sequence[Line]) -> str:

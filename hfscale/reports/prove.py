@@ -11,6 +11,7 @@ import torch
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.store import FragmentReader
+from hfscale.reports.status import records
 
 LOGGED = ("batch_digest", "tokens_seen", "lr", "loss", "grad_norm")  # of a step
 TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # of the checkpoint of that step, as is what follows
@@ -22,7 +23,7 @@ Evidence = dict[int, dict[str, list[Any]]]  # step -> component -> what it was e
 def observe(run_dir: Path) -> Evidence:
     """Return all that a run logged, in every attempt, and what its checkpoints hold: digests of the tensors, the rest as it is."""
     seen: Evidence = {}
-    for record in map(json.loads, (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()):
+    for record in records(run_dir):
         for name in LOGGED:
             seen.setdefault(record["step"], {}).setdefault(name, []).append(record[name])
     for checkpoint in layout.committed(run_dir / layout.FOLDER):

@@ -4,6 +4,8 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -14,19 +16,25 @@ from hfscale.config.schema import TrainConfig
 TAIL_BYTES = 65536
 
 
-def last_record(run_dir: Path) -> dict[str, Any]:
-    """Return the newest whole record of a run's metrics; empty if there is none."""
+def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+    """Yield the records of a run's metrics in the order in which they were logged, but for what a kill has torn; none if there is no run.
+
+    With ``last_bytes`` only those that lie in them as a whole.
+    """
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
-        return {}
-    with open(file, "rb") as handle:
-        handle.seek(max(0, file.stat().st_size - TAIL_BYTES))
-        for line in reversed(handle.read().split(b"\n")[:-1]):
-            try:
-                return dict(json.loads(line))
-            except ValueError:
-                continue  # torn by a kill
-    return {}
+        return
+    with open(file, "rb") as log:
+        if last_bytes is not None:
+            log.seek(max(0, file.stat().st_size - last_bytes))
+        for line in log:
+            with suppress(ValueError):
+                yield json.loads(line)
+
+
+def last_record(run_dir: Path) -> dict[str, Any]:
+    """Return the newest whole record of a run's metrics; empty if there is none."""
+    return [{}, *records(run_dir, last_bytes=TAIL_BYTES)][-1]
 
 
 def progress(config: TrainConfig, record: dict[str, Any]) -> float:

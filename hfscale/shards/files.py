@@ -1,13 +1,26 @@
 """Files that are either whole or absent: written under a temporary name, synced, renamed."""
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 from hfscale.errors import DataError
 
 BLOCK = 1 << 24  # bytes read at once
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[IO[bytes]]:
+    """Hold the file ``path``, made if need be, against other processes. The kernel lets go when this one ends, however it ends."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+b") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield file
 
 
 def file_digest(path: Path) -> str:

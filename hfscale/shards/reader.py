@@ -94,12 +94,9 @@ class ShardReader:
         """Return the document ends in ``chunks``, in order: int64, each the position after a document's last token."""
         return np.concatenate([np.empty(0, np.int64), *(self.chunk(chunk)[1] + self._chunk_starts[chunk] for chunk in chunks)])
 
-    def ends(self, start: int, stop: int) -> np.ndarray:
-        """Return the document ends e with start < e <= stop: int64, each the position after a document's last token."""
-        first, last = self.chunks_of(np.array([start, stop - 1]))
-        ends = self.ends_in(range(first, last + 1))
-        low, high = np.searchsorted(ends, (start, stop), side="right")
-        return ends[low:high]
+    def ends(self) -> np.ndarray:
+        """Return all document ends in the shard, as ``ends_in``."""
+        return self.ends_in(range(len(self._tokens)))
 
     def locate(self, position: int) -> tuple[str, int]:
         """Return the name of the member that holds token ``position``, and the number of its document in the shard.

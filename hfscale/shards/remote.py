@@ -25,7 +25,7 @@ from typing import IO, Any
 
 from hfscale.errors import ConfigError, DataError
 from hfscale.log import logger
-from hfscale.shards.files import file_digest, publish, sync, write_atomically
+from hfscale.shards.files import file_digest, locked, publish, sync, write_atomically
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
 
@@ -79,7 +79,7 @@ class Remote:
             logger.warning(f"{error.what} ({error.where}): going on with the manifest in the cache, {held[-1]}")
         path = self._home / hashlib.sha256(data).hexdigest()[:16] / FILE_NAME
         try:
-            with _locked(path.with_name("lock")):
+            with locked(path.with_name("lock")):
                 write_atomically(path, data)
         except (OSError, DataError) as error:
             raise ConfigError(f"the cache cannot be written: {getattr(error, 'strerror', error)}", where="data.cache.folder",
@@ -110,7 +110,7 @@ class Remote:
         """
         tar, index, held = folder / entry.name, folder / entry.index_name, False
         while not held:
-            with _locked(index.with_suffix(".lock")) as lock:
+            with locked(index.with_suffix(".lock")) as lock:
                 if held := (tar.exists() and index.exists()) or self._fetch(tar, index, entry, lock):
                     os.utime(lock.name)
                     yield
@@ -173,7 +173,7 @@ class Remote:
 
     def _reserve(self, mine: IO[bytes], need: int) -> bool:
         """Return whether there is room, now noted as the length of the lock; what was not used for the longest time goes for it."""
-        with _locked(self._cache / "lock"):
+        with locked(self._cache / "lock"):
             others = [path for path in self._cache.glob("*/*/*.lock") if path != Path(mine.name)]
             room = self.limit - sum(path.stat().st_size for path in others)
             for path in sorted(others, key=lambda path: path.stat().st_mtime_ns):
@@ -186,11 +186,3 @@ class Remote:
                         room += taken
             mine.truncate(need if room >= need else 0)
         return room >= need
-
-
-@contextmanager
-def _locked(path: Path) -> Iterator[IO[bytes]]:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield file

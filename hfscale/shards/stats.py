@@ -20,17 +20,16 @@ def document_lengths(manifest: Manifest) -> np.ndarray:
     """Return the tokens of each document (int64), its end-of-document id included, in order."""
     ends, base = [np.zeros(1, np.int64)], 0
     for reader in _readers(manifest):
-        ends.append(reader.ends(0, len(reader)) + base)
+        ends.append(reader.ends() + base)
         base += len(reader)
     return np.diff(np.concatenate(ends))
 
 
 def describe(manifest: Manifest) -> str:
     """Return a screen of text: totals and, for token shards, a histogram of document lengths by powers of two."""
-    tokenizer = manifest.tokenizer
     lines = [f"{manifest.folder}", f"  shards     {len(manifest.shards):,}", f"  bytes      {manifest.bytes:,}",
              f"  documents  {manifest.documents:,}"]
-    if manifest.dtype != TEXT and tokenizer:
+    if tokenizer := manifest.tokenizer:
         lines += [f"  tokens     {manifest.tokens:,} ({manifest.dtype})",
                   f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of document {tokenizer.eod_id}"]
     lines.append(f"  fingerprint {manifest.fingerprint}")

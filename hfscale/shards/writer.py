@@ -39,8 +39,8 @@ class ShardWriter:
         self._tar: _Tar | None = None
         folder.mkdir(parents=True, exist_ok=True)
 
-    def add(self, tokens: np.ndarray, *, ends_here: bool = True) -> None:
-        """Return once ``tokens`` (a document with its end-of-document id, or a part of it) are taken over."""
+    def add(self, tokens: np.ndarray) -> None:
+        """Return once ``tokens`` (a document, or what is left of it, with its end-of-document id) are taken over."""
         self.taken = 0
         while True:
             count = min(len(tokens) - self.taken, len(self._buffer) - self._used)
@@ -50,8 +50,7 @@ class ShardWriter:
             if self.taken == len(tokens):
                 break
             self._flush_chunk()
-        if ends_here:
-            self._ends.append(self._used)
+        self._ends.append(self._used)
         if self._used == len(self._buffer):
             self._flush_chunk()
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -60,7 +61,7 @@ class ExampleOrder:
     def __init__(self, lengths: np.ndarray, *, seed: int, grouped: bool) -> None:
         self.lengths, self.seed, self.grouped = lengths, seed, grouped
         self._order = Order([len(lengths)], seed=seed, lanes=1, block=len(lengths))
-        self._pools: dict[tuple[int, int], np.ndarray] = {}
+        self._pool = lru_cache(4)(self._permuted)
 
     def at(self, start: int, count: int) -> np.ndarray:
         """Return the numbers of the features at positions ``start .. start + count`` (n; int64)."""
@@ -72,9 +73,8 @@ class ExampleOrder:
             start, count = start + len(found), count - len(found)
         return np.concatenate(parts)
 
-    def _pool(self, epoch: int, number: int) -> np.ndarray:
-        if (found := self._pools.get((epoch, number))) is not None:
-            return found
+    def _permuted(self, epoch: int, number: int) -> np.ndarray:
+        """Return the features of a pool of an epoch, in their order."""
         N = len(self.lengths)
         rows = self._order.locate(epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))).row
         if self.grouped:
@@ -82,9 +82,6 @@ class ExampleOrder:
             groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))  # cut elsewhere in each epoch
             turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
             rows = rows[np.concatenate([np.sort(groups[turn]) for turn in turns])]  # a group itself is in no order of length
-        if len(self._pools) >= 4:
-            self._pools.clear()
-        self._pools[epoch, number] = rows
         return rows
 
 
@@ -99,15 +96,14 @@ class ExampleStream:
                  world_size: int, state: dict[str, Any] | None = None) -> None:
         self._features, self._order, self._rank, self._world_size = features, order, rank, world_size
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._state = ExampleState(fingerprint, order.seed, order.grouped, len(order.lengths))
-        self._consumed = state["consumed_rows"] if state else 0
-        if state and state != asdict(self.state()):
-            differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in asdict(self.state()).items()
+        self._state = ExampleState(fingerprint, order.seed, order.grouped, len(order.lengths), state["consumed_rows"] if state else 0)
+        if state and state != self._state.to_dict():
+            differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in self._state.to_dict().items()
                       if state.get(name) != now]
             raise DataError("the checkpoint continues other examples, or another order of them", where="; ".join(differ),
                             remedy="give back the files and options of data (and the hfscale of then), or start a new run: run.name=...")
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
-        self._next = self._reader.submit(self._read, self._consumed)
+        self._next = self._reader.submit(self._read, self._state.consumed_rows)
 
     def take(self) -> list[Examples]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again."""
@@ -115,16 +111,16 @@ class ExampleStream:
 
     def advance(self) -> None:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
-        self._consumed += self._global_batch
-        self._next = self._reader.submit(self._read, self._consumed)
+        self._state = replace(self._state, consumed_rows=self._state.consumed_rows + self._global_batch)
+        self._next = self._reader.submit(self._read, self._state.consumed_rows)
 
     def state(self) -> ExampleState:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
-        return ExampleState(**{**asdict(self._state), "consumed_rows": self._consumed})
+        return self._state
 
     def epochs(self) -> dict[str, Any]:
         """Return the passes over the examples so far."""
-        return {"epoch": self._consumed / len(self._order.lengths)}
+        return {"epoch": self._state.consumed_rows / self._state.epoch_rows}
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""

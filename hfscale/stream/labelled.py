@@ -9,7 +9,6 @@ differently. A folder appears whole, by a rename; processes that want the same o
 """
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -25,6 +24,7 @@ import numpy as np
 from hfscale.config.finetune import Examples
 from hfscale.errors import ConfigError, DataError, counted, nearest
 from hfscale.log import logger, progress_bar
+from hfscale.shards.files import locked
 from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
@@ -263,9 +263,7 @@ class LabelledData:
         folder = self._folder / name
         if folder.is_dir():
             return folder
-        self._folder.mkdir(parents=True, exist_ok=True)
-        with open(self._folder / f".{name}.lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # let go when this process ends, however it ends
+        with locked(self._folder / f".{name}.lock"):
             if not folder.is_dir():
                 with TemporaryDirectory(prefix=f".{name}.", dir=self._folder, ignore_cleanup_errors=True) as scratch:
                     partial = Path(scratch) / name

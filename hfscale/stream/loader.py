@@ -95,11 +95,6 @@ class Stream:
         """Return where the stream stands: after the steps that were completed by ``advance``. All ranks call this together."""
         return replace(self._opened, consumed_rows=self._consumed, **self._order.record(self._consumed), **self._rows.record())
 
-    @property
-    def consumed_tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self._consumed * self._rows.seq_len
-
     def epochs(self) -> dict[str, Any]:
         """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far. All ranks call this together."""
         return self._order.epochs(self._consumed, **self._rows.record())

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal, Union
 
 import numpy as np
@@ -73,7 +74,7 @@ class Order:
         if self.rows == 0:
             raise DataError("no rows to order: every shard is empty or shorter than a row", where="data.sources")
         self.seed, self.block, self.lanes = seed, block, resolve_lanes(lanes, self.rows, block=block)
-        self._epochs: dict[int, _Epoch] = {}
+        self._epoch = lru_cache(4)(self._lay_out)  # a run goes from one to the next
 
     def locate(self, positions: np.ndarray) -> Places:
         """Return the places of ``positions`` (n, int64, in any order, of any epochs)."""
@@ -97,15 +98,11 @@ class Order:
             row[at] = line[at] - layout.begins[ordinal]
         return Places(epoch, lane, shard, row)
 
-    def _epoch(self, epoch: int) -> _Epoch:
-        if (found := self._epochs.get(epoch)) is None:  # another thread may clear them meanwhile
-            if len(self._epochs) >= 4:
-                self._epochs.clear()  # a run goes from one to the next
-            names = np.arange(len(self.shard_rows), dtype=np.uint64)
-            shards = np.argsort(mix(names ^ key_of(self.seed, epoch, _SHARDS)), kind="stable")
-            ends = np.cumsum(self.shard_rows[shards])
-            self._epochs[epoch] = found = _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
-        return found
+    def _lay_out(self, epoch: int) -> _Epoch:
+        names = np.arange(len(self.shard_rows), dtype=np.uint64)
+        shards = np.argsort(mix(names ^ key_of(self.seed, epoch, _SHARDS)), kind="stable")
+        ends = np.cumsum(self.shard_rows[shards])
+        return _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
 
 
 def deal(positions: np.ndarray, lanes: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:

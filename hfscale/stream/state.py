@@ -27,19 +27,9 @@ class StreamState:
     cursors: list[list[list[int]]] = field(default_factory=list)  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
     version: int = STATE_VERSION
 
-    @property
-    def consumed_tokens(self) -> int:
-        """Tokens trained on so far."""
-        return self.consumed_rows * self.seq_len
-
-    @property
-    def epoch(self) -> float:
-        """Passes over the data so far, with the fraction of the one under way."""
-        return self.consumed_rows / self.epoch_rows
-
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON types."""
-        content = {**asdict(self), "consumed_tokens": self.consumed_tokens}
+        content = {**asdict(self), "consumed_tokens": self.consumed_rows * self.seq_len}
         return {name: value for name, value in content.items() if value or name not in ("sources", "phases", "cursors")}
 
     @classmethod

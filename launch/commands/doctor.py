@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 
-from hfscale import log
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import Allocation, allocation, available_cores, job_port, node_name
 from hfscale.errors import UserError
@@ -47,7 +46,6 @@ def doctor(
     The exit code is 1 if anything failed. Nodes that a job should leave out are named.
     Examples: hfscale doctor; hfscale doctor configs/pretrain/gpt2_small.yaml; hfscale doctor runs/first --json
     """
-    log.setup()
     wanted = Request(config, tuple(overrides or ())).load().config if config else None
     here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
     names = (client(["scontrol", "show", "hostnames", here.node_list]).stdout.split() if here and has_slurm() else []) or [node_name()]

@@ -33,11 +33,9 @@ def evaluate(
     hfscale evaluate runs/llama-70b --procs 8 engine.zero_stage=3;
     hfscale evaluate --task extractive_qa --data test.jsonl --predictions answers.jsonl
     """
-    from hfscale import log
     from hfscale.checkpoint import layout
     from hfscale.jobs import evaluate as job
 
-    log.setup()
     said, asked = list(overrides or ()), _pairs(task or [], data or [])
     if model is None or "=" in model:
         said, model = ([model] if model else []) + said, None

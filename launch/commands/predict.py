@@ -39,13 +39,11 @@ def predict(
     if (data is None) == (text is None and question is None) or (out and data is None):
         raise ConfigError("say what to predict for", where="command line", remedy="--data FILE [--out FILE], or --text T, or --question Q "
                           "--context C")
-    from hfscale import log
     from hfscale.jobs.asked import settle
     from hfscale.jobs.predict import predict_texts
     from hfscale.stream.labelled import is_text
     from hfscale.tasks.base import task_class
 
-    log.setup()
     config = settle(model, task=task, data=data or "-", out=out or Path("-"), overrides=overrides or ())
     if data is None:
         kind = task_class(config.task.name)

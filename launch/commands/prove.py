@@ -19,13 +19,12 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
-from hfscale.reports.status import last_record
+from hfscale.reports.status import last_record, records
 from hfscale.shards.files import write_atomically
 from launch.request import Request
 
@@ -53,7 +52,6 @@ def resume(
     """
     from hfscale.reports.prove import first_difference, observe
 
-    log.setup()
     if out and out.exists():
         raise ConfigError("this file exists already; nothing was run", where="--out", value=out, remedy="name another file, or move it")
     rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
@@ -69,8 +67,7 @@ def resume(
     for _ in range(TRIES):
         killed = [_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng) for attempt, step in enumerate(moments, 1)]
         _finish([*command, "run.name=killed"], run)
-        logged = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-        resumed = {record["attempt"]: record["step"] - 1 for record in reversed(logged)}  # attempt -> the step that it began from
+        resumed = {record["attempt"]: record["step"] - 1 for record in reversed([*records(run)])}  # attempt -> the step that it began from
         if len(resumed) == kills + 1:
             break
         shutil.rmtree(run)  # it was done before it could be killed, so a start after that had nothing left to do

@@ -105,8 +105,7 @@ def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory
 
 def show(
     config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory.", show_default=False)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides, values in YAML.",
-                                                             show_default=False)] = None,
+    overrides: Overrides = None,
     procs: Annotated[int | None, typer.Option(help="Show the batch as cut for this many ranks.", min=1)] = None,
     schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")] = False,
 ) -> None:
@@ -185,8 +184,6 @@ def export(
 
     Example: hfscale export runs/quickstart exports/quickstart
     """
-    from hfscale import log
     from hfscale.jobs.export import run
 
-    log.setup()
     typer.echo(run(model, out, adapter=adapter))

@@ -72,7 +72,7 @@ def tokens_of(manifest: Manifest) -> list[list[int]]:
         reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
         ids = np.empty(len(reader), np.int64)
         reader.read_tokens(0, len(reader), ids)
-        *whole, rest = np.split(ids, reader.ends(0, len(reader)))
+        *whole, rest = np.split(ids, reader.ends())
         for document in whole:
             documents.append(np.concatenate([carry, document]).tolist())
             carry = np.empty(0, np.int64)

@@ -14,6 +14,7 @@ import pytest
 import yaml
 from transformers import pipeline
 
+from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
@@ -181,6 +182,7 @@ def test_mistakes_in_what_is_asked_of_a_model(folder: Path, run: Path, tmp_path:
     rows = reviews(3, seed=4)
     table = str(write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[0], "id": "e", "text": " "}]))
     out = tmp_path / "out.jsonl"
+    log.setup()
     with pytest.raises(ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"):
         predict(str(run), ["data.max_length=5000"], data=table, out=out)  # nothing was made, so nothing is in the way of what follows
     predict(str(run), ["data.max_length=3"], data=table, out=out)

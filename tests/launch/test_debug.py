@@ -17,13 +17,14 @@ from tests.helpers.corpus import make_corpus
 
 BROKEN = """
 import sys
-from hfscale import worker
+from hfscale import log, worker
 from launch import debug
 from launch.request import Request
 def run(file):
     clue = "found" + "it"
     raise RuntimeError("broken")
 worker.run = run
+log.setup()
 sys.exit(debug.launch(Request("config.yaml")))
 """
 

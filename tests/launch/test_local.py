@@ -16,9 +16,11 @@ from tests.helpers.cli import ROOT
 
 DRIVER = """
 import sys
+from hfscale import log
 from launch import local
 from launch.request import Request
 from hfscale.errors import UserError
+log.setup()
 local.GRACE_S = float(sys.argv[2])
 try:
     code = local.launch(Request("config.yaml", worker="tests.launch.acting_rank", procs=int(sys.argv[1])))

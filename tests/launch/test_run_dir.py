@@ -139,15 +139,15 @@ def test_what_can_be_known_before_is_checked_before(folder: Path, overrides: tup
 def test_a_refused_attempt_leaves_the_run_its_config(folder: Path, code: int, kept: bool):
     path = trained(folder)
     before = (path / "config.yaml").read_bytes()
-    with run_dir.restored_if_refused(path) as codes:
-        attempt("train.steps=99")
-        codes.append(code)
+    there = run_dir.before_attempt(path)
+    attempt("train.steps=99")
+    run_dir.restore_if_refused(path, there, code=code)
     assert ((path / "config.yaml").read_bytes() == before) is kept
-    with run_dir.restored_if_refused(path) as codes:  # a mistake that shows after it has trained on
-        attempt("train.steps=100")
-        with open(path / "metrics.jsonl", "a") as file:
-            file.write('{"step": 2}\n')
-        codes.append(2)
+    there = run_dir.before_attempt(path)
+    attempt("train.steps=100")
+    with open(path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 2}\n')
+    run_dir.restore_if_refused(path, there, code=2)  # a mistake that shows after it has trained on
     assert load_config(path / "config.yaml").config.train.steps == 100
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.dist.world import allocation
 from hfscale.errors import CheckpointError, ConfigError
@@ -38,6 +39,7 @@ def config(corpus: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.M
 
 
 def submit(config: Path, *overrides: str, **options: Any) -> int:
+    log.setup()
     return slurm.launch(Request(str(config), overrides, **options))
 
 

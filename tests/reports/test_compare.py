@@ -68,3 +68,20 @@ def test_evaluations_that_differ_in_options_alone_have_names_of_their_own(tmp_pa
     again.parent.mkdir()
     again.write_text(file.read_text().replace('"a"', json.dumps(str(run))))
     assert [line["name"] for line in find([run])][:2] == ["a ner-test step-00000002-abc", "a ner-test step-00000002-def"]
+
+
+def test_scores_of_unlike_tasks_have_columns_of_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The f1 of entities is 0 to 1, that of extractive QA 0 to 100."""
+    runs = [make_run(tmp_path / name, f1) for name, f1 in (("names", 0.5), ("answers", 75.0), ("more_names", 0.6))]
+    for run, task in zip(runs, ("token_classification", "extractive_qa", "token_classification"), strict=True):
+        (run / "config.yaml").write_text(json.dumps({"run": {"name": run.name}, "task": {"name": task}}))
+        [file] = run.glob("evaluations/*/*/scores.json")
+        file.write_text(json.dumps({"task": task, **json.loads(file.read_text())}))
+    compare(runs, csv=tmp_path / "t.csv", png=tmp_path / "t.png")
+    assert "token_classification f1  token_classification precision  extractive_qa f1" in capsys.readouterr().out
+    with open(tmp_path / "t.csv", encoding="utf-8", newline="") as file:
+        answers = next(row for row in csv.DictReader(file) if row["name"] == "answers ner-test")
+    assert (answers["extractive_qa f1"], answers["extractive_qa f1_high"], answers["token_classification f1"]) == ("75.0", "75.1", "")
+    means = [line for line in find(runs) if "mean of" in line["name"]]
+    assert [line["token_classification f1"] for line in means] == [pytest.approx(0.55), pytest.approx(0.2)]
+    assert {name for line in find([runs[0], runs[2]]) for name in line} >= {"f1", "f1_low"}, "of one task they keep their names"
