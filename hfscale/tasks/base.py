@@ -65,7 +65,8 @@ Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in it
 
 
 class Task(Objective):
-    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``weights``, ``loss``, ``predict`` and ``score``.
+    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``measure``, and for the one pass of a model ``term``,
+    ``row_losses`` and ``outputs``; those that need more than its logits give ``weights``, ``loss``, ``predict`` and ``judge``.
 
     ``setting`` holds the tokenizer, ``seq_len`` (the longest feature, in tokens) and ``facts``: what ``facts()`` found in the training
     split, or ``known()`` in a finished model's config.
@@ -79,7 +80,6 @@ class Task(Objective):
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
     code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
     metrics: ClassVar[frozenset[str]] = frozenset()  # the names that a validation can give, beside losses
-    term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
 
     # ------------------------------------------------------------------------------------------ before training
     @classmethod
@@ -128,16 +128,6 @@ class Task(Objective):
         return self.features(example)
 
     # --------------------------------------------------------------------------------------------- with a model
-    def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a causal model that sees the future, and documents that see each other."""
-        if self.auto_model == "AutoModelForCausalLM":
-            self.check_causal(model, device=device)
-            self.check_documents(model, device=device)
-
-    def weights(self) -> dict[str, float]:
-        """Return the one term."""
-        return {self.term: 1.0}
-
     def collate(self, rows: Examples) -> Batch:
         """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler) counts nothing."""
         raise NotImplementedError
@@ -146,17 +136,9 @@ class Task(Objective):
         """Return the names of the loss and its parts, and the metrics."""
         return super().validated() | self.metrics
 
-    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return ``sums_B`` of the one term, 0 for fillers. For tasks whose loss and outputs both come of the logits of one pass."""
-        raise NotImplementedError
-
     def outputs(self, logits: Tensor, rows: Examples) -> list[dict[str, Any]]:
-        """Return one JSON-able output for each row, fillers too. For such tasks."""
+        """Return one JSON-able output for each row, fillers too. For tasks whose loss and outputs both come of the logits of one pass."""
         raise NotImplementedError
-
-    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{term: sums_B}``; other tasks give ``weights``, ``loss``, ``predict`` and ``judge`` themselves."""
-        return {self.term: self.row_losses(self.logits(model, batch), batch)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's device, gradients are off.

@@ -56,7 +56,6 @@ class Instruction(Task, CausalLM):
     Options = InstructionOptions
     options: InstructionOptions  # type: ignore[assignment]
     frame = ()
-    pipeline = "text-generation"
     columns: ClassVar = {"prompt": "in place of messages: a question", "response": "its answer",
                          "messages": 'a list of {"role", "content"}, which ends with the answer'}
     optional: ClassVar = frozenset({"messages", "prompt", "response"})
