@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -25,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from pydantic import AfterValidator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hfscale.config.schema import Named, Section
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
-from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
 
@@ -52,7 +53,6 @@ TASKS: dict[str, str] = {
 Example = dict[str, Any]  # role -> value, and "id": str; an optional role or an unknown answer is not there
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives the models
 Feature = dict[str, Any]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
-PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}  # of what may be padded; "input_ids" by the tokenizer's
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -194,16 +194,22 @@ class Task(Objective):
         return {name: self.padded(rows, name) for name in rows.features[0]
                 if name in MODEL_INPUTS and (typed or name != "token_type_ids")}
 
-    def padded(self, rows: Examples, name: str, *, fill: int | None = None) -> Tensor:
-        """Return the lists under ``name`` as one int64 (B, T), filled up on the right."""
-        fill = PADDING.get(name, self.pad_id) if fill is None else fill
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows.features], batch_first=True, padding_value=fill)
+    def padded(self, rows: Examples, name: str) -> Tensor:
+        """Return the lists under ``name`` as one int64 (B, T), filled up on the right: ids by the padding id, all else by 0."""
+        return pad_rows([row[name] for row in rows.features], self.pad_id if name == "input_ids" else 0)[0]
 
     def batch(self, rows: Examples, *, inputs: dict[str, Tensor], labels: Tensor, counts: dict[str, Tensor]) -> Batch:
         """Return the batch, whose digest is that of the rows' ``input_ids`` without padding; fillers count nothing."""
         return Batch(inputs=inputs, labels_BT=labels, input_ids=self.padded(rows, "input_ids"), source_B=rows.source_B,
                      position_B=rows.position, counts={term: count_B * rows.valid_B for term, count_B in counts.items()},
                      lengths_B=torch.tensor([len(row["input_ids"]) for row in rows.features]))
+
+
+def pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return ``(ids_BT, mask_BT)`` (int64): the rows with ``pad_id`` to the longest, and 0 in the mask where it stands."""
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    return pad(ids, padding_value=pad_id), pad([torch.ones_like(row) for row in ids])
 
 
 def task_class(name: str) -> type[Task]:
@@ -249,6 +255,14 @@ def named(label: Any, labels: Sequence[str]) -> str:
     if name in labels or not (name.isascii() and name.isdecimal()) or int(name) >= len(labels) or any(map(str.isdecimal, labels)):
         return name
     return labels[int(name)]
+
+
+def check_text(role: str, value: Any) -> None:
+    """Refuse (BadExample) what is not text, or has nothing in it."""
+    if value is not None and not isinstance(value, str):
+        raise BadExample(f"the {role} is not text: {value!r:.60}")
+    if not value or not value.strip():
+        raise BadExample(f"the {role} is empty")
 
 
 def number(role: str, value: Any) -> float:
