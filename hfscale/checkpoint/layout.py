@@ -43,6 +43,11 @@ def rank_file(rank: int) -> str:
     return f"{ENGINE}/rank-{rank:05}.safetensors"
 
 
+def state_of(checkpoint: Path) -> dict[str, Any]:
+    """Return what a checkpoint says of itself."""
+    return dict(json.loads((checkpoint / STATE).read_text("utf-8")))
+
+
 def candidates(folder: Path) -> list[Path]:
     """Return every folder that has a checkpoint's name, oldest first: committed, or half-copied by somebody."""
     if not folder.is_dir():
@@ -63,7 +68,7 @@ def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] 
 def _newest(found: list[Path]) -> dict[str, Any] | None:
     for checkpoint in reversed(found):
         with suppress(OSError, ValueError):  # damaged: a job that loads says so, and falls back as this does
-            return dict(json.loads((checkpoint / STATE).read_text("utf-8")))
+            return state_of(checkpoint)
     return None
 
 

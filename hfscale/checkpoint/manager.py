@@ -28,10 +28,10 @@ from hfscale.checkpoint.probe import make_probe
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
 from hfscale.checkpoint.weights import verify_together
 from hfscale.config.schema import Checkpoint
-from hfscale.dist.agree import from_rank_0
+from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
-from hfscale.engine.fragments import Fragment
+from hfscale.engine.fragments import Fragment, tied
 from hfscale.errors import CheckpointError, ConfigError, UnhealthyError, nearest
 from hfscale.log import logger
 from hfscale.monitor.throughput import peak_memory_gib
@@ -108,7 +108,7 @@ class CheckpointManager:
         """
         began = self._clock()
         self.wait()
-        about = {**state, "engine": engine.scalars(), "tied": engine.tied, "best": self._best if self._config.keep_best else None}
+        about = {**state, "engine": engine.scalars(), "tied": tied(engine.module), "best": self._best if self._config.keep_best else None}
         small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: engine.module.config.to_json_string().encode()}
         if probe := make_probe(engine):
             if not probe.logits.isfinite().all():
@@ -135,26 +135,26 @@ class CheckpointManager:
         """
         while True:
             busy = self._thread is not None and self._thread.is_alive()
-            any_busy, any_failed = _any_rank(busy, self._failure is not None)
-            if any_failed:
+            busy_ranks, failed_ranks = sum_over_ranks(torch.tensor([busy, self._failure is not None])).tolist()
+            if failed_ranks:
                 self._gave_up.set()
                 raise CheckpointError("a checkpoint could not be written; older ones are untouched", where=self.folder,
                                       value=str(self._failure or "failed on another rank"),
                                       remedy="free the disk or mend the folder, then run the same command again")
-            if not any_busy:
+            if not busy_ranks:
                 return
             time.sleep(POLL_S)
 
     def _prepare(self, fragments: Sequence[Fragment], *, step: int) -> None:
         """Agree that there is room, and clear the ground: one folder, empty, before any rank writes."""
-        needed = torch.tensor(sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values()))
-        torch_dist.all_reduce(needed, group=host_group())
+        own = sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values())
+        need = int(sum_over_ranks(torch.tensor(own))) + HEADROOM_BYTES
         problem: str | None = None
         if self._rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clear_leftovers(self.folder)
-                need, free = int(needed) + HEADROOM_BYTES, shutil.disk_usage(self.folder).free
+                free = shutil.disk_usage(self.folder).free
                 if need > free:  # what this save would make superfluous may as well go now; the newest good one always stays
                     layout.prune(self.folder, self._config)
                     free = shutil.disk_usage(self.folder).free
@@ -236,7 +236,7 @@ class CheckpointManager:
             if problems := verify_together(checkpoint):
                 self._reject(checkpoint, problems)
                 continue
-            state = json.loads((checkpoint / layout.STATE).read_text())
+            state = layout.state_of(checkpoint)
             reader = FragmentReader(checkpoint)
             load_fragments(reader, engine.fragments(owned=False, frozen=not engine.adapted))
             reader.close()
@@ -257,10 +257,3 @@ class CheckpointManager:
         if self._rank == 0:
             logger.warning(f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}")
         torch_dist.barrier(group=host_group())
-
-
-def _any_rank(*flags: bool) -> list[bool]:
-    """Return each flag, True if it is on any rank."""
-    seen = torch.tensor(flags, dtype=torch.int32)
-    torch_dist.all_reduce(seen, group=host_group())
-    return [count > 0 for count in seen.tolist()]

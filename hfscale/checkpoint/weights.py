@@ -3,7 +3,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -99,7 +98,7 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
         CheckpointError: if there are none, or a checkpoint does not match its manifest.
     """
     if checkpoint := layout.checkpoint_of(path):
-        saved, state = CheckpointWeights(checkpoint, check=check), json.loads((checkpoint / layout.STATE).read_text("utf-8"))
+        saved, state = CheckpointWeights(checkpoint, check=check), layout.state_of(checkpoint)
         return MergedWeights(saved, check=check, **state["adapters"]) if "adapters" in state else saved
     if not Path(path).is_dir():
         raise CheckpointError("there is no such folder", where=path, remedy="name a run, a checkpoint or a transformers folder")
@@ -130,7 +129,7 @@ class CheckpointWeights(WeightsReader):
 
     def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
         self._reader = FragmentReader(checked(checkpoint, check))
-        self._tied: dict[str, str] = json.loads((checkpoint / layout.STATE).read_text())["tied"]
+        self._tied: dict[str, str] = layout.state_of(checkpoint)["tied"]
 
     def names(self) -> list[str]:
         return [*self._reader.shapes, *self._tied]
@@ -150,9 +149,8 @@ class MergedWeights(WeightsReader):
     """What adapters were trained to: W + scale * B A of each target; the rest as it is in their checkpoint, or in ``folder``."""
 
     def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
-                 targets: dict[str, bool], digests: dict[str, str]) -> None:
+                 targets: dict[str, bool], **_: Any) -> None:
         self.saved, self.folder, self.base, self.scale, self.targets = saved, folder, open_weights(folder, check=check), scale, targets
-        self.digests = digests  # of the base's files; a resume compares them
         self.match, trained = Match(**match), [name for name in saved.names() if ".lora_" not in name]
         self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
         self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}
@@ -186,7 +184,6 @@ class FolderWeights(WeightsReader):
     """The safetensors of a transformers folder, one file or several."""
 
     def __init__(self, folder: Path) -> None:
-        self._files = ExitStack()
         try:
             if (folder / INDEX).is_file():
                 where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
@@ -196,7 +193,7 @@ class FolderWeights(WeightsReader):
             else:
                 raise CheckpointError("no safetensors weights here", where=folder, value=sorted(p.name for p in folder.glob("*"))[:10],
                                       remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened")
-            opened = {name: self._files.enter_context(safe_open(folder / name, framework="pt")) for name in sorted(set(where.values()))}
+            opened = {name: safe_open(folder / name, framework="pt") for name in sorted(set(where.values()))}
             self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
             for name in where:
                 self.shape(name)

@@ -33,20 +33,16 @@ LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteres
 class StepStats:
     """What one optimizer step did."""
 
-    grad_norm: float  # L2 over the whole model, before clipping; inf when skipped
+    grad_norm: float  # L2 over the whole model, before clipping; inf (fp16 only): skipped, the loss scale was too high and has been lowered
     lr: float
-    skipped: bool = False  # fp16 only: the loss scale was too high and has been lowered
 
 
-@contextmanager
-def construction(config: TrainConfig, *, device_type: str) -> Iterator[None]:
-    """Build a transformers model inside: at ZeRO 3 each parameter is partitioned as soon as its module exists."""
+def construction(config: TrainConfig, *, device_type: str) -> AbstractContextManager[Any]:
+    """Return the context to build a transformers model in: at ZeRO 3 each parameter is partitioned as soon as its module exists."""
     if running_stage(config.engine) < 3:
-        yield
-        return
+        return nullcontext()
     join_process_group()
-    with deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, device_type=device_type)):
-        yield
+    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, device_type=device_type))
 
 
 def gathered(params: Iterable[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[Any]:
@@ -94,11 +90,6 @@ class Engine:
         """The transformers model, to look at: names, config, shapes. Never call it."""
         return self._ds.module
 
-    @property
-    def tied(self) -> dict[str, str]:
-        """Other names of tied parameters -> the name whose fragments hold them."""
-        return parts.tied(self.module)
-
     # ------------------------------------------------------------------------------------------- training
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output."""
@@ -119,11 +110,10 @@ class Engine:
             group["lr"] = lr * group["lr_share"]
         self._lr_used.clear()
         self._ds.step()
-        skipped = bool(getattr(self._zero, "overflow", False))
-        if skipped:
+        if getattr(self._zero, "overflow", False):
             if self.precision != "fp16":
                 raise UnhealthyError("the gradient is not finite; weights were not changed")
-            return StepStats(float("inf"), lr, skipped=True)
+            return StepStats(float("inf"), lr)
         expected = {lr * group["lr_share"] for group in self._adamw.param_groups}
         assert self._lr_used == expected, f"AdamW used learning rates {self._lr_used}, not {expected}"
         return StepStats(self._norm, lr)

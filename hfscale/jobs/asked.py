@@ -1,7 +1,6 @@
 """What MODEL on a command line means, and what is to be done with it: settled on the login node, with nothing read of its weights."""
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,11 +10,11 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
 from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import PredictConfig
-from hfscale.config.load import load_config, load_values
+from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
-from hfscale.jobs.material import tokenizer_folder
+from hfscale.jobs.material import run_config, tokenizer_folder
 from hfscale.models.build import longest_row
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tasks.base import TASKS, load_task, task_class
@@ -29,16 +28,9 @@ CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCa
 OF_OBJECTIVES = {"clm": "text_generation", "mlm": "fill_mask", "contrastive": "feature_extraction"}
 
 
-def run_config(checkpoint: Path) -> TrainConfig:
-    """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
-    run_dir = checkpoint.resolve().parents[1]
-    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
-    return load_config(run_dir / "config.yaml", moved).config
-
-
 def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
     """Return the objective or task of a run, with what its training examples said."""
-    facts = json.loads((checkpoint / layout.STATE).read_text("utf-8")).get("facts", {})
+    facts = layout.state_of(checkpoint).get("facts", {})
     setting = Setting(seq_len=config.data.seq_len, tokenizer=load_tokenizer(tokenizer_folder(config, None)), facts=facts)
     if isinstance(config, FinetuneConfig):
         return load_task(config.task, setting)
@@ -86,10 +78,8 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
     """
     values: dict[str, Any] = {"predict": {"model": name or "-", "out": str(out), "answers": answers}, "task": {"options": {}}, "data": {},
                               "engine": {}}
-    suggested = None
-    if name is None:
-        pass  # there are predictions already
-    elif checkpoint := layout.checkpoint_of(name):
+    suggested, checkpoint = None, None if name is None else layout.checkpoint_of(name)
+    if checkpoint:
         values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
         trained: Any = run_config(checkpoint)
         suggested = trained.task.name if isinstance(trained, FinetuneConfig) else OF_OBJECTIVES.get(trained.objective.name)
@@ -98,7 +88,7 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
             values["task"]["options"] = trained.task.options
             values["data"] = trained.data.model_dump(mode="json", exclude={"train", "validation", "test"} if data else None)
             values["predict"]["split"] = "train" if data else "test" if trained.data.test else "validation"
-    else:
+    elif name is not None:
         config, _ = model_and_tokenizer(name)
         architecture = (config.architectures or [""])[0]
         suggested = next((found for end, found in SUGGESTED.items() if architecture.endswith(end)), None)

@@ -4,14 +4,11 @@ Each part is built from the config and from parts above it, and from nothing bel
 """
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from functools import partial
 from importlib.metadata import version
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
@@ -49,7 +46,9 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
     folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
     material = open_material(config, world, folder)
     same_on_all_ranks({"tokenizer.path": tokenizer_digest(material.tokenizer), **material.digests()})
-    model = build(config, material, device, folder)
+    model = build_model(auto_model=material.objective().auto_model, seed=config.run.seed, gather=partial(gathered, modify=True),
+                        context=partial(construction, config, device_type=device.type),
+                        **model_needs(config, material.tokenizer, folder, also=material.needs))
     objective = material.objective(model.config)
     beside = Beside(model, config.model.lora, folder, rank=world.rank) if folder and config.model.lora else None
 
@@ -87,17 +86,6 @@ def build_trainer(config: TrainConfig, world: World, device: torch.device, stop:
         **material.validation(objective),
         log=MetricsLog(config.run_dir, first_step=state.step + 1, total_steps=steps,
                        tensorboard=config.metrics.tensorboard) if world.rank == 0 else None)
-
-
-def build(config: TrainConfig, material: TokenMaterial | ExampleMaterial, device: torch.device, pretrained: Path | None) -> PreTrainedModel:
-    """Return the model with its first weights, partitioned where the ZeRO stage says so; ``pretrained`` is where its config lies."""
-
-    def gather(params: Sequence[torch.nn.Parameter]) -> AbstractContextManager[Any]:
-        return gathered(params, modify=True)
-
-    return build_model(auto_model=material.objective().auto_model, seed=config.run.seed, gather=gather,
-                       context=lambda: construction(config, device_type=device.type),
-                       **model_needs(config, material.tokenizer, pretrained, also=material.needs))
 
 
 def describe(config: TrainConfig, material: TokenMaterial | ExampleMaterial, world: World, device: torch.device) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
     facts: dict[str, Any] = {}
     if model:
         checkpoint = layout.checkpoint_of(config.predict.model)
-        state = json.loads((checkpoint / layout.STATE).read_text("utf-8")) if checkpoint else {}
+        state = layout.state_of(checkpoint) if checkpoint else {}
         facts = state.get("facts") or kind.known(model_and_tokenizer(config.predict.model)[0])
     chosen = [rows[example["id"]] for example in usable]
     try:

@@ -4,7 +4,6 @@ Every checkpoint carries the live engine's logits on a small probe batch, so the
 """
 from __future__ import annotations
 
-import json
 import shutil
 from importlib import import_module
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 import torch
 import transformers
 
+from hfscale.checkpoint import layout
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
 from hfscale.config.finetune import FinetuneConfig
@@ -72,7 +72,7 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
         difference = prove(source, partial, adapter=adapter)
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
-    logger.info(f"exported step {state(source)['step']} to {out}; logits equal to {difference:.1e}")
+    logger.info(f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to {difference:.1e}")
     return use_adapter(source, out) if adapter else usage(source.objective, out)
 
 
@@ -110,18 +110,14 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     with torch.no_grad():
         got = probe.ask(model, device=device)
     assert got is not None, "it had logits when it was saved"
-    same = device_name(device) == state(source)["device"] and not source.config.engine.compile and not source.config.model.lora
+    plain = not source.config.engine.compile and not source.config.model.lora
+    same = plain and device_name(device) == layout.state_of(source.checkpoint)["device"]
     return compare_logits(got, probe.logits, tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision])
-
-
-def state(source: RunModel) -> dict[str, Any]:
-    """Return what the checkpoint says of itself."""
-    return json.loads((source.checkpoint / "state.json").read_text("utf-8"))
 
 
 def card(source: RunModel, difference: float) -> str:
     """Return the model card: the run's facts, and how to use the model."""
-    at, finetuned = state(source), isinstance(source.config, FinetuneConfig)
+    at, finetuned = layout.state_of(source.checkpoint), isinstance(source.config, FinetuneConfig)
     config: Any = source.config
     data = Path(config.data.train).name if finetuned else ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
     rows = {

@@ -75,14 +75,10 @@ class TokenMaterial:
 
     def validation(self, objective: Objective) -> dict[str, Any]:
         """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
-        config, held_out, world = self._config, self._config.data.validation, self._world
-        if held_out is None:
+        if (held_out := self._config.data.validation) is None:
             return {}
-        rows = open_rows(held_out.shards, config, self.tokenizer)
-        if rows.raw:
-            rows = HeldOutText(rows, open_encoders(config, self.tokenizer, local_ranks=world.local_world_size), count=held_out.rows)
-        scored = EvaluationRows(rows, count=held_out.rows, micro_batch=config.train.micro_batch, rank=world.rank,
-                                world_size=world.world_size, with_documents=objective.needs_documents or not config.data.cross_document)
+        scored = held_out_rows(held_out.shards, self._config, self.tokenizer, self._world, count=held_out.rows,
+                               with_documents=objective.needs_documents or not self._config.data.cross_document)
         return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
 
     def describe(self) -> dict[str, Any]:
@@ -171,9 +167,29 @@ def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str
     assert pretrained is not None, "config/rules.py has refused it"
     if not (pretrained / layout.STATE).is_file():
         return pretrained
-    origin = load_config(pretrained.parent.parent / "config.yaml", [f"run.root={json.dumps(str(pretrained.parents[2]))}",
-                                                                    f"run.name={json.dumps(pretrained.parents[1].name)}"])
-    return tokenizer_folder(origin.config, None)
+    return tokenizer_folder(run_config(pretrained), None)
+
+
+def run_config(checkpoint: Path) -> TrainConfig:
+    """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
+    run_dir = checkpoint.resolve().parents[1]
+    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
+    return load_config(run_dir / "config.yaml", moved).config
+
+
+def held_out_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast, world: World, *, count: int | None,
+                  with_documents: bool = False) -> EvaluationRows:
+    """Return ``count`` rows of a manifest, or all of them, to be scored; raw text is made tokens now.
+
+    Raises:
+        DataError: as ``open_rows``.
+    """
+    rows = open_rows(shards, config, tokenizer)
+    count = count or int(rows.shard_rows.sum())
+    if rows.raw:
+        rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=count)
+    return EvaluationRows(rows, count=count, micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
+                          with_documents=with_documents)
 
 
 def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:

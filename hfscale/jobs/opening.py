@@ -23,7 +23,8 @@ from hfscale.dist.group import default_device
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
-from hfscale.jobs.asked import objective_of, run_config
+from hfscale.jobs.asked import objective_of
+from hfscale.jobs.material import run_config
 from hfscale.jobs.origin import DTYPES, model_needs, skeleton
 from hfscale.models.build import check_head, check_model_config, construct, longest_row
 from hfscale.models.init import float_buffers_to_fp32

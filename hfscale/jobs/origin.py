@@ -7,9 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
-from transformers.initialization import no_init_weights
 from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
@@ -18,7 +16,7 @@ from hfscale.checkpoint.weights import checked
 from hfscale.config.schema import TrainConfig
 from hfscale.hub import local_folder
 from hfscale.log import logger
-from hfscale.models.build import special_ids
+from hfscale.models.build import construct, special_ids
 from hfscale.tokenizer import tokenizer_digest, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -68,9 +66,7 @@ def skeleton(config: TrainConfig, model_config: PretrainedConfig, auto_model: st
     """Return the model on the meta device: shapes and ties, no numbers."""
     wanted = config.model.attention
     available = "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
-    with torch.device("meta"), no_init_weights():
-        model = getattr(transformers, auto_model).from_config(
-            model_config, dtype=DTYPES[config.engine.precision], attn_implementation=available,
-            trust_remote_code=config.model.trust_remote_code)
+    model = construct(model_config, auto_model, dtype=DTYPES[config.engine.precision], attention=available,
+                      trust_remote_code=config.model.trust_remote_code, context=lambda: torch.device("meta"))
     model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
     return model

@@ -18,16 +18,15 @@ from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError
 from hfscale.hub import local_folder
-from hfscale.jobs.asked import model_and_tokenizer, run_config
+from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.evaluate import described, folder_of, keep
-from hfscale.jobs.material import open_rows
+from hfscale.jobs.material import held_out_rows, open_rows, run_config
 from hfscale.jobs.opening import open_model
 from hfscale.jobs.predict import model_digest
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows
-from hfscale.stream.text import HeldOutText, open_encoders
 
 OF_ARCHITECTURES = {"ForCausalLM": "clm", "LMHeadModel": "clm", "ForMaskedLM": "mlm"}
 
@@ -92,13 +91,8 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
     _, tokenizer = model_and_tokenizer(config.evaluate.model)
     with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
         engine = open_model(config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine).engine
-        rows = open_rows(config.data.sources[0].shards, config, tokenizer)
         count = config.data.validation.rows if config.data.validation else None
-        if rows.raw:
-            rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size),
-                               count=count or int(rows.shard_rows.sum()))
-        scored = EvaluationRows(rows, count=count or 2**62, micro_batch=config.train.micro_batch, rank=world.rank,
-                                world_size=world.world_size)
+        scored = held_out_rows(config.data.sources[0].shards, config, tokenizer, world, count=count)
         found = _scores(_objective(config, tokenizer, engine.module.config), engine, scored, tokenizer)
         engine.close()
         if world.rank == 0:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from hfscale.config.schema import Named, Section
 from hfscale.errors import ConfigError, nearest
+from hfscale.objectives.cross_entropy import token_losses
 from hfscale.objectives.isolation import check_apart, keep_apart, movement
 from hfscale.registry import load_plugin
 
@@ -83,7 +84,7 @@ class Batch:
 
 
 class Objective:
-    """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, ``loss``, ``weights``."""
+    """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, and ``term`` or ``weights`` and ``loss``."""
 
     Options: ClassVar[type[Section]] = Section  # none
     auto_model: str = "AutoModelForCausalLM"
@@ -92,6 +93,7 @@ class Objective:
     causal: ClassVar[bool] = False  # a token sees only what came before it
     token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
     needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other
+    term: ClassVar[str]  # the name of the one term of the loss; those of several give ``weights`` and ``loss``
 
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting
@@ -99,7 +101,7 @@ class Objective:
 
     def weights(self) -> dict[str, float]:
         """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only."""
-        raise NotImplementedError
+        return {self.term: 1.0}
 
     def validated(self) -> set[str]:
         """Return the names of what a validation can give."""
@@ -113,7 +115,11 @@ class Objective:
 
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a weight."""
-        raise NotImplementedError
+        return {self.term: self.row_losses(self.logits(model, batch), batch)}
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return ``sums_B`` of the one term, 0 for fillers; here in nats of the labels' tokens."""
+        return token_losses(logits, batch.labels_BT).sum(1)
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
@@ -122,10 +128,10 @@ class Objective:
         assert self.setting.model_config is not None, "documents are kept apart in a model"
         return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config, causal=self.causal)
 
-    def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """Return the function (``ids_BT``, ``document_ids_BT``) -> ``logits_BTV`` of the live model, for probes."""
+    def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[..., Tensor]:
+        """Return the function (``ids_BT``, ``document_ids_BT`` if they are kept apart) -> ``logits_BTV`` of the live model, for probes."""
 
-        def logits(ids_BT: Tensor, documents_BT: Tensor | None) -> Tensor:
+        def logits(ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
             batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
             return self.logits(model, batch.to(device))
 
@@ -135,22 +141,13 @@ class Objective:
         """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal model."""
         config, middle = self.setting.model_config, self.setting.seq_len // 2
         assert config is not None, "check() needs Setting.model_config"
-        logits = self.logits_of(model, device=device)
-        return movement(lambda ids_BT: logits(ids_BT, None), self.shape, config.vocab_size, changed=slice(middle, None),
+        return movement(self.logits_of(model, device=device), self.shape, config.vocab_size, changed=slice(middle, None),
                         watched=slice(middle))
 
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels answer and nothing is compiled again."""
         return self.setting.micro_batch, self.setting.seq_len
-
-    def check_causal(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse (ConfigError) a live model that sees the future: an encoder."""
-        if moved := self.sight(model, device=device):
-            raise ConfigError(f"the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
-                              where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
-                              remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or to pretrain "
-                                     "use objective mlm")
 
     def check_documents(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse (ConfigError) a live model in which documents see each other, where they are to be kept apart."""
@@ -170,9 +167,19 @@ class Objective:
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval mode, before step 1.
 
+        Here that is a causal model that sees the future (an encoder), or another document where they are to be kept apart.
+
         Raises:
             ConfigError: with the remedy.
         """
+        if self.auto_model != "AutoModelForCausalLM":
+            return
+        if moved := self.sight(model, device=device):
+            raise ConfigError(f"the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
+                              where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
+                              remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or to pretrain "
+                                     "use objective mlm")
+        self.check_documents(model, device=device)
 
     def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
         """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}`` where there are several sources.

@@ -11,11 +11,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-from torch import Tensor
-
-from hfscale.objectives.base import Batch, Model, Objective
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.base import Batch, Objective
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 
 if TYPE_CHECKING:
     from hfscale.stream.rows import Rows
@@ -24,13 +21,9 @@ if TYPE_CHECKING:
 class CausalLM(Objective):
     """GPT-like pretraining, for any architecture of ``AutoModelForCausalLM``."""
 
-    auto_model = "AutoModelForCausalLM"
     causal = True
     frame = ()
-
-    def weights(self) -> dict[str, float]:
-        """Return the one term, ``clm``: nats a predicted token."""
-        return {"clm": 1.0}
+    term = "clm"  # nats a predicted token
 
     def collate(self, rows: Rows) -> Batch:
         """Return inputs and next-token labels of the rows (B, T + 1); a filler row asks nothing."""
@@ -42,12 +35,3 @@ class CausalLM(Objective):
         return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
                      counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position,
                      document_ids_BT=document_ids_BT)
-
-    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{"clm": sums_B}`` in nats."""
-        return {"clm": token_losses(self.logits(model, batch), batch.labels_BT).sum(1)}
-
-    def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a model that sees the future (an encoder), or another document where documents are to be kept apart."""
-        self.check_causal(model, device=device)
-        self.check_documents(model, device=device)

@@ -19,12 +19,11 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
 
 from hfscale.config.schema import Section
 from hfscale.errors import ConfigError
-from hfscale.objectives.base import Batch, Model, Objective, Setting
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.base import Batch, Objective, Setting
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.objectives.draws import lacking, row_generators, special_id
 
 if TYPE_CHECKING:
@@ -47,6 +46,7 @@ class Seq2Seq(Objective):
     Options = DenoisingOptions
     auto_model = "AutoModelForSeq2SeqLM"
     pipeline = None  # transformers 5 has none for these models
+    term = "seq2seq"  # nats a target token
     options: DenoisingOptions
 
     def __init__(self, options: Section, setting: Setting) -> None:
@@ -67,10 +67,6 @@ class Seq2Seq(Objective):
         else:
             self._marks, self.frame = sentinels(tokenizer, self._spans), (None, "eos_token")
             self._end = np.array([special_id(tokenizer, "eos_token", why="which ends inputs and targets")])
-
-    def weights(self) -> dict[str, float]:
-        """Return the one term, ``seq2seq``: nats a target token."""
-        return {"seq2seq": 1.0}
 
     def collate(self, rows: Rows) -> Batch:
         """Return encoder inputs (B, S), decoder inputs and labels (B, U) of the rows; a filler row asks nothing."""
@@ -103,10 +99,6 @@ class Seq2Seq(Objective):
             at = start + length
         inputs_S = np.concatenate([*kept, ids_T[at:], self._end])
         return inputs_S, ids_T if self.options.noise == "bart" else np.concatenate([*hidden, self._end])
-
-    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{"seq2seq": sums_B}`` in nats."""
-        return {"seq2seq": token_losses(self.logits(model, batch), batch.labels_BT).sum(1)}
 
 
 def sentinels(tokenizer: Any, count: int) -> np.ndarray:

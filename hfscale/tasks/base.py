@@ -17,6 +17,7 @@ import json
 import re
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
+from functools import partial
 from itertools import chain
 from math import isfinite
 from pathlib import Path
@@ -25,11 +26,11 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 import torch
 from pydantic import AfterValidator
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from hfscale.config.schema import Named, Section
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
-from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
 
@@ -52,7 +53,6 @@ TASKS: dict[str, str] = {
 Example = dict[str, Any]  # role -> value, and "id": str; an optional role or an unknown answer is not there
 MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives the models
 Feature = dict[str, Any]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
-PADDING = {"attention_mask": 0, "token_type_ids": 0, "labels": IGNORE_INDEX}  # of what may be padded; "input_ids" by the tokenizer's
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -65,7 +65,8 @@ Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in it
 
 
 class Task(Objective):
-    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``weights``, ``loss``, ``predict`` and ``score``.
+    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``measure``, and for the one pass of a model ``term``,
+    ``row_losses`` and ``outputs``; those that need more than its logits give ``weights``, ``loss``, ``predict`` and ``judge``.
 
     ``setting`` holds the tokenizer, ``seq_len`` (the longest feature, in tokens) and ``facts``: what ``facts()`` found in the training
     split, or ``known()`` in a finished model's config.
@@ -79,7 +80,6 @@ class Task(Objective):
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
     code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
     metrics: ClassVar[frozenset[str]] = frozenset()  # the names that a validation can give, beside losses
-    term: ClassVar[str] = "loss"  # the name of the one term, where ``row_losses`` gives it
 
     # ------------------------------------------------------------------------------------------ before training
     @classmethod
@@ -128,16 +128,6 @@ class Task(Objective):
         return self.features(example)
 
     # --------------------------------------------------------------------------------------------- with a model
-    def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a causal model that sees the future, and documents that see each other."""
-        if self.auto_model == "AutoModelForCausalLM":
-            self.check_causal(model, device=device)
-            self.check_documents(model, device=device)
-
-    def weights(self) -> dict[str, float]:
-        """Return the one term."""
-        return {self.term: 1.0}
-
     def collate(self, rows: Examples) -> Batch:
         """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler) counts nothing."""
         raise NotImplementedError
@@ -146,17 +136,9 @@ class Task(Objective):
         """Return the names of the loss and its parts, and the metrics."""
         return super().validated() | self.metrics
 
-    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return ``sums_B`` of the one term, 0 for fillers. For tasks whose loss and outputs both come of the logits of one pass."""
-        raise NotImplementedError
-
     def outputs(self, logits: Tensor, rows: Examples) -> list[dict[str, Any]]:
-        """Return one JSON-able output for each row, fillers too. For such tasks."""
+        """Return one JSON-able output for each row, fillers too. For tasks whose loss and outputs both come of the logits of one pass."""
         raise NotImplementedError
-
-    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{term: sums_B}``; other tasks give ``weights``, ``loss``, ``predict`` and ``judge`` themselves."""
-        return {self.term: self.row_losses(self.logits(model, batch), batch)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's device, gradients are off.
@@ -212,16 +194,22 @@ class Task(Objective):
         return {name: self.padded(rows, name) for name in rows.features[0]
                 if name in MODEL_INPUTS and (typed or name != "token_type_ids")}
 
-    def padded(self, rows: Examples, name: str, *, fill: int | None = None) -> Tensor:
-        """Return the lists under ``name`` as one int64 (B, T), filled up on the right."""
-        fill = PADDING.get(name, self.pad_id) if fill is None else fill
-        return torch.nn.utils.rnn.pad_sequence([torch.tensor(row[name]) for row in rows.features], batch_first=True, padding_value=fill)
+    def padded(self, rows: Examples, name: str) -> Tensor:
+        """Return the lists under ``name`` as one int64 (B, T), filled up on the right: ids by the padding id, all else by 0."""
+        return pad_rows([row[name] for row in rows.features], self.pad_id if name == "input_ids" else 0)[0]
 
     def batch(self, rows: Examples, *, inputs: dict[str, Tensor], labels: Tensor, counts: dict[str, Tensor]) -> Batch:
         """Return the batch, whose digest is that of the rows' ``input_ids`` without padding; fillers count nothing."""
         return Batch(inputs=inputs, labels_BT=labels, input_ids=self.padded(rows, "input_ids"), source_B=rows.source_B,
                      position_B=rows.position, counts={term: count_B * rows.valid_B for term, count_B in counts.items()},
                      lengths_B=torch.tensor([len(row["input_ids"]) for row in rows.features]))
+
+
+def pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+    """Return ``(ids_BT, mask_BT)`` (int64): the rows with ``pad_id`` to the longest, and 0 in the mask where it stands."""
+    ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
+    pad = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
+    return pad(ids, padding_value=pad_id), pad([torch.ones_like(row) for row in ids])
 
 
 def task_class(name: str) -> type[Task]:
@@ -267,6 +255,14 @@ def named(label: Any, labels: Sequence[str]) -> str:
     if name in labels or not (name.isascii() and name.isdecimal()) or int(name) >= len(labels) or any(map(str.isdecimal, labels)):
         return name
     return labels[int(name)]
+
+
+def check_text(role: str, value: Any) -> None:
+    """Refuse (BadExample) what is not text, or has nothing in it."""
+    if value is not None and not isinstance(value, str):
+        raise BadExample(f"the {role} is not text: {value!r:.60}")
+    if not value or not value.strip():
+        raise BadExample(f"the {role} is empty")
 
 
 def number(role: str, value: Any) -> float:

@@ -22,9 +22,7 @@ from hfscale.models.pooling import Pooling
 from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, number
-from hfscale.tasks.generation import pad_rows
-from hfscale.tasks.text_generation import check_text
+from hfscale.tasks.base import Example, Feature, Task, check_text, number, pad_rows
 
 VIEWS = ("text", "positive", "negative")
 BLOCK = 1024  # queries that are compared with all candidates at a time

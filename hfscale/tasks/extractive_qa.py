@@ -24,7 +24,7 @@ from hfscale.metrics.squad import best_threshold, squad
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task
+from hfscale.tasks.base import Example, Feature, Task, check_text
 from hfscale.tasks.question_answering import best_spans, choose, windows
 
 if TYPE_CHECKING:
@@ -103,9 +103,8 @@ class ExtractiveQA(Task):
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not of it), and ``labels`` (start, end)."""
         asked: dict[str, Any] = {role: example.get(role) for role in ("question", "context")}
-        for name, text in asked.items():
-            if not isinstance(text, str) or not text.strip():
-                raise BadExample(f"the {name} is empty, or not text: {text!r:.60}")
+        for role, text in asked.items():
+            check_text(role, text)
         span = self._span(example) if "answers" in example else None
         made = windows(self.setting.tokenizer, self.how, **asked)
         if not made:

@@ -25,7 +25,7 @@ from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
 from hfscale.models.build import longest_row
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Task
+from hfscale.tasks.base import Task, pad_rows
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
 
@@ -113,14 +113,6 @@ def decoder_start(config: PretrainedConfig | None, pad_id: int) -> int:
     """Return the id with which a decoder begins: the config's, else padding, as T5 has it."""
     start = getattr(config, "decoder_start_token_id", None)
     return pad_id if start is None else int(start)
-
-
-def pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
-    """Return ``(ids_BT, mask_BT)`` (int64): the rows with ``pad_id`` to the longest, and 0 in the mask where it stands."""
-    width = max(map(len, rows))
-    padded = [([pad_id] * (width - len(row)) + row) if left else (row + [pad_id] * (width - len(row))) for row in rows]
-    masks = [([0] * (width - len(row)) + [1] * len(row)) if left else ([1] * len(row) + [0] * (width - len(row))) for row in rows]
-    return torch.tensor(padded), torch.tensor(masks)
 
 
 def longest_prompt(config: PretrainedConfig) -> int | None:

@@ -13,9 +13,8 @@ from hfscale.config.schema import Positive, Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import TASKS, Example, Feature, Task
+from hfscale.tasks.base import TASKS, Example, Feature, Task, check_text
 from hfscale.tasks.generation import Generation, check_prompt, written
-from hfscale.tasks.text_generation import check_text
 
 
 class Inference(Task):

@@ -28,9 +28,8 @@ from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.clm import CausalLM
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, check_prompt, pad_rows, written
-from hfscale.tasks.text_generation import check_text
+from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
+from hfscale.tasks.generation import Generation, check_prompt, written
 from hfscale.tokenizer import end_of_document_id
 
 DEFAULT_TEMPLATE = """\
@@ -56,7 +55,6 @@ class Instruction(Task, CausalLM):
     Options = InstructionOptions
     options: InstructionOptions  # type: ignore[assignment]
     frame = ()
-    pipeline = "text-generation"
     columns: ClassVar = {"prompt": "in place of messages: a question", "response": "its answer",
                          "messages": 'a list of {"role", "content"}, which ends with the answer'}
     optional: ClassVar = frozenset({"messages", "prompt", "response"})

@@ -28,8 +28,7 @@ from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.objectives.base import Batch
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, named, number
-from hfscale.tasks.text_generation import check_text
+from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, check_text, named, number
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

@@ -26,8 +26,8 @@ from hfscale.metrics.translation import translation
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task
-from hfscale.tasks.generation import Generation, decoder_start, pad_rows, written
+from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
+from hfscale.tasks.generation import Generation, decoder_start, written
 from hfscale.tokenizer import end_of_document_id
 
 
@@ -159,14 +159,6 @@ class TextToText(Task):
             model.generation_config.decoder_start_token_id = decoder_start(model.config, self.pad_id)
         model.config.prefix = self.options.prefix
         model.config.custom_pipelines = {self.pipeline: {"impl": "text2text.TextToTextPipeline", "pt": ["AutoModelForSeq2SeqLM"]}}
-
-
-def check_text(role: str, value: Any) -> None:
-    """Refuse (BadExample) what is not text, or has nothing in it."""
-    if value is not None and not isinstance(value, str):
-        raise BadExample(f"the {role} is not text: {value!r:.60}")
-    if not value or not value.strip():
-        raise BadExample(f"the {role} is empty")
 
 
 class Translation(TextToText):

@@ -23,7 +23,7 @@ from hfscale.metrics.entities import entities, entity_f1
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, named
 
@@ -116,10 +116,6 @@ class TokenClassification(Task):
             if valid and "labels" in row:
                 labels_T[row["positions"]] = torch.tensor(row["labels"])
         return self.batch(rows, inputs=inputs, labels=labels_BT, counts={self.term: (labels_BT != IGNORE_INDEX).sum(1)})
-
-    def row_losses(self, logits_BTC: Tensor, batch: Batch) -> Tensor:
-        """Return each window's loss of the words it judges."""
-        return token_losses(logits_BTC, batch.labels_BT).sum(1)
 
     def outputs(self, logits_BTC: Tensor, rows: Examples) -> list[dict[str, Any]]:
         """Return for each window its words' numbers, tags and probabilities."""

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.fragments import tied
 from hfscale.errors import ConfigError, UnhealthyError
 from tests.engine.tiny import full_state, logits, rate, rows, same, tiny_config, tiny_engine, tiny_model, train_step
 from tests.helpers.ranks import run_ranks
@@ -18,7 +19,7 @@ def train(stage: int, precision: str, *, accumulation: int = 2, steps: int = 10,
     made = tiny_engine(config)
     history = [train_step(made, config, step) for step in range(1, steps + 1)]
     result = {"losses": [loss for loss, _ in history], "norms": [stats.grad_norm for _, stats in history],
-              "rates": [stats.lr for _, stats in history], "state": full_state(made), "scalars": made.scalars(), "tied": made.tied}
+              "rates": [stats.lr for _, stats in history], "state": full_state(made), "scalars": made.scalars(), "tied": tied(made.module)}
     made.close()
     made.close()  # a second time does nothing
     return result
