@@ -77,8 +77,7 @@ class TokenMaterial:
         """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
         if (held_out := self._config.data.validation) is None:
             return {}
-        scored = held_out_rows(held_out.shards, self._config, self.tokenizer, self._world, count=held_out.rows,
-                               with_documents=objective.needs_documents or not self._config.data.cross_document)
+        scored = held_out_rows(held_out.shards, self._config, objective, self._world, count=held_out.rows)
         return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
 
     def describe(self) -> dict[str, Any]:
@@ -177,19 +176,19 @@ def run_config(checkpoint: Path) -> TrainConfig:
     return load_config(run_dir / "config.yaml", moved).config
 
 
-def held_out_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast, world: World, *, count: int | None,
-                  with_documents: bool = False) -> EvaluationRows:
-    """Return ``count`` rows of a manifest, or all of them, to be scored; raw text is made tokens now.
+def held_out_rows(shards: str, config: RunConfig, objective: Objective, world: World, *, count: int | None) -> EvaluationRows:
+    """Return ``count`` rows of a manifest, or all of them, as the objective scores them; raw text is made tokens now.
 
     Raises:
         DataError: as ``open_rows``.
     """
+    tokenizer = objective.setting.tokenizer
     rows = open_rows(shards, config, tokenizer)
     count = count or int(rows.shard_rows.sum())
     if rows.raw:
         rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=count)
     return EvaluationRows(rows, count=count, micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
-                          with_documents=with_documents)
+                          with_documents=objective.needs_documents or not config.data.cross_document)
 
 
 def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:

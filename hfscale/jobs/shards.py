@@ -91,9 +91,10 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
     _, tokenizer = model_and_tokenizer(config.evaluate.model)
     with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
         engine = open_model(config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine).engine
+        objective = _objective(config, tokenizer, engine.module.config)
         count = config.data.validation.rows if config.data.validation else None
-        scored = held_out_rows(config.data.sources[0].shards, config, tokenizer, world, count=count)
-        found = _scores(_objective(config, tokenizer, engine.module.config), engine, scored, tokenizer)
+        scored = held_out_rows(config.data.sources[0].shards, config, objective, world, count=count)
+        found = _scores(objective, engine, scored, tokenizer)
         engine.close()
         if world.rank == 0:
             keep(config.evaluate.out, config.evaluate.model, found)

@@ -10,8 +10,10 @@ import pytest
 
 from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
+from hfscale.dist.world import World
 from hfscale.errors import ConfigError
 from hfscale.jobs import export
+from hfscale.jobs.material import held_out_rows, open_material
 from hfscale.jobs.shards import settle
 from launch.commands.evaluate import evaluate
 from tests.helpers.corpus import run_values
@@ -19,6 +21,15 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_held_out_rows_know_their_documents_where_these_are_kept_apart(corpus: Path, tmp_path: Path, together: bool) -> None:
+    """In training and when evaluated: else a model that never saw two documents at once would be asked to."""
+    config = RunConfig.model_validate(run_values(corpus, tmp_path, "run", data={"cross_document": together}))
+    objective = open_material(config, World(), None).objective()
+    rows, *_ = held_out_rows(str(corpus / "shards" / "validation"), config, objective, World(), count=4)
+    assert (objective.collate(rows).document_ids_BT is None) == together
 
 
 def test_a_pretrained_model_on_shards(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str],
