@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Set up everything and run the tests:   bash tests/run.sh [quick] [pytest arguments]
 #   bash tests/run.sh                     ruff, mypy and all tests
-#   bash tests/run.sh quick               ruff, mypy and the quick tests (under three minutes on two cores)
+#   bash tests/run.sh quick               ruff, mypy and the quick tests (under two minutes on two cores)
 #   bash tests/run.sh tests/stream -x     some tests
 # WORKERS=N sets the number of test processes (one a core without it).
 set -euo pipefail

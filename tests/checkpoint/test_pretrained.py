@@ -72,6 +72,7 @@ def own_weights(family: str, stage: int) -> list[str]:
     return [name for name, want in weights.items() if not torch.equal(state[name], want.flatten())]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_models_own_weights_come_back(family: str) -> None:
     for stage in (0, 3):
@@ -144,6 +145,7 @@ def grown(family: str, stage: int) -> list[str]:
     return wrong
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_larger_vocabulary_gets_rows_that_are_the_mean(family: str) -> None:
     for stage in (0, 3):
@@ -172,6 +174,7 @@ def taken(folder: Path, stage: int, precision: str) -> dict[str, Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_the_fp32_weights_of_a_checkpoint_are_not_rounded_on_the_way(tmp_path: Path) -> None:
     want = run_ranks(trained, 2, tmp_path)[0]
     assert any(not torch.equal(tensor, tensor.bfloat16().float()) for tensor in want.values())

@@ -59,6 +59,7 @@ def test_options_do_not_change_the_numbers(reference, stage, options):
     assert result["losses"] == pytest.approx(reference["losses"][:5], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_bf16_follows_fp32(reference):
     for stage in STAGES:
         result = run_ranks(train, 2, stage, "bf16", steps=5)[0]
@@ -199,6 +200,7 @@ def unused_parts(stage: int) -> tuple[dict[str, list[float]], list[str]]:
     return {name: after[name]["weight"].tolist() for name in after}, [name for name in after if "exp_avg" in after[name]]
 
 
+@pytest.mark.slow
 def test_a_parameter_without_gradient_is_the_same_at_every_stage():
     found = [run_ranks(unused_parts, 2, stage)[0] for stage in STAGES]
     for weights, trained in found:

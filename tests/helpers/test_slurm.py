@@ -12,6 +12,7 @@ import pytest
 from tests.helpers.cli import ROOT
 from tests.helpers.slurm import Cluster, missing, processes_of, wait_for
 
+pytestmark = pytest.mark.slow
 SESSION = """
 import time
 from tests.helpers.slurm import Cluster

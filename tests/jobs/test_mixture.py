@@ -17,6 +17,7 @@ from tests.helpers.corpus import GPT2, run_values
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
+pytestmark = pytest.mark.slow
 NO_DROPOUT = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 
 
@@ -45,7 +46,6 @@ def first_step(values: dict[str, Any]) -> list[tuple[int, float, int]]:
     return found
 
 
-@pytest.mark.slow
 def test_source_loss_is_a_recomputation_on_any_number_of_ranks(corpus: Path, tmp_path: Path) -> None:
     records = {ranks: run_ranks(train, ranks, mixed(corpus, tmp_path, f"{ranks}"))[0] for ranks in (1, 2)}
     rows = [row for rank in run_ranks(first_step, 2, mixed(corpus, tmp_path, "again")) for row in rank]

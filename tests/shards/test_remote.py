@@ -101,6 +101,7 @@ def test_a_reader_sees_a_local_folder_and_nothing_comes_twice(server: Server, fo
     assert server.asked["manifest.json"] == 2 and server.asked[local.shards[0].name] == -(-local.shards[0].bytes // BLOCK)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", [
     {"statuses": [500, 503, 429, 408]}, {"drops": [BLOCK // 2, 100, 0]}, {"hangs": 2}, {"rate": BLOCK}, {"ranges": False},
     {"ranges": False, "drops": [5 * BLOCK]}])
@@ -130,6 +131,7 @@ def test_what_cannot_be_had_is_named(server: Server, tmp_path: Path, status: int
     fetch(manifest, 2)  # the same again, once it is there
 
 
+@pytest.mark.slow
 def test_another_file_is_fetched_twice_and_then_refused(server: Server, folder: Path, tmp_path: Path) -> None:
     manifest = load(server, tmp_path)
     right = (folder / "train" / "s-000000.tar").read_bytes()
@@ -202,6 +204,7 @@ def test_a_killed_download_goes_on_from_its_part(server: Server, folder: Path, t
     assert server.served[name] <= manifest.shards[3].bytes + 4 * BLOCK  # what was on its way, not what was there
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_cache(server: Server, tmp_path: Path) -> None:
     server.rate = 2_000_000
     processes = [fetcher(server, tmp_path, numbers) for numbers in ("0,1,2,3", "0,1,2,3", "3,2,1,0")]
@@ -265,6 +268,7 @@ def test_a_url_names_a_folder_or_a_file(server: Server, tmp_path: Path) -> None:
     assert len({Manifest.load(f"{server.url}/train{end}", folder=tmp_path).folder for end in ("", "/", "/manifest.json")}) == 1
 
 
+@pytest.mark.slow
 # ------------------------------------------------------------------------------------------------------- room
 def test_the_limit_holds_and_the_least_recently_used_goes(server: Server, tmp_path: Path) -> None:
     foreign = tmp_path / "shards" / "foreign.tar"
@@ -342,6 +346,7 @@ def test_a_cancelled_fetch_ends_soon(server: Server, tmp_path: Path) -> None:
             fetching.result(60)
 
 
+@pytest.mark.slow
 # --------------------------------------------------------------------------------------------------- other kinds
 def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against moto's S3 server, found by the standard variables."""

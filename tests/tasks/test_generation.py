@@ -135,6 +135,7 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
     return got
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["gpt2", "t5"])
 def test_zero_3_gives_the_answers_of_one_process_and_never_hangs(family: str) -> None:
     first, second = run_ranks(on_ranks, 2, 3, family)
