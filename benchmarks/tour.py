@@ -54,7 +54,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "encoder": {"model": {"architecture": "modernbert", "config": {
         "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 288, "max_position_embeddings": 512}},
         "objective": {"name": "mlm", "options": {"units": "word", "select": 0.2}},
-        "train": {"steps": 300, "global_batch": 32, "micro_batch": 16}},
+        "train": {"steps": 700, "global_batch": 32, "micro_batch": 16}},
     "decoder": {"model": {"architecture": "lfm2", "config": {  # its short convolutions are half of what copying takes
         "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512,
         "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv", "full_attention"],
