@@ -2,7 +2,7 @@
 # All that hfscale does, on small models and text that is on this machine:   bash launch/tour.sh
 #
 # Pretrains an encoder, a decoder and an encoder-decoder, fine-tunes six tasks from them, evaluates each beside a trivial baseline,
-# and predicts. Nothing is downloaded but the packages. 17 minutes on two idle cores; run it again and it continues.
+# and predicts. Nothing is downloaded but the packages. About 20 minutes on two cores; run it again and it continues.
 set -euo pipefail
 case ${1:-} in -h | --help) sed -n '2,5s/^# \{0,1\}//p' "$0"; exit 0 ;; esac
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
