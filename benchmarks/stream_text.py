@@ -165,6 +165,17 @@ def main() -> None:
         speeds = interleaved(candidates, repeats=options.turns, warm=1)
         resumes = interleaved({f"{place:g}": partial(resume, place) for place in (0.1, 0.9)}, repeats=3)
 
+    record("stream_text", "\n\n".join([
+        f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, median (quartiles) of {options.turns} turns.",
+        beside_the_peer(speeds, counts),
+        f"From a config to the first batch of {BATCH} x {SEQ}: {spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
+        + ", ".join(f"{median(seconds):.2f} s at {place} epochs" for place, seconds in resumes.items())
+        + f". A tokenizing process holds {median(memory):.0f} MiB.",
+    ]))
+
+
+def beside_the_peer(speeds: dict[str, list[float]], counts: list[int]) -> str:
+    """Return the table of speeds, for each of ``counts`` of processes, and their ratio to that of tokenizers alone."""
     lines = []
     for procs in counts:
         peer = speeds[f"alone {procs}"]
@@ -173,13 +184,7 @@ def main() -> None:
             reached = ratio(speeds[f"{kind} {procs}"], peer)
             lines.append([procs, f"Stream, .{FIELDS[kind]}", spread(speeds[f"{kind} {procs}"], form="{:.2f}"), f"{reached:.2f}",
                           verdict(reached, at_least=0.8)])
-    record("stream_text", "\n\n".join([
-        f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, median (quartiles) of {options.turns} turns.",
-        table(["processes", "", "M tokens/s", "ratio", "target"], lines),
-        f"From a config to the first batch of {BATCH} x {SEQ}: {spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
-        + ", ".join(f"{median(seconds):.2f} s at {place} epochs" for place, seconds in resumes.items())
-        + f". A tokenizing process holds {median(memory):.0f} MiB.",
-    ]))
+    return table(["processes", "", "M tokens/s", "ratio", "target"], lines)
 
 
 if __name__ == "__main__":

@@ -53,7 +53,7 @@ def compare(config: TrainConfig) -> list[str]:
             raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
                                   remedy=_other_name(config))
         return []
-    if not (layout.candidates(path / layout.FOLDER) or before_attempt(path)[1]):  # it has not trained
+    if not (layout.candidates(path / layout.FOLDER) or _logged_bytes(path)):  # it has not trained
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
     digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
@@ -119,14 +119,14 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
 
 def before_attempt(path: Path) -> tuple[bytes | None, int]:
     """Return the config of a run directory (None: there is none yet) and how many bytes the run has logged."""
-    config, metrics = path / CONFIG, path / "metrics.jsonl"
-    return config.read_bytes() if config.is_file() else None, metrics.stat().st_size if metrics.is_file() else 0
+    config = path / CONFIG
+    return config.read_bytes() if config.is_file() else None, _logged_bytes(path)
 
 
 def restore_if_refused(path: Path, before: tuple[bytes | None, int], *, code: int) -> None:
     """Give a run its config of ``before`` back, if the attempt that ended with ``code`` was refused before its first logged step."""
     config, logged = before
-    if code == EXIT_USER_ERROR and config is not None and logged == before_attempt(path)[1]:
+    if code == EXIT_USER_ERROR and config is not None and logged == _logged_bytes(path):
         write_atomically(path / CONFIG, config)
 
 
@@ -157,6 +157,11 @@ def attempts(path: Path) -> list[dict[str, Any]]:
     except ValueError as error:
         raise CheckpointError(f"the record of earlier attempts is damaged: {error}", where=file,
                               remedy="restore it, or move it away: the run itself does not need it") from None
+
+
+def _logged_bytes(path: Path) -> int:
+    metrics = path / "metrics.jsonl"
+    return metrics.stat().st_size if metrics.is_file() else 0
 
 
 def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:

@@ -55,9 +55,17 @@ def examples_of(config: PredictConfig) -> Iterator[Example]:
         yield example if wanted.answers else {role: value for role, value in example.items() if role not in kind.answers}
 
 
-def model_digest(name: str) -> str:
-    """Return what names the content of MODEL ``name``: another one in the same place is another one."""
-    folder = layout.checkpoint_of(name) or local_folder(name, where="MODEL", weights=True)
+def model_folder(name: str) -> Path:
+    """Return the folder that MODEL ``name`` stands for: a checkpoint, or one of transformers with weights.
+
+    Raises:
+        UserError: if there is none.
+    """
+    return layout.checkpoint_of(name) or local_folder(name, where="MODEL", weights=True)
+
+
+def model_digest(folder: Path) -> str:
+    """Return what names the content of a model's folder: another model in the same place is another one."""
     model = hashlib.blake2b(digest_size=16)
     for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED):
         large = file.suffix == ".safetensors"  # of a checkpoint of ours the manifest has their digests
@@ -67,10 +75,10 @@ def model_digest(name: str) -> str:
 
 def key_of(config: PredictConfig) -> dict[str, str]:
     """Return digests of all that the predictions depend on: model, data, task."""
-    kind, data = task_class(config.task.name), config.data
+    kind, data, model = task_class(config.task.name), config.data, model_folder(config.predict.model)
     how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
     task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
-    return {"model": model_digest(config.predict.model), "data": LabelledData(data, kind, about="").digest(config.predict.split),
+    return {"model": model_digest(model), "data": LabelledData(data, kind, about="").digest(config.predict.split),
             "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest()}
 
 

@@ -17,12 +17,11 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError
-from hfscale.hub import local_folder
 from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.evaluate import described, folder_of, keep
 from hfscale.jobs.material import held_out_rows, open_rows, run_config
 from hfscale.jobs.opening import open_model
-from hfscale.jobs.predict import model_digest
+from hfscale.jobs.predict import model_digest, model_folder
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.objectives.base import Objective, Setting, load_objective
@@ -45,9 +44,9 @@ def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsCon
     if not _objective(config, tokenizer).token_loss:
         raise ConfigError("such a model has no perplexity", where=name, value=config.objective.name, remedy="name a task: --task")
     rows = open_rows(config.data.sources[0].shards, config, tokenizer)
-    folder = layout.checkpoint_of(name) or local_folder(name, where="MODEL")
+    folder = model_folder(name)
     cut = config.data.model_dump_json(exclude={"sources", "validation"})
-    key = {"model": model_digest(name), "data": rows.fingerprint, "config": f"{cut} {config.engine.precision}"}
+    key = {"model": model_digest(folder), "data": rows.fingerprint, "config": f"{cut} {config.engine.precision}"}
     where = {"model": str(folder.absolute()), "out": folder_of(name, "shards", key)}  # a run goes on meanwhile
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
 

@@ -56,10 +56,10 @@ def _evaluations(source: Path) -> Iterator[tuple[str, Line]]:
     lines = [_evaluation(file) for file in files]
     names = Counter([line["name"] for line in lines])
     for file, line in zip(files, lines, strict=True):
-        _, what, options, _ = file.resolve().parts[-4:]
+        folder = file.resolve().parent
         if names[line["name"]] > 1:  # other options, or other shards: its folder tells
-            line["name"] += f" {options}"
-        yield what, line
+            line["name"] += f" {folder.name}"
+        yield folder.parent.name, line
 
 
 def _validations(run: Path, config: dict[str, Any]) -> Iterator[tuple[str, Line]]:

@@ -20,6 +20,7 @@ from hfscale.checkpoint.store import FragmentReader
 from hfscale.config.schema import Best, Checkpoint
 from hfscale.errors import CheckpointError, ConfigError, UnhealthyError
 from tests.engine.tiny import full_state, logits, same, tiny_config, tiny_engine, train_step
+from tests.helpers.needs import lacking
 from tests.helpers.ranks import run_ranks
 
 STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
@@ -245,7 +246,7 @@ def test_a_write_that_fails_fails_every_rank_and_leaves_the_previous_checkpoint(
 def test_a_full_disk_is_seen_before_the_save(tmp_path):
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", tmp_path], capture_output=True).returncode == 0
     if not mounted:
-        pytest.skip("mounting a small disk needs root")
+        lacking("mounting a small disk needs root")
     try:
         for message in run_ranks(attempt, 2, tmp_path / "run", steps=3):
             assert "bytes needed" in message and "bytes free" in message

@@ -22,7 +22,6 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
-pytest.importorskip("lm_eval")
 CHOICES = [("import", [" os", " the json"], 0), ("def", [" f", " class"], 1), ("return", [" None", " self.x"], 0)]
 
 TEXT = "import os\n" * 4
@@ -67,8 +66,11 @@ def tasks(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_merged_adapters_give_the_engines_logits(run: Path, tmp_path: Path) -> None:
+    """Exports are published only if these are equal."""
     export.run(str(run), tmp_path / "merged")
+    assert (tmp_path / "merged" / "model.safetensors").is_file()
     export.run(str(run), tmp_path / "alone", adapter=True)
+    assert (tmp_path / "alone" / "adapter_model.safetensors").is_file()
 
 
 def test_scores_are_those_computed_by_hand(run: Path, tasks: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -1,13 +1,13 @@
 """A Slurm cluster; a folder with what a launcher looks at before it starts ranks: a config, a manifest, a tokenizer's folder."""
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
+from tests.helpers.needs import lacking
 from tests.helpers.slurm import Cluster, missing, running
 
 CONFIG = """\
@@ -39,6 +39,6 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def cluster() -> Iterator[Cluster]:
     """A real Slurm cluster of four nodes, for this pytest worker alone."""
     if reason := missing():
-        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+        lacking(reason)
     with running() as cluster:
         yield cluster

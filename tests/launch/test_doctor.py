@@ -15,6 +15,7 @@ import yaml
 
 from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.corpus import run_values
+from tests.helpers.needs import lacking
 from tests.helpers.slurm import Cluster, processes_of
 
 NO_SLURM = {"PATH": os.path.dirname(sys.executable)}
@@ -38,7 +39,7 @@ def poor_disk(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=1m,ro", "none", str(folder)]
     if subprocess.run(mount, capture_output=True, check=False).returncode:
-        pytest.skip("mounting takes root")
+        lacking("mounting takes root")
     yield folder
     subprocess.run(["umount", str(folder)], check=True)
 

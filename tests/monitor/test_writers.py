@@ -42,9 +42,10 @@ def test_what_is_not_finite_is_null(tmp_path):
 
 
 def test_tensorboard_shows_one_value_a_step(tmp_path):
-    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    from tensorboard.backend.event_processing import event_accumulator
+
     steps(MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=True), 1, 2, 3)
     steps(MetricsLog(tmp_path, first_step=3, total_steps=9, tensorboard=True), 3, 4)
-    events = accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert "source_loss/web" in events.Tags()["scalars"] and "mfu" not in events.Tags()["scalars"]

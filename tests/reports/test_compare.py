@@ -4,6 +4,7 @@ from __future__ import annotations
 import csv
 import json
 from pathlib import Path
+from tempfile import NamedTemporaryFile
 
 import pytest
 
@@ -42,6 +43,10 @@ def test_what_has_no_scores(tmp_path: Path) -> None:
     for source, problem in ((tmp_path, "no scores here"), (tmp_path / "none", "no scores here"), (tmp_path / "x.json", "not a file")):
         with pytest.raises(DataError, match=problem):
             find([source])
+    with NamedTemporaryFile("w", suffix=".json") as file:  # few folders above it, none of which is an evaluation's
+        file.write('{"model": "m", "examples": 1, "scores": {"f1": 0.5}, "intervals": {}}')
+        file.flush()
+        assert find([Path(file.name)])[0]["f1"] == 0.5
     with pytest.raises(DataError, match=r"(?s)cannot write.*nowhere"):
         write_csv([{"name": "a", "f1": 0.5}], tmp_path / "nowhere" / "t.csv")
 
