@@ -4,6 +4,7 @@ The two take turns on one engine of about 100 million parameters. The first save
 
     python -m benchmarks.async_save [--turns 5] [--procs 2]        # about 2 minutes; 1.3 GB a save in the temporary folder
 """
+
 from __future__ import annotations
 
 import argparse
@@ -30,12 +31,18 @@ def measure(folder: Path, turns: int) -> tuple[int, dict[str, list[float]]]:
     ranks = torch.distributed.get_world_size()
     torch.manual_seed(0)
     config = tiny_config(1, "bf16", world_size=ranks)
-    engine = Engine.create(GPT2LMHeadModel(GPT2Config(**SHAPE)), config=config, device=torch.device("cpu"))
+    engine = Engine.create(
+        GPT2LMHeadModel(GPT2Config(**SHAPE)), config=config, device=torch.device("cpu")
+    )
     step = 0
 
     def saver(name: str, *, behind: bool) -> Callable[[], float]:
-        checkpoints = CheckpointManager(folder / name, config=Checkpoint.model_validate({"keep_last": 1, "async": behind}),
-                                        rank=engine.rank, world_size=ranks)
+        checkpoints = CheckpointManager(
+            folder / name,
+            config=Checkpoint.model_validate({"keep_last": 1, "async": behind}),
+            rank=engine.rank,
+            world_size=ranks,
+        )
 
         def save() -> float:
             nonlocal step
@@ -54,7 +61,9 @@ def measure(folder: Path, turns: int) -> tuple[int, dict[str, list[float]]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--procs", type=int, default=2)
     args = parser.parse_args()
@@ -63,13 +72,18 @@ def main() -> None:
 
     about = machine("torch", "deepspeed")
     with tempfile.TemporaryDirectory() as folder:
-        parameters, times = run_ranks(async_save.measure, args.procs, Path(folder), args.turns, timeout_s=180)[0]
+        parameters, times = run_ranks(
+            async_save.measure, args.procs, Path(folder), args.turns, timeout_s=180
+        )[0]
     share = ratio(times[BEHIND], times[SYNCHRONOUS])
-    record("async_save", f"""GPT-2 of {parameters / 1e6:.0f}M parameters, ZeRO 1, bf16, {args.procs} CPU ranks; {args.turns} turns.
+    record(
+        "async_save",
+        f"""GPT-2 of {parameters / 1e6:.0f}M parameters, ZeRO 1, bf16, {args.procs} CPU ranks; {args.turns} turns.
 
 {table(["", "s"], [[name, spread(taken)] for name, taken in times.items()])}
 
-Training waits for {share:.1%} of a synchronous save: {verdict(share, at_most=0.15)}. {about}""")
+Training waits for {share:.1%} of a synchronous save: {verdict(share, at_most=0.15)}. {about}""",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
 """One piece of training work, and the commands that do it: `hfscale pretrain`, and peers that read a flat file of the same rows."""
+
 from __future__ import annotations
 
 import json
@@ -29,7 +30,9 @@ class Work:
     compile: bool = False
     log_every: int = 10
     steps: int = FOREVER
-    model: dict[str, Any] = field(default_factory=dict)  # the config's section; empty: the weights in model/
+    model: dict[str, Any] = field(
+        default_factory=dict
+    )  # the config's section; empty: the weights in model/
 
     @property
     def name(self) -> str:
@@ -53,25 +56,63 @@ class Work:
             "run": {"name": self.name, "root": str(self.folder / "runs"), "seed": SEED},
             "tokenizer": {"path": str(self.folder / "tokenizer")},
             "data": {"seq_len": self.seq_len, "sources": [{"shards": str(self.folder / "shards")}]},
-            "model": self.model or {"pretrained": str(self.folder / "model")}, "objective": {"name": "clm"}, "optim": OPTIM,
+            "model": self.model or {"pretrained": str(self.folder / "model")},
+            "objective": {"name": "clm"},
+            "optim": OPTIM,
             "schedule": {"name": "constant"},
-            "train": {"steps": self.steps, "global_batch": self.global_batch, "micro_batch": self.micro_batch},
-            "engine": {"zero_stage": self.zero_stage, "precision": self.precision, "compile": self.compile},
-            "metrics": {"every_steps": self.log_every}}
+            "train": {
+                "steps": self.steps,
+                "global_batch": self.global_batch,
+                "micro_batch": self.micro_batch,
+            },
+            "engine": {
+                "zero_stage": self.zero_stage,
+                "precision": self.precision,
+                "compile": self.compile,
+            },
+            "metrics": {"every_steps": self.log_every},
+        }
         file = self.folder / f"ours-{self.name}.yaml"
         file.write_text(yaml.safe_dump(config))
-        return [sys.executable, "-m", "launch.cli", "pretrain", str(file), "--procs", str(self.procs)]
+        return [
+            sys.executable,
+            "-m",
+            "launch.cli",
+            "pretrain",
+            str(file),
+            "--procs",
+            str(self.procs),
+        ]
 
     def peer(self, script: str) -> list[str]:
         """Return the command of a peer, with its work file written."""
-        content = {"model": str(self.folder / "model"), "rows": str(self.rows), "dtype": "<u2", "seq_len": self.seq_len,
-                   "micro_batch": self.micro_batch, "accumulation": self.accumulation, "steps": self.steps, "log_every": self.log_every,
-                   **OPTIM, "zero_stage": self.zero_stage, "precision": self.precision, "compile": self.compile,
-                   "scratch": str(self.folder / "trainer")}
+        content = {
+            "model": str(self.folder / "model"),
+            "rows": str(self.rows),
+            "dtype": "<u2",
+            "seq_len": self.seq_len,
+            "micro_batch": self.micro_batch,
+            "accumulation": self.accumulation,
+            "steps": self.steps,
+            "log_every": self.log_every,
+            **OPTIM,
+            "zero_stage": self.zero_stage,
+            "precision": self.precision,
+            "compile": self.compile,
+            "scratch": str(self.folder / "trainer"),
+        }
         file = self.folder / f"work-{self.name}.json"
         file.write_text(json.dumps(content))
-        return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(self.procs),
-                str(PEERS / script), str(file)]
+        return [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--standalone",
+            "--nproc-per-node",
+            str(self.procs),
+            str(PEERS / script),
+            str(file),
+        ]
 
     def write_rows(self, *, limit: int) -> None:
         """Write at most ``limit`` rows for the peers: one epoch or less, in the order in which hfscale trains on them."""
@@ -81,7 +122,14 @@ class Work:
 
         rows = TokenRows(self.folder / "shards", seq_len=self.seq_len)
         order = order_of(rows.shard_rows, seed=SEED, lanes="auto", block=1024)
-        stream = Stream(rows, order, global_batch=self.global_batch, micro_batch=self.global_batch, rank=0, world_size=1)
+        stream = Stream(
+            rows,
+            order,
+            global_batch=self.global_batch,
+            micro_batch=self.global_batch,
+            rank=0,
+            world_size=1,
+        )
         with open(self.rows, "wb") as file:
             for _ in range(min(order.rows, limit) // self.global_batch):
                 file.write(stream.take()[0].ids_BL.numpy().astype("<u2").tobytes())

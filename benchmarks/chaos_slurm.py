@@ -8,6 +8,7 @@ what they started). Back: until the next attempt has logged a step. Apart: the l
 recovered means 0 on as many ranks, at most 1e-3 on fewer. Failures that a restart cannot mend must end the job, say why, and go on once
 mended and submitted again. Hangs are given `train.hang_timeout_s=5`; the default is ten minutes.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,7 +33,9 @@ from tests.helpers.slurm import Cluster, missing, running, wait_for
 
 STEPS, AT, SAVE_EVERY, STEP_S, DISK_MB, LIMIT_S = 24, 5, 4, 0.4, 96, 60.0
 CLOSE = 1e-3  # of losses near 5, after steps of another cut (fp32)
-DROPOUT = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)  # its masks are those of a rank, so of one world size
+DROPOUT = dict.fromkeys(
+    ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
+)  # its masks are those of a rank, so of one world size
 MODEL = {**GPT2, "config": {**GPT2["config"], **DROPOUT}}
 INSIDE = "HFSCALE_CHAOS_INSIDE"  # environment variable: we are in the namespace already
 Act = Callable[["Run"], Callable[[], object] | None]  # disturbs; may return how to mend it
@@ -49,7 +52,11 @@ class Run:
 
     def records(self) -> list[dict[str, Any]]:
         file = self.folder / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+        return (
+            [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+            if file.exists()
+            else []
+        )
 
     def attempt(self) -> int:
         return max((record["attempt"] for record in self.records()), default=0)
@@ -62,7 +69,10 @@ class Run:
         return (self.folder / "job").read_text().strip()
 
     def log(self) -> str:
-        return "".join(file.read_text(errors="replace") for file in sorted((self.folder / "logs").glob("*.log")))
+        return "".join(
+            file.read_text(errors="replace")
+            for file in sorted((self.folder / "logs").glob("*.log"))
+        )
 
 
 @dataclass
@@ -112,31 +122,68 @@ SCENARIOS = [
     Scenario("kill -9 of one rank", kill_rank, says="killed from outside"),
     Scenario("kill -9 of a node", kill_node),
     Scenario("... and there is no other: min_nodes", kill_node, nodes="1-2"),
-    Scenario("exception on one rank", fault="raise", ends=1, says="a defect that shows on one rank"),
+    Scenario(
+        "exception on one rank", fault="raise", ends=1, says="a defect that shows on one rank"
+    ),
     Scenario("exit in the loader's thread", fault="loader exits", ends=1, says="SystemExit"),
     Scenario("a rank stopped (hang)", stop_rank, says="does not answer"),
-    Scenario("a rank asleep in its loader (hang)", fault="loader sleeps", says="stands in data of step 6"),
-    Scenario("... twice on the same node", fault="loader sleeps", node="n2", says="n2 did so twice and is left out"),
+    Scenario(
+        "a rank asleep in its loader (hang)", fault="loader sleeps", says="stands in data of step 6"
+    ),
+    Scenario(
+        "... twice on the same node",
+        fault="loader sleeps",
+        node="n2",
+        says="n2 did so twice and is left out",
+    ),
     Scenario("a slow rank", fault="slow", restarts=False, says="rank 1 on n2 is slow"),
     Scenario("a full disk", fill_disk, ends=2, says="o space left"),
     Scenario("a lost shared file", lose_shards, ends=2),
 ]
 
 
-def play(scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: Path) -> dict[str, Any]:
+def play(
+    scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: Path
+) -> dict[str, Any]:
     """Return what one scenario gave."""
     fewest, _, nodes = scenario.nodes.rpartition("-")
-    asks = {"nodes": int(nodes), "gpus_per_node": 1, "allow_local_disk": True, "min_nodes": int(fewest) if fewest else None,
-            "sbatch": {"oversubscribe": True, "mem": 100} | ({"exclude": "n3,n4"} if fewest else {})}
+    asks = {
+        "nodes": int(nodes),
+        "gpus_per_node": 1,
+        "allow_local_disk": True,
+        "min_nodes": int(fewest) if fewest else None,
+        "sbatch": {"oversubscribe": True, "mem": 100} | ({"exclude": "n3,n4"} if fewest else {}),
+    }
     name = f"run-{number}"
-    values = run_values(corpus, home, name, cluster=asks, checkpoint={"every_steps": SAVE_EVERY}, model=MODEL,
-                        train={"steps": STEPS, "global_batch": 16, "micro_batch": 4, "hang_timeout_s": 5})
+    values = run_values(
+        corpus,
+        home,
+        name,
+        cluster=asks,
+        checkpoint={"every_steps": SAVE_EVERY},
+        model=MODEL,
+        train={"steps": STEPS, "global_batch": 16, "micro_batch": 4, "hang_timeout_s": 5},
+    )
     (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    env = cluster.env | {"PYTHONPATH": f"{ROOT}/tests/launch/faults:{ROOT}", "STEP_S": str(STEP_S), "FAULT": scenario.fault,
-                         "AT": str(AT), "FAULT_NODE": scenario.node}
-    job = hfscale("pretrain", home / f"{name}.yaml", "--launcher", "slurm", env=env).stdout.split()[1].rstrip(":")
+    env = cluster.env | {
+        "PYTHONPATH": f"{ROOT}/tests/launch/faults:{ROOT}",
+        "STEP_S": str(STEP_S),
+        "FAULT": scenario.fault,
+        "AT": str(AT),
+        "FAULT_NODE": scenario.node,
+    }
+    job = (
+        hfscale("pretrain", home / f"{name}.yaml", "--launcher", "slurm", env=env)
+        .stdout.split()[1]
+        .rstrip(":")
+    )
     run = Run(cluster, home / name, job, corpus / "shards" / "train")
-    wait_for(lambda: len(run.records()) >= AT, timeout_s=120, every_s=0.05, what=lambda: cluster.output(job))
+    wait_for(
+        lambda: len(run.records()) >= AT,
+        timeout_s=120,
+        every_s=0.05,
+        what=lambda: cluster.output(job),
+    )
     there, began, mend = list(cluster.processes(job)), time.monotonic(), None
     if scenario.act:
         mend = scenario.act(run)
@@ -145,7 +192,12 @@ def play(scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: 
         wait_for(lambda: not any(map(alive, there)), timeout_s=180, every_s=0.05, what=run.log)
         found["released_s"] = time.monotonic() - began
     if scenario.ends is None and scenario.restarts:
-        wait_for(lambda: run.attempt() > 1, timeout_s=240, every_s=0.05, what=lambda: f"{run.log()}\n{cluster.output(job)}")
+        wait_for(
+            lambda: run.attempt() > 1,
+            timeout_s=240,
+            every_s=0.05,
+            what=lambda: f"{run.log()}\n{cluster.output(job)}",
+        )
         found["back_s"] = time.monotonic() - began
     while True:
         job = run.newest()
@@ -153,7 +205,11 @@ def play(scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: 
         if run.newest() == job:
             break
     if scenario.ends is not None:
-        assert cluster.job(job)["ExitCode"] == f"{scenario.ends}:0", (scenario.name, cluster.job(job), run.log())
+        assert cluster.job(job)["ExitCode"] == f"{scenario.ends}:0", (
+            scenario.name,
+            cluster.job(job),
+            run.log(),
+        )
     if mend:
         mend()
     if scenario.ends is not None:
@@ -161,13 +217,21 @@ def play(scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: 
         hfscale("pretrain", run.folder, "--launcher", "slurm", env=env | {"FAULT": ""})
         state = cluster.wait(run.newest(), timeout_s=300)
     told = {record["step"]: record["loss"] for record in run.records()}
-    lost = [run.steps(attempt)[-1] - run.steps(attempt + 1)[0] + 1 for attempt in range(1, run.attempt())]
+    lost = [
+        run.steps(attempt)[-1] - run.steps(attempt + 1)[0] + 1
+        for attempt in range(1, run.attempt())
+    ]
     known = last_losses.setdefault("undisturbed", told if scenario.name == "undisturbed" else {})
     apart = max((abs(told[step] - known[step]) if step in told else 99.0) for step in known)
-    return found | {"state": state, "lost": max(lost, default=0), "restarts": run.attempt() - 1, "said": scenario.says in run.log(),
-                    "apart": apart,
-                    "recovered": state == "COMPLETED" and apart <= (CLOSE if fewest else 0.0),
-                    "nodes": cluster.job(run.newest())["NodeList"]}
+    return found | {
+        "state": state,
+        "lost": max(lost, default=0),
+        "restarts": run.attempt() - 1,
+        "said": scenario.says in run.log(),
+        "apart": apart,
+        "recovered": state == "COMPLETED" and apart <= (CLOSE if fewest else 0.0),
+        "nodes": cluster.job(run.newest())["NodeList"],
+    }
 
 
 last_losses: dict[str, dict[int, float]] = {}
@@ -182,20 +246,51 @@ def alive(pid: int) -> bool:
 
 def report(found: list[dict[str, Any]]) -> str:
     """Return the section of RESULTS.md."""
-    rows = [[one["name"], "" if "released_s" not in one else f"{one['released_s']:.1f}", one.get("ended", ""),
-             "" if "back_s" not in one else f"{one['back_s']:.1f}", one["lost"], one["restarts"], one["nodes"],
-             "yes" if one["said"] else "NO", f"{one['apart']:.0e}" if one["apart"] else "0", "yes" if one["recovered"] else "NO"]
-            for one in found]
-    slowest, most = max(one.get("released_s", 0.0) for one in found), max(one["lost"] for one in found)
+    rows = [
+        [
+            one["name"],
+            "" if "released_s" not in one else f"{one['released_s']:.1f}",
+            one.get("ended", ""),
+            "" if "back_s" not in one else f"{one['back_s']:.1f}",
+            one["lost"],
+            one["restarts"],
+            one["nodes"],
+            "yes" if one["said"] else "NO",
+            f"{one['apart']:.0e}" if one["apart"] else "0",
+            "yes" if one["recovered"] else "NO",
+        ]
+        for one in found
+    ]
+    slowest, most = (
+        max(one.get("released_s", 0.0) for one in found),
+        max(one["lost"] for one in found),
+    )
     recovered = sum(bool(one["recovered"]) for one in found)
-    return "\n\n".join([
-        f"{machine('torch', 'deepspeed')} Slurm {subprocess.run(['slurmctld', '-V'], capture_output=True, text=True).stdout.split()[-1]}, "
-        f"four nodes on this machine, SlurmdTimeout 15 s. Two ranks on two nodes, steps of {STEP_S} s, a save every {SAVE_EVERY} steps, "
-        "hangs found after 5 s.",
-        table(["failure", "released, s", "ended with", "back, s", "steps lost", "restarts", "last on", "said", "apart", "recovered"], rows),
-        f"Longest until nothing of the attempt was left: {slowest:.1f} s, {verdict(slowest, at_most=LIMIT_S)}. Most steps lost: {most}, "
-        f"{verdict(most, at_most=SAVE_EVERY)}. Recovered: {recovered} of {len(found)}, {verdict(recovered, at_least=len(found))}. "
-        "Those that ended were mended and submitted again by hand; their restart is that one."])
+    return "\n\n".join(
+        [
+            f"{machine('torch', 'deepspeed')} Slurm {subprocess.run(['slurmctld', '-V'], capture_output=True, text=True).stdout.split()[-1]}, "
+            f"four nodes on this machine, SlurmdTimeout 15 s. Two ranks on two nodes, steps of {STEP_S} s, a save every {SAVE_EVERY} steps, "
+            "hangs found after 5 s.",
+            table(
+                [
+                    "failure",
+                    "released, s",
+                    "ended with",
+                    "back, s",
+                    "steps lost",
+                    "restarts",
+                    "last on",
+                    "said",
+                    "apart",
+                    "recovered",
+                ],
+                rows,
+            ),
+            f"Longest until nothing of the attempt was left: {slowest:.1f} s, {verdict(slowest, at_most=LIMIT_S)}. Most steps lost: {most}, "
+            f"{verdict(most, at_most=SAVE_EVERY)}. Recovered: {recovered} of {len(found)}, {verdict(recovered, at_least=len(found))}. "
+            "Those that ended were mended and submitted again by hand; their restart is that one.",
+        ]
+    )
 
 
 def main() -> None:
@@ -205,7 +300,9 @@ def main() -> None:
     only = parser.parse_args().only
     if reason := missing():
         sys.exit(reason)
-    if not os.environ.get(INSIDE):  # a small disk for the runs, which the nodes see, and nobody else
+    if not os.environ.get(
+        INSIDE
+    ):  # a small disk for the runs, which the nodes see, and nobody else
         os.environ[INSIDE] = "1"
         again = [sys.executable, "-m", "benchmarks.chaos_slurm", *sys.argv[1:]]
         os.execvp("unshare", ["unshare", "--mount", "--propagation", "private", *again])
@@ -213,9 +310,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         corpus, home = make_corpus(Path(folder) / "corpus"), Path(folder) / "runs"
         home.mkdir()
-        subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", home], check=True)
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={DISK_MB}m", "tmpfs", home], check=True
+        )
         with running() as cluster:
-            for number, scenario in enumerate([Scenario("undisturbed", restarts=False), *(s for s in SCENARIOS if only in s.name)]):
+            for number, scenario in enumerate(
+                [Scenario("undisturbed", restarts=False), *(s for s in SCENARIOS if only in s.name)]
+            ):
                 found.append(play(scenario, number, cluster, home, corpus))
                 print(found[-1], file=sys.stderr, flush=True)
         subprocess.run(["umount", "-l", home], check=True)

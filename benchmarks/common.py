@@ -7,6 +7,7 @@ differences that matter; it compares them by the median of the ratios of each tu
     body = table(["", "s"], [[name, f"{median(t):.3f}"] for name, t in times.items()])
     record("shards_build", body)                                            # replaces this section of RESULTS.md only
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -28,7 +29,9 @@ Ratios come from one run, candidates measured in turns; figures are medians, wit
 """
 
 
-def interleaved(candidates: Mapping[str, Callable[[], float]], *, repeats: int, warm: int = 0) -> dict[str, list[float]]:
+def interleaved(
+    candidates: Mapping[str, Callable[[], float]], *, repeats: int, warm: int = 0
+) -> dict[str, list[float]]:
     """Return ``repeats`` measurements of each candidate, taken in turns; each turn starts with another candidate.
 
     ``warm`` turns come before and are thrown away. Progress goes to stderr.
@@ -52,7 +55,9 @@ def ratio(over: Sequence[float], under: Sequence[float]) -> float:
 
 def spread(values: Sequence[float], *, form: str = "{:.3g}") -> str:
     """Return "median (lower quartile - upper quartile)"."""
-    low, middle, high = quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    low, middle, high = (
+        quantiles(values, n=4, method="inclusive") if len(values) > 1 else [values[0]] * 3
+    )
     return f"{form.format(middle)} ({form.format(low)} - {form.format(high)})"
 
 
@@ -73,8 +78,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 def machine(*packages: str) -> str:
     """Return date, processor, cores, load and versions in one line. No names of hosts, users or paths."""
     cores = len(os.sched_getaffinity(0))
-    load = f"load {os.getloadavg()[0]:.1f} of other work before the run" if os.getloadavg()[0] >= 0.5 else "idle before the run"
-    versions = [f"Python {platform.python_version()}", *(f"{name} {_version(name)}" for name in packages)]
+    load = (
+        f"load {os.getloadavg()[0]:.1f} of other work before the run"
+        if os.getloadavg()[0] >= 0.5
+        else "idle before the run"
+    )
+    versions = [
+        f"Python {platform.python_version()}",
+        *(f"{name} {_version(name)}" for name in packages),
+    ]
     return f"{date.today()}, {_cpu()}, {cores} cores, {load}; {', '.join(versions)}."
 
 
@@ -87,7 +99,9 @@ def _version(package: str) -> str:
 
 def _cpu() -> str:
     try:
-        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        found = re.search(
+            r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE
+        )
     except OSError:
         found = None
     return found.group(1) if found else platform.machine()
@@ -106,6 +120,10 @@ def record(section: str, body: str, *, path: Path = RESULTS) -> None:
         file.seek(0)
         text = file.read() or TITLE
         found = re.search(f"{re.escape(begin)}.*?{re.escape(end)}\n?", text, re.DOTALL)
-        text = text[:found.start()] + block + text[found.end():] if found else f"{text.rstrip()}\n\n{block}"
+        text = (
+            text[: found.start()] + block + text[found.end() :]
+            if found
+            else f"{text.rstrip()}\n\n{block}"
+        )
         file.truncate(0)
         file.write(text)

@@ -4,6 +4,7 @@ Saved on 4 CPU ranks, loaded on 1, 2, 3, 4, 6 and 8 at every stage. About 5 minu
 The memory is what a load holds beside the model and optimizer themselves: anonymous memory of the largest rank, looked at from outside
 every few milliseconds. Pages of the checkpoint's files are mapped and can go at any time, so they are not counted.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -18,8 +19,14 @@ from hfscale.reports.prove import digests
 from tests.helpers.forks import Forks, say
 
 WRITERS, READERS, TURNS = 4, (1, 2, 3, 4, 6, 8), 3
-ENGINES = [(0, "fp32", "none"), (1, "fp32", "none"), (2, "bf16", "none"), (3, "bf16", "none"), (3, "fp32", "none"),
-           (1, "bf16", "optimizer")]
+ENGINES = [
+    (0, "fp32", "none"),
+    (1, "fp32", "none"),
+    (2, "bf16", "none"),
+    (3, "bf16", "none"),
+    (3, "fp32", "none"),
+    (1, "bf16", "optimizer"),
+]
 WIDTH, LAYERS, VOCABULARY = 512, 6, 8192  # 23 M parameters; 12 bytes each in a checkpoint
 
 
@@ -36,10 +43,16 @@ def opened(folder: str, stage: int, precision: str, offload: str) -> tuple[Any, 
     config = tiny_config(stage, precision, world_size=1, offload=offload)
     torch.manual_seed(1)
     with construction(config, device_type="cpu"):
-        model = GPT2LMHeadModel(GPT2Config(vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=8, use_cache=False))
+        model = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=VOCABULARY, n_embd=WIDTH, n_layer=LAYERS, n_head=8, use_cache=False
+            )
+        )
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     engine.fragments(owned=False)  # so that moments exist before and after
-    return engine, CheckpointManager(Path(folder), config=Checkpoint(), rank=engine.rank, world_size=world_size)
+    return engine, CheckpointManager(
+        Path(folder), config=Checkpoint(), rank=engine.rank, world_size=world_size
+    )
 
 
 def save(folder: str, stage: int, precision: str, offload: str) -> None:
@@ -77,8 +90,12 @@ def _save(engine: Any, folder: str, stage: int) -> None:
     from hfscale.checkpoint.manager import CheckpointManager
     from hfscale.config.schema import Checkpoint
 
-    checkpoints = CheckpointManager(Path(folder), config=Checkpoint(), rank=engine.rank, world_size=engine.world_size)
-    checkpoints.save(engine, {"step": 1, "world_size": engine.world_size, "zero_stage": stage}, step=1)
+    checkpoints = CheckpointManager(
+        Path(folder), config=Checkpoint(), rank=engine.rank, world_size=engine.world_size
+    )
+    checkpoints.save(
+        engine, {"step": 1, "world_size": engine.world_size, "zero_stage": stage}, step=1
+    )
     checkpoints.wait()
 
 
@@ -100,7 +117,12 @@ def measured(forks: Forks, world_size: int, *case: Any) -> tuple[float, float]:
 
     def look() -> None:
         while not done.is_set():
-            most[0] = max([most[0], *(anonymous_kib(pid) - kib for pid, kib in zip(pids, before, strict=True))])
+            most[0] = max(
+                [
+                    most[0],
+                    *(anonymous_kib(pid) - kib for pid, kib in zip(pids, before, strict=True)),
+                ]
+            )
             time.sleep(0.002)
 
     looking = threading.Thread(target=look)
@@ -129,29 +151,69 @@ def main() -> None:
             folder = Path(home) / str(number)
             forks.run(save, WRITERS, str(folder), stage, precision, offload)
             checkpoint = folder / "step-00000001"
-            expected, size = digests(checkpoint), sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file())
-            target, base = ENGINES[(number + 2) % len(ENGINES)], [read_s(checkpoint) for _ in range(TURNS)]
+            expected, size = (
+                digests(checkpoint),
+                sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()),
+            )
+            target, base = (
+                ENGINES[(number + 2) % len(ENGINES)],
+                [read_s(checkpoint) for _ in range(TURNS)],
+            )
             for world_size in READERS:
                 # in turns over the engines that load, each size at another stage than it was saved, and back
-                stage_to, _, offload_to = target if world_size % 2 else ENGINES[(number + world_size) % len(ENGINES)]
+                stage_to, _, offload_to = (
+                    target if world_size % 2 else ENGINES[(number + world_size) % len(ENGINES)]
+                )
                 again = Path(home) / "again"
-                taken = [measured(forks, world_size, str(folder), stage_to, precision, offload_to, None if turn else str(again))
-                         for turn in range(TURNS)]
+                taken = [
+                    measured(
+                        forks,
+                        world_size,
+                        str(folder),
+                        stage_to,
+                        precision,
+                        offload_to,
+                        None if turn else str(again),
+                    )
+                    for turn in range(TURNS)
+                ]
                 wrong += digests(again / checkpoint.name) != expected
                 shutil.rmtree(again)
                 extra = max(mib for _, mib in taken)
                 worst = max(worst, extra)
-                rows.append([f"ZeRO {stage}, {precision}{', offload' if offload != 'none' else ''}", world_size,
-                             f"ZeRO {stage_to}{', offload' if offload_to != 'none' else ''}", spread([s for s, _ in taken]),
-                             spread(base), f"{extra:.0f}"])
+                rows.append(
+                    [
+                        f"ZeRO {stage}, {precision}{', offload' if offload != 'none' else ''}",
+                        world_size,
+                        f"ZeRO {stage_to}{', offload' if offload_to != 'none' else ''}",
+                        spread([s for s, _ in taken]),
+                        spread(base),
+                        f"{extra:.0f}",
+                    ]
+                )
                 print(*rows[-1], sep="  ", flush=True)
-    record("elastic_load", "\n\n".join([
-        f"{machine('torch', 'deepspeed')} GPT-2 of width {WIDTH} and {LAYERS} layers, {size / 2**20:.0f} MiB a checkpoint, saved on "
-        f"{WRITERS} ranks; {TURNS} loads each, verification included. Beside it, reading and hashing the files in one process.",
-        table(["saved at", "ranks", "loaded at", "load, s (quartiles)", "read and hash, s", "MiB beside the state"], rows),
-        f"Loads after which weights or moments, saved again, have other digests: {wrong}, {verdict(wrong, at_most=0)}. Most memory of a "
-        f"rank beside the state: {worst:.0f} MiB, {worst * 2**20 / size:.2f} of a checkpoint.",
-    ]))
+    record(
+        "elastic_load",
+        "\n\n".join(
+            [
+                f"{machine('torch', 'deepspeed')} GPT-2 of width {WIDTH} and {LAYERS} layers, {size / 2**20:.0f} MiB a checkpoint, saved on "
+                f"{WRITERS} ranks; {TURNS} loads each, verification included. Beside it, reading and hashing the files in one process.",
+                table(
+                    [
+                        "saved at",
+                        "ranks",
+                        "loaded at",
+                        "load, s (quartiles)",
+                        "read and hash, s",
+                        "MiB beside the state",
+                    ],
+                    rows,
+                ),
+                f"Loads after which weights or moments, saved again, have other digests: {wrong}, {verdict(wrong, at_most=0)}. Most memory of a "
+                f"rank beside the state: {worst:.0f} MiB, {worst * 2**20 / size:.2f} of a checkpoint.",
+            ]
+        ),
+    )
 
 
 if __name__ == "__main__":

@@ -5,6 +5,7 @@ Anonymous memory is what the process must have; mapped pages of files, which the
 
     python -m benchmarks.export_memory        # 2 minutes; 4 GB in the temporary folder
 """
+
 from __future__ import annotations
 
 import gc
@@ -52,7 +53,9 @@ class Peak:
 
     @staticmethod
     def _now() -> tuple[int, int]:
-        status = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+        status = dict(
+            line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines()
+        )
         return int(status["RssAnon"].split()[0]) * 1024, int(status["RssFile"].split()[0]) * 1024
 
 
@@ -92,12 +95,20 @@ def load_peak(values: dict, stage: int) -> dict[str, float]:
     from hfscale.jobs.build import build
     from hfscale.tokenizer import load_tokenizer
 
-    config = RunConfig.model_validate({**values, "engine": {"zero_stage": stage, "precision": "bf16"}})
+    config = RunConfig.model_validate(
+        {**values, "engine": {"zero_stage": stage, "precision": "bf16"}}
+    )
     folder = Path(str(config.model.pretrained))
-    engine = Engine.create(build(config, load_tokenizer(config.tokenizer.path), torch.device("cpu"), folder), config=config,
-                           device=torch.device("cpu"))
+    engine = Engine.create(
+        build(config, load_tokenizer(config.tokenizer.path), torch.device("cpu"), folder),
+        config=config,
+        device=torch.device("cpu"),
+    )
     engine.fragments(owned=False)  # makes the moments, which the first step would
-    largest = max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters()) * 4
+    largest = (
+        max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())
+        * 4
+    )
     with Peak() as peak:
         load_pretrained(engine, open_weights(folder))
     engine.close()
@@ -114,28 +125,67 @@ def main() -> None:
         corpus, rows = make_corpus(folder / "corpus"), []
         for precision, width in CASES:
             name, size = f"{precision}-{width}", BYTES[precision]
-            model = {"architecture": "gpt2", "config": {"n_layer": 12, "n_embd": width, "n_head": 16, "n_positions": 64}}
-            values = run_values(corpus, folder, name, model=model, engine={"zero_stage": 3, "precision": precision},
-                                train={"steps": 1, "global_batch": 2, "micro_batch": 1})
+            model = {
+                "architecture": "gpt2",
+                "config": {"n_layer": 12, "n_embd": width, "n_head": 16, "n_positions": 64},
+            }
+            values = run_values(
+                corpus,
+                folder,
+                name,
+                model=model,
+                engine={"zero_stage": 3, "precision": precision},
+                train={"steps": 1, "global_batch": 2, "micro_batch": 1},
+            )
             (folder / "run.yaml").write_text(yaml.safe_dump(values))
             hfscale("pretrain", folder / "run.yaml", "--procs", 2)
             code = "import json, sys; from benchmarks.export_memory import export_phases; print(json.dumps(export_phases(*sys.argv[1:])))"
-            done = subprocess.run([sys.executable, "-c", code, str(folder / name), str(folder / f"out-{name}")],
-                                  check=True, capture_output=True, text=True)
-            bytes_ = sum(file.stat().st_size for file in (folder / f"out-{name}").glob("*.safetensors"))
+            done = subprocess.run(
+                [sys.executable, "-c", code, str(folder / name), str(folder / f"out-{name}")],
+                check=True,
+                capture_output=True,
+                text=True,
+            )
+            bytes_ = sum(
+                file.stat().st_size for file in (folder / f"out-{name}").glob("*.safetensors")
+            )
             for phase, (anonymous, files) in json.loads(done.stdout.splitlines()[-1]).items():
-                rows.append([f"{precision} ({bytes_ / size / 1e6:.0f}M parameters, {bytes_ / 2**20:.0f} MiB)", phase,
-                             f"{anonymous / 2**20:.0f}", f"{anonymous / bytes_:.2f}", f"{files / bytes_:.2f}",
-                             f"{(anonymous + files) / bytes_:.2f}"])
+                rows.append(
+                    [
+                        f"{precision} ({bytes_ / size / 1e6:.0f}M parameters, {bytes_ / 2**20:.0f} MiB)",
+                        phase,
+                        f"{anonymous / 2**20:.0f}",
+                        f"{anonymous / bytes_:.2f}",
+                        f"{files / bytes_:.2f}",
+                        f"{(anonymous + files) / bytes_:.2f}",
+                    ]
+                )
         worst, starts = max(float(row[2]) for row in rows), []
         source = {"pretrained": str(folder / "out-fp32-1024"), "architecture": None, "config": {}}
-        values = run_values(corpus, folder, "second", model=source, train={"steps": 1, "global_batch": 2, "micro_batch": 1})
-        whole = sum(file.stat().st_size for file in (folder / "out-fp32-1024").glob("*.safetensors"))
+        values = run_values(
+            corpus,
+            folder,
+            "second",
+            model=source,
+            train={"steps": 1, "global_batch": 2, "micro_batch": 1},
+        )
+        whole = sum(
+            file.stat().st_size for file in (folder / "out-fp32-1024").glob("*.safetensors")
+        )
         for stage in (1, 3):
             ranks = run_ranks(export_memory.load_peak, 2, values, stage, fresh=True)
             most = max(rank["anonymous"] for rank in ranks)
-            starts.append([f"ZeRO {stage}, 2 ranks", f"{most / 2**20:.0f}", f"{most / whole:.3f}", f"{ranks[0]['largest'] / 2**20:.0f}"])
-    record("export_memory", f"""{about}
+            starts.append(
+                [
+                    f"ZeRO {stage}, 2 ranks",
+                    f"{most / 2**20:.0f}",
+                    f"{most / whole:.3f}",
+                    f"{ranks[0]['largest'] / 2**20:.0f}",
+                ]
+            )
+    record(
+        "export_memory",
+        f"""{about}
 
 An export: its peaks over what is there before, as shares of the exported weights. While writing, pages of the checkpoint (fp32) are mapped,
 in the gate pages of the export (and of libraries): the system takes them back where memory is short.
@@ -147,7 +197,8 @@ Anonymous memory in MiB, at any size and in both phases: {worst:.0f}, {verdict(w
 A start from other weights (fp32 into bf16): what the loading adds to a rank's anonymous memory. At ZeRO 1 that is DeepSpeed's own
 gathering of the 16-bit weights, as at the end of each step.
 
-{table(["", "MiB", "of the fp32 model", "largest parameter, MiB"], starts)}""")
+{table(["", "MiB", "of the fp32 model", "largest parameter, MiB"], starts)}""",
+    )
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ Each language is written as shards, trained on with `hfscale pretrain` on two CP
 
 About a minute each on 2 idle cores. A run that is there is continued or measured again.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -43,10 +44,14 @@ class Case:
     """A language, how a model is trained on it, and how the result is judged."""
 
     vocab: int
-    documents: Callable[[np.random.Generator], Iterator[np.ndarray]]  # without end; those that are held out come from another seed
+    documents: Callable[
+        [np.random.Generator], Iterator[np.ndarray]
+    ]  # without end; those that are held out come from another seed
     tokens: int  # of the training text
     config: dict[str, Any]
-    measure: Callable[[Path], dict[str, float]]  # of a run: ``reached``, ``target`` and what it is to be compared with
+    measure: Callable[
+        [Path], dict[str, float]
+    ]  # of a run: ``reached``, ``target`` and what it is to be compared with
     at_least: bool  # the target is a least, else a most
 
 
@@ -115,8 +120,15 @@ def opened(run: Path) -> tuple[Any, Any, Any]:
     found = open_run(str(run))
     assert found is not None and isinstance(found.config, RunConfig), run
     data = found.config.data
-    objective = load_objective(found.config.objective, Setting(
-        seq_len=data.seq_len, seed=99, tokenizer=found.tokenizer, model_config=found.skeleton.config))
+    objective = load_objective(
+        found.config.objective,
+        Setting(
+            seq_len=data.seq_len,
+            seed=99,
+            tokenizer=found.tokenizer,
+            model_config=found.skeleton.config,
+        ),
+    )
     return found.engine().module, found.tokenizer, objective
 
 
@@ -126,14 +138,21 @@ def held_out(run: Path, objective: Any) -> Any:
     from hfscale.stream.rows import TokenRows
 
     rows = TokenRows(run.parents[1] / "shards" / "validation", seq_len=objective.setting.seq_len)
-    [batch] = EvaluationRows(rows, count=HELD_OUT, micro_batch=HELD_OUT, rank=0, world_size=1, with_documents=True)
+    [batch] = EvaluationRows(
+        rows, count=HELD_OUT, micro_batch=HELD_OUT, rank=0, world_size=1, with_documents=True
+    )
     return objective.collate(batch)
 
 
 def measure_clm(run: Path) -> dict[str, float]:
     """Return the held-out loss beside the entropy."""
     entropy, unigram = entropies()
-    return {"reached": logged(run, "validation_loss")[-1][1], "target": entropy * 1.02, "limit": entropy, "words alone": unigram}
+    return {
+        "reached": logged(run, "validation_loss")[-1][1],
+        "target": entropy * 1.02,
+        "limit": entropy,
+        "words alone": unigram,
+    }
 
 
 @torch.no_grad()
@@ -143,7 +162,12 @@ def measure_mlm(run: Path) -> dict[str, float]:
     batch = held_out(run, objective)
     loss = float(objective.loss(model.eval(), batch)["mlm"].sum() / batch.counts["mlm"].sum())
     oracle = oracle_loss(batch.inputs["input_ids"].numpy(), batch.labels_BT.numpy())
-    return {"reached": loss, "target": oracle * 1.05, "limit": oracle, "words alone": entropies()[1]}
+    return {
+        "reached": loss,
+        "target": oracle * 1.05,
+        "limit": oracle,
+        "words alone": entropies()[1],
+    }
 
 
 def oracle_loss(inputs_BT: np.ndarray, labels_BT: np.ndarray) -> float:
@@ -152,7 +176,10 @@ def oracle_loss(inputs_BT: np.ndarray, labels_BT: np.ndarray) -> float:
     losses: list[float] = []
     for inputs_T, labels_T in zip(inputs_BT, labels_BT, strict=True):
         T = len(inputs_T)
-        seen = [np.eye(STATES)[word - 1] if 1 <= word <= STATES else np.ones(STATES) for word in inputs_T]  # all else says nothing
+        seen = [
+            np.eye(STATES)[word - 1] if 1 <= word <= STATES else np.ones(STATES)
+            for word in inputs_T
+        ]  # all else says nothing
         ahead, behind = [share], [np.ones(STATES)]
         for t in range(T - 1):
             message = (ahead[-1] * seen[t]) @ P
@@ -177,11 +204,20 @@ def measure_contrastive(run: Path) -> dict[str, float]:
     fresh = type(model)(model.config)
     a_nH, p_nH = objective.embed(model.eval(), batch)
     a0_nH, p0_nH = objective.embed(fresh.eval(), batch)
-    texts = [" ".join(map(str, ids[mask.bool()].tolist())) for ids, mask in zip(*(batch.inputs[n] for n in ("input_ids", "attention_mask")),
-                                                                             strict=True)]
+    texts = [
+        " ".join(map(str, ids[mask.bool()].tolist()))
+        for ids, mask in zip(
+            *(batch.inputs[n] for n in ("input_ids", "attention_mask")), strict=True
+        )
+    ]
     rare = TfidfVectorizer(token_pattern=r"\S+").fit_transform(texts).toarray()  # type: ignore[attr-defined]
-    return {"reached": found(a_nH @ p_nH.T), "target": 0.9, "TF-IDF": found(torch.from_numpy(rare[:HELD_OUT] @ rare[HELD_OUT:].T)),
-            "untrained": found(a0_nH @ p0_nH.T), "chance": 1 / HELD_OUT}
+    return {
+        "reached": found(a_nH @ p_nH.T),
+        "target": 0.9,
+        "TF-IDF": found(torch.from_numpy(rare[:HELD_OUT] @ rare[HELD_OUT:].T)),
+        "untrained": found(a0_nH @ p0_nH.T),
+        "chance": 1 / HELD_OUT,
+    }
 
 
 def found(scores_nn: torch.Tensor) -> float:
@@ -194,11 +230,23 @@ def measure_seq2seq(run: Path) -> dict[str, float]:
     """Return the share of held-out targets that greedy decoding gives back word for word."""
     model, _, objective = opened(run)
     batch = held_out(run, objective)
-    out = model.eval().generate(batch.inputs["input_ids"], max_new_tokens=batch.labels_BT.shape[1], do_sample=False, num_beams=1)
+    out = model.eval().generate(
+        batch.inputs["input_ids"],
+        max_new_tokens=batch.labels_BT.shape[1],
+        do_sample=False,
+        num_beams=1,
+    )
     labels_BU = batch.labels_BT
-    out_BU = torch.nn.functional.pad(out[:, 1:], (0, labels_BU.shape[1]), value=-1)[:, :labels_BU.shape[1]]
-    ended_BU = (labels_BU == 0).cumsum(1) - (labels_BU == 0).long() > 0  # decoding ends there, also where a document's end was hidden
-    return {"reached": float(((out_BU == labels_BU) | ended_BU).all(1).float().mean()), "target": 0.95}
+    out_BU = torch.nn.functional.pad(out[:, 1:], (0, labels_BU.shape[1]), value=-1)[
+        :, : labels_BU.shape[1]
+    ]
+    ended_BU = (labels_BU == 0).cumsum(1) - (
+        labels_BU == 0
+    ).long() > 0  # decoding ends there, also where a document's end was hidden
+    return {
+        "reached": float(((out_BU == labels_BU) | ended_BU).all(1).float().mean()),
+        "target": 0.95,
+    }
 
 
 def logged(run: Path, name: str) -> list[tuple[int, float]]:
@@ -209,25 +257,107 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
 
 # ------------------------------------------------------------------------------------------------- the cases
 CASES = {
-    "clm": Case(STATES + 1, walks, 1_000_000, {
-        "data": {"seq_len": 64}, "objective": {"name": "clm"}, "train": {"steps": 600}, "optim": {"lr": 3e-3},
-        "model": {"architecture": "gpt2", "config": {"n_layer": 2, "n_embd": 64, "n_head": 4, "n_positions": 64, "resid_pdrop": 0.0,
-                                                     "embd_pdrop": 0.0, "attn_pdrop": 0.0}}}, measure_clm, at_least=False),
-    "mlm": Case(STATES + 1, walks, 4_000_000, {
-        "data": {"seq_len": 64}, "objective": {"name": "mlm", "options": {"as_mask": 1.0, "as_random": 0.0}},
-        "train": {"steps": 2600, "global_batch": 64},
-        "optim": {"lr": 2e-3}, "model": {"architecture": "modernbert", "config": {  # BERT's own layers take many steps to begin
-            "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "local_attention": 64,
-            "max_position_embeddings": 64}}}, measure_mlm, at_least=False),
-    "contrastive": Case(1 + CONCEPTS * NAMES, talks, 4_000_000, {
-        "data": {"seq_len": 96}, "objective": {"name": "contrastive", "options": {"crop": [0.2, 0.3], "temperature": 0.05}},
-        "train": {"steps": 300, "global_batch": 128}, "optim": {"lr": 3e-3}, "model": {"architecture": "bert", "config": {
-            "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256, "max_position_embeddings": 128,
-            "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}}, measure_contrastive, at_least=True),
-    "seq2seq": Case(1 + CYCLE, cycles, 2_000_000, {
-        "data": {"seq_len": 32}, "objective": {"name": "seq2seq"}, "train": {"steps": 4000, "global_batch": 64}, "optim": {"lr": 3e-3},
-        "model": {"architecture": "t5", "config": {"d_model": 64, "d_kv": 16, "d_ff": 256, "num_layers": 2, "num_heads": 4,
-                                                   "dropout_rate": 0.0}}}, measure_seq2seq, at_least=True),
+    "clm": Case(
+        STATES + 1,
+        walks,
+        1_000_000,
+        {
+            "data": {"seq_len": 64},
+            "objective": {"name": "clm"},
+            "train": {"steps": 600},
+            "optim": {"lr": 3e-3},
+            "model": {
+                "architecture": "gpt2",
+                "config": {
+                    "n_layer": 2,
+                    "n_embd": 64,
+                    "n_head": 4,
+                    "n_positions": 64,
+                    "resid_pdrop": 0.0,
+                    "embd_pdrop": 0.0,
+                    "attn_pdrop": 0.0,
+                },
+            },
+        },
+        measure_clm,
+        at_least=False,
+    ),
+    "mlm": Case(
+        STATES + 1,
+        walks,
+        4_000_000,
+        {
+            "data": {"seq_len": 64},
+            "objective": {"name": "mlm", "options": {"as_mask": 1.0, "as_random": 0.0}},
+            "train": {"steps": 2600, "global_batch": 64},
+            "optim": {"lr": 2e-3},
+            "model": {
+                "architecture": "modernbert",
+                "config": {  # BERT's own layers take many steps to begin
+                    "hidden_size": 128,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "intermediate_size": 256,
+                    "local_attention": 64,
+                    "max_position_embeddings": 64,
+                },
+            },
+        },
+        measure_mlm,
+        at_least=False,
+    ),
+    "contrastive": Case(
+        1 + CONCEPTS * NAMES,
+        talks,
+        4_000_000,
+        {
+            "data": {"seq_len": 96},
+            "objective": {
+                "name": "contrastive",
+                "options": {"crop": [0.2, 0.3], "temperature": 0.05},
+            },
+            "train": {"steps": 300, "global_batch": 128},
+            "optim": {"lr": 3e-3},
+            "model": {
+                "architecture": "bert",
+                "config": {
+                    "hidden_size": 64,
+                    "num_hidden_layers": 2,
+                    "num_attention_heads": 4,
+                    "intermediate_size": 256,
+                    "max_position_embeddings": 128,
+                    "hidden_dropout_prob": 0.0,
+                    "attention_probs_dropout_prob": 0.0,
+                },
+            },
+        },
+        measure_contrastive,
+        at_least=True,
+    ),
+    "seq2seq": Case(
+        1 + CYCLE,
+        cycles,
+        2_000_000,
+        {
+            "data": {"seq_len": 32},
+            "objective": {"name": "seq2seq"},
+            "train": {"steps": 4000, "global_batch": 64},
+            "optim": {"lr": 3e-3},
+            "model": {
+                "architecture": "t5",
+                "config": {
+                    "d_model": 64,
+                    "d_kv": 16,
+                    "d_ff": 256,
+                    "num_layers": 2,
+                    "num_heads": 4,
+                    "dropout_rate": 0.0,
+                },
+            },
+        },
+        measure_seq2seq,
+        at_least=True,
+    ),
 }
 
 
@@ -238,17 +368,45 @@ def train(name: str, case: Case, folder: Path) -> Path:
     if not (folder / "shards").exists():
         make_tokenizer(tokenizer, vocab_size=case.vocab, sentinels=16)
         for side, seed, tokens in (("train", 2, case.tokens), ("validation", 3, 40_000)):
-            write_shards(folder / "shards" / side, first(case.documents(np.random.default_rng(seed)), tokens), tokenizer=tokenizer,
-                         vocab_size=case.vocab)
-    config = {"run": {"name": "run", "root": str(folder / "runs")}, "tokenizer": {"path": str(tokenizer)},
-              **case.config, "engine": {"zero_stage": 1, "precision": "fp32"}, "metrics": {"every_steps": 20},
-              "schedule": {"name": "cosine", "warmup_steps": 50}}
-    config["data"] = {**config["data"], "sources": [{"shards": str(folder / "shards" / "train")}],
-                      "validation": {"shards": str(folder / "shards" / "validation"), "every_steps": 50, "rows": HELD_OUT}}
+            write_shards(
+                folder / "shards" / side,
+                first(case.documents(np.random.default_rng(seed)), tokens),
+                tokenizer=tokenizer,
+                vocab_size=case.vocab,
+            )
+    config = {
+        "run": {"name": "run", "root": str(folder / "runs")},
+        "tokenizer": {"path": str(tokenizer)},
+        **case.config,
+        "engine": {"zero_stage": 1, "precision": "fp32"},
+        "metrics": {"every_steps": 20},
+        "schedule": {"name": "cosine", "warmup_steps": 50},
+    }
+    config["data"] = {
+        **config["data"],
+        "sources": [{"shards": str(folder / "shards" / "train")}],
+        "validation": {
+            "shards": str(folder / "shards" / "validation"),
+            "every_steps": 50,
+            "rows": HELD_OUT,
+        },
+    }
     config["train"] = {"global_batch": 32, **config["train"]}
     config["train"]["micro_batch"] = config["train"]["global_batch"] // 2
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    subprocess.run([sys.executable, "-m", "launch.cli", "pretrain", str(folder / "config.yaml"), "--procs", "2"], cwd=ROOT, check=True)
+    subprocess.run(
+        [
+            sys.executable,
+            "-m",
+            "launch.cli",
+            "pretrain",
+            str(folder / "config.yaml"),
+            "--procs",
+            "2",
+        ],
+        cwd=ROOT,
+        check=True,
+    )
     return folder / "runs" / "run"
 
 
@@ -282,8 +440,12 @@ def plot(runs: dict[str, Path], results: dict[str, dict[str, float]], png: Path)
 
 def main() -> None:
     """Train, measure, print, plot, and write the section ``learn`` of RESULTS.md if all cases were asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES))
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "cases", nargs="*", default=list(CASES), metavar="CASE", help=", ".join(CASES)
+    )
     parser.add_argument("--folder", type=Path)
     parser.add_argument("--png", type=Path)
     options = parser.parse_args()
@@ -297,8 +459,19 @@ def main() -> None:
     rows = []
     for name, result in results.items():
         reached, target = result.pop("reached"), result.pop("target")
-        judged = verdict(reached, at_least=target) if CASES[name].at_least else verdict(reached, at_most=target)
-        rows.append([name, f"{reached:.4f}", judged, ", ".join(f"{what} {value:.4f}" for what, value in result.items())])
+        judged = (
+            verdict(reached, at_least=target)
+            if CASES[name].at_least
+            else verdict(reached, at_most=target)
+        )
+        rows.append(
+            [
+                name,
+                f"{reached:.4f}",
+                judged,
+                ", ".join(f"{what} {value:.4f}" for what, value in result.items()),
+            ]
+        )
     body = about + "\n\n" + table(["objective", "reached", "target", "beside"], rows)
     if set(options.cases) == set(CASES):
         record("learn", body)

@@ -5,6 +5,7 @@
 The step is the objective's own (collate, loss, backward) on a bare model on the CPU, 4,096 tokens, documents of 300 tokens on average. The
 models are small, so attention is a larger share of the step than in a real one. Two minutes; on a GPU see benchmarks/gpu.py.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -36,14 +37,27 @@ def make_rows(seq_len: int) -> Rows:
     rng, n = torch.Generator().manual_seed(0), TOKENS // seq_len
     ids_BL = torch.randint(VOCAB, (n, seq_len + 1), generator=rng)
     boundaries = (torch.rand(n * seq_len, generator=rng) < 1 / MEAN).nonzero().squeeze(1)
-    return Rows(ids_BL, boundaries, torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16), torch.arange(n))
+    return Rows(
+        ids_BL,
+        boundaries,
+        torch.ones(n, dtype=torch.bool),
+        torch.zeros(n, dtype=torch.int16),
+        torch.arange(n),
+    )
 
 
 def stepper(model: torch.nn.Module, rows: Rows, *, cross_document: bool) -> Callable[[], float]:
     """Return a function that makes one forward and backward pass and returns its seconds."""
     n, length = rows.ids_BL.shape
-    objective = load_objective(Named(name="clm"), Setting(seq_len=length - 1, micro_batch=n, cross_document=cross_document,
-                                                          model_config=model.config))  # type: ignore[arg-type]
+    objective = load_objective(
+        Named(name="clm"),
+        Setting(
+            seq_len=length - 1,
+            micro_batch=n,
+            cross_document=cross_document,
+            model_config=model.config,
+        ),
+    )  # type: ignore[arg-type]
 
     def step() -> float:
         began = time.perf_counter()
@@ -56,7 +70,9 @@ def stepper(model: torch.nn.Module, rows: Rows, *, cross_document: bool) -> Call
     return step
 
 
-def mask_s(model: torch.nn.Module, documents_BT: Tensor, *, dtype: torch.dtype, turns: int) -> float:
+def mask_s(
+    model: torch.nn.Module, documents_BT: Tensor, *, dtype: torch.dtype, turns: int
+) -> float:
     """Return the median seconds that the masks of a batch take."""
     taken = []
     for _ in range(turns):
@@ -68,7 +84,9 @@ def mask_s(model: torch.nn.Module, documents_BT: Tensor, *, dtype: torch.dtype, 
 
 def main() -> None:
     """Measure, print, and write the section ``masks`` of RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=7)
     parser.add_argument("--threads", type=int, default=4)
     asked = parser.parse_args()
@@ -77,25 +95,60 @@ def main() -> None:
     for name, shape in MODELS.items():
         for dtype in (torch.float32, torch.bfloat16):
             section = Model(architecture=name, config=shape)
-            model = build_model(section, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=max(LENGTHS), seed=1, dtype=dtype)
+            model = build_model(
+                section,
+                auto_model="AutoModelForCausalLM",
+                vocab_size=VOCAB,
+                seq_len=max(LENGTHS),
+                seed=1,
+                dtype=dtype,
+            )
             for seq_len in LENGTHS:
                 rows = make_rows(seq_len)
-                steps = {which: stepper(model, rows, cross_document=which == "crossing") for which in ("crossing", "apart")}
+                steps = {
+                    which: stepper(model, rows, cross_document=which == "crossing")
+                    for which in ("crossing", "apart")
+                }
                 taken = interleaved(steps, repeats=asked.turns, warm=2)
                 assert rows.document_ids_BL is not None
-                alone = mask_s(model, rows.document_ids_BL[:, :-1], dtype=dtype, turns=3 * asked.turns)
-                ms = {which: [1e3 * seconds for seconds in values] for which, values in taken.items()}
-                lines.append([name, str(dtype).removeprefix("torch."), seq_len, spread(ms["crossing"], form="{:.0f}"),
-                              spread(ms["apart"], form="{:.0f}"), f"{ratio(ms['apart'], ms['crossing']):.2f}", f"{1e3 * alone:.1f}",
-                              f"{1e3 * alone / median(ms['apart']):.1%}"])
-    header = ["model", "dtype", "seq_len", "ms a step, cross_document true", "false", "false / true", "of it the mask, ms", "share"]
-    record("masks", f"""{where} {asked.threads} threads, sdpa, {TOKENS:,} tokens a step, 4 layers of width 256, vocabulary {VOCAB};
+                alone = mask_s(
+                    model, rows.document_ids_BL[:, :-1], dtype=dtype, turns=3 * asked.turns
+                )
+                ms = {
+                    which: [1e3 * seconds for seconds in values] for which, values in taken.items()
+                }
+                lines.append(
+                    [
+                        name,
+                        str(dtype).removeprefix("torch."),
+                        seq_len,
+                        spread(ms["crossing"], form="{:.0f}"),
+                        spread(ms["apart"], form="{:.0f}"),
+                        f"{ratio(ms['apart'], ms['crossing']):.2f}",
+                        f"{1e3 * alone:.1f}",
+                        f"{1e3 * alone / median(ms['apart']):.1%}",
+                    ]
+                )
+    header = [
+        "model",
+        "dtype",
+        "seq_len",
+        "ms a step, cross_document true",
+        "false",
+        "false / true",
+        "of it the mask, ms",
+        "share",
+    ]
+    record(
+        "masks",
+        f"""{where} {asked.threads} threads, sdpa, {TOKENS:,} tokens a step, 4 layers of width 256, vocabulary {VOCAB};
 medians (quartiles) of {asked.turns} turns.
 
 {table(header, lines)}
 
 The mask is made once a batch for all layers. The rest of the cost is that sdpa skips half of the scores where it is told `is_causal`, and
-none where it is given a mask; in wider models it is a smaller share.""")
+none where it is given a mask; in wider models it is a smaller share.""",
+    )
 
 
 if __name__ == "__main__":

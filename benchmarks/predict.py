@@ -5,6 +5,7 @@
 Texts have 3 to 60 words. The pipeline gets them one by one, and in batches of 8 and 32 in the order given; hfscale in batches of 32, by
 length. The models have two layers of width 128. Five minutes.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -27,16 +28,42 @@ from hfscale.training.predictor import predict
 from tests.objectives.tokenizers import TEXTS, tokenizer
 
 BATCHES = (1, 8, 32)
-BERT = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 512, "max_position_embeddings": 1024}
+BERT = {
+    "hidden_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "intermediate_size": 512,
+    "max_position_embeddings": 1024,
+}
 GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3}
 LABELS = {"problem": "single_label_classification", "labels": ["no", "yes"]}
 HOW = {"max_new_tokens": 16, "do_sample": False}
-TASKS: dict[str, dict[str, Any]] = {  # task -> architecture, its config, options of the task, facts, arguments of the pipeline, its answer
-    "text_generation": {"architecture": "gpt2", "config": GPT2, "options": {"generation": HOW},
-                        "pipeline": {**HOW, "return_full_text": False}, "answer": lambda made: made[0]["generated_text"]},
-    "fill_mask": {"architecture": "bert", "config": BERT, "answer": lambda made: [row["token"] for row in made]},
-    "feature_extraction": {"architecture": "bert", "config": BERT, "answer": lambda made: len(made[0])},
-    "sequence_classification": {"architecture": "bert", "config": BERT, "facts": LABELS, "answer": lambda made: made["label"]},
+TASKS: dict[
+    str, dict[str, Any]
+] = {  # task -> architecture, its config, options of the task, facts, arguments of the pipeline, its answer
+    "text_generation": {
+        "architecture": "gpt2",
+        "config": GPT2,
+        "options": {"generation": HOW},
+        "pipeline": {**HOW, "return_full_text": False},
+        "answer": lambda made: made[0]["generated_text"],
+    },
+    "fill_mask": {
+        "architecture": "bert",
+        "config": BERT,
+        "answer": lambda made: [row["token"] for row in made],
+    },
+    "feature_extraction": {
+        "architecture": "bert",
+        "config": BERT,
+        "answer": lambda made: len(made[0]),
+    },
+    "sequence_classification": {
+        "architecture": "bert",
+        "config": BERT,
+        "facts": LABELS,
+        "answer": lambda made: made["label"],
+    },
 }
 
 
@@ -47,14 +74,25 @@ def examples_of(count: int, *, masked: bool) -> list[str]:
     return [" ".join([*text[:2], "[MASK]", *text[2:]] if masked else text) for text in texts]
 
 
-def candidates(name: str, how: dict[str, Any], texts: list[str]) -> tuple[dict[str, Callable[[], float]], bool]:
+def candidates(
+    name: str, how: dict[str, Any], texts: list[str]
+) -> tuple[dict[str, Callable[[], float]], bool]:
     """Return what is measured (texts per second), and whether the answers are the same."""
     words = tokenizer("wordpiece" if how["architecture"] == "bert" else "bpe")
     setting = {"seq_len": 496, "tokenizer": words, "facts": how.get("facts", {})}
     named = Named(name=name, options=how.get("options", {}))
     task = load_task(named, Setting(**setting))
-    wanted = Model(architecture=how["architecture"], config={**how["config"], **task.model_overrides()})
-    model = build_model(wanted, auto_model=task.auto_model, vocab_size=len(words), seq_len=496, seed=3, overrides=special_ids(words)).eval()
+    wanted = Model(
+        architecture=how["architecture"], config={**how["config"], **task.model_overrides()}
+    )
+    model = build_model(
+        wanted,
+        auto_model=task.auto_model,
+        vocab_size=len(words),
+        seq_len=496,
+        seed=3,
+        overrides=special_ids(words),
+    ).eval()
     task = load_task(named, Setting(**setting, model_config=model.config))
     role = next(iter(task.columns))
     examples = [{"id": str(number), role: text} for number, text in enumerate(texts)]
@@ -66,10 +104,18 @@ def candidates(name: str, how: dict[str, Any], texts: list[str]) -> tuple[dict[s
             began = time.perf_counter()
             made[name] = run()
             return len(texts) / (time.perf_counter() - began)
+
         return measure
 
-    runs = {"hfscale": timed("hfscale", lambda: predict(task, InferenceEngine(model), examples, batch=32))}
-    runs |= {f"pipeline, batch {size}": timed("pipeline", lambda size=size: use(texts, batch_size=size)) for size in BATCHES}
+    runs = {
+        "hfscale": timed(
+            "hfscale", lambda: predict(task, InferenceEngine(model), examples, batch=32)
+        )
+    }
+    runs |= {
+        f"pipeline, batch {size}": timed("pipeline", lambda size=size: use(texts, batch_size=size))
+        for size in BATCHES
+    }
     runs["hfscale"], runs["pipeline, batch 1"]()
     runs["hfscale"]()
     ours = [answer["prediction"] for answer in made["hfscale"]]
@@ -83,7 +129,9 @@ def candidates(name: str, how: dict[str, Any], texts: list[str]) -> tuple[dict[s
 def main() -> None:
     """Print and record the rates and their ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--texts", type=int, default=512)  # what `hfscale predict` sorts by length at a time
+    parser.add_argument(
+        "--texts", type=int, default=512
+    )  # what `hfscale predict` sorts by length at a time
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args()
@@ -96,9 +144,18 @@ def main() -> None:
         taken = interleaved(runs, repeats=given.turns)
         best = min(ratio(taken["hfscale"], taken[f"pipeline, batch {size}"]) for size in BATCHES)
         rates = [spread(values) for values in taken.values()]
-        rows.append([name, *rates, f"{best:.2f}", verdict(best, at_least=1.0), "yes" if same else "NO"])
+        rows.append(
+            [name, *rates, f"{best:.2f}", verdict(best, at_least=1.0), "yes" if same else "NO"]
+        )
     peers = [f"pipeline, batch {size}" for size in BATCHES]
-    header = ["texts per second", "hfscale, batch 32", *peers, "ratio to the best", "", "same answers"]
+    header = [
+        "texts per second",
+        "hfscale, batch 32",
+        *peers,
+        "ratio to the best",
+        "",
+        "same answers",
+    ]
     said = f"{about} {given.texts} texts of 3 to 60 words, {given.turns} turns, {given.threads} threads."
     record("predict", f"{said}\n\n{table(header, rows)}")
 

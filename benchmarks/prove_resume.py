@@ -7,6 +7,7 @@ Each of the 24 combinations has one twin that nobody disturbs and one run that i
 with dropout on real text, 40 steps, a checkpoint every 3. Certificates are kept in --home, so the same command goes on after an
 interruption.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,12 +33,33 @@ def prove(home: Path, stage: int, precision: str, procs: int, *, kills: int) -> 
     name = f"zero{stage}-{precision}-{procs}"
     certificate = home / f"{name}-{kills}.json"
     if not certificate.exists():
-        values = run_values(home / "corpus", home / "runs", name, engine={"zero_stage": stage, "precision": precision},
-                            train={"steps": 40, "global_batch": 32, "micro_batch": 2}, checkpoint={"every_minutes": None, "every_steps": 3})
+        values = run_values(
+            home / "corpus",
+            home / "runs",
+            name,
+            engine={"zero_stage": stage, "precision": precision},
+            train={"steps": 40, "global_batch": 32, "micro_batch": 2},
+            checkpoint={"every_minutes": None, "every_steps": 3},
+        )
         (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
-        command = [sys.executable, "-m", "launch.cli", "prove", "resume", home / f"{name}.yaml", "train.steps=40",
-                   "checkpoint.every_steps=3", "--procs", procs, "--kills", kills, "--out", certificate,
-                   "--seed", COMBINATIONS.index((stage, precision, procs))]
+        command = [
+            sys.executable,
+            "-m",
+            "launch.cli",
+            "prove",
+            "resume",
+            home / f"{name}.yaml",
+            "train.steps=40",
+            "checkpoint.every_steps=3",
+            "--procs",
+            procs,
+            "--kills",
+            kills,
+            "--out",
+            certificate,
+            "--seed",
+            COMBINATIONS.index((stage, precision, procs)),
+        ]
         with open(home / f"{name}.log", "a") as log:
             subprocess.run(list(map(str, command)), stdout=log, stderr=log)
     if not certificate.exists():
@@ -49,8 +71,15 @@ def main() -> None:
     """Prove, record."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
-    parser.add_argument("--minutes", type=float, default=25.0, help="no combination begins after that; the same command goes on")
-    parser.add_argument("--home", type=Path, default=Path(tempfile.gettempdir()) / "hfscale-prove-resume")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=25.0,
+        help="no combination begins after that; the same command goes on",
+    )
+    parser.add_argument(
+        "--home", type=Path, default=Path(tempfile.gettempdir()) / "hfscale-prove-resume"
+    )
     options = parser.parse_args()
     if not (options.home / "corpus" / "shards").exists():
         make_corpus(options.home / "corpus")
@@ -61,25 +90,38 @@ def main() -> None:
         if not kills or time.monotonic() - began > options.minutes * 60:
             continue
         proofs[combination] = prove(options.home, *combination, kills=kills)
-        print(f"{len(proofs)} of {len(COMBINATIONS)}: {combination} {proofs[combination]['verdict']}", file=sys.stderr, flush=True)
+        print(
+            f"{len(proofs)} of {len(COMBINATIONS)}: {combination} {proofs[combination]['verdict']}",
+            file=sys.stderr,
+            flush=True,
+        )
     rows = []
     for stage, precision in dict.fromkeys((stage, precision) for stage, precision, _ in proofs):
         cells = []
         for procs in (1, 2, 4):
             proof = proofs.get((stage, precision, procs))
-            cells.append("not run" if proof is None else f"{len(proof['kills'])} kills: {proof['verdict']}")
+            cells.append(
+                "not run" if proof is None else f"{len(proof['kills'])} kills: {proof['verdict']}"
+            )
         rows.append([f"ZeRO {stage}, {precision}", *cells])
     kills = [kill for proof in proofs.values() for kill in proof["kills"]]
-    equal = [kill for proof in proofs.values() if proof["verdict"] == "equal" for kill in proof["kills"]]
+    equal = [
+        kill for proof in proofs.values() if proof["verdict"] == "equal" for kill in proof["kills"]
+    ]
     lost = sum(kill["after_step"] - kill["resumed_at_step"] for kill in kills)
-    record("prove_resume", "\n\n".join([
-        f"{machine('torch', 'deepspeed', 'transformers')} GPT-2 of 2 layers with dropout 0.1, 40 steps, a checkpoint every 3; "
-        "killed from outside at random moments of random steps and started again by the same command.",
-        table(["", "1 rank", "2 ranks", "4 ranks"], rows),
-        f"{len(kills)} kills, {sum(kill['process'] == 'one rank' for kill in kills)} of one rank alone; {lost} steps were made again. "
-        f"Bit for bit equal to the undisturbed twin, in every batch, learning rate, loss, gradient norm, weight and moment: {len(equal)}, "
-        f"{verdict(len(equal), at_least=len(kills))}.",
-    ]))
+    record(
+        "prove_resume",
+        "\n\n".join(
+            [
+                f"{machine('torch', 'deepspeed', 'transformers')} GPT-2 of 2 layers with dropout 0.1, 40 steps, a checkpoint every 3; "
+                "killed from outside at random moments of random steps and started again by the same command.",
+                table(["", "1 rank", "2 ranks", "4 ranks"], rows),
+                f"{len(kills)} kills, {sum(kill['process'] == 'one rank' for kill in kills)} of one rank alone; {lost} steps were made again. "
+                f"Bit for bit equal to the undisturbed twin, in every batch, learning rate, loss, gradient norm, weight and moment: {len(equal)}, "
+                f"{verdict(len(equal), at_least=len(kills))}.",
+            ]
+        ),
+    )
 
 
 if __name__ == "__main__":

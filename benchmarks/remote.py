@@ -6,6 +6,7 @@ A step takes 64 rows of 1024 tokens and then computes for about 20 ms (matrix pr
 cache begins empty in every turn. The server is a process of its own; it sends as fast as it can, or at a rate that is given as a multiple
 of what training reads. With "cache of 8 shards" it must remove shards all the time: the run reads more than that.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -34,23 +35,44 @@ LOCAL = "local folder"
 def make_corpus(folder: Path) -> Manifest:
     """Return the manifest of random tokens in ``folder``."""
     rng, entries = np.random.default_rng(0), list[ShardEntry]()
-    writer = ShardWriter(folder, name="s", dtype=np.dtype("<u2"), chunk_tokens=2**19, shard_chunks=4, committed=entries.append)
+    writer = ShardWriter(
+        folder,
+        name="s",
+        dtype=np.dtype("<u2"),
+        chunk_tokens=2**19,
+        shard_chunks=4,
+        committed=entries.append,
+    )
     for _ in range(SHARDS):
-        for document in np.split(rng.integers(1, 50_000, SHARD_TOKENS, dtype=np.uint16), SHARD_TOKENS // 512):
+        for document in np.split(
+            rng.integers(1, 50_000, SHARD_TOKENS, dtype=np.uint16), SHARD_TOKENS // 512
+        ):
             writer.add(document)
     writer.close()
-    Manifest(dtype="uint16", tokenizer=TokenizerInfo("none", 50_000, 0), source={}, shards=tuple(entries)).save(folder)
+    Manifest(
+        dtype="uint16", tokenizer=TokenizerInfo("none", 50_000, 0), source={}, shards=tuple(entries)
+    ).save(folder)
     return Manifest.load(folder)
 
 
-def run(place: str, *, steps: int, first: list[float], waits: list[float], size_gb: float = 10.0) -> float:
+def run(
+    place: str, *, steps: int, first: list[float], waits: list[float], size_gb: float = 10.0
+) -> float:
     """Return the tokens/s of a run with an empty cache, after its first batch; notes seconds to that, and the share of time waited."""
     with tempfile.TemporaryDirectory() as cache:
         began, waited = time.perf_counter(), 0.0
-        options: dict[str, Any] = {"folder": Path(cache), "size_gb": size_gb} if "://" in place else {}
+        options: dict[str, Any] = (
+            {"folder": Path(cache), "size_gb": size_gb} if "://" in place else {}
+        )
         rows = TokenRows(place, seq_len=SEQ, **options)
-        stream = Stream(rows, order_of(rows.shard_rows, seed=1, lanes=2, block=1024), global_batch=BATCH, micro_batch=BATCH, rank=0,
-                        world_size=1)
+        stream = Stream(
+            rows,
+            order_of(rows.shard_rows, seed=1, lanes=2, block=1024),
+            global_batch=BATCH,
+            micro_batch=BATCH,
+            rank=0,
+            world_size=1,
+        )
         stream.take()
         first.append(time.perf_counter() - began)
         work, began = np.random.default_rng(0).random((700, 700), np.float32), time.perf_counter()
@@ -69,15 +91,20 @@ def run(place: str, *, steps: int, first: list[float], waits: list[float], size_
 
 def serve(folder: Path, bytes_a_second: float) -> tuple[subprocess.Popen[str], str]:
     """Return a server and its address."""
-    process = subprocess.Popen([sys.executable, "-m", "tests.helpers.web_server", str(folder), str(int(bytes_a_second))],
-                               stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, "-m", "tests.helpers.web_server", str(folder), str(int(bytes_a_second))],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     assert process.stdout is not None
     return process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
 
 
 def main() -> None:
     """Measure, and write the section."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     asked = parser.parse_args()
@@ -87,10 +114,16 @@ def main() -> None:
         entry = make_corpus(folder).shards[0]
         needed = run(name, steps=100, first=[], waits=[]) * 2  # bytes a second that training reads
         cases: dict[str, tuple[float | None, float]] = {
-            LOCAL: (None, 0), "HTTP, as fast as it goes": (0, 10), "HTTP at 10 x what training reads": (10 * needed, 10),
+            LOCAL: (None, 0),
+            "HTTP, as fast as it goes": (0, 10),
+            "HTTP at 10 x what training reads": (10 * needed, 10),
             "the same, cache of 8 shards": (10 * needed, 8 * 1.02 * entry.bytes / 1e9),
-            "HTTP at 0.5 x: nothing can keep ahead": (needed / 2, 10)}
-        first, waits = {case: list[float]() for case in cases}, {case: list[float]() for case in cases}
+            "HTTP at 0.5 x: nothing can keep ahead": (needed / 2, 10),
+        }
+        first, waits = (
+            {case: list[float]() for case in cases},
+            {case: list[float]() for case in cases},
+        )
         runs = {}
         try:
             for case, (rate, size_gb) in cases.items():
@@ -98,21 +131,55 @@ def main() -> None:
                 if rate is not None:
                     server, place = serve(folder, rate)
                     servers.append(server)
-                runs[case] = partial(run, place, steps=asked.steps, first=first[case], waits=waits[case], size_gb=size_gb)
+                runs[case] = partial(
+                    run,
+                    place,
+                    steps=asked.steps,
+                    first=first[case],
+                    waits=waits[case],
+                    size_gb=size_gb,
+                )
             speeds = interleaved(runs, repeats=asked.turns)
         finally:
             for server in servers:
                 server.kill()
-    lines = [[case, spread([speed / 1e6 for speed in speeds[case]]), f"{ratio(speeds[case], speeds[LOCAL]):.3f}",
-              f"{100 * median(waits[case]):.1f} %", f"{median(first[case]):.2f}"] for case in cases]
+    lines = [
+        [
+            case,
+            spread([speed / 1e6 for speed in speeds[case]]),
+            f"{ratio(speeds[case], speeds[LOCAL]):.3f}",
+            f"{100 * median(waits[case]):.1f} %",
+            f"{median(first[case]):.2f}",
+        ]
+        for case in cases
+    ]
     keeps = {case: ratio(speeds[case], speeds[LOCAL]) for case in list(cases)[1:4]}
-    record("remote", "\n\n".join([
-        f"{where}\n`python -m benchmarks.remote`: {SHARDS} shards of {entry.bytes / 1e6:.1f} MB over HTTP on the loopback; {asked.steps} "
-        f"steps of {BATCH} x {SEQ} tokens with about 20 ms of matrix products each, {asked.turns} turns, an empty cache in each. Training "
-        f"reads {needed / 1e6:.1f} MB/s.",
-        table(["shards from", "M tokens/s", "of the local folder", "waited for data", "s to the first batch"], lines),
-        "Where the cache keeps ahead, of the local speed: " + "; ".join(f"{case}: {value:.3f}, {verdict(value, at_least=0.97)}"
-                                                                       for case, value in keeps.items()) + "."]))
+    record(
+        "remote",
+        "\n\n".join(
+            [
+                f"{where}\n`python -m benchmarks.remote`: {SHARDS} shards of {entry.bytes / 1e6:.1f} MB over HTTP on the loopback; {asked.steps} "
+                f"steps of {BATCH} x {SEQ} tokens with about 20 ms of matrix products each, {asked.turns} turns, an empty cache in each. Training "
+                f"reads {needed / 1e6:.1f} MB/s.",
+                table(
+                    [
+                        "shards from",
+                        "M tokens/s",
+                        "of the local folder",
+                        "waited for data",
+                        "s to the first batch",
+                    ],
+                    lines,
+                ),
+                "Where the cache keeps ahead, of the local speed: "
+                + "; ".join(
+                    f"{case}: {value:.3f}, {verdict(value, at_least=0.97)}"
+                    for case, value in keeps.items()
+                )
+                + ".",
+            ]
+        ),
+    )
 
 
 if __name__ == "__main__":

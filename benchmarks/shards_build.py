@@ -6,6 +6,7 @@ The text is the Python source found on the machine, as files in one folder. "tok
 texts in memory with its own threads on all cores, in batches, and throws the result away. "shards build" is the whole of
 `hfscale shards build`: starting its processes, reading, splitting, dropping duplicates, tokenizing, writing, syncing.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -32,7 +33,11 @@ def make_text(folder: Path, size: int) -> list[str]:
     """Return the texts that were also written into ``folder``, about ``size`` bytes of them, no two alike."""
     texts: list[str] = []
     folder.mkdir()
-    for document in assign(open_corpus(TextSource(path=os.path.dirname(os.__file__), pattern="**/*.py")).documents(), Split(), Counts()):
+    for document in assign(
+        open_corpus(TextSource(path=os.path.dirname(os.__file__), pattern="**/*.py")).documents(),
+        Split(),
+        Counts(),
+    ):
         (folder / f"{len(texts):06d}.py").write_bytes(document.text.encode())
         texts.append(document.text)
         size -= document.size
@@ -42,7 +47,9 @@ def make_text(folder: Path, size: int) -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mb", type=float, default=64)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=32768)
@@ -55,9 +62,17 @@ def main() -> None:
         numbers = count()
 
         def config() -> CorpusConfig:
-            return CorpusConfig.model_validate({
-                "source": {"path": str(folder / "text")}, "shards": {"path": str(folder / f"shards-{next(numbers)}")},
-                "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": options.vocab, "max_documents": 1500}})
+            return CorpusConfig.model_validate(
+                {
+                    "source": {"path": str(folder / "text")},
+                    "shards": {"path": str(folder / f"shards-{next(numbers)}")},
+                    "tokenizer": {
+                        "path": str(folder / "tokenizer"),
+                        "vocab_size": options.vocab,
+                        "max_documents": 1500,
+                    },
+                }
+            )
 
         train_tokenizer(config())
 
@@ -65,7 +80,7 @@ def main() -> None:
             tokenizer = load_tokenizer(folder / "tokenizer").backend_tokenizer
             began = time.perf_counter()
             for start in range(0, len(texts), BATCH):
-                tokenizer.encode_batch_fast(texts[start:start + BATCH], add_special_tokens=False)
+                tokenizer.encode_batch_fast(texts[start : start + BATCH], add_special_tokens=False)
             return megabytes / (time.perf_counter() - began)
 
         def ours() -> float:
@@ -79,10 +94,16 @@ def main() -> None:
 
         speeds = interleaved({PEER: peer, OURS: ours}, repeats=options.turns)
     share = ratio(speeds[OURS], speeds[PEER])
-    rows = [[PEER, spread(speeds[PEER]), "1.00", ""], [OURS, spread(speeds[OURS]), f"{share:.2f}", verdict(share, at_least=0.8)]]
+    rows = [
+        [PEER, spread(speeds[PEER]), "1.00", ""],
+        [OURS, spread(speeds[OURS]), f"{share:.2f}", verdict(share, at_least=0.8)],
+    ]
     what = f"{megabytes:.0f} MB of Python source in {len(texts):,} files, byte-level BPE of {options.vocab:,} tokens"
-    record("shards_build", f"{about} {what}. MB of text a second, median (quartiles) of {options.turns} turns.\n\n"
-           + table(["", "MB/s", "ratio", "target"], rows))
+    record(
+        "shards_build",
+        f"{about} {what}. MB of text a second, median (quartiles) of {options.turns} turns.\n\n"
+        + table(["", "MB/s", "ratio", "target"], rows),
+    )
 
 
 if __name__ == "__main__":

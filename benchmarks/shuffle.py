@@ -5,6 +5,7 @@
 Every row knows its place in the corpus. Both readers really run over real tars, one epoch, and are cut into the same global batches. Writes
 the table into docs/data.md, and the picture docs/shuffle.png. About half a minute.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -45,7 +46,14 @@ see the one they have. """
 def write(folder: Path, *, shards: int, rows: int) -> list[str]:
     """Return the names of webdataset's tars, one sample a row; ``folder`` gets our shards too. Row k says k."""
     entries, tars = list[ShardEntry](), []
-    writer = ShardWriter(folder, name="ours", dtype=np.dtype("<u2"), chunk_tokens=rows * SEQ + 1, shard_chunks=1, committed=entries.append)
+    writer = ShardWriter(
+        folder,
+        name="ours",
+        dtype=np.dtype("<u2"),
+        chunk_tokens=rows * SEQ + 1,
+        shard_chunks=1,
+        committed=entries.append,
+    )
     for shard in range(shards):
         numbers = shard * rows + np.arange(rows)
         ids = np.repeat(numbers, SEQ)
@@ -56,7 +64,9 @@ def write(folder: Path, *, shards: int, rows: int) -> list[str]:
             for number in numbers.tolist():
                 tar.write({"__key__": f"{number:09d}", "bin": struct.pack("<q", number)})
     writer.close()
-    Manifest(dtype="uint16", tokenizer=TokenizerInfo("none", 2**16, 0), source={}, shards=tuple(entries)).save(folder)
+    Manifest(
+        dtype="uint16", tokenizer=TokenizerInfo("none", 2**16, 0), source={}, shards=tuple(entries)
+    ).save(folder)
     return tars
 
 
@@ -64,10 +74,21 @@ def stock(tars: list[str], *, ranks: int) -> np.ndarray:
     """Return the corpus places in the order of webdataset's epoch. Each rank has its share of the tars, as ``split_by_node`` deals them."""
     readers: list[Iterator[dict[str, bytes]]] = []
     for rank in range(ranks):
-        mine = webdataset.WebDataset(tars[rank::ranks], shardshuffle=len(tars), seed=rank, empty_check=False)
+        mine = webdataset.WebDataset(
+            tars[rank::ranks], shardshuffle=len(tars), seed=rank, empty_check=False
+        )
         readers.append(iter(mine.shuffle(BUFFER, rng=random.Random(rank))))
     share, batches = BATCH // ranks, []
-    while len(batch := [struct.unpack("<q", sample["bin"])[0] for reader in readers for _, sample in zip(range(share), reader)]) == BATCH:
+    while (
+        len(
+            batch := [
+                struct.unpack("<q", sample["bin"])[0]
+                for reader in readers
+                for _, sample in zip(range(share), reader)
+            ]
+        )
+        == BATCH
+    ):
         batches.append(batch)
     return np.array(batches)
 
@@ -76,7 +97,10 @@ def ours(folder: Path) -> np.ndarray:
     """Return the corpus places of our epoch, read from the ids of the batches."""
     rows = TokenRows(folder, seq_len=SEQ)
     order = order_of(rows.shard_rows, seed=1, lanes="auto", block=1024)
-    stream, batches = Stream(rows, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1), []
+    stream, batches = (
+        Stream(rows, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1),
+        [],
+    )
     for _ in range(order.rows // BATCH):
         [batch] = stream.take()
         batches.append(batch.ids_BL[:, 0].numpy() * 1000 + batch.ids_BL[:, 1].numpy())
@@ -87,7 +111,7 @@ def ours(folder: Path) -> np.ndarray:
 
 def ideal(rows: int) -> np.ndarray:
     """Return an epoch in a uniformly random order."""
-    return np.random.default_rng(0).permutation(rows)[:rows // BATCH * BATCH].reshape(-1, BATCH)
+    return np.random.default_rng(0).permutation(rows)[: rows // BATCH * BATCH].reshape(-1, BATCH)
 
 
 def measures(batches: np.ndarray, *, rows: int, shards: int) -> dict[str, float]:
@@ -95,18 +119,27 @@ def measures(batches: np.ndarray, *, rows: int, shards: int) -> dict[str, float]
     total, steps = rows * shards, len(batches)
     place = batches / total
     rng = np.random.default_rng(0)
-    mixed = rng.permuted(place, axis=1)  # within a batch order means nothing: neighbours are two rows of it by chance
+    mixed = rng.permuted(
+        place, axis=1
+    )  # within a batch order means nothing: neighbours are two rows of it by chance
     line = mixed.ravel() - mixed.mean()
     halves = np.sort(batches, axis=1)
     return {
         "rows read": batches.size,
         "shards a batch": np.mean([len(set(batch)) for batch in (batches // rows).tolist()]),
         PLACES: np.mean([len(set(batch)) for batch in (batches * PARTS // total).tolist()]),
-        "distance of two rows of a batch, share of the corpus": np.abs(np.diff(mixed, axis=1)).mean(),
-        "rows next to each other in corpus and batch, %": 100 * (np.diff(halves, axis=1) == 1).sum() / batches.size,
+        "distance of two rows of a batch, share of the corpus": np.abs(
+            np.diff(mixed, axis=1)
+        ).mean(),
+        "rows next to each other in corpus and batch, %": 100
+        * (np.diff(halves, axis=1) == 1).sum()
+        / batches.size,
         "autocorrelation of places, one row on": (line[1:] * line[:-1]).mean() / line.var(),
         "one batch on": (line[BATCH:] * line[:-BATCH]).mean() / line.var(),
-        "spread of the batches' means, chance = 1": place.mean(axis=1).std() / (place.std() / np.sqrt(BATCH)) if steps > 1 else 0.0,
+        "spread of the batches' means, chance = 1": place.mean(axis=1).std()
+        / (place.std() / np.sqrt(BATCH))
+        if steps > 1
+        else 0.0,
     }
 
 
@@ -115,7 +148,9 @@ def huge() -> str:
     shards, rows = 100_000, 9766
     order = order_of(np.full(shards, rows), seed=1, lanes="auto", block=1024)
     places = order.locate(order.rows // 2 // BATCH * BATCH + np.arange(200 * BATCH))
-    found = measures((places.shard * rows + places.row).reshape(-1, BATCH), rows=rows, shards=shards)
+    found = measures(
+        (places.shard * rows + places.row).reshape(-1, BATCH), rows=rows, shards=shards
+    )
     mixed = f"{found['shards a batch']:.0f} shards and {found[PLACES]:.0f} of the 1/{PARTS}ths"
     return f"Of 1e12 tokens in {shards:,} shards a batch mixes {mixed}."
 
@@ -127,10 +162,18 @@ def draw(epochs: dict[str, np.ndarray], path: Path, *, total: int) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, len(epochs), figsize=(3.1 * len(epochs), 3.2), sharey=True, layout="constrained")
+    figure, axes = pyplot.subplots(
+        1, len(epochs), figsize=(3.1 * len(epochs), 3.2), sharey=True, layout="constrained"
+    )
     for axis, (name, batches) in zip(axes, epochs.items(), strict=True):
         some = batches[:60]
-        axis.scatter(np.repeat(np.arange(len(some)), BATCH // 4), some[:, ::4].ravel() / total, s=0.8, color="#20639b", linewidths=0)
+        axis.scatter(
+            np.repeat(np.arange(len(some)), BATCH // 4),
+            some[:, ::4].ravel() / total,
+            s=0.8,
+            color="#20639b",
+            linewidths=0,
+        )
         axis.set(title=name, xlabel="batch", ylim=(0, 1), xlim=(-1, 60))
         axis.title.set_size(9)
     axes[0].set_ylabel("place in the corpus")
@@ -139,7 +182,9 @@ def draw(epochs: dict[str, np.ndarray], path: Path, *, total: int) -> None:
 
 def main() -> None:
     """Measure, print, draw, and write the section of docs/data.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--shards", type=int, default=64)
     parser.add_argument("--rows", type=int, default=4000)
     asked = parser.parse_args()
@@ -148,17 +193,38 @@ def main() -> None:
         folder = Path(name)
         tars = write(folder, shards=asked.shards, rows=asked.rows)
         readers: dict[str, Callable[[], np.ndarray]] = {
-            "webdataset, 1 rank": lambda: stock(tars, ranks=1), "webdataset, 8 ranks": lambda: stock(tars, ranks=8),
-            "ours, any ranks": lambda: ours(folder), "by chance": lambda: ideal(total)}
+            "webdataset, 1 rank": lambda: stock(tars, ranks=1),
+            "webdataset, 8 ranks": lambda: stock(tars, ranks=8),
+            "ours, any ranks": lambda: ours(folder),
+            "by chance": lambda: ideal(total),
+        }
         epochs = {name: read() for name, read in readers.items()}
-    found = {name: measures(batches, rows=asked.rows, shards=asked.shards) for name, batches in epochs.items()}
-    lines = [[what, *(f"{measured[what]:,.0f}" if measured[what] > 5 else f"{measured[what]:.3f}" for measured in found.values())]
-             for what in next(iter(found.values()))]
+    found = {
+        name: measures(batches, rows=asked.rows, shards=asked.shards)
+        for name, batches in epochs.items()
+    }
+    lines = [
+        [
+            what,
+            *(
+                f"{measured[what]:,.0f}" if measured[what] > 5 else f"{measured[what]:.3f}"
+                for measured in found.values()
+            ),
+        ]
+        for what in next(iter(found.values()))
+    ]
     draw({name: epochs[name] for name in list(epochs)[:3]}, DOCS / "shuffle.png", total=total)
-    worst = min(found["ours, any ranks"][what] / max(found[f"webdataset, {ranks}"][what] for ranks in ("1 rank", "8 ranks"))
-                for what in ("shards a batch", PLACES))
+    worst = min(
+        found["ours, any ranks"][what]
+        / max(found[f"webdataset, {ranks}"][what] for ranks in ("1 rank", "8 ranks"))
+        for what in ("shards a batch", PLACES)
+    )
     intro = INTRO.format(shards=asked.shards, rows=asked.rows, ratio=worst)
-    record("How well an epoch is mixed", f"{intro}\n{table(['', *epochs], lines)}\n{OUTRO}{huge()}", path=DOCS / "data.md")
+    record(
+        "How well an epoch is mixed",
+        f"{intro}\n{table(['', *epochs], lines)}\n{OUTRO}{huge()}",
+        path=DOCS / "data.md",
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ start is not counted. "Stream": one rank with n tokenizing processes, for as man
 in which it gets ahead; checksums, JSON, packing, hand-over and the reader's own work count, and all must fit on the cores there are.
 "First batch" is from nothing but a config: manifest, processes that start, tokenizer, one step. About five minutes on 4 cores.
 """
+
 from __future__ import annotations
 
 import argparse
@@ -37,10 +38,23 @@ def make_tars(folder: Path, texts: list[str]) -> None:
 
     for kind, field in FIELDS.items():
         (folder / kind).mkdir()
-        with webdataset.ShardWriter(str(folder / kind / "raw-%06d.tar"), maxsize=16e6, verbose=0) as tars:
+        with webdataset.ShardWriter(
+            str(folder / kind / "raw-%06d.tar"), maxsize=16e6, verbose=0
+        ) as tars:
             for k, text in enumerate(texts):
-                tars.write({"__key__": f"{k:08}", **({"txt": text} if kind == "txt" else {"json": {"url": "none", "text": text}})})
-        index_tars(sorted((folder / kind).glob("*.tar")), folder=folder / kind, field=field, threads=4)
+                tars.write(
+                    {
+                        "__key__": f"{k:08}",
+                        **(
+                            {"txt": text}
+                            if kind == "txt"
+                            else {"json": {"url": "none", "text": text}}
+                        ),
+                    }
+                )
+        index_tars(
+            sorted((folder / kind).glob("*.tar")), folder=folder / kind, field=field, threads=4
+        )
 
 
 def start_peer(tokenizer_json: str, shares: Any) -> None:
@@ -50,7 +64,10 @@ def start_peer(tokenizer_json: str, shares: Any) -> None:
     from tokenizers import Tokenizer
 
     share = shares.get()
-    _peer = Tokenizer.from_str(tokenizer_json), [share[k:k + 64] for k in range(0, len(share), 64)]
+    _peer = (
+        Tokenizer.from_str(tokenizer_json),
+        [share[k : k + 64] for k in range(0, len(share), 64)],
+    )
 
 
 def run_peer(barrier_s: float) -> tuple[int, float, float]:
@@ -58,12 +75,17 @@ def run_peer(barrier_s: float) -> tuple[int, float, float]:
     tokenizer, batches = _peer
     time.sleep(max(0.0, barrier_s - time.time()))
     began = time.time()
-    tokens = sum(len(encoding.ids) for batch in batches for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False))
+    tokens = sum(
+        len(encoding.ids)
+        for batch in batches
+        for encoding in tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+    )
     return tokens, began, time.time()
 
 
 def alone(tokenizer_json: str, texts: list[str], procs: int) -> Callable[[], float]:
     """Return a measurement of M tokens/s of ``procs`` processes that only tokenize."""
+
     def measure() -> float:
         context = multiprocessing.get_context("spawn")
         shares = context.Queue()
@@ -72,7 +94,12 @@ def alone(tokenizer_json: str, texts: list[str], procs: int) -> Callable[[], flo
         with context.Pool(procs, start_peer, (tokenizer_json, shares)) as pool:
             pool.map(time.sleep, [1.0] * procs, chunksize=1)  # all have their texts
             done = pool.map(run_peer, [time.time() + 0.5] * procs, chunksize=1)
-        return sum(tokens for tokens, _, _ in done) / (max(end for *_, end in done) - min(began for _, began, _ in done)) / 1e6
+        return (
+            sum(tokens for tokens, _, _ in done)
+            / (max(end for *_, end in done) - min(began for _, began, _ in done))
+            / 1e6
+        )
+
     return measure
 
 
@@ -85,20 +112,36 @@ def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any 
     from hfscale.stream.state import StreamState
     from hfscale.stream.text import TextRows, open_encoders
 
-    config = RunConfig.model_validate({
-        "run": {"name": "x"}, "tokenizer": {"path": str(folder / "tokenizer")}, "model": {"architecture": "gpt2"},
-        "objective": {"name": "clm"}, "train": {"steps": 10**6, "global_batch": BATCH, "micro_batch": 32},
-        "data": {"seq_len": SEQ, "sources": [{"shards": str(folder / kind)}], "tokenize_procs": procs}})
+    config = RunConfig.model_validate(
+        {
+            "run": {"name": "x"},
+            "tokenizer": {"path": str(folder / "tokenizer")},
+            "model": {"architecture": "gpt2"},
+            "objective": {"name": "clm"},
+            "train": {"steps": 10**6, "global_batch": BATCH, "micro_batch": 32},
+            "data": {
+                "seq_len": SEQ,
+                "sources": [{"shards": str(folder / kind)}],
+                "tokenize_procs": procs,
+            },
+        }
+    )
     saved = {"step": 0, "stream": state} if state else None
     rows, order = open_mixture(config, [TokenRows(folder / kind, seq_len=SEQ)], saved=saved)
     position = StreamState.from_dict(state) if state else None
-    rows = TextRows(rows, order, open_encoders(config, tokenizer), global_batch=BATCH, state=position)
-    return Stream(rows, order, global_batch=BATCH, micro_batch=32, rank=0, world_size=1, state=position)
+    rows = TextRows(
+        rows, order, open_encoders(config, tokenizer), global_batch=BATCH, state=position
+    )
+    return Stream(
+        rows, order, global_batch=BATCH, micro_batch=32, rank=0, world_size=1, state=position
+    )
 
 
 def main() -> None:
     """Measure, print, and write the section ``stream_text`` of RESULTS.md."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--mb", type=float, default=64)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
@@ -113,13 +156,28 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         texts = make_text(folder / "text", int(options.mb * 1e6))
-        train_tokenizer(CorpusConfig.model_validate({
-            "source": {"path": str(folder / "text")}, "shards": {"path": str(folder / "none")},
-            "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 32768, "max_documents": 1500}}))
+        train_tokenizer(
+            CorpusConfig.model_validate(
+                {
+                    "source": {"path": str(folder / "text")},
+                    "shards": {"path": str(folder / "none")},
+                    "tokenizer": {
+                        "path": str(folder / "tokenizer"),
+                        "vocab_size": 32768,
+                        "max_documents": 1500,
+                    },
+                }
+            )
+        )
         make_tars(folder, texts)
         tokenizer = load_tokenizer(folder / "tokenizer")
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        tokens = sum(len(encoding.ids) for encoding in tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False))
+        tokens = sum(
+            len(encoding.ids)
+            for encoding in tokenizer.backend_tokenizer.encode_batch_fast(
+                texts, add_special_tokens=False
+            )
+        )
         firsts: list[float] = []
         memory: list[float] = []
 
@@ -137,7 +195,9 @@ def main() -> None:
                 stream.take()
             speed = steps * BATCH * SEQ / (time.perf_counter() - began) / 1e6
             children = psutil.Process().children(recursive=True)
-            memory.append(sum(child.memory_info().rss for child in children) / max(1, len(children)) / 2**20)
+            memory.append(
+                sum(child.memory_info().rss for child in children) / max(1, len(children)) / 2**20
+            )
             stream.close()
             return speed
 
@@ -163,15 +223,25 @@ def main() -> None:
             for kind in FIELDS:
                 candidates[f"{kind} {procs}"] = partial(ours, kind, procs)
         speeds = interleaved(candidates, repeats=options.turns, warm=1)
-        resumes = interleaved({f"{place:g}": partial(resume, place) for place in (0.1, 0.9)}, repeats=3)
+        resumes = interleaved(
+            {f"{place:g}": partial(resume, place) for place in (0.1, 0.9)}, repeats=3
+        )
 
-    record("stream_text", "\n\n".join([
-        f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, median (quartiles) of {options.turns} turns.",
-        beside_the_peer(speeds, counts),
-        f"From a config to the first batch of {BATCH} x {SEQ}: {spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
-        + ", ".join(f"{median(seconds):.2f} s at {place} epochs" for place, seconds in resumes.items())
-        + f". A tokenizing process holds {median(memory):.0f} MiB.",
-    ]))
+    record(
+        "stream_text",
+        "\n\n".join(
+            [
+                f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, median (quartiles) of {options.turns} turns.",
+                beside_the_peer(speeds, counts),
+                f"From a config to the first batch of {BATCH} x {SEQ}: {spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
+                + ", ".join(
+                    f"{median(seconds):.2f} s at {place} epochs"
+                    for place, seconds in resumes.items()
+                )
+                + f". A tokenizing process holds {median(memory):.0f} MiB.",
+            ]
+        ),
+    )
 
 
 def beside_the_peer(speeds: dict[str, list[float]], counts: list[int]) -> str:
@@ -182,8 +252,15 @@ def beside_the_peer(speeds: dict[str, list[float]], counts: list[int]) -> str:
         lines.append([procs, "tokenizers alone", spread(peer, form="{:.2f}"), "1", ""])
         for kind in FIELDS:
             reached = ratio(speeds[f"{kind} {procs}"], peer)
-            lines.append([procs, f"Stream, .{FIELDS[kind]}", spread(speeds[f"{kind} {procs}"], form="{:.2f}"), f"{reached:.2f}",
-                          verdict(reached, at_least=0.8)])
+            lines.append(
+                [
+                    procs,
+                    f"Stream, .{FIELDS[kind]}",
+                    spread(speeds[f"{kind} {procs}"], form="{:.2f}"),
+                    f"{reached:.2f}",
+                    verdict(reached, at_least=0.8),
+                ]
+            )
     return table(["processes", "", "M tokens/s", "ratio", "target"], lines)
 
 

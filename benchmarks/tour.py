@@ -14,6 +14,7 @@ The decoder first learns to copy, from rows of words that are said six times: a 
 lesson a model of this size takes far longer to find out. For the same reason the encoder-decoder sees short rows of which little is
 hidden: that is where its decoder learns to look at the encoder, and until it does, a translation has nothing to do with its source.
 """
+
 from __future__ import annotations
 
 import json
@@ -51,37 +52,116 @@ def unique(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 # ---------------------------------------------------------------------------------------------------- configs
 SIZES: dict[str, dict[str, Any]] = {
-    "encoder": {"model": {"architecture": "modernbert", "config": {
-        "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "intermediate_size": 288, "max_position_embeddings": 512}},
+    "encoder": {
+        "model": {
+            "architecture": "modernbert",
+            "config": {
+                "num_hidden_layers": 4,
+                "hidden_size": 192,
+                "num_attention_heads": 4,
+                "intermediate_size": 288,
+                "max_position_embeddings": 512,
+            },
+        },
         "objective": {"name": "mlm", "options": {"units": "word", "select": 0.2}},
-        "train": {"steps": 700, "global_batch": 32, "micro_batch": 16}},
-    "decoder": {"model": {"architecture": "lfm2", "config": {  # its short convolutions are half of what copying takes
-        "num_hidden_layers": 4, "hidden_size": 192, "num_attention_heads": 4, "num_key_value_heads": 4, "intermediate_size": 512,
-        "block_auto_adjust_ff_dim": False, "layer_types": ["conv", "full_attention", "conv", "full_attention"],
-        "max_position_embeddings": 512, "tie_word_embeddings": True}},
-        "objective": {"name": "clm"}, "optim": {"lr": 3e-3}, "train": {"steps": 2000, "global_batch": 8, "micro_batch": 4}},
-    "encoder-decoder": {"model": {"architecture": "mbart", "config": {
-        "d_model": 192, "encoder_layers": 3, "decoder_layers": 3, "encoder_attention_heads": 4, "decoder_attention_heads": 4,
-        "encoder_ffn_dim": 512, "decoder_ffn_dim": 512, "max_position_embeddings": 256, "dropout": 0.0, "attention_dropout": 0.0,
-        "encoder_layerdrop": 0.0, "decoder_layerdrop": 0.0}},
+        "train": {"steps": 700, "global_batch": 32, "micro_batch": 16},
+    },
+    "decoder": {
+        "model": {
+            "architecture": "lfm2",
+            "config": {  # its short convolutions are half of what copying takes
+                "num_hidden_layers": 4,
+                "hidden_size": 192,
+                "num_attention_heads": 4,
+                "num_key_value_heads": 4,
+                "intermediate_size": 512,
+                "block_auto_adjust_ff_dim": False,
+                "layer_types": ["conv", "full_attention", "conv", "full_attention"],
+                "max_position_embeddings": 512,
+                "tie_word_embeddings": True,
+            },
+        },
+        "objective": {"name": "clm"},
+        "optim": {"lr": 3e-3},
+        "train": {"steps": 2000, "global_batch": 8, "micro_batch": 4},
+    },
+    "encoder-decoder": {
+        "model": {
+            "architecture": "mbart",
+            "config": {
+                "d_model": 192,
+                "encoder_layers": 3,
+                "decoder_layers": 3,
+                "encoder_attention_heads": 4,
+                "decoder_attention_heads": 4,
+                "encoder_ffn_dim": 512,
+                "decoder_ffn_dim": 512,
+                "max_position_embeddings": 256,
+                "dropout": 0.0,
+                "attention_dropout": 0.0,
+                "encoder_layerdrop": 0.0,
+                "decoder_layerdrop": 0.0,
+            },
+        },
         "objective": {"name": "seq2seq", "options": {"noise": "bart", "hidden": 0.1, "span": 1.0}},
-        "optim": {"lr": 1e-3}, "schedule": {"name": "constant", "warmup_steps": 50},
-        "train": {"steps": 800, "global_batch": 32, "micro_batch": 16}}}
+        "optim": {"lr": 1e-3},
+        "schedule": {"name": "constant", "warmup_steps": 50},
+        "train": {"steps": 800, "global_batch": 32, "micro_batch": 16},
+    },
+}
 # begins with, the kind of text, tokenizer, its size; small ones where letters matter more than meaning
-TEXTS = {"encoder": ("docstrings", "wordpiece", 6144), "decoder": ("summaries", "bpe", 1024), "encoder-decoder": ("messages", "bpe", 2048)}
+TEXTS = {
+    "encoder": ("docstrings", "wordpiece", 6144),
+    "decoder": ("summaries", "bpe", 1024),
+    "encoder-decoder": ("messages", "bpe", 2048),
+}
 LESSON_STEPS = 600  # of the decoder's
-TASKS: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {  # begins with, task, what differs, the metric that counts
-    "topics": ("encoder", {"name": "sequence_classification"}, {"train": {"steps": 150}}, "accuracy"),
-    "sentiment": ("encoder", {"name": "sequence_classification"}, {"train": {"steps": 150}}, "accuracy"),
+TASKS: dict[
+    str, tuple[str, dict[str, Any], dict[str, Any], str]
+] = {  # begins with, task, what differs, the metric that counts
+    "topics": (
+        "encoder",
+        {"name": "sequence_classification"},
+        {"train": {"steps": 150}},
+        "accuracy",
+    ),
+    "sentiment": (
+        "encoder",
+        {"name": "sequence_classification"},
+        {"train": {"steps": 150}},
+        "accuracy",
+    ),
     "ner": ("encoder", {"name": "token_classification"}, {"train": {"steps": 150}}, "f1"),
     "qa": ("encoder", {"name": "extractive_qa"}, {"train": {"steps": 300}}, "f1"),
-    "summarization": ("decoder", {"name": "summarization", "options": {"prompt": "{source}:", "max_target_length": 48,
-                                                                       "generation": {"max_new_tokens": 32, "num_beams": 2,
-                                                                                      "no_repeat_ngram_size": 10}}},
-                      {"data": {"max_length": 160}, "train": {"steps": 600, "global_batch": 16, "micro_batch": 8}}, "rouge1"),
-    "translation": ("encoder-decoder", {"name": "translation", "options": {"max_target_length": 64,
-                                                                            "generation": {"max_new_tokens": 48, "num_beams": 2}}},
-                    {"data": {"max_length": 64}, "train": {"steps": 1600}}, "chrf")}
+    "summarization": (
+        "decoder",
+        {
+            "name": "summarization",
+            "options": {
+                "prompt": "{source}:",
+                "max_target_length": 48,
+                "generation": {"max_new_tokens": 32, "num_beams": 2, "no_repeat_ngram_size": 10},
+            },
+        },
+        {
+            "data": {"max_length": 160},
+            "train": {"steps": 600, "global_batch": 16, "micro_batch": 8},
+        },
+        "rouge1",
+    ),
+    "translation": (
+        "encoder-decoder",
+        {
+            "name": "translation",
+            "options": {
+                "max_target_length": 64,
+                "generation": {"max_new_tokens": 48, "num_beams": 2},
+            },
+        },
+        {"data": {"max_length": 64}, "train": {"steps": 1600}},
+        "chrf",
+    ),
+}
 
 
 def precision() -> str:
@@ -91,35 +171,66 @@ def precision() -> str:
 
 def pretraining(name: str, folder: Path) -> dict[str, Any]:
     """Return the config in which one of SIZES is pretrained."""
-    data: dict[str, Any] = {"seq_len": 32 if name == "encoder-decoder" else 128,
-                            "sources": [{"name": "text", "shards": str(folder / name / "shards" / "train")}],
-                            "validation": {"shards": str(folder / name / "shards" / "validation"), "every_steps": 200, "rows": 64}}
+    data: dict[str, Any] = {
+        "seq_len": 32 if name == "encoder-decoder" else 128,
+        "sources": [{"name": "text", "shards": str(folder / name / "shards" / "train")}],
+        "validation": {
+            "shards": str(folder / name / "shards" / "validation"),
+            "every_steps": 200,
+            "rows": 64,
+        },
+    }
     if name == "decoder":
-        data["sources"] += [{"name": "copying", "shards": str(folder / name / "lesson" / "train"), "weight": 1.0}]
+        data["sources"] += [
+            {"name": "copying", "shards": str(folder / name / "lesson" / "train"), "weight": 1.0}
+        ]
         data["sources"][0]["weight"] = 0.0
         data["stages"] = [{"at": LESSON_STEPS, "weights": {"text": 0.9, "copying": 0.1}}]
-    return {"run": {"name": f"tour-{name}"}, "tokenizer": {"path": str(folder / name / "tokenizer")}, "data": data,
-            "optim": {"lr": 2e-3}, "schedule": {"warmup_steps": 50}, "engine": {"precision": precision()},
-            "checkpoint": {"keep_last": 1}, "metrics": {"every_steps": 100}, **SIZES[name]}
+    return {
+        "run": {"name": f"tour-{name}"},
+        "tokenizer": {"path": str(folder / name / "tokenizer")},
+        "data": data,
+        "optim": {"lr": 2e-3},
+        "schedule": {"warmup_steps": 50},
+        "engine": {"precision": precision()},
+        "checkpoint": {"keep_last": 1},
+        "metrics": {"every_steps": 100},
+        **SIZES[name],
+    }
 
 
 def finetuning(name: str, folder: Path) -> dict[str, Any]:
     """Return the config in which one of TASKS is trained."""
     begin, task, more, _ = TASKS[name]
-    return {"run": {"name": f"tour-{name}"}, "model": {"pretrained": f"runs/tour-{begin}"}, "task": task,
-            "data": {"train": str(folder / name / "train.jsonl"), "test": str(folder / name / "test.jsonl"), "max_length": 128,
-                     "on_error": "skip", **more.get("data", {})},
-            "optim": more.get("optim", {"lr": 1e-3}), "schedule": {"name": "linear", "warmup_steps": 50, "min_ratio": 0.0},
-            "train": {"global_batch": 32, "micro_batch": 16, **more["train"]},
-            "engine": {"precision": precision()}, "checkpoint": {"keep_last": 1}, "metrics": {"every_steps": 100}}
+    return {
+        "run": {"name": f"tour-{name}"},
+        "model": {"pretrained": f"runs/tour-{begin}"},
+        "task": task,
+        "data": {
+            "train": str(folder / name / "train.jsonl"),
+            "test": str(folder / name / "test.jsonl"),
+            "max_length": 128,
+            "on_error": "skip",
+            **more.get("data", {}),
+        },
+        "optim": more.get("optim", {"lr": 1e-3}),
+        "schedule": {"name": "linear", "warmup_steps": 50, "min_ratio": 0.0},
+        "train": {"global_batch": 32, "micro_batch": 16, **more["train"]},
+        "engine": {"precision": precision()},
+        "checkpoint": {"keep_last": 1},
+        "metrics": {"every_steps": 100},
+    }
 
 
 def corpus(name: str, folder: Path, *, shards: str, text: str) -> dict[str, Any]:
     """Return the config of one of TEXTS' tokenizers and of shards of a kind of text."""
     _, kind, size = TEXTS[name]
-    return {"source": {"path": str(folder / "texts" / text), "document_mb": 0.02}, "split": {"validation": 0.05},
-            "tokenizer": {"kind": kind, "vocab_size": size, "path": str(folder / name / "plain")},
-            "shards": {"path": str(folder / name / shards), "shard_mb": 4, "chunk_mb": 0.5}}
+    return {
+        "source": {"path": str(folder / "texts" / text), "document_mb": 0.02},
+        "split": {"validation": 0.05},
+        "tokenizer": {"kind": kind, "vocab_size": size, "path": str(folder / name / "plain")},
+        "shards": {"path": str(folder / name / shards), "shard_mb": 4, "chunk_mb": 0.5},
+    }
 
 
 # ------------------------------------------------------------------------------------------------------ commands
@@ -127,28 +238,47 @@ def make(folder: Path) -> None:
     """Write texts, examples, baselines and configs. What is tested is not among the texts."""
     docs, pairs = docstrings(), messages()
     if len(unique(translation(pairs)["test"])) < LEAST_TESTED:
-        print("    few programs here have a Russian translation: made-up sentences take their place")
+        print(
+            "    few programs here have a Russian translation: made-up sentences take their place"
+        )
         pairs = made_up_messages()
     for kind, told in texts(docs, pairs).items():
         (folder / "texts" / kind).mkdir(parents=True, exist_ok=True)
         for name, text in told.items():
             (folder / "texts" / kind / (name.replace("/", "-") + ".txt")).write_text(text, "utf-8")
-    made: dict[str, Split] = {"topics": topics(docs), "sentiment": sentiment(), "ner": ner(docs), "qa": qa(docs),
-                              "summarization": summarization(docs), "translation": translation(pairs)}
+    made: dict[str, Split] = {
+        "topics": topics(docs),
+        "sentiment": sentiment(),
+        "ner": ner(docs),
+        "qa": qa(docs),
+        "summarization": summarization(docs),
+        "translation": translation(pairs),
+    }
     for task, sides in made.items():
         (folder / task).mkdir(exist_ok=True)
         train, test = (unique(sides[side]) for side in ("train", "test"))
         if task not in ("sentiment", "translation"):  # whose texts are no docstrings
-            test = untold(test[:2 * MOST_TESTED], docs)
+            test = untold(test[: 2 * MOST_TESTED], docs)
         test = test[:MOST_TESTED]
         if len(test) < LEAST_TESTED:
-            raise SystemExit(f"{task}: only {len(test)} examples to test on; this machine's Python has too few docstrings")
-        for name, lines in (("train", train), ("test", test), ("baseline", baseline(task, train, test))):
-            (folder / task / f"{name}.jsonl").write_text("".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8")
+            raise SystemExit(
+                f"{task}: only {len(test)} examples to test on; this machine's Python has too few docstrings"
+            )
+        for name, lines in (
+            ("train", train),
+            ("test", test),
+            ("baseline", baseline(task, train, test)),
+        ):
+            (folder / task / f"{name}.jsonl").write_text(
+                "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), "utf-8"
+            )
         print(f"    {task:<14}{len(train):>7,} to train on, {len(test)} to test on")
     for name in SIZES:
         (folder / name).mkdir(exist_ok=True)
-        configs = {"corpus": corpus(name, folder, shards="shards", text=TEXTS[name][0]), "run": pretraining(name, folder)}
+        configs = {
+            "corpus": corpus(name, folder, shards="shards", text=TEXTS[name][0]),
+            "run": pretraining(name, folder),
+        }
         if name == "decoder":
             configs["lesson"] = corpus(name, folder, shards="lesson", text="copying")
         for of, config in configs.items():
@@ -168,17 +298,31 @@ def table(folder: Path) -> None:
     for name, (_, _, _, metric) in TASKS.items():
         run = Path("runs") / f"tour-{name}"
         config = settle(str(run), task=None, data=None, out=Path("-"), overrides=[], answers=True)
-        home = max((run / "evaluations").glob("*-test/*/predictions.jsonl"), key=lambda file: file.stat().st_mtime)
+        home = max(
+            (run / "evaluations").glob("*-test/*/predictions.jsonl"),
+            key=lambda file: file.stat().st_mtime,
+        )
         ours, trivial = (score(config, file) for file in (home, folder / name / "baseline.jsonl"))
-        cells = [(found["scores"][metric], *found["intervals"][metric]) for found in (ours, trivial)]
+        cells = [
+            (found["scores"][metric], *found["intervals"][metric]) for found in (ours, trivial)
+        ]
         better = cells[0][1] > cells[1][2]
         beaten &= better
         shown = [f"{value:.3f} ({low:.3f} - {high:.3f})" for value, low, high in cells]
-        print(f"{name:<15}{metric:<10}{ours['examples']:>7}   {shown[0]:<26}{shown[1]:<26}{'' if better else 'NOT beaten'}")
-        references = {line["id"]: line for line in map(json.loads, (folder / name / "test.jsonl").read_text("utf-8").splitlines())}
+        print(
+            f"{name:<15}{metric:<10}{ours['examples']:>7}   {shown[0]:<26}{shown[1]:<26}{'' if better else 'NOT beaten'}"
+        )
+        references = {
+            line["id"]: line
+            for line in map(
+                json.loads, (folder / name / "test.jsonl").read_text("utf-8").splitlines()
+            )
+        }
         said = json.loads(home.read_text("utf-8").splitlines()[0])
         question = {key: value for key, value in references[said["id"]].items() if key != "id"}
-        asked, answer = (json.dumps(thing, ensure_ascii=False) for thing in (question, said["prediction"]))
+        asked, answer = (
+            json.dumps(thing, ensure_ascii=False) for thing in (question, said["prediction"])
+        )
         samples += [name, f"  {asked[:300]}", f"  -> {answer[:200]}"]
     print("\nOne output of each\n" + "\n".join(samples))
     sys.exit(0 if beaten else 1)

@@ -4,6 +4,7 @@ Texts are docstrings of Python's standard library and of packages that PyTorch b
 programs with their translations (gettext). What is tested comes from files, templates and words that training has not seen: a file
 is on one side by the hash of its name, and what also stands in a trained file is not tested.
 """
+
 from __future__ import annotations
 
 import ast
@@ -20,7 +21,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-LANGUAGE, LETTERS = "ru", "[\u0400-\u04ff]"  # Russian, the most translated language in another script: copying scores little there
+LANGUAGE, LETTERS = (
+    "ru",
+    "[\u0400-\u04ff]",
+)  # Russian, the most translated language in another script: copying scores little there
 LIBRARIES = "numpy", "networkx", "sympy"
 SEEN = 100  # characters of what a summary is of
 Doc = tuple[str, str, str]  # file, name, docstring
@@ -29,46 +33,167 @@ Example = dict[str, Any]
 Split = dict[str, list[Example]]  # "train" and "test"
 
 PAIRS = {  # positive, negative; a word is on one side only
-    "train": ["careful careless", "useful useless", "helpful unhelpful", "thoughtful thoughtless", "pleasant unpleasant",
-              "graceful graceless", "tasteful tasteless", "kind unkind", "reliable unreliable", "meaningful meaningless",
-              "fruitful fruitless", "comfortable uncomfortable", "friendly unfriendly", "lawful lawless", "happy unhappy"],
-    "test": ["hopeful hopeless", "cheerful cheerless", "merciful merciless", "faithful faithless", "fair unfair", "lucky unlucky",
-             "worthy unworthy", "joyful joyless"]}
-PLACES = {"train": ["hotel", "book", "film", "museum", "teacher", "dinner", "garden", "concert", "journey", "captain"],
-          "test": ["train", "play", "doctor", "library", "kitchen", "guide"]}
-FORMS = {"train": ["The {place} was {word}.", "What a {word} {place}!", "I found the {place} rather {word}.",
-                   "They called the {place} {word}, and so do I.", "A {word} {place}, all in all.",
-                   "My friends say the {place} is {word}."],
-         "test": ["Nobody told me that the {place} would be so {word}.", "We left early, but the {place} seemed {word}.",
-                  "In the end it is a {word} {place}, we thought.", "So {word} a {place} I have never seen."]}
+    "train": [
+        "careful careless",
+        "useful useless",
+        "helpful unhelpful",
+        "thoughtful thoughtless",
+        "pleasant unpleasant",
+        "graceful graceless",
+        "tasteful tasteless",
+        "kind unkind",
+        "reliable unreliable",
+        "meaningful meaningless",
+        "fruitful fruitless",
+        "comfortable uncomfortable",
+        "friendly unfriendly",
+        "lawful lawless",
+        "happy unhappy",
+    ],
+    "test": [
+        "hopeful hopeless",
+        "cheerful cheerless",
+        "merciful merciless",
+        "faithful faithless",
+        "fair unfair",
+        "lucky unlucky",
+        "worthy unworthy",
+        "joyful joyless",
+    ],
+}
+PLACES = {
+    "train": [
+        "hotel",
+        "book",
+        "film",
+        "museum",
+        "teacher",
+        "dinner",
+        "garden",
+        "concert",
+        "journey",
+        "captain",
+    ],
+    "test": ["train", "play", "doctor", "library", "kitchen", "guide"],
+}
+FORMS = {
+    "train": [
+        "The {place} was {word}.",
+        "What a {word} {place}!",
+        "I found the {place} rather {word}.",
+        "They called the {place} {word}, and so do I.",
+        "A {word} {place}, all in all.",
+        "My friends say the {place} is {word}.",
+    ],
+    "test": [
+        "Nobody told me that the {place} would be so {word}.",
+        "We left early, but the {place} seemed {word}.",
+        "In the end it is a {word} {place}, we thought.",
+        "So {word} a {place} I have never seen.",
+    ],
+}
 
 ASKED = {  # kind of answer -> how training asks for it; last, how the test does
-    "return": ("What does {name} return?", "What is returned by {name}?", "Which value is returned?",
-               "What value is the return of {name}?"),
-    "condition": ("When does this hold for {name}?", "In which case is it so?", "When does {name} do so?",
-                  "In which case does {name} do this, and when?"),
-    "raise": ("Which error does {name} raise?", "What exception is raised?", "What may {name} raise?",
-              "Which exception or error may {name} raise?"),
-    "default": ("What is the default of {name}?", "Which value is the default?", "What is taken as default?",
-                "What does {name} take as the default?"),
-    "use": ("What is {name} used for?", "What is the use of {name}?", "For what is it used?", "For what use is {name}?")}
+    "return": (
+        "What does {name} return?",
+        "What is returned by {name}?",
+        "Which value is returned?",
+        "What value is the return of {name}?",
+    ),
+    "condition": (
+        "When does this hold for {name}?",
+        "In which case is it so?",
+        "When does {name} do so?",
+        "In which case does {name} do this, and when?",
+    ),
+    "raise": (
+        "Which error does {name} raise?",
+        "What exception is raised?",
+        "What may {name} raise?",
+        "Which exception or error may {name} raise?",
+    ),
+    "default": (
+        "What is the default of {name}?",
+        "Which value is the default?",
+        "What is taken as default?",
+        "What does {name} take as the default?",
+    ),
+    "use": (
+        "What is {name} used for?",
+        "What is the use of {name}?",
+        "For what is it used?",
+        "For what use is {name}?",
+    ),
+}
 END = r"(?=[.;:,](?:\s|$)|\s(?:if|when|unless|and|or|where|which|that)\s|$)"
-ANSWERS = {kind: re.compile(pattern) for kind, pattern in {
-    "return": r"\b[Rr]eturns?\s+(\S.{3,70}?)" + END,
-    "condition": r"\b(?:[Ii]f|[Ww]hen|[Uu]nless)\s+(\S.{3,70}?)(?=[.;:,](?:\s|$)|\sthen\s|$)",
-    "raise": r"\b[Rr]ais(?:es?|ed|ing)\s+(?:an?\s+|the\s+)?(\w*(?:Error|Exception|Warning|Exit|Interrupt)\w*)",
-    "default": r"\b[Dd]efaults? (?:value )?(?:is|to)\s+(\S.{0,40}?)" + END,
-    "use": r"\bused (?:to|for|as|by)\s+(\S.{3,70}?)" + END}.items()}
+ANSWERS = {
+    kind: re.compile(pattern)
+    for kind, pattern in {
+        "return": r"\b[Rr]eturns?\s+(\S.{3,70}?)" + END,
+        "condition": r"\b(?:[Ii]f|[Ww]hen|[Uu]nless)\s+(\S.{3,70}?)(?=[.;:,](?:\s|$)|\sthen\s|$)",
+        "raise": r"\b[Rr]ais(?:es?|ed|ing)\s+(?:an?\s+|the\s+)?(\w*(?:Error|Exception|Warning|Exit|Interrupt)\w*)",
+        "default": r"\b[Dd]efaults? (?:value )?(?:is|to)\s+(\S.{0,40}?)" + END,
+        "use": r"\bused (?:to|for|as|by)\s+(\S.{3,70}?)" + END,
+    }.items()
+}
 
 # Made-up sentences, where there are no catalogues: the test puts the phrases together in another way.
-WHEN = ["today сегодня", "now теперь", "often часто", "soon скоро", "sometimes иногда", "tomorrow завтра", "again снова"]
-WHAT = ["old старый", "new новый", "small маленький", "big большой", "red красный", "clean чистый", "heavy тяжёлый", "cheap дешёвый"]
-WHO = ["driver водитель", "student студент", "doctor врач", "neighbour сосед", "teacher учитель", "engineer инженер", "guest гость"]
-DOES = ["sees видит", "opens открывает", "carries несёт", "washes моет", "buys покупает", "forgets забывает", "repairs чинит"]
-THING = ["box ящик", "house дом", "lock замок", "suitcase чемодан", "table стол", "telephone телефон", "umbrella зонт", "boat корабль"]
-MADE_UP = {"train": ["{when} the {who} {does} the {thing}", "the {what} {who} {does} the {thing} {when}",
-                     "the {what} {who} {does} the {what2} {thing}", "{when} the {who} {does} the {what} {thing}"],
-           "test": ["{when} the {what} {who} {does} the {what2} {thing}"]}
+WHEN = [
+    "today сегодня",
+    "now теперь",
+    "often часто",
+    "soon скоро",
+    "sometimes иногда",
+    "tomorrow завтра",
+    "again снова",
+]
+WHAT = [
+    "old старый",
+    "new новый",
+    "small маленький",
+    "big большой",
+    "red красный",
+    "clean чистый",
+    "heavy тяжёлый",
+    "cheap дешёвый",
+]
+WHO = [
+    "driver водитель",
+    "student студент",
+    "doctor врач",
+    "neighbour сосед",
+    "teacher учитель",
+    "engineer инженер",
+    "guest гость",
+]
+DOES = [
+    "sees видит",
+    "opens открывает",
+    "carries несёт",
+    "washes моет",
+    "buys покупает",
+    "forgets забывает",
+    "repairs чинит",
+]
+THING = [
+    "box ящик",
+    "house дом",
+    "lock замок",
+    "suitcase чемодан",
+    "table стол",
+    "telephone телефон",
+    "umbrella зонт",
+    "boat корабль",
+]
+MADE_UP = {
+    "train": [
+        "{when} the {who} {does} the {thing}",
+        "the {what} {who} {does} the {thing} {when}",
+        "the {what} {who} {does} the {what2} {thing}",
+        "{when} the {who} {does} the {what} {thing}",
+    ],
+    "test": ["{when} the {what} {who} {does} the {what2} {thing}"],
+}
 
 
 def is_test(name: str) -> bool:
@@ -84,15 +209,23 @@ def side_of(name: str) -> str:
 def docstrings() -> list[Doc]:
     """Return the docstrings of modules, classes and functions of the standard library and of LIBRARIES."""
     standard, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
-    files = [(path, path.relative_to(root).as_posix()) for root, folder in (
-        (standard, standard), *((packages, packages / name) for name in LIBRARIES)) for path in sorted(folder.rglob("*.py"))]
+    files = [
+        (path, path.relative_to(root).as_posix())
+        for root, folder in (
+            (standard, standard),
+            *((packages, packages / name) for name in LIBRARIES),
+        )
+        for path in sorted(folder.rglob("*.py"))
+    ]
     found = list[Doc]()
     for path, file in files:
         if re.search(r"(^|/)(site-packages|dist-packages|tests?|idle_test|lib2to3)/", file):
             continue
         with suppress(SyntaxError, UnicodeDecodeError, ValueError):
             for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (text := ast.get_docstring(node)):
+                if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and (
+                    text := ast.get_docstring(node)
+                ):
                     found.append((file, getattr(node, "name", path.stem), text))
     return found
 
@@ -106,7 +239,12 @@ def messages() -> list[Pair]:
             if file.stem.startswith("iso_"):
                 continue
             for source, target in gettext.GNUTranslations(catalogue)._catalog.items():  # type: ignore[attr-defined]
-                if isinstance(source, str) and "\x04" not in source and re.search("[a-z]{3}", source) and re.search(LETTERS, target):
+                if (
+                    isinstance(source, str)
+                    and "\x04" not in source
+                    and re.search("[a-z]{3}", source)
+                    and re.search(LETTERS, target)
+                ):
                     found.append((file.stem, one_line(source), one_line(target)))
     trained = {letters(source) for file, source, _ in found if not is_test(file)}
     return [pair for pair in found if not is_test(pair[0]) or letters(pair[1]) not in trained]
@@ -117,10 +255,22 @@ def made_up_messages() -> list[Pair]:
     rng, found = random.Random(0), list[Pair]()
     for number in range(8000):
         side = side_of(file := f"made up {number % 200}")
-        words = {key: rng.choice(several).split() for key, several in (
-            ("when", WHEN), ("what", WHAT), ("what2", WHAT), ("who", WHO), ("does", DOES), ("thing", THING))}
+        words = {
+            key: rng.choice(several).split()
+            for key, several in (
+                ("when", WHEN),
+                ("what", WHAT),
+                ("what2", WHAT),
+                ("who", WHO),
+                ("does", DOES),
+                ("thing", THING),
+            )
+        }
         form = rng.choice(MADE_UP[side])
-        english, russian = (form.format(**{key: word[language] for key, word in words.items()}) for language in (0, 1))
+        english, russian = (
+            form.format(**{key: word[language] for key, word in words.items()})
+            for language in (0, 1)
+        )
         found.append((file, english.capitalize(), russian.replace("the ", "").capitalize()))
     return found
 
@@ -142,13 +292,19 @@ def spoken(name: str) -> str:
 def texts(docs: list[Doc], pairs: list[Pair]) -> dict[str, dict[str, str]]:
     """Return kind -> name -> text; nothing is in it of the files that are tested."""
     trained, rng = [doc for doc in docs if not is_test(doc[0])], random.Random(0)
-    made: dict[str, dict[str, str]] = {kind: defaultdict(str) for kind in ("docstrings", "summaries", "copying", "messages")}
+    made: dict[str, dict[str, str]] = {
+        kind: defaultdict(str) for kind in ("docstrings", "summaries", "copying", "messages")
+    }
     for file, name, text in trained:
         first, _, rest = text.partition("\n\n")
         made["docstrings"][file] += f"{text}\n\n"
-        made["summaries"][file] += f"{one_line(rest)[:SEEN]}\n{spoken(name)}: {one_line(first)[:120]}\n\n"
+        made["summaries"][file] += (
+            f"{one_line(rest)[:SEEN]}\n{spoken(name)}: {one_line(first)[:120]}\n\n"
+        )
     words = [word for _, name, _ in trained for word in spoken(name).split()]
-    for number in range(40):  # words of chance, each row of them six times: what follows can only be copied
+    for number in range(
+        40
+    ):  # words of chance, each row of them six times: what follows can only be copied
         rows = [" ".join(rng.choices(words, k=rng.randint(2, 8))) for _ in range(230)]
         made["copying"][str(number)] = "".join(f"{row}: " * 6 + "\n" for row in rows)
     for file, source, target in pairs:
@@ -160,40 +316,77 @@ def texts(docs: list[Doc], pairs: list[Pair]) -> dict[str, dict[str, str]]:
 # --------------------------------------------------------------------------------------------- labelled examples
 def topics(docs: list[Doc]) -> Split:
     """Return docstrings and the package that each is from; of a large file some."""
-    packages = {"asyncio", "email", "tkinter", "unittest", "xml", "http", "multiprocessing", "importlib", "idlelib", "distutils"}
+    packages = {
+        "asyncio",
+        "email",
+        "tkinter",
+        "unittest",
+        "xml",
+        "http",
+        "multiprocessing",
+        "importlib",
+        "idlelib",
+        "distutils",
+    }
     made: Split = {"train": [], "test": []}
     taken: Counter[str] = Counter()
     for file, _, text in docs:
-        if "/" in file and (label := file.split("/")[0]) in packages and len(text) > 40 and taken[file] < 60:
+        if (
+            "/" in file
+            and (label := file.split("/")[0]) in packages
+            and len(text) > 40
+            and taken[file] < 60
+        ):
             taken[file] += 1
             made[side_of(file)].append({"text": one_line(text)[:400], "label": label})
     trained = {example["label"] for example in made["train"]}
-    return {"train": made["train"], "test": [example for example in made["test"] if example["label"] in trained]}
+    return {
+        "train": made["train"],
+        "test": [example for example in made["test"] if example["label"] in trained],
+    }
 
 
 def sentiment() -> Split:
     """Return sentences of templates; no template, thing or word is on both sides."""
-    return {side: [{"text": form.format(place=place, word=word), "label": label}
-                   for form in FORMS[side] for place in PLACES[side] for pair in PAIRS[side]
-                   for word, label in zip(pair.split(), ("positive", "negative"), strict=True)] for side in ("train", "test")}
+    return {
+        side: [
+            {"text": form.format(place=place, word=word), "label": label}
+            for form in FORMS[side]
+            for place in PLACES[side]
+            for pair in PAIRS[side]
+            for word, label in zip(pair.split(), ("positive", "negative"), strict=True)
+        ]
+        for side in ("train", "test")
+    }
 
 
 def ner(docs: list[Doc]) -> Split:
     """Return sentences of docstrings in which names of modules and builtins are entities where they stand as code, not as English
     words (a list, random, all): with a dot or a capital, in quotes, before a parenthesis. A name is an entity on one side only."""
     kinds = {name: "MODULE" for name in sys.stdlib_module_names if len(name) > 2}
-    kinds |= {name: "ERROR" if name.endswith(("Error", "Warning", "Exception")) else "BUILTIN" for name in dir(builtins) if name[0] != "_"}
+    kinds |= {
+        name: "ERROR" if name.endswith(("Error", "Warning", "Exception")) else "BUILTIN"
+        for name in dir(builtins)
+        if name[0] != "_"
+    }
     made: Split = {"train": [], "test": []}
     for file, _, text in docs:
         for sentence in re.split(r"(?<=[.!?])\s+|\n\n", text):
             words, tags, sides = list[str](), list[str](), set[str]()
             for match in re.finditer(r"\w+(?:\.\w+)*|[^\w\s]", sentence):
                 pieces = re.findall(r"\w+|[^\w\s]", match[0])
-                before, after = f" {sentence}"[match.start()], sentence[match.end():match.end() + 1]
+                before, after = (
+                    f" {sentence}"[match.start()],
+                    sentence[match.end() : match.end() + 1],
+                )
                 as_code = pieces[1:] or pieces[0][0].isupper() or before in "`'\"" or after == "("
                 kind = kinds.get(pieces[0]) if as_code else None
                 words += pieces
-                tags += [f"B-{kind}", *[f"I-{kind}"] * (len(pieces) - 1)] if kind else ["O"] * len(pieces)
+                tags += (
+                    [f"B-{kind}", *[f"I-{kind}"] * (len(pieces) - 1)]
+                    if kind
+                    else ["O"] * len(pieces)
+                )
                 sides |= {side_of(pieces[0])} if kind else set()
             if 4 < len(words) < 40 and sides == {side_of(file)}:
                 made[side_of(file)].append({"words": words, "tags": tags})
@@ -205,11 +398,21 @@ def qa(docs: list[Doc]) -> Split:
     made: Split = {"train": [], "test": []}
     for file, name, text in docs:
         context, side = one_line(text)[:350], side_of(file)
-        found = {kind: match for kind, pattern in ANSWERS.items() if (match := pattern.search(context)) and letters(match[1])}
+        found = {
+            kind: match
+            for kind, pattern in ANSWERS.items()
+            if (match := pattern.search(context)) and letters(match[1])
+        }
         for kind, match in found.items() if len(found) > 1 else ():
             *trained, tested = ASKED[kind]
-            made[side] += [{"question": form.format(name=name), "context": context, "answers": {
-                "text": [match[1]], "answer_start": [match.start(1)]}} for form in ([tested] if side == "test" else trained)]
+            made[side] += [
+                {
+                    "question": form.format(name=name),
+                    "context": context,
+                    "answers": {"text": [match[1]], "answer_start": [match.start(1)]},
+                }
+                for form in ([tested] if side == "test" else trained)
+            ]
     return made
 
 
@@ -219,7 +422,9 @@ def summarization(docs: list[Doc]) -> Split:
     for file, name, text in docs:
         first, _, rest = text.partition("\n\n")
         if 15 < len(first) < 120 and len(rest) > 60:
-            made[side_of(file)].append({"source": f"{one_line(rest)[:SEEN]}\n{spoken(name)}", "target": one_line(first)})
+            made[side_of(file)].append(
+                {"source": f"{one_line(rest)[:SEEN]}\n{spoken(name)}", "target": one_line(first)}
+            )
     return made
 
 
@@ -227,7 +432,9 @@ def translation(pairs: list[Pair]) -> Split:
     """Return short messages without options and their translations; the tested ones have no gaps to fill either, just words."""
     made: Split = {"train": [], "test": []}
     for file, source, target in pairs:
-        if 8 < len(source) < 60 and re.fullmatch(r"[A-Z]?[a-z ,.']+" if is_test(file) else r"[A-Za-z ,.:;'\"%()]+", source):
+        if 8 < len(source) < 60 and re.fullmatch(
+            r"[A-Z]?[a-z ,.']+" if is_test(file) else r"[A-Za-z ,.:;'\"%()]+", source
+        ):
             made[side_of(file)].append({"source": source, "target": target})
     return made
 
@@ -235,24 +442,48 @@ def translation(pairs: list[Pair]) -> Split:
 def untold(examples: list[Example], docs: list[Doc]) -> list[Example]:
     """Return the examples whose text stands in no docstring of a trained file."""
     known = letters(" ".join(text for file, _, text in docs if not is_test(file)))
-    shown = (example.get("context") or example.get("text") or example.get("source") or " ".join(example["words"]) for example in examples)
-    return [example for example, text in zip(examples, shown, strict=True) if letters(text.split("\n")[0]) not in known]
+    shown = (
+        example.get("context")
+        or example.get("text")
+        or example.get("source")
+        or " ".join(example["words"])
+        for example in examples
+    )
+    return [
+        example
+        for example, text in zip(examples, shown, strict=True)
+        if letters(text.split("\n")[0]) not in known
+    ]
 
 
 # --------------------------------------------------------------------------------------------------- baselines
 def baseline(task: str, train: list[Example], test: list[Example]) -> list[Example]:
     """Return predictions that nobody had to train a model for."""
     if task in ("topics", "sentiment"):
-        [(label, _)] = Counter(example["label"] for example in test).most_common(1)  # no constant is better
+        [(label, _)] = Counter(example["label"] for example in test).most_common(
+            1
+        )  # no constant is better
         return [{"id": example["id"], "prediction": label} for example in test]
     if task == "ner":
         tags: dict[str, Counter[str]] = defaultdict(Counter)
-        for word, tag in itertools.chain.from_iterable(zip(example["words"], example["tags"], strict=True) for example in train):
+        for word, tag in itertools.chain.from_iterable(
+            zip(example["words"], example["tags"], strict=True) for example in train
+        ):
             tags[word][tag] += 1
         usual = {word: found.most_common(1)[0][0] for word, found in tags.items()}
-        return [{"id": example["id"], "prediction": [usual.get(word, "O") for word in example["words"]]} for example in test]
+        return [
+            {"id": example["id"], "prediction": [usual.get(word, "O") for word in example["words"]]}
+            for example in test
+        ]
     if task in ("qa", "summarization"):
-        text, said = ("context", lambda one: one["answers"]["text"][0]) if task == "qa" else ("source", lambda one: one["target"])
+        text, said = (
+            ("context", lambda one: one["answers"]["text"][0])
+            if task == "qa"
+            else ("source", lambda one: one["target"])
+        )
         words = round(sum(len(said(example).split()) for example in train) / len(train))
-        return [{"id": example["id"], "prediction": " ".join(example[text].split()[:words])} for example in test]
+        return [
+            {"id": example["id"], "prediction": " ".join(example[text].split()[:words])}
+            for example in test
+        ]
     return [{"id": example["id"], "prediction": example["source"]} for example in test]

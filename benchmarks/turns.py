@@ -3,6 +3,7 @@
 So candidates are compared within seconds of each other, without starting again, by the wall clock of this process: it
 stamps the lines "step N/M  loss X" that a job prints. The steps around a change of turns are not counted.
 """
+
 from __future__ import annotations
 
 import os
@@ -49,8 +50,15 @@ class Job:
         self.losses: dict[int, float] = {}
         self._lines: queue.SimpleQueue[Line | None] = queue.SimpleQueue()
         self._tail: deque[str] = deque(maxlen=40)
-        self._process = subprocess.Popen(command, env={**os.environ, "PYTHONUNBUFFERED": "1", **env}, stdin=subprocess.DEVNULL,
-                                         stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, "PYTHONUNBUFFERED": "1", **env},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+        )
         threading.Thread(target=self._read, daemon=True).start()
 
     def _read(self) -> None:
@@ -72,7 +80,9 @@ class Job:
             if line := self._lines.get(timeout=PATIENCE_S):
                 self.losses[line.step] = line.loss
                 return line
-        raise RuntimeError(f"{self.name} has ended, or said nothing for {PATIENCE_S:g} s:\n{''.join(self._tail)}")
+        raise RuntimeError(
+            f"{self.name} has ended, or said nothing for {PATIENCE_S:g} s:\n{''.join(self._tail)}"
+        )
 
     def turn(self, *, lines: int) -> Turn:
         """Return the time of a step over ``lines`` logged steps, while no other job runs."""
@@ -131,4 +141,3 @@ def take_turns(jobs: Sequence[Job], *, turns: int, lines: int) -> dict[str, list
         for job in [*jobs[shift:], *jobs[:shift]]:
             taken[job.name].append(job.turn(lines=lines))
     return taken
-

@@ -3,6 +3,7 @@
 The processes end with the one that started them, however that ends, and are deaf to the signals that ask it to stop: it still needs
 them for the step under way. What comes out does not depend on how many there are.
 """
+
 from __future__ import annotations
 
 import multiprocessing
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 
 BATCH_BYTES = 1 << 19  # of text that a process takes at once
 AHEAD = 4  # batches a process that may wait: bounds the memory
-DEAF = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # to Ctrl-C, a launcher, Slurm: they mean our parent, and reach us too
+DEAF = (
+    signal.SIGINT,
+    signal.SIGTERM,
+    signal.SIGUSR1,
+)  # to Ctrl-C, a launcher, Slurm: they mean our parent, and reach us too
 
 Encode = Callable[[list[str]], list[np.ndarray]]
 R = TypeVar("R")
@@ -43,7 +48,9 @@ def encoder(tokenizer_json: str, *, eod_id: int, dtype: str) -> Encode:
 
     def encode(texts: list[str]) -> list[np.ndarray]:
         encodings = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
-        ids = (array("I", [*encoding.ids, eod_id]) for encoding in encodings)  # 5 ns an id; numpy takes 25 for a list
+        ids = (
+            array("I", [*encoding.ids, eod_id]) for encoding in encodings
+        )  # 5 ns an id; numpy takes 25 for a list
         return [np.frombuffer(numbers, np.uint32).astype(dtype) for numbers in ids]
 
     return encode
@@ -52,12 +59,23 @@ def encoder(tokenizer_json: str, *, eod_id: int, dtype: str) -> Encode:
 class Encoders:
     """``procs`` processes that have loaded the tokenizer. ``setting`` is the config key that says how many, for an error's remedy."""
 
-    def __init__(self, tokenizer_json: str, *, eod_id: int, dtype: str, procs: int, setting: str) -> None:
+    def __init__(
+        self, tokenizer_json: str, *, eod_id: int, dtype: str, procs: int, setting: str
+    ) -> None:
         self.procs, self._setting = procs, setting
         if "PYTHONWARNINGS" not in os.environ:
-            os.putenv("PYTHONWARNINGS", "ignore:resource_tracker")  # that semaphores are left: a rank that fails leaves at once
-        context = multiprocessing.get_context("spawn")  # forking a process that has threads is not safe
-        self._pool = ProcessPoolExecutor(procs, mp_context=context, initializer=_start_worker, initargs=(tokenizer_json, eod_id, dtype))
+            os.putenv(
+                "PYTHONWARNINGS", "ignore:resource_tracker"
+            )  # that semaphores are left: a rank that fails leaves at once
+        context = multiprocessing.get_context(
+            "spawn"
+        )  # forking a process that has threads is not safe
+        self._pool = ProcessPoolExecutor(
+            procs,
+            mp_context=context,
+            initializer=_start_worker,
+            initargs=(tokenizer_json, eod_id, dtype),
+        )
 
     def submit(self, task: Callable[..., R], *args: Any) -> Callable[[], R]:
         """Return what waits for ``task(encode, *args)``, a function of a module that is quick to import, run in one of the processes.
@@ -78,12 +96,22 @@ class Encoders:
         except BrokenProcessPool as error:
             for process in list((self._pool._processes or {}).values()):  # type: ignore[attr-defined]
                 process.kill()  # else the pool would wait for them: it asks them to end with a signal that they do not hear
-            raise DataError("a tokenizing process was killed", remedy=f"most often memory ran out: set {self._setting} lower and run the "
-                            "same command again, it continues") from error
+            raise DataError(
+                "a tokenizing process was killed",
+                remedy=f"most often memory ran out: set {self._setting} lower and run the "
+                "same command again, it continues",
+            ) from error
 
 
-def encode_documents(documents: Iterable[Any], tokenizer_json: str, *, eod_id: int, dtype: str, procs: int,
-                     setting: str) -> Iterator[tuple[Any, np.ndarray]]:
+def encode_documents(
+    documents: Iterable[Any],
+    tokenizer_json: str,
+    *,
+    eod_id: int,
+    dtype: str,
+    procs: int,
+    setting: str,
+) -> Iterator[tuple[Any, np.ndarray]]:
     """Yield each document (it has a ``text``, and its ``size`` in bytes) with its ids, end-of-document id included, in their order.
 
     Raises:
@@ -98,7 +126,9 @@ def encode_documents(documents: Iterable[Any], tokenizer_json: str, *, eod_id: i
     waiting: deque[tuple[list[Any], Callable[[], list[np.ndarray]]]] = deque()
     try:
         for batch in _batches(documents):
-            waiting.append((batch, encoders.submit(_encode_texts, [document.text for document in batch])))
+            waiting.append(
+                (batch, encoders.submit(_encode_texts, [document.text for document in batch]))
+            )
             if len(waiting) >= procs * AHEAD:
                 yield from _finish(*waiting.popleft())
         while waiting:
@@ -107,7 +137,9 @@ def encode_documents(documents: Iterable[Any], tokenizer_json: str, *, eod_id: i
         encoders.close()
 
 
-def _finish(batch: list[Any], encoded: Callable[[], list[np.ndarray]]) -> Iterator[tuple[Any, np.ndarray]]:
+def _finish(
+    batch: list[Any], encoded: Callable[[], list[np.ndarray]]
+) -> Iterator[tuple[Any, np.ndarray]]:
     return zip(batch, encoded(), strict=True)
 
 

@@ -3,6 +3,7 @@
 A ``UserError`` is printed on one screen without a traceback and ends the process with exit code 2.
 Anything else that escapes is a defect of ours and keeps its traceback.
 """
+
 from __future__ import annotations
 
 import errno
@@ -22,7 +23,9 @@ _UNSET = object()
 class UserError(Exception):
     """What went wrong, where, the value that was found, and what to do about it."""
 
-    def __init__(self, what: str, *, where: object = "", value: object = _UNSET, remedy: str = "") -> None:
+    def __init__(
+        self, what: str, *, where: object = "", value: object = _UNSET, remedy: str = ""
+    ) -> None:
         self.what, self.where, self.remedy = what, str(where), remedy
         self.value = None if value is _UNSET else value
         lines = [what]
@@ -56,11 +59,23 @@ def exit_code(error: BaseException) -> int | None:
 
     Of the system's errors, no space, no permission and a read-only disk are the user's.
     """
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM):
-        error = UserError(f"cannot read or write: {error.strerror}", where=error.filename or "",
-                          remedy="make room or choose another folder, then run the same command again")
+    if isinstance(error, OSError) and error.errno in (
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EROFS,
+        errno.EACCES,
+        errno.EPERM,
+    ):
+        error = UserError(
+            f"cannot read or write: {error.strerror}",
+            where=error.filename or "",
+            remedy="make room or choose another folder, then run the same command again",
+        )
     if isinstance(error, (UserError, UnhealthyError)):
-        print(f"{'unhealthy' if isinstance(error, UnhealthyError) else 'error'}: {error}", file=sys.stderr)
+        print(
+            f"{'unhealthy' if isinstance(error, UnhealthyError) else 'error'}: {error}",
+            file=sys.stderr,
+        )
         return EXIT_UNHEALTHY if isinstance(error, UnhealthyError) else EXIT_USER_ERROR
     return None
 

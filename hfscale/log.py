@@ -2,6 +2,7 @@
 
 stdout is left to results (predictions, resolved configs), so that they can be piped.
 """
+
 from __future__ import annotations
 
 import io
@@ -9,7 +10,9 @@ import logging
 import sys
 from typing import Any
 
-LINE_S = 30.0  # between lines of progress where no bar can be drawn: in a log, and of several processes
+LINE_S = (
+    30.0  # between lines of progress where no bar can be drawn: in a log, and of several processes
+)
 
 logger = logging.getLogger("hfscale")
 
@@ -17,10 +20,16 @@ logger = logging.getLogger("hfscale")
 def setup(*, rank: int = 0) -> None:
     """Send ``logger``'s lines to this process's stderr; calling it again replaces the handler."""
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s " + (f"[rank {rank}] " if rank else "") + "%(message)s", "%H:%M:%S"))
+    handler.setFormatter(
+        logging.Formatter(
+            "%(asctime)s " + (f"[rank {rank}] " if rank else "") + "%(message)s", "%H:%M:%S"
+        )
+    )
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    logger.propagate = False  # libraries configure the root logger as they please; our lines must not appear twice
+    logger.propagate = (
+        False  # libraries configure the root logger as they please; our lines must not appear twice
+    )
 
 
 def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
@@ -30,10 +39,27 @@ def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
     """
     from tqdm import tqdm
 
-    lines: dict[str, Any] = {} if sys.stderr.isatty() else {
-        "file": _Lines(), "mininterval": LINE_S, "delay": LINE_S, "miniters": 1, "leave": False,
-        "bar_format": "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, left {remaining}"}
-    return tqdm(total=total, desc=title, unit=unit, unit_scale=unit == "B", disable=not title, dynamic_ncols=True, **lines)
+    lines: dict[str, Any] = (
+        {}
+        if sys.stderr.isatty()
+        else {
+            "file": _Lines(),
+            "mininterval": LINE_S,
+            "delay": LINE_S,
+            "miniters": 1,
+            "leave": False,
+            "bar_format": "{desc}: {n_fmt} of {total_fmt}{unit}, {rate_fmt}, left {remaining}",
+        }
+    )
+    return tqdm(
+        total=total,
+        desc=title,
+        unit=unit,
+        unit_scale=unit == "B",
+        disable=not title,
+        dynamic_ncols=True,
+        **lines,
+    )
 
 
 class _Lines(io.StringIO):

@@ -1,4 +1,5 @@
 """Tables of plug-ins: a literal ``name -> "module:Class"``, imported only when one is used."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -15,6 +16,11 @@ def load_plugin(kind: str, table: Mapping[str, str], name: str) -> Any:
         ConfigError: if there is none; the message offers the nearest names.
     """
     if name not in table:
-        raise ConfigError(f"unknown {kind} {name!r}", where=f"{kind}.name", value=name, remedy=nearest(name, table))
+        raise ConfigError(
+            f"unknown {kind} {name!r}",
+            where=f"{kind}.name",
+            value=name,
+            remedy=nearest(name, table),
+        )
     module, _, attribute = table[name].partition(":")
     return getattr(import_module(module), attribute)

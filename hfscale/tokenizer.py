@@ -1,4 +1,5 @@
 """Loading a tokenizer, and the digest by which shards, runs and exports know that they mean the same one."""
+
 from __future__ import annotations
 
 import hashlib
@@ -47,9 +48,16 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
             tokenizer = AutoTokenizer.from_pretrained(str(folder))
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for the same thing
         first_line = str(error).strip().split("\n")[0]
-        raise DataError(f"cannot load a tokenizer: {first_line}", where=path, remedy=remedy) from error
+        raise DataError(
+            f"cannot load a tokenizer: {first_line}", where=path, remedy=remedy
+        ) from error
     if not getattr(tokenizer, "is_fast", False):
-        raise DataError("this tokenizer has no fast version", where=path, value=type(tokenizer).__name__, remedy=remedy)
+        raise DataError(
+            "this tokenizer has no fast version",
+            where=path,
+            value=type(tokenizer).__name__,
+            remedy=remedy,
+        )
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
@@ -61,7 +69,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
     """
     if isinstance(tokenizer, (str, Path)):
         file = Path(tokenizer) / FILE_NAME
-        content = file.read_text("utf-8") if file.is_file() else load_tokenizer(tokenizer).backend_tokenizer.to_str()
+        content = (
+            file.read_text("utf-8")
+            if file.is_file()
+            else load_tokenizer(tokenizer).backend_tokenizer.to_str()
+        )
     else:
         content = tokenizer.backend_tokenizer.to_str()
     try:
@@ -69,14 +81,26 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
     except ValueError as error:
         raise DataError(f"{FILE_NAME} is not JSON: {error}", where=tokenizer) from None
     ordinary = [token for token in parsed.get("added_tokens", []) if not token["special"]]
-    canonical = _prune({**parsed, "padding": None, "truncation": None, "post_processor": None, "added_tokens": ordinary})
+    canonical = _prune(
+        {
+            **parsed,
+            "padding": None,
+            "truncation": None,
+            "post_processor": None,
+            "added_tokens": ordinary,
+        }
+    )
     merges = canonical.get("model", {}).get("merges")
     if merges and isinstance(merges[0], str):  # as older files have them
         canonical["model"]["merges"] = [merge.split(" ") for merge in merges]
-    return hashlib.sha256(json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()).hexdigest()
+    return hashlib.sha256(
+        json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
+    ).hexdigest()
 
 
-def extended(path: str | Path, *, roles: Mapping[str, str], sentinels: int = 0) -> PreTrainedTokenizerFast:
+def extended(
+    path: str | Path, *, roles: Mapping[str, str], sentinels: int = 0
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer at ``path`` with special tokens added: ``roles`` such as ``{"mask_token": "<mask>"}``, and ``<extra_id_K>``.
 
     Raises:
@@ -86,11 +110,24 @@ def extended(path: str | Path, *, roles: Mapping[str, str], sentinels: int = 0) 
 
     tokenizer = load_tokenizer(path)
     in_use = [*tokenizer.special_tokens_map.values()]
-    for role, token in roles.items():  # what has two roles (the end of a text that pads too) may give one to a token of its own
+    for (
+        role,
+        token,
+    ) in (
+        roles.items()
+    ):  # what has two roles (the end of a text that pads too) may give one to a token of its own
         if (there := getattr(tokenizer, role)) not in (None, token) and in_use.count(there) == 1:
-            raise DataError(f"this tokenizer has a {role.replace('_', ' ')} already", where=path, value=there, remedy="leave it out")
+            raise DataError(
+                f"this tokenizer has a {role.replace('_', ' ')} already",
+                where=path,
+                value=there,
+                remedy="leave it out",
+            )
     tokenizer.add_special_tokens({**roles})  # type: ignore[arg-type]
-    tokenizer.add_tokens([AddedToken(f"<extra_id_{number}>", special=True) for number in range(sentinels)], special_tokens=True)
+    tokenizer.add_tokens(
+        [AddedToken(f"<extra_id_{number}>", special=True) for number in range(sentinels)],
+        special_tokens=True,
+    )
     return tokenizer
 
 
@@ -99,8 +136,11 @@ def end_of_document_id(tokenizer: PreTrainedTokenizerFast) -> int:
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token_id is not None:
             return int(token_id)
-    raise DataError("this tokenizer has neither an eos_token nor a sep_token, so documents cannot be told apart",
-                    where=tokenizer.name_or_path, remedy="add one, e.g. tokenizer.add_special_tokens({'eos_token': '</s>'}), and save it")
+    raise DataError(
+        "this tokenizer has neither an eos_token nor a sep_token, so documents cannot be told apart",
+        where=tokenizer.name_or_path,
+        remedy="add one, e.g. tokenizer.add_special_tokens({'eos_token': '</s>'}), and save it",
+    )
 
 
 def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
@@ -110,5 +150,9 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
 
 def _prune(value: Any) -> Any:
     if isinstance(value, dict):
-        return {key: _prune(item) for key, item in value.items() if item is not None and item is not False}
+        return {
+            key: _prune(item)
+            for key, item in value.items()
+            if item is not None and item is not False
+        }
     return [_prune(item) for item in value] if isinstance(value, list) else value

@@ -4,6 +4,7 @@ Exit codes: 0 done; 2 a user's mistake; 75 stopped on request, saved, may be run
 other ranks, may be run again; anything else failed.
 On an error no collective is called: the other ranks may be anywhere, and the launcher ends them.
 """
+
 from __future__ import annotations
 
 import os
@@ -25,10 +26,19 @@ from hfscale.monitor.heartbeat import watching
 
 JOB = "job"  # in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
 EXIT_CODE = "exit_code"  # in the run directory of a Slurm job: code and rank of the first that did not end well
-LOST_PEER = ("by peer", "remote process exited", "peer closed")  # gloo and NCCL, of a rank that died: this one is not the cause
+LOST_PEER = (
+    "by peer",
+    "remote process exited",
+    "peer closed",
+)  # gloo and NCCL, of a rank that died: this one is not the cause
 # the section of a config that names the job -> its module
-JOBS = {"predict": "hfscale.jobs.predict", "harness": "hfscale.jobs.harness", "evaluate": "hfscale.jobs.shards",
-        "objective": "hfscale.jobs.train", "task": "hfscale.jobs.train"}
+JOBS = {
+    "predict": "hfscale.jobs.predict",
+    "harness": "hfscale.jobs.harness",
+    "evaluate": "hfscale.jobs.shards",
+    "objective": "hfscale.jobs.train",
+    "task": "hfscale.jobs.train",
+}
 
 
 def job_of(config: Section) -> Any:
@@ -38,7 +48,9 @@ def job_of(config: Section) -> Any:
 
 def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -> int:
     """Return the exit code of the job that ``config_path`` describes; ``on_hang`` as in ``monitor/heartbeat.py``."""
-    stop = StopRequest().listen(WARNINGS)  # before the slow imports: Slurm's signal would end a process that does not listen
+    stop = StopRequest().listen(
+        WARNINGS
+    )  # before the slow imports: Slurm's signal would end a process that does not listen
     import torch
 
     world = World.from_environment()
@@ -47,10 +59,18 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     if world.rank == 0 and (here := allocation()):
         _refuse_second_job(config_path.parent / JOB, here)
     if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints on stdout that it found none
+        os.environ.setdefault(
+            "DS_ACCELERATOR", "cpu"
+        )  # else DeepSpeed prints on stdout that it found none
     job = job_of(config)
-    with watching(config_path.parent, rank=world.rank, world_size=world.world_size, node=node_name(), on_hang=on_hang,
-                  timeout_s=config.train.hang_timeout_s if hasattr(config, "train") else None):  # predictions have an uneven pace
+    with watching(
+        config_path.parent,
+        rank=world.rank,
+        world_size=world.world_size,
+        node=node_name(),
+        on_hang=on_hang,
+        timeout_s=config.train.hang_timeout_s if hasattr(config, "train") else None,
+    ):  # predictions have an uneven pace
         return EXIT_DONE if job.run(config, world, stop) else EXIT_STOPPED
 
 
@@ -63,8 +83,12 @@ def _refuse_second_job(file: Path, here: Allocation) -> None:
     with suppress(FileExistsError), open(file, "x") as new:
         new.write(here.job_id)
     if (holder := file.read_text().strip()) not in (here.job_id, here.array_id):
-        raise CheckpointError("another Slurm job holds this run directory, or held it last", where=file.parent, value=f"job {holder}",
-                              remedy=f"start this one by slurm/train.sbatch, which asks whether that one has ended; or remove {file}")
+        raise CheckpointError(
+            "another Slurm job holds this run directory, or held it last",
+            where=file.parent,
+            value=f"job {holder}",
+            remedy=f"start this one by slurm/train.sbatch, which asks whether that one has ended; or remove {file}",
+        )
 
 
 def main() -> None:
@@ -76,8 +100,12 @@ def main() -> None:
             print(code, rank, file=file)
 
     try:
-        code = run(config_path, on_hang=lambda rank: tell(EXIT_HUNG, rank) if allocation() else None)
-    except BaseException as error:  # whatever it is, this rank must not linger in a collective's destructor
+        code = run(
+            config_path, on_hang=lambda rank: tell(EXIT_HUNG, rank) if allocation() else None
+        )
+    except (
+        BaseException
+    ) as error:  # whatever it is, this rank must not linger in a collective's destructor
         known = exit_code(error)
         if known is None:
             traceback.print_exc()
@@ -88,7 +116,9 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code != EXIT_DONE:
-        os._exit(code)  # an interpreter that is ending is ended by a second signal, and stopped ranks leave as near together as can be
+        os._exit(
+            code
+        )  # an interpreter that is ending is ended by a second signal, and stopped ranks leave as near together as can be
     sys.exit(code)
 
 

@@ -2,6 +2,7 @@
 
 A verb is a function of its name in `launch/commands/VERB.py`, or in `runs.py` beside it; a group of commands is a typer app named `app`.
 """
+
 from __future__ import annotations
 
 import sys
@@ -42,10 +43,14 @@ class Verbs(TyperGroup):
 
     def get_command(self, ctx: Any, name: str) -> Any:
         if name not in VERBS:
-            raise UserError(f"there is no verb {name!r}", where="command line", remedy=nearest(name, VERBS))
+            raise UserError(
+                f"there is no verb {name!r}", where="command line", remedy=nearest(name, VERBS)
+            )
         own = f"launch.commands.{name}"
         module = import_module(own if find_spec(own) else "launch.commands.runs")
-        app = getattr(module, "app", None) or typer.Typer(rich_markup_mode=None, add_completion=False)
+        app = getattr(module, "app", None) or typer.Typer(
+            rich_markup_mode=None, add_completion=False
+        )
         if not hasattr(module, "app"):
             app.command()(getattr(module, name))
         command = typer.main.get_command(app)
@@ -57,11 +62,19 @@ class Verbs(TyperGroup):
             formatter.write_dl(list(VERBS.items()))
 
 
-app = typer.Typer(cls=Verbs, rich_markup_mode=None, pretty_exceptions_enable=False, add_completion=False, no_args_is_help=True)
+app = typer.Typer(
+    cls=Verbs,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+    no_args_is_help=True,
+)
 
 
-@app.callback(epilog="hfscale VERB --help explains a verb. Exit codes: 0 done, 2 a mistake to mend, 75 stopped and saved (run it again), "
-                     "76 unhealthy numbers, 77 hung (run it again).")
+@app.callback(
+    epilog="hfscale VERB --help explains a verb. Exit codes: 0 done, 2 a mistake to mend, 75 stopped and saved (run it again), "
+    "76 unhealthy numbers, 77 hung (run it again)."
+)
 def _hfscale() -> None:
     """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume exactly."""
     log.setup()

@@ -2,6 +2,7 @@
 
 What the command line says wins over the tiny values, so `train.steps=100` is honoured. The real run is never touched.
 """
+
 from __future__ import annotations
 
 import pdb
@@ -34,13 +35,19 @@ def launch(request: Request) -> int:
     on_gpu = gpu_count() > 0
     loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
     config = loaded.config
-    batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1)
+    batch = solve_batch(
+        config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1
+    )
     check(config, device_type="cuda" if on_gpu else "cpu", fresh=True)
     if request.dry_run:
-        from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
+        from hfscale.jobs.check import (
+            check as check_parts,
+        )  # takes seconds: who starts the ranks lets them do it
 
         check_parts(config)
-        print(f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in the foreground")
+        print(
+            f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in the foreground"
+        )
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
         if (config.run_dir / run_dir.CONFIG).is_file():
@@ -65,16 +72,26 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
     """Return the overrides that make ``wanted`` tiny, less those that the command line gives itself."""
     config = wanted.config
     layers = {f"model.config.{key}": 2 for key in _LAYER_KEYS if key in config.model.config}
-    micro_batch, accumulation = min(2, config.train.micro_batch), min(2, config.train.global_batch // config.train.micro_batch)
+    micro_batch, accumulation = (
+        min(2, config.train.micro_batch),
+        min(2, config.train.global_batch // config.train.micro_batch),
+    )
     examples = isinstance(config, FinetuneConfig)
     length = "max_length" if examples else "seq_len"
     small = {
-        "train.micro_batch": micro_batch, "train.global_batch": micro_batch * accumulation,
-        f"data.{length}": min(128, config.data.seq_len), "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
+        "train.micro_batch": micro_batch,
+        "train.global_batch": micro_batch * accumulation,
+        f"data.{length}": min(128, config.data.seq_len),
+        "schedule.warmup_steps": min(2, config.schedule.warmup_steps),
         "train.hang_timeout_s": "null",  # pdb takes its time
-        "engine.compile": "false", "checkpoint.every_steps": 4, "metrics.every_steps": 1, **layers,
+        "engine.compile": "false",
+        "checkpoint.every_steps": 4,
+        "metrics.every_steps": 1,
+        **layers,
     }
-    if not any(wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")):
+    if not any(
+        wanted.source(f"train.{length}") == COMMAND_LINE for length in ("steps", "epochs", "tokens")
+    ):
         small |= {"train.steps": 6}
     if not examples:
         small["data.lanes"] = "auto"
@@ -84,5 +101,7 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
         small |= {"data.validation.rows": 4, "data.validation.every_steps": 4}
     if not on_gpu and config.engine.precision == "fp16":
         small["engine.precision"] = "fp32"
-    chosen = [f"{key}={value}" for key, value in small.items() if wanted.source(key) != COMMAND_LINE]
+    chosen = [
+        f"{key}={value}" for key, value in small.items() if wanted.source(key) != COMMAND_LINE
+    ]
     return [*chosen, f"run.name={config.run.name.removesuffix(SUFFIX)}{SUFFIX}"]

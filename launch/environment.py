@@ -1,4 +1,5 @@
 """What an attempt of a run is made with, enough to make it again: command, packages, code and its uncommitted changes."""
+
 from __future__ import annotations
 
 import hashlib
@@ -20,12 +21,20 @@ CODE = Path(__file__).resolve().parents[1]
 def describe(run_dir: Path) -> dict[str, Any]:
     """Return what this process can tell of the attempt that it starts. What the ranks know is added by them (``jobs/environment.py``)."""
     packages = {found.name: found.version for found in distributions() if found.name}
-    return {"command": sys.argv, "cwd": os.getcwd(), "host": socket.gethostname(), "platform": platform.platform(),
-            "python": platform.python_version(), "packages": dict(sorted(packages.items())), "code": code(CODE, run_dir)}
+    return {
+        "command": sys.argv,
+        "cwd": os.getcwd(),
+        "host": socket.gethostname(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "packages": dict(sorted(packages.items())),
+        "code": code(CODE, run_dir),
+    }
 
 
 def code(root: Path, run_dir: Path) -> dict[str, Any]:
     """Return the commit of the checkout ``root`` and the patch, now in ``run_dir``, that makes it what runs; nulls where it is none."""
+
     def git(*arguments: str, codes: tuple[int, ...] = (0,)) -> bytes | None:
         try:
             done = subprocess.run(["git", *arguments], cwd=root, capture_output=True, timeout=60)
@@ -34,11 +43,20 @@ def code(root: Path, run_dir: Path) -> dict[str, Any]:
         return done.stdout if done.returncode in codes else None
 
     found: dict[str, Any] = {"revision": None, "patch": None}
-    if not git("ls-files", "--error-unmatch", "launch") or not (revision := git("rev-parse", "HEAD")):
+    if not git("ls-files", "--error-unmatch", "launch") or not (
+        revision := git("rev-parse", "HEAD")
+    ):
         return found  # not a checkout, or installed inside one of somebody else's
     found["revision"] = revision.decode().strip()
-    new = (git("ls-files", "--others", "--exclude-standard", "-z", "hfscale", "launch") or b"").decode().split("\0")[:-1]
-    added = (git("diff", "--no-index", "--binary", "/dev/null", file, codes=(0, 1)) or b"" for file in new)
+    new = (
+        (git("ls-files", "--others", "--exclude-standard", "-z", "hfscale", "launch") or b"")
+        .decode()
+        .split("\0")[:-1]
+    )
+    added = (
+        git("diff", "--no-index", "--binary", "/dev/null", file, codes=(0, 1)) or b""
+        for file in new
+    )
     patch = b"".join([git("diff", "--binary", "--relative", "HEAD") or b"", *added])
     if len(patch) > MAX_PATCH_BYTES:
         found["patch"] = f"not kept: {len(patch):,} bytes"

@@ -1,8 +1,9 @@
 """What a Slurm job does beside training: slurm/train.sbatch calls this before its srun and after it, on the first node.
 
-    python -m launch.job begin NODES TASKS CONFIG_OR_RUN [key=value ...]    prints how many NODES to use, a port, the run directory
-    python -m launch.job end CODE RUN                                       prints what the shell does next, in the shell's words
+python -m launch.job begin NODES TASKS CONFIG_OR_RUN [key=value ...]    prints how many NODES to use, a port, the run directory
+python -m launch.job end CODE RUN                                       prints what the shell does next, in the shell's words
 """
+
 from __future__ import annotations
 
 import json
@@ -29,10 +30,15 @@ from launch.slurm import EXCLUDED, SCRIPT, before, excluded, prepare, sbatch_opt
 
 TWICE = 2  # hangs of a node, after which the run leaves it out
 TAIL_LINES = 20
-AGAIN = {EXIT_STOPPED: "stopped and saved", EXIT_HUNG: "ranks hung, or lost one another"}  # after which a job is requeued
+AGAIN = {
+    EXIT_STOPPED: "stopped and saved",
+    EXIT_HUNG: "ranks hung, or lost one another",
+}  # after which a job is requeued
 
 
-def begin(source: str, overrides: Sequence[str], *, nodes: int, tasks: int) -> tuple[int, int, Path]:
+def begin(
+    source: str, overrides: Sequence[str], *, nodes: int, tasks: int
+) -> tuple[int, int, Path]:
     """Return how many of the allocation's ``nodes`` to use, with ``tasks`` ranks on each, the port of their rendezvous, free on the first,
     where this runs, and the run directory: made or found, held.
 
@@ -41,7 +47,11 @@ def begin(source: str, overrides: Sequence[str], *, nodes: int, tasks: int) -> t
     """
     here = allocation()
     if here is None:
-        raise ConfigError("this is not a Slurm job", where=SCRIPT, remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG")
+        raise ConfigError(
+            "this is not a Slurm job",
+            where=SCRIPT,
+            remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG",
+        )
     loaded = Request(source, tuple(overrides)).load()
     config = loaded.config
     usable = usable_nodes(config, nodes, tasks)
@@ -52,15 +62,21 @@ def begin(source: str, overrides: Sequence[str], *, nodes: int, tasks: int) -> t
         prepare(loaded, launcher="slurm", procs=usable * tasks)
         (config.run_dir / EXIT_CODE).unlink(missing_ok=True)
     idle = f" ({nodes - usable} stay idle: the batch does not divide)" if usable < nodes else ""
-    logger.info(f"job {here.job_id}, restart {here.restarts}: {usable * tasks} ranks on {usable} of the nodes {here.node_list}{idle}; "
-                f"logs: {config.run_dir / 'logs'}")
+    logger.info(
+        f"job {here.job_id}, restart {here.restarts}: {usable * tasks} ranks on {usable} of the nodes {here.node_list}{idle}; "
+        f"logs: {config.run_dir / 'logs'}"
+    )
     return usable, job_port(here.job_id), config.run_dir
 
 
 def usable_nodes(config: TrainConfig, nodes: int, tasks: int) -> int:
     """Return the most of ``nodes`` among which the global batch divides; all of them where ``cluster.min_nodes`` asks for no fewer."""
     train, fewest = config.train, config.cluster.min_nodes or nodes
-    fits = (count for count in range(nodes, fewest - 1, -1) if train.global_batch % (train.micro_batch * tasks * count) == 0)
+    fits = (
+        count
+        for count in range(nodes, fewest - 1, -1)
+        if train.global_batch % (train.micro_batch * tasks * count) == 0
+    )
     return next(fits, nodes)
 
 
@@ -77,9 +93,12 @@ def take(config: TrainConfig, here: Allocation) -> None:
     last = json.loads(file.read_text()) if file.is_file() else {}
     restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
     if restarts > config.cluster.max_restarts:
-        raise ConfigError(f"job {here.job_id} was restarted {restarts} times without getting beyond {start['checkpoint'] or 'its start'}",
-                          where="cluster.max_restarts", value=config.cluster.max_restarts,
-                          remedy="see why in the logs; then submit it again, or raise the limit")
+        raise ConfigError(
+            f"job {here.job_id} was restarted {restarts} times without getting beyond {start['checkpoint'] or 'its start'}",
+            where="cluster.max_restarts",
+            value=config.cluster.max_restarts,
+            remedy="see why in the logs; then submit it again, or raise the limit",
+        )
     write_atomically(file, json.dumps({**start, "restarts": restarts}).encode())
 
 
@@ -91,7 +110,12 @@ def end(run: Path, code: int) -> tuple[int, str]:
     here, file = allocation(), run / EXIT_CODE
     assert here is not None
     left = file.read_text().split() if file.is_file() else []
-    reports = [json.loads(file.read_text()) for file in sorted((run / HANGS).glob(f"*/{REPORT}"), key=lambda file: int(file.parent.name))]
+    reports = [
+        json.loads(file.read_text())
+        for file in sorted(
+            (run / HANGS).glob(f"*/{REPORT}"), key=lambda file: int(file.parent.name)
+        )
+    ]
     if left:
         code = int(left[0])
         log_file = run / "logs" / f"rank-{left[1]}.log"
@@ -99,7 +123,9 @@ def end(run: Path, code: int) -> tuple[int, str]:
             logger.info(f"no progress: {reports[-1]['verdict']}")
         elif code != EXIT_STOPPED and log_file.is_file():
             logger.info("\n".join(log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
-    why = AGAIN.get(code) or ("a rank was killed from outside" if not left and code >= 128 else "")  # out of memory, or its node
+    why = AGAIN.get(code) or (
+        "a rank was killed from outside" if not left and code >= 128 else ""
+    )  # out of memory, or its node
     if not why:
         return code, ""
     requeue = f"scontrol requeue {here.job_id}"
@@ -108,9 +134,26 @@ def end(run: Path, code: int) -> tuple[int, str]:
         code_folder = Path.cwd()
         if code_folder.is_relative_to(run):  # submitted by the launcher, which knows how
             logger.info(f"{why}; another job goes on")
-            options = [*sbatch_options(Request(str(run)).load().config, code_folder), f"--dependency=afterany:{here.job_id}"]
-            sbatch = shlex.join(["env", "-u", "SLURM_RESTART_COUNT", "sbatch", "--parsable", *options, SCRIPT, str(run)])
-            return code, f"next=$({sbatch}) && echo $next > {shlex.quote(str(run / JOB))} || {requeue}"
+            options = [
+                *sbatch_options(Request(str(run)).load().config, code_folder),
+                f"--dependency=afterany:{here.job_id}",
+            ]
+            sbatch = shlex.join(
+                [
+                    "env",
+                    "-u",
+                    "SLURM_RESTART_COUNT",
+                    "sbatch",
+                    "--parsable",
+                    *options,
+                    SCRIPT,
+                    str(run),
+                ]
+            )
+            return (
+                code,
+                f"next=$({sbatch}) && echo $next > {shlex.quote(str(run / JOB))} || {requeue}",
+            )
         why += f"; a requeue cannot do that, so better submit it again: sbatch --exclude={','.join(new)}"
     logger.info(f"{why}; back into the queue")
     return code, requeue
@@ -118,11 +161,16 @@ def end(run: Path, code: int) -> tuple[int, str]:
 
 def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
     """Return the nodes that are left out from now on, because they were to blame for a hang ``TWICE``."""
-    blamed = Counter(node for report in reports for node in {beat["node"] for beat in report["odd"]})
+    blamed = Counter(
+        node for report in reports for node in {beat["node"] for beat in report["odd"]}
+    )
     new = [node for node, count in blamed.items() if count >= TWICE and node not in excluded(run)]
     if new:
         with open(run / EXCLUDED, "a") as file:
-            file.writelines(f"{node} hung {blamed[node]} times: see {HANGS}; take this line out when the node is mended\n" for node in new)
+            file.writelines(
+                f"{node} hung {blamed[node]} times: see {HANGS}; take this line out when the node is mended\n"
+                for node in new
+            )
     return new
 
 

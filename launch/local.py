@@ -3,6 +3,7 @@
 Ctrl-C and SIGTERM reach every rank once, as SIGTERM: they save together and leave with 75. A second Ctrl-C kills. Ranks
 have process groups of their own, and the kernel kills them when the launcher dies.
 """
+
 from __future__ import annotations
 
 import ctypes
@@ -51,20 +52,32 @@ def launch(request: Request) -> int:
     gpus = gpu_count()
     procs = request.procs or gpus or min(2, available_cores())
     if 0 < gpus < procs:
-        raise ConfigError(f"{procs} ranks on {gpus} GPUs", where="--procs", value=procs,
-                          remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU")
-    batch = solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
+        raise ConfigError(
+            f"{procs} ranks on {gpus} GPUs",
+            where="--procs",
+            value=procs,
+            remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
+        )
+    batch = solve_batch(
+        config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs
+    )
     said = [*notices(config), *run_dir.compare(config)]
     check(config, device_type="cuda" if gpus else "cpu")
     try:
         port = free_port(request.port or 0)
     except OSError as error:
-        raise ConfigError(f"the port cannot be used: {error.strerror}", where="--port", value=request.port,
-                          remedy="leave --port out: a free one is found") from None
+        raise ConfigError(
+            f"the port cannot be used: {error.strerror}",
+            where="--port",
+            value=request.port,
+            remedy="leave --port out: a free one is found",
+        ) from None
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
-        from hfscale.jobs.check import check as check_parts  # takes seconds: who starts the ranks lets them do it
+        from hfscale.jobs.check import (
+            check as check_parts,
+        )  # takes seconds: who starts the ranks lets them do it
 
         check_parts(config)
         print(_plan(request, config.run_dir, batch, port))
@@ -74,15 +87,26 @@ def launch(request: Request) -> int:
             hold(config.run_dir, here.job_id)  # the lock may not reach the other nodes
         before = run_dir.before_attempt(config.run_dir)
         file = run_dir.record(loaded, launcher="local", procs=procs)
-        logger.info(f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}")
+        logger.info(
+            f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}"
+        )
         if config.metrics.tensorboard:
             logger.info(tensorboard_line(config.run_dir))
-        code = run_ranks([sys.executable, "-m", request.worker, str(file)], procs=procs, port=port, logs=config.run_dir / "logs")
+        code = run_ranks(
+            [sys.executable, "-m", request.worker, str(file)],
+            procs=procs,
+            port=port,
+            logs=config.run_dir / "logs",
+        )
         run_dir.restore_if_refused(config.run_dir, before, code=code)
     if code in (EXIT_STOPPED, EXIT_HUNG):
-        logger.info(f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}")
+        logger.info(
+            f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}"
+        )
     if code == EXIT_DONE:
-        logger.info(f"done; hfscale evaluate {config.run_dir} scores it; predict and export take it as well")
+        logger.info(
+            f"done; hfscale evaluate {config.run_dir} scores it; predict and export take it as well"
+        )
     return code
 
 
@@ -98,7 +122,12 @@ def start(config: Section, file: Path, *, procs: int) -> None:
     if procs == 1:
         code = EXIT_DONE if job_of(config).run(config, World(), StopRequest()) else EXIT_STOPPED
     else:
-        code = run_ranks([sys.executable, "-m", "hfscale.worker", str(file)], procs=procs, port=free_port(), logs=file.parent / "logs")
+        code = run_ranks(
+            [sys.executable, "-m", "hfscale.worker", str(file)],
+            procs=procs,
+            port=free_port(),
+            logs=file.parent / "logs",
+        )
     if code == EXIT_STOPPED:
         logger.info("stopped; run the same command again")
     if code:
@@ -129,7 +158,17 @@ def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
     for rank in range(procs):
         place = World(rank, procs, rank, procs, master_port=port).export()
-        lines.append(" ".join([*(f"{name}={value}" for name, value in place.items()), sys.executable, "-m", request.worker, str(config)]))
+        lines.append(
+            " ".join(
+                [
+                    *(f"{name}={value}" for name, value in place.items()),
+                    sys.executable,
+                    "-m",
+                    request.worker,
+                    str(config),
+                ]
+            )
+        )
     return "\n".join(lines)
 
 
@@ -161,7 +200,9 @@ def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> i
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                ranks.append(_start(command, World(number, procs, number, procs, master_port=port), logs))
+                ranks.append(
+                    _start(command, World(number, procs, number, procs, master_port=port), logs)
+                )
                 if asked:
                     ranks[-1].process.terminate()
             failed = _watch(ranks)
@@ -179,7 +220,11 @@ def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> i
 def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
     path = logs / f"rank-{world.rank}.log"
     threads = max(1, available_cores() // world.world_size)
-    env = {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"} | dict(os.environ) | world.export()
+    env = (
+        {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+        | dict(os.environ)
+        | world.export()
+    )
     launcher = os.getpid()
 
     def die_with_launcher() -> None:
@@ -188,14 +233,35 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
         if os.getppid() != launcher:  # it died before the line above
             os._exit(1)
 
-    tee = ["tee", "--append", "--output-error=warn", str(path)]  # a console that goes away does not stop the run
+    tee = [
+        "tee",
+        "--append",
+        "--output-error=warn",
+        str(path),
+    ]  # a console that goes away does not stop the run
     with open(path, "ab") as file:
         begins = file.tell()
-        tees = [subprocess.Popen(tee, stdin=subprocess.PIPE, stdout=console, stderr=subprocess.DEVNULL, start_new_session=True)
-                for console in (1, 2) if world.rank == 0]
+        tees = [
+            subprocess.Popen(
+                tee,
+                stdin=subprocess.PIPE,
+                stdout=console,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            for console in (1, 2)
+            if world.rank == 0
+        ]
         out, err = [tee.stdin for tee in tees] or (file, file)
-        process = subprocess.Popen(command, env=env, stdin=subprocess.DEVNULL, stdout=out, stderr=err, start_new_session=True,
-                                   preexec_fn=die_with_launcher)
+        process = subprocess.Popen(
+            command,
+            env=env,
+            stdin=subprocess.DEVNULL,
+            stdout=out,
+            stderr=err,
+            start_new_session=True,
+            preexec_fn=die_with_launcher,
+        )
     for pipe in (tee.stdin for tee in tees if tee.stdin):
         pipe.close()
     return Rank(world.rank, process, path, begins, tees)
@@ -209,15 +275,20 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
     def handle(number: int, _frame: Any) -> None:
         asked.append(number)
         if len(asked) == 1:
-            logger.info(f"{signal.Signals(number).name}: asking the ranks to save and stop after this step (Ctrl-C again kills them)")
+            logger.info(
+                f"{signal.Signals(number).name}: asking the ranks to save and stop after this step (Ctrl-C again kills them)"
+            )
         for rank in ranks:
             if len(asked) == 1:
                 rank.process.terminate()
             elif number == signal.SIGINT:
                 rank.kill()
 
-    before = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-              if signal.getsignal(number) is not signal.SIG_IGN}  # nohup asks for SIGHUP to be ignored
+    before = {
+        number: signal.signal(number, handle)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+        if signal.getsignal(number) is not signal.SIG_IGN
+    }  # nohup asks for SIGHUP to be ignored
     try:
         yield asked
     finally:
@@ -230,7 +301,10 @@ def _watch(ranks: Sequence[Rank]) -> Rank | None:
     failed, deadline = None, float("inf")
     while running := [rank for rank in ranks if rank.process.poll() is None]:
         if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):
-            failed, deadline = min(down, key=lambda rank: rank.process.returncode), time.monotonic() + GRACE_S  # a killed one first
+            failed, deadline = (
+                min(down, key=lambda rank: rank.process.returncode),
+                time.monotonic() + GRACE_S,
+            )  # a killed one first
         if time.monotonic() > deadline:
             for rank in running:
                 rank.kill()
@@ -245,7 +319,9 @@ def _verdict(failed: Rank | None, ranks: Sequence[Rank], asked: Sequence[int]) -
     code = failed.process.returncode
     if code == -signal.SIGTERM and asked:
         return EXIT_STOPPED  # it had not come to where it listens, so there was nothing to save
-    if code == EXIT_STOPPED or (code == EXIT_USER_ERROR and ranks[0].process.returncode == EXIT_USER_ERROR):
+    if code == EXIT_STOPPED or (
+        code == EXIT_USER_ERROR and ranks[0].process.returncode == EXIT_USER_ERROR
+    ):
         return code  # said on the console already
     if code < 0:
         guess = " (out of memory? see `dmesg`)" if code == -signal.SIGKILL and not asked else ""

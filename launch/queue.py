@@ -1,4 +1,5 @@
 """What Slurm's queue says, asked with its own commands, and which job holds a run directory. Nothing here submits."""
+
 from __future__ import annotations
 
 import re
@@ -20,24 +21,43 @@ def has_slurm() -> bool:
     return shutil.which("sbatch") is not None
 
 
-def client(command: Sequence[str | Path], cwd: Path | None = None, *, timeout_s: float = TIMEOUT_S) -> subprocess.CompletedProcess[str]:
+def client(
+    command: Sequence[str | Path], cwd: Path | None = None, *, timeout_s: float = TIMEOUT_S
+) -> subprocess.CompletedProcess[str]:
     """Return a finished Slurm client; its exit code is not looked at. One that takes too long ends with 124, and says so on stderr."""
     words = list(map(str, command))
     try:
-        return subprocess.run(words, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False)
+        return subprocess.run(
+            words, cwd=cwd, capture_output=True, text=True, timeout=timeout_s, check=False
+        )
     except subprocess.TimeoutExpired:
-        return subprocess.CompletedProcess(words, 124, "", f"{words[0]} got no answer in {timeout_s:.0f} s")
+        return subprocess.CompletedProcess(
+            words, 124, "", f"{words[0]} got no answer in {timeout_s:.0f} s"
+        )
 
 
 def facts(job: str) -> dict[str, str]:
     """Return what ``scontrol show job`` says of a job by name; nothing once Slurm has forgotten it."""
-    return dict(re.findall(r"(\S+?)=(\S*)", client(["scontrol", "show", "job", job]).stdout)) if job and has_slurm() else {}
+    return (
+        dict(re.findall(r"(\S+?)=(\S*)", client(["scontrol", "show", "job", job]).stdout))
+        if job and has_slurm()
+        else {}
+    )
 
 
 def longest(partition: str | None) -> str:
     """Return the time limit of a partition, or of the default one, as Slurm writes it; "infinite" where there is none or nobody knows."""
-    rows = [line.partition("|") for line in client(["sinfo", "-h", "-o", "%P|%l"]).stdout.splitlines()]
-    return next((limit for name, _, limit in rows if (name.rstrip("*") == partition if partition else name.endswith("*"))), "infinite")
+    rows = [
+        line.partition("|") for line in client(["sinfo", "-h", "-o", "%P|%l"]).stdout.splitlines()
+    ]
+    return next(
+        (
+            limit
+            for name, _, limit in rows
+            if (name.rstrip("*") == partition if partition else name.endswith("*"))
+        ),
+        "infinite",
+    )
 
 
 def refuse_holder(run_dir: Path) -> None:
@@ -49,10 +69,17 @@ def refuse_holder(run_dir: Path) -> None:
     file, here = run_dir / JOB, allocation()
     job = file.read_text().strip() if file.is_file() else ""
     told = facts(job)
-    mine = here is not None and here.job_id in (job, told.get("JobId"))  # of an array it is known by two names
+    mine = here is not None and here.job_id in (
+        job,
+        told.get("JobId"),
+    )  # of an array it is known by two names
     if told.get("JobState") in ALIVE and not mine:
-        raise CheckpointError("another Slurm job holds this run directory", where=run_dir, value=f"job {job}",
-                              remedy=f"wait for it, stop it with `scancel {job}`, or start this one under another run.name")
+        raise CheckpointError(
+            "another Slurm job holds this run directory",
+            where=run_dir,
+            value=f"job {job}",
+            remedy=f"wait for it, stop it with `scancel {job}`, or start this one under another run.name",
+        )
 
 
 def hold(run_dir: Path, job: str) -> None:
@@ -69,7 +96,9 @@ def hold(run_dir: Path, job: str) -> None:
             return
         except FileExistsError:
             old = file.read_text().strip()
-            if old == job or ((known := facts(old).get("JobId")) is not None and known == facts(job).get("JobId")):
+            if old == job or (
+                (known := facts(old).get("JobId")) is not None and known == facts(job).get("JobId")
+            ):
                 return
             refuse_holder(run_dir)
             file.unlink(missing_ok=True)
@@ -79,5 +108,7 @@ def seconds(limit: str) -> int:
     """Return a time limit as Slurm writes it ("90" minutes, "1:30:00", "2-12") in seconds."""
     days, _, rest = limit.rpartition("-")
     parts = [int(part) for part in rest.split(":")]
-    hours, minutes, rest_s = [*parts, 0, 0][:3] if days else [0, *parts, 0][:3] if len(parts) < 3 else parts
+    hours, minutes, rest_s = (
+        [*parts, 0, 0][:3] if days else [0, *parts, 0][:3] if len(parts) < 3 else parts
+    )
     return int(days or 0) * 86400 + hours * 3600 + minutes * 60 + rest_s

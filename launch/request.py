@@ -2,6 +2,7 @@
 
 A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS`.
 """
+
 from __future__ import annotations
 
 import os
@@ -19,8 +20,12 @@ from hfscale.shards.tables import table_files
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 
-LAUNCHERS = {"local": "launch.local:launch", "debug": "launch.debug:launch", "slurm": "launch.slurm:launch",
-             "submitit": "launch.submit:launch"}
+LAUNCHERS = {
+    "local": "launch.local:launch",
+    "debug": "launch.debug:launch",
+    "slurm": "launch.slurm:launch",
+    "submitit": "launch.submit:launch",
+}
 CONFIG = "config.yaml"
 
 
@@ -42,7 +47,9 @@ class Request:
             ConfigError: for everything that is wrong with it.
         """
         path = Path(self.source).resolve()
-        home = [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []  # a run stays where it lies, also if moved
+        home = (
+            [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
+        )  # a run stays where it lies, also if moved
         return load_config(config_file(self.source), [*home, *self.overrides, *extra])
 
 
@@ -54,8 +61,11 @@ def config_file(source: str) -> Path:
     """
     path = Path(source)
     if path.is_dir() and not (path / CONFIG).is_file():
-        raise ConfigError("this folder is not a run directory", where=path,
-                          remedy=f"give a YAML file, or a run directory, which holds {CONFIG}")
+        raise ConfigError(
+            "this folder is not a run directory",
+            where=path,
+            remedy=f"give a YAML file, or a run directory, which holds {CONFIG}",
+        )
     return path / CONFIG if path.is_dir() else path
 
 
@@ -66,11 +76,23 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
         UserError: for what the engine refuses on this device, data or a tokenizer that is not there, sources that do not fit together.
     """
     deepspeed_config(config, device_type=device_type)
-    if config.tokenizer and Path(config.tokenizer.path).is_absolute() and not Path(config.tokenizer.path).exists():
-        raise ConfigError("there is no tokenizer", where="tokenizer.path", value=config.tokenizer.path,
-                          remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one")
+    if (
+        config.tokenizer
+        and Path(config.tokenizer.path).is_absolute()
+        and not Path(config.tokenizer.path).exists()
+    ):
+        raise ConfigError(
+            "there is no tokenizer",
+            where="tokenizer.path",
+            value=config.tokenizer.path,
+            remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one",
+        )
     if isinstance(config, FinetuneConfig):
-        for table in {str(table) for table in (config.data.train, config.data.validation, config.data.test) if isinstance(table, str)}:
+        for table in {
+            str(table)
+            for table in (config.data.train, config.data.validation, config.data.test)
+            if isinstance(table, str)
+        }:
             table_files(table)
         return
     held_out = [config.data.validation.shards] if config.data.validation else []
@@ -79,10 +101,22 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
         parts.append(TokenRows(shards, seq_len=config.data.seq_len, **config.data.remote))
         manifest = parts[-1].manifest
         there = set(os.listdir(manifest.folder))
-        missing = [name for shard in manifest.shards for name in (shard.name, shard.index_name)
-                   if name not in there and not (manifest.folder / name).exists()]  # tars of others may lie elsewhere
+        missing = [
+            name
+            for shard in manifest.shards
+            for name in (shard.name, shard.index_name)
+            if name not in there and not (manifest.folder / name).exists()
+        ]  # tars of others may lie elsewhere
         if missing and not manifest.remote and config.data.on_error == "stop":
-            raise DataError(f"{len(missing)} files of the shards are missing", where=manifest.folder, value=missing[:5],
-                            remedy="restore them from a copy, or build the shards again")
+            raise DataError(
+                f"{len(missing)} files of the shards are missing",
+                where=manifest.folder,
+                value=missing[:5],
+                remedy="restore them from a copy, or build the shards again",
+            )
     assert isinstance(config, RunConfig)
-    open_mixture(config, parts[:len(config.data.sources)], saved=None if fresh else newest_state(config.run_dir))
+    open_mixture(
+        config,
+        parts[: len(config.data.sources)],
+        saved=None if fresh else newest_state(config.run_dir),
+    )

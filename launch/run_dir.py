@@ -1,10 +1,11 @@
 """The run directory: made once, then only added to. One launcher at a time may work in it.
 
-    RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in environment.json
-    RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of values, changes
-    RUN_DIR/environment-*.patch  what the code had in it beside its commit
-    RUN_DIR/lock              held by the launcher (or job) that works here
+RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in environment.json
+RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of values, changes
+RUN_DIR/environment-*.patch  what the code had in it beside its commit
+RUN_DIR/lock              held by the launcher (or job) that works here
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -47,24 +48,41 @@ def compare(config: TrainConfig) -> list[str]:
     if path.exists() and not path.is_dir():
         raise CheckpointError("the run directory is a file", where=path, remedy=_other_name(config))
     if not (path / CONFIG).is_file():
-        names = {p.name for p in path.iterdir() if not p.name.startswith(".")} if path.exists() else set()
-        early = {LOCK, JOB, RESTARTS}  # what a job that has just begun has written, or an early kill leaves
+        names = (
+            {p.name for p in path.iterdir() if not p.name.startswith(".")}
+            if path.exists()
+            else set()
+        )
+        early = {
+            LOCK,
+            JOB,
+            RESTARTS,
+        }  # what a job that has just begun has written, or an early kill leaves
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
-            raise CheckpointError("this folder is not a run directory and not empty", where=path, value=foreign[:5],
-                                  remedy=_other_name(config))
+            raise CheckpointError(
+                "this folder is not a run directory and not empty",
+                where=path,
+                value=foreign[:5],
+                remedy=_other_name(config),
+            )
         return []
     if not (layout.candidates(path / layout.FOLDER) or _logged_bytes(path)):  # it has not trained
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
     digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
     if len(digests) == 1:
-        refused = [difference for difference in refused if difference.key != "tokenizer.path"]  # it was at most moved
+        refused = [
+            difference for difference in refused if difference.key != "tokenizer.path"
+        ]  # it was at most moved
     elif digests:
         refused.append(Difference("the tokenizer's digest", *digests))
     if refused:
         changes = "".join(f"\n          {difference}" for difference in refused)
-        raise CheckpointError(f"this run has trained with another config; a resume cannot change:{changes}", where=path,
-                              remedy=f"{_other_name(config)} starts a new run with this config")
+        raise CheckpointError(
+            f"this run has trained with another config; a resume cannot change:{changes}",
+            where=path,
+            remedy=f"{_other_name(config)} starts a new run with this config",
+        )
     return [f"the run goes on with {difference}" for difference in noticed]
 
 
@@ -80,17 +98,27 @@ def locked(path: Path) -> Iterator[None]:
         path.mkdir(parents=True, exist_ok=True)
         file = open(path / LOCK, "a+", encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot make the run directory: {error.strerror}", where=path, remedy="choose another run.root") from None
+        raise ConfigError(
+            f"cannot make the run directory: {error.strerror}",
+            where=path,
+            remedy="choose another run.root",
+        ) from None
     with file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             file.seek(0)
-            raise CheckpointError("another job is at work in this run directory", where=path, value=file.read().strip() or "unknown",
-                                  remedy="wait for it, stop it, or start this one under another run.name") from None
+            raise CheckpointError(
+                "another job is at work in this run directory",
+                where=path,
+                value=file.read().strip() or "unknown",
+                remedy="wait for it, stop it, or start this one under another run.name",
+            ) from None
         file.truncate(0)
         refuse_holder(path)
-        print(f"process {os.getpid()} on {socket.gethostname()} since {_now()}", file=file, flush=True)
+        print(
+            f"process {os.getpid()} on {socket.gethostname()} since {_now()}", file=file, flush=True
+        )
         try:
             yield
         finally:
@@ -107,12 +135,22 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
     compare(loaded.config)
     old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
     here = allocation()
-    entry = {"started": _now(), "launcher": launcher, "procs": procs, "job": here and asdict(here), **describe(path),
-             "changes": [str(difference) for difference in differences(old, loaded.config)] if old else [],
-             "sources": loaded.sources}
+    entry = {
+        "started": _now(),
+        "launcher": launcher,
+        "procs": procs,
+        "job": here and asdict(here),
+        **describe(path),
+        "changes": [str(difference) for difference in differences(old, loaded.config)]
+        if old
+        else [],
+        "sources": loaded.sources,
+    }
     text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
     shutil.rmtree(path / FOLDER, ignore_errors=True)  # heartbeats of the attempt before
-    write_atomically(path / ENVIRONMENT, text.encode())  # first, so that a replaced value is on record
+    write_atomically(
+        path / ENVIRONMENT, text.encode()
+    )  # first, so that a replaced value is on record
     write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
     return path / CONFIG
 
@@ -138,9 +176,12 @@ def made_by_alone(path: Path, *, launcher: str) -> None:
     """
     launchers = {str(attempt.get("launcher")) for attempt in attempts(path)}
     if launchers != {launcher}:
-        raise CheckpointError(f"this is not a run of the {launcher} launcher, which starts anew each time", where=path,
-                              value=sorted(launchers),
-                              remedy="run.name=... gives the debug run another name; its directory ends in -debug")
+        raise CheckpointError(
+            f"this is not a run of the {launcher} launcher, which starts anew each time",
+            where=path,
+            value=sorted(launchers),
+            remedy="run.name=... gives the debug run another name; its directory ends in -debug",
+        )
 
 
 def attempts(path: Path) -> list[dict[str, Any]]:
@@ -155,8 +196,11 @@ def attempts(path: Path) -> list[dict[str, Any]]:
     try:
         return list(json.loads(file.read_text("utf-8")))
     except ValueError as error:
-        raise CheckpointError(f"the record of earlier attempts is damaged: {error}", where=file,
-                              remedy="restore it, or move it away: the run itself does not need it") from None
+        raise CheckpointError(
+            f"the record of earlier attempts is damaged: {error}",
+            where=file,
+            remedy="restore it, or move it away: the run itself does not need it",
+        ) from None
 
 
 def _logged_bytes(path: Path) -> int:
@@ -167,7 +211,11 @@ def _logged_bytes(path: Path) -> int:
 def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:
     """Return the digest that the newest checkpoint of the run speaks of, and that of the folder ``tokenizer`` if it is another."""
     then = (layout.newest_state(path) or {}).get("tokenizer_digest")
-    return list(dict.fromkeys([then, tokenizer_digest(tokenizer)])) if then and Path(tokenizer).is_dir() else []
+    return (
+        list(dict.fromkeys([then, tokenizer_digest(tokenizer)]))
+        if then and Path(tokenizer).is_dir()
+        else []
+    )
 
 
 def _other_name(config: TrainConfig) -> str:

@@ -2,6 +2,7 @@
 
 What the script does beside srun is in ``launch/job.py``. Inside an allocation the launcher runs it right there instead of submitting it.
 """
+
 from __future__ import annotations
 
 import os
@@ -32,8 +33,11 @@ EXCLUDED = "excluded_nodes.txt"  # in a run directory
 SHIPPED = ("hfscale", "launch", "slurm")  # the folders of the checkout that a job needs
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
 LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
-REFUSED = {"no-kill": "a job that lost a node would go on and end as if all was well",
-           "array": "every task would be the same run; launch.submit has sweeps", "chdir": "a job runs in its snapshot of the code"}
+REFUSED = {
+    "no-kill": "a job that lost a node would go on and end as if all was well",
+    "array": "every task would be the same run; launch.submit has sweeps",
+    "chdir": "a job runs in its snapshot of the code",
+}
 
 
 def launch(request: Request) -> int:
@@ -48,11 +52,15 @@ def launch(request: Request) -> int:
     no_ranks(request)
     procs = here.nodes * here.tasks_per_node if here else cluster.nodes * tasks_per_node(cluster)
     if cluster.min_nodes:
-        before(config, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node))
+        before(
+            config, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node)
+        )
     said = before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
     code = code_folder(run)
     options = [] if here else sbatch_options(config, code)
-    command = ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
+    command = (
+        ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
+    )
     said += differences(cluster, here) if here else accepted(options, dry_run=request.dry_run)
     from hfscale.jobs.check import check as check_parts  # slow to import
 
@@ -73,7 +81,9 @@ def launch(request: Request) -> int:
             hold(run, job)
     if here:
         return subprocess.run(command, cwd=code, check=False).returncode
-    print(f"job {job}: {procs} ranks on {cluster.nodes} nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}")
+    print(
+        f"job {job}: {procs} ranks on {cluster.nodes} nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}"
+    )
     return EXIT_DONE
 
 
@@ -84,17 +94,22 @@ def no_ranks(request: Request) -> None:
         ConfigError: if it was.
     """
     if request.procs or request.port:
-        raise ConfigError("a Slurm job has its ranks and its port from the cluster", where="--procs, --port",
-                          remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)")
+        raise ConfigError(
+            "a Slurm job has its ranks and its port from the cluster",
+            where="--procs, --port",
+            remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)",
+        )
 
 
 def followed(job: str, config: TrainConfig, *, log: str) -> str:
     """Return how to follow a job that was submitted."""
     run = config.run_dir
-    return (f"run directory {run}\nlogs          {log}\n"
-            f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
-            f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
-            f"curves        tensorboard --logdir {run / 'tensorboard'}")
+    return (
+        f"run directory {run}\nlogs          {log}\n"
+        f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
+        f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
+        f"curves        tensorboard --logdir {run / 'tensorboard'}"
+    )
 
 
 def tasks_per_node(cluster: Cluster) -> int:
@@ -117,7 +132,9 @@ def before(config: TrainConfig, procs: int, *, gpus: bool, on_nodes: bool = True
     return [*notices(config), *changed, *(_time_to_save(config) if on_nodes else ())]
 
 
-def prepare(loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Path | None = None) -> None:
+def prepare(
+    loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Path | None = None
+) -> None:
     """Return when the run directory has the config, this attempt's entry, a folder for logs, and in ``code`` a snapshot of the code.
 
     Raises:
@@ -126,14 +143,22 @@ def prepare(loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Pat
     run_dir.record(loaded, launcher=launcher, procs=procs)
     if code:
         for folder in SHIPPED:
-            shutil.copytree(ROOT / folder, code / folder, ignore=shutil.ignore_patterns("__pycache__"), dirs_exist_ok=True)
+            shutil.copytree(
+                ROOT / folder,
+                code / folder,
+                ignore=shutil.ignore_patterns("__pycache__"),
+                dirs_exist_ok=True,
+            )
     logs = loaded.config.run_dir / "logs"
     try:
         logs.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=logs).close()
     except OSError as error:
-        raise ConfigError(f"no log can be written here: {error.strerror}", where=logs,
-                          remedy="mend the folder: Slurm would end the job without a word") from None
+        raise ConfigError(
+            f"no log can be written here: {error.strerror}",
+            where=logs,
+            remedy="mend the folder: Slurm would end the job without a word",
+        ) from None
 
 
 def code_folder(run: Path) -> Path:
@@ -146,24 +171,49 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
     cluster = config.cluster
     for name in cluster.sbatch:
         if name in REFUSED:
-            raise ConfigError(f"--{name} is not for training: {REFUSED[name]}", where=f"cluster.sbatch.{name}", remedy="take it out")
+            raise ConfigError(
+                f"--{name} is not for training: {REFUSED[name]}",
+                where=f"cluster.sbatch.{name}",
+                remedy="take it out",
+            )
     if cluster.min_nodes and cluster.sbatch.get("ntasks-per-node"):
-        raise ConfigError("with a number of tasks Slurm gives a job the fewest nodes at once", where="cluster.min_nodes",
-                          value=cluster.min_nodes, remedy="take cluster.sbatch.ntasks-per-node out: cluster.gpus_per_node says it")
+        raise ConfigError(
+            "with a number of tasks Slurm gives a job the fewest nodes at once",
+            where="cluster.min_nodes",
+            value=cluster.min_nodes,
+            remedy="take cluster.sbatch.ntasks-per-node out: cluster.gpus_per_node says it",
+        )
     values: dict[str, Any] = {
-        "job-name": config.run.name, "chdir": code, "output": config.run_dir / "logs" / "slurm-%j.log",
+        "job-name": config.run.name,
+        "chdir": code,
+        "output": config.run_dir / "logs" / "slurm-%j.log",
         "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else cluster.nodes,
-        "gpus-per-node": cluster.gpus_per_node or None, "partition": cluster.partition, "account": cluster.account,
-        "time": cluster.time, "signal": f"USR1@{cluster.signal_s}", **cluster.sbatch}
-    left_out = [str(name) for name in (cluster.sbatch.get("exclude"), *excluded(config.run_dir)) if name]
+        "gpus-per-node": cluster.gpus_per_node or None,
+        "partition": cluster.partition,
+        "account": cluster.account,
+        "time": cluster.time,
+        "signal": f"USR1@{cluster.signal_s}",
+        **cluster.sbatch,
+    }
+    left_out = [
+        str(name) for name in (cluster.sbatch.get("exclude"), *excluded(config.run_dir)) if name
+    ]
     values["exclude"] = ",".join(left_out) or None
-    return [f"--{name}" if value is True else f"--{name}={value}" for name, value in values.items() if value not in (None, False)]
+    return [
+        f"--{name}" if value is True else f"--{name}={value}"
+        for name, value in values.items()
+        if value not in (None, False)
+    ]
 
 
 def excluded(run: Path) -> list[str]:
     """Return the nodes that jobs of this run leave out: the first word of each line of a file that people may edit."""
     file = run / EXCLUDED
-    return [line.split()[0] for line in file.read_text().splitlines() if line.strip()] if file.is_file() else []
+    return (
+        [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
+        if file.is_file()
+        else []
+    )
 
 
 def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
@@ -174,30 +224,67 @@ def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     """
     if not has_slurm():
         if dry_run:
-            return ["there is no Slurm on this machine, so nobody was asked about partition and limits"]
-        raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy="go to a login node, or take --launcher local")
-    tried = client(["sbatch", "--test-only", *(option for option in options if not option.startswith("--chdir")), SCRIPT], cwd=ROOT)
+            return [
+                "there is no Slurm on this machine, so nobody was asked about partition and limits"
+            ]
+        raise ConfigError(
+            "there is no Slurm on this machine",
+            where="sbatch",
+            remedy="go to a login node, or take --launcher local",
+        )
+    tried = client(
+        [
+            "sbatch",
+            "--test-only",
+            *(option for option in options if not option.startswith("--chdir")),
+            SCRIPT,
+        ],
+        cwd=ROOT,
+    )
     if tried.returncode:
         raise refusal(tried.stderr, options)
     asked = dict(option[2:].split("=", 1) for option in options if "=" in option)
-    limit, said = longest(asked.get("partition")), [line for line in tried.stderr.splitlines() if " to start at " in line]
+    limit, said = (
+        longest(asked.get("partition")),
+        [line for line in tried.stderr.splitlines() if " to start at " in line],
+    )
     if limit[0].isdigit() and seconds(asked.get("time", "0")) > seconds(limit):
-        said = [f"a partition with a limit of {limit} never starts a job of {asked['time']}, though Slurm takes it"]
+        said = [
+            f"a partition with a limit of {limit} never starts a job of {asked['time']}, though Slurm takes it"
+        ]
     return [line.removeprefix("sbatch: ") for line in said]
 
 
 def refusal(stderr: str, options: Sequence[str]) -> ConfigError:
     """Return Slurm's refusal of a job with these options, in its own words, with what the cluster has."""
-    words = "; ".join(line.removeprefix("sbatch: ").removeprefix("error: ") for line in stderr.splitlines() if line.strip())
-    offers = "; ".join(client(["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]).stdout.splitlines())
+    words = "; ".join(
+        line.removeprefix("sbatch: ").removeprefix("error: ")
+        for line in stderr.splitlines()
+        if line.strip()
+    )
+    offers = "; ".join(
+        client(["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]).stdout.splitlines()
+    )
     asked = " ".join(option for option in options if not option.startswith(("--chdir", "--output")))
-    return ConfigError(f"Slurm refuses the job: {words}", where="cluster", value=asked, remedy=f"this cluster has {offers}")
+    return ConfigError(
+        f"Slurm refuses the job: {words}",
+        where="cluster",
+        value=asked,
+        remedy=f"this cluster has {offers}",
+    )
 
 
 def differences(cluster: Cluster, here: Allocation) -> list[str]:
     """Return how an allocation differs from what the config asks for: the allocation wins."""
-    pairs = {"nodes": (cluster.nodes, here.nodes), "gpus_per_node": (cluster.gpus_per_node or 0, here.gpus_per_node)}
-    return [f"the allocation has {name} {has}, not the {asked} of cluster.{name}" for name, (asked, has) in pairs.items() if asked != has]
+    pairs = {
+        "nodes": (cluster.nodes, here.nodes),
+        "gpus_per_node": (cluster.gpus_per_node or 0, here.gpus_per_node),
+    }
+    return [
+        f"the allocation has {name} {has}, not the {asked} of cluster.{name}"
+        for name, (asked, has) in pairs.items()
+        if asked != has
+    ]
 
 
 def _time_to_save(config: TrainConfig) -> list[str]:
@@ -211,9 +298,16 @@ def _time_to_save(config: TrainConfig) -> list[str]:
     limit = seconds(cluster.time) if cluster.time else None
     if limit is not None and limit <= max(cluster.signal_s, needed):
         why = f"step and save take {needed:.0f} s, and the ranks are told to save {cluster.signal_s} s (cluster.signal_s) before the end"
-        raise ConfigError(f"the time limit leaves no time to train: {why}", where="cluster.time", value=cluster.time, remedy="ask for more")
+        raise ConfigError(
+            f"the time limit leaves no time to train: {why}",
+            where="cluster.time",
+            value=cluster.time,
+            remedy="ask for more",
+        )
     if needed > cluster.signal_s:
-        return [f"step and save took {needed:.0f} s, Slurm warns {cluster.signal_s} s ahead: better cluster.signal_s={2 * needed:.0f}"]
+        return [
+            f"step and save took {needed:.0f} s, Slurm warns {cluster.signal_s} s ahead: better cluster.signal_s={2 * needed:.0f}"
+        ]
     return []
 
 
@@ -229,8 +323,12 @@ def _refuse_local_disk(config: TrainConfig) -> None:
         places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for where, path in places.items():
         if not config.cluster.allow_local_disk and (kind := local_kind(path)):
-            raise ConfigError(f"this folder is on {kind}, which other nodes do not see", where=where, value=str(path),
-                              remedy="choose one on a shared file system, or cluster.allow_local_disk=true if it is one")
+            raise ConfigError(
+                f"this folder is on {kind}, which other nodes do not see",
+                where=where,
+                value=str(path),
+                remedy="choose one on a shared file system, or cluster.allow_local_disk=true if it is one",
+            )
 
 
 def local_kind(path: Path) -> str | None:
@@ -240,5 +338,7 @@ def local_kind(path: Path) -> str | None:
         if path.is_relative_to(os.path.realpath(folder)):
             return folder
     mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    _, kind = max((len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1]))
+    _, kind = max(
+        (len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1])
+    )
     return f"a {kind}" if kind in LOCAL_KINDS else None

@@ -6,6 +6,7 @@
 ``cluster="local"`` runs on this machine, ``"debug"`` in this process. What a job asks for comes from ``cluster:`` of the config, then
 from ``cluster.submitit``, then from the call: names of ``submitit.AutoExecutor.update_parameters``.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -44,21 +45,28 @@ class Train:
     def __call__(self, config: str) -> dict[str, Any]:
         """Return the run's last record, with ``run_dir`` and whether it is ``done``. A stopped Slurm job goes back into the queue."""
         here, run = allocation(), Path(config).parent
-        handlers, environment = {number: signal.getsignal(number) for number in SIGNALS}, dict(os.environ)
+        handlers, environment = (
+            {number: signal.getsignal(number) for number in SIGNALS},
+            dict(os.environ),
+        )
         place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             if here and place.rank == 0:
                 take(Request(str(run)).load().config, here)
             code = worker.run(Path(config), on_hang=lambda rank: _requeue(here))
         except BaseException:
-            atexit.register(os._exit, 1)  # once submitit has written what happened: the other ranks may wait in a collective for ever
+            atexit.register(
+                os._exit, 1
+            )  # once submitit has written what happened: the other ranks may wait in a collective for ever
             raise
         finally:
             os.environ.clear()
             os.environ.update(environment)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if code == EXIT_STOPPED and here and facts(here.job_id).get("JobState") == "RUNNING":  # a cancelled one would come back
+        if (
+            code == EXIT_STOPPED and here and facts(here.job_id).get("JobState") == "RUNNING"
+        ):  # a cancelled one would come back
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if place.rank == 0:
                 _requeue(here)
@@ -79,11 +87,17 @@ class QueueWatcher(SlurmInfoWatcher):
     """States of jobs from squeue, for clusters without accounting: there submitit knows none, and waits for ever for a cancelled job."""
 
     def _make_command(self) -> list[str] | None:
-        return ["squeue", "-h", "-t", "all", "--me", "-o", "%i|%T|%N"] if super()._make_command() else None
+        return (
+            ["squeue", "-h", "-t", "all", "--me", "-o", "%i|%T|%N"]
+            if super()._make_command()
+            else None
+        )
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
         text = string if isinstance(string, str) else string.decode()
-        forgotten = {job: {"State": "FORGOTTEN"} for job in self._registered}  # it ended some minutes ago
+        forgotten = {
+            job: {"State": "FORGOTTEN"} for job in self._registered
+        }  # it ended some minutes ago
         return forgotten | super().read_info("JobID|State|NodeList\n" + text)
 
 
@@ -96,14 +110,18 @@ def launch(request: Request) -> int:
     no_ranks(request)
     if request.dry_run:
         _, parameters = _checked([request], "slurm", {})
-        print(f"submitit.AutoExecutor(cluster='slurm').update_parameters({', '.join(f'{k}={v!r}' for k, v in parameters.items())})")
+        print(
+            f"submitit.AutoExecutor(cluster='slurm').update_parameters({', '.join(f'{k}={v!r}' for k, v in parameters.items())})"
+        )
     else:
         [job] = _submit([request], "slurm", {})
         print(followed(job.job_id, request.load().config, log=str(job.paths.stdout)))
     return EXIT_DONE
 
 
-def submit(config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: Any) -> submitit.Job[dict[str, Any]]:
+def submit(
+    config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: Any
+) -> submitit.Job[dict[str, Any]]:
     """Return the job that trains ``config``; ``options`` are those of submitit.
 
     Raises:
@@ -112,53 +130,99 @@ def submit(config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm"
     return _submit([Request(config, tuple(overrides))], cluster, options)[0]
 
 
-def submit_sweep(config: str, grid: Mapping[str, Sequence[Any]], overrides: Sequence[str] = (), *, cluster: str = "slurm",
-                 **options: Any) -> list[submitit.Job[dict[str, Any]]]:
+def submit_sweep(
+    config: str,
+    grid: Mapping[str, Sequence[Any]],
+    overrides: Sequence[str] = (),
+    *,
+    cluster: str = "slurm",
+    **options: Any,
+) -> list[submitit.Job[dict[str, Any]]]:
     """Return one job for each combination of ``grid`` (key -> values), as one array; each run's name ends in its values."""
     name = Request(config, tuple(overrides)).load().config.run.name
     requests = []
     for values in itertools.product(*grid.values()):
         chosen = dict(zip(grid, values, strict=True))
-        suffix = re.sub(r"[^\w.-]+", "_", "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in chosen.items()))
-        requests.append(Request(config, (*overrides, *(f"{key}={json.dumps(value)}" for key, value in chosen.items()),
-                                         f"run.name={name}-{suffix}")))
+        suffix = re.sub(
+            r"[^\w.-]+",
+            "_",
+            "-".join(f"{key.rpartition('.')[2]}_{value}" for key, value in chosen.items()),
+        )
+        requests.append(
+            Request(
+                config,
+                (
+                    *overrides,
+                    *(f"{key}={json.dumps(value)}" for key, value in chosen.items()),
+                    f"run.name={name}-{suffix}",
+                ),
+            )
+        )
     return _submit(requests, cluster, options)
 
 
-def _checked(requests: Sequence[Request], cluster: str, options: dict[str, Any]) -> tuple[list[Loaded[TrainConfig]], dict[str, Any]]:
+def _checked(
+    requests: Sequence[Request], cluster: str, options: dict[str, Any]
+) -> tuple[list[Loaded[TrainConfig]], dict[str, Any]]:
     """Return the configs that were asked for, looked at before the first one writes, and what submitit is told."""
     if cluster == "slurm" and not has_slurm():
-        raise ConfigError("there is no Slurm on this machine", where="sbatch", remedy='submit from a login node, or with cluster="local"')
+        raise ConfigError(
+            "there is no Slurm on this machine",
+            where="sbatch",
+            remedy='submit from a login node, or with cluster="local"',
+        )
     loads = [request.load() for request in requests]
     first = loads[0].config
     parameters = _parameters(first, cluster) | first.cluster.submitit | options
     nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
     for loaded in loads:
-        before(loaded.config, nodes * ranks, gpus=bool(parameters.get("gpus_per_node")), on_nodes=cluster == "slurm")
+        before(
+            loaded.config,
+            nodes * ranks,
+            gpus=bool(parameters.get("gpus_per_node")),
+            on_nodes=cluster == "slurm",
+        )
     from hfscale.jobs.check import check as check_parts  # slow to import
 
     check_parts(first)
     return loads, parameters
 
 
-def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) -> list[submitit.Job[dict[str, Any]]]:
+def _submit(
+    requests: Sequence[Request], cluster: str, options: dict[str, Any]
+) -> list[submitit.Job[dict[str, Any]]]:
     loads, parameters = _checked(requests, cluster, options)
     first, procs = loads[0].config, parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
     code = code_folder(first.run_dir)
     for loaded in loads:
         with run_dir.locked(loaded.config.run_dir):
-            prepare(loaded, launcher=f"submitit {cluster}", procs=procs, code=code if loaded is loads[0] else None)
+            prepare(
+                loaded,
+                launcher=f"submitit {cluster}",
+                procs=procs,
+                code=code if loaded is loads[0] else None,
+            )
     executor = submitit.AutoExecutor(folder=first.run.root / "submitit" / "%j", cluster=cluster)
     if cluster == "slurm":
-        parameters |= {"slurm_setup": [f"cd {code}", "source slurm/site.sh", "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-                                        *parameters.get("slurm_setup", [])]}
+        parameters |= {
+            "slurm_setup": [
+                f"cd {code}",
+                "source slurm/site.sh",
+                "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
+                *parameters.get("slurm_setup", []),
+            ]
+        }
         if client(["sacct", "-n", "-X"]).returncode:
             SlurmJob.watcher = QueueWatcher(delay_s=30)
     executor.update_parameters(**parameters)
     try:
-        jobs = executor.map_array(Train(), [str(loaded.config.run_dir / run_dir.CONFIG) for loaded in loads])
+        jobs = executor.map_array(
+            Train(), [str(loaded.config.run_dir / run_dir.CONFIG) for loaded in loads]
+        )
     except submitit.core.utils.FailedJobError as error:
-        raise refusal(str(error), [f"{name}={value}" for name, value in parameters.items()]) from error
+        raise refusal(
+            str(error), [f"{name}={value}" for name, value in parameters.items()]
+        ) from error
     if cluster == "slurm":
         for loaded, job in zip(loads, jobs, strict=True):
             hold(loaded.config.run_dir, job.job_id)
@@ -168,11 +232,23 @@ def _submit(requests: Sequence[Request], cluster: str, options: dict[str, Any]) 
 def _parameters(config: TrainConfig, cluster: str) -> dict[str, Any]:
     """Return what the config's ``cluster:`` is in submitit's words."""
     asked = config.cluster
-    shared = {"name": config.run.name, "tasks_per_node": 1 if cluster == "debug" else tasks_per_node(asked),
-              "gpus_per_node": asked.gpus_per_node or None, "timeout_min": seconds(asked.time or "60") // 60}
+    shared = {
+        "name": config.run.name,
+        "tasks_per_node": 1 if cluster == "debug" else tasks_per_node(asked),
+        "gpus_per_node": asked.gpus_per_node or None,
+        "timeout_min": seconds(asked.time or "60") // 60,
+    }
     if cluster != "slurm":
         return shared
-    more = {"requeue": True, **{name: value for name, value in asked.sbatch.items() if name != "ntasks-per-node"}}
-    return shared | {"nodes": asked.nodes, "slurm_partition": asked.partition, "slurm_account": asked.account,
-                     "slurm_signal_delay_s": asked.signal_s, "slurm_additional_parameters": more,
-                     "slurm_srun_args": ["--kill-on-bad-exit=1"]}
+    more = {
+        "requeue": True,
+        **{name: value for name, value in asked.sbatch.items() if name != "ntasks-per-node"},
+    }
+    return shared | {
+        "nodes": asked.nodes,
+        "slurm_partition": asked.partition,
+        "slurm_account": asked.account,
+        "slurm_signal_delay_s": asked.signal_s,
+        "slurm_additional_parameters": more,
+        "slurm_srun_args": ["--kill-on-bad-exit=1"],
+    }

@@ -1,4 +1,5 @@
 """What every test gets: ranks that end with the session, and skips for hardware that is not there."""
+
 from __future__ import annotations
 
 import logging
@@ -12,7 +13,9 @@ from hfscale.log import logger
 from tests.helpers.corpus import make_corpus
 from tests.helpers.ranks import close_ranks
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # many small processes at once: threads would only fight
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # many small processes at once: threads would only fight
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidiactl").exists() else None
 

@@ -32,6 +32,7 @@ failed=0
 if [ $# -eq 0 ]; then
     say "Style and types"
     run "$PYTHON" -m ruff check . || failed=1
+    run "$PYTHON" -m ruff format --check --quiet . || failed=1
     run "$PYTHON" -m mypy || failed=1
 fi
 say "Tests"

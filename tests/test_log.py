@@ -1,4 +1,5 @@
 """Lines of rank 0 and warnings of the others."""
+
 from __future__ import annotations
 
 import time
@@ -21,7 +22,9 @@ def test_rank_0_speaks_and_others_warn(capsys: pytest.CaptureFixture[str]):
     assert second.endswith("[rank 3] careful")
 
 
-def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch):
+def test_progress_is_a_line_now_and_then_where_there_is_no_terminal(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
     log.setup()
     with log.progress_bar("predicting", 4, unit=" examples") as bar:
         bar.update(4)

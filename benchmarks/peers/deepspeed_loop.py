@@ -2,6 +2,7 @@
 
 Nothing of hfscale is imported here.
 """
+
 from __future__ import annotations
 
 import deepspeed
@@ -14,13 +15,23 @@ from rows import adamw_of, build_nothing, micro_batches, model_of, read_work
 def main() -> None:
     work = read_work()
     build_nothing()
-    deepspeed.init_distributed("nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False)
+    deepspeed.init_distributed(
+        "nccl" if torch.cuda.is_available() else "gloo", auto_mpi_discovery=False, verbose=False
+    )
     rank, world = dist.get_rank(), dist.get_world_size()
     model = model_of(work)
-    engine, *_ = deepspeed.initialize(model=model, optimizer=adamw_of(model, work), config={
-        "train_micro_batch_size_per_gpu": work["micro_batch"], "gradient_accumulation_steps": work["accumulation"],
-        "gradient_clipping": work["clip_norm"], "zero_optimization": {"stage": work["zero_stage"]},
-        "bf16": {"enabled": work["precision"] == "bf16"}, "zero_force_ds_cpu_optimizer": False})
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        optimizer=adamw_of(model, work),
+        config={
+            "train_micro_batch_size_per_gpu": work["micro_batch"],
+            "gradient_accumulation_steps": work["accumulation"],
+            "gradient_clipping": work["clip_norm"],
+            "zero_optimization": {"stage": work["zero_stage"]},
+            "bf16": {"enabled": work["precision"] == "bf16"},
+            "zero_force_ds_cpu_optimizer": False,
+        },
+    )
     if work["compile"]:
         engine.compile()
     data = micro_batches(work, rank=rank, world_size=world, device=engine.device)

@@ -6,6 +6,7 @@ A reader is a generator of batches of 32 x 1024 int64, over ``epochs`` epochs fr
 ``FOLDER/flat.bin`` (uint16) when it is first asked. Peers that need seconds for it get the first tenth of the corpus. Libraries that pin
 old versions of others are imported here only, by the interpreter of an environment of their own. This file needs numpy alone.
 """
+
 from __future__ import annotations
 
 import json
@@ -38,7 +39,7 @@ class Reader(NamedTuple):
 def tokens_of(folder: Path, share: float = 1.0) -> np.ndarray:
     """Return the corpus, or its first part."""
     tokens = np.memmap(folder / "flat.bin", np.uint16, "r")
-    return tokens[:int(share * len(tokens))]
+    return tokens[: int(share * len(tokens))]
 
 
 def documents(folder: Path, share: float) -> list[np.ndarray]:
@@ -58,8 +59,8 @@ def pack(parts: Iterable[np.ndarray]) -> Batches:
         if size >= TOKENS:
             flat = np.concatenate(held) if len(held) > 1 else held[0]
             for first in range(0, size - TOKENS + 1, TOKENS):
-                yield flat[first:first + TOKENS].reshape(BATCH, SEQ).astype(np.int64)
-            held = [flat[size // TOKENS * TOKENS:]]
+                yield flat[first : first + TOKENS].reshape(BATCH, SEQ).astype(np.int64)
+            held = [flat[size // TOKENS * TOKENS :]]
             size = len(held[0])
 
 
@@ -78,7 +79,7 @@ def memmap(folder: Path, start: int, epochs: int) -> Batches:
     tokens, batch = tokens_of(folder), np.empty((BATCH, SEQ), np.int64)
     for _ in range(epochs):
         for first in range(start * TOKENS, len(tokens) - TOKENS + 1, TOKENS):
-            batch[:] = tokens[first:first + TOKENS].reshape(BATCH, SEQ)
+            batch[:] = tokens[first : first + TOKENS].reshape(BATCH, SEQ)
             yield batch
 
 
@@ -90,7 +91,9 @@ def webdataset_shards(folder: Path, start: int, epochs: int) -> Batches:
     urls = sorted(map(str, (folder / "shards").glob("*.tar")))
     for _ in range(epochs):
         chunks = webdataset.WebDataset(urls, shardshuffle=False, empty_check=False)
-        yield from islice(pack(np.frombuffer(chunk["tokens.bin"], "<u2") for chunk in chunks), start, None)
+        yield from islice(
+            pack(np.frombuffer(chunk["tokens.bin"], "<u2") for chunk in chunks), start, None
+        )
 
 
 def webdataset_documents(folder: Path, start: int, epochs: int) -> Batches:
@@ -99,7 +102,9 @@ def webdataset_documents(folder: Path, start: int, epochs: int) -> Batches:
 
     def make(path: Path) -> None:
         path.mkdir(exist_ok=True)
-        with webdataset.ShardWriter(str(path / "%06d.tar"), maxsize=64e6, maxcount=10**9, verbose=0) as writer:
+        with webdataset.ShardWriter(
+            str(path / "%06d.tar"), maxsize=64e6, maxcount=10**9, verbose=0
+        ) as writer:
             for k, document in enumerate(documents(folder, 0.1)):
                 writer.write({"__key__": f"{k:09d}", "npy": np.asarray(document)})
 
@@ -114,7 +119,9 @@ def mosaicml(folder: Path, state: Any, epochs: int) -> Batches:
     """The iterator over packed rows, with its own state."""
     import torch
 
-    library = torch.library.Library("torchvision", "DEF")  # it imports torchvision, whose kernels are not there beside a CPU-only torch
+    library = torch.library.Library(
+        "torchvision", "DEF"
+    )  # it imports torchvision, whose kernels are not there beside a CPU-only torch
     for kernel in ("nms", "qnms"):
         library.define(f"{kernel}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
     from streaming import MDSWriter, StreamingDataset
@@ -124,14 +131,23 @@ def mosaicml(folder: Path, state: Any, epochs: int) -> Batches:
         rows = tokens_of(folder, 0.1)
         with MDSWriter(out=str(path), columns={"ids": f"ndarray:uint16:{SEQ}"}) as writer:
             for first in range(0, len(rows) - SEQ + 1, SEQ):
-                writer.write({"ids": np.asarray(rows[first:first + SEQ])})
+                writer.write({"ids": np.asarray(rows[first : first + SEQ])})
 
     path = made(folder, "mds", make)
     clean_stale_shared_memory()
-    dataset = StreamingDataset(local=str(path), batch_size=BATCH, shuffle=False, num_canonical_nodes=1)
+    dataset = StreamingDataset(
+        local=str(path), batch_size=BATCH, shuffle=False, num_canonical_nodes=1
+    )
     if state:
-        dataset.load_state_dict({"epoch": 0, "sample_in_epoch": state * BATCH, "num_canonical_nodes": 1, "shuffle_seed": 9176,
-                                 "initial_physical_nodes": 1})
+        dataset.load_state_dict(
+            {
+                "epoch": 0,
+                "sample_in_epoch": state * BATCH,
+                "num_canonical_nodes": 1,
+                "shuffle_seed": 9176,
+                "initial_physical_nodes": 1,
+            }
+        )
     samples = chain.from_iterable(dataset for _ in range(epochs))
     while rows := [sample["ids"] for sample in islice(samples, BATCH)]:
         yield np.stack(rows).astype(np.int64)
@@ -145,7 +161,9 @@ def hf_rows(folder: Path) -> Any:
 
     def make(path: Path) -> None:
         flat = np.asarray(tokens_of(folder))
-        ids = pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(flat[:len(flat) // SEQ * SEQ]), SEQ)
+        ids = pyarrow.FixedSizeListArray.from_arrays(
+            pyarrow.array(flat[: len(flat) // SEQ * SEQ]), SEQ
+        )
         datasets.Dataset(pyarrow.table({"ids": ids})).save_to_disk(str(path), max_shard_size="64MB")
 
     datasets.disable_progress_bars()
@@ -157,7 +175,7 @@ def hf_map(folder: Path, start: int, epochs: int) -> Batches:
     rows = hf_rows(folder)
     for _ in range(epochs):
         for first in range(start * BATCH, len(rows) - BATCH + 1, BATCH):
-            yield rows[first:first + BATCH]["ids"].astype(np.int64)
+            yield rows[first : first + BATCH]["ids"].astype(np.int64)
 
 
 def hf_stream(folder: Path, state: Any, epochs: int) -> Batches:
@@ -188,7 +206,11 @@ def hf_documents(folder: Path, start: int, epochs: int) -> Batches:
         datasets.Dataset(pyarrow.table({"ids": ids})).save_to_disk(str(path))
 
     datasets.disable_progress_bars()
-    rows = datasets.load_from_disk(str(made(folder, "arrow-documents", make))).with_format("numpy").to_iterable_dataset()
+    rows = (
+        datasets.load_from_disk(str(made(folder, "arrow-documents", make)))
+        .with_format("numpy")
+        .to_iterable_dataset()
+    )
     rows = rows.skip(start * TOKENS // DOCUMENT)
     for _ in range(epochs):
         yield from pack(row["ids"] for row in rows)
@@ -200,12 +222,25 @@ def litdata_tokens(folder: Path, state: Any, epochs: int) -> Batches:
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     def make(path: Path) -> None:
-        parts = [(str(folder / "flat.bin"), first) for first in range(0, len(tokens_of(folder)), 2**22)]
-        optimize(litdata_part, parts, str(path), chunk_bytes="64MB", num_workers=1, item_loader=TokensLoader(block_size=SEQ), verbose=False)
+        parts = [
+            (str(folder / "flat.bin"), first) for first in range(0, len(tokens_of(folder)), 2**22)
+        ]
+        optimize(
+            litdata_part,
+            parts,
+            str(path),
+            chunk_bytes="64MB",
+            num_workers=1,
+            item_loader=TokensLoader(block_size=SEQ),
+            verbose=False,
+        )
 
     path = made(folder, "litdata", make)
-    loader = StreamingDataLoader(StreamingDataset(str(path), item_loader=TokensLoader(block_size=SEQ), shuffle=False), batch_size=BATCH,
-                                 num_workers=0)
+    loader = StreamingDataLoader(
+        StreamingDataset(str(path), item_loader=TokensLoader(block_size=SEQ), shuffle=False),
+        batch_size=BATCH,
+        num_workers=0,
+    )
     if state:
         loader.load_state_dict(state)
     for _ in range(epochs):
@@ -218,14 +253,16 @@ def litdata_part(part: tuple[str, int]) -> Iterator[Any]:
     import torch
 
     path, first = part
-    yield torch.from_numpy(np.memmap(path, np.uint16, "r")[first:first + 2**22].astype(np.int32))
+    yield torch.from_numpy(np.memmap(path, np.uint16, "r")[first : first + 2**22].astype(np.int32))
 
 
 def litdata_state(folder: Path, batch: int) -> Any:
     """Return its state after so many batches, which it finds by reading them."""
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader
 
-    dataset = StreamingDataset(str(folder / "litdata"), item_loader=TokensLoader(block_size=SEQ), shuffle=False)
+    dataset = StreamingDataset(
+        str(folder / "litdata"), item_loader=TokensLoader(block_size=SEQ), shuffle=False
+    )
     loader = StreamingDataLoader(dataset, batch_size=BATCH, num_workers=0)
     for _ in islice(loader, batch):
         pass
@@ -233,24 +270,34 @@ def litdata_state(folder: Path, batch: int) -> Any:
 
 
 READERS = {
-    "np.memmap": Reader(memmap), "webdataset, our shards": Reader(webdataset_shards),
+    "np.memmap": Reader(memmap),
+    "webdataset, our shards": Reader(webdataset_shards),
     "webdataset, one .npy a document": Reader(webdataset_documents, share=0.1),
-    "HF datasets, map-style": Reader(hf_map), "HF datasets, streaming rows": Reader(hf_stream, hf_stream_state),
+    "HF datasets, map-style": Reader(hf_map),
+    "HF datasets, streaming rows": Reader(hf_stream, hf_stream_state),
     "HF datasets, streaming documents": Reader(hf_documents, share=0.1),
-    "MosaicML Streaming": Reader(mosaicml, share=0.1), "litdata": Reader(litdata_tokens, litdata_state),
+    "MosaicML Streaming": Reader(mosaicml, share=0.1),
+    "litdata": Reader(litdata_tokens, litdata_state),
 }
-OWN_ENVIRONMENT = ("MosaicML Streaming", "litdata")  # pin versions of numpy, transformers and others
+OWN_ENVIRONMENT = (
+    "MosaicML Streaming",
+    "litdata",
+)  # pin versions of numpy, transformers and others
 
 
 # ---------------------------------------------------------------------------------------------------------------- the process
 def anonymous_mib() -> float:
     """Return the memory of this process that no file backs: mapped pages of the page cache are not in it."""
-    return int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024  # type: ignore[union-attr]
+    return (
+        int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
+    )  # type: ignore[union-attr]
 
 
 def measure_epochs(reader: Reader, folder: Path) -> dict[str, Any]:
     """Return M tokens/s of two epochs of one reader, opening included, and its anonymous memory (MiB) through the second."""
-    count = int(reader.share * len(tokens_of(folder))) // TOKENS - 8  # no reader gives the last row of each of its files
+    count = (
+        int(reader.share * len(tokens_of(folder))) // TOKENS - 8
+    )  # no reader gives the last row of each of its files
     began = time.perf_counter()
     batches, speeds, memory = reader.batches(folder, 0, 2), [], []
     for epoch in range(2):
@@ -269,7 +316,9 @@ def measure_resume(reader: Reader, folder: Path, place: float) -> dict[str, Any]
     batch = int(place * (int(reader.share * len(tokens_of(folder))) // TOKENS - 8))
     state = reader.state(folder, batch)
     began = time.perf_counter()
-    batches = reader.batches(folder, state, 1)  # held, so that it does not end within the measurement
+    batches = reader.batches(
+        folder, state, 1
+    )  # held, so that it does not end within the measurement
     next(batches)
     return {"tokens": batch * TOKENS, "seconds": time.perf_counter() - began}
 
@@ -280,7 +329,11 @@ def serve(reader: Reader, folder: Path) -> None:
     os.dup2(2, 1)  # what libraries print goes to stderr
     for line in sys.stdin:
         asked = json.loads(line)
-        answer = measure_epochs(reader, folder) if asked == "epochs" else measure_resume(reader, folder, asked)
+        answer = (
+            measure_epochs(reader, folder)
+            if asked == "epochs"
+            else measure_resume(reader, folder, asked)
+        )
         print(json.dumps(answer), file=out, flush=True)
 
 

@@ -2,6 +2,7 @@
 
 Nothing of hfscale is imported here.
 """
+
 from __future__ import annotations
 
 import torch

@@ -1,10 +1,11 @@
 """Where things lie in a run's ``checkpoints/`` folder, and the moves between its states.
 
-    step-00001000          committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
-    step-00001000.partial  being written, or left by a kill; never read, cleared by the next save
-    step-00001000.old      being deleted; never read
-    rejected/              what failed verification, kept for inspection, never loaded
+step-00001000          committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
+step-00001000.partial  being written, or left by a kill; never read, cleared by the next save
+step-00001000.old      being deleted; never read
+rejected/              what failed verification, kept for inspection, never loaded
 """
+
 from __future__ import annotations
 
 import json
@@ -52,7 +53,10 @@ def candidates(folder: Path) -> list[Path]:
     """Return every folder that has a checkpoint's name, oldest first: committed, or half-copied by somebody."""
     if not folder.is_dir():
         return []
-    return sorted((path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    return sorted(
+        (path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()),
+        key=step_of,
+    )
 
 
 def committed(folder: Path) -> list[Path]:
@@ -62,12 +66,16 @@ def committed(folder: Path) -> list[Path]:
 
 def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] | None:
     """Return what the newest committed checkpoint of a run (from ``before`` a step) says of itself; None: none that can be read."""
-    return _newest([path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before])
+    return _newest(
+        [path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before]
+    )
 
 
 def _newest(found: list[Path]) -> dict[str, Any] | None:
     for checkpoint in reversed(found):
-        with suppress(OSError, ValueError):  # damaged: a job that loads says so, and falls back as this does
+        with suppress(
+            OSError, ValueError
+        ):  # damaged: a job that loads says so, and falls back as this does
             return state_of(checkpoint)
     return None
 
@@ -84,11 +92,17 @@ def checkpoint_of(name: str | Path) -> Path | None:
         return _chosen(Path(run) / FOLDER, which)
     if not path.is_dir() or NAME.fullmatch(path.name):
         return path if path.is_dir() else None
-    if not (path / FOLDER).is_dir() and ((path / "config.json").is_file() or not (path / "config.yaml").is_file()):
+    if not (path / FOLDER).is_dir() and (
+        (path / "config.json").is_file() or not (path / "config.yaml").is_file()
+    ):
         return None
     if found := candidates(path / FOLDER):
         return found[-1]
-    raise CheckpointError("this run has no checkpoint yet", where=path, remedy=f"go on with it: the command that began it, on {path}")
+    raise CheckpointError(
+        "this run has no checkpoint yet",
+        where=path,
+        remedy=f"go on with it: the command that began it, on {path}",
+    )
 
 
 def _chosen(folder: Path, which: str) -> Path:
@@ -98,8 +112,12 @@ def _chosen(folder: Path, which: str) -> Path:
         there["best"] = folder / step_name(best["step"])
     if which not in there:
         hint = "" if best else "; a best one, where checkpoint.keep_best names a metric"
-        raise CheckpointError("this run has no such checkpoint", where=folder.parent, value=which,
-                              remedy=f"it has {', '.join(there)}{hint}")
+        raise CheckpointError(
+            "this run has no such checkpoint",
+            where=folder.parent,
+            value=which,
+            remedy=f"it has {', '.join(there)}{hint}",
+        )
     return there[which]
 
 
@@ -128,7 +146,7 @@ def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
     best = (_newest(found) or {}).get("best") or {}
 
     def reasons(path: Path) -> Iterator[str]:
-        if path in found[-policy.keep_last:]:
+        if path in found[-policy.keep_last :]:
             yield "last"
         if policy.keep_every_steps and step_of(path) % policy.keep_every_steps == 0:
             yield "permanent"
@@ -143,9 +161,13 @@ def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
 def prune(folder: Path, policy: Checkpoint, *, spare: Path | None = None) -> list[Path]:
     """Remove the checkpoints that nothing keeps, but not ``spare``; return them. Other processes may prune and pin meanwhile."""
     gone = []
-    for path in [path for path, reasons in kept(folder, policy).items() if not reasons and path != spare]:
+    for path in [
+        path for path, reasons in kept(folder, policy).items() if not reasons and path != spare
+    ]:
         with suppress(FileNotFoundError):  # another process was faster
-            old = path.rename(path.with_name(path.name + OLD))  # a kill in the middle leaves nothing that looks like a checkpoint
+            old = path.rename(
+                path.with_name(path.name + OLD)
+            )  # a kill in the middle leaves nothing that looks like a checkpoint
             gone += [path] if _discard(old) else []
     return gone
 
@@ -168,6 +190,13 @@ def pin(folder: Path, step: int, *, pinned: bool) -> None:
     marker = folder / step_name(step) / PINNED
     with suppress(FileNotFoundError):
         marker.touch() if pinned else marker.unlink(missing_ok=True)
-    if not (marker if pinned else marker.parent).exists():  # looked up again: it is no use in a folder that has just been renamed
+    if not (
+        marker if pinned else marker.parent
+    ).exists():  # looked up again: it is no use in a folder that has just been renamed
         there = ", ".join(str(step_of(path)) for path in committed(folder))
-        raise CheckpointError("there is no checkpoint of this step", where=folder, value=step, remedy=f"there are: {there or 'none yet'}")
+        raise CheckpointError(
+            "there is no checkpoint of this step",
+            where=folder,
+            value=step,
+            remedy=f"there are: {there or 'none yet'}",
+        )

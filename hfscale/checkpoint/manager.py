@@ -6,6 +6,7 @@ A save, as all ranks live it:
     rank 0's thread  waits for all records, writes the manifest, renames the folder, prunes
 No thread takes part in a collective: they meet through files, and the ranks' main threads agree in ``save`` and ``wait``.
 """
+
 from __future__ import annotations
 
 import json
@@ -44,15 +45,32 @@ HEADROOM_BYTES = 64 * 2**20  # beside the tensors: headers, state, manifest
 class CheckpointManager:
     """The checkpoints of one run, seen from one rank. Every method but ``due`` and ``failed`` is called by all ranks together."""
 
-    def __init__(self, folder: Path, *, config: Checkpoint, rank: int, world_size: int,
-                 clock: Callable[[], float] = time.monotonic) -> None:
-        self.folder, self._config, self._rank, self._world_size, self._clock = folder, config, rank, world_size, clock
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: Checkpoint,
+        rank: int,
+        world_size: int,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.folder, self._config, self._rank, self._world_size, self._clock = (
+            folder,
+            config,
+            rank,
+            world_size,
+            clock,
+        )
         self._saved_at = clock()
-        self._buffers: list[Tensor] = []  # kept from save to save: fresh memory would cost as much time as writing
+        self._buffers: list[
+            Tensor
+        ] = []  # kept from save to save: fresh memory would cost as much time as writing
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._gave_up = threading.Event()
-        self._best: dict[str, Any] | None = None  # of the metric of checkpoint.keep_best: {"metric", "step", "value"}
+        self._best: dict[str, Any] | None = (
+            None  # of the metric of checkpoint.keep_best: {"metric", "step", "value"}
+        )
         self.stall_s = 0.0  # of the last save: how long training waited
         self.write_s = 0.0  # of the last save that was written: how long its writer took
 
@@ -64,7 +82,8 @@ class CheckpointManager:
         steps = (self._config.every_steps, self._config.keep_every_steps)
         minutes = self._config.every_minutes
         return any(every and step % every == 0 for every in steps) or (
-            minutes is not None and self._clock() - self._saved_at >= minutes * 60)
+            minutes is not None and self._clock() - self._saved_at >= minutes * 60
+        )
 
     def improves(self, record: Mapping[str, Any]) -> bool:
         """Return True if a step's record has the best value yet of ``checkpoint.keep_best``'s metric: then it should be saved.
@@ -79,10 +98,20 @@ class CheckpointManager:
         if best is None or not given:
             return False
         if best.metric not in given:
-            raise ConfigError("no validation gives this metric", where="checkpoint.keep_best.metric", value=best.metric,
-                              remedy=nearest(best.metric, given))
-        value, before = record[best.metric], self._best if self._best and self._best["metric"] == best.metric else None
-        if not math.isfinite(value) or (before and (value >= before["value"] if best.mode == "min" else value <= before["value"])):
+            raise ConfigError(
+                "no validation gives this metric",
+                where="checkpoint.keep_best.metric",
+                value=best.metric,
+                remedy=nearest(best.metric, given),
+            )
+        value, before = (
+            record[best.metric],
+            self._best if self._best and self._best["metric"] == best.metric else None,
+        )
+        if not math.isfinite(value) or (
+            before
+            and (value >= before["value"] if best.mode == "min" else value <= before["value"])
+        ):
             if before:
                 before["stale"] = before.get("stale", 0) + 1
             return False
@@ -108,11 +137,21 @@ class CheckpointManager:
         """
         began = self._clock()
         self.wait()
-        about = {**state, "engine": engine.scalars(), "tied": tied(engine.module), "best": self._best if self._config.keep_best else None}
-        small = {layout.STATE: json.dumps(about, indent=1).encode(), layout.CONFIG: engine.module.config.to_json_string().encode()}
+        about = {
+            **state,
+            "engine": engine.scalars(),
+            "tied": tied(engine.module),
+            "best": self._best if self._config.keep_best else None,
+        }
+        small = {
+            layout.STATE: json.dumps(about, indent=1).encode(),
+            layout.CONFIG: engine.module.config.to_json_string().encode(),
+        }
         if probe := make_probe(engine):
             if not probe.logits.isfinite().all():
-                raise UnhealthyError("the model's logits are not finite; nothing was saved, older checkpoints are untouched")
+                raise UnhealthyError(
+                    "the model's logits are not finite; nothing was saved, older checkpoints are untouched"
+                )
             small[layout.PROBE] = probe.to_bytes()
         fragments = engine.fragments(frozen=not engine.adapted)
         self._prepare(fragments, step=step)
@@ -120,8 +159,17 @@ class CheckpointManager:
         snapshot = self._snapshot(fragments)
         self._saved_at = self._clock()
         self.stall_s = self._saved_at - began
-        self._thread = threading.Thread(target=self._write, name=f"checkpoint-{step}", daemon=True, kwargs={
-            "snapshot": snapshot, "small": small if self._rank == 0 else {}, "step": step, "reused": reused})
+        self._thread = threading.Thread(
+            target=self._write,
+            name=f"checkpoint-{step}",
+            daemon=True,
+            kwargs={
+                "snapshot": snapshot,
+                "small": small if self._rank == 0 else {},
+                "step": step,
+                "reused": reused,
+            },
+        )
         self._thread.start()
         if not self._config.async_:
             self.wait()
@@ -135,12 +183,17 @@ class CheckpointManager:
         """
         while True:
             busy = self._thread is not None and self._thread.is_alive()
-            busy_ranks, failed_ranks = sum_over_ranks(torch.tensor([busy, self._failure is not None])).tolist()
+            busy_ranks, failed_ranks = sum_over_ranks(
+                torch.tensor([busy, self._failure is not None])
+            ).tolist()
             if failed_ranks:
                 self._gave_up.set()
-                raise CheckpointError("a checkpoint could not be written; older ones are untouched", where=self.folder,
-                                      value=str(self._failure or "failed on another rank"),
-                                      remedy="free the disk or mend the folder, then run the same command again")
+                raise CheckpointError(
+                    "a checkpoint could not be written; older ones are untouched",
+                    where=self.folder,
+                    value=str(self._failure or "failed on another rank"),
+                    remedy="free the disk or mend the folder, then run the same command again",
+                )
             if not busy_ranks:
                 return
             time.sleep(POLL_S)
@@ -155,7 +208,9 @@ class CheckpointManager:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clear_leftovers(self.folder)
                 free = shutil.disk_usage(self.folder).free
-                if need > free:  # what this save would make superfluous may as well go now; the newest good one always stays
+                if (
+                    need > free
+                ):  # what this save would make superfluous may as well go now; the newest good one always stays
                     layout.prune(self.folder, self._config)
                     free = shutil.disk_usage(self.folder).free
                 if need > free:
@@ -166,23 +221,35 @@ class CheckpointManager:
             except OSError as error:
                 problem = f"the checkpoint folder cannot be written: {error}"
         if problem := from_rank_0(problem):
-            raise CheckpointError(problem, where=self.folder, remedy="free or mend the disk, then run the same command again; "
-                                  "checkpoint.keep_last=1 keeps fewer, and `hfscale checkpoints RUN` says why each is kept")
+            raise CheckpointError(
+                problem,
+                where=self.folder,
+                remedy="free or mend the disk, then run the same command again; "
+                "checkpoint.keep_last=1 keeps fewer, and `hfscale checkpoints RUN` says why each is kept",
+            )
 
     def _snapshot(self, fragments: Sequence[Fragment]) -> list[Fragment]:
         """Return ``fragments`` copied to this manager's buffers on the CPU."""
         live = [tensor for fragment in fragments for tensor in fragment.tensors.values()]
         if [(t.numel(), t.dtype) for t in live] != [(t.numel(), t.dtype) for t in self._buffers]:
-            self._buffers = [torch.empty(t.numel(), dtype=t.dtype, pin_memory=t.device.type == "cuda") for t in live]
+            self._buffers = [
+                torch.empty(t.numel(), dtype=t.dtype, pin_memory=t.device.type == "cuda")
+                for t in live
+            ]
         for buffer, tensor in zip(self._buffers, live, strict=True):
             buffer.copy_(tensor, non_blocking=True)
         if any(tensor.device.type == "cuda" for tensor in live):
             torch.cuda.synchronize()
         copies = iter(self._buffers)
-        return [Fragment(f.name, f.shape, f.start, {kind: next(copies) for kind in f.tensors}) for f in fragments]
+        return [
+            Fragment(f.name, f.shape, f.start, {kind: next(copies) for kind in f.tensors})
+            for f in fragments
+        ]
 
     # -------------------------------------------------------------------------------- the writer's thread
-    def _write(self, *, snapshot: Sequence[Fragment], small: dict[str, bytes], step: int, reused: bool) -> None:
+    def _write(
+        self, *, snapshot: Sequence[Fragment], small: dict[str, bytes], step: int, reused: bool
+    ) -> None:
         began = time.monotonic()
         try:
             partial = self._partial(step)
@@ -192,11 +259,20 @@ class CheckpointManager:
             record.with_suffix(".new").write_text(json.dumps(asdict(entry)))
             record.with_suffix(".new").rename(record)
             if self._rank == 0:
-                self._commit([write_file(partial, path, [content]) for path, content in small.items()], step=step)
+                self._commit(
+                    [write_file(partial, path, [content]) for path, content in small.items()],
+                    step=step,
+                )
                 self.write_s = time.monotonic() - began
-                share = f" ({self.stall_s / (self.stall_s + self.write_s):.0%} of the save)" if reused and self._config.async_ else ""
-                logger.info(f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, "
-                            f"writing took {self.write_s:.2f} s")
+                share = (
+                    f" ({self.stall_s / (self.stall_s + self.write_s):.0%} of the save)"
+                    if reused and self._config.async_
+                    else ""
+                )
+                logger.info(
+                    f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, "
+                    f"writing took {self.write_s:.2f} s"
+                )
         except BaseException as error:  # whatever it is, the run must hear of it
             self._failure = error
         self.write_s = time.monotonic() - began
@@ -243,17 +319,24 @@ class CheckpointManager:
             engine.load_scalars(state["engine"])
             engine.after_load()
             self._best = state.get("best")
-            logger.info(f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO {state.get('zero_stage')}: "
-                        f"{time.monotonic() - began:.1f} s, peak memory of this rank {peak_memory_gib(engine.device):.2f} GiB")
+            logger.info(
+                f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO {state.get('zero_stage')}: "
+                f"{time.monotonic() - began:.1f} s, peak memory of this rank {peak_memory_gib(engine.device):.2f} GiB"
+            )
             return state
         if found:
-            raise CheckpointError("no checkpoint of this run is intact; all were moved to rejected/", where=self.folder,
-                                  value=[path.name for path in found],
-                                  remedy="run again to start from step 0, or copy a good checkpoint back")
+            raise CheckpointError(
+                "no checkpoint of this run is intact; all were moved to rejected/",
+                where=self.folder,
+                value=[path.name for path in found],
+                remedy="run again to start from step 0, or copy a good checkpoint back",
+            )
         return None
 
     def _reject(self, checkpoint: Path, problems: list[str]) -> None:
         torch_dist.barrier(group=host_group())  # nobody reads it any more
         if self._rank == 0:
-            logger.warning(f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}")
+            logger.warning(
+                f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}"
+            )
         torch_dist.barrier(group=host_group())

@@ -1,4 +1,5 @@
 """What a checkpoint consists of: every file with its size and SHA-256. Written last; without it there is no checkpoint."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,7 +16,9 @@ from hfscale.errors import CheckpointError
 from hfscale.shards.files import file_digest
 
 VERSION = 1
-SMALL = 2**20  # bytes: more than any file has that says what a checkpoint is (config, state), less than weights worth the name
+SMALL = (
+    2**20
+)  # bytes: more than any file has that says what a checkpoint is (config, state), less than weights worth the name
 
 
 @dataclass(frozen=True)
@@ -38,14 +41,18 @@ def write_file(folder: Path, path: str, chunks: Iterable[memoryview | bytes]) ->
             digest.update(rest)
             size += len(rest)
             while rest:
-                rest = rest[file.write(rest):]
+                rest = rest[file.write(rest) :]
         os.fsync(file.fileno())
     return Entry(path, size, digest.hexdigest())
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry], *, step: int) -> None:
     """Make ``folder`` a checkpoint. It carries a digest of itself, so an edited manifest is found too."""
-    body = {"version": VERSION, "step": step, "files": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.path)]}
+    body = {
+        "version": VERSION,
+        "step": step,
+        "files": [asdict(entry) for entry in sorted(entries, key=lambda entry: entry.path)],
+    }
     text = json.dumps({**body, "sha256": _digest(body)}, indent=1)
     write_file(folder, layout.MANIFEST, [text.encode()])
 
@@ -60,16 +67,26 @@ def read_manifest(checkpoint: Path) -> list[Entry]:
     try:
         read = json.loads((checkpoint / layout.MANIFEST).read_bytes())
         digest = read.pop("sha256")
-        version, step, files = read["version"], read["step"], [Entry(**entry) for entry in read["files"]]
+        version, step, files = (
+            read["version"],
+            read["step"],
+            [Entry(**entry) for entry in read["files"]],
+        )
     except FileNotFoundError:
-        raise ValueError(f"{layout.MANIFEST} is missing: the checkpoint was never committed, or copied in part") from None
+        raise ValueError(
+            f"{layout.MANIFEST} is missing: the checkpoint was never committed, or copied in part"
+        ) from None
     except (ValueError, TypeError, KeyError, AttributeError):
         raise ValueError(f"{layout.MANIFEST} is not readable") from None
     if digest != _digest(read):
         raise ValueError(f"{layout.MANIFEST} was changed after it was written")
     if version > VERSION:
-        raise CheckpointError("a newer version of hfscale wrote this checkpoint", where=checkpoint, value=version,
-                              remedy=f"update hfscale: this one knows format {VERSION}")
+        raise CheckpointError(
+            "a newer version of hfscale wrote this checkpoint",
+            where=checkpoint,
+            value=version,
+            remedy=f"update hfscale: this one knows format {VERSION}",
+        )
     if layout.step_name(step) != checkpoint.name:
         raise ValueError(f"{layout.MANIFEST} is that of step {step}")
     return files
@@ -84,11 +101,17 @@ def problem_with(checkpoint: Path, entry: Entry, *, digest: bool) -> str | None:
             return f"{entry.path} has {size} bytes instead of {entry.bytes}"
         good = not digest or file_digest(path) == entry.sha256
     except OSError as error:
-        return f"{entry.path} is missing" if isinstance(error, FileNotFoundError) else f"{entry.path}: {error.strerror}"
+        return (
+            f"{entry.path} is missing"
+            if isinstance(error, FileNotFoundError)
+            else f"{entry.path}: {error.strerror}"
+        )
     return None if good else f"{entry.path} does not have the digest it was written with"
 
 
-def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, up_to: float = math.inf) -> list[str]:
+def verify(
+    checkpoint: Path, *, part: int = 0, parts: int = 1, up_to: float = math.inf
+) -> list[str]:
     """Return everything wrong with a checkpoint; none means that it may be loaded. Files of more than ``up_to`` bytes are not read.
 
     Of its files, only each ``parts``-th from ``part`` on is looked at, so that ranks can share the work.
@@ -97,10 +120,19 @@ def verify(checkpoint: Path, *, part: int = 0, parts: int = 1, up_to: float = ma
         entries = read_manifest(checkpoint)
     except ValueError as error:
         return [str(error)]
-    files = {f"{layout.ENGINE}/{file.name}" for file in (checkpoint / layout.ENGINE).glob("*.safetensors")}  # all are read
-    strangers = [f"{path} is not of this checkpoint" for path in sorted(files - {entry.path for entry in entries})]
+    files = {
+        f"{layout.ENGINE}/{file.name}"
+        for file in (checkpoint / layout.ENGINE).glob("*.safetensors")
+    }  # all are read
+    strangers = [
+        f"{path} is not of this checkpoint"
+        for path in sorted(files - {entry.path for entry in entries})
+    ]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(lambda entry: problem_with(checkpoint, entry, digest=entry.bytes <= up_to), entries[part::parts])
+        found = pool.map(
+            lambda entry: problem_with(checkpoint, entry, digest=entry.bytes <= up_to),
+            entries[part::parts],
+        )
         return strangers + [problem for problem in found if problem]
 
 

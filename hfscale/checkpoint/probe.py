@@ -2,6 +2,7 @@
 
 Whatever a model gives, a number a token or a label, two ends of an answer or hidden states, is laid out flat. Legend: T tokens, K numbers.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
@@ -35,10 +36,27 @@ class Probe:
         An encoder-decoder gets the tokens on both sides. None: the model gives nothing that is known here.
         """
         ids = self.ids_1T.to(device)
-        both = {"decoder_input_ids": ids} if getattr(getattr(model, "module", model).config, "is_encoder_decoder", False) else {}
-        output = model(input_ids=ids, attention_mask=torch.ones_like(ids), **both)  # without one transformers warns of padding
-        flat = [found.flatten() for name in OUTPUTS if (found := getattr(output, name, None)) is not None]
-        spread = [numbers[torch.linspace(0, len(numbers) - 1, min(KEPT, len(numbers)), dtype=torch.float64).long()] for numbers in flat]
+        both = (
+            {"decoder_input_ids": ids}
+            if getattr(getattr(model, "module", model).config, "is_encoder_decoder", False)
+            else {}
+        )
+        output = model(
+            input_ids=ids, attention_mask=torch.ones_like(ids), **both
+        )  # without one transformers warns of padding
+        flat = [
+            found.flatten()
+            for name in OUTPUTS
+            if (found := getattr(output, name, None)) is not None
+        ]
+        spread = [
+            numbers[
+                torch.linspace(
+                    0, len(numbers) - 1, min(KEPT, len(numbers)), dtype=torch.float64
+                ).long()
+            ]
+            for numbers in flat
+        ]
         return torch.cat(spread).cpu().float() if spread else None
 
     def to_bytes(self) -> bytes:
@@ -69,7 +87,10 @@ def read_probe(checkpoint: Path) -> Probe:
     """
     path = checkpoint / layout.PROBE
     if not path.is_file():
-        raise CheckpointError("this checkpoint has no output to compare with", where=path,
-                              remedy="export a checkpoint of a model that gives logits or hidden states")
+        raise CheckpointError(
+            "this checkpoint has no output to compare with",
+            where=path,
+            remedy="export a checkpoint of a model that gives logits or hidden states",
+        )
     tensors = load_file(path)
     return Probe(tensors["ids"], tensors["logits"])

@@ -3,6 +3,7 @@
 A file's keys say what they hold: ``transformer.wte.weight[0:1164].exp_avg`` is elements 0 to 1163 of the flattened parameter.
 The shapes of the whole tensors are in the file's metadata. Which rank wrote a range means nothing to a reader.
 """
+
 from __future__ import annotations
 
 import json
@@ -21,8 +22,18 @@ from hfscale.checkpoint import layout
 from hfscale.engine.fragments import Fragment
 from hfscale.errors import CheckpointError
 
-DTYPE_NAMES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16", torch.int64: "I64",
-               torch.int32: "I32", torch.int16: "I16", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL"}
+DTYPE_NAMES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
 CHUNK = 8 * 2**20  # bytes hashed and written at a time
 KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<kind>\w+)")
 
@@ -30,13 +41,23 @@ KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<kind>\w+)")
 def serialize(fragments: Sequence[Fragment]) -> Iterator[memoryview | bytes]:
     """Yield the bytes of a safetensors file with ``fragments``, whose tensors lie on the CPU; nothing is copied."""
     shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
-    tensors = {f"{fragment.name}[{fragment.start}:{fragment.start + fragment.numel}].{kind}": tensor
-               for fragment in fragments for kind, tensor in fragment.tensors.items()}
-    return pack({key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()}, tensors.values(), shapes=json.dumps(shapes))
+    tensors = {
+        f"{fragment.name}[{fragment.start}:{fragment.start + fragment.numel}].{kind}": tensor
+        for fragment in fragments
+        for kind, tensor in fragment.tensors.items()
+    }
+    return pack(
+        {key: (tensor.dtype, tensor.shape) for key, tensor in tensors.items()},
+        tensors.values(),
+        shapes=json.dumps(shapes),
+    )
 
 
-def pack(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iterable[Tensor], **metadata: str
-         ) -> Iterator[memoryview | bytes]:
+def pack(
+    entries: Mapping[str, tuple[torch.dtype, Sequence[int]]],
+    tensors: Iterable[Tensor],
+    **metadata: str,
+) -> Iterator[memoryview | bytes]:
     """Yield the bytes of a safetensors file with ``entries``: name -> (dtype, shape).
 
     ``tensors`` are their numbers in this order, whole or in pieces; each may be made when its turn comes.
@@ -45,7 +66,11 @@ def pack(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iter
     offset = 0
     for name, (dtype, shape) in entries.items():
         stop = offset + torch.Size(shape).numel() * dtype.itemsize
-        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [offset, stop]}
+        header[name] = {
+            "dtype": DTYPE_NAMES[dtype],
+            "shape": list(shape),
+            "data_offsets": [offset, stop],
+        }
         offset = stop
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
@@ -53,7 +78,7 @@ def pack(entries: Mapping[str, tuple[torch.dtype, Sequence[int]]], tensors: Iter
     for tensor in tensors:
         raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         for start in range(0, len(raw), CHUNK):
-            yield raw[start:start + CHUNK]
+            yield raw[start : start + CHUNK]
 
 
 class FragmentReader:
@@ -65,10 +90,14 @@ class FragmentReader:
     def __init__(self, checkpoint: Path) -> None:
         self._files = ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
-        self._ranges: dict[tuple[str, str], list[tuple[int, int, Any, str]]] = {}  # (name, kind) -> (start, stop, file, key)
+        self._ranges: dict[
+            tuple[str, str], list[tuple[int, int, Any, str]]
+        ] = {}  # (name, kind) -> (start, stop, file, key)
         for path in sorted((checkpoint / layout.ENGINE).glob("rank-*.safetensors")):
             file = self._files.enter_context(safe_open(path, framework="pt"))
-            self.shapes |= {name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()}
+            self.shapes |= {
+                name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()
+            }
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 match = KEY.fullmatch(key)
                 assert match, f"{path} holds {key}"
@@ -91,11 +120,15 @@ class FragmentReader:
         for first, last, file, key in self._ranges.get((name, kind), []):
             lo, hi = max(first, filled), min(last, stop)
             if lo == filled and lo < hi:
-                out[lo - start:hi - start].copy_(file.get_slice(key)[lo - first:hi - first])
+                out[lo - start : hi - start].copy_(file.get_slice(key)[lo - first : hi - first])
                 filled = hi
         if filled != stop:
-            raise CheckpointError("the checkpoint does not hold a whole tensor", where=name, value=f"{kind}: {filled} of {start}:{stop}",
-                                  remedy="this is a defect; `hfscale checkpoints RUN --verify` shows whether files changed")
+            raise CheckpointError(
+                "the checkpoint does not hold a whole tensor",
+                where=name,
+                value=f"{kind}: {filled} of {start}:{stop}",
+                remedy="this is a defect; `hfscale checkpoints RUN --verify` shows whether files changed",
+            )
         return out
 
     def dtype(self, name: str) -> torch.dtype:
@@ -116,12 +149,18 @@ def load_fragments(reader: FragmentReader, fragments: Sequence[Fragment]) -> Non
     for fragment in fragments:
         have = reader.shapes.get(fragment.name)
         if have != fragment.shape:
-            wrong.append(f"{fragment.name}: {list(fragment.shape)}, in the checkpoint {'missing' if have is None else list(have)}")
+            wrong.append(
+                f"{fragment.name}: {list(fragment.shape)}, in the checkpoint {'missing' if have is None else list(have)}"
+            )
         elif missing := set(fragment.tensors) - reader.kinds(fragment.name):
             wrong.append(f"{fragment.name}: no {' and '.join(sorted(missing))} in the checkpoint")
     if wrong:
-        raise CheckpointError(f"the checkpoint is one of another model: {len(wrong)} tensors differ", where="checkpoints", value=wrong[:5],
-                              remedy="use the model section the run was started with, or another run.name")
+        raise CheckpointError(
+            f"the checkpoint is one of another model: {len(wrong)} tensors differ",
+            where="checkpoints",
+            value=wrong[:5],
+            remedy="use the model section the run was started with, or another run.name",
+        )
     for fragment in fragments:
         for kind, tensor in fragment.tensors.items():
             reader.read(fragment.name, kind, start=fragment.start, out=tensor)

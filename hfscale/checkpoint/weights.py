@@ -1,4 +1,5 @@
 """One way to read a model's weights, tensor by tensor, wherever they come from: a run, a checkpoint of any stage, a transformers folder."""
+
 from __future__ import annotations
 
 import json
@@ -52,14 +53,18 @@ class Match:
     sources: dict[str, str]  # name in the model -> name in the reader
     missing: Sequence[str]
     unexpected: Sequence[str]
-    grown: Sequence[str]  # names in the model of what has a row (or number) an id, and more ids than its source
+    grown: Sequence[
+        str
+    ]  # names in the model of what has a row (or number) an id, and more ids than its source
     rows: Sequence[int]  # ids there, and in the model
 
     def shape(self, reader: WeightsReader, name: str) -> tuple[int, ...]:
         """Return the shape of the model's tensor ``name``."""
         old, new = self.rows
         there = reader.shape(self.sources[name])
-        return tuple(new if size == old else size for size in there) if name in self.grown else there
+        return (
+            tuple(new if size == old else size for size in there) if name in self.grown else there
+        )
 
     def read_slice(self, reader: WeightsReader, name: str, *, start: int, numel: int) -> Tensor:
         """Return elements of the model's flattened tensor ``name``; fp32, where it has grown.
@@ -85,7 +90,12 @@ def _mean_row(reader: WeightsReader, name: str, *, rows: int) -> Tensor:
     total = torch.zeros(width, dtype=torch.float64)
     for first in range(0, rows, BLOCK_ROWS):
         count = min(BLOCK_ROWS, rows - first)
-        total += reader.read_slice(name, start=first * width, numel=count * width).view(count, width).double().sum(0)
+        total += (
+            reader.read_slice(name, start=first * width, numel=count * width)
+            .view(count, width)
+            .double()
+            .sum(0)
+        )
     return total / rows
 
 
@@ -99,15 +109,25 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     """
     if checkpoint := layout.checkpoint_of(path):
         saved, state = CheckpointWeights(checkpoint, check=check), layout.state_of(checkpoint)
-        return MergedWeights(saved, check=check, **state["adapters"]) if "adapters" in state else saved
+        return (
+            MergedWeights(saved, check=check, **state["adapters"]) if "adapters" in state else saved
+        )
     if not Path(path).is_dir():
-        raise CheckpointError("there is no such folder", where=path, remedy="name a run, a checkpoint or a transformers folder")
+        raise CheckpointError(
+            "there is no such folder",
+            where=path,
+            remedy="name a run, a checkpoint or a transformers folder",
+        )
     return FolderWeights(Path(path))
 
 
 def verify_together(checkpoint: Path) -> list[str]:
     """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files. Collective."""
-    rank, world_size = (torch_dist.get_rank(), torch_dist.get_world_size()) if torch_dist.is_initialized() else (0, 1)
+    rank, world_size = (
+        (torch_dist.get_rank(), torch_dist.get_world_size())
+        if torch_dist.is_initialized()
+        else (0, 1)
+    )
     everyone = from_all_ranks(verify(checkpoint, part=rank, parts=world_size))
     return sorted({problem for problems in everyone for problem in problems})
 
@@ -119,8 +139,12 @@ def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Pa
         CheckpointError: if it finds something.
     """
     if problems := check(checkpoint):
-        raise CheckpointError("the checkpoint is damaged and was not opened", where=checkpoint, value=problems[:5],
-                              remedy="name an older checkpoint of the run, or resume the run: it falls back by itself")
+        raise CheckpointError(
+            "the checkpoint is damaged and was not opened",
+            where=checkpoint,
+            value=problems[:5],
+            remedy="name an older checkpoint of the run, or resume the run: it falls back by itself",
+        )
     return checkpoint
 
 
@@ -142,16 +166,36 @@ class CheckpointWeights(WeightsReader):
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         home = self.home(name)
-        return self._reader.read(home, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(home)))
+        return self._reader.read(
+            home, "weight", start=start, out=torch.empty(numel, dtype=self._reader.dtype(home))
+        )
 
 
 class MergedWeights(WeightsReader):
     """What adapters were trained to: W + scale * B A of each target; the rest as it is in their checkpoint, or in ``folder``."""
 
-    def __init__(self, saved: CheckpointWeights, *, check: Check, folder: str, scale: float, match: dict[str, Any],
-                 targets: dict[str, bool], **_: Any) -> None:
-        self.saved, self.folder, self.base, self.scale, self.targets = saved, folder, open_weights(folder, check=check), scale, targets
-        self.match, trained = Match(**match), [name for name in saved.names() if ".lora_" not in name]
+    def __init__(
+        self,
+        saved: CheckpointWeights,
+        *,
+        check: Check,
+        folder: str,
+        scale: float,
+        match: dict[str, Any],
+        targets: dict[str, bool],
+        **_: Any,
+    ) -> None:
+        self.saved, self.folder, self.base, self.scale, self.targets = (
+            saved,
+            folder,
+            open_weights(folder, check=check),
+            scale,
+            targets,
+        )
+        self.match, trained = (
+            Match(**match),
+            [name for name in saved.names() if ".lora_" not in name],
+        )
         self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
         self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}
 
@@ -163,13 +207,24 @@ class MergedWeights(WeightsReader):
 
     def shape(self, name: str) -> tuple[int, ...]:
         inside = self.plain[self.home(name)]
-        return self.saved.shape(inside) if inside in self.own.values() else self.match.shape(self.base, inside)
+        return (
+            self.saved.shape(inside)
+            if inside in self.own.values()
+            else self.match.shape(self.base, inside)
+        )
 
     def read(self, name: str) -> Tensor:
         name = self.home(name)
         shape, inside, module = self.shape(name), self.plain[name], name.removesuffix(".weight")
-        value = self.saved.read(inside) if name in self.own else (
-            self.match.read_slice(self.base, inside, start=0, numel=torch.Size(shape).numel()).view(shape))
+        value = (
+            self.saved.read(inside)
+            if name in self.own
+            else (
+                self.match.read_slice(
+                    self.base, inside, start=0, numel=torch.Size(shape).numel()
+                ).view(shape)
+            )
+        )
         if module == name or module not in self.targets:
             return value
         a, b = (self.saved.read(f"{module}.lora_{side}.default.weight") for side in "AB")
@@ -177,7 +232,7 @@ class MergedWeights(WeightsReader):
         return value.float() + (delta.T if self.targets[module] else delta)
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
-        return self.read(name).reshape(-1)[start:start + numel]
+        return self.read(name).reshape(-1)[start : start + numel]
 
 
 class FolderWeights(WeightsReader):
@@ -186,20 +241,33 @@ class FolderWeights(WeightsReader):
     def __init__(self, folder: Path) -> None:
         try:
             if (folder / INDEX).is_file():
-                where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+                where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))[
+                    "weight_map"
+                ]
             elif (folder / SINGLE).is_file():
                 with safe_open(folder / SINGLE, framework="pt") as file:
                     where = dict.fromkeys(file.keys(), SINGLE)
             else:
-                raise CheckpointError("no safetensors weights here", where=folder, value=sorted(p.name for p in folder.glob("*"))[:10],
-                                      remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened")
-            opened = {name: safe_open(folder / name, framework="pt") for name in sorted(set(where.values()))}
+                raise CheckpointError(
+                    "no safetensors weights here",
+                    where=folder,
+                    value=sorted(p.name for p in folder.glob("*"))[:10],
+                    remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened",
+                )
+            opened = {
+                name: safe_open(folder / name, framework="pt")
+                for name in sorted(set(where.values()))
+            }
             self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
             for name in where:
                 self.shape(name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
-            raise CheckpointError("a file of the weights is missing or damaged", where=folder, value=str(error).splitlines()[0],
-                                  remedy="copy the folder again, whole") from error
+            raise CheckpointError(
+                "a file of the weights is missing or damaged",
+                where=folder,
+                value=str(error).splitlines()[0],
+                remedy="copy the folder again, whole",
+            ) from error
 
     def names(self) -> list[str]:
         return list(self._tensors)
@@ -210,7 +278,13 @@ class FolderWeights(WeightsReader):
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         shape = self.shape(name)
         if not shape:
-            return self._tensors[name].get_tensor(name).view(-1)[start:start + numel]
-        row = torch.Size(shape[1:]).numel()  # safetensors slices by rows: read those that cover the range
+            return self._tensors[name].get_tensor(name).view(-1)[start : start + numel]
+        row = torch.Size(
+            shape[1:]
+        ).numel()  # safetensors slices by rows: read those that cover the range
         first, last = start // row, -(-(start + numel) // row)
-        return self._tensors[name].get_slice(name)[first:last].reshape(-1)[start - first * row:][:numel]
+        return (
+            self._tensors[name]
+            .get_slice(name)[first:last]
+            .reshape(-1)[start - first * row :][:numel]
+        )

@@ -1,4 +1,5 @@
 """The config of a fine-tuning: labelled examples instead of shards, a task instead of an objective."""
+
 from __future__ import annotations
 
 from typing import Annotated, ClassVar, Literal, Union
@@ -22,16 +23,24 @@ class Examples(Section):
     """Labelled examples: files of JSONL, csv, tsv, parquet or WebDataset, folders or globs of them, or ``NAME:SPLIT`` of the hub."""
 
     train: Table
-    validation: Union[HeldOut, Table, None] = None  # or a fraction of the training examples, chosen by a hash of what they say
+    validation: Union[HeldOut, Table, None] = (
+        None  # or a fraction of the training examples, chosen by a hash of what they say
+    )
     test: Union[HeldOut, Table, None] = None
     subset: str | None = None  # of the hub: the configuration
-    columns: dict[str, str] = {}  # role of the task -> column; a role has the column of its own name, "id" the number of the row
+    columns: dict[
+        str, str
+    ] = {}  # role of the task -> column; a role has the column of its own name, "id" the number of the row
     max_length: Annotated[int, Field(gt=1)] = 256  # tokens of a feature, special ones included
     too_long: Literal["truncate", "refuse"] = "truncate"
-    on_error: Literal["stop", "skip"] = "stop"  # skip: examples that cannot be used are counted, shown and left out
+    on_error: Literal["stop", "skip"] = (
+        "stop"  # skip: examples that cannot be used are counted, shown and left out
+    )
     length_grouping: bool = True  # batches of about equal length
     validate_every_steps: Positive | None = None  # without it once an epoch
-    cache: AbsolutePath | None = None  # of preprocessed examples; hfscale in $XDG_CACHE_HOME or ~/.cache
+    cache: AbsolutePath | None = (
+        None  # of preprocessed examples; hfscale in $XDG_CACHE_HOME or ~/.cache
+    )
 
     @property
     def seq_len(self) -> int:

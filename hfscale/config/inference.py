@@ -1,10 +1,19 @@
 """The config of jobs that train nothing: predictions, a language model on shards, tasks of lm-evaluation-harness."""
+
 from __future__ import annotations
 
 from typing import Any, Literal, Union
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import AbsolutePath, LocalPath, Named, PathOrHubName, Positive, RunConfig, Section
+from hfscale.config.schema import (
+    AbsolutePath,
+    LocalPath,
+    Named,
+    PathOrHubName,
+    Positive,
+    RunConfig,
+    Section,
+)
 
 
 class Inference(Section):
@@ -12,7 +21,9 @@ class Inference(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["fp32", "bf16", "fp16", None] = None  # None: as it was trained, or saved
-    offload: Literal["none", "parameters"] = "none"  # stage 3: the shares lie in the memory of the host
+    offload: Literal["none", "parameters"] = (
+        "none"  # stage 3: the shares lie in the memory of the host
+    )
     extra: dict[str, Any] = {}  # stage 3: merged last into DeepSpeed's config, as ``Engine.extra``
 
 
@@ -23,7 +34,9 @@ class Predict(Section):
     out: LocalPath
     split: Literal["train", "validation", "test"] = "train"  # of the data
     batch: Positive = 32
-    answers: bool = False  # the examples have their answers, which predictions will be compared with
+    answers: bool = (
+        False  # the examples have their answers, which predictions will be compared with
+    )
 
 
 class PredictConfig(Section):

@@ -2,6 +2,7 @@
 
 Values are YAML 1.2's: `3e-4` is a number, `24:00:00` and `no` are strings. A key is written with dots, `data.sources.0.shards`.
 """
+
 from __future__ import annotations
 
 import os
@@ -23,12 +24,23 @@ from hfscale.errors import ConfigError, counted, nearest
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
-CHOICES = {"train": ("steps", "epochs", "tokens"), "model": ("architecture", "pretrained")}  # one of each; the layer on top decides
-KINDS: dict[str, type[Section]] = {"predict": PredictConfig, "harness": HarnessConfig, "evaluate": ShardsConfig, "task": FinetuneConfig,
-                                   "objective": RunConfig}  # the first of these sections that is there says what a config is of
+CHOICES = {
+    "train": ("steps", "epochs", "tokens"),
+    "model": ("architecture", "pretrained"),
+}  # one of each; the layer on top decides
+KINDS: dict[str, type[Section]] = {
+    "predict": PredictConfig,
+    "harness": HarnessConfig,
+    "evaluate": ShardsConfig,
+    "task": FinetuneConfig,
+    "objective": RunConfig,
+}  # the first of these sections that is there says what a config is of
 S = TypeVar("S", bound=Section)
-_WORDS = {"": None, "~": None} | {spelled(word): value for word, value in (("null", None), ("true", True), ("false", False))
-                                  for spelled in (str.lower, str.title, str.upper)}
+_WORDS = {"": None, "~": None} | {
+    spelled(word): value
+    for word, value in (("null", None), ("true", True), ("false", False))
+    for spelled in (str.lower, str.title, str.upper)
+}
 
 
 @dataclass(frozen=True)
@@ -58,12 +70,27 @@ class Tree:
         """Lay ``other`` on top: mappings are merged, everything else is replaced; so is what another choice leaves behind."""
         for section, choices in CHOICES.items():
             below, above = self.values.get(section), other.values.get(section)
-            if isinstance(below, dict) and isinstance(above, dict) and any(above.get(name) is not None for name in choices):
-                left = [name for name in choices if below.get(name) is not None and above.get(name) is None]
-                for key in [*left, *(["config"] if left and section == "model" else [])]:  # sizes of new weights are not those of old ones
+            if (
+                isinstance(below, dict)
+                and isinstance(above, dict)
+                and any(above.get(name) is not None for name in choices)
+            ):
+                left = [
+                    name
+                    for name in choices
+                    if below.get(name) is not None and above.get(name) is None
+                ]
+                for key in [
+                    *left,
+                    *(["config"] if left and section == "model" else []),
+                ]:  # sizes of new weights are not those of old ones
                     below.pop(key, None)
                     gone = f"{section}.{key}."
-                    self.sources = {known: source for known, source in self.sources.items() if not f"{known}.".startswith(gone)}
+                    self.sources = {
+                        known: source
+                        for known, source in self.sources.items()
+                        if not f"{known}.".startswith(gone)
+                    }
         self.lay(other)
 
     def lay(self, other: Tree) -> None:
@@ -73,29 +100,47 @@ class Tree:
 
     def _merge(self, below: Any, above: Any, prefix: str) -> None:
         for kind, belonging in (("architecture", "config"), ("name", "options")):
-            if isinstance(below, dict) and {kind, belonging} <= above.keys() and below.get(kind, above[kind]) != above[kind]:
+            if (
+                isinstance(below, dict)
+                and {kind, belonging} <= above.keys()
+                and below.get(kind, above[kind]) != above[kind]
+            ):
                 below[belonging] = None
         for key, value in above.items():
             name = f"{prefix}{key}"
             if isinstance(below, list):  # only an override can say `sources.0.shards`
                 if not (key.isdigit() and int(key) < len(below)):
-                    raise ConfigError(f"{prefix.rstrip('.')} is a list of {len(below)}", where=COMMAND_LINE, value=name,
-                                      remedy=f"count from 0 to {len(below) - 1}, or give the whole list")
+                    raise ConfigError(
+                        f"{prefix.rstrip('.')} is a list of {len(below)}",
+                        where=COMMAND_LINE,
+                        value=name,
+                        remedy=f"count from 0 to {len(below) - 1}, or give the whole list",
+                    )
                 key = int(key)
             old = below[key] if isinstance(below, list) else below.get(key)
-            if isinstance(value, dict) and (isinstance(old, dict) or (isinstance(old, list) and all(k.isdigit() for k in value))):
+            if isinstance(value, dict) and (
+                isinstance(old, dict) or (isinstance(old, list) and all(k.isdigit() for k in value))
+            ):
                 self._merge(old, value, f"{name}.")
             else:
                 below[key] = value
-                self.sources = {known: source for known, source in self.sources.items() if not known.startswith(f"{name}.")}
+                self.sources = {
+                    known: source
+                    for known, source in self.sources.items()
+                    if not known.startswith(f"{name}.")
+                }
 
 
 # -------------------------------------------------------------------------------------------------- public
 @overload
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Loaded[TrainConfig]: ...
 @overload
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[S]) -> Loaded[S]: ...
-def load_config(path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] | None = None) -> Loaded[Any]:
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, schema: type[S]
+) -> Loaded[S]: ...
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] | None = None
+) -> Loaded[Any]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
 
     Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them does.
@@ -116,7 +161,9 @@ def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: typ
 
 
 def _validated(tree: Tree, path: Path | str, schema: type[Any] | None) -> Loaded[Any]:
-    schema = schema or next((kind for section, kind in KINDS.items() if section in tree.values), RunConfig)
+    schema = schema or next(
+        (kind for section, kind in KINDS.items() if section in tree.values), RunConfig
+    )
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:
@@ -143,7 +190,13 @@ def _with(tree: Tree, overrides: Sequence[str]) -> Tree:
 
 def to_yaml(config: Section) -> str:
     """Return a YAML text that loads to an equal config, every default written out."""
-    return yaml.dump(config.model_dump(mode="json", by_alias=True), Dumper=_Dumper, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.dump(
+        config.model_dump(mode="json", by_alias=True),
+        Dumper=_Dumper,
+        sort_keys=False,
+        allow_unicode=True,
+        width=120,
+    )
 
 
 def json_schema(schema: type[Section] = RunConfig) -> dict[str, Any]:
@@ -151,8 +204,10 @@ def json_schema(schema: type[Section] = RunConfig) -> dict[str, Any]:
     described = schema.model_json_schema(by_alias=True)
     described.pop("required", None)
     text = {"type": "string"}
-    described["properties"]["extends"] = {"description": "files this one builds on, relative to it; the later wins",
-                                          "anyOf": [text, {"type": "array", "items": text}]}
+    described["properties"]["extends"] = {
+        "description": "files this one builds on, relative to it; the later wins",
+        "anyOf": [text, {"type": "array", "items": text}],
+    }
     return described
 
 
@@ -170,7 +225,9 @@ class _Dumper(yaml.SafeDumper):
     """Quotes every text that begins like a number: versions of YAML disagree about 1e-3 and 24:00:00, and any reader gets a text back."""
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
-        return self.represent_scalar("tag:yaml.org,2002:str", data, style="'" if re.match(r"[-+.\d]", data) else None)
+        return self.represent_scalar(
+            "tag:yaml.org,2002:str", data, style="'" if re.match(r"[-+.\d]", data) else None
+        )
 
     yaml_representers = yaml.SafeDumper.yaml_representers | {str: represent_str}  # type: ignore[assignment, operator]
 
@@ -181,38 +238,55 @@ def _compose(text: str, *, where: str) -> yaml.Node | None:
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f"{where}:{mark.line + 1}" if mark else where
-        raise ConfigError(f"not YAML: {getattr(error, 'problem', None) or error}", where=where,
-                          remedy="a text with { : # of its own stands between quotes; on the command line: 'key=\"{a}: b\"'") from None
+        raise ConfigError(
+            f"not YAML: {getattr(error, 'problem', None) or error}",
+            where=where,
+            remedy="a text with { : # of its own stands between quotes; on the command line: 'key=\"{a}: b\"'",
+        ) from None
 
 
 def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
     """Return the tree of a file, laid over the trees of what it extends."""
     if path.resolve() in chain:
-        raise ConfigError("configs extend each other in a circle", where=" -> ".join(p.name for p in (*chain, path)),
-                          remedy="take one `extends` out")
+        raise ConfigError(
+            "configs extend each other in a circle",
+            where=" -> ".join(p.name for p in (*chain, path)),
+            remedy="take one `extends` out",
+        )
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
-        raise ConfigError(f"cannot read the config: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}", where=path,
-                          remedy=nearest(path.name, beside) if beside else "check the path") from None
+        raise ConfigError(
+            f"cannot read the config: {getattr(error, 'strerror', None) or 'it is not UTF-8 text'}",
+            where=path,
+            remedy=nearest(path.name, beside) if beside else "check the path",
+        ) from None
     label = os.path.normpath(path)
     node, own = _compose(text, where=label), Tree()
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
-            raise ConfigError("a config is a mapping of sections", where=f"{label}:1", value=text[:60])
+            raise ConfigError(
+                "a config is a mapping of sections", where=f"{label}:1", value=text[:60]
+            )
         own.values = _plain(node, "", label, own.sources)
     bases = own.values.pop("extends", None) or []
     where = own.sources.pop("extends", label)
     bases = [bases] if isinstance(bases, str) else bases
     if not (isinstance(bases, list) and all(isinstance(base, str) for base in bases)):
-        raise ConfigError("`extends` is a file or a list of files, relative to this one", where=where, value=bases)
+        raise ConfigError(
+            "`extends` is a file or a list of files, relative to this one", where=where, value=bases
+        )
     tree = Tree()
     for base in bases:
         file = path.parent / Path(base).expanduser()
         if not file.is_file():
-            raise ConfigError(f"no such file to extend: {base}", where=where, value=str(file),
-                              remedy="it is relative to the file that says it")
+            raise ConfigError(
+                f"no such file to extend: {base}",
+                where=where,
+                value=str(file),
+                remedy="it is relative to the file that says it",
+            )
         tree.merge(_read(file, chain=(*chain, path.resolve())))
     tree.merge(own)
     return tree
@@ -225,14 +299,23 @@ def _plain(node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> 
         for key_node, value_node in node.value:
             key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
             if key in values:
-                raise ConfigError(f"{prefix}{key} is written twice", where=where, value=key, remedy="keep one of them")
+                raise ConfigError(
+                    f"{prefix}{key} is written twice",
+                    where=where,
+                    value=key,
+                    remedy="keep one of them",
+                )
             sources[f"{prefix}{key}"] = where
             values[key] = _plain(value_node, f"{prefix}{key}.", file, sources)
         return values
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, f"{prefix}{i}.", file, sources) for i, item in enumerate(node.value)]
     if not node.tag.startswith("tag:yaml.org,"):
-        raise ConfigError("tags have no meaning in a config", where=f"{file}:{node.start_mark.line + 1}", value=node.tag)
+        raise ConfigError(
+            "tags have no meaning in a config",
+            where=f"{file}:{node.start_mark.line + 1}",
+            value=node.tag,
+        )
     quoted = isinstance(node, yaml.ScalarNode) and node.style  # or a block of text
     return node.value if quoted else _scalar(node.value)
 
@@ -252,9 +335,16 @@ def _parse_override(text: str) -> Tree:
     key, equals, value = text.partition("=")
     key = key.strip()
     if not equals or not re.fullmatch(r"[^\s.]+(\.[^\s.]+)*", key):
-        raise ConfigError("an override is written key=value", where=COMMAND_LINE, value=text, remedy="for example train.steps=100")
+        raise ConfigError(
+            "an override is written key=value",
+            where=COMMAND_LINE,
+            value=text,
+            remedy="for example train.steps=100",
+        )
     tree = Tree()
-    if value.startswith(("*", "&", "!", "%", "@", "`")):  # YAML's own signs have no use in one value; a glob is meant
+    if value.startswith(
+        ("*", "&", "!", "%", "@", "`")
+    ):  # YAML's own signs have no use in one value; a glob is meant
         parsed: Any = value
     else:
         node = _compose(value, where=f"{COMMAND_LINE}, {key}")
@@ -273,8 +363,12 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
     for item in error.errors(include_url=False):
         here: Any = tree.values
         parts: list[str] = []
-        for part in item["loc"]:  # the location goes on with names of union branches, which are not keys
-            is_key = (isinstance(here, dict) and part in here) or (isinstance(here, list) and isinstance(part, int) and part < len(here))
+        for part in item[
+            "loc"
+        ]:  # the location goes on with names of union branches, which are not keys
+            is_key = (isinstance(here, dict) and part in here) or (
+                isinstance(here, list) and isinstance(part, int) and part < len(here)
+            )
             if is_key:
                 here = here[part]
                 parts.append(str(part))
@@ -286,19 +380,24 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
         elif item["type"] == "extra_forbidden":
             message = f"unknown key; {_nearest_key(parts, schema)}"
         else:
-            message = f"{here!r:.80}: {item['msg'][0].lower()}{item['msg'][1:]}".replace("input should", "should")
+            message = f"{here!r:.80}: {item['msg'][0].lower()}{item['msg'][1:]}".replace(
+                "input should", "should"
+            )
         found.setdefault(key, []).append(message)
     return [(key, "; or ".join(dict.fromkeys(messages))) for key, messages in found.items()]
 
 
 def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """Return the keys of a section, with the section below a key or None."""
+
     def below(annotation: Any) -> type[BaseModel] | None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             return annotation
         return next((found for part in get_args(annotation) if (found := below(part))), None)
 
-    return {info.alias or name: below(info.annotation) for name, info in schema.model_fields.items()}
+    return {
+        info.alias or name: below(info.annotation) for name, info in schema.model_fields.items()
+    }
 
 
 def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
@@ -307,7 +406,11 @@ def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
     section: type[BaseModel] | None = schema
     for part in sections:
         section = section if part.isdigit() or section is None else _fields(section)[part]
-    elsewhere = [f"{top}.{name}" for top, below in _fields(schema).items() if below and name in _fields(below)]
+    elsewhere = [
+        f"{top}.{name}"
+        for top, below in _fields(schema).items()
+        if below and name in _fields(below)
+    ]
     if elsewhere:
         return f"did you mean {' or '.join(elsewhere)}?"
     return nearest(name, [*_fields(section)] if section else [])
@@ -316,7 +419,13 @@ def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
 def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:
     """Return one error that lists all problems in the order of their lines."""
     loaded: Loaded[Any] = Loaded(None, tree.sources)
-    lines = sorted((f"{loaded.source(key, default=str(path))}: {key}: {message}" for key, message in problems),
-                   key=lambda line: [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)])
-    return ConfigError("\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),
-                       remedy="`hfscale show --schema` prints every key with its type and default")
+    lines = sorted(
+        (f"{loaded.source(key, default=str(path))}: {key}: {message}" for key, message in problems),
+        key=lambda line: [
+            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)
+        ],
+    )
+    return ConfigError(
+        "\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),
+        remedy="`hfscale show --schema` prints every key with its type and default",
+    )

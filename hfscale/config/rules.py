@@ -2,6 +2,7 @@
 
 What DeepSpeed refuses is in ``engine/ds_config.py``, what a model refuses in ``models/build.py``; both are checked before a run starts.
 """
+
 from __future__ import annotations
 
 import math
@@ -32,31 +33,74 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
     if len(lengths) != 1:
         given = " and ".join(f"train.{name}" for name in lengths) or "none of them"
         remedy = f"; take one back with train.{lengths[0]}=null" if lengths else ""
-        found.append((f"train.{lengths[-1]}" if lengths else "train.steps",
-                      f"a run is as long as exactly one of train.steps, train.epochs and train.tokens says, here {given}{remedy}"))
+        found.append(
+            (
+                f"train.{lengths[-1]}" if lengths else "train.steps",
+                f"a run is as long as exactly one of train.steps, train.epochs and train.tokens says, here {given}{remedy}",
+            )
+        )
     if train.global_batch % train.micro_batch:
-        found.append(("train.micro_batch", f"{train.micro_batch} does not divide train.global_batch={train.global_batch}; "
-                      f"{nearest_text(_divisors(train.global_batch), train.micro_batch)} would"))
+        found.append(
+            (
+                "train.micro_batch",
+                f"{train.micro_batch} does not divide train.global_batch={train.global_batch}; "
+                f"{nearest_text(_divisors(train.global_batch), train.micro_batch)} would",
+            )
+        )
     if (model.architecture is None) == (model.pretrained is None):
-        found.append(("model.architecture",
-                      "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)"))
-    found += [(f"engine.extra.{key}", f"{why}; take it out") for key, why in UNSAFE.items() if key in config.engine.extra]
+        found.append(
+            (
+                "model.architecture",
+                "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)",
+            )
+        )
+    found += [
+        (f"engine.extra.{key}", f"{why}; take it out")
+        for key, why in UNSAFE.items()
+        if key in config.engine.extra
+    ]
     if config.checkpoint.keep_best and data.validation is None:
         setting = "data.validation" if isinstance(data, Examples) else "data.validation.shards"
-        found.append(("checkpoint.keep_best", f"there is no validation to find the best by: set {setting}, or take it back"))
+        found.append(
+            (
+                "checkpoint.keep_best",
+                f"there is no validation to find the best by: set {setting}, or take it back",
+            )
+        )
     if (best := config.checkpoint.keep_best) and best.mode == "max" and LESS.search(best.metric):
-        found.append(("checkpoint.keep_best.mode", f"max would keep the worst {best.metric}: set checkpoint.keep_best.mode=min"))
+        found.append(
+            (
+                "checkpoint.keep_best.mode",
+                f"max would keep the worst {best.metric}: set checkpoint.keep_best.mode=min",
+            )
+        )
     if train.patience and not config.checkpoint.keep_best:
-        found.append(("train.patience", "nothing says what shall become better: set checkpoint.keep_best.metric"))
+        found.append(
+            (
+                "train.patience",
+                "nothing says what shall become better: set checkpoint.keep_best.metric",
+            )
+        )
     if model.lora and (model.pretrained is None or model.freeze):
-        found.append(("model.lora", "adapters stand beside pretrained weights: set model.pretrained" if model.pretrained is None else
-                      "all that has pretrained weights is frozen beside adapters: take back model.freeze"))
+        found.append(
+            (
+                "model.lora",
+                "adapters stand beside pretrained weights: set model.pretrained"
+                if model.pretrained is None
+                else "all that has pretrained weights is frozen beside adapters: take back model.freeze",
+            )
+        )
     if not isinstance(data, Examples):
         return found + list(_mixture_problems(data))
     if train.tokens is not None:
         found.append(("train.tokens", "examples differ in length: say train.epochs or train.steps"))
     if config.tokenizer is None and model.pretrained is None:
-        found.append(("tokenizer", "a model with new weights has no tokenizer of its own: set tokenizer.path"))
+        found.append(
+            (
+                "tokenizer",
+                "a model with new weights has no tokenizer of its own: set tokenizer.path",
+            )
+        )
     if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
         found.append(("data.validation", "validation and test leave nothing to train on"))
     return found
@@ -66,25 +110,42 @@ def _mixture_problems(data: Data) -> Iterator[tuple[str, str]]:
     weights = {source.name: source.weight for source in data.sources}
     for number, source in enumerate(data.sources):
         if source.name in [other.name for other in data.sources[:number]]:
-            yield f"data.sources.{number}.name", f"two sources are named {source.name}: give each a name of its own"
+            yield (
+                f"data.sources.{number}.name",
+                f"two sources are named {source.name}: give each a name of its own",
+            )
     if not any(weights.values()):
-        yield "data.sources", "the weights sum to nothing: give at least one source a weight above 0"
+        yield (
+            "data.sources",
+            "the weights sum to nothing: give at least one source a weight above 0",
+        )
     for number, stage in enumerate(data.stages):
         key = f"data.stages.{number}.weights"
-        yield from ((key, f"there is no source {name}; {nearest(name, weights)}") for name in stage.weights if name not in weights)
+        yield from (
+            (key, f"there is no source {name}; {nearest(name, weights)}")
+            for name in stage.weights
+            if name not in weights
+        )
         weights |= {name: weight for name, weight in stage.weights.items() if name in weights}
         if not any(weights.values()):
-            yield key, "from this stage on all weights are 0: a source that is not named keeps its weight"
+            yield (
+                key,
+                "from this stage on all weights are 0: a source that is not named keeps its weight",
+            )
 
 
 def notices(config: TrainConfig) -> list[str]:
     """Return what is allowed but probably not meant."""
     said = []
     if config.train.steps is not None and config.schedule.warmup_steps >= config.train.steps:
-        said.append(f"schedule.warmup_steps={config.schedule.warmup_steps} is not below train.steps={config.train.steps}: "
-                    "the learning rate never gets to optim.lr")
+        said.append(
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is not below train.steps={config.train.steps}: "
+            "the learning rate never gets to optim.lr"
+        )
     if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
-        said.append(f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in less memory)")
+        said.append(
+            f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in less memory)"
+        )
     return said
 
 
@@ -100,8 +161,10 @@ class BatchPlan:
 
     @property
     def equation(self) -> str:
-        return (f"global_batch {self.global_batch} = micro_batch {self.micro_batch} x accumulation {self.accumulation}"
-                f" x world_size {self.world_size}")
+        return (
+            f"global_batch {self.global_batch} = micro_batch {self.micro_batch} x accumulation {self.accumulation}"
+            f" x world_size {self.world_size}"
+        )
 
 
 def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
@@ -114,14 +177,23 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
     if rest == 0:
         return BatchPlan(global_batch, micro_batch, accumulation, world_size)
     unit = micro_batch * world_size
-    offers = [f"train.global_batch={nearest_text([accumulation * unit, (accumulation + 1) * unit], global_batch)}"]
+    offers = [
+        f"train.global_batch={nearest_text([accumulation * unit, (accumulation + 1) * unit], global_batch)}"
+    ]
     if global_batch % world_size == 0:
-        offers.append(f"train.micro_batch={nearest_text(_divisors(global_batch // world_size), micro_batch)}")
+        offers.append(
+            f"train.micro_batch={nearest_text(_divisors(global_batch // world_size), micro_batch)}"
+        )
     if global_batch % micro_batch == 0:
-        offers.append(f"world_size {nearest_text(_divisors(global_batch // micro_batch), world_size)}")
-    raise ConfigError(f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} ranks",
-                      where="train.global_batch", value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
-                      remedy=", or ".join(offers))
+        offers.append(
+            f"world_size {nearest_text(_divisors(global_batch // micro_batch), world_size)}"
+        )
+    raise ConfigError(
+        f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} ranks",
+        where="train.global_batch",
+        value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
+        remedy=", or ".join(offers),
+    )
 
 
 def total_steps(train: Train, *, rows: int, seq_len: int) -> int:
@@ -146,14 +218,24 @@ def nearest_text(values: list[int], wanted: int) -> str:
 # What a key's change means to a run that has already trained; the longest matching prefix decides, and the rest is free.
 Change = Literal["refused", "noticed", "free"]
 CHANGES: dict[str, Change] = {
-    "run.seed": "refused", "tokenizer": "refused", "objective": "refused",
-    "model": "refused", "model.attention": "free", "model.trust_remote_code": "free",
-    "data.seq_len": "refused", "data.lanes": "refused", "data.block": "refused",  # the order of rows is made of these
+    "run.seed": "refused",
+    "tokenizer": "refused",
+    "objective": "refused",
+    "model": "refused",
+    "model.attention": "free",
+    "model.trust_remote_code": "free",
+    "data.seq_len": "refused",
+    "data.lanes": "refused",
+    "data.block": "refused",  # the order of rows is made of these
     "data.stages": "noticed",
     "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
     "data.cross_document": "noticed",
     "task": "refused",  # and what it is given: other examples than were seen are found by their fingerprint
-    "train": "noticed", "train.micro_batch": "free", "train.hang_timeout_s": "free", "optim": "noticed", "schedule": "noticed",
+    "train": "noticed",
+    "train.micro_batch": "free",
+    "train.hang_timeout_s": "free",
+    "optim": "noticed",
+    "schedule": "noticed",
 }
 
 
@@ -169,7 +251,9 @@ class Difference:
         return f"{self.key}: {self.old!r} -> {self.new!r}"
 
 
-def resume_differences(old: TrainConfig, new: TrainConfig) -> tuple[list[Difference], list[Difference]]:
+def resume_differences(
+    old: TrainConfig, new: TrainConfig
+) -> tuple[list[Difference], list[Difference]]:
     """Return what a resume of ``old`` as ``new`` must be refused for, and what is accepted with a notice."""
     found: dict[Change, list[Difference]] = {"refused": [], "noticed": [], "free": []}
     for difference in differences(old, new):
@@ -180,7 +264,10 @@ def resume_differences(old: TrainConfig, new: TrainConfig) -> tuple[list[Differe
 
 def differences(old: Section | dict[str, Any], new: Section | dict[str, Any]) -> list[Difference]:
     """Return every key whose value differs, in the order of the schema (of the mapping)."""
-    before, after = (one.model_dump(mode="json", by_alias=True) if isinstance(one, Section) else one for one in (old, new))
+    before, after = (
+        one.model_dump(mode="json", by_alias=True) if isinstance(one, Section) else one
+        for one in (old, new)
+    )
     return list(_differences(before, after, ""))
 
 

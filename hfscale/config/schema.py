@@ -4,6 +4,7 @@ Rules that look at two sections at once live in ``rules.py``; reading files and 
 Sizes are in sequences where a name ends in ``_batch``, in tokens where it ends in ``_tokens`` or ``seq_len``.
 Paths are relative to the current directory, and absolute once validated: a job may start somewhere else.
 """
+
 from __future__ import annotations
 
 import os
@@ -24,13 +25,21 @@ def _absolute_unless_url(path: str) -> str:
 
 def _absolute_unless_hub_name(path: str) -> str:
     """A folder that exists (or a run with its checkpoint, RUN@best), or no spelling of the hub's, is a path; ``org/name`` stays."""
-    is_path = path.startswith((".", "/", "~")) or path.count("/") > 1 or Path(path.partition("@")[0]).exists()
+    is_path = (
+        path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or Path(path.partition("@")[0]).exists()
+    )
     return str(_absolute(Path(path))) if is_path else path
 
 
 def _absolute_unless_hub_data(name: str) -> str:
     """Return a path in full: what is one for models, ends like a file or has a wild card. The hub's ``org/name:split`` stays."""
-    return str(_absolute(Path(name))) if re.search(r"[*?\[]|\.\w+$", name) else _absolute_unless_hub_name(name)
+    return (
+        str(_absolute(Path(name)))
+        if re.search(r"[*?\[]|\.\w+$", name)
+        else _absolute_unless_hub_name(name)
+    )
 
 
 Positive = Annotated[int, Field(gt=0)]
@@ -48,7 +57,13 @@ HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
 class Section(BaseModel):
     """A section of a config: immutable, and strict about unknown keys."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=True, protected_namespaces=(), allow_inf_nan=False)
+    model_config = ConfigDict(
+        extra="forbid",
+        frozen=True,
+        populate_by_name=True,
+        protected_namespaces=(),
+        allow_inf_nan=False,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -71,14 +86,18 @@ class Source(Section):
 
     name: str = "text"
     shards: PathOrUrl
-    weight: Annotated[float, Field(ge=0)] = 1.0  # its share of the rows, after division by the sum of all
+    weight: Annotated[float, Field(ge=0)] = (
+        1.0  # its share of the rows, after division by the sum of all
+    )
     max_epochs: Annotated[float, Field(gt=0)] | None = None  # then its share goes to the others
 
 
 class Stage(Section):
     """From here on, the sources that are named have these weights; the others keep theirs."""
 
-    at: Union[Positive, Annotated[float, Field(gt=0, lt=1)]]  # steps done when it begins, or a fraction of the run's
+    at: Union[
+        Positive, Annotated[float, Field(gt=0, lt=1)]
+    ]  # steps done when it begins, or a fraction of the run's
     weights: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
 
 
@@ -107,13 +126,19 @@ class Data(Section):
     stages: list[Stage] = []
     validation: Validation | None = None
     lanes: Union[Literal["auto"], Positive] = "auto"
-    block: Positive = 1024  # rows of a lane that are shuffled together; and of a mixture that hold its weights
+    block: Positive = (
+        1024  # rows of a lane that are shuffled together; and of a mixture that hold its weights
+    )
     cross_document: bool = True  # False: a token attends to its own document only
     verify: bool = True  # check each chunk's checksum when it is first read
-    on_error: Literal["stop", "skip"] = "stop"  # skip: rows that touch damaged data train nothing, and are counted
+    on_error: Literal["stop", "skip"] = (
+        "stop"  # skip: rows that touch damaged data train nothing, and are counted
+    )
     max_skipped: Fraction = 0.001  # of the rows read; more than that stops the run
     prefetch_steps: Positive = 2  # steps that the reader thread prepares ahead, at least
-    tokenize_procs: Union[Literal["auto"], Positive] = "auto"  # of each rank, for sources of raw text; auto: its share of the cores
+    tokenize_procs: Union[Literal["auto"], Positive] = (
+        "auto"  # of each rank, for sources of raw text; auto: its share of the cores
+    )
     cache: Cache = Cache()
     allow_pipe: bool = False  # shards of pipe:COMMAND {} run that command
 
@@ -129,7 +154,9 @@ class Lora(Section):
     r: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
     dropout: Decay = 0.0  # of what goes into A
-    targets: Union[Literal["all-linear"], list[str]] = "all-linear"  # ends of names of linear modules; all: those of the base model
+    targets: Union[Literal["all-linear"], list[str]] = (
+        "all-linear"  # ends of names of linear modules; all: those of the base model
+    )
 
 
 class Model(Section):
@@ -140,7 +167,9 @@ class Model(Section):
     pretrained: PathOrHubName | None = None
     attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
     trust_remote_code: bool = False
-    freeze: list[re.Pattern[str]] = []  # parameters in whose names one of these is found keep their first values
+    freeze: list[
+        re.Pattern[str]
+    ] = []  # parameters in whose names one of these is found keep their first values
     lora: Lora | None = None
 
 
@@ -160,7 +189,9 @@ class Optim(Section):
     eps: Annotated[float, Field(gt=0)] = 1e-8
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0 = off
-    layer_decay: Annotated[float, Field(gt=0, le=1)] = 1.0  # a layer's learning rate is this share of the one's above it
+    layer_decay: Annotated[float, Field(gt=0, le=1)] = (
+        1.0  # a layer's learning rate is this share of the one's above it
+    )
 
 
 class Schedule(Section):
@@ -180,8 +211,12 @@ class Train(Section):
     tokens: Positive | None = None
     global_batch: Positive
     micro_batch: Positive
-    hang_timeout_s: Annotated[float, Field(gt=0)] | None = 600.0  # without progress, after which stacks are written and the run ends
-    patience: Positive | None = None  # the run is done after so many validations without a new best of checkpoint.keep_best
+    hang_timeout_s: Annotated[float, Field(gt=0)] | None = (
+        600.0  # without progress, after which stacks are written and the run ends
+    )
+    patience: Positive | None = (
+        None  # the run is done after so many validations without a new best of checkpoint.keep_best
+    )
 
 
 class Engine(Section):
@@ -189,13 +224,17 @@ class Engine(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
-    offload: Literal["none", "optimizer", "parameters"] = "none"  # "parameters" (stage 3) includes the optimizer
+    offload: Literal["none", "optimizer", "parameters"] = (
+        "none"  # "parameters" (stage 3) includes the optimizer
+    )
     activation_checkpointing: bool = False
     compile: bool = False
     extra: dict[str, Any] = {}
 
 
-LESS = re.compile("loss|perplexity|bits|mse|alignment|uniformity")  # in the names of figures that are better the lower they are
+LESS = re.compile(
+    "loss|perplexity|bits|mse|alignment|uniformity"
+)  # in the names of figures that are better the lower they are
 
 
 class Best(Section):
@@ -203,7 +242,8 @@ class Best(Section):
 
     metric: Annotated[str, Field(pattern="^validation_")] = "validation_loss"
     mode: Literal["min", "max"] = Field(  # without it, as the name of the metric says
-        default_factory=lambda said: "min" if LESS.search(said.get("metric", "loss")) else "max")
+        default_factory=lambda said: "min" if LESS.search(said.get("metric", "loss")) else "max"
+    )
 
 
 class Checkpoint(Section):
@@ -213,7 +253,9 @@ class Checkpoint(Section):
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
     keep_last: Positive = 2
     keep_every_steps: Positive | None = None  # checkpoints of these steps are permanent
-    keep_best: Best | None = None  # a validation with the best value yet is saved at once, and kept until a better one
+    keep_best: Best | None = (
+        None  # a validation with the best value yet is saved at once, and kept until a better one
+    )
     async_: Annotated[bool, Field(alias="async")] = True
 
 
@@ -233,9 +275,15 @@ class Cluster(Section):
     partition: str | None = None
     account: str | None = None
     # as sbatch takes it: 90 (minutes), 24:00:00, 2-12
-    time: Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", coerce_numbers_to_str=True)] | None = None
-    signal_s: Positive = 300  # how long before the time limit the ranks are told to save: longer than a save takes
-    max_restarts: Annotated[int, Field(ge=0)] = 10  # of one job in a row that come no further than the one before
+    time: (
+        Annotated[str, Field(pattern=r"^(\d+-)?\d+(:\d+){0,2}$", coerce_numbers_to_str=True)] | None
+    ) = None
+    signal_s: Positive = (
+        300  # how long before the time limit the ranks are told to save: longer than a save takes
+    )
+    max_restarts: Annotated[int, Field(ge=0)] = (
+        10  # of one job in a row that come no further than the one before
+    )
     allow_local_disk: bool = False  # a run directory on a disk that only this machine sees
     sbatch: dict[str, Any] = {}  # any other option by its long name; true for one without a value
     submitit: dict[str, Any] = {}
@@ -279,8 +327,12 @@ class TextSource(Section):
     path: str  # file, folder or glob; for "hub" the data set's name
     pattern: str = "**/*"  # which files of a folder; comma-separated globs
     exclude: str = ""  # which of them to leave out
-    document_mb: Annotated[float, Field(gt=0)] = 4.0  # a longer text file becomes several documents, cut at line ends
-    field: str = "text"  # column of a table, or the extension (and json field: "json.text") in a tar
+    document_mb: Annotated[float, Field(gt=0)] = (
+        4.0  # a longer text file becomes several documents, cut at line ends
+    )
+    field: str = (
+        "text"  # column of a table, or the extension (and json field: "json.text") in a tar
+    )
     subset: str | None = None  # "hub": the configuration
     hub_split: str = "train"
 

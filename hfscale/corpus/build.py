@@ -7,6 +7,7 @@ Several machines share a build in parts. Each tokenizes a part of the files into
 the digests of its documents; whoever then finds all parts there merges them. The merge sends the parts' documents, in their order,
 through the writer of an ordinary build, which drops what an earlier part has: so the bytes are those of one process again.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -52,7 +53,9 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
     return build.run(config.shards.path, build.tokenized(build.corpus))
 
 
-def build_part(config: CorpusConfig, *, number: int, count: int) -> tuple[dict[Side, Manifest], list[int]]:
+def build_part(
+    config: CorpusConfig, *, number: int, count: int
+) -> tuple[dict[Side, Manifest], list[int]]:
     """Return the manifests of the whole build if this call finished it, after building part ``number`` (from 0) of ``count``; else none,
     and the parts that are missing: none of them while another process merges.
 
@@ -83,8 +86,11 @@ class _Build:
     def __init__(self, config: CorpusConfig) -> None:
         self._config, self.corpus, shards = config, open_corpus(config.source), config.shards
         self._tokenizer = load_tokenizer(config.tokenizer.path)
-        self._info = TokenizerInfo(tokenizer_digest(config.tokenizer.path), vocabulary_size(self._tokenizer),
-                                   end_of_document_id(self._tokenizer))
+        self._info = TokenizerInfo(
+            tokenizer_digest(config.tokenizer.path),
+            vocabulary_size(self._tokenizer),
+            end_of_document_id(self._tokenizer),
+        )
         self._sides: list[Side] = ["train", "validation"] if config.split.validation else ["train"]
         self._dtype = np.dtype("<u2" if self._info.vocab_size <= 2**16 else "<u4")
         self._source = {**self.corpus.describe(), "split": config.split.model_dump()}
@@ -95,27 +101,56 @@ class _Build:
     def finished(self, folder: Path) -> bool:
         """Return whether all sides in ``folder`` have their manifest."""
         # listed, not looked up: a network file system may go on remembering that a name was not there
-        return all((folder / side).is_dir() and manifests.FILE_NAME in os.listdir(folder / side) for side in self._sides)
+        return all(
+            (folder / side).is_dir() and manifests.FILE_NAME in os.listdir(folder / side)
+            for side in self._sides
+        )
 
     def run(self, folder: Path, feed: Feed) -> dict[Side, Manifest]:
         """Return the manifests of what ``feed`` yields, now in shards under ``folder``, or found there finished."""
         shards = self._config.shards
         plan: dict[str, Any] = {
-            "version": manifests.VERSION, "source": self.corpus.describe(), "split": self._config.split.model_dump(),
-            "tokenizer": asdict(self._info), "shards": {"name": shards.name, "dtype": self._dtype.name,
-                                                        "chunk_tokens": self._chunk_tokens, "shard_chunks": self._shard_chunks}}
+            "version": manifests.VERSION,
+            "source": self.corpus.describe(),
+            "split": self._config.split.model_dump(),
+            "tokenizer": asdict(self._info),
+            "shards": {
+                "name": shards.name,
+                "dtype": self._dtype.name,
+                "chunk_tokens": self._chunk_tokens,
+                "shard_chunks": self._shard_chunks,
+            },
+        }
         with open_ledger(folder, plan) as ledger:
             folders, counts = {side: folder / side for side in self._sides}, Counts()
             if self.finished(folder):
                 return {side: Manifest.load(path) for side, path in folders.items()}
-            sides = {side: _Side(side, folders[side], shards, self._dtype, self._chunk_tokens, self._shard_chunks, ledger)
-                     for side in self._sides}
+            sides = {
+                side: _Side(
+                    side,
+                    folders[side],
+                    shards,
+                    self._dtype,
+                    self._chunk_tokens,
+                    self._shard_chunks,
+                    ledger,
+                )
+                for side in self._sides
+            }
             for document, ids in feed(sides, counts):
                 sides[document.side].add(document, ids)
             for writer in sides.values():
                 writer.close()
-            built = {side: Manifest(dtype=self._dtype.name, tokenizer=self._info, shards=tuple(ledger.shards[side]), folder=folders[side],
-                                    source={**self._source, "seen": asdict(counts), "side": side}) for side in self._sides}
+            built = {
+                side: Manifest(
+                    dtype=self._dtype.name,
+                    tokenizer=self._info,
+                    shards=tuple(ledger.shards[side]),
+                    folder=folders[side],
+                    source={**self._source, "seen": asdict(counts), "side": side},
+                )
+                for side in self._sides
+            }
             for side, manifest in built.items():
                 if folder != shards.path:
                     write_atomically(folders[side] / DIGESTS, bytes(sides[side].digests))
@@ -126,9 +161,12 @@ class _Build:
         """Return what yields the documents of ``corpus`` that are not in shards yet, with their ids."""
         config, procs = self._config, self._config.shards.procs
 
-        def feed(sides: Mapping[Side, _Side], counts: Counts) -> Iterator[tuple[Document, np.ndarray]]:
+        def feed(
+            sides: Mapping[Side, _Side], counts: Counts
+        ) -> Iterator[tuple[Document, np.ndarray]]:
             tokens = 0
             with progress_bar("tokenizing", corpus.total_bytes or None) as bar:
+
                 def pending() -> Iterator[Document]:
                     for document in assign(corpus.documents(), config.split, counts):
                         if sides[document.side].wants(document):
@@ -137,29 +175,51 @@ class _Build:
                             bar.update(document.size)
 
                 for document, ids in encode_documents(
-                        pending(), self._tokenizer.backend_tokenizer.to_str(), eod_id=self._info.eod_id, dtype=self._dtype.str,
-                        procs=available_cores() if procs == "auto" else procs, setting="shards.procs"):
+                    pending(),
+                    self._tokenizer.backend_tokenizer.to_str(),
+                    eod_id=self._info.eod_id,
+                    dtype=self._dtype.str,
+                    procs=available_cores() if procs == "auto" else procs,
+                    setting="shards.procs",
+                ):
                     yield document, ids
                     tokens += len(ids)
                     bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
                     bar.update(document.size)
             counts.undecodable = corpus.undecodable
+
         return feed
 
     def merged(self, folders: list[Path]) -> Feed:
         """Return what yields the documents of the parts in ``folders``, side after side, each document where it is seen first."""
-        def feed(sides: Mapping[Side, _Side], counts: Counts) -> Iterator[tuple[Document, np.ndarray]]:
+
+        def feed(
+            sides: Mapping[Side, _Side], counts: Counts
+        ) -> Iterator[tuple[Document, np.ndarray]]:
             for side in self._sides:
                 parts, seen = [Manifest.load(folder / side) for folder in folders], set[bytes]()
                 for part in parts:
                     found = {**part.source, "tokenizer": part.tokenizer}
-                    if found != {**self._source, "seen": part.source["seen"], "side": side, "tokenizer": self._info}:
-                        raise DataError("a part was built from something else", where=part.folder,
-                                        remedy="remove the folders of parts and build them again")
+                    if found != {
+                        **self._source,
+                        "seen": part.source["seen"],
+                        "side": side,
+                        "tokenizer": self._info,
+                    }:
+                        raise DataError(
+                            "a part was built from something else",
+                            where=part.folder,
+                            remedy="remove the folders of parts and build them again",
+                        )
                 for part in parts:
                     digests = (part.folder / DIGESTS).read_bytes()
                     for number, ids in enumerate(_documents(part)):
-                        document = Document(side, "", digests[DIGEST_BYTES * number:DIGEST_BYTES * (number + 1)], 0)
+                        document = Document(
+                            side,
+                            "",
+                            digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)],
+                            0,
+                        )
                         counts.duplicates += document.digest in seen
                         if document.digest not in seen and sides[side].wants(document):
                             yield document, ids
@@ -167,6 +227,7 @@ class _Build:
             total = sum((Counter(part.source["seen"]) for part in parts), Counter(asdict(counts)))
             for name in asdict(counts):
                 setattr(counts, name, total[name])
+
         return feed
 
 
@@ -187,23 +248,44 @@ def _documents(manifest: Manifest) -> Iterator[np.ndarray]:
 class _Side:
     """One side's shards: what is committed is skipped, what follows is written."""
 
-    def __init__(self, side: Side, folder: Path, shards: ShardBuild, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
-                 ledger: Ledger) -> None:
+    def __init__(
+        self,
+        side: Side,
+        folder: Path,
+        shards: ShardBuild,
+        dtype: np.dtype[Any],
+        chunk_tokens: int,
+        shard_chunks: int,
+        ledger: Ledger,
+    ) -> None:
         self._side, self._folder, self._ledger = side, folder, ledger
         for shard in ledger.shards[side]:
             path = folder / shard.name
             size = path.stat().st_size if path.exists() else None
             if size != shard.bytes or not (folder / shard.index_name).exists():
-                raise DataError("a shard of the interrupted build is missing or has another size", where=path, value=size,
-                                remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again")
+                raise DataError(
+                    "a shard of the interrupted build is missing or has another size",
+                    where=path,
+                    value=size,
+                    remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again",
+                )
         self._mark = ledger.marks[side]
-        self._marked = self._mark.documents + (self._mark.offset > 0)  # documents that its digest speaks of
+        self._marked = self._mark.documents + (
+            self._mark.offset > 0
+        )  # documents that its digest speaks of
         self._read = self._passed = 0  # documents that were read; that are skipped or in the writer
         self._hash = hashlib.blake2b(digest_size=16)  # of the documents passed
         self.digests = bytearray()  # and one after the other
         self._length = self._skipped = 0  # tokens of the document under way; of them skipped
-        self._writer = ShardWriter(folder, name=shards.name, dtype=dtype, chunk_tokens=chunk_tokens, shard_chunks=shard_chunks,
-                                   committed=self._commit, first=len(ledger.shards[side]))
+        self._writer = ShardWriter(
+            folder,
+            name=shards.name,
+            dtype=dtype,
+            chunk_tokens=chunk_tokens,
+            shard_chunks=shard_chunks,
+            committed=self._commit,
+            first=len(ledger.shards[side]),
+        )
 
     def wants(self, document: Document) -> bool:
         """Return False for a document that lies in committed shards as a whole."""
@@ -215,9 +297,12 @@ class _Side:
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         """Return with the part of the document that is not yet in shards written."""
-        self._length, self._skipped = len(ids), self._mark.offset if self._passed == self._mark.documents else 0
+        self._length, self._skipped = (
+            len(ids),
+            self._mark.offset if self._passed == self._mark.documents else 0,
+        )
         self._pass(document)
-        self._writer.add(ids[self._skipped:])
+        self._writer.add(ids[self._skipped :])
 
     def close(self) -> None:
         """Return with the last shard committed."""
@@ -235,8 +320,13 @@ class _Side:
     def _commit(self, shard: ShardEntry) -> None:
         at = self._skipped + self._writer.taken
         cut = at < self._length  # the document under way goes on in the next shard
-        self._ledger.commit(self._side, shard, Mark(self._passed - cut, at if cut else 0, self._hash.hexdigest()))
+        self._ledger.commit(
+            self._side, shard, Mark(self._passed - cut, at if cut else 0, self._hash.hexdigest())
+        )
 
     def _changed(self) -> DataError:
-        return DataError("the source has changed since this build was interrupted", where=self._folder,
-                         remedy="restore the source and run again, or set shards.path to a new folder")
+        return DataError(
+            "the source has changed since this build was interrupted",
+            where=self._folder,
+            remedy="restore the source and run again, or set shards.path to a new folder",
+        )

@@ -2,6 +2,7 @@
 
 A build that was killed continues from it. It also keeps two builds out of one folder, at once or after each other.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -53,8 +54,11 @@ def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise BuildUnderWay("another build is writing here", where=folder,
-                                remedy="wait for it, or set shards.path to another folder") from None
+            raise BuildUnderWay(
+                "another build is writing here",
+                where=folder,
+                remedy="wait for it, or set shards.path to another folder",
+            ) from None
         try:
             yield Ledger(path, file, json.loads(json.dumps(plan)))
         finally:
@@ -72,25 +76,43 @@ class Ledger:
         file.seek(0)
         content = file.read()
         whole = content.rfind(b"\n") + 1
-        file.truncate(whole)  # what follows is the last line of a killed build; its shard is written again
+        file.truncate(
+            whole
+        )  # what follows is the last line of a killed build; its shard is written again
         try:
-            begun, *lines = [json.loads(line) for line in content[:whole].splitlines()] or [{"plan": None}]
+            begun, *lines = [json.loads(line) for line in content[:whole].splitlines()] or [
+                {"plan": None}
+            ]
             for line in lines:
                 self.shards[line["side"]].append(ShardEntry(**line["shard"]))
                 self.marks[line["side"]] = Mark(**line["mark"])
             there = begun["plan"]
         except (ValueError, KeyError, TypeError) as error:
-            raise DataError(f"the ledger of a build is damaged: {error}", where=path,
-                            remedy="set shards.path to a new folder, or remove this one if it is not needed") from None
+            raise DataError(
+                f"the ledger of a build is damaged: {error}",
+                where=path,
+                remedy="set shards.path to a new folder, or remove this one if it is not needed",
+            ) from None
         if there is None:
-            if strangers := [child.name for child in sorted(path.parent.iterdir()) if child != path]:
-                raise DataError("this folder holds something that is not a build of shards", where=path.parent, value=strangers[:5],
-                                remedy="set shards.path to a new folder")
+            if strangers := [
+                child.name for child in sorted(path.parent.iterdir()) if child != path
+            ]:
+                raise DataError(
+                    "this folder holds something that is not a build of shards",
+                    where=path.parent,
+                    value=strangers[:5],
+                    remedy="set shards.path to a new folder",
+                )
             self._append({"plan": plan})
         elif found := differences(there, plan):
-            changes = "".join(f"\n    {change.key}: there {change.old!r}, now {change.new!r}" for change in found)
-            raise DataError(f"shards were already built here, or begun, from something else:{changes}", where=path.parent,
-                            remedy="set shards.path to a new folder, or remove this one if it is not needed")
+            changes = "".join(
+                f"\n    {change.key}: there {change.old!r}, now {change.new!r}" for change in found
+            )
+            raise DataError(
+                f"shards were already built here, or begun, from something else:{changes}",
+                where=path.parent,
+                remedy="set shards.path to a new folder, or remove this one if it is not needed",
+            )
 
     def commit(self, side: Side, shard: ShardEntry, mark: Mark) -> None:
         """Return once it is on disk that ``shard`` is."""

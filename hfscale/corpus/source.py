@@ -3,6 +3,7 @@
 A text file is a document. One longer than ``document_mb`` becomes several, cut at line ends, so that a whole corpus in
 one file can be split, spread over processes and read in bounded memory.
 """
+
 from __future__ import annotations
 
 import fnmatch
@@ -48,12 +49,24 @@ class Corpus:
         elif self.source.format == "webdataset":
             yield from (text for file in self.files for _, _, text in texts_of(file, name))
         elif self.source.format == "hub":
-            hub = hub_dataset(self.source.path, subset=self.source.subset, split=self.source.hub_split, streaming=True,
-                              setting="source.path")
-            yield from (_text_of(row, name, f"{self.source.path}, row {number}") for number, row in enumerate(hub))
+            hub = hub_dataset(
+                self.source.path,
+                subset=self.source.subset,
+                split=self.source.hub_split,
+                streaming=True,
+                setting="source.path",
+            )
+            yield from (
+                _text_of(row, name, f"{self.source.path}, row {number}")
+                for number, row in enumerate(hub)
+            )
         else:
             rows = READERS[self.source.format]
-            yield from (_text_of(row, name, where) for file in self.files for where, row in rows(file, name.split(".")[0]))
+            yield from (
+                _text_of(row, name, where)
+                for file in self.files
+                for where, row in rows(file, name.split(".")[0])
+            )
 
     def part(self, number: int, count: int) -> Corpus:
         """Return part ``number`` (from 0) of ``count``: consecutive files, about equal in bytes. Each file is in one; some may be empty.
@@ -62,8 +75,11 @@ class Corpus:
             DataError: for a data set of the hub, which is one stream.
         """
         if self.source.format == "hub":
-            raise DataError("a data set of the hub cannot be built in parts", where="source.format",
-                            remedy="build it without --part, or save it as parquet files first")
+            raise DataError(
+                "a data set of the hub cannot be built in parts",
+                where="source.format",
+                remedy="build it without --part, or save it as parquet files first",
+            )
         before, chosen = 0, list[Path]()
         for file in self.files:
             if min(before * count // max(1, self.total_bytes), count - 1) == number:
@@ -76,7 +92,13 @@ class Corpus:
         chosen = self.source.model_dump(mode="json", exclude={"path"}, exclude_defaults=True)
         if self.source.format == "hub":
             return {"format": "hub", **chosen, "name": self.source.path}
-        return {"format": self.source.format, **chosen, "files": len(self.files), "bytes": self.total_bytes, "listing": self.digest}
+        return {
+            "format": self.source.format,
+            **chosen,
+            "files": len(self.files),
+            "bytes": self.total_bytes,
+            "listing": self.digest,
+        }
 
     def _text(self, file: Path) -> Iterator[str]:
         limit = max(1, round(self.source.document_mb * 1e6))
@@ -113,20 +135,42 @@ def _list_files(source: TextSource) -> tuple[Path, list[Path]]:
     if not root.is_dir():
         fixed = next((number for number, part in enumerate(root.parts) if has_magic(part)), None)
         if fixed is None:
-            raise DataError("there is no such file or folder", where="source.path", value=str(root.absolute()),
-                            remedy="name a file, a folder or a glob: source.path=FOLDER")
+            raise DataError(
+                "there is no such file or folder",
+                where="source.path",
+                value=str(root.absolute()),
+                remedy="name a file, a folder or a glob: source.path=FOLDER",
+            )
         root, patterns = Path(*root.parts[:fixed]), [str(Path(*root.parts[fixed:]))]
     try:
-        found = {file.relative_to(root) for pattern in patterns for file in root.glob(pattern.strip())}
+        found = {
+            file.relative_to(root) for pattern in patterns for file in root.glob(pattern.strip())
+        }
     except (NotImplementedError, ValueError) as error:
-        raise DataError(f"not a pattern: {error}", where="source.pattern", value=patterns,
-                        remedy="globs relative to source.path, such as **/*.txt") from None
+        raise DataError(
+            f"not a pattern: {error}",
+            where="source.pattern",
+            value=patterns,
+            remedy="globs relative to source.path, such as **/*.txt",
+        ) from None
     excluded = [pattern.strip() for pattern in source.exclude.split(",")]
-    names = sorted(name.as_posix() for name in found if not any(part.startswith(".") for part in name.parts) and (root / name).is_file())
-    files = [root / name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)]
+    names = sorted(
+        name.as_posix()
+        for name in found
+        if not any(part.startswith(".") for part in name.parts) and (root / name).is_file()
+    )
+    files = [
+        root / name
+        for name in names
+        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in excluded)
+    ]
     if not files:
-        raise DataError("no file matches", where="source.path", value=source.path,
-                        remedy=f"in a folder, pattern {source.pattern!r} and exclude {source.exclude!r} choose; hidden files never count")
+        raise DataError(
+            "no file matches",
+            where="source.path",
+            value=source.path,
+            remedy=f"in a folder, pattern {source.pattern!r} and exclude {source.exclude!r} choose; hidden files never count",
+        )
     return root, files
 
 
@@ -137,7 +181,11 @@ def _text_of(row: Any, name: str, where: str) -> str:
     for part in name.split("."):
         if not isinstance(value, dict) or part not in value:
             names = [str(key) for key in value] if isinstance(value, dict) else []
-            remedy = f"set source.field; {nearest(part, names)}" if names else "each row must be an object with named fields"
+            remedy = (
+                f"set source.field; {nearest(part, names)}"
+                if names
+                else "each row must be an object with named fields"
+            )
             raise DataError(f"there is no field {name!r}", where=where, remedy=remedy)
         value = value[part]
     if value is not None and not isinstance(value, str):

@@ -1,4 +1,5 @@
 """Which side a document falls on, by a hash of its text: it never changes sides, whatever is added around it."""
+
 from __future__ import annotations
 
 import hashlib
@@ -36,7 +37,9 @@ class Counts:
 
 def side_of(digest: bytes, split: Split) -> Side:
     """Return the side of the document with this digest: about ``split.validation`` of all are held out."""
-    draw = hashlib.blake2b(digest, digest_size=8, key=hashlib.sha256(split.salt.encode()).digest()).digest()
+    draw = hashlib.blake2b(
+        digest, digest_size=8, key=hashlib.sha256(split.salt.encode()).digest()
+    ).digest()
     return "validation" if int.from_bytes(draw, "little") < split.validation * 2**64 else "train"
 
 
@@ -54,15 +57,42 @@ def check_sides(config: CorpusConfig, sides: Iterable[Side]) -> None:
         if not wanted:
             return
     if not digests:
-        left_out = (f"{counts.documents:,} documents read: {counts.empty:,} empty, {counts.duplicates:,} duplicates, {counts.invalid:,} "
-                    f"invalid; {corpus.undecodable:,} files not UTF-8" + (f" such as {corpus.examples[0]}" if corpus.examples else ""))
-        raise DataError("the source holds no text", where=config.source.path, value=left_out,
-                        remedy="look at source.path and source.pattern")
-    works = next((fraction for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
-                  if len({side_of(digest, config.split.model_copy(update={"validation": fraction})) for digest in digests}) == 2), None)
-    enough = f"split.validation={works} gives both sides some" if works else "cut text files into more (source.document_mb)"
-    raise DataError(f"none of {len(digests):,} documents fell to the {wanted.pop()} side", where="split.validation",
-                    value=config.split.validation, remedy=f"{enough}; split.validation=0 holds nothing out")
+        left_out = (
+            f"{counts.documents:,} documents read: {counts.empty:,} empty, {counts.duplicates:,} duplicates, {counts.invalid:,} "
+            f"invalid; {corpus.undecodable:,} files not UTF-8"
+            + (f" such as {corpus.examples[0]}" if corpus.examples else "")
+        )
+        raise DataError(
+            "the source holds no text",
+            where=config.source.path,
+            value=left_out,
+            remedy="look at source.path and source.pattern",
+        )
+    works = next(
+        (
+            fraction
+            for fraction in (0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+            if len(
+                {
+                    side_of(digest, config.split.model_copy(update={"validation": fraction}))
+                    for digest in digests
+                }
+            )
+            == 2
+        ),
+        None,
+    )
+    enough = (
+        f"split.validation={works} gives both sides some"
+        if works
+        else "cut text files into more (source.document_mb)"
+    )
+    raise DataError(
+        f"none of {len(digests):,} documents fell to the {wanted.pop()} side",
+        where="split.validation",
+        value=config.split.validation,
+        remedy=f"{enough}; split.validation=0 holds nothing out",
+    )
 
 
 def assign(texts: Iterable[str], split: Split, counts: Counts) -> Iterator[Document]:

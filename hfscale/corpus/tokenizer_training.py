@@ -3,6 +3,7 @@
 ``bpe``: byte-level, lossless, as GPT-2 (Radford et al. 2019, sec. 2.2). ``wordpiece``: BERT's normalisation and special
 tokens (Devlin et al. 2019). ``unigram``: Kudo 2018, with NFKC and word marks as SentencePiece.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,7 +28,9 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "training_report.json"
 MEASURED_BYTES = 8 << 20  # of text for the report
-LONG_WORD = re.compile(r"\S{1000}")  # base64, DNA, Chinese: training takes time quadratic in the longest word, which is then broken
+LONG_WORD = re.compile(
+    r"\S{1000}"
+)  # base64, DNA, Chinese: training takes time quadratic in the longest word, which is then broken
 
 
 @dataclass
@@ -51,7 +54,11 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     """
     folder, corpus = config.tokenizer.path, open_corpus(config.source)
     training = config.tokenizer.model_dump(mode="json", exclude={"path"})
-    plan = json.loads(json.dumps({"source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": training}))
+    plan = json.loads(
+        json.dumps(
+            {"source": corpus.describe(), "split": config.split.model_dump(), "tokenizer": training}
+        )
+    )
     if folder.exists():
         return _report_of(folder, plan)
     check_sides(config, ["train"])
@@ -63,13 +70,22 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
         if recipe.by_line:
             texts = (line for text in texts for line in text.splitlines() if line)
         recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=recipe.tokenizer, clean_up_tokenization_spaces=False,
-                                        model_input_names=list(recipe.inputs), **recipe.names)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=recipe.tokenizer,
+        clean_up_tokenization_spaces=False,
+        model_input_names=list(recipe.inputs),
+        **recipe.names,
+    )
     held_out = reading.samples["validation"]
-    report = {**measure(tokenizer, held_out or reading.samples["train"]),
-              "measured_on": "held-out text" if held_out else "training text (nothing was held out)", "trained_on": reading.trained,
-              "documents": reading.counts.documents, "duplicates": reading.counts.duplicates,
-              "undecodable": corpus.undecodable, "skipped": corpus.examples}
+    report = {
+        **measure(tokenizer, held_out or reading.samples["train"]),
+        "measured_on": "held-out text" if held_out else "training text (nothing was held out)",
+        "trained_on": reading.trained,
+        "documents": reading.counts.documents,
+        "duplicates": reading.counts.duplicates,
+        "undecodable": corpus.undecodable,
+        "skipped": corpus.examples,
+    }
     _save(tokenizer, folder, {"plan": plan, "report": report})
     return report
 
@@ -104,10 +120,16 @@ def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, A
     for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
         tokens += len(encoding.ids)
         used.update(encoding.ids)
-        unknown += encoding.ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+        unknown += (
+            encoding.ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+        )
     size = sum(len(text.encode()) for text in texts)
-    return {"vocab_size": len(tokenizer), "bytes_per_token": round(size / max(tokens, 1), 4), "unknown": round(unknown / max(tokens, 1), 6),
-            "vocabulary_used": round(len(used) / len(tokenizer), 4)}
+    return {
+        "vocab_size": len(tokenizer),
+        "bytes_per_token": round(size / max(tokens, 1), 4),
+        "unknown": round(unknown / max(tokens, 1), 6),
+        "vocabulary_used": round(len(used) / len(tokenizer), 4),
+    }
 
 
 def _bpe(training: TokenizerTraining) -> Recipe:
@@ -118,43 +140,86 @@ def _bpe(training: TokenizerTraining) -> Recipe:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     end = "<|endoftext|>"
-    trainer = trainers.BpeTrainer(initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **_common(training, [end]))
+    trainer = trainers.BpeTrainer(
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **_common(training, [end])
+    )
     return Recipe(tokenizer, trainer, {"bos_token": end, "eos_token": end, "pad_token": end})
 
 
 def _wordpiece(training: TokenizerTraining) -> Recipe:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=training.lowercase)  # accents go with the case; Chinese is split
+    tokenizer.normalizer = normalizers.BertNormalizer(
+        lowercase=training.lowercase
+    )  # accents go with the case; Chinese is split
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]", "mask_token": "[MASK]"}
-    tokenizer.post_processor = processors.TemplateProcessing(  # special tokens get the first ids, in their order
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    trainer = trainers.WordPieceTrainer(continuing_subword_prefix="##", **_common(training, [*names.values()]))
-    return Recipe(tokenizer, trainer, names, inputs=("input_ids", "token_type_ids", "attention_mask"))
+    names = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+        "mask_token": "[MASK]",
+    }
+    tokenizer.post_processor = (
+        processors.TemplateProcessing(  # special tokens get the first ids, in their order
+            single="[CLS] $A [SEP]",
+            pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+            special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+        )
+    )
+    trainer = trainers.WordPieceTrainer(
+        continuing_subword_prefix="##", **_common(training, [*names.values()])
+    )
+    return Recipe(
+        tokenizer, trainer, names, inputs=("input_ids", "token_type_ids", "attention_mask")
+    )
 
 
 def _unigram(training: TokenizerTraining) -> Recipe:
-    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+    from tokenizers import (
+        Tokenizer,
+        decoders,
+        models,
+        normalizers,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
     tokenizer = Tokenizer(models.Unigram())
     tokenizer.normalizer = normalizers.NFKC()
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.decoder = decoders.Metaspace()
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
-    tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)])
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
+    )
     common = _common(training, [*names.values()])
     del common["min_frequency"]  # this trainer prunes by likelihood instead
-    trainer = trainers.UnigramTrainer(unk_token="<unk>", initial_alphabet=["\n", "\t"], **common)  # lines hold no line's end to learn from
+    trainer = trainers.UnigramTrainer(
+        unk_token="<unk>", initial_alphabet=["\n", "\t"], **common
+    )  # lines hold no line's end to learn from
     return Recipe(tokenizer, trainer, names, by_line=True)
 
 
 def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
     extra = [token for token in training.special_tokens if token not in special]
-    return {"vocab_size": training.vocab_size, "min_frequency": training.min_frequency, "special_tokens": special + extra,
-            "show_progress": sys.stderr.isatty()}
+    return {
+        "vocab_size": training.vocab_size,
+        "min_frequency": training.min_frequency,
+        "special_tokens": special + extra,
+        "show_progress": sys.stderr.isatty(),
+    }
 
 
 def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, Any]) -> None:
@@ -163,7 +228,9 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, An
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             partial = Path(scratch) / folder.name
             tokenizer.save_pretrained(partial)
-            (partial / REPORT_NAME).write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8")
+            (partial / REPORT_NAME).write_text(
+                json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8"
+            )
             partial.rename(folder)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -176,9 +243,14 @@ def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     except (OSError, ValueError):
         there = {}
     if differing := [key for key in plan if there.get("plan", {}).get(key) != plan[key]]:
-        raise DataError(f"there is something else already ({', '.join(differing)} differ)" if there else "the folder already exists",
-                        where="tokenizer.path", value=str(folder),
-                        remedy="choose another tokenizer.path, or remove the folder if it is not needed")
+        raise DataError(
+            f"there is something else already ({', '.join(differing)} differ)"
+            if there
+            else "the folder already exists",
+            where="tokenizer.path",
+            value=str(folder),
+            remedy="choose another tokenizer.path, or remove the folder if it is not needed",
+        )
     return {**there["report"], "already_trained": True}
 
 

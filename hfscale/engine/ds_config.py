@@ -1,4 +1,5 @@
 """DeepSpeed's config, derived from ours in this one place. Imports neither torch nor DeepSpeed, so a login node can check it."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -29,11 +30,19 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
     engine, stage = config.engine, running_stage(config.engine)
     _check_precision(engine.precision, device_type)
     if engine.offload != "none" and stage == 0:
-        raise ConfigError("there is nothing to offload without ZeRO", where="engine.offload", value=engine.offload,
-                          remedy="engine.zero_stage=1 (optimizer) or 3 (parameters)")
+        raise ConfigError(
+            "there is nothing to offload without ZeRO",
+            where="engine.offload",
+            value=engine.offload,
+            remedy="engine.zero_stage=1 (optimizer) or 3 (parameters)",
+        )
     if engine.offload == "parameters" and stage != 3:
-        raise ConfigError("parameters can be offloaded at ZeRO stage 3 only", where="engine.offload", value=engine.offload,
-                          remedy="engine.zero_stage=3, or engine.offload=optimizer")
+        raise ConfigError(
+            "parameters can be offloaded at ZeRO stage 3 only",
+            where="engine.offload",
+            value=engine.offload,
+            remedy="engine.zero_stage=3, or engine.offload=optimizer",
+        )
     zero: dict[str, Any] = {"stage": stage}
     place = {"device": "cpu", "pin_memory": device_type == "cuda"}
     if engine.offload != "none":
@@ -42,11 +51,17 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
         zero["offload_param"] = place
     derived: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": config.train.micro_batch,
-        "gradient_accumulation_steps": 1, "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if stage == 0 else config.optim.clip_norm,  # at stage 0 the engine itself clips
+        "gradient_accumulation_steps": 1,
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0
+        if stage == 0
+        else config.optim.clip_norm,  # at stage 0 the engine itself clips
         "zero_optimization": zero,
         "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well, without a compiler
-        "bf16": {"enabled": engine.precision == "bf16", "check_grad_overflow": False},  # the norm tells, without another pass
+        "bf16": {
+            "enabled": engine.precision == "bf16",
+            "check_grad_overflow": False,
+        },  # the norm tells, without another pass
         "fp16": {"enabled": engine.precision == "fp16"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device
     }
@@ -62,15 +77,29 @@ def inference_config(engine: Inference, *, precision: str, device_type: str) -> 
         ConfigError: as ``deepspeed_config``.
     """
     _check_precision(precision, device_type)
-    place = {"offload_param": {"device": "cpu", "pin_memory": device_type == "cuda"}} if engine.offload == "parameters" else {}
-    derived = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": 3, **place}, "bf16": {"enabled": precision == "bf16"},
-               "fp16": {"enabled": precision == "fp16"}, "timers": {"throughput": {"enabled": False}}}
+    place = (
+        {"offload_param": {"device": "cpu", "pin_memory": device_type == "cuda"}}
+        if engine.offload == "parameters"
+        else {}
+    )
+    derived = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, **place},
+        "bf16": {"enabled": precision == "bf16"},
+        "fp16": {"enabled": precision == "fp16"},
+        "timers": {"throughput": {"enabled": False}},
+    }
     return _merged(derived, engine.extra, where="engine.extra")
 
 
 def _check_precision(precision: str, device_type: str) -> None:
     if precision == "fp16" and device_type != "cuda":
-        raise ConfigError("fp16 needs a GPU", where="engine.precision", value="fp16", remedy="engine.precision=bf16 or fp32")
+        raise ConfigError(
+            "fp16 needs a GPU",
+            where="engine.precision",
+            value="fp16",
+            remedy="engine.precision=bf16 or fp32",
+        )
 
 
 def _merged(derived: dict[str, Any], extra: dict[str, Any], *, where: str) -> dict[str, Any]:
@@ -82,6 +111,10 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], *, where: str) -> di
         elif isinstance(derived[key], dict) and isinstance(value, dict):
             merged[key] = _merged(derived[key], value, where=path)
         else:
-            raise ConfigError("engine.extra repeats a value that hfscale derives itself", where=path, value=value,
-                              remedy=f"remove it (derived: {derived[key]!r}) and set the option of hfscale that it comes from")
+            raise ConfigError(
+                "engine.extra repeats a value that hfscale derives itself",
+                where=path,
+                value=value,
+                remedy=f"remove it (derived: {derived[key]!r}) and set the option of hfscale that it comes from",
+            )
     return merged

@@ -4,6 +4,7 @@
 ``close``. Always call the engine, never ``engine.module``: at ZeRO 3 the latter gives wrong gradients without an error.
 A process group must be up before anything here is called (``hfscale.dist.group``).
 """
+
 from __future__ import annotations
 
 import gc
@@ -26,7 +27,12 @@ from hfscale.engine.fragments import Fragment
 from hfscale.engine.groups import param_groups
 from hfscale.errors import ConfigError, UnhealthyError
 
-LOSS_SCALE_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")  # of DeepSpeed's dynamic scaler (fp16)
+LOSS_SCALE_STATE = (
+    "cur_scale",
+    "cur_iter",
+    "last_overflow_iter",
+    "cur_hysteresis",
+)  # of DeepSpeed's dynamic scaler (fp16)
 
 
 @dataclass(frozen=True)
@@ -42,13 +48,21 @@ def construction(config: TrainConfig, *, device_type: str) -> AbstractContextMan
     if running_stage(config.engine) < 3:
         return nullcontext()
     join_process_group()
-    return deepspeed.zero.Init(config_dict_or_path=deepspeed_config(config, device_type=device_type))
+    return deepspeed.zero.Init(
+        config_dict_or_path=deepspeed_config(config, device_type=device_type)
+    )
 
 
-def gathered(params: Iterable[nn.Parameter], *, modify: bool = False) -> AbstractContextManager[Any]:
+def gathered(
+    params: Iterable[nn.Parameter], *, modify: bool = False
+) -> AbstractContextManager[Any]:
     """Return a context in which ``params`` are whole on every rank. All ranks must enter; with ``modify`` rank 0's values stay."""
     split = [param for param in params if hasattr(param, "ds_id")]
-    return deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None) if split else nullcontext()
+    return (
+        deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None)
+        if split
+        else nullcontext()
+    )
 
 
 class Engine:
@@ -62,7 +76,9 @@ class Engine:
         self._lr_used: set[float] = set()
         self.stage: int = running_stage(config.engine)
         self.precision: str = config.engine.precision
-        self.adapted: bool = config.model.lora is not None  # then the frozen weights are kept where they came from
+        self.adapted: bool = (
+            config.model.lora is not None
+        )  # then the frozen weights are kept where they came from
         self.device: torch.device = ds.device
         self.rank, self.world_size = torch_dist.get_rank(), torch_dist.get_world_size()
         adamw.register_step_pre_hook(self._before_update)
@@ -78,9 +94,16 @@ class Engine:
         if config.engine.activation_checkpointing:
             _enable_activation_checkpointing(model)
         join_process_group()
-        adamw = torch.optim.AdamW(param_groups(model, config.optim), lr=0.0, betas=config.optim.betas,
-                                  eps=config.optim.eps, fused=True)
-        ds, *_ = deepspeed.initialize(model=model, optimizer=adamw, config=settings, dist_init_required=False)
+        adamw = torch.optim.AdamW(
+            param_groups(model, config.optim),
+            lr=0.0,
+            betas=config.optim.betas,
+            eps=config.optim.eps,
+            fused=True,
+        )
+        ds, *_ = deepspeed.initialize(
+            model=model, optimizer=adamw, config=settings, dist_init_required=False
+        )
         if config.engine.compile:
             ds.compile()
         return cls(ds, adamw, config)
@@ -115,7 +138,9 @@ class Engine:
                 raise UnhealthyError("the gradient is not finite; weights were not changed")
             return StepStats(float("inf"), lr)
         expected = {lr * group["lr_share"] for group in self._adamw.param_groups}
-        assert self._lr_used == expected, f"AdamW used learning rates {self._lr_used}, not {expected}"
+        assert self._lr_used == expected, (
+            f"AdamW used learning rates {self._lr_used}, not {expected}"
+        )
         return StepStats(self._norm, lr)
 
     def _before_update(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
@@ -128,7 +153,9 @@ class Engine:
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
         params = [param for group in adamw.param_groups for param in group["params"]]
-        norm = torch.nn.utils.get_total_norm([param.grad for param in params if param.grad is not None])
+        norm = torch.nn.utils.get_total_norm(
+            [param.grad for param in params if param.grad is not None]
+        )
         if self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(params, self._clip_norm, norm)
         return norm.item()
@@ -151,14 +178,23 @@ class Engine:
         ``owned``: a share that is disjoint from other ranks' and with them covers everything, to be saved. Otherwise all
         that this rank holds, to be loaded; call ``after_load`` when it has been written.
         """
-        left_out = set() if frozen else {name for name, param in self.module.named_parameters() if not param.requires_grad}
-        replicated: Iterator[Fragment] = (fragment for fragment in parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
-                                          if fragment.name not in left_out)
+        left_out = (
+            set()
+            if frozen
+            else {name for name, param in self.module.named_parameters() if not param.requires_grad}
+        )
+        replicated: Iterator[Fragment] = (
+            fragment
+            for fragment in parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
+            if fragment.name not in left_out
+        )
         if owned:
             replicated = parts.share(replicated, rank=self.rank, world_size=self.world_size)
         if self.stage == 0:
             return list(replicated)
-        own = parts.partitioned(self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank)
+        own = parts.partitioned(
+            self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank
+        )
         return [*(fragment for fragment in own if fragment.name not in left_out), *replicated]
 
     @torch.no_grad()
@@ -177,14 +213,23 @@ class Engine:
         steps = {int(state["step"]) for state in self._adamw.state.values()}
         assert len(steps) <= 1, f"parameters of one optimizer stand at different steps: {steps}"
         scaler = getattr(self._zero, "loss_scaler", None) if self.precision == "fp16" else None
-        return {"adam_step": max(steps, default=0),
-                "loss_scaler": None if scaler is None else {key: getattr(scaler, key) for key in LOSS_SCALE_STATE}}
+        return {
+            "adam_step": max(steps, default=0),
+            "loss_scaler": None
+            if scaler is None
+            else {key: getattr(scaler, key) for key in LOSS_SCALE_STATE},
+        }
 
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over what ``scalars`` returned, on whatever stage and world size."""
         # also for flat weights that are nothing but padding on this rank, and so have no fragments
-        flat = self._zero.single_partition_of_fp32_groups if self.stage in (1, 2) else self._zero.fp32_partitioned_groups_flat if (
-            self.stage == 3) else [param for group in self._adamw.param_groups for param in group["params"]]
+        flat = (
+            self._zero.single_partition_of_fp32_groups
+            if self.stage in (1, 2)
+            else self._zero.fp32_partitioned_groups_flat
+            if (self.stage == 3)
+            else [param for group in self._adamw.param_groups for param in group["params"]]
+        )
         for weight in flat:
             parts.trained(self._adamw, weight)
             self._adamw.state[weight]["step"].fill_(scalars["adam_step"])
@@ -210,11 +255,17 @@ def join_process_group() -> None:
     """Let DeepSpeed use the process group that is up. Its shared-memory kernel serves inference only, and wants a compiler."""
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    warnings.filterwarnings("ignore", category=FutureWarning, message="`torch.distributed.*is deprecated")  # DeepSpeed's calls
+    warnings.filterwarnings(
+        "ignore", category=FutureWarning, message="`torch.distributed.*is deprecated"
+    )  # DeepSpeed's calls
 
 
 def _enable_activation_checkpointing(model: nn.Module) -> None:
     if not getattr(model, "supports_gradient_checkpointing", False):
-        raise ConfigError("this architecture has no activation checkpointing", where="engine.activation_checkpointing", value=True,
-                          remedy="engine.activation_checkpointing=false")
+        raise ConfigError(
+            "this architecture has no activation checkpointing",
+            where="engine.activation_checkpointing",
+            value=True,
+            remedy="engine.activation_checkpointing=false",
+        )
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]

@@ -6,6 +6,7 @@ size; ranges of named parameters tie it to nothing.
 
 Legend: W ranks; a parameter has ``numel`` elements, flattened row by row.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
@@ -25,14 +26,18 @@ class Fragment:
     name: str  # as in ``model.named_parameters()`` or ``named_buffers()``
     shape: tuple[int, ...]  # of the whole tensor
     start: int
-    tensors: dict[str, Tensor]  # "weight", and if trained "exp_avg", "exp_avg_sq"; 1-D, equally long, live
+    tensors: dict[
+        str, Tensor
+    ]  # "weight", and if trained "exp_avg", "exp_avg_sq"; 1-D, equally long, live
 
     @property
     def numel(self) -> int:
         return self.tensors["weight"].numel()
 
 
-def partitioned(module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.AdamW, rank: int) -> Iterator[Fragment]:
+def partitioned(
+    module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.AdamW, rank: int
+) -> Iterator[Fragment]:
     """Yield what ZeRO gave to this rank. Fragments of different ranks never overlap."""
     param: Any  # DeepSpeed hangs its own attributes on it
     for name, param in module.named_parameters():
@@ -41,13 +46,21 @@ def partitioned(module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.
                 if param.requires_grad:
                     group, offset, _ = zero.grad_position[zero.get_param_id(param)]
                     flat = zero.fp32_partitioned_groups_flat[group]
-                    part.tensors.update({key: value.narrow(0, offset, part.numel) for key, value in trained(adamw, flat).items()})
+                    part.tensors.update(
+                        {
+                            key: value.narrow(0, offset, part.numel)
+                            for key, value in trained(adamw, flat).items()
+                        }
+                    )
                 yield part
         elif param.requires_grad and param._hp_mapping is not None:  # None: it lies on other ranks
             mapping = param._hp_mapping
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
             here = mapping.get_hp_fragment_address()
-            tensors = {key: value.narrow(0, here.start, here.numel) for key, value in trained(adamw, flat).items()}
+            tensors = {
+                key: value.narrow(0, here.start, here.numel)
+                for key, value in trained(adamw, flat).items()
+            }
             yield Fragment(name, tuple(param.shape), mapping.lp_fragment_address.start, tensors)
 
 
@@ -55,7 +68,12 @@ def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> It
     """Yield, whole, what every rank holds: persistent buffers, below stage 3 frozen parameters, at stage 0 all parameters."""
     for name, param in module.named_parameters():
         if stage == 0 and param.requires_grad:
-            yield Fragment(name, tuple(param.shape), 0, {key: value.view(-1) for key, value in trained(adamw, param).items()})
+            yield Fragment(
+                name,
+                tuple(param.shape),
+                0,
+                {key: value.view(-1) for key, value in trained(adamw, param).items()},
+            )
         elif stage < 3 and not param.requires_grad:
             yield Fragment(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
     yield from _buffers(module)
@@ -76,14 +94,24 @@ def _split(name: str, param: Any, *, rank: int) -> Iterator[Fragment]:
     size = param.ds_tensor.numel()
     real = min(size, param.ds_numel - rank * size)
     if real > 0:
-        yield Fragment(name, tuple(param.ds_shape), rank * size, {"weight": param.ds_tensor.detach().narrow(0, 0, real)})
+        yield Fragment(
+            name,
+            tuple(param.ds_shape),
+            rank * size,
+            {"weight": param.ds_tensor.detach().narrow(0, 0, real)},
+        )
 
 
 def _buffers(module: nn.Module) -> Iterator[Fragment]:
     for path, child in module.named_modules():
         for name, buffer in child._buffers.items():
             if buffer is not None and name not in child._non_persistent_buffers_set:
-                yield Fragment(f"{path}.{name}" if path else name, tuple(buffer.shape), 0, {"weight": buffer.detach().view(-1)})
+                yield Fragment(
+                    f"{path}.{name}" if path else name,
+                    tuple(buffer.shape),
+                    0,
+                    {"weight": buffer.detach().view(-1)},
+                )
 
 
 def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Iterator[Fragment]:
@@ -95,7 +123,9 @@ def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Itera
     for fragment in whole:
         start, stop = max(first - position, 0), min(last - position, fragment.numel)
         if start < stop:
-            part = {key: value.narrow(0, start, stop - start) for key, value in fragment.tensors.items()}
+            part = {
+                key: value.narrow(0, start, stop - start) for key, value in fragment.tensors.items()
+            }
             yield Fragment(fragment.name, fragment.shape, fragment.start + start, part)
         position += fragment.numel
 
@@ -103,7 +133,10 @@ def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Itera
 def tied(module: nn.Module) -> dict[str, str]:
     """Return ``{other name: name it is saved under}`` for parameters that are one and the same."""
     first: dict[Tensor, str] = {}
-    homes = {name: first.setdefault(param, name) for name, param in module.named_parameters(remove_duplicate=False)}
+    homes = {
+        name: first.setdefault(param, name)
+        for name, param in module.named_parameters(remove_duplicate=False)
+    }
     return {name: home for name, home in homes.items() if home != name}
 
 
@@ -112,7 +145,9 @@ def trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
     state = adamw.state[weight]
     if not state:
         fused = adamw.defaults["fused"]
-        state["step"] = torch.zeros((), dtype=torch.float32, device=weight.device if fused else "cpu")
+        state["step"] = torch.zeros(
+            (), dtype=torch.float32, device=weight.device if fused else "cpu"
+        )
         for key in MOMENTS:
             state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
     return {"weight": weight.detach(), **{key: state[key] for key in MOMENTS}}

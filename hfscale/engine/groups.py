@@ -2,6 +2,7 @@
 
 Layer-wise learning-rate decay: Howard & Ruder 2018 (ULMFiT, "discriminative fine-tuning"); Clark et al. 2020 (ELECTRA).
 """
+
 from __future__ import annotations
 
 import re
@@ -29,10 +30,15 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
         if param.requires_grad:
             decay = optim.weight_decay if len(getattr(param, "ds_shape", param.shape)) >= 2 else 0.0
             depth = depths.get(name, 0)
-            group = groups.setdefault((-depth, -decay), {"params": [], "weight_decay": decay, "lr_share": optim.layer_decay**depth})
+            group = groups.setdefault(
+                (-depth, -decay),
+                {"params": [], "weight_decay": decay, "lr_share": optim.layer_decay**depth},
+            )
             group["params"].append(param)
     if not groups:
-        raise ConfigError("the model has no parameter to train", where="model.freeze", remedy="freeze less")
+        raise ConfigError(
+            "the model has no parameter to train", where="model.freeze", remedy="freeze less"
+        )
     return [groups[key] for key in sorted(groups)]
 
 
@@ -41,12 +47,27 @@ def _depths(model: nn.Module) -> dict[str, int]:
 
     Encoder and decoder are stacks of their own. What comes before the first stack, in the order of the model's modules, is an embedding.
     """
-    layers = {name: (found[1], int(found[2])) for name, _ in model.named_parameters() if (found := LAYER.match(name))}
+    layers = {
+        name: (found[1], int(found[2]))
+        for name, _ in model.named_parameters()
+        if (found := LAYER.match(name))
+    }
     if not layers:
-        raise ConfigError("this model has no numbered layers", where="optim.layer_decay", value=type(model).__name__,
-                          remedy="optim.layer_decay=1")
-    sizes = {stack: 1 + max(number for other, number in layers.values() if other == stack) for stack, _ in layers.values()}
-    embeddings = {f"{path}.weight" for path, module in model.named_modules() if isinstance(module, nn.Embedding)}
+        raise ConfigError(
+            "this model has no numbered layers",
+            where="optim.layer_decay",
+            value=type(model).__name__,
+            remedy="optim.layer_decay=1",
+        )
+    sizes = {
+        stack: 1 + max(number for other, number in layers.values() if other == stack)
+        for stack, _ in layers.values()
+    }
+    embeddings = {
+        f"{path}.weight"
+        for path, module in model.named_modules()
+        if isinstance(module, nn.Embedding)
+    }
     depths, above = dict[str, int](), 1 + max(sizes.values())
     for name, _ in model.named_parameters():
         if name in layers:

@@ -3,6 +3,7 @@
 ZeRO-Inference: Aminabadi et al. 2022 (arXiv 2207.00032), sec. 6. Stages 1 and 2 partition gradients and optimizer, which are not there.
 What tasks, loaders and probes use of ``Engine`` is here as well: call it, look at ``module``, fill its ``fragments``, ``close`` it.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable
@@ -18,7 +19,9 @@ from hfscale.engine import fragments as parts
 from hfscale.engine.ds_config import inference_config
 from hfscale.engine.fragments import Fragment
 
-Build = Callable[[Callable[[], AbstractContextManager[Any]]], nn.Module]  # constructs the model inside the context that it is given
+Build = Callable[
+    [Callable[[], AbstractContextManager[Any]]], nn.Module
+]  # constructs the model inside the context that it is given
 
 
 class InferenceEngine:
@@ -28,10 +31,16 @@ class InferenceEngine:
         self.module = model.eval() if ds or device is None else model.eval().to(device)
         self.device: torch.device = device or model.device
         self._ds = ds
-        self.rank, self.world_size = (torch_dist.get_rank(), torch_dist.get_world_size()) if torch_dist.is_initialized() else (0, 1)
+        self.rank, self.world_size = (
+            (torch_dist.get_rank(), torch_dist.get_world_size())
+            if torch_dist.is_initialized()
+            else (0, 1)
+        )
 
     @classmethod
-    def create(cls, build: Build, *, how: Inference, precision: str, device: torch.device) -> InferenceEngine:
+    def create(
+        cls, build: Build, *, how: Inference, precision: str, device: torch.device
+    ) -> InferenceEngine:
         """Return the engine around what ``build`` makes, on ``device``. Stage 3 is collective and needs a process group.
 
         Raises:

@@ -4,6 +4,7 @@ Steps count from 1: step s is the s-th update, so the first update of a warmup o
 last step of a run uses the schedule's end value.
 Sources: cosine, Loshchilov & Hutter 2017 (SGDR) without restarts; wsd (warmup, stable, decay), Hu et al. 2024 (MiniCPM).
 """
+
 from __future__ import annotations
 
 import math
@@ -27,6 +28,10 @@ def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedul
         decay_steps = min(decay_steps, round(schedule.decay_fraction * total_steps))
     if decay_steps <= 0:
         return peak
-    progress = min(1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps))  # 0 at the peak, 1 at the end
-    falling = 0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
+    progress = min(
+        1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps)
+    )  # 0 at the peak, 1 at the end
+    falling = (
+        0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
+    )
     return peak * (schedule.min_ratio + (1.0 - schedule.min_ratio) * falling)

@@ -1,4 +1,5 @@
 """A run of LoRA adapters: the weights that they stand beside, and its export as peft's own folder."""
+
 from __future__ import annotations
 
 import warnings
@@ -27,17 +28,30 @@ class Beside:
 
     def __init__(self, model: PreTrainedModel, lora: Lora, folder: Path, *, rank: int) -> None:
         if rank == 0 and (folder / layout.MANIFEST).is_file():
-            with suppress(OSError):  # a run of somebody else's; one of our own never prunes what adapters need
+            with suppress(
+                OSError
+            ):  # a run of somebody else's; one of our own never prunes what adapters need
                 layout.pin(folder.parent, layout.step_of(folder), pinned=True)
         self.reader = open_weights(folder, check=verify_together)
         self.match = tell(match(model, self.reader, labels=labels_of(folder)))
         for name in self.match.missing:
             model.get_parameter(name).requires_grad_(True)
-        files = [folder / layout.MANIFEST] if (folder / layout.MANIFEST).is_file() else sorted(folder.glob("*.safetensors"))
+        files = (
+            [folder / layout.MANIFEST]
+            if (folder / layout.MANIFEST).is_file()
+            else sorted(folder.glob("*.safetensors"))
+        )
         digests = from_rank_0({file.name: file_digest(file) for file in files} if rank == 0 else {})
         # what every checkpoint says of the weights that are not in it
-        self.about = {"adapters": {"folder": str(folder), "digests": digests, "scale": lora.alpha / lora.r, "match": asdict(self.match),
-                                   "targets": transposed(model)}}
+        self.about = {
+            "adapters": {
+                "folder": str(folder),
+                "digests": digests,
+                "scale": lora.alpha / lora.r,
+                "match": asdict(self.match),
+                "targets": transposed(model),
+            }
+        }
 
     def check(self, saved: dict[str, Any]) -> None:
         """Return if the weights are those that the adapters were trained beside.
@@ -46,8 +60,12 @@ class Beside:
             CheckpointError: on all ranks, if they have changed.
         """
         if (was := saved["adapters"]["digests"]) != (now := self.about["adapters"]["digests"]):
-            raise CheckpointError("the weights that the adapters stand beside have changed", where=saved["adapters"]["folder"],
-                                  value=sorted(dict(was.items() ^ now.items())), remedy="give them back, or begin another run.name")
+            raise CheckpointError(
+                "the weights that the adapters stand beside have changed",
+                where=saved["adapters"]["folder"],
+                value=sorted(dict(was.items() ^ now.items())),
+                remedy="give them back, or begin another run.name",
+            )
 
 
 def write_adapter(source: RunModel, folder: Path) -> None:
@@ -60,16 +78,33 @@ def write_adapter(source: RunModel, folder: Path) -> None:
 
     reader, lora = source.reader, source.config.model.lora
     if lora is None or not isinstance(reader, MergedWeights):
-        raise ConfigError("this run has no adapters", where=source.checkpoint, remedy="export it without --adapter")
+        raise ConfigError(
+            "this run has no adapters",
+            where=source.checkpoint,
+            remedy="export it without --adapter",
+        )
     buffers = dict(source.skeleton.named_buffers())
     whole = {name: name.rpartition(".")[0] for name in reader.own if name not in buffers}
     chosen = [module for module in reader.targets if module not in whole.values()]
-    LoraConfig(r=lora.r, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=chosen,  # type: ignore[arg-type]
-               modules_to_save=sorted(set(whole.values())) or None, fan_in_fan_out=any(reader.targets.values()), inference_mode=True,
-               base_model_name_or_path=reader.folder).save_pretrained(str(folder))
-    tensors = {name: reader.read(name) for name in whole} | {f"{module}.lora_{side}.weight": reader.saved.read(
-        f"{module}.lora_{side}.default.weight") for module in chosen for side in "AB"}
-    save_file({f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()}, folder / "adapter_model.safetensors")
+    LoraConfig(
+        r=lora.r,
+        lora_alpha=lora.alpha,  # type: ignore[arg-type]
+        lora_dropout=lora.dropout,
+        target_modules=chosen,
+        modules_to_save=sorted(set(whole.values())) or None,
+        fan_in_fan_out=any(reader.targets.values()),
+        inference_mode=True,
+        base_model_name_or_path=reader.folder,
+    ).save_pretrained(str(folder))
+    tensors = {name: reader.read(name) for name in whole} | {
+        f"{module}.lora_{side}.weight": reader.saved.read(f"{module}.lora_{side}.default.weight")
+        for module in chosen
+        for side in "AB"
+    }
+    save_file(
+        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
+        folder / "adapter_model.safetensors",
+    )
 
 
 def load_adapter(source: RunModel, folder: Path) -> Any:
@@ -86,8 +121,10 @@ def load_adapter(source: RunModel, folder: Path) -> Any:
 def use_adapter(source: RunModel, folder: Path) -> str:
     """Return lines of Python that use an adapter. Its base may have to be exported first."""
     kind, base = source.objective.auto_model, source.reader.folder  # type: ignore[attr-defined]
-    first = f"# first: hfscale export {base} BASE\n" if (Path(base) / layout.MANIFEST).is_file() else ""
+    first = (
+        f"# first: hfscale export {base} BASE\n" if (Path(base) / layout.MANIFEST).is_file() else ""
+    )
     return f"""{first}from peft import PeftModel
 from transformers import AutoConfig, {kind}
-base = {kind}.from_pretrained("{'BASE' if first else base}", config=AutoConfig.from_pretrained("{folder}"))
+base = {kind}.from_pretrained("{"BASE" if first else base}", config=AutoConfig.from_pretrained("{folder}"))
 model = PeftModel.from_pretrained(base, "{folder}")"""

@@ -1,4 +1,5 @@
 """What MODEL on a command line means, and what is to be done with it: settled on the login node, with nothing read of its weights."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -20,18 +21,30 @@ from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tasks.base import TASKS, load_task, task_class
 from hfscale.tokenizer import load_tokenizer
 
-SUGGESTED = {"ForSequenceClassification": "sequence_classification", "ForTokenClassification": "token_classification",
-             "ForQuestionAnswering": "extractive_qa", "ForMaskedLM": "fill_mask", "ForCausalLM": "text_generation",
-             "LMHeadModel": "text_generation"}  # end of an architecture's name -> task
-CLASSES = {"ForCausalLM": "AutoModelForCausalLM", "LMHeadModel": "AutoModelForCausalLM",
-           "ForConditionalGeneration": "AutoModelForSeq2SeqLM"}
+SUGGESTED = {
+    "ForSequenceClassification": "sequence_classification",
+    "ForTokenClassification": "token_classification",
+    "ForQuestionAnswering": "extractive_qa",
+    "ForMaskedLM": "fill_mask",
+    "ForCausalLM": "text_generation",
+    "LMHeadModel": "text_generation",
+}  # end of an architecture's name -> task
+CLASSES = {
+    "ForCausalLM": "AutoModelForCausalLM",
+    "LMHeadModel": "AutoModelForCausalLM",
+    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
+}
 OF_OBJECTIVES = {"clm": "text_generation", "mlm": "fill_mask", "contrastive": "feature_extraction"}
 
 
 def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
     """Return the objective or task of a run, with what its training examples said."""
     facts = layout.state_of(checkpoint).get("facts", {})
-    setting = Setting(seq_len=config.data.seq_len, tokenizer=load_tokenizer(tokenizer_folder(config, None)), facts=facts)
+    setting = Setting(
+        seq_len=config.data.seq_len,
+        tokenizer=load_tokenizer(tokenizer_folder(config, None)),
+        facts=facts,
+    )
     if isinstance(config, FinetuneConfig):
         return load_task(config.task, setting)
     assert isinstance(config, RunConfig)
@@ -49,13 +62,21 @@ def auto_model_of(name: str) -> str:
 def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
     """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
     if checkpoint := layout.checkpoint_of(name):
-        return AutoConfig.from_pretrained(checkpoint), load_tokenizer(tokenizer_folder(run_config(checkpoint), None))
-    folder = local_folder(name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder")
+        return AutoConfig.from_pretrained(checkpoint), load_tokenizer(
+            tokenizer_folder(run_config(checkpoint), None)
+        )
+    folder = local_folder(
+        name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder"
+    )
     try:
         return AutoConfig.from_pretrained(folder), load_tokenizer(folder)
     except (OSError, ValueError) as error:
-        raise CheckpointError("no model here", where=name, value=str(error).splitlines()[0],
-                              remedy="name a run, a checkpoint, an export, or a transformers folder") from error
+        raise CheckpointError(
+            "no model here",
+            where=name,
+            value=str(error).splitlines()[0],
+            remedy="name a run, a checkpoint, an export, or a transformers folder",
+        ) from error
 
 
 def is_pretraining(name: str, data: str | None) -> bool:
@@ -66,8 +87,15 @@ def is_pretraining(name: str, data: str | None) -> bool:
     return checkpoint is not None and isinstance(run_config(checkpoint), RunConfig)
 
 
-def settle(name: str | None, *, task: str | None, data: str | None, out: Path, overrides: Sequence[str],
-           answers: bool = False) -> PredictConfig:
+def settle(
+    name: str | None,
+    *,
+    task: str | None,
+    data: str | None,
+    out: Path,
+    overrides: Sequence[str],
+    answers: bool = False,
+) -> PredictConfig:
     """Return what predicting with MODEL ``name`` means: as its run was trained, or as its architecture suggests; ``overrides`` go on top.
 
     Without a name there are predictions already. An override is of a section (``data.columns.text=review``), or else of the task's
@@ -76,35 +104,69 @@ def settle(name: str | None, *, task: str | None, data: str | None, out: Path, o
     Raises:
         UserError: if there is no such model, or nothing says the task or the data.
     """
-    values: dict[str, Any] = {"predict": {"model": name or "-", "out": str(out), "answers": answers}, "task": {"options": {}}, "data": {},
-                              "engine": {}}
+    values: dict[str, Any] = {
+        "predict": {"model": name or "-", "out": str(out), "answers": answers},
+        "task": {"options": {}},
+        "data": {},
+        "engine": {},
+    }
     suggested, checkpoint = None, None if name is None else layout.checkpoint_of(name)
     if checkpoint:
         values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
         trained: Any = run_config(checkpoint)
-        suggested = trained.task.name if isinstance(trained, FinetuneConfig) else OF_OBJECTIVES.get(trained.objective.name)
+        suggested = (
+            trained.task.name
+            if isinstance(trained, FinetuneConfig)
+            else OF_OBJECTIVES.get(trained.objective.name)
+        )
         values["data"]["max_length"] = trained.data.seq_len
         if isinstance(trained, FinetuneConfig) and task in (None, trained.task.name):
             values["task"]["options"] = trained.task.options
-            values["data"] = trained.data.model_dump(mode="json", exclude={"train", "validation", "test"} if data else None)
-            values["predict"]["split"] = "train" if data else "test" if trained.data.test else "validation"
+            values["data"] = trained.data.model_dump(
+                mode="json", exclude={"train", "validation", "test"} if data else None
+            )
+            values["predict"]["split"] = (
+                "train" if data else "test" if trained.data.test else "validation"
+            )
     elif name is not None:
         config, _ = model_and_tokenizer(name)
         architecture = (config.architectures or [""])[0]
-        suggested = next((found for end, found in SUGGESTED.items() if architecture.endswith(end)), None)
+        suggested = next(
+            (found for end, found in SUGGESTED.items() if architecture.endswith(end)), None
+        )
         values["data"]["max_length"] = min(512, longest_row(config) or 512)
-        if (said := getattr(config, "hfscale", None)) and task in (None, said["task"]["name"]):  # an export of ours
+        if (said := getattr(config, "hfscale", None)) and task in (
+            None,
+            said["task"]["name"],
+        ):  # an export of ours
             suggested, values["task"]["options"] = said["task"]["name"], said["task"]["options"]
             values["data"]["max_length"] = said["max_length"]
     values["task"]["name"] = task or suggested
     if values["task"]["name"] is None:
-        raise ConfigError("nothing says what this model is for", where="--task", value=name, remedy=f"name the task: {', '.join(TASKS)}")
+        raise ConfigError(
+            "nothing says what this model is for",
+            where="--task",
+            value=name,
+            remedy=f"name the task: {', '.join(TASKS)}",
+        )
     if answers and not task_class(values["task"]["name"]).scored:
-        raise ConfigError("this task only predicts: there are no answers to score", where="--task", value=values["task"]["name"],
-                          remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, without --task")
+        raise ConfigError(
+            "this task only predicts: there are no answers to score",
+            where="--task",
+            value=values["task"]["name"],
+            remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, without --task",
+        )
     if data is None and "train" not in values["data"]:
-        raise ConfigError("nothing says which examples to score the model on", where="--data", value=name, remedy="--data FILE")
+        raise ConfigError(
+            "nothing says which examples to score the model on",
+            where="--data",
+            value=name,
+            remedy="--data FILE",
+        )
     if data:
         values["data"]["train"] = data
-    sections = [f"{'' if text.split('.')[0] in values or '=' not in text else 'task.options.'}{text}" for text in overrides]
+    sections = [
+        f"{'' if text.split('.')[0] in values or '=' not in text else 'task.options.'}{text}"
+        for text in overrides
+    ]
     return load_values(values, sections, schema=PredictConfig)

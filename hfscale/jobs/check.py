@@ -1,4 +1,5 @@
 """Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
+
 from __future__ import annotations
 
 from functools import partial
@@ -27,19 +28,40 @@ def check(config: TrainConfig) -> None:
     material = open_material(config, World(), folder)
     material.digests()  # which opens all of its data
     objective = material.objective()
-    if (best := config.checkpoint.keep_best) and best.metric not in (given := {f"validation_{name}" for name in objective.validated()}):
-        raise ConfigError("no validation gives this metric", where="checkpoint.keep_best.metric", value=best.metric,
-                          remedy=nearest(best.metric, given))
-    model_config = check_model_config(**model_needs(config, material.tokenizer, folder, also=material.needs))
+    if (best := config.checkpoint.keep_best) and best.metric not in (
+        given := {f"validation_{name}" for name in objective.validated()}
+    ):
+        raise ConfigError(
+            "no validation gives this metric",
+            where="checkpoint.keep_best.metric",
+            value=best.metric,
+            remedy=nearest(best.metric, given),
+        )
+    model_config = check_model_config(
+        **model_needs(config, material.tokenizer, folder, also=material.needs)
+    )
     check_head(model_config, objective.auto_model)
-    if model_config.model_type in OFFSET_POSITIONS - {"mpnet"} and model_config.pad_token_id is None:
+    if (
+        model_config.model_type in OFFSET_POSITIONS - {"mpnet"}
+        and model_config.pad_token_id is None
+    ):
         why = f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own"
         raise lacking(material.tokenizer, why, add="pad='<pad>'")
-    if config.model.freeze or config.model.lora or (folder and not layout.newest_state(config.run_dir)):
+    if (
+        config.model.freeze
+        or config.model.lora
+        or (folder and not layout.newest_state(config.run_dir))
+    ):
         shape = skeleton(config, model_config, objective.auto_model)
         choose_trained(shape, config.model)
         if folder and not layout.newest_state(config.run_dir):
-            tell(match(shape, open_weights(folder, check=partial(verify, up_to=SMALL)), labels=labels_of(folder)))
+            tell(
+                match(
+                    shape,
+                    open_weights(folder, check=partial(verify, up_to=SMALL)),
+                    labels=labels_of(folder),
+                )
+            )
             warn_of_tokenizer(folder, material.tokenizer)
 
 

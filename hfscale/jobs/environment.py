@@ -1,4 +1,5 @@
 """What only the ranks of an attempt know of it, added to the run's ``environment.json``: hosts, devices, driver, data, tokenizer."""
+
 from __future__ import annotations
 
 import json
@@ -16,7 +17,9 @@ from hfscale.shards.files import write_atomically
 DRIVER = Path("/proc/driver/nvidia/version")
 
 
-def record_ranks(run_dir: Path, world: World, device: torch.device, *, described: dict[str, Any]) -> None:
+def record_ranks(
+    run_dir: Path, world: World, device: torch.device, *, described: dict[str, Any]
+) -> None:
     """Complete the newest attempt's entry. Collective. One that is complete is of an earlier start, so another entry is added."""
     ranks = from_all_ranks(f"{socket.gethostname()}: {device_name(device)}")
     file = run_dir / "environment.json"
@@ -25,6 +28,11 @@ def record_ranks(run_dir: Path, world: World, device: torch.device, *, described
     attempts = json.loads(file.read_text("utf-8")) if file.is_file() else []
     if not attempts or "ranks" in attempts[-1]:
         attempts.append({})
-    attempts[-1] |= {"ranks": ranks, "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else None,
-                     "cuda": torch.version.cuda, "threads": torch.get_num_threads(), **described}
+    attempts[-1] |= {
+        "ranks": ranks,
+        "driver": DRIVER.read_text().splitlines()[0] if DRIVER.is_file() else None,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        **described,
+    }
     write_atomically(file, json.dumps(attempts, indent=1, ensure_ascii=False).encode())

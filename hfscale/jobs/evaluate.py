@@ -5,6 +5,7 @@
 
 KEY digests model, data and task, so what was evaluated once is found again. EVALUATIONS is in the run directory, or here.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -60,20 +61,32 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
     rows = dict[str, dict[str, Any]]()
     for where, row in table_rows(predictions):
         if (name := str(row.get("id"))) in rows or not {"prediction", "problem"} & row.keys():
-            raise DataError("an id occurs twice" if name in rows else "there is no prediction", where=where, value=str(row)[:80],
-                            remedy='one line for each example: {"id": ..., "prediction": ...}')
+            raise DataError(
+                "an id occurs twice" if name in rows else "there is no prediction",
+                where=where,
+                value=str(row)[:80],
+                remedy='one line for each example: {"id": ..., "prediction": ...}',
+            )
         rows[name] = row
     references = list(examples_of(config))
     missing = [example["id"] for example in references if example["id"] not in rows]
     if missing or len(rows) != len(references):
         count = f"{len(rows):,} predictions for {len(references):,} examples"
         unknown = [] if missing else [*rows.keys() - {example["id"] for example in references}]
-        raise DataError(f"{count}, {len(missing):,} of which have none", where=predictions, value=missing[:5] or unknown[:5],
-                        remedy="give the predictions of these examples, whole; ids must be the same")
+        raise DataError(
+            f"{count}, {len(missing):,} of which have none",
+            where=predictions,
+            value=missing[:5] or unknown[:5],
+            remedy="give the predictions of these examples, whole; ids must be the same",
+        )
     usable = [example for example in references if "problem" not in rows[example["id"]]]
     if not usable:
-        raise DataError("no example can be scored", where=config.data.train, remedy="mend them", value=[
-            f"{name}: {row['problem']}" for name, row in islice(rows.items(), 3)])
+        raise DataError(
+            "no example can be scored",
+            where=config.data.train,
+            remedy="mend them",
+            value=[f"{name}: {row['problem']}" for name, row in islice(rows.items(), 3)],
+        )
     facts: dict[str, Any] = {}
     if model:
         checkpoint = layout.checkpoint_of(config.predict.model)
@@ -81,22 +94,49 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
         facts = state.get("facts") or kind.known(model_and_tokenizer(config.predict.model)[0])
     chosen = [rows[example["id"]] for example in usable]
     try:
-        task = kind(options, Setting(seq_len=config.data.max_length, facts=facts or kind.facts(options, iter(usable))))
-        said = described(task.measure(chosen, usable)) | {"scores": _defined(task.score(chosen, usable))}
+        task = kind(
+            options,
+            Setting(
+                seq_len=config.data.max_length, facts=facts or kind.facts(options, iter(usable))
+            ),
+        )
+        said = described(task.measure(chosen, usable)) | {
+            "scores": _defined(task.score(chosen, usable))
+        }
     except BadExample as error:
-        raise DataError(str(error), where=config.data.train, remedy="mend the examples, or say more of the task (key=value)") from error
+        raise DataError(
+            str(error),
+            where=config.data.train,
+            remedy="mend the examples, or say more of the task (key=value)",
+        ) from error
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         if predictions == config.predict.out:  # made here: a defect
             raise
-        raise DataError("these are no predictions of this task", where=predictions, value=repr(error),
-                        remedy=f"give what hfscale predict --task {config.task.name} writes") from error
-    return {"task": config.task.name, "options": config.task.options, "left_out": len(references) - len(usable), **said}
+        raise DataError(
+            "these are no predictions of this task",
+            where=predictions,
+            value=repr(error),
+            remedy=f"give what hfscale predict --task {config.task.name} writes",
+        ) from error
+    return {
+        "task": config.task.name,
+        "options": config.task.options,
+        "left_out": len(references) - len(usable),
+        **said,
+    }
 
 
 def described(measure: Measure) -> dict[str, Any]:
     """Return what ``scores.json`` says of a measure; what is not a number is null."""
-    intervals = {name: [*ends] for name, ends in measure.intervals().items() if all(map(isfinite, ends))}
-    return {"examples": measure.examples, "scores": _defined(measure.scores()), "intervals": intervals, "notes": measure.notes}
+    intervals = {
+        name: [*ends] for name, ends in measure.intervals().items() if all(map(isfinite, ends))
+    }
+    return {
+        "examples": measure.examples,
+        "scores": _defined(measure.scores()),
+        "intervals": intervals,
+        "notes": measure.notes,
+    }
 
 
 def _defined(scores: dict[str, float]) -> dict[str, float | None]:
@@ -106,14 +146,19 @@ def _defined(scores: dict[str, float]) -> dict[str, float | None]:
 def keep(folder: Path, model: str, found: dict[str, Any]) -> None:
     """Write scores to ``folder``, and of a run to its TensorBoard at the checkpoint's step."""
     folder.mkdir(parents=True, exist_ok=True)
-    write_atomically(folder / SCORES, json.dumps({"model": model, **found}, indent=1, ensure_ascii=False).encode())
+    write_atomically(
+        folder / SCORES,
+        json.dumps({"model": model, **found}, indent=1, ensure_ascii=False).encode(),
+    )
     if checkpoint := layout.checkpoint_of(model):
         from torch.utils.tensorboard import SummaryWriter
 
         with SummaryWriter(str(checkpoint.resolve().parents[1] / "tensorboard" / FOLDER)) as board:
             for name, value in flatten(found["scores"]):
                 with suppress(TypeError):  # null
-                    board.add_scalar(f"{folder.parent.name}/{name}", value, layout.step_of(checkpoint))
+                    board.add_scalar(
+                        f"{folder.parent.name}/{name}", value, layout.step_of(checkpoint)
+                    )
 
 
 def table(found: Sequence[dict[str, Any]]) -> str:
@@ -121,10 +166,15 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     lines = []
     for one in found:
         left = f", {one['left_out']:,} left out" if one.get("left_out") else ""
-        lines.append(f"{one['model']}  {counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}")
+        lines.append(
+            f"{one['model']}  {counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}"
+        )
         for name, value in one["scores"].items():
             low, high = one["intervals"].get(name, (None, None))
             shown = "undefined" if value is None else f"{value:.4f}"
-            lines.append(f"  {name:<24}{shown:>12}" + (f"   95 % [{low:.4f}, {high:.4f}]" if low is not None else ""))
+            lines.append(
+                f"  {name:<24}{shown:>12}"
+                + (f"   95 % [{low:.4f}, {high:.4f}]" if low is not None else "")
+            )
         lines += [f"  {name}: {note}" for name, note in one["notes"].items()]
     return "\n".join(lines)

@@ -2,6 +2,7 @@
 
 Every checkpoint carries the live engine's logits on a small probe batch, so the proof needs neither the run nor its GPUs.
 """
+
 from __future__ import annotations
 
 import shutil
@@ -28,10 +29,22 @@ from hfscale.objectives.base import Objective
 from hfscale.tasks.base import Task
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
-SAME_DEVICE = {"fp32": 1e-5, "bf16": 1e-2, "fp16": 2e-3}  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
+SAME_DEVICE = {
+    "fp32": 1e-5,
+    "bf16": 1e-2,
+    "fp16": 2e-3,
+}  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 ROOM = 2**30  # bytes of a GPU beside the weights: kernels, activations
-TRAINED = ("model", "objective", "task", "optim", "schedule", "train", "engine")  # the sections of a config that the card shows
+TRAINED = (
+    "model",
+    "objective",
+    "task",
+    "optim",
+    "schedule",
+    "train",
+    "engine",
+)  # the sections of a config that the card shows
 
 
 def run(name: str, out: Path, *, adapter: bool = False) -> str:
@@ -41,13 +54,22 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
         CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits differ; then nothing is published.
     """
     if out.exists():
-        raise CheckpointError("this folder exists already; nothing was written", where=out, remedy="name another folder, or remove it")
+        raise CheckpointError(
+            "this folder exists already; nothing was written",
+            where=out,
+            remedy="name another folder, or remove it",
+        )
     source = open_run(name)
     if source is None:
-        raise CheckpointError("no run or checkpoint of hfscale here", where=name,
-                              remedy="name a run directory, or a folder in its checkpoints/")
+        raise CheckpointError(
+            "no run or checkpoint of hfscale here",
+            where=name,
+            remedy="name a run directory, or a folder in its checkpoints/",
+        )
     out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{out.name}.", dir=out.parent) as scratch:  # a name of our own, removed whatever happens
+    with TemporaryDirectory(
+        prefix=f".{out.name}.", dir=out.parent
+    ) as scratch:  # a name of our own, removed whatever happens
         partial = Path(scratch) / "model"
         partial.mkdir()
         try:
@@ -56,23 +78,36 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             else:
                 write_weights(source.reader, source.skeleton, partial)
         except OSError as error:
-            raise CheckpointError("the weights cannot be written; nothing was published", where=out.parent, value=error.strerror,
-                                  remedy="make room, or export to another disk") from error
+            raise CheckpointError(
+                "the weights cannot be written; nothing was published",
+                where=out.parent,
+                value=error.strerror,
+                remedy="make room, or export to another disk",
+            ) from error
         if isinstance(source.objective, Task):
             config: Any = source.config
-            source.skeleton.config.hfscale = {"task": config.task.model_dump(mode="json"), "max_length": config.data.max_length}
+            source.skeleton.config.hfscale = {
+                "task": config.task.model_dump(mode="json"),
+                "max_length": config.data.max_length,
+            }
             source.objective.finish(source.skeleton, source.tokenizer)
             if source.objective.code:
                 shutil.copy(str(import_module(source.objective.code).__file__), partial)
-        source.skeleton.config.architectures = [type(source.skeleton).__name__]  # by which others, and we, know what it is for
+        source.skeleton.config.architectures = [
+            type(source.skeleton).__name__
+        ]  # by which others, and we, know what it is for
         source.skeleton.config.save_pretrained(partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
-        framed(source.tokenizer, source.objective.frame, source.skeleton.config).save_pretrained(partial)
+        framed(source.tokenizer, source.objective.frame, source.skeleton.config).save_pretrained(
+            partial
+        )
         difference = prove(source, partial, adapter=adapter)
         (partial / "README.md").write_text(card(source, difference), "utf-8")
         partial.rename(out)
-    logger.info(f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to {difference:.1e}")
+    logger.info(
+        f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to {difference:.1e}"
+    )
     return use_adapter(source, out) if adapter else usage(source.objective, out)
 
 
@@ -85,9 +120,14 @@ tokenizer, model = AutoTokenizer.from_pretrained("{folder}"), {model}.from_pretr
 print(tokenizer.batch_decode(model.generate(tokenizer("Once upon a {mark}", return_tensors="pt").input_ids, max_new_tokens=40)))"""
     chats = isinstance(objective, Task) and objective.setting.tokenizer.chat_template
     chat = '[{"role": "user", "content": "Once upon a time"}]' if chats else '"Once upon a time"'
-    text = {"text-generation": f"{chat}, max_new_tokens=40", "fill-mask": f'"Once upon a {mark}"',
-            "question-answering": 'question="Who wrote it?", context="Ada wrote it."'}.get(task, '"Once upon a time"')
-    trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""  # of one file, which lies in the folder
+    text = {
+        "text-generation": f"{chat}, max_new_tokens=40",
+        "fill-mask": f'"Once upon a {mark}"',
+        "question-answering": 'question="Who wrote it?", context="Ada wrote it."',
+    }.get(task, '"Once upon a time"')
+    trusted = (
+        ", trust_remote_code=True" if getattr(objective, "code", None) else ""
+    )  # of one file, which lies in the folder
     return f"""from transformers import pipeline
 use = pipeline("{task}", model="{folder}"{trusted})
 print(use({text}))"""
@@ -99,12 +139,23 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     Raises:
         CheckpointError: if they differ by more than rounding explains.
     """
-    device, size = default_device(), sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    device, size = (
+        default_device(),
+        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
+    )
     attention = source.skeleton.config._attn_implementation
     if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
-        device, attention = torch.device("cpu"), "sdpa"  # where files are mapped: a model larger than the memory is slow there, but goes
-    model: Any = load_adapter(source, folder) if adapter else type(source.skeleton).from_pretrained(
-        folder, dtype=source.skeleton.dtype, attn_implementation=attention)
+        device, attention = (
+            torch.device("cpu"),
+            "sdpa",
+        )  # where files are mapped: a model larger than the memory is slow there, but goes
+    model: Any = (
+        load_adapter(source, folder)
+        if adapter
+        else type(source.skeleton).from_pretrained(
+            folder, dtype=source.skeleton.dtype, attn_implementation=attention
+        )
+    )
     model.to(device).eval()
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
@@ -112,24 +163,42 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     assert got is not None, "it had logits when it was saved"
     plain = not source.config.engine.compile and not source.config.model.lora
     same = plain and device_name(device) == layout.state_of(source.checkpoint)["device"]
-    return compare_logits(got, probe.logits, tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision])
+    return compare_logits(
+        got,
+        probe.logits,
+        tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision],
+    )
 
 
 def card(source: RunModel, difference: float) -> str:
     """Return the model card: the run's facts, and how to use the model."""
     at, finetuned = layout.state_of(source.checkpoint), isinstance(source.config, FinetuneConfig)
     config: Any = source.config
-    data = Path(config.data.train).name if finetuned else ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
+    data = (
+        Path(config.data.train).name
+        if finetuned
+        else ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
+    )
     rows = {
         "architecture": f"{source.skeleton.config.model_type}, {sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
         "started from": at.get("pretrained") or "new weights",
         "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens",
         "data": f"{data}; fingerprint `{at['data_fingerprint'][:16]}`, tokenizer `{at['tokenizer_digest'][:16]}`",
-        "figures": ", ".join(f"{key} {value:,.6g}" for key, value in at["metrics"].items() if isinstance(value, int | float)) or "none",
+        "figures": ", ".join(
+            f"{key} {value:,.6g}"
+            for key, value in at["metrics"].items()
+            if isinstance(value, int | float)
+        )
+        or "none",
         "versions": f"{at['versions']}, exported by transformers {transformers.__version__}",
-        "proof": f"logits equal to the training engine's, relative difference {difference:.1e}"}
+        "proof": f"logits equal to the training engine's, relative difference {difference:.1e}",
+    }
     # not the rest of the config: a card is for everybody, and that names folders, hosts and accounts
-    trained = "".join(f"{name}:\n{indent(to_yaml(getattr(config, name)), '  ')}" for name in TRAINED if hasattr(config, name))
+    trained = "".join(
+        f"{name}:\n{indent(to_yaml(getattr(config, name)), '  ')}"
+        for name in TRAINED
+        if hasattr(config, name)
+    )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
     return f"""---
 library_name: transformers

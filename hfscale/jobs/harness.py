@@ -3,6 +3,7 @@
 The harness asks three things of a model (loglikelihood, loglikelihood_rolling, generate_until). Its own wrapper of transformers' models
 answers them, around our engine: every rank is asked everything, computes its share, and gets the others' answers.
 """
+
 from __future__ import annotations
 
 import logging
@@ -35,9 +36,13 @@ WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 class EngineLM(HFLM):
     """Our engine as the harness wants a model. All ranks get the same requests, in the same order."""
 
-    def __init__(self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, batch: int) -> None:
+    def __init__(
+        self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, batch: int
+    ) -> None:
         logging.disable(logging.WARNING)  # of advice for models that the harness would open itself
-        super().__init__(engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False)  # which would make passes uneven
+        super().__init__(
+            engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False
+        )  # which would make passes uneven
         logging.disable(logging.NOTSET)
         self._engine = engine
 
@@ -48,38 +53,78 @@ class EngineLM(HFLM):
         parts = from_all_ranks(answer(filled[rank::ranks]))
         return [parts[number % ranks][number // ranks] for number in range(len(requests))]
 
-    def _loglikelihood_tokens(self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None) -> Any:
-        return self._dealt([*requests], lambda some: HFLM._loglikelihood_tokens(self, some, disable_tqdm=disable_tqdm))
+    def _loglikelihood_tokens(
+        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> Any:
+        return self._dealt(
+            [*requests],
+            lambda some: HFLM._loglikelihood_tokens(self, some, disable_tqdm=disable_tqdm),
+        )
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         settings = [str(request.args[1]) for request in requests]
         answers = dict[int, str]()
-        for _, same in groupby(sorted(range(len(requests)), key=settings.__getitem__), key=settings.__getitem__):
+        for _, same in groupby(
+            sorted(range(len(requests)), key=settings.__getitem__), key=settings.__getitem__
+        ):
             numbers = [*same]
-            answers |= zip(numbers, self._dealt([requests[number] for number in numbers], lambda some: HFLM.generate_until(
-                self, some, disable_tqdm=disable_tqdm)), strict=True)
+            answers |= zip(
+                numbers,
+                self._dealt(
+                    [requests[number] for number in numbers],
+                    lambda some: HFLM.generate_until(self, some, disable_tqdm=disable_tqdm),
+                ),
+                strict=True,
+            )
         return [answers[number] for number in range(len(requests))]
 
     def _model_generate(self, *args: Any, **how: Any) -> Any:
         return super()._model_generate(*args, **how, synced_gpus=self._engine.together)
 
 
-def settle(name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequence[str]) -> HarnessConfig:
+def settle(
+    name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequence[str]
+) -> HarnessConfig:
     """Return what scoring MODEL ``name`` on ``tasks`` means. With ``folder`` only its YAMLs are tasks; else those of the harness.
 
     Raises:
         UserError: if a task is unknown, or the model writes no text.
     """
     if (kind := auto_model_of(name)) not in WRITERS:
-        raise ConfigError("the harness asks for likelihoods of texts, which this model does not give", where=name, value=kind,
-                          remedy="name a causal model or an encoder-decoder")
+        raise ConfigError(
+            "the harness asks for likelihoods of texts, which this model does not give",
+            where=name,
+            value=kind,
+            remedy="name a causal model or an encoder-decoder",
+        )
     if unknown := [task for task in tasks if task not in _known(folder).all_tasks]:
-        raise ConfigError("there is no such task", where=folder or "--harness", value=unknown[0],
-                          remedy=nearest(unknown[0], _known(folder).all_tasks))
+        raise ConfigError(
+            "there is no such task",
+            where=folder or "--harness",
+            value=unknown[0],
+            remedy=nearest(unknown[0], _known(folder).all_tasks),
+        )
     checkpoint = layout.checkpoint_of(name)
-    model = str(checkpoint.absolute()) if checkpoint else str(Path(name).absolute()) if Path(name).exists() else name
-    home = folder_of(name, "harness-" + "-".join(tasks)[:80], {"model": model, "tasks": ",".join(tasks), "folder": str(folder)})
-    values = {"harness": {"model": model, "out": str(home), "tasks": [*tasks], "folder": folder and str(folder)}}
+    model = (
+        str(checkpoint.absolute())
+        if checkpoint
+        else str(Path(name).absolute())
+        if Path(name).exists()
+        else name
+    )
+    home = folder_of(
+        name,
+        "harness-" + "-".join(tasks)[:80],
+        {"model": model, "tasks": ",".join(tasks), "folder": str(folder)},
+    )
+    values = {
+        "harness": {
+            "model": model,
+            "out": str(home),
+            "tasks": [*tasks],
+            "folder": folder and str(folder),
+        }
+    }
     return load_values(values, overrides, schema=HarnessConfig)
 
 
@@ -90,10 +135,16 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
         opened = open_model(wanted.model, auto_model_of(wanted.model), config.engine)
         model = EngineLM(opened.engine, opened.tokenizer, wanted.batch)
         try:
-            made: Any = simple_evaluate(model, tasks=[*wanted.tasks], task_manager=_known(wanted.folder))
+            made: Any = simple_evaluate(
+                model, tasks=[*wanted.tasks], task_manager=_known(wanted.folder)
+            )
         except (ConnectionError, FileNotFoundError) as error:
-            raise DataError("the data of a task cannot be read", where=", ".join(wanted.tasks), value=str(error).splitlines()[0],
-                            remedy="fetch it once where there is a network, or name tasks of files here: --harness-path") from error
+            raise DataError(
+                "the data of a task cannot be read",
+                where=", ".join(wanted.tasks),
+                value=str(error).splitlines()[0],
+                remedy="fetch it once where there is a network, or name tasks of files here: --harness-path",
+            ) from error
         opened.engine.close()
         if world.rank == 0:
             keep(wanted.out, wanted.model, _scores(made))
@@ -101,14 +152,32 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
 
 
 def _known(folder: Path | None) -> TaskManager:
-    return TaskManager(include_path=str(folder) if folder else None, include_defaults=folder is None)
+    return TaskManager(
+        include_path=str(folder) if folder else None, include_defaults=folder is None
+    )
 
 
 def _scores(made: dict[str, Any]) -> dict[str, Any]:
     """Return what the harness found, as ``described`` gives scores."""
-    figures = {f"{task}/{key}".removesuffix(",none"): value for task, some in made["results"].items() for key, value in some.items()
-               if isinstance(value, float)}  # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
+    figures = {
+        f"{task}/{key}".removesuffix(",none"): value
+        for task, some in made["results"].items()
+        for key, value in some.items()
+        if isinstance(value, float)
+    }  # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
     scores = {key: value for key, value in figures.items() if "_stderr" not in key}
-    errors = {key.replace("_stderr", ""): 1.96 * value for key, value in figures.items() if "_stderr" in key}
-    return {"task": "lm_eval", "versions": made["versions"], "examples": sum(count["effective"] for count in made["n-samples"].values()),
-            "scores": scores, "intervals": {key: [scores[key] - half, scores[key] + half] for key, half in errors.items()}, "notes": {}}
+    errors = {
+        key.replace("_stderr", ""): 1.96 * value
+        for key, value in figures.items()
+        if "_stderr" in key
+    }
+    return {
+        "task": "lm_eval",
+        "versions": made["versions"],
+        "examples": sum(count["effective"] for count in made["n-samples"].values()),
+        "scores": scores,
+        "intervals": {
+            key: [scores[key] - half, scores[key] + half] for key, half in errors.items()
+        },
+        "notes": {},
+    }

@@ -3,6 +3,7 @@
 ``tokenizer``, ``needs`` (values that the model's config must have) and ``objective(model_config)`` come first; once there is a model and
 perhaps a checkpoint, ``open`` gives the stream, and then ``rows`` (of an epoch), ``names`` (of the sources), ``validation``, ``describe``.
 """
+
 from __future__ import annotations
 
 import json
@@ -42,22 +43,47 @@ class TokenMaterial:
     def __init__(self, config: RunConfig, world: World) -> None:
         self._config, self._world, self.needs = config, world, dict[str, Any]()
         self.tokenizer = load_tokenizer(config.tokenizer.path)
-        self._parts = [open_rows(source.shards, config, self.tokenizer) for source in config.data.sources]
+        self._parts = [
+            open_rows(source.shards, config, self.tokenizer) for source in config.data.sources
+        ]
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Objective:
         """Return the objective; without ``model_config`` it can say what model it wants."""
         config, train = self._config, self._config.train
-        return load_objective(config.objective, Setting(
-            seq_len=config.data.seq_len, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
-            cross_document=config.data.cross_document, sources=len(self._parts), tokenizer=self.tokenizer, model_config=model_config))
+        return load_objective(
+            config.objective,
+            Setting(
+                seq_len=config.data.seq_len,
+                micro_batch=train.micro_batch,
+                global_batch=train.global_batch,
+                seed=config.run.seed,
+                cross_document=config.data.cross_document,
+                sources=len(self._parts),
+                tokenizer=self.tokenizer,
+                model_config=model_config,
+            ),
+        )
 
     def digests(self) -> dict[str, str]:
         """Return what names each part of the data, by key of the config; it must be the same on all ranks."""
         held_out = self._config.data.validation
-        named = {f"data.sources, {source.name}": part.fingerprint for source, part in zip(self._config.data.sources, self._parts)}
-        return named | ({"data.validation": open_rows(held_out.shards, self._config, self.tokenizer).fingerprint} if held_out else {})
+        named = {
+            f"data.sources, {source.name}": part.fingerprint
+            for source, part in zip(self._config.data.sources, self._parts)
+        }
+        return named | (
+            {
+                "data.validation": open_rows(
+                    held_out.shards, self._config, self.tokenizer
+                ).fingerprint
+            }
+            if held_out
+            else {}
+        )
 
-    def open(self, objective: Objective, *, saved: dict[str, Any] | None, pin_memory: bool) -> Stream:
+    def open(
+        self, objective: Objective, *, saved: dict[str, Any] | None, pin_memory: bool
+    ) -> Stream:
         """Return the stream, where ``saved`` left it."""
         config, data, world = self._config, self._config.data, self._world
         global_batch = config.train.global_batch
@@ -67,17 +93,35 @@ class TokenMaterial:
             part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
         position = StreamState.from_dict(saved["stream"]) if saved else None
         if self._order.raw:
-            rows = TextRows(rows, self._order, open_encoders(config, self.tokenizer, local_ranks=world.local_world_size), state=position,
-                            global_batch=global_batch, rank=world.rank, world_size=world.world_size)
-        return Stream(rows, self._order, global_batch=global_batch, micro_batch=config.train.micro_batch, rank=world.rank,
-                      world_size=world.world_size, state=position, prefetch_steps=data.prefetch_steps, pin_memory=pin_memory,
-                      with_documents=objective.needs_documents or not data.cross_document)
+            rows = TextRows(
+                rows,
+                self._order,
+                open_encoders(config, self.tokenizer, local_ranks=world.local_world_size),
+                state=position,
+                global_batch=global_batch,
+                rank=world.rank,
+                world_size=world.world_size,
+            )
+        return Stream(
+            rows,
+            self._order,
+            global_batch=global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=world.rank,
+            world_size=world.world_size,
+            state=position,
+            prefetch_steps=data.prefetch_steps,
+            pin_memory=pin_memory,
+            with_documents=objective.needs_documents or not data.cross_document,
+        )
 
     def validation(self, objective: Objective) -> dict[str, Any]:
         """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
         if (held_out := self._config.data.validation) is None:
             return {}
-        scored = held_out_rows(held_out.shards, self._config, objective, self._world, count=held_out.rows)
+        scored = held_out_rows(
+            held_out.shards, self._config, objective, self._world, count=held_out.rows
+        )
         return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
 
     def describe(self) -> dict[str, Any]:
@@ -93,30 +137,49 @@ class ExampleMaterial:
         self.tokenizer = load_tokenizer(tokenizer_folder(config, pretrained))
         kind = task_class(config.task.name)
         options = check_options(kind.Options, config.task.options, where="task.options")
-        self._data = LabelledData(config.data, kind, about=f"{code_digest(kind)} {options.model_dump_json()}")
+        self._data = LabelledData(
+            config.data, kind, about=f"{code_digest(kind)} {options.model_dump_json()}"
+        )
         self._facts = self._data.facts(partial(kind.facts_of_training, options))
         if self._facts:  # a table read as what it is not is seen here
-            logger.info(f"found in the training examples: {json.dumps(self._facts, ensure_ascii=False):.300}")
+            logger.info(
+                f"found in the training examples: {json.dumps(self._facts, ensure_ascii=False):.300}"
+            )
         task = self.objective()
         self.needs = task.model_overrides()
         about = cache_key(task)
         self._train = self._data.prepared("train", task.answered_features, about=about)
-        self._validation = self._data.prepared("validation", task.answered_features, about=about) if config.data.validation else None
+        self._validation = (
+            self._data.prepared("validation", task.answered_features, about=about)
+            if config.data.validation
+            else None
+        )
         self.rows, self.names = len(self._train.lengths), ("train",)
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Task:
         """Return the task; without ``model_config`` it can say what model it wants, and make features."""
         config, train = self._config, self._config.train
-        return load_task(config.task, Setting(
-            seq_len=config.data.max_length, micro_batch=train.micro_batch, global_batch=train.global_batch, seed=config.run.seed,
-            tokenizer=self.tokenizer, model_config=model_config, facts=self._facts))
+        return load_task(
+            config.task,
+            Setting(
+                seq_len=config.data.max_length,
+                micro_batch=train.micro_batch,
+                global_batch=train.global_batch,
+                seed=config.run.seed,
+                tokenizer=self.tokenizer,
+                model_config=model_config,
+                facts=self._facts,
+            ),
+        )
 
     def digests(self) -> dict[str, str]:
         """Return what names each split, by key of the config; it must be the same on all ranks."""
         splits = {"data.train": self._train, "data.validation": self._validation}
         return {key: split.fingerprint for key, split in splits.items() if split is not None}
 
-    def open(self, objective: Objective, *, saved: Mapping[str, Any] | None, pin_memory: bool) -> ExampleStream:
+    def open(
+        self, objective: Objective, *, saved: Mapping[str, Any] | None, pin_memory: bool
+    ) -> ExampleStream:
         """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""
         config, world = self._config, self._world
         keep = config.run_dir / TOKENIZER
@@ -124,10 +187,19 @@ class ExampleMaterial:
             with TemporaryDirectory(dir=config.run_dir, prefix=".tokenizer.") as scratch:
                 self.tokenizer.save_pretrained(Path(scratch) / TOKENIZER)
                 (Path(scratch) / TOKENIZER).rename(keep)
-        order = ExampleOrder(self._train.lengths, seed=config.run.seed, grouped=config.data.length_grouping)
-        return ExampleStream(self._train.features, order, fingerprint=self._train.fingerprint, global_batch=config.train.global_batch,
-                             micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
-                             state=saved["stream"] if saved else None)
+        order = ExampleOrder(
+            self._train.lengths, seed=config.run.seed, grouped=config.data.length_grouping
+        )
+        return ExampleStream(
+            self._train.features,
+            order,
+            fingerprint=self._train.fingerprint,
+            global_batch=config.train.global_batch,
+            micro_batch=config.train.micro_batch,
+            rank=world.rank,
+            world_size=world.world_size,
+            state=saved["stream"] if saved else None,
+        )
 
     def validation(self, objective: Objective) -> dict[str, Any]:
         """Return the trainer's parts for loss and metrics of the validation split, or nothing where the config asks for none."""
@@ -135,17 +207,28 @@ class ExampleMaterial:
             return {}
         assert isinstance(objective, Task)
         split, train, world = self._validation, self._config.train, self._world
-        rows = ExampleRows(split.features, split.lengths, micro_batch=train.micro_batch, rank=world.rank, world_size=world.world_size)
+        rows = ExampleRows(
+            split.features,
+            split.lengths,
+            micro_batch=train.micro_batch,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
         examples = split.examples() if world.rank == 0 else []
-        return {"evaluator": TaskEvaluator(objective, rows, examples=examples, of=split.of),
-                "validate_every": self._config.data.validate_every_steps or -(-self.rows // train.global_batch)}
+        return {
+            "evaluator": TaskEvaluator(objective, rows, examples=examples, of=split.of),
+            "validate_every": self._config.data.validate_every_steps
+            or -(-self.rows // train.global_batch),
+        }
 
     def describe(self) -> dict[str, Any]:
         """Return what every checkpoint says of the data, labels and all."""
         return {"data_fingerprint": self._train.fingerprint, "facts": self._facts}
 
 
-def open_material(config: TrainConfig, world: World, pretrained: Path | None) -> TokenMaterial | ExampleMaterial:
+def open_material(
+    config: TrainConfig, world: World, pretrained: Path | None
+) -> TokenMaterial | ExampleMaterial:
     """Return the material of a run; ``pretrained`` is where its model begins.
 
     Raises:
@@ -176,7 +259,9 @@ def run_config(checkpoint: Path) -> TrainConfig:
     return load_config(run_dir / "config.yaml", moved).config
 
 
-def held_out_rows(shards: str, config: RunConfig, objective: Objective, world: World, *, count: int | None) -> EvaluationRows:
+def held_out_rows(
+    shards: str, config: RunConfig, objective: Objective, world: World, *, count: int | None
+) -> EvaluationRows:
     """Return ``count`` rows of a manifest, or all of them, as the objective scores them; raw text is made tokens now.
 
     Raises:
@@ -186,9 +271,17 @@ def held_out_rows(shards: str, config: RunConfig, objective: Objective, world: W
     rows = open_rows(shards, config, tokenizer)
     count = count or int(rows.shard_rows.sum())
     if rows.raw:
-        rows = HeldOutText(rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=count)
-    return EvaluationRows(rows, count=count, micro_batch=config.train.micro_batch, rank=world.rank, world_size=world.world_size,
-                          with_documents=objective.needs_documents or not config.data.cross_document)
+        rows = HeldOutText(
+            rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=count
+        )
+    return EvaluationRows(
+        rows,
+        count=count,
+        micro_batch=config.train.micro_batch,
+        rank=world.rank,
+        world_size=world.world_size,
+        with_documents=objective.needs_documents or not config.data.cross_document,
+    )
 
 
 def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
@@ -197,22 +290,38 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
     Raises:
         DataError: if another one did, or there are ids that it cannot give.
     """
-    rows = TokenRows(shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=config.data.on_error == "skip",
-                     **config.data.remote)
+    rows = TokenRows(
+        shards,
+        seq_len=config.data.seq_len,
+        verify=config.data.verify,
+        skip=config.data.on_error == "skip",
+        **config.data.remote,
+    )
     if rows.raw:
         end_of_document_id(tokenizer)
         return rows
     assert rows.manifest.tokenizer is not None, "token shards name their tokenizer"
     if rows.manifest.max_id >= vocabulary_size(tokenizer):
-        raise DataError("these shards hold ids that the tokenizer does not have", where=shards,
-                        value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
-                        remedy="build the shards again with this tokenizer, or give back the one that made them")
+        raise DataError(
+            "these shards hold ids that the tokenizer does not have",
+            where=shards,
+            value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
+            remedy="build the shards again with this tokenizer, or give back the one that made them",
+        )
     made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
     if ends[0] != ends[1]:
-        raise DataError("documents in these shards end with another token than this tokenizer's", where=shards,
-                        value=f"id {ends[0]}, not {ends[1]}", remedy="give back the tokenizer that made them, or build the shards again")
+        raise DataError(
+            "documents in these shards end with another token than this tokenizer's",
+            where=shards,
+            value=f"id {ends[0]}, not {ends[1]}",
+            remedy="give back the tokenizer that made them, or build the shards again",
+        )
     if made_by != have:
-        raise DataError("these shards were made with another tokenizer", where=shards, value=f"{made_by[:16]}, not {have[:16]}",
-                        remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again")
+        raise DataError(
+            "these shards were made with another tokenizer",
+            where=shards,
+            value=f"{made_by[:16]}, not {have[:16]}",
+            remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again",
+        )
     return rows

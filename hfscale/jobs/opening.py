@@ -1,4 +1,5 @@
 """The weights of a MODEL by name, whatever kind of place that is: a run, a checkpoint, an export, a transformers folder, a hub name."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -44,11 +45,20 @@ class RunModel:
     reader: WeightsReader
     tokenizer: PreTrainedTokenizerFast
 
-    def engine(self, how: Inference = Inference(), *, auto_model: str | None = None) -> InferenceEngine:
+    def engine(
+        self, how: Inference = Inference(), *, auto_model: str | None = None
+    ) -> InferenceEngine:
         """Return the model with its weights; ``auto_model``: as another class of transformers has it."""
-        return _filled(self.skeleton.config, auto_model or self.objective.auto_model, self.reader, how, where=str(self.checkpoint),
-                       precision=how.precision or self.config.engine.precision, attention=self.skeleton.config._attn_implementation,
-                       trust_remote_code=self.config.model.trust_remote_code)
+        return _filled(
+            self.skeleton.config,
+            auto_model or self.objective.auto_model,
+            self.reader,
+            how,
+            where=str(self.checkpoint),
+            precision=how.precision or self.config.engine.precision,
+            attention=self.skeleton.config._attn_implementation,
+            trust_remote_code=self.config.model.trust_remote_code,
+        )
 
 
 def open_run(name: str) -> RunModel | None:
@@ -60,12 +70,21 @@ def open_run(name: str) -> RunModel | None:
     disable_progress_bar()
     if (checkpoint := layout.checkpoint_of(name)) is None:
         return None
-    reader = open_weights(checkpoint, check=verify_together)  # damaged ones are refused: silently taking an older one would be a lie
+    reader = open_weights(
+        checkpoint, check=verify_together
+    )  # damaged ones are refused: silently taking an older one would be a lie
     config = run_config(checkpoint)
     objective = objective_of(config, checkpoint)
     tokenizer = objective.setting.tokenizer
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
-    return RunModel(config, objective, checkpoint, skeleton(config, model_config, objective.auto_model), reader, tokenizer)
+    return RunModel(
+        config,
+        objective,
+        checkpoint,
+        skeleton(config, model_config, objective.auto_model),
+        reader,
+        tokenizer,
+    )
 
 
 @dataclass(frozen=True)
@@ -87,35 +106,69 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
         if auto_model not in ("AutoModel", run.objective.auto_model):
             raise _no_head(auto_model, name, type(run.skeleton).__name__)
         engine = run.engine(how, auto_model=auto_model)
-        return Opened(engine, framed(run.tokenizer, run.objective.frame, engine.module.config), run.objective.setting.facts)
+        return Opened(
+            engine,
+            framed(run.tokenizer, run.objective.frame, engine.module.config),
+            run.objective.setting.facts,
+        )
     disable_progress_bar()
-    folder = local_folder(name, where="MODEL", weights=True, remedy="name a run, a checkpoint, an export, a transformers folder")
+    folder = local_folder(
+        name,
+        where="MODEL",
+        weights=True,
+        remedy="name a run, a checkpoint, an export, a transformers folder",
+    )
     try:
         config = AutoConfig.from_pretrained(folder)
-        saved = next((precision for precision, dtype in DTYPES.items() if dtype == config.dtype), "fp32")
+        saved = next(
+            (precision for precision, dtype in DTYPES.items() if dtype == config.dtype), "fp32"
+        )
         precision: str = how.precision or saved
         if how.zero_stage == 3:
             check_head(config, auto_model)
-            engine = _filled(config, auto_model, open_weights(folder), how, where=name, precision=precision)
+            engine = _filled(
+                config, auto_model, open_weights(folder), how, where=name, precision=precision
+            )
             return Opened(engine, load_tokenizer(folder), {})
         with quiet():  # its report of what is missing; we say it
-            model, found = getattr(transformers, auto_model).from_pretrained(folder, dtype=DTYPES[precision], output_loading_info=True)
+            model, found = getattr(transformers, auto_model).from_pretrained(
+                folder, dtype=DTYPES[precision], output_loading_info=True
+            )
     except (OSError, ValueError, SafetensorError) as error:
-        raise CheckpointError("no model for this task here", where=name, value=str(error).splitlines()[0],
-                              remedy=f"name a run, a checkpoint, an export, or a folder that {auto_model} loads") from error
+        raise CheckpointError(
+            "no model for this task here",
+            where=name,
+            value=str(error).splitlines()[0],
+            remedy=f"name a run, a checkpoint, an export, or a folder that {auto_model} loads",
+        ) from error
     if auto_model != "AutoModel" and found["missing_keys"]:
         raise _no_head(auto_model, name, sorted(found["missing_keys"])[:4])
     return Opened(InferenceEngine(model, device=default_device()), load_tokenizer(folder), {})
 
 
 @torch.no_grad()
-def _filled(config: PretrainedConfig, auto_model: str, reader: WeightsReader, how: Inference, *, where: str, precision: str,
-            attention: str | None = None, trust_remote_code: bool = False) -> InferenceEngine:
+def _filled(
+    config: PretrainedConfig,
+    auto_model: str,
+    reader: WeightsReader,
+    how: Inference,
+    *,
+    where: str,
+    precision: str,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+) -> InferenceEngine:
     """Return the model of ``config`` with the weights of ``reader``, of which each rank reads what it holds."""
 
     def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
-        model = construct(config, auto_model, dtype=DTYPES[precision], attention=attention, trust_remote_code=trust_remote_code,
-                          context=context)
+        model = construct(
+            config,
+            auto_model,
+            dtype=DTYPES[precision],
+            attention=attention,
+            trust_remote_code=trust_remote_code,
+            context=context,
+        )
         float_buffers_to_fp32(model)
         model.tie_weights()
         return model
@@ -139,41 +192,75 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
     """
     kind, length = task_class(config.task.name), config.data.max_length
     options = check_options(kind.Options, config.task.options, where="task.options")
-    opened = open_model(config.predict.model, kind(options, Setting(seq_len=length)).auto_model, config.engine)
+    opened = open_model(
+        config.predict.model, kind(options, Setting(seq_len=length)).auto_model, config.engine
+    )
     model_config = opened.engine.module.config
     if (longest := longest_row(model_config)) is not None and length > longest:
-        raise ConfigError("texts may be longer than the model can read", where="data.max_length", value=length,
-                          remedy=f"data.max_length={longest} or less")
-    return opened.engine, kind(options, Setting(seq_len=length, tokenizer=opened.tokenizer, model_config=model_config,
-                                                facts=opened.facts or kind.known(model_config)))
+        raise ConfigError(
+            "texts may be longer than the model can read",
+            where="data.max_length",
+            value=length,
+            remedy=f"data.max_length={longest} or less",
+        )
+    return opened.engine, kind(
+        options,
+        Setting(
+            seq_len=length,
+            tokenizer=opened.tokenizer,
+            model_config=model_config,
+            facts=opened.facts or kind.known(model_config),
+        ),
+    )
 
 
-def framed(tokenizer: PreTrainedTokenizerFast, frame: tuple[str | None, ...] | None, config: PretrainedConfig) -> PreTrainedTokenizerFast:
+def framed(
+    tokenizer: PreTrainedTokenizerFast,
+    frame: tuple[str | None, ...] | None,
+    config: PretrainedConfig,
+) -> PreTrainedTokenizerFast:
     """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` before a text and after it.
 
     Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing is put, as shards are made: a prompt
     that ends in [SEP] would be a document's end. None: what the tokenizer puts itself.
     """
     if not getattr(config, "type_vocab_size", 0):
-        tokenizer.model_input_names = [name for name in tokenizer.model_input_names if name != "token_type_ids"]
+        tokenizer.model_input_names = [
+            name for name in tokenizer.model_input_names if name != "token_type_ids"
+        ]
     if frame is None:
         return tokenizer
-    bare, ends = tokenizer("a", add_special_tokens=False)["input_ids"], {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
+    bare, ends = (
+        tokenizer("a", add_special_tokens=False)["input_ids"],
+        {"eos_token": tokenizer.eos_token or tokenizer.sep_token},
+    )
     has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
     if not frame and tokenizer("a")["input_ids"] != bare:
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
     elif any(has) and tokenizer("a")["input_ids"] == bare:
         before, after = (f"{token} " if token else "" for token in has)
         around = processors.TemplateProcessing(
-            single=f"{before}$A {after}".strip(), pair=f"{before}$A {after}$B {after}".strip(),
-            special_tokens=[(token, tokenizer.convert_tokens_to_ids(token)) for token in has if token])
+            single=f"{before}$A {after}".strip(),
+            pair=f"{before}$A {after}$B {after}".strip(),
+            special_tokens=[
+                (token, tokenizer.convert_tokens_to_ids(token)) for token in has if token
+            ],
+        )
         own = tokenizer.backend_tokenizer.post_processor
-        tokenizer.backend_tokenizer.post_processor = processors.Sequence([own, around]) if own else around
+        tokenizer.backend_tokenizer.post_processor = (
+            processors.Sequence([own, around]) if own else around
+        )
     return tokenizer
 
 
 def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
     objective = {"AutoModelForMaskedLM": "mlm", "AutoModelForCausalLM": "clm"}.get(wanted)
-    pretrained = f", or for texts alone pretrain one with objective.name={objective}" if objective else ""
-    return CheckpointError(f"this model has no head for the task: it is not one of {wanted}", where=name, value=value,
-                           remedy=f"fine-tune it for the task first: hfscale finetune CONFIG model.pretrained={name}{pretrained}")
+    pretrained = (
+        f", or for texts alone pretrain one with objective.name={objective}" if objective else ""
+    )
+    return CheckpointError(
+        f"this model has no head for the task: it is not one of {wanted}",
+        where=name,
+        value=value,
+        remedy=f"fine-tune it for the task first: hfscale finetune CONFIG model.pretrained={name}{pretrained}",
+    )

@@ -1,4 +1,5 @@
 """What the model of a run is made from: its config, its shapes, and the weights that it begins with."""
+
 from __future__ import annotations
 
 import json
@@ -46,27 +47,55 @@ def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     """Say so if the weights in ``folder`` are known to be those of another tokenizer."""
     state, theirs = folder / layout.STATE, None
     if state.is_file() or (folder / "tokenizer.json").is_file():
-        theirs = json.loads(state.read_text("utf-8"))["tokenizer_digest"] if state.is_file() else tokenizer_digest(folder)
+        theirs = (
+            json.loads(state.read_text("utf-8"))["tokenizer_digest"]
+            if state.is_file()
+            else tokenizer_digest(folder)
+        )
     if theirs not in (None, tokenizer_digest(tokenizer)):
-        logger.warning(f"the weights of {folder} are those of another tokenizer: what id means what token must be the same")
+        logger.warning(
+            f"the weights of {folder} are those of another tokenizer: what id means what token must be the same"
+        )
 
 
-def model_needs(config: TrainConfig, tokenizer: PreTrainedTokenizerFast, folder: Path | None, *,
-                also: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def model_needs(
+    config: TrainConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    folder: Path | None,
+    *,
+    also: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Return what the run asks of its model, which starts in ``folder`` if any: keywords of ``check_model_config`` and ``build_model``.
 
     ``also`` are values of the model's config that a task needs; those of ``model.config`` win.
     """
     start = {} if folder is None else {"pretrained": str(folder), "architecture": None}
-    model = config.model.model_copy(update={"config": {**(also or {}), **config.model.config}, **start})
-    return {"model": model, "vocab_size": vocabulary_size(tokenizer), "seq_len": config.data.seq_len, "overrides": special_ids(tokenizer)}
+    model = config.model.model_copy(
+        update={"config": {**(also or {}), **config.model.config}, **start}
+    )
+    return {
+        "model": model,
+        "vocab_size": vocabulary_size(tokenizer),
+        "seq_len": config.data.seq_len,
+        "overrides": special_ids(tokenizer),
+    }
 
 
-def skeleton(config: TrainConfig, model_config: PretrainedConfig, auto_model: str) -> PreTrainedModel:
+def skeleton(
+    config: TrainConfig, model_config: PretrainedConfig, auto_model: str
+) -> PreTrainedModel:
     """Return the model on the meta device: shapes and ties, no numbers."""
     wanted = config.model.attention
-    available = "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
-    model = construct(model_config, auto_model, dtype=DTYPES[config.engine.precision], attention=available,
-                      trust_remote_code=config.model.trust_remote_code, context=lambda: torch.device("meta"))
+    available = (
+        "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
+    )
+    model = construct(
+        model_config,
+        auto_model,
+        dtype=DTYPES[config.engine.precision],
+        attention=available,
+        trust_remote_code=config.model.trust_remote_code,
+        context=lambda: torch.device("meta"),
+    )
     model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
     return model

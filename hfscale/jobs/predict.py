@@ -8,6 +8,7 @@
 Process r of n makes every n-th chunk, if it is not there. At ZeRO stage 3 the processes go through their chunks together; otherwise
 they say nothing to each other.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -34,9 +35,14 @@ from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
 from hfscale.training.predictor import predict
 
-PROBLEM, TRUNCATED = b'"prediction": null, "problem": ', b'"truncated": true'  # in lines; in a text the quotes are escaped
+PROBLEM, TRUNCATED = (
+    b'"prediction": null, "problem": ',
+    b'"truncated": true',
+)  # in lines; in a text the quotes are escaped
 SHOWN = 3  # problems that a message tells
-CHUNK = 512  # examples: batched by length among themselves, and the most that a kill costs a process
+CHUNK = (
+    512  # examples: batched by length among themselves, and the most that a kill costs a process
+)
 
 
 def parts_of(out: Path) -> Path:
@@ -51,8 +57,14 @@ def examples_of(config: PredictConfig) -> Iterator[Example]:
         DataError: as ``read_examples``.
     """
     kind, wanted = task_class(config.task.name), config.predict
-    for example in LabelledData(config.data, kind, about="").examples(wanted.split, answers=wanted.answers):
-        yield example if wanted.answers else {role: value for role, value in example.items() if role not in kind.answers}
+    for example in LabelledData(config.data, kind, about="").examples(
+        wanted.split, answers=wanted.answers
+    ):
+        yield (
+            example
+            if wanted.answers
+            else {role: value for role, value in example.items() if role not in kind.answers}
+        )
 
 
 def model_folder(name: str) -> Path:
@@ -67,19 +79,34 @@ def model_folder(name: str) -> Path:
 def model_digest(folder: Path) -> str:
     """Return what names the content of a model's folder: another model in the same place is another one."""
     model = hashlib.blake2b(digest_size=16)
-    for file in sorted(file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED):
-        large = file.suffix == ".safetensors"  # of a checkpoint of ours the manifest has their digests
-        model.update(f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode() if large else file.read_bytes())
+    for file in sorted(
+        file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED
+    ):
+        large = (
+            file.suffix == ".safetensors"
+        )  # of a checkpoint of ours the manifest has their digests
+        model.update(
+            f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
+            if large
+            else file.read_bytes()
+        )
     return model.hexdigest()
 
 
 def key_of(config: PredictConfig) -> dict[str, str]:
     """Return digests of all that the predictions depend on: model, data, task."""
-    kind, data, model = task_class(config.task.name), config.data, model_folder(config.predict.model)
+    kind, data, model = (
+        task_class(config.task.name),
+        config.data,
+        model_folder(config.predict.model),
+    )
     how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
     task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
-    return {"model": model_digest(model), "data": LabelledData(data, kind, about="").digest(config.predict.split),
-            "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest()}
+    return {
+        "model": model_digest(model),
+        "data": LabelledData(data, kind, about="").digest(config.predict.split),
+        "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest(),
+    }
 
 
 def prepare(config: PredictConfig) -> Path:
@@ -90,24 +117,39 @@ def prepare(config: PredictConfig) -> Path:
     """
     out, key = config.predict.out, key_of(config)
     if out.exists():
-        raise DataError("this file exists already; nothing was written", where=out, remedy="give another --out, or remove it")
+        raise DataError(
+            "this file exists already; nothing was written",
+            where=out,
+            remedy="give another --out, or remove it",
+        )
     count, size = sum(1 for _ in examples_of(config)), max(CHUNK, config.predict.batch)
     if not count:
-        raise DataError("there are no examples", where=config.data.train, remedy="give at least one row")
+        raise DataError(
+            "there are no examples", where=config.data.train, remedy="give at least one row"
+        )
     parts = parts_of(out)
     file = parts / "key.json"
     saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
     if saved["key"] != key and not any(parts.glob("0*.jsonl")):
-        saved = {"key": key, "chunk": size}  # what was asked first was refused, or stopped, before anything was made
+        saved = {
+            "key": key,
+            "chunk": size,
+        }  # what was asked first was refused, or stopped, before anything was made
     if saved["key"] != key:
         differ = [name for name in key if saved["key"].get(name) != key[name]]
-        raise DataError("half-made predictions of something else are in the way", where=parts, value=f"other {', '.join(differ)}",
-                        remedy="give another --out, ask for the same again, or remove that folder")
+        raise DataError(
+            "half-made predictions of something else are in the way",
+            where=parts,
+            value=f"other {', '.join(differ)}",
+            remedy="give another --out, ask for the same again, or remove that folder",
+        )
     try:
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from None
-    write_atomically(file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode())
+    write_atomically(
+        file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode()
+    )
     return parts / "config.yaml"
 
 
@@ -126,26 +168,54 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
         return done
 
 
-def _predict_chunks(config: PredictConfig, engine: InferenceEngine, task: Task, *, left: Sequence[int], world: World,
-                    stop: StopRequest) -> bool:
+def _predict_chunks(
+    config: PredictConfig,
+    engine: InferenceEngine,
+    task: Task,
+    *,
+    left: Sequence[int],
+    world: World,
+    stop: StopRequest,
+) -> bool:
     """Return as ``run``, after this process's share of the chunks that are ``left``."""
     parts = parts_of(config.predict.out)
     total, size = _begun(parts)
-    shares = [[number for number in left if number % world.world_size == rank] for rank in range(world.world_size)]
+    shares = [
+        [number for number in left if number % world.world_size == rank]
+        for rank in range(world.world_size)
+    ]
     mine = shares[world.rank]
     rounds = max(map(len, shares)) if engine.together else len(mine)
     examples, at = examples_of(config), 0
-    with progress_bar("predicting" if world.rank == 0 else "", None if world.rank else sum(min(size, total - n * size) for n in mine),
-                      unit=" examples") as bar:
+    with progress_bar(
+        "predicting" if world.rank == 0 else "",
+        None if world.rank else sum(min(size, total - n * size) for n in mine),
+        unit=" examples",
+    ) as bar:
         for turn in range(rounds):
             first = mine[turn] * size if turn < len(mine) else total
             chunk = list(islice(examples, first - at, first - at + size))
             at = first + len(chunk)
-            made = predict(task, engine, chunk, batch=config.predict.batch, first=first,
-                           refuse_long=config.data.too_long == "refuse", answers=config.predict.answers)
-            if config.predict.answers and config.data.on_error == "stop" and (bad := [row for row in made if "problem" in row]):
-                raise DataError(f"{counted(len(bad), 'example')} cannot be scored", where=config.data.train, value=[
-                    f"{row['id']}: {row['problem']}" for row in bad[:SHOWN]], remedy="mend them, or leave them out with data.on_error=skip")
+            made = predict(
+                task,
+                engine,
+                chunk,
+                batch=config.predict.batch,
+                first=first,
+                refuse_long=config.data.too_long == "refuse",
+                answers=config.predict.answers,
+            )
+            if (
+                config.predict.answers
+                and config.data.on_error == "stop"
+                and (bad := [row for row in made if "problem" in row])
+            ):
+                raise DataError(
+                    f"{counted(len(bad), 'example')} cannot be scored",
+                    where=config.data.train,
+                    value=[f"{row['id']}: {row['problem']}" for row in bad[:SHOWN]],
+                    remedy="mend them, or leave them out with data.on_error=skip",
+                )
             if chunk:
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
                 write_atomically(_chunk(parts, mine[turn]), lines.encode())
@@ -164,8 +234,12 @@ def join(config: PredictConfig) -> int:
         for number in range(-(-total // size)):
             content = _chunk(parts, number).read_bytes()
             if (lines := content.count(b"\n")) != (wanted := min(size, total - number * size)):
-                raise DataError("this part of the predictions was changed", where=_chunk(parts, number), value=f"{lines} of {wanted} lines",
-                                remedy="remove it, then run the same command again")
+                raise DataError(
+                    "this part of the predictions was changed",
+                    where=_chunk(parts, number),
+                    value=f"{lines} of {wanted} lines",
+                    remedy="remove it, then run the same command again",
+                )
             count += lines
             bad += [line for line in content.splitlines() if PROBLEM in line]
             cut += content.count(TRUNCATED)
@@ -176,9 +250,13 @@ def join(config: PredictConfig) -> int:
     shutil.rmtree(parts)
     if bad:
         shown = "; ".join("{id}: {problem}".format(**json.loads(line)) for line in bad[:SHOWN])
-        logger.warning(f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a prediction, such as {shown}")
+        logger.warning(
+            f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a prediction, such as {shown}"
+        )
     if cut:
-        logger.warning(f"{cut:,} of {counted(count, 'example')} were cut, as they are longer than data.max_length={config.data.max_length}")
+        logger.warning(
+            f"{cut:,} of {counted(count, 'example')} were cut, as they are longer than data.max_length={config.data.max_length}"
+        )
     return count
 
 
@@ -193,7 +271,9 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
         (made,) = predict(task, engine, [example], batch=1)
         engine.close()
     if "problem" in made:
-        raise DataError(made["problem"], where="command line", value={**example}, remedy="give another text")
+        raise DataError(
+            made["problem"], where="command line", value={**example}, remedy="give another text"
+        )
     return made
 
 
@@ -207,7 +287,11 @@ def _key(parts: Path) -> dict[str, Any]:
     try:
         return dict(json.loads((parts / "key.json").read_text("utf-8")))
     except ValueError:
-        raise DataError("these half-made predictions are damaged", where=parts / "key.json", remedy="remove their folder") from None
+        raise DataError(
+            "these half-made predictions are damaged",
+            where=parts / "key.json",
+            remedy="remove their folder",
+        ) from None
 
 
 def _chunk(parts: Path, number: int) -> Path:

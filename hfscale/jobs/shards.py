@@ -1,4 +1,5 @@
 """A language model on shards: loss, perplexity and bits per byte; each row is scored once, whatever the ranks."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -42,12 +43,24 @@ def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsCon
     config = load_values(values, overrides, schema=ShardsConfig)
     _, tokenizer = model_and_tokenizer(name)
     if not _objective(config, tokenizer).token_loss:
-        raise ConfigError("such a model has no perplexity", where=name, value=config.objective.name, remedy="name a task: --task")
+        raise ConfigError(
+            "such a model has no perplexity",
+            where=name,
+            value=config.objective.name,
+            remedy="name a task: --task",
+        )
     rows = open_rows(config.data.sources[0].shards, config, tokenizer)
     folder = model_folder(name)
     cut = config.data.model_dump_json(exclude={"sources", "validation"})
-    key = {"model": model_digest(folder), "data": rows.fingerprint, "config": f"{cut} {config.engine.precision}"}
-    where = {"model": str(folder.absolute()), "out": folder_of(name, "shards", key)}  # a run goes on meanwhile
+    key = {
+        "model": model_digest(folder),
+        "data": rows.fingerprint,
+        "config": f"{cut} {config.engine.precision}",
+    }
+    where = {
+        "model": str(folder.absolute()),
+        "out": folder_of(name, "shards", key),
+    }  # a run goes on meanwhile
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
 
 
@@ -56,22 +69,41 @@ def _values(name: str, shards: str | None) -> dict[str, Any]:
     if checkpoint := layout.checkpoint_of(name):
         trained = run_config(checkpoint)
         if not isinstance(trained, RunConfig):
-            raise ConfigError("this run was fine-tuned; it is evaluated on examples", where=name, remedy="--data FILE, or a test split")
+            raise ConfigError(
+                "this run was fine-tuned; it is evaluated on examples",
+                where=name,
+                remedy="--data FILE, or a test split",
+            )
         values = trained.model_dump(mode="json", by_alias=True, exclude={"engine"})
         if shards is None and trained.data.validation is None:
-            raise ConfigError("this run has no validation shards", where=name, remedy="name shards: --data MANIFEST")
+            raise ConfigError(
+                "this run has no validation shards",
+                where=name,
+                remedy="name shards: --data MANIFEST",
+            )
         if shards is None:
             values["data"]["sources"] = [{"shards": values["data"]["validation"]["shards"]}]
     else:
         model_config, _ = model_and_tokenizer(name)
         architecture = (model_config.architectures or [""])[0]
-        objective = next((found for end, found in OF_ARCHITECTURES.items() if architecture.endswith(end)), None)
+        objective = next(
+            (found for end, found in OF_ARCHITECTURES.items() if architecture.endswith(end)), None
+        )
         if shards is None or objective is None:
-            raise ConfigError("nothing says on what to evaluate this model", where=name, value=architecture,
-                              remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of shards")
-        values = {"run": {"name": "evaluate"}, "tokenizer": {"path": name}, "model": {"pretrained": name}, "objective": {"name": objective},
-                  "data": {"seq_len": min(1024, getattr(model_config, "max_position_embeddings", 1024))},
-                  "train": {"steps": 1, "global_batch": 8, "micro_batch": 8}}
+            raise ConfigError(
+                "nothing says on what to evaluate this model",
+                where=name,
+                value=architecture,
+                remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of shards",
+            )
+        values = {
+            "run": {"name": "evaluate"},
+            "tokenizer": {"path": name},
+            "model": {"pretrained": name},
+            "objective": {"name": objective},
+            "data": {"seq_len": min(1024, getattr(model_config, "max_position_embeddings", 1024))},
+            "train": {"steps": 1, "global_batch": 8, "micro_batch": 8},
+        }
     if shards is not None:
         values["data"] |= {"sources": [{"shards": shards}], "validation": None}
     values["data"] |= {"stages": []}
@@ -79,17 +111,29 @@ def _values(name: str, shards: str | None) -> dict[str, Any]:
     return values
 
 
-def _objective(config: ShardsConfig, tokenizer: PreTrainedTokenizerFast, model_config: Any = None) -> Objective:
-    return load_objective(config.objective, Setting(
-        seq_len=config.data.seq_len, cross_document=config.data.cross_document, micro_batch=config.train.micro_batch,
-        tokenizer=tokenizer, seed=config.run.seed, model_config=model_config))
+def _objective(
+    config: ShardsConfig, tokenizer: PreTrainedTokenizerFast, model_config: Any = None
+) -> Objective:
+    return load_objective(
+        config.objective,
+        Setting(
+            seq_len=config.data.seq_len,
+            cross_document=config.data.cross_document,
+            micro_batch=config.train.micro_batch,
+            tokenizer=tokenizer,
+            seed=config.run.seed,
+            model_config=model_config,
+        ),
+    )
 
 
 def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
     """Return True when the scores are kept. They are soon made again: nothing is saved at a stop."""
     _, tokenizer = model_and_tokenizer(config.evaluate.model)
     with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
-        engine = open_model(config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine).engine
+        engine = open_model(
+            config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine
+        ).engine
         objective = _objective(config, tokenizer, engine.module.config)
         count = config.data.validation.rows if config.data.validation else None
         scored = held_out_rows(config.data.sources[0].shards, config, objective, world, count=count)
@@ -101,19 +145,40 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
 
 
 @torch.no_grad()
-def _scores(objective: Objective, engine: InferenceEngine, rows: EvaluationRows, tokenizer: PreTrainedTokenizerFast) -> dict[str, Any]:
+def _scores(
+    objective: Objective,
+    engine: InferenceEngine,
+    rows: EvaluationRows,
+    tokenizer: PreTrainedTokenizerFast,
+) -> dict[str, Any]:
     """Return the scores of the rows of all ranks."""
     mine = list[tuple[int, float, int, int]]()  # of a row: its position, nats, tokens, bytes
     [term, *_] = [term for term, weight in objective.weights().items() if weight]
     with progress_bar("evaluating" if engine.rank == 0 else "", len(rows), unit=" batches") as bar:
         for micro in rows:
             batch = objective.collate(micro)
-            nats_B, tokens_B = objective.loss(engine, batch.to(engine.device))[term].tolist(), batch.counts[term].tolist()
-            texts_B = [str(tokenizer.decode(labels_T[labels_T >= 0], skip_special_tokens=True)) for labels_T in batch.labels_BT]
-            lines = zip(micro.position.tolist(), nats_B, tokens_B, (len(text.encode()) for text in texts_B), strict=True)
-            mine += [line for line, valid in zip(lines, micro.valid_B, strict=True) if valid and line[2]]
+            nats_B, tokens_B = (
+                objective.loss(engine, batch.to(engine.device))[term].tolist(),
+                batch.counts[term].tolist(),
+            )
+            texts_B = [
+                str(tokenizer.decode(labels_T[labels_T >= 0], skip_special_tokens=True))
+                for labels_T in batch.labels_BT
+            ]
+            lines = zip(
+                micro.position.tolist(),
+                nats_B,
+                tokens_B,
+                (len(text.encode()) for text in texts_B),
+                strict=True,
+            )
+            mine += [
+                line for line, valid in zip(lines, micro.valid_B, strict=True) if valid and line[2]
+            ]
             bar.update()
-    _, nats, tokens, sizes = zip(*sorted(line for part in from_all_ranks(mine) for line in part), strict=True)
+    _, nats, tokens, sizes = zip(
+        *sorted(line for part in from_all_ranks(mine) for line in part), strict=True
+    )
     found = described(language_model(nats, tokens, sizes))
     for figures in (found["scores"], found["intervals"]) if not objective.causal else ():
         del figures["bits_per_byte"]  # of a text all of whose tokens are predicted

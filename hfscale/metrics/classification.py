@@ -3,6 +3,7 @@
 They equal scikit-learn's, computed here from sums so that bootstrap draws cost nothing. Shape legend: N examples, C labels, R draws.
 Source of the MCC of more than two labels: Gorodkin 2004, Comparing two K-category assignments by a K-category correlation coefficient.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -22,8 +23,12 @@ def mean_f1(both_RC: np.ndarray, predicted_RC: np.ndarray, true_RC: np.ndarray) 
     return ratio(f1(both_RC, predicted_RC, true_RC).sum(1), (predicted_RC + true_RC > 0).sum(1))
 
 
-def classification(predictions: Sequence[str] | Sequence[Sequence[str]], references: Sequence[str] | Sequence[Sequence[str]], *,
-                   labels: Sequence[str] = ()) -> Measure:
+def classification(
+    predictions: Sequence[str] | Sequence[Sequence[str]],
+    references: Sequence[str] | Sequence[Sequence[str]],
+    *,
+    labels: Sequence[str] = (),
+) -> Measure:
     """Return ``accuracy``, ``f1_macro``, ``f1_micro``; with one label an example ``mcc``, and of two ``labels`` ``f1`` of the second.
 
     An example's label is a string, or a list of strings (multi-label; ``accuracy`` then asks for the exact set).
@@ -33,8 +38,14 @@ def classification(predictions: Sequence[str] | Sequence[Sequence[str]], referen
     """
     N = paired(predictions, references)
     single = isinstance(references[0], str)
-    pairs = [([str(p)], [str(r)]) if single else (list(p), list(r)) for p, r in zip(predictions, references, strict=True)]
-    names = [*labels, *sorted({label for pair in pairs for side in pair for label in side} - set(labels))]
+    pairs = [
+        ([str(p)], [str(r)]) if single else (list(p), list(r))
+        for p, r in zip(predictions, references, strict=True)
+    ]
+    names = [
+        *labels,
+        *sorted({label for pair in pairs for side in pair for label in side} - set(labels)),
+    ]
     column, C = {name: k for k, name in enumerate(names)}, len(names)
     rows = np.zeros((N, 3 * C + 2))  # predicted, true, both; exactly right; 1
     for row, (predicted, true) in zip(rows, pairs, strict=True):
@@ -45,12 +56,17 @@ def classification(predictions: Sequence[str] | Sequence[Sequence[str]], referen
 
     def finish(sums: np.ndarray) -> Scores:
         predicted, true, both = np.split(sums[:, :-2], 3, axis=1)
-        scores = {"accuracy": sums[:, -2] / sums[:, -1], "f1_macro": mean_f1(both, predicted, true),
-                  "f1_micro": f1(both.sum(1), predicted.sum(1), true.sum(1))}
+        scores = {
+            "accuracy": sums[:, -2] / sums[:, -1],
+            "f1_macro": mean_f1(both, predicted, true),
+            "f1_micro": f1(both.sum(1), predicted.sum(1), true.sum(1)),
+        }
         if single:
             n = sums[:, -1]
             spread = (n**2 - (predicted**2).sum(1)) * (n**2 - (true**2).sum(1))
             scores["mcc"] = ratio(both.sum(1) * n - (predicted * true).sum(1), np.sqrt(spread))
-        return scores | ({"f1": f1(both[:, 1], predicted[:, 1], true[:, 1])} if single and C == 2 else {})
+        return scores | (
+            {"f1": f1(both[:, 1], predicted[:, 1], true[:, 1])} if single and C == 2 else {}
+        )
 
     return from_sums(rows, finish)

@@ -2,6 +2,7 @@
 
 Shape legend: N examples, R bootstrap draws, U distinct values.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -19,15 +20,22 @@ def correlation(predictions: Sequence[float], references: Sequence[float]) -> Me
     """
     N = paired(predictions, references)
     x_N, y_N = np.asarray(predictions, dtype=float), np.asarray(references, dtype=float)
-    return Measure(N, lambda w_RN: {"pearson": _pearson(x_N[None], y_N[None], w_RN),
-                                    "spearman": _pearson(_ranks(x_N, w_RN), _ranks(y_N, w_RN), w_RN)})
+    return Measure(
+        N,
+        lambda w_RN: {
+            "pearson": _pearson(x_N[None], y_N[None], w_RN),
+            "spearman": _pearson(_ranks(x_N, w_RN), _ranks(y_N, w_RN), w_RN),
+        },
+    )
 
 
 def _pearson(x_RN: np.ndarray, y_RN: np.ndarray, w_RN: np.ndarray) -> np.ndarray:
     total_R1 = w_RN.sum(1, keepdims=True)
     dx_RN = x_RN - (w_RN * x_RN).sum(1, keepdims=True) / total_R1
     dy_RN = y_RN - (w_RN * y_RN).sum(1, keepdims=True) / total_R1
-    return (w_RN * dx_RN * dy_RN).sum(1) / np.sqrt((w_RN * dx_RN**2).sum(1) * (w_RN * dy_RN**2).sum(1))
+    return (w_RN * dx_RN * dy_RN).sum(1) / np.sqrt(
+        (w_RN * dx_RN**2).sum(1) * (w_RN * dy_RN**2).sum(1)
+    )
 
 
 def _ranks(x_N: np.ndarray, w_RN: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 seqeval itself is not asked: its package no longer installs with today's setuptools, and the bootstrap needs counts a sentence.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -32,20 +33,29 @@ def entity_f1(predictions: Sequence[Sequence[str]], references: Sequence[Sequenc
         DataError: if there are no sentences.
     """
     paired(predictions, references)
-    found = [(set(entities(p)), set(entities(r))) for p, r in zip(predictions, references, strict=True)]
+    found = [
+        (set(entities(p)), set(entities(r))) for p, r in zip(predictions, references, strict=True)
+    ]
     types = sorted({entity[0] for pair in found for side in pair for entity in side})
 
     def counts(side: set[tuple[str, int, int]]) -> list[int]:
         names = [entity[0] for entity in side]
         return [names.count(name) for name in types]
 
-    rows = [[*counts(p & r), *counts(p), *counts(r), sum(map(str.__eq__, tags, true)), len(true)]
-            for (p, r), tags, true in zip(found, predictions, references, strict=True)]
+    rows = [
+        [*counts(p & r), *counts(p), *counts(r), sum(map(str.__eq__, tags, true)), len(true)]
+        for (p, r), tags, true in zip(found, predictions, references, strict=True)
+    ]
 
     def finish(sums: np.ndarray) -> Scores:
         by_type = np.split(sums[:, :-2], 3, axis=1)
         both, predicted, true = (part.sum(1) for part in by_type)
-        return {"f1": f1(both, predicted, true), "precision": ratio(both, predicted), "recall": ratio(both, true),
-                "f1_macro": mean_f1(*by_type), "accuracy": ratio(sums[:, -2], sums[:, -1])}
+        return {
+            "f1": f1(both, predicted, true),
+            "precision": ratio(both, predicted),
+            "recall": ratio(both, true),
+            "f1_macro": mean_f1(*by_type),
+            "accuracy": ratio(sums[:, -2], sums[:, -1]),
+        }
 
     return from_sums(rows, finish)

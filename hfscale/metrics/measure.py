@@ -6,6 +6,7 @@ weights 1. Most metrics, corpus metrics such as BLEU among them, are a function 
 matrix product. Shape legend: N examples, R draws, K sums.
 Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sec. 13.3 (percentile intervals).
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
@@ -25,35 +26,55 @@ class Measure:
 
     examples: int
     of: Callable[[np.ndarray], Scores]  # weights_RN -> {name: scores_R}
-    notes: dict[str, str] = field(default_factory=dict)  # what a reader must know to compare: sacreBLEU's signature
+    notes: dict[str, str] = field(
+        default_factory=dict
+    )  # what a reader must know to compare: sacreBLEU's signature
 
     def scores(self) -> dict[str, float]:
         """Return ``{name: score}``."""
-        return {name: float(score_R[0]) for name, score_R in self._of(np.ones((1, self.examples))).items()}
+        return {
+            name: float(score_R[0])
+            for name, score_R in self._of(np.ones((1, self.examples))).items()
+        }
 
-    def intervals(self, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0) -> dict[str, tuple[float, float]]:
+    def intervals(
+        self, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
+    ) -> dict[str, tuple[float, float]]:
         """Return ``{name: (low, high)}``: the percentile bootstrap over examples; equal for equal ``seed``."""
         rng, N = np.random.default_rng(seed), self.examples
         parts: list[Scores] = []
         for begin in range(0, draws, step := max(1, NUMBERS_IN_FLIGHT // N)):
             R = min(step, draws - begin)
             drawn_RN = rng.integers(N, size=(R, N)) + N * np.arange(R)[:, None]
-            parts.append(self._of(np.bincount(drawn_RN.ravel(), minlength=R * N).reshape(R, N).astype(float)))
+            parts.append(
+                self._of(np.bincount(drawn_RN.ravel(), minlength=R * N).reshape(R, N).astype(float))
+            )
         tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-        ends = {name: np.nanquantile(np.concatenate([part[name] for part in parts]), tails) for name in self.scores()}
+        ends = {
+            name: np.nanquantile(np.concatenate([part[name] for part in parts]), tails)
+            for name in self.scores()
+        }
         return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
 
     def __or__(self, other: Measure) -> Measure:
         """Return both measures, of the same examples, as one."""
         assert self.examples == other.examples
-        return Measure(self.examples, lambda weights: self.of(weights) | other.of(weights), self.notes | other.notes)
+        return Measure(
+            self.examples,
+            lambda weights: self.of(weights) | other.of(weights),
+            self.notes | other.notes,
+        )
 
     def _of(self, weights_RN: np.ndarray) -> Scores:
         with np.errstate(divide="ignore", invalid="ignore"):  # what is undefined is NaN
             return self.of(weights_RN)
 
 
-def from_sums(rows_NK: Sequence[Sequence[float]] | np.ndarray, finish: Callable[[np.ndarray], Scores], **notes: str) -> Measure:
+def from_sums(
+    rows_NK: Sequence[Sequence[float]] | np.ndarray,
+    finish: Callable[[np.ndarray], Scores],
+    **notes: str,
+) -> Measure:
     """Return the measure that ``finish`` computes from sums of the rows: sums_RK -> {name: scores_R}."""
     table_NK = np.asarray(rows_NK, dtype=float)
     return Measure(len(table_NK), lambda weights_RN: finish(weights_RN @ table_NK), notes)
@@ -63,7 +84,10 @@ def mean(values: dict[str, Sequence[float]]) -> Measure:
     """Return the means of values of each example."""
     names = list(values)
     rows_NK = np.array([values[name] for name in names], dtype=float).T
-    return from_sums(np.c_[rows_NK, np.ones(len(rows_NK))], lambda sums: {name: sums[:, k] / sums[:, -1] for k, name in enumerate(names)})
+    return from_sums(
+        np.c_[rows_NK, np.ones(len(rows_NK))],
+        lambda sums: {name: sums[:, k] / sums[:, -1] for k, name in enumerate(names)},
+    )
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
@@ -78,6 +102,8 @@ def paired(predictions: Sequence[object], references: Sequence[object]) -> int:
         DataError: if there are none, or not as many predictions as references.
     """
     if len(predictions) != len(references) or not references:
-        raise DataError("scores need examples, and one prediction for each",
-                        value=f"{len(predictions)} predictions, {len(references)} references")
+        raise DataError(
+            "scores need examples, and one prediction for each",
+            value=f"{len(predictions)} predictions, {len(references)} references",
+        )
     return len(references)

@@ -4,6 +4,7 @@ The stock tokenizer drops all but a-z and 0-9, and gives two identical Chinese t
 letters, marks and digits of all scripts, and takes characters one by one where a script has no spaces.
 Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -36,5 +37,8 @@ def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]])
     names = ["rouge1", "rouge2", "rougeL", "rougeLsum"]
     scorer = RougeScorer(names, tokenizer=RougeTokenizer())
     several = [[answers] if isinstance(answers, str) else answers for answers in references]
-    scores = [scorer.score_multi(answers, text) for text, answers in zip(predictions, several, strict=True)]
+    scores = [
+        scorer.score_multi(answers, text)
+        for text, answers in zip(predictions, several, strict=True)
+    ]
     return mean({name: [score[name].fmeasure for score in scores] for name in names})

@@ -4,6 +4,7 @@ Equal to the official script of SQuAD 2.0, and on Chinese to MLQA's. (Of 1.1's s
 "the": there 2.0's rule holds, equal or not.)
 Sources: Rajpurkar et al. 2018, Know what you don't know; Lewis et al. 2020, MLQA, sec. 4.
 """
+
 from __future__ import annotations
 
 import re
@@ -16,7 +17,9 @@ import numpy as np
 
 from hfscale.metrics.measure import Measure, Scores, from_sums, paired
 
-_BY_CHARACTER = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")  # kana, Han
+_BY_CHARACTER = re.compile(
+    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)  # kana, Han
 
 
 def answer_tokens(text: str) -> list[str]:
@@ -24,7 +27,9 @@ def answer_tokens(text: str) -> list[str]:
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     if not _BY_CHARACTER.search(text):
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
-    return _BY_CHARACTER.sub(r" \g<0> ", "".join(c for c in text if unicodedata.category(c)[0] != "P")).split()
+    return _BY_CHARACTER.sub(
+        r" \g<0> ", "".join(c for c in text if unicodedata.category(c)[0] != "P")
+    ).split()
 
 
 def answer_f1(predicted: list[str], true: list[str]) -> float:
@@ -34,8 +39,13 @@ def answer_f1(predicted: list[str], true: list[str]) -> float:
     return 2 * (Counter(predicted) & Counter(true)).total() / (len(predicted) + len(true))
 
 
-def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], *, no_answer: Sequence[float] | None = None,
-          threshold: float = 0.0) -> Measure:
+def squad(
+    predictions: Sequence[str],
+    references: Sequence[Sequence[str]],
+    *,
+    no_answer: Sequence[float] | None = None,
+    threshold: float = 0.0,
+) -> Measure:
     """Return ``exact_match`` and ``f1``; of the best of several true answers; no true answer: the right prediction is "".
 
     With questions of both kinds also their parts, ``has_answer_exact_match``, ``has_answer_f1``, ``no_answer_accuracy``.
@@ -48,32 +58,67 @@ def squad(predictions: Sequence[str], references: Sequence[Sequence[str]], *, no
     """
     paired(predictions, references)
     if no_answer is not None:
-        predictions = ["" if score > threshold else text for text, score in zip(predictions, no_answer, strict=True)]
-    rows = [(exact, f1, has := any(map(answer_tokens, true)), exact * has, f1 * has, exact * (not has), 1)
-            for (exact, f1), true in zip(_raw_scores(predictions, references), references, strict=True)]
+        predictions = [
+            "" if score > threshold else text
+            for text, score in zip(predictions, no_answer, strict=True)
+        ]
+    rows = [
+        (
+            exact,
+            f1,
+            has := any(map(answer_tokens, true)),
+            exact * has,
+            f1 * has,
+            exact * (not has),
+            1,
+        )
+        for (exact, f1), true in zip(_raw_scores(predictions, references), references, strict=True)
+    ]
     both = {row[2] for row in rows} == {True, False}
 
     def finish(sums: np.ndarray) -> Scores:
         exact, f1, has, has_exact, has_f1, none_exact, n = sums.T
-        parts = {"has_answer_exact_match": has_exact / has, "has_answer_f1": has_f1 / has, "no_answer_accuracy": none_exact / (n - has)}
-        return {name: 100 * score for name, score in ({"exact_match": exact / n, "f1": f1 / n} | (parts if both else {})).items()}
+        parts = {
+            "has_answer_exact_match": has_exact / has,
+            "has_answer_f1": has_f1 / has,
+            "no_answer_accuracy": none_exact / (n - has),
+        }
+        return {
+            name: 100 * score
+            for name, score in (
+                {"exact_match": exact / n, "f1": f1 / n} | (parts if both else {})
+            ).items()
+        }
 
     return from_sums(rows, finish)
 
 
-def best_threshold(predictions: Sequence[str], references: Sequence[Sequence[str]], no_answer: Sequence[float]) -> dict[str, float]:
+def best_threshold(
+    predictions: Sequence[str], references: Sequence[Sequence[str]], no_answer: Sequence[float]
+) -> dict[str, float]:
     """Return ``best_f1`` and the ``best_f1_threshold`` of ``no_answer`` that gives it. Choose it on validation data."""
-    gains = [f1 if any(map(answer_tokens, true)) else -float(bool(text))  # of answering, against saying nothing
-             for (_, f1), text, true in zip(_raw_scores(predictions, references), predictions, references, strict=True)]
+    gains = [
+        f1
+        if any(map(answer_tokens, true))
+        else -float(bool(text))  # of answering, against saying nothing
+        for (_, f1), text, true in zip(
+            _raw_scores(predictions, references), predictions, references, strict=True
+        )
+    ]
     order = np.argsort(no_answer, kind="stable")
     silent = sum(not any(map(answer_tokens, true)) for true in references)
     totals = silent + np.cumsum([0.0, *np.asarray(gains)[order]])
     best = int(np.argmax(totals))
     threshold = no_answer[order[best - 1]] if best else min(0.0, min(no_answer) - 1)
-    return {"best_f1": 100 * float(totals[best]) / len(references), "best_f1_threshold": float(threshold)}
+    return {
+        "best_f1": 100 * float(totals[best]) / len(references),
+        "best_f1_threshold": float(threshold),
+    }
 
 
-def _raw_scores(predictions: Sequence[str], references: Sequence[Sequence[str]]) -> list[tuple[bool, float]]:
+def _raw_scores(
+    predictions: Sequence[str], references: Sequence[Sequence[str]]
+) -> list[tuple[bool, float]]:
     scores = []
     for prediction, answers in zip(predictions, references, strict=True):
         predicted = answer_tokens(prediction)

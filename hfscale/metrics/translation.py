@@ -2,6 +2,7 @@
 
 Sources: Post 2018, A Call for Clarity in Reporting BLEU Scores; Popovic 2015, chrF.
 """
+
 from __future__ import annotations
 
 import importlib.util
@@ -17,7 +18,9 @@ from hfscale.metrics.measure import Measure, from_sums, paired
 
 _KANA = re.compile(r"[\u3040-\u30ff]")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_OTHER_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")  # Thai, Lao, Burmese, Khmer
+_OTHER_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
+)  # Thai, Lao, Burmese, Khmer
 
 
 def bleu_tokenizer(texts: Sequence[str]) -> str:
@@ -27,11 +30,17 @@ def bleu_tokenizer(texts: Sequence[str]) -> str:
     if 3 * (kana + han + other) <= sum(map(str.isalpha, text)):
         return "13a"
     if kana > 0.1 * han:
-        return "ja-mecab" if importlib.util.find_spec("MeCab") and importlib.util.find_spec("ipadic") else "char"
+        return (
+            "ja-mecab"
+            if importlib.util.find_spec("MeCab") and importlib.util.find_spec("ipadic")
+            else "char"
+        )
     return "zh" if han > other else "char"
 
 
-def translation(predictions: Sequence[str], references: Sequence[str | Sequence[str]], *, tokenize: str = "auto") -> Measure:
+def translation(
+    predictions: Sequence[str], references: Sequence[str | Sequence[str]], *, tokenize: str = "auto"
+) -> Measure:
     """Return ``bleu`` and ``chrf`` of the corpus, signatures in the notes. An example may have several references.
 
     Args:
@@ -48,9 +57,15 @@ def translation(predictions: Sequence[str], references: Sequence[str | Sequence[
     if tokenize == "auto":
         tokenize = bleu_tokenizer([text for answers in several for text in answers])
     if tokenize not in BLEU.TOKENIZERS:
-        raise ConfigError("sacreBLEU has no such tokenizer", value=tokenize, remedy=nearest(tokenize, ["auto", *BLEU.TOKENIZERS]))
+        raise ConfigError(
+            "sacreBLEU has no such tokenizer",
+            value=tokenize,
+            remedy=nearest(tokenize, ["auto", *BLEU.TOKENIZERS]),
+        )
     streams = list(zip_longest(*several))  # None: this example has fewer
-    return _corpus("bleu", BLEU(tokenize=tokenize, force=True), predictions, streams) | _corpus("chrf", CHRF(), predictions, streams)
+    return _corpus("bleu", BLEU(tokenize=tokenize, force=True), predictions, streams) | _corpus(
+        "chrf", CHRF(), predictions, streams
+    )
 
 
 def _corpus(name: str, metric: Any, predictions: Sequence[str], streams: Any) -> Measure:
@@ -60,4 +75,8 @@ def _corpus(name: str, metric: Any, predictions: Sequence[str], streams: Any) ->
     def score(sums: np.ndarray) -> float:
         return float(metric._compute_score_from_stats(sums.tolist()).score)
 
-    return from_sums(rows, lambda sums_RK: {name: np.array([score(sums) for sums in sums_RK])}, **{name: str(metric.get_signature())})
+    return from_sums(
+        rows,
+        lambda sums_RK: {name: np.array([score(sums) for sums in sums_RK])},
+        **{name: str(metric.get_signature())},
+    )

@@ -3,6 +3,7 @@
 ``check_model_config`` needs no weights and runs on a login node. ``build_model`` runs on every rank: inside ``context`` (ZeRO 3
 gives each rank its part of every parameter as soon as a module is made) nothing is drawn; ``init.py`` draws afterwards.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
@@ -20,7 +21,16 @@ if TYPE_CHECKING:
     from hfscale.models.init import Gather
 
 # families whose first positions are taken by the padding id (fairseq's habit)
-OFFSET_POSITIONS = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "longformer", "ibert", "data2vec-text", "mpnet"}
+OFFSET_POSITIONS = {
+    "roberta",
+    "xlm-roberta",
+    "xlm-roberta-xl",
+    "camembert",
+    "longformer",
+    "ibert",
+    "data2vec-text",
+    "mpnet",
+}
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
@@ -31,24 +41,39 @@ def special_ids(tokenizer: Any) -> dict[str, int | None]:
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     own = pad if pad not in (bos, eos) else None
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": own, "cls_token_id": tokenizer.cls_token_id,
-            "sep_token_id": tokenizer.sep_token_id, "forced_eos_token_id": eos, "decoder_start_token_id": eos if own is None else own}
+    return {
+        "bos_token_id": bos,
+        "eos_token_id": eos,
+        "pad_token_id": own,
+        "cls_token_id": tokenizer.cls_token_id,
+        "sep_token_id": tokenizer.sep_token_id,
+        "forced_eos_token_id": eos,
+        "decoder_start_token_id": eos if own is None else own,
+    }
 
 
 def first_position(config: PretrainedConfig) -> int:
     """Return the position id of a row's first token."""
     if config.model_type not in OFFSET_POSITIONS:
         return 0
-    return 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1  # MPNet's is written into its code
+    return (
+        2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
+    )  # MPNet's is written into its code
 
 
 def longest_row(config: PretrainedConfig) -> int | None:
     """Return how many tokens a row may have; None: positions are relative (T5, XLNet), and there is no limit."""
-    positions = getattr(config, config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None)
-    return positions - first_position(config) if isinstance(positions, int) and positions > 0 else None
+    positions = getattr(
+        config, config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None
+    )
+    return (
+        positions - first_position(config) if isinstance(positions, int) and positions > 0 else None
+    )
 
 
-def check_model_config(model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None) -> PretrainedConfig:
+def check_model_config(
+    model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
     """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len`` positions.
 
     ``overrides`` replace an architecture's defaults; ``model.config`` replaces both. A pretrained config keeps its own values
@@ -66,15 +91,23 @@ def check_model_config(model: Model, *, vocab_size: int, seq_len: int, overrides
     elif model.architecture is None or model.architecture not in CONFIG_MAPPING:
         near = nearest(str(model.architecture), CONFIG_MAPPING)
         usual = "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, bert, t5, ..."  # of hundreds
-        raise ConfigError("unknown architecture", where="model.architecture", value=model.architecture,
-                          remedy=near if near.startswith("did") else usual)
+        raise ConfigError(
+            "unknown architecture",
+            where="model.architecture",
+            value=model.architecture,
+            remedy=near if near.startswith("did") else usual,
+        )
     else:
         config_class = CONFIG_MAPPING[model.architecture]
         known = _accepted(lambda: _known_keys(config_class), model)
         _check_keys(model.config, known, model.architecture)
-        defaults = {"vocab_size": vocab_size} | {key: value for key, value in (overrides or {}).items() if key in known}
+        defaults = {"vocab_size": vocab_size} | {
+            key: value for key, value in (overrides or {}).items() if key in known
+        }
         config = _accepted(lambda: config_class(**(defaults | model.config)), model)
-    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:  # T5's config has no such key
+    if (
+        config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None
+    ):  # T5's config has no such key
         config.decoder_start_token_id = (overrides or {}).get("decoder_start_token_id")
     _check_room(config, vocab_size=vocab_size, seq_len=seq_len)
     return config
@@ -84,17 +117,41 @@ def check_head(config: PretrainedConfig, auto_model: str) -> None:
     """Refuse (ConfigError) an architecture that ``auto_model``, a class of transformers, does not know."""
     import transformers
 
-    if type(config) in getattr(transformers, auto_model)._model_mapping or type(config).__module__.startswith("transformers_modules"):
+    if type(config) in getattr(transformers, auto_model)._model_mapping or type(
+        config
+    ).__module__.startswith("transformers_modules"):
         return
-    heads = {"clm": "AutoModelForCausalLM", "mlm": "AutoModelForMaskedLM", "seq2seq": "AutoModelForSeq2SeqLM"}
-    fit = [objective for objective, head in heads.items() if type(config) in getattr(transformers, head)._model_mapping]
-    raise ConfigError(f"{config.model_type} has no {auto_model}", where="model", value=config.model_type,
-                      remedy="choose an architecture that has it" + (f" (of pretraining: or objective {' or '.join(fit)})" if fit else ""))
+    heads = {
+        "clm": "AutoModelForCausalLM",
+        "mlm": "AutoModelForMaskedLM",
+        "seq2seq": "AutoModelForSeq2SeqLM",
+    }
+    fit = [
+        objective
+        for objective, head in heads.items()
+        if type(config) in getattr(transformers, head)._model_mapping
+    ]
+    raise ConfigError(
+        f"{config.model_type} has no {auto_model}",
+        where="model",
+        value=config.model_type,
+        remedy="choose an architecture that has it"
+        + (f" (of pretraining: or objective {' or '.join(fit)})" if fit else ""),
+    )
 
 
-def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int, seed: int, dtype: torch.dtype | None = None,
-                context: Callable[[], AbstractContextManager[Any]] = nullcontext, gather: Gather | None = None,
-                overrides: Mapping[str, Any] | None = None) -> PreTrainedModel:
+def build_model(
+    model: Model,
+    *,
+    auto_model: str,
+    vocab_size: int,
+    seq_len: int,
+    seed: int,
+    dtype: torch.dtype | None = None,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    gather: Gather | None = None,
+    overrides: Mapping[str, Any] | None = None,
+) -> PreTrainedModel:
     """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO stage and world size.
 
     ``context`` is entered around the construction and ``gather`` around each draw (``init.initialize``); both do nothing
@@ -111,27 +168,48 @@ def build_model(model: Model, *, auto_model: str, vocab_size: int, seq_len: int,
 
     config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
     check_head(config, auto_model)
-    built = _accepted(lambda: construct(config, auto_model, dtype=dtype or torch.float32, attention=model.attention,
-                                        trust_remote_code=model.trust_remote_code, context=context), model)
+    built = _accepted(
+        lambda: construct(
+            config,
+            auto_model,
+            dtype=dtype or torch.float32,
+            attention=model.attention,
+            trust_remote_code=model.trust_remote_code,
+            context=context,
+        ),
+        model,
+    )
     untouched = initialize(built, seed=seed, gather=gather)
     with no_init_weights(), context():
         choose_trained(built, model)
     initialize_adapters(built, seed=seed, gather=gather)
     if untouched and model.pretrained is None:
-        raise ConfigError(f"the architecture does not say how {len(untouched)} of its parameters start", where="model.architecture",
-                          value=untouched[:4], remedy="start from pretrained weights (model.pretrained), or choose another architecture")
+        raise ConfigError(
+            f"the architecture does not say how {len(untouched)} of its parameters start",
+            where="model.architecture",
+            value=untouched[:4],
+            remedy="start from pretrained weights (model.pretrained), or choose another architecture",
+        )
     return built.train()
 
 
-def construct(config: PretrainedConfig, auto_model: str, *, dtype: torch.dtype, attention: str | None = None,
-              trust_remote_code: bool = False, context: Callable[[], AbstractContextManager[Any]] = nullcontext) -> PreTrainedModel:
+def construct(
+    config: PretrainedConfig,
+    auto_model: str,
+    *,
+    dtype: torch.dtype,
+    attention: str | None = None,
+    trust_remote_code: bool = False,
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+) -> PreTrainedModel:
     """Return the model of ``config`` with nothing in its weights yet; ``context`` as in ``build_model``."""
     import transformers
     from transformers.initialization import no_init_weights
 
     with no_init_weights(), context():
-        return getattr(transformers, auto_model).from_config(config, dtype=dtype, attn_implementation=attention,
-                                                             trust_remote_code=trust_remote_code)
+        return getattr(transformers, auto_model).from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        )
 
 
 def _pretrained_config(model: Model) -> PretrainedConfig:
@@ -142,8 +220,12 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
-        raise ConfigError("no pretrained model here", where="model.pretrained", value=model.pretrained,
-                          remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})") from error
+        raise ConfigError(
+            "no pretrained model here",
+            where="model.pretrained",
+            value=model.pretrained,
+            remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})",
+        ) from error
     _check_keys(model.config, _known_keys(type(config)) | set(vars(config)), config.model_type)
     for key, value in model.config.items():
         setattr(config, key, value)
@@ -151,14 +233,23 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
 
 
 def _known_keys(config_class: Any) -> set[str]:
-    return {key for key in config_class().to_dict() if not key.startswith("_")} | set(config_class.attribute_map) | {"num_labels"}
+    return (
+        {key for key in config_class().to_dict() if not key.startswith("_")}
+        | set(config_class.attribute_map)
+        | {"num_labels"}
+    )
 
 
 def _check_keys(values: Mapping[str, Any], known: set[str], architecture: str | None) -> None:
     unknown = sorted(set(values) - known)
     if unknown:
         offers = "; ".join(f"{key}: {nearest(key, known)}" for key in unknown)
-        raise ConfigError(f"{architecture} has no such config key", where="model.config", value=unknown, remedy=offers)
+        raise ConfigError(
+            f"{architecture} has no such config key",
+            where="model.config",
+            value=unknown,
+            remedy=offers,
+        )
 
 
 def _accepted(make: Callable[[], Any], model: Model) -> Any:
@@ -169,20 +260,39 @@ def _accepted(make: Callable[[], Any], model: Model) -> Any:
         raise
     except Exception as error:  # whatever an architecture does with impossible sizes: divide by zero, run out of memory, ...
         reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        remedy = "set model.attention=eager" if "ttention" in reason else "see the architecture's page in the transformers documentation"
+        remedy = (
+            "set model.attention=eager"
+            if "ttention" in reason
+            else "see the architecture's page in the transformers documentation"
+        )
         name = model.architecture or model.pretrained
-        raise ConfigError(f"{name}: {reason}", where="model", value=model.config, remedy=remedy) from error
+        raise ConfigError(
+            f"{name}: {reason}", where="model", value=model.config, remedy=remedy
+        ) from error
 
 
 def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> None:
     if config.vocab_size < vocab_size:
-        raise ConfigError(f"the model has {config.vocab_size} ids for a tokenizer of {vocab_size}", where="model.config.vocab_size",
-                          value=config.vocab_size, remedy=f"omit it, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)")
+        raise ConfigError(
+            f"the model has {config.vocab_size} ids for a tokenizer of {vocab_size}",
+            where="model.config.vocab_size",
+            value=config.vocab_size,
+            remedy=f"omit it, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)",
+        )
     longest, taken = longest_row(config), first_position(config)
     if longest is not None and seq_len > longest:
         key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
-        smaller = f", or data.seq_len={longest} (of labelled examples data.max_length={longest}) or less" if longest > 1 else ""
-        why = f" ({config.model_type} counts them from its padding id, {taken - 1})" if taken else ""
+        smaller = (
+            f", or data.seq_len={longest} (of labelled examples data.max_length={longest}) or less"
+            if longest > 1
+            else ""
+        )
+        why = (
+            f" ({config.model_type} counts them from its padding id, {taken - 1})" if taken else ""
+        )
         raise ConfigError(
-            f"rows of {seq_len} tokens need more than the model's {longest + taken} positions{why}", value=seq_len,
-            where=f"data.seq_len or data.max_length, model.config.{key}", remedy=f"set model.config.{key}={seq_len + taken}{smaller}")
+            f"rows of {seq_len} tokens need more than the model's {longest + taken} positions{why}",
+            value=seq_len,
+            where=f"data.seq_len or data.max_length, model.config.{key}",
+            remedy=f"set model.config.{key}={seq_len + taken}{smaller}",
+        )

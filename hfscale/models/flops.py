@@ -5,6 +5,7 @@
 N weights in matrix products, L layers, H hidden size, T = ``seq_len``. Recomputation is not counted, nor is the half that a causal
 mask saves. Source: Chowdhery et al. 2022, PaLM, appendix B.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -15,9 +16,28 @@ if TYPE_CHECKING:
 
 # dense 16-bit tensor-core flop/s by a part of the device's name, first match wins; vendors' data sheets
 PEAK_FLOPS = {
-    "GB200": 2500e12, "B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800": 989e12,
-    "A100": 312e12, "A800": 312e12, "L40S": 362e12, "L40": 181e12, "L4": 121e12, "A40": 150e12, "A30": 165e12, "A10": 125e12,
-    "V100": 125e12, "T4": 65e12, "RTX 4090": 165e12, "RTX 3090": 71e12, "MI300X": 1307e12, "MI250": 362e12}
+    "GB200": 2500e12,
+    "B200": 2250e12,
+    "H200": 989e12,
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H800": 989e12,
+    "A100": 312e12,
+    "A800": 312e12,
+    "L40S": 362e12,
+    "L40": 181e12,
+    "L4": 121e12,
+    "A40": 150e12,
+    "A30": 165e12,
+    "A10": 125e12,
+    "V100": 125e12,
+    "T4": 65e12,
+    "RTX 4090": 165e12,
+    "RTX 3090": 71e12,
+    "MI300X": 1307e12,
+    "MI250": 362e12,
+}
 
 
 def flops_per_token(config: PretrainedConfig, *, seq_len: int, parameters: int) -> float:
@@ -25,8 +45,14 @@ def flops_per_token(config: PretrainedConfig, *, seq_len: int, parameters: int) 
 
     An input embedding that is not also the output matrix is looked up, not multiplied, and so left out. All experts of a mixture count.
     """
-    looked_up = 0 if getattr(config, "tie_word_embeddings", True) else config.vocab_size * config.hidden_size
-    decoder_layers = getattr(config, "num_decoder_layers", None) or getattr(config, "decoder_layers", 0)
+    looked_up = (
+        0
+        if getattr(config, "tie_word_embeddings", True)
+        else config.vocab_size * config.hidden_size
+    )
+    decoder_layers = getattr(config, "num_decoder_layers", None) or getattr(
+        config, "decoder_layers", 0
+    )
     layers = config.num_hidden_layers + (decoder_layers if config.is_encoder_decoder else 0)
     return 6.0 * (parameters - looked_up) + 12.0 * layers * config.hidden_size * seq_len
 

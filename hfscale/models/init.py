@@ -6,6 +6,7 @@ modules are walked children first, each module's own and direct children's param
 for fp32 on the CPU, torch is seeded with sha256(seed, path), the architecture's ``_init_weights`` draws, and the numbers are
 copied back. No rank ever holds more than one module's part. Source: transformers' ``initialize_weights_zero3`` (the walk).
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -22,7 +23,9 @@ from transformers.initialization import guard_torch_init_functions
 
 from hfscale.errors import ConfigError
 
-Gather = Callable[[Sequence[Parameter]], AbstractContextManager[Any]]  # makes parameters whole, and keeps what rank 0 wrote
+Gather = Callable[
+    [Sequence[Parameter]], AbstractContextManager[Any]
+]  # makes parameters whole, and keeps what rank 0 wrote
 
 
 def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> list[str]:
@@ -39,7 +42,10 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
         for path, module, owner in _children_first("", model, model):
             near = _near(path, module, model.all_tied_weights_keys)
             far = {p: p._version for p in module.parameters() if p not in near}
-            with gather(list(near)) if gather and near else nullcontext(), _fp32_on_cpu(list(near), undrawn):
+            with (
+                gather(list(near)) if gather and near else nullcontext(),
+                _fp32_on_cpu(list(near), undrawn),
+            ):
                 for thing in (module, *module.buffers(recurse=False)):
                     thing._is_hf_initialized = False  # type: ignore[union-attr, assignment, attr-defined]
                 for p, is_copy in near.items():
@@ -47,13 +53,19 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                 torch.default_generator.manual_seed(_seed(seed, path))
                 owner._init_weights(module)
                 own = [p for p in module.parameters(recurse=False) if not near[p]]
-                if own and all(p.isnan().all() for p in own) and callable(reset := getattr(module, "reset_parameters", None)):
+                if (
+                    own
+                    and all(p.isnan().all() for p in own)
+                    and callable(reset := getattr(module, "reset_parameters", None))
+                ):
                     reset()  # a torch module that the architecture leaves to torch (openai-gpt's norms)
             if gather and any(p._version != version for p, version in far.items()):
                 raise ConfigError(
                     f"the first weights of {path or 'the model'} reach deeper than its direct children, where ZeRO 3 has only parts",
-                    where="engine.zero_stage", value=type(module).__name__,
-                    remedy="set engine.zero_stage=2, or choose another architecture")
+                    where="engine.zero_stage",
+                    value=type(module).__name__,
+                    remedy="set engine.zero_stage=2, or choose another architecture",
+                )
     model.tie_weights()
     return [name for name, p in model.named_parameters() if p in undrawn]
 
@@ -82,10 +94,16 @@ def _near(path: str, module: nn.Module, tied: Mapping[str, str]) -> dict[Paramet
     return near
 
 
-def _children_first(path: str, module: nn.Module, owner: PreTrainedModel) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
+def _children_first(
+    path: str, module: nn.Module, owner: PreTrainedModel
+) -> Iterator[tuple[str, nn.Module, PreTrainedModel]]:
     """Yield (path, module, the model whose ``_init_weights`` is in charge of it)."""
     for name, child in module.named_children():
-        yield from _children_first(f"{path}.{name}" if path else name, child, child if isinstance(child, PreTrainedModel) else owner)
+        yield from _children_first(
+            f"{path}.{name}" if path else name,
+            child,
+            child if isinstance(child, PreTrainedModel) else owner,
+        )
     yield path, module, owner
 
 
@@ -97,7 +115,11 @@ def _fp32_on_cpu(params: list[Parameter], undrawn: set[Parameter]) -> Iterator[N
     """
     homes = {p: p.data for p in params}
     for p, home in homes.items():
-        p.data = torch.full(home.shape, torch.nan, device="cpu") if p in undrawn else home.to("cpu", torch.float32, copy=True)
+        p.data = (
+            torch.full(home.shape, torch.nan, device="cpu")
+            if p in undrawn
+            else home.to("cpu", torch.float32, copy=True)
+        )
     yield
     for p, home in homes.items():
         if not p.data.sum().isnan():

@@ -2,6 +2,7 @@
 
 Shape legend: B texts, T tokens, H hidden size.
 """
+
 from __future__ import annotations
 
 from typing import Literal

@@ -7,6 +7,7 @@ All ranks pass through the same phases in the same order, so the one that has pa
 A thread of each rank sees its own standstill: each writes down its stacks, the lowest rank that can names the odd one out, and all
 leave the hard way, without a collective. Time in which the whole process was stopped (`scontrol suspend`) is not counted.
 """
+
 from __future__ import annotations
 
 import faulthandler
@@ -30,10 +31,20 @@ from hfscale.log import logger
 
 FOLDER, HANGS, REPORT = "heartbeats", "hangs", "report.json"
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
-LONG, LONG_S = ("start", "save"), 1800.0  # may take this long; so may the first step, which compiles
+LONG, LONG_S = (
+    ("start", "save"),
+    1800.0,
+)  # may take this long; so may the first step, which compiles
 POLL_S = 1.0  # between looks
-SETTLE_S, AFTER_S, LAST_S = 20.0, 3.0, 55.0  # until all have written their stacks; after the report; to leave, come what may
-ROUND_S, SLOW = 60.0, 2.0  # how often rank 0 looks for slow ranks, and how many times the others' time is slow
+SETTLE_S, AFTER_S, LAST_S = (
+    20.0,
+    3.0,
+    55.0,
+)  # until all have written their stacks; after the report; to leave, come what may
+ROUND_S, SLOW = (
+    60.0,
+    2.0,
+)  # how often rank 0 looks for slow ranks, and how many times the others' time is slow
 WIDTH = 160  # bytes of a heartbeat
 
 
@@ -60,8 +71,15 @@ def beat(phase: str, step: int | None = None) -> None:
 
 
 @contextmanager
-def watching(run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s: float | None,
-             on_hang: Callable[[int], None]) -> Iterator[None]:
+def watching(
+    run_dir: Path,
+    *,
+    rank: int,
+    world_size: int,
+    node: str,
+    timeout_s: float | None,
+    on_hang: Callable[[int], None],
+) -> Iterator[None]:
     """Watch this rank inside: where it stands still for ``timeout_s`` (None: for ever), the process ends with EXIT_HUNG.
 
     ``on_hang`` is called before, on one rank, with the rank that is to blame, once the report is written.
@@ -71,10 +89,15 @@ def watching(run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s:
         yield
         return
     (run_dir / HANGS).mkdir(exist_ok=True)
-    recorder = {"TORCH_FR_BUFFER_SIZE": "2000", "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
-                "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir / HANGS}/nccl-timeout-rank-"}
+    recorder = {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "1",
+        "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir / HANGS}/nccl-timeout-rank-",
+    }
     os.environ.update(recorder | os.environ)
-    _current = Heartbeat(run_dir, rank=rank, world_size=world_size, node=node, timeout_s=timeout_s, on_hang=on_hang)
+    _current = Heartbeat(
+        run_dir, rank=rank, world_size=world_size, node=node, timeout_s=timeout_s, on_hang=on_hang
+    )
     try:
         yield
     finally:
@@ -85,13 +108,41 @@ def watching(run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s:
 class Heartbeat:
     """One rank's heartbeat, and the thread that watches it."""
 
-    def __init__(self, run_dir: Path, *, rank: int, world_size: int, node: str, timeout_s: float, on_hang: Callable[[int], None]) -> None:
-        self._run_dir, self._rank, self._world_size, self._timeout_s, self._on_hang = run_dir, rank, world_size, timeout_s, on_hang
-        self._hang = run_dir / HANGS / str(len([name for name in os.listdir(run_dir / HANGS) if name.isdigit()]) + 1)
+    def __init__(
+        self,
+        run_dir: Path,
+        *,
+        rank: int,
+        world_size: int,
+        node: str,
+        timeout_s: float,
+        on_hang: Callable[[int], None],
+    ) -> None:
+        self._run_dir, self._rank, self._world_size, self._timeout_s, self._on_hang = (
+            run_dir,
+            rank,
+            world_size,
+            timeout_s,
+            on_hang,
+        )
+        self._hang = (
+            run_dir
+            / HANGS
+            / str(len([name for name in os.listdir(run_dir / HANGS) if name.isdigit()]) + 1)
+        )
         (run_dir / FOLDER).mkdir(exist_ok=True)
-        self._fd = os.open(run_dir / FOLDER / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._fd = os.open(
+            run_dir / FOLDER / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
+        )
         self._whose = f"{os.getpid()} {node}"
-        self._node, self._count, self._step, self._phase, self._own_s, self._since = node, 0, 0, "start", 0.0, time.monotonic()
+        self._node, self._count, self._step, self._phase, self._own_s, self._since = (
+            node,
+            0,
+            0,
+            "start",
+            0.0,
+            time.monotonic(),
+        )
         self._first: int | None = None  # step of this attempt
         self.beat("start", None)
         self._over = threading.Event()
@@ -127,9 +178,13 @@ class Heartbeat:
         while not self._over.wait(POLL_S):
             seen, idle_s = self._count, idle_s + POLL_S if self._count == seen else 0.0
             limit_s = self.limit_s()
-            if idle_s >= limit_s or (idle_s >= self._timeout_s / 2 and os.path.exists(self._hang)):  # another one has stood for longer
+            if idle_s >= limit_s or (
+                idle_s >= self._timeout_s / 2 and os.path.exists(self._hang)
+            ):  # another one has stood for longer
                 self._autopsy(idle_s)
-            faulthandler.dump_traceback_later(limit_s, file=2)  # if this thread is never let run again
+            faulthandler.dump_traceback_later(
+                limit_s, file=2
+            )  # if this thread is never let run again
             if self._rank == 0 and time.monotonic() - looked > min(ROUND_S, self._timeout_s):
                 beats = read_beats(self._run_dir, range(self._world_size))
                 for line in slow_ranks(earlier, beats):
@@ -157,9 +212,13 @@ class Heartbeat:
             else:
                 while not (self._hang / REPORT).exists():
                     time.sleep(0.5)
-                time.sleep(AFTER_S)  # not before the judge: the first to leave may have the others killed
+                time.sleep(
+                    AFTER_S
+                )  # not before the judge: the first to leave may have the others killed
         except OSError as error:
-            logger.error(f"no progress for {idle_s:.0f} s, and the stacks cannot be written: {error}")
+            logger.error(
+                f"no progress for {idle_s:.0f} s, and the stacks cannot be written: {error}"
+            )
         finally:
             sys.stderr.flush()
             os._exit(EXIT_HUNG)
@@ -174,7 +233,11 @@ class Heartbeat:
 
     def _dump_nccl(self) -> None:
         torch = sys.modules.get("torch")
-        dump = torch and torch.cuda.is_initialized() and getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+        dump = (
+            torch
+            and torch.cuda.is_initialized()
+            and getattr(torch._C._distributed_c10d, "_dump_nccl_trace_json", None)
+        )
         if dump:
             (self._hang / f"nccl-rank-{self._rank}.json").write_bytes(dump())
 
@@ -182,22 +245,48 @@ class Heartbeat:
         """Let py-spy, if it is there, write the stacks of ranks of this node that cannot do so: stopped, or inside of C code."""
         py_spy = shutil.which("py-spy")
         for there in [beat for beat in silent if py_spy and beat.node == self._node]:
-            with suppress(OSError, subprocess.TimeoutExpired), open(self._hang / f"rank-{there.rank}-py-spy.txt", "x") as file:
-                subprocess.run([str(py_spy), "dump", "--nonblocking", "--pid", str(there.pid)], stdout=file, stderr=file, timeout=SETTLE_S)
+            with (
+                suppress(OSError, subprocess.TimeoutExpired),
+                open(self._hang / f"rank-{there.rank}-py-spy.txt", "x") as file,
+            ):
+                subprocess.run(
+                    [str(py_spy), "dump", "--nonblocking", "--pid", str(there.pid)],
+                    stdout=file,
+                    stderr=file,
+                    timeout=SETTLE_S,
+                )
 
     def _judge(self, idle_s: float, silent: Sequence[int]) -> None:
         beats = read_beats(self._run_dir, range(self._world_size))
-        waiting = [rank for rank in range(self._world_size) if rank not in silent and _waits(self._stacks(rank).read_text())]
+        waiting = [
+            rank
+            for rank in range(self._world_size)
+            if rank not in silent and _waits(self._stacks(rank).read_text())
+        ]
         odd = odd_ones(beats, silent=silent, waiting=waiting)
         others = Counter(f"{beat.phase} of step {beat.step}" for beat in beats if beat not in odd)
-        named = [f"rank {beat.rank} on {beat.node} stands in {beat.phase} of step {beat.step}"
-                 + " and does not answer" * (beat.rank in silent) for beat in odd]
-        text = "; ".join(named) if odd else "no rank differs from the others: the network, or a disk"
-        logger.error(f"no progress for {idle_s:.0f} s: {text}; the others: {', '.join(f'{n} in {where}' for where, n in others.items())}. "
-                     f"Stacks: {self._hang}")
-        content = {"idle_s": idle_s, "verdict": text, "odd": [asdict(beat) for beat in odd], "beats": [asdict(beat) for beat in beats]}
+        named = [
+            f"rank {beat.rank} on {beat.node} stands in {beat.phase} of step {beat.step}"
+            + " and does not answer" * (beat.rank in silent)
+            for beat in odd
+        ]
+        text = (
+            "; ".join(named) if odd else "no rank differs from the others: the network, or a disk"
+        )
+        logger.error(
+            f"no progress for {idle_s:.0f} s: {text}; the others: {', '.join(f'{n} in {where}' for where, n in others.items())}. "
+            f"Stacks: {self._hang}"
+        )
+        content = {
+            "idle_s": idle_s,
+            "verdict": text,
+            "odd": [asdict(beat) for beat in odd],
+            "beats": [asdict(beat) for beat in beats],
+        }
         (self._hang / f"{REPORT}.new").write_text(json.dumps(content, indent=1))
-        (self._hang / f"{REPORT}.new").rename(self._hang / REPORT)  # the sign for the others to leave
+        (self._hang / f"{REPORT}.new").rename(
+            self._hang / REPORT
+        )  # the sign for the others to leave
         self._on_hang(odd[0].rank if odd else self._rank)
 
 
@@ -206,7 +295,9 @@ def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
     beats = {rank: Beat(rank) for rank in ranks}
     for rank in ranks:
         with suppress(OSError, ValueError):
-            count, step, phase, own_s, pid, node = (run_dir / FOLDER / f"rank-{rank}").read_text().split()
+            count, step, phase, own_s, pid, node = (
+                (run_dir / FOLDER / f"rank-{rank}").read_text().split()
+            )
             beats[rank] = Beat(rank, int(count), int(step), phase, float(own_s), int(pid), node)
     return list(beats.values())
 
@@ -217,8 +308,11 @@ def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[
     Nobody, if that would be everybody.
     """
     behind = min(beat.count for beat in beats)
-    for odd in ([beat for beat in beats if beat.rank in silent], [beat for beat in beats if beat.count == behind],
-                [beat for beat in beats if beat.rank not in waiting]):
+    for odd in (
+        [beat for beat in beats if beat.rank in silent],
+        [beat for beat in beats if beat.count == behind],
+        [beat for beat in beats if beat.rank not in waiting],
+    ):
         if odd and (len(odd) < len(beats) or len(beats) == 1):
             return odd
     return []
@@ -231,9 +325,19 @@ def _waits(stacks: str) -> bool:
 
 def slow_ranks(earlier: Sequence[Beat], beats: Sequence[Beat]) -> list[str]:
     """Return a line on each rank that takes ``SLOW`` times as long as the others for what it does by itself, per step."""
-    if len(beats) < 2 or len(earlier) != len(beats) or any(new.step <= old.step for old, new in zip(earlier, beats, strict=True)):
+    if (
+        len(beats) < 2
+        or len(earlier) != len(beats)
+        or any(new.step <= old.step for old, new in zip(earlier, beats, strict=True))
+    ):
         return []
-    own_s = [(new.own_s - old.own_s) / (new.step - old.step) for old, new in zip(earlier, beats, strict=True)]
+    own_s = [
+        (new.own_s - old.own_s) / (new.step - old.step)
+        for old, new in zip(earlier, beats, strict=True)
+    ]
     usual_s = median(sorted(own_s)[:-1])
-    return [f"rank {beat.rank} on {beat.node} is slow: {mine_s:.2f} s a step for {' and '.join(OWN)}, the others {usual_s:.2f} s"
-            for beat, mine_s in zip(beats, own_s, strict=True) if mine_s > SLOW * usual_s and mine_s - usual_s > 0.05]
+    return [
+        f"rank {beat.rank} on {beat.node} is slow: {mine_s:.2f} s a step for {' and '.join(OWN)}, the others {usual_s:.2f} s"
+        for beat, mine_s in zip(beats, own_s, strict=True)
+        if mine_s > SLOW * usual_s and mine_s - usual_s > 0.05
+    ]

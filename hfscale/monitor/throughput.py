@@ -1,4 +1,5 @@
 """How fast a run goes: seconds a step, of which waiting for data, tokens a second, and model FLOPs utilisation."""
+
 from __future__ import annotations
 
 import resource
@@ -12,8 +13,13 @@ import torch
 class Throughput:
     """Averages over the steps since the last ``report``; what happens between steps (validation, logging) is not counted."""
 
-    def __init__(self, *, flops_per_token: float, peak_flops: float | None,
-                 clock: Callable[[], float] = time.perf_counter) -> None:
+    def __init__(
+        self,
+        *,
+        flops_per_token: float,
+        peak_flops: float | None,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
         """``peak_flops`` is that of all ranks together, per second; None (CPU) gives an ``mfu`` of None."""
         self._flops, self._peak, self._clock = flops_per_token, peak_flops, clock
         self._steps, self._tokens, self._step_s, self._wait_s = 0, 0, 0.0, 0.0
@@ -41,8 +47,12 @@ class Throughput:
         """Return the averages since the last report, and start anew."""
         steps, step_s = max(self._steps, 1), max(self._step_s, 1e-9)
         tokens_per_s = self._tokens / step_s
-        figures = {"step_s": step_s / steps, "data_wait_s": self._wait_s / steps, "tokens_per_s": tokens_per_s,
-                   "mfu": tokens_per_s * self._flops / self._peak if self._peak else None}
+        figures = {
+            "step_s": step_s / steps,
+            "data_wait_s": self._wait_s / steps,
+            "tokens_per_s": tokens_per_s,
+            "mfu": tokens_per_s * self._flops / self._peak if self._peak else None,
+        }
         self._steps, self._tokens, self._step_s, self._wait_s = 0, 0, 0.0, 0.0
         return figures
 

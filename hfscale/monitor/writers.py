@@ -3,6 +3,7 @@
 Only rank 0 holds a ``MetricsLog``. A resumed run appends: a step that is logged again carries a higher ``attempt``,
 and TensorBoard drops what the earlier attempt wrote for the steps that are repeated.
 """
+
 from __future__ import annotations
 
 import json
@@ -17,14 +18,22 @@ from tqdm import tqdm
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
 
-CONSOLE = (("loss", "{:.4f}"), ("validation_loss", "{:.4f}"), ("lr", "{:.2e}"), ("grad_norm", "{:.3f}"), ("mfu", "{:.1%}"),
-           ("skipped_rows", "{:,}"))
+CONSOLE = (
+    ("loss", "{:.4f}"),
+    ("validation_loss", "{:.4f}"),
+    ("lr", "{:.2e}"),
+    ("grad_norm", "{:.3f}"),
+    ("mfu", "{:.1%}"),
+    ("skipped_rows", "{:,}"),
+)
 
 
 class MetricsLog:
     """Appends one record a logged step. ``first_step`` is the first step that this attempt will log."""
 
-    def __init__(self, run_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool) -> None:
+    def __init__(
+        self, run_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool
+    ) -> None:
         self.total_steps = total_steps
         path = run_dir / "metrics.jsonl"
         self.attempt = _repair(path) + 1
@@ -33,12 +42,18 @@ class MetricsLog:
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
+
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what is not finite becomes None."""
-        record = {name: None if isinstance(value, float) and not isfinite(value) else value for name, value in record.items()}
-        self._file.write(json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n")
+        record = {
+            name: None if isinstance(value, float) and not isfinite(value) else value
+            for name, value in record.items()
+        }
+        self._file.write(
+            json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n"
+        )
         if self._board is not None:
             for name, value in _flat(record):
                 if name not in ("step", "batch_digest"):
@@ -54,11 +69,22 @@ class MetricsLog:
 
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
-        metrics = tuple((name, "{:.4f}") for name, value in record.items() if name.startswith("validation_") and isinstance(value, float))
-        parts += [f"{name} {form.format(record[name])}" for name, form in dict(CONSOLE + metrics).items() if record.get(name) is not None]
+        metrics = tuple(
+            (name, "{:.4f}")
+            for name, value in record.items()
+            if name.startswith("validation_") and isinstance(value, float)
+        )
+        parts += [
+            f"{name} {form.format(record[name])}"
+            for name, form in dict(CONSOLE + metrics).items()
+            if record.get(name) is not None
+        ]
         left = timedelta(seconds=int((self.total_steps - record["step"]) * record["step_s"]))
-        parts += [f"{tqdm.format_sizeof(record['tokens_per_s'])} tokens/s",
-                  f"data wait {record['data_wait_s'] / max(record['step_s'], 1e-9):.0%}", f"left {left}"]
+        parts += [
+            f"{tqdm.format_sizeof(record['tokens_per_s'])} tokens/s",
+            f"data wait {record['data_wait_s'] / max(record['step_s'], 1e-9):.0%}",
+            f"left {left}",
+        ]
         return "  ".join(parts)
 
 
@@ -74,8 +100,12 @@ def _repair(path: Path) -> int:
     try:
         return int(json.loads(last)["attempt"]) if last else 0
     except (ValueError, TypeError, KeyError):
-        raise CheckpointError("the last line of the run's metrics is damaged", where=path, value=last[:80].decode(errors="replace"),
-                              remedy="remove that line, or move the file away: the run itself does not need it") from None
+        raise CheckpointError(
+            "the last line of the run's metrics is damaged",
+            where=path,
+            value=last[:80].decode(errors="replace"),
+            remedy="remove that line, or move the file away: the run itself does not need it",
+        ) from None
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

@@ -8,6 +8,7 @@ global count, so how a batch is cut into micro-batches and ranks does not change
 Each backward gets ``weight * its sum * world_size / global count``: the engine averages gradients over ``world_size`` ranks.
 A term of weight 0 is only reported (an accuracy, say). Shape legend: B rows, T tokens, L = ``seq_len``.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -36,7 +37,9 @@ OBJECTIVES: dict[str, str] = {
     "contrastive": "hfscale.objectives.contrastive:Contrastive",
 }
 
-Model = Callable[..., Any]  # the engine, or a bare model: called with keywords, returns an output with ``.logits``
+Model = Callable[
+    ..., Any
+]  # the engine, or a bare model: called with keywords, returns an output with ``.logits``
 
 
 @dataclass(frozen=True)
@@ -51,7 +54,9 @@ class Setting:
     sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
     tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
     model_config: PretrainedConfig | None = None  # None: before there is a model
-    facts: Mapping[str, Any] = field(default_factory=dict)  # of a task: what its training examples say (labels, ...)
+    facts: Mapping[str, Any] = field(
+        default_factory=dict
+    )  # of a task: what its training examples say (labels, ...)
 
 
 @dataclass
@@ -64,14 +69,19 @@ class Batch:
     counts: dict[str, Tensor]  # term -> int64 (B,): how many items of each row are scored
     source_B: Tensor  # int16: which corpus each row is from
     position_B: Tensor  # int64: the row's place in the run's order
-    document_ids_BT: Tensor | None = None  # int32: documents numbered within their row; None = one document
+    document_ids_BT: Tensor | None = (
+        None  # int32: documents numbered within their row; None = one document
+    )
     lengths_B: Tensor | None = None  # int64: of ``input_ids`` without padding; None = all of T
 
     def rows(self) -> list[Tensor]:
         """Return ``input_ids`` as what the batch digest is taken of: without padding, which depends on how the batch was cut."""
         if self.lengths_B is None:
             return [self.input_ids]
-        return [ids_T[None, :length] for ids_T, length in zip(self.input_ids, self.lengths_B.tolist(), strict=True)]
+        return [
+            ids_T[None, :length]
+            for ids_T, length in zip(self.input_ids, self.lengths_B.tolist(), strict=True)
+        ]
 
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch with everything that enters the model or the loss on ``device``."""
@@ -79,8 +89,13 @@ class Batch:
         def move(tensor: Tensor | None) -> Any:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
-        return replace(self, inputs={name: move(t) for name, t in self.inputs.items()}, labels_BT=move(self.labels_BT),
-                       input_ids=move(self.input_ids), document_ids_BT=move(self.document_ids_BT))
+        return replace(
+            self,
+            inputs={name: move(t) for name, t in self.inputs.items()},
+            labels_BT=move(self.labels_BT),
+            input_ids=move(self.input_ids),
+            document_ids_BT=move(self.document_ids_BT),
+        )
 
 
 class Objective:
@@ -88,12 +103,18 @@ class Objective:
 
     Options: ClassVar[type[Section]] = Section  # none
     auto_model: str = "AutoModelForCausalLM"
-    pipeline: ClassVar[str | None] = "text-generation"  # the transformers pipeline that uses such a model; None: generate() does
-    frame: tuple[str | None, ...] | None = None  # roles of tokens that an export's tokenizer puts before and after text; None: its own
+    pipeline: ClassVar[str | None] = (
+        "text-generation"  # the transformers pipeline that uses such a model; None: generate() does
+    )
+    frame: tuple[str | None, ...] | None = (
+        None  # roles of tokens that an export's tokenizer puts before and after text; None: its own
+    )
     causal: ClassVar[bool] = False  # a token sees only what came before it
     token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
     needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other
-    term: ClassVar[str]  # the name of the one term of the loss; those of several give ``weights`` and ``loss``
+    term: ClassVar[
+        str
+    ]  # the name of the one term of the loss; those of several give ``weights`` and ``loss``
 
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting
@@ -107,7 +128,12 @@ class Objective:
         """Return the names of what a validation can give."""
         trained = {term for term, weight in self.weights().items() if weight}
         parts = {f"loss_{term}" for term in trained} if len(trained) > 1 else set()
-        return {"loss", *parts, *(self.weights().keys() - trained), *(["perplexity"] if self.token_loss else [])}
+        return {
+            "loss",
+            *parts,
+            *(self.weights().keys() - trained),
+            *(["perplexity"] if self.token_loss else []),
+        }
 
     def collate(self, rows: Any) -> Batch:  # Rows; a task's are Examples
         """Return the batch of ``rows`` on the CPU. Depends on the rows, their positions and the seed alone."""
@@ -126,7 +152,13 @@ class Objective:
         if batch.document_ids_BT is None:
             return model(**batch.inputs, use_cache=False).logits
         assert self.setting.model_config is not None, "documents are kept apart in a model"
-        return keep_apart(model, batch.inputs, batch.document_ids_BT, config=self.setting.model_config, causal=self.causal)
+        return keep_apart(
+            model,
+            batch.inputs,
+            batch.document_ids_BT,
+            config=self.setting.model_config,
+            causal=self.causal,
+        )
 
     def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[..., Tensor]:
         """Return the function (``ids_BT``, ``document_ids_BT`` if they are kept apart) -> ``logits_BTV`` of the live model, for probes."""
@@ -141,8 +173,13 @@ class Objective:
         """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal model."""
         config, middle = self.setting.model_config, self.setting.seq_len // 2
         assert config is not None, "check() needs Setting.model_config"
-        return movement(self.logits_of(model, device=device), self.shape, config.vocab_size, changed=slice(middle, None),
-                        watched=slice(middle))
+        return movement(
+            self.logits_of(model, device=device),
+            self.shape,
+            config.vocab_size,
+            changed=slice(middle, None),
+            watched=slice(middle),
+        )
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -153,7 +190,9 @@ class Objective:
         """Refuse (ConfigError) a live model in which documents see each other, where they are to be kept apart."""
         if not self.setting.cross_document:
             assert self.setting.model_config is not None, "check() needs Setting.model_config"
-            check_apart(self.logits_of(model, device=device), self.shape, config=self.setting.model_config)
+            check_apart(
+                self.logits_of(model, device=device), self.shape, config=self.setting.model_config
+            )
 
     def document_ids(self, rows: Rows) -> Tensor | None:
         """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept apart, else None."""
@@ -175,10 +214,13 @@ class Objective:
         if self.auto_model != "AutoModelForCausalLM":
             return
         if moved := self.sight(model, device=device):
-            raise ConfigError(f"the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
-                              where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
-                              remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or to pretrain "
-                                     "use objective mlm")
+            raise ConfigError(
+                f"the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
+                where="model.architecture",
+                value=getattr(self.setting.model_config, "model_type", None),
+                remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or to pretrain "
+                "use objective mlm",
+            )
         self.check_documents(model, device=device)
 
     def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
@@ -192,10 +234,19 @@ class Objective:
                 apart = self._by_source(count_B, batch).tolist()
                 totals[term] += sum(apart)
                 if self.setting.sources > 1:
-                    totals |= {f"{term}/{s}": totals.get(f"{term}/{s}", 0) + n for s, n in enumerate(apart)}
+                    totals |= {
+                        f"{term}/{s}": totals.get(f"{term}/{s}", 0) + n for s, n in enumerate(apart)
+                    }
         return totals
 
-    def losses(self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int], *, world_size: int) -> Iterator[Tensor]:
+    def losses(
+        self,
+        model: Model,
+        batches: Iterable[Batch],
+        global_counts: Mapping[str, int],
+        *,
+        world_size: int,
+    ) -> Iterator[Tensor]:
         """Yield one scalar for each backward of the step, ``weight * sum * world_size / global count``; fp32.
 
         By default one micro-batch after the other. What was measured is there for ``take_sums`` at the end of the step.
@@ -204,7 +255,11 @@ class Objective:
         for batch in batches:
             sums = self.loss(model, batch)
             self.record(sums, batch)
-            scales = {term: weight * world_size / max(1, global_counts[term]) for term, weight in self.weights().items() if weight}
+            scales = {
+                term: weight * world_size / max(1, global_counts[term])
+                for term, weight in self.weights().items()
+                if weight
+            }
             yield torch.stack([scale * sums[term].sum() for term, scale in scales.items()]).sum()
 
     def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
@@ -236,7 +291,9 @@ def load_objective(named: Named, setting: Setting) -> Objective:
     return objective(check_options(objective.Options, named.options), setting)
 
 
-def check_options(schema: type[Section], options: Mapping[str, Any], *, where: str = "objective.options") -> Section:
+def check_options(
+    schema: type[Section], options: Mapping[str, Any], *, where: str = "objective.options"
+) -> Section:
     """Return ``options`` as ``schema``, or raise a ConfigError that names every bad one and the nearest valid names."""
     try:
         return schema(**options)
@@ -248,6 +305,9 @@ def check_options(schema: type[Section], options: Mapping[str, Any], *, where: s
             known: Any = schema
             for part in problem["loc"][:-1]:
                 known = known.model_fields[part].annotation
-            lines.append(f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known.model_fields)}" if unknown else
-                         f"{name}: {problem['msg']}")
+            lines.append(
+                f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known.model_fields)}"
+                if unknown
+                else f"{name}: {problem['msg']}"
+            )
         raise ConfigError("; ".join(lines), where=where, value=dict(options)) from error

@@ -7,6 +7,7 @@ labels the last T. Source: Radford et al. 2019, Language Models are Unsupervised
 With ``cross_document`` a token sees whatever came before it in its row, as in GPT-2 and Llama training. Without it a token
 sees its own document only, positions start at 0 in each document, and no document is asked to predict the next one.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
@@ -30,8 +31,18 @@ class CausalLM(Objective):
         inputs_BT, labels_BT = rows.ids_BL[:, :-1], rows.ids_BL[:, 1:]
         ignored_BT = ~rows.valid_B[:, None].expand_as(labels_BT)
         document_ids_BT = self.document_ids(rows)
-        if rows.boundaries is not None and document_ids_BT is not None:  # no document predicts the next one
-            ignored_BT = ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
-        return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX), input_ids=inputs_BT,
-                     counts={"clm": (~ignored_BT).sum(1)}, source_B=rows.source_B, position_B=rows.position,
-                     document_ids_BT=document_ids_BT)
+        if (
+            rows.boundaries is not None and document_ids_BT is not None
+        ):  # no document predicts the next one
+            ignored_BT = (
+                ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
+            )
+        return Batch(
+            inputs={"input_ids": inputs_BT},
+            labels_BT=labels_BT.masked_fill(ignored_BT, IGNORE_INDEX),
+            input_ids=inputs_BT,
+            counts={"clm": (~ignored_BT).sum(1)},
+            source_B=rows.source_B,
+            position_B=rows.position,
+            document_ids_BT=document_ids_BT,
+        )

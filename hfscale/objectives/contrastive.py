@@ -11,6 +11,7 @@ Shape legend: n texts of this rank, N of all ranks; V views of a text (2, or 3 w
 Sources: Oord et al. 2018 (InfoNCE); Gao et al. 2021, GradCache, sec. 3; Gao et al. 2021, SimCSE, sec. 3 (views that differ in dropout
 alone); Izacard et al. 2022, Contriever, sec. 3.1 (independent crops of a document); Wang & Isola 2020 (alignment, uniformity).
 """
+
 from __future__ import annotations
 
 import math
@@ -41,11 +42,15 @@ Length = Annotated[float, Field(gt=0, le=1)]
 class ContrastiveOptions(Section):
     """How views are made and compared."""
 
-    views: Literal["dropout", "crops"] = "crops"  # the same text twice; or two spans of it, drawn independently
+    views: Literal["dropout", "crops"] = (
+        "crops"  # the same text twice; or two spans of it, drawn independently
+    )
     crop: tuple[Length, Length] = (0.1, 0.5)  # shortest and longest span, as a part of the text
     temperature: Annotated[float, Field(gt=0)] = 0.05
     pooling: Pooling = "mean"
-    mlm_weight: Annotated[float, Field(ge=0)] = 0.0  # of a masked-language-modelling loss on the first view
+    mlm_weight: Annotated[float, Field(ge=0)] = (
+        0.0  # of a masked-language-modelling loss on the first view
+    )
 
 
 class Contrastive(Objective):
@@ -63,17 +68,32 @@ class Contrastive(Objective):
         super().__init__(options, setting)
         assert isinstance(options, ContrastiveOptions)
         if setting.global_batch == 1:
-            raise ConfigError("a batch of one text has no negatives", where="train.global_batch", value=1,
-                              remedy="give at least 2, better 256")
+            raise ConfigError(
+                "a batch of one text has no negatives",
+                where="train.global_batch",
+                value=1,
+                remedy="give at least 2, better 256",
+            )
         if options.crop[0] > options.crop[1]:
-            raise ConfigError("the shortest crop is longer than the longest", where="objective.options.crop", value=list(options.crop))
+            raise ConfigError(
+                "the shortest crop is longer than the longest",
+                where="objective.options.crop",
+                value=list(options.crop),
+            )
         if options.views == "crops" and setting.seq_len * options.crop[0] < 1:
-            raise ConfigError("rows are too short to crop", where="data.seq_len", value=setting.seq_len,
-                              remedy=f"at objective.options.crop={list(options.crop)} give at least {math.ceil(1 / options.crop[0])}")
+            raise ConfigError(
+                "rows are too short to crop",
+                where="data.seq_len",
+                value=setting.seq_len,
+                remedy=f"at objective.options.crop={list(options.crop)} give at least {math.ceil(1 / options.crop[0])}",
+            )
         tokenizer = setting.tokenizer
         self._pad_id = special_id(tokenizer, "pad_token", why="and views differ in length")
-        self._cls_id = special_id(tokenizer, "cls_token", why="whose state is to be the embedding") if options.pooling == "cls" \
+        self._cls_id = (
+            special_id(tokenizer, "cls_token", why="whose state is to be the embedding")
+            if options.pooling == "cls"
             else tokenizer.cls_token_id
+        )
         self._mlm = None
         if options.mlm_weight:
             self.auto_model = "AutoModelForMaskedLM"
@@ -82,11 +102,21 @@ class Contrastive(Objective):
     def weights(self) -> dict[str, float]:
         """Return ``contrastive`` (nats a text), ``mlm`` if there is one, and what is reported only."""
         mlm = {"mlm": self.options.mlm_weight} if self._mlm else {}
-        return {"contrastive": 1.0, **mlm, "retrieval_accuracy": 0.0, "alignment": 0.0, "uniformity": 0.0}
+        return {
+            "contrastive": 1.0,
+            **mlm,
+            "retrieval_accuracy": 0.0,
+            "alignment": 0.0,
+            "uniformity": 0.0,
+        }
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
         """Return the means with the logarithm that uniformity is defined by."""
-        return means | {"uniformity": float(np.log(means["uniformity"]))} if means.get("uniformity", 0) > 0 else means
+        return (
+            means | {"uniformity": float(np.log(means["uniformity"]))}
+            if means.get("uniformity", 0) > 0
+            else means
+        )
 
     def collate(self, rows: Rows) -> Batch:
         """Return the views (V * n, T), first views first. The text of a row is the longest document in it."""
@@ -94,18 +124,32 @@ class Contrastive(Objective):
         assert documents_BT is not None, "needs_documents"
         views: tuple[list[np.ndarray], list[np.ndarray]] = [], []
         generators = row_generators(self.setting.seed, rows.position)
-        for ids_L, documents_L, rng in zip(rows.ids_BL.numpy(), documents_BT.numpy(), generators, strict=True):
+        for ids_L, documents_L, rng in zip(
+            rows.ids_BL.numpy(), documents_BT.numpy(), generators, strict=True
+        ):
             text = ids_L[:-1][documents_L[:-1] == np.bincount(documents_L[:-1]).argmax()]
             for view in views:
                 view.append(self._view(text, rng))
         texts = [torch.from_numpy(view) for view in (*views[0], *views[1])]
-        ids_BT = torch.nn.utils.rnn.pad_sequence(texts, batch_first=True, padding_value=self._pad_id)
-        mask_BT = torch.nn.utils.rnn.pad_sequence([torch.ones_like(text) for text in texts], batch_first=True)
+        ids_BT = torch.nn.utils.rnn.pad_sequence(
+            texts, batch_first=True, padding_value=self._pad_id
+        )
+        mask_BT = torch.nn.utils.rnn.pad_sequence(
+            [torch.ones_like(text) for text in texts], batch_first=True
+        )
         asked_B = rows.valid_B.long()
-        counts = dict.fromkeys(("contrastive", "retrieval_accuracy", "alignment", "uniformity"), asked_B)
+        counts = dict.fromkeys(
+            ("contrastive", "retrieval_accuracy", "alignment", "uniformity"), asked_B
+        )
         labels_BT = torch.empty(len(asked_B), 0, dtype=torch.int64)
-        batch = Batch(inputs={"input_ids": ids_BT, "attention_mask": mask_BT}, labels_BT=labels_BT, input_ids=rows.ids_BL[:, :-1],
-                      counts=counts, source_B=rows.source_B, position_B=rows.position)
+        batch = Batch(
+            inputs={"input_ids": ids_BT, "attention_mask": mask_BT},
+            labels_BT=labels_BT,
+            input_ids=rows.ids_BL[:, :-1],
+            counts=counts,
+            source_B=rows.source_B,
+            position_B=rows.position,
+        )
         return self._with_masks(batch, rows) if self._mlm else batch
 
     def _view(self, text: np.ndarray, rng: np.random.Generator) -> np.ndarray:
@@ -113,8 +157,12 @@ class Contrastive(Objective):
             shortest, longest = self.options.crop
             length = max(1, round(len(text) * rng.uniform(shortest, longest)))
             start = rng.integers(len(text) - length + 1)
-            text = text[start:start + length]
-        return text if self._cls_id is None else np.concatenate([[self._cls_id], text[:self.setting.seq_len - 1]])
+            text = text[start : start + length]
+        return (
+            text
+            if self._cls_id is None
+            else np.concatenate([[self._cls_id], text[: self.setting.seq_len - 1]])
+        )
 
     def _with_masks(self, batch: Batch, rows: Rows) -> Batch:
         """Return the batch with a corrupted copy of the first views, and what was hidden as labels."""
@@ -122,9 +170,13 @@ class Contrastive(Objective):
         n = len(rows.valid_B)
         ids_BT = batch.inputs["input_ids"][:n].clone()
         labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
-        lengths_B = batch.inputs["attention_mask"][:n].sum(1) * rows.valid_B  # what is drawn must not depend on padding
+        lengths_B = (
+            batch.inputs["attention_mask"][:n].sum(1) * rows.valid_B
+        )  # what is drawn must not depend on padding
         generators = row_generators(self.setting.seed + 1, rows.position)
-        for length, ids_T, labels_T, rng in zip(lengths_B.tolist(), ids_BT, labels_BT, generators, strict=True):
+        for length, ids_T, labels_T, rng in zip(
+            lengths_B.tolist(), ids_BT, labels_BT, generators, strict=True
+        ):
             self._mlm.corrupt(ids_T[:length].numpy(), labels_T[:length].numpy(), rng)
         batch.inputs["masked_ids"], batch.labels_BT = ids_BT, labels_BT
         batch.counts["mlm"] = (labels_BT != IGNORE_INDEX).sum(1)
@@ -136,11 +188,20 @@ class Contrastive(Objective):
         if self._mlm is None:
             hidden_BTH = model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         else:
-            hidden_BTH = model(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states[-1]
+            hidden_BTH = model(
+                input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
+            ).hidden_states[-1]
         pooled_BH = F.normalize(pool(hidden_BTH, mask_BT, self.options.pooling), dim=-1)
         return pooled_BH.view(-1, len(batch.position_B), pooled_BH.shape[-1])
 
-    def losses(self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int], *, world_size: int) -> Iterator[Tensor]:
+    def losses(
+        self,
+        model: Model,
+        batches: Iterable[Batch],
+        global_counts: Mapping[str, int],
+        *,
+        world_size: int,
+    ) -> Iterator[Tensor]:
         """Yield one surrogate a micro-batch: its gradient is that of the global loss. In evaluation nothing has to be yielded."""
         self._sums = {}
         batches = list(batches)
@@ -153,19 +214,26 @@ class Contrastive(Objective):
         valid_n = torch.cat([batch.counts["contrastive"] for batch in batches]).to(own_VnH.device)
         with torch.enable_grad():
             loss, sums = self.compare(own_VnH, valid_n)
-            (grad_VnH,) = torch.autograd.grad(loss * (world_size / max(1, global_counts["contrastive"])), own_VnH)
+            (grad_VnH,) = torch.autograd.grad(
+                loss * (world_size / max(1, global_counts["contrastive"])), own_VnH
+            )
         at = 0
         for batch, state, part in zip(batches, states, parts, strict=True):
             n = part.shape[1]
-            self.record({term: values_n[at:at + n] for term, values_n in sums.items()}, batch)
+            self.record({term: values_n[at : at + n] for term, values_n in sums.items()}, batch)
             if torch.is_grad_enabled() or self._mlm:
                 _random_state(state)
-                scalar = (self.embed(model, batch) * grad_VnH[:, at:at + n]).sum()
+                scalar = (self.embed(model, batch) * grad_VnH[:, at : at + n]).sum()
                 if self._mlm:
-                    out = model(input_ids=batch.inputs["masked_ids"], attention_mask=batch.inputs["attention_mask"][:n])
+                    out = model(
+                        input_ids=batch.inputs["masked_ids"],
+                        attention_mask=batch.inputs["attention_mask"][:n],
+                    )
                     mlm_B = token_losses(out.logits, batch.labels_BT).sum(1)
                     self.record({"mlm": mlm_B}, batch)
-                    scalar = scalar + mlm_B.sum() * (self.options.mlm_weight * world_size / max(1, global_counts["mlm"]))
+                    scalar = scalar + mlm_B.sum() * (
+                        self.options.mlm_weight * world_size / max(1, global_counts["mlm"])
+                    )
                 yield scalar
             at += n
 
@@ -174,24 +242,32 @@ class Contrastive(Objective):
 
         The first view asks, the second answers; further views (hard negatives) are candidates beside all answers.
         """
-        others, first = gather_from_ranks(own_VnH.detach().transpose(0, 1).contiguous())  # (N, V, H)
+        others, first = gather_from_ranks(
+            own_VnH.detach().transpose(0, 1).contiguous()
+        )  # (N, V, H)
         valid_N = gather_from_ranks(valid_n)[0].bool()
         n = own_VnH.shape[1]
         mine = slice(first, first + n)
-        all_VNH = torch.cat([others[:first].transpose(0, 1), own_VnH, others[first + n:].transpose(0, 1)], dim=1)
+        all_VNH = torch.cat(
+            [others[:first].transpose(0, 1), own_VnH, others[first + n :].transpose(0, 1)], dim=1
+        )
         anchors_NH, positives_NH = all_VNH[:2]
         wrong_C = ~valid_N.repeat(len(all_VNH) - 1)  # C: candidates, N of each view but the first
-        scores_NC = (anchors_NH @ all_VNH[1:].flatten(0, 1).T / self.options.temperature).masked_fill(wrong_C, float("-inf"))
+        scores_NC = (
+            anchors_NH @ all_VNH[1:].flatten(0, 1).T / self.options.temperature
+        ).masked_fill(wrong_C, float("-inf"))
         target_N = torch.arange(len(valid_N), device=valid_N.device)
         nll_N = F.cross_entropy(scores_NC[valid_N], target_N[valid_N], reduction="none")
         with torch.no_grad():
             values_N = anchors_NH.new_zeros(len(valid_N))
             distance_NN = torch.cdist(anchors_NH[mine], anchors_NH).square()
             near_NN = torch.exp(-2 * distance_NN) * valid_N * (target_N[mine, None] != target_N)
-            sums = {"contrastive": values_N.index_put((target_N[valid_N],), nll_N)[mine],
-                    "retrieval_accuracy": (scores_NC[mine].argmax(1) == target_N[mine]).float(),
-                    "alignment": (anchors_NH - positives_NH)[mine].square().sum(1),
-                    "uniformity": near_NN.sum(1) / max(1, int(valid_N.sum()) - 1)}
+            sums = {
+                "contrastive": values_N.index_put((target_N[valid_N],), nll_N)[mine],
+                "retrieval_accuracy": (scores_NC[mine].argmax(1) == target_N[mine]).float(),
+                "alignment": (anchors_NH - positives_NH)[mine].square().sum(1),
+                "uniformity": near_NN.sum(1) / max(1, int(valid_N.sum()) - 1),
+            }
         return nll_N.sum(), {term: values_n * valid_n for term, values_n in sums.items()}
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
@@ -201,16 +277,35 @@ class Contrastive(Objective):
         """
         config = self.setting.model_config
         assert config is not None, "check() needs Setting.model_config"
-        if self.options.views == "dropout" and not any(value for key, value in config.to_dict().items() if "drop" in key):
-            raise ConfigError("two views that differ in dropout alone are the same: this model has none", where="objective.options.views",
-                              value="dropout", remedy="set views to crops, or give the model dropout in model.config")
-        ids_BT = torch.randint(config.vocab_size, (2, self.setting.seq_len), generator=torch.Generator().manual_seed(0))
+        if self.options.views == "dropout" and not any(
+            value for key, value in config.to_dict().items() if "drop" in key
+        ):
+            raise ConfigError(
+                "two views that differ in dropout alone are the same: this model has none",
+                where="objective.options.views",
+                value="dropout",
+                remedy="set views to crops, or give the model dropout in model.config",
+            )
+        ids_BT = torch.randint(
+            config.vocab_size, (2, self.setting.seq_len), generator=torch.Generator().manual_seed(0)
+        )
         ids_BT[:, 0] = ids_BT[0, 0]  # [CLS], say
-        batch = Batch({"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}, ids_BT, ids_BT, {}, ids_BT[:, 0], ids_BT[:, 0])
+        batch = Batch(
+            {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)},
+            ids_BT,
+            ids_BT,
+            {},
+            ids_BT[:, 0],
+            ids_BT[:, 0],
+        )
         one, other = self.embed(model, batch.to(device))[0]
         if torch.equal(one, other):
-            raise ConfigError("contrastive: the first token of this model does not see the text", where="objective.options.pooling",
-                              value=f"{self.options.pooling}, {config.model_type}", remedy="set it to last or mean, or choose an encoder")
+            raise ConfigError(
+                "contrastive: the first token of this model does not see the text",
+                where="objective.options.pooling",
+                value=f"{self.options.pooling}, {config.model_type}",
+                remedy="set it to last or mean, or choose an encoder",
+            )
 
 
 def _random_state(state: list[Tensor] | None = None) -> list[Tensor]:
@@ -219,4 +314,7 @@ def _random_state(state: list[Tensor] | None = None) -> list[Tensor]:
         torch.set_rng_state(state[0])
         for cuda in state[1:]:
             torch.cuda.set_rng_state(cuda)
-    return [torch.get_rng_state(), *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else [])]
+    return [
+        torch.get_rng_state(),
+        *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []),
+    ]

@@ -4,6 +4,7 @@ Shape legend: B sequences, T tokens, V vocabulary, N = B * T. Logits may be fp32
 Autograd's own path keeps the logits three times in fp32; here they are kept once, as the model made them, and one chunk of
 fp32 numbers is in flight at a time. On a CPU, where a chunk stays in the cache, it is also 1.5 to 3 times faster.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -15,7 +16,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # labels that ask nothing; same value as transformers
-CPU_CHUNK, GPU_CHUNK = 1 << 20, 1 << 26  # numbers in flight: 4 MiB of cache; few kernel launches and 256 MiB
+CPU_CHUNK, GPU_CHUNK = (
+    1 << 20,
+    1 << 26,
+)  # numbers in flight: 4 MiB of cache; few kernel launches and 256 MiB
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -23,7 +27,9 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.
 
     With ``smoothing`` e the label has 1 - e + e / V of the target, every other id e / V (Szegedy et al. 2016, sec. 7).
     """
-    losses_N: Tensor = _CrossEntropy.apply(logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1), smoothing)
+    losses_N: Tensor = _CrossEntropy.apply(
+        logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1), smoothing
+    )
     return losses_N.view(labels_BT.shape)
 
 
@@ -34,19 +40,33 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
         ctx.save_for_backward(logits_NV, labels_N)
         ctx.smoothing = smoothing
-        how: dict[str, Any] = {"reduction": "none", "ignore_index": IGNORE_INDEX, "label_smoothing": smoothing}
-        return torch.cat([F.cross_entropy(part.float(), labels, **how) for part, labels in _chunks(logits_NV, logits_NV, labels_N)])
+        how: dict[str, Any] = {
+            "reduction": "none",
+            "ignore_index": IGNORE_INDEX,
+            "label_smoothing": smoothing,
+        }
+        return torch.cat(
+            [
+                F.cross_entropy(part.float(), labels, **how)
+                for part, labels in _chunks(logits_NV, logits_NV, labels_N)
+            ]
+        )
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, labels_N = ctx.saved_tensors
         asked_N = labels_N != IGNORE_INDEX
-        targets_N1, grad_N1 = labels_N.where(asked_N, 0).unsqueeze(1), grad_N.where(asked_N, 0.0).unsqueeze(1)
+        targets_N1, grad_N1 = (
+            labels_N.where(asked_N, 0).unsqueeze(1),
+            grad_N.where(asked_N, 0.0).unsqueeze(1),
+        )
         grad_NV = torch.empty_like(logits_NV)
         for part, target, grad, out in _chunks(logits_NV, logits_NV, targets_N1, grad_N1, grad_NV):
             probability = part.softmax(1, dtype=torch.float32)
-            difference = probability.scatter_add_(1, target, torch.full_like(grad, ctx.smoothing - 1.0))
+            difference = probability.scatter_add_(
+                1, target, torch.full_like(grad, ctx.smoothing - 1.0)
+            )
             out.copy_(difference.sub_(ctx.smoothing / probability.shape[1]).mul_(grad))
         return grad_NV, None, None
 

@@ -1,4 +1,5 @@
 """Random numbers of the data: drawn from (seed, position of the row), so never from ranks or from how many draws came before."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -30,7 +31,9 @@ def special_id(tokenizer: Any, role: str, *, why: str) -> int:
     number = getattr(tokenizer, f"{role}_id", None)
     if number is None:
         short = role.removesuffix("_token")
-        raise lacking(tokenizer, f"this tokenizer has no {short} token, {why}", add=f"{short}='<{short}>'")
+        raise lacking(
+            tokenizer, f"this tokenizer has no {short} token, {why}", add=f"{short}='<{short}>'"
+        )
     return int(number)
 
 
@@ -38,6 +41,14 @@ def lacking(tokenizer: Any, what: str, *, add: str) -> ConfigError:
     """Return the error of a tokenizer that needs more tokens, with the command that makes another one which has them."""
     path = tokenizer.name_or_path or "TOKENIZER"
     more = f"{path.rstrip('/')}-{add.partition('=')[0]}"
-    command = "" if Path(more).exists() else f"hfscale tokenizer add {quote(path)} {quote(more)} {add}\n  then "
-    return ConfigError(what, where="tokenizer.path", value=path,
-                       remedy=f"{command}set tokenizer.path={quote(more)}; shards that were built stay good")
+    command = (
+        ""
+        if Path(more).exists()
+        else f"hfscale tokenizer add {quote(path)} {quote(more)} {add}\n  then "
+    )
+    return ConfigError(
+        what,
+        where="tokenizer.path",
+        value=path,
+        remedy=f"{command}set tokenizer.path={quote(more)}; shards that were built stay good",
+    )

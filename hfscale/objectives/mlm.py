@@ -7,6 +7,7 @@ et al. 2019, RoBERTa, sec. 4.1) from the seed and the row's place in the run, so
 Sources: Devlin et al. 2019, BERT, sec. 3.1 (15 %; of those 80/10/10); Joshi et al. 2020, SpanBERT, sec. 3.1 (spans); whole words as
 in BERT's repository: all pieces of a word or none.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -51,11 +52,19 @@ class MaskedLM(Objective):
         super().__init__(options, setting)
         assert isinstance(options, MaskingOptions)
         if options.as_mask + options.as_random > 1:
-            raise ConfigError("as_mask and as_random are parts of what is selected", where="objective.options",
-                              value=options.as_mask + options.as_random, remedy="give two fractions whose sum is at most 1")
+            raise ConfigError(
+                "as_mask and as_random are parts of what is selected",
+                where="objective.options",
+                value=options.as_mask + options.as_random,
+                remedy="give two fractions whose sum is at most 1",
+            )
         if options.select * setting.seq_len < 1:
-            raise ConfigError("rows are too short to mask", where="data.seq_len", value=setting.seq_len,
-                              remedy=f"at objective.options.select={options.select} give at least {int(1 / options.select) + 1}")
+            raise ConfigError(
+                "rows are too short to mask",
+                where="data.seq_len",
+                value=setting.seq_len,
+                remedy=f"at objective.options.select={options.select} give at least {int(1 / options.select) + 1}",
+            )
         tokenizer = setting.tokenizer
         self._mask_id = special_id(tokenizer, "mask_token", why="which stands for hidden tokens")
         self._cls_id = tokenizer.cls_token_id
@@ -78,8 +87,15 @@ class MaskedLM(Objective):
             if rows.valid_B[k]:
                 self.corrupt(inputs_BT[k].numpy(), labels_BT[k].numpy(), rng)
         asked_B = (labels_BT != IGNORE_INDEX).sum(1)
-        return Batch(inputs={"input_ids": inputs_BT}, labels_BT=labels_BT, input_ids=ids_BT, source_B=rows.source_B,
-                     position_B=rows.position, counts={"mlm": asked_B, "masked_accuracy": asked_B}, document_ids_BT=self.document_ids(rows))
+        return Batch(
+            inputs={"input_ids": inputs_BT},
+            labels_BT=labels_BT,
+            input_ids=ids_BT,
+            source_B=rows.source_B,
+            position_B=rows.position,
+            counts={"mlm": asked_B, "masked_accuracy": asked_B},
+            document_ids_BT=self.document_ids(rows),
+        )
 
     def corrupt(self, ids_T: np.ndarray, labels_T: np.ndarray, rng: np.random.Generator) -> None:
         """Return with tokens of ``ids_T`` hidden, and what they were in ``labels_T``."""
@@ -93,22 +109,36 @@ class MaskedLM(Objective):
         else:
             unit_T = np.arange(T)
         selected_T = (rng.random(T + 1) < options.select)[unit_T] & self._ordinary[ids_T]
-        fate_T = rng.random(T + 1)[unit_T if options.units == "span" else np.arange(T)]  # a span is hidden in one way
+        fate_T = rng.random(T + 1)[
+            unit_T if options.units == "span" else np.arange(T)
+        ]  # a span is hidden in one way
         labels_T[selected_T] = ids_T[selected_T]
-        random_T = selected_T & (fate_T >= options.as_mask) & (fate_T < options.as_mask + options.as_random)
+        random_T = (
+            selected_T
+            & (fate_T >= options.as_mask)
+            & (fate_T < options.as_mask + options.as_random)
+        )
         ids_T[selected_T & (fate_T < options.as_mask)] = self._mask_id
         ids_T[random_T] = rng.choice(self._ordinary_ids, int(random_T.sum()))
 
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return the sums_B of ``mlm`` in nats and of right guesses."""
         logits_BTV = self.logits(model, batch)
-        right_BT = (logits_BTV.detach().argmax(-1) == batch.labels_BT) & (batch.labels_BT != IGNORE_INDEX)
-        return {"mlm": token_losses(logits_BTV, batch.labels_BT).sum(1), "masked_accuracy": right_BT.sum(1)}
+        right_BT = (logits_BTV.detach().argmax(-1) == batch.labels_BT) & (
+            batch.labels_BT != IGNORE_INDEX
+        )
+        return {
+            "mlm": token_losses(logits_BTV, batch.labels_BT).sum(1),
+            "masked_accuracy": right_BT.sum(1),
+        }
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a model that sees only the past (a decoder), or another document where documents are to be kept apart."""
         if not self.sight(model, device=device):
-            raise ConfigError("mlm: the model sees only the past: changing later tokens does not move the logits of earlier ones",
-                              where="model.architecture", value=getattr(self.setting.model_config, "model_type", None),
-                              remedy="choose an encoder (bert, modernbert, ...) without model.config.is_decoder, or use objective clm")
+            raise ConfigError(
+                "mlm: the model sees only the past: changing later tokens does not move the logits of earlier ones",
+                where="model.architecture",
+                value=getattr(self.setting.model_config, "model_type", None),
+                remedy="choose an encoder (bert, modernbert, ...) without model.config.is_decoder, or use objective clm",
+            )
         self.check_documents(model, device=device)

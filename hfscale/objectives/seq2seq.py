@@ -12,6 +12,7 @@ of spans is the same for every row, so S and U are too and nothing is padded. Wo
 Sources: Raffel et al. 2020, T5, sec. 3.1.4 and 3.3.4 (span corruption: 15 %, mean length 3); Lewis et al. 2020, BART, sec. 2.2 (text
 infilling: 30 %, lengths Poisson(3), so a span may be empty). Poisson lengths with a known sum are multinomial.
 """
+
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Annotated, Any, Literal
@@ -36,7 +37,9 @@ class DenoisingOptions(Section):
     """How text is corrupted."""
 
     noise: Literal["t5", "bart"] = "t5"
-    hidden: Annotated[float, Field(gt=0, lt=1)] | None = None  # part of the tokens; default 0.15 for t5, 0.3 for bart
+    hidden: Annotated[float, Field(gt=0, lt=1)] | None = (
+        None  # part of the tokens; default 0.15 for t5, 0.3 for bart
+    )
     span: Annotated[float, Field(ge=1)] = 3.0  # hidden tokens of a span, on average
 
 
@@ -53,52 +56,82 @@ class Seq2Seq(Objective):
         super().__init__(options, setting)
         assert isinstance(options, DenoisingOptions)
         if not setting.cross_document:
-            raise ConfigError("seq2seq cannot keep documents apart: the decoder looks at the whole row", where="data.cross_document",
-                              value=False, remedy="set data.cross_document=true")
+            raise ConfigError(
+                "seq2seq cannot keep documents apart: the decoder looks at the whole row",
+                where="data.cross_document",
+                value=False,
+                remedy="set data.cross_document=true",
+            )
         T, tokenizer = setting.seq_len, setting.tokenizer
         self._hidden = round(T * (options.hidden or HIDDEN[options.noise]))
         self._spans = round(self._hidden / options.span)
         if not 1 <= self._spans < T - self._hidden:
-            raise ConfigError("rows are too short for spans to be hidden", where="data.seq_len", value=T,
-                              remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer rows, or change hidden or span")
+            raise ConfigError(
+                "rows are too short for spans to be hidden",
+                where="data.seq_len",
+                value=T,
+                remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer rows, or change hidden or span",
+            )
         if options.noise == "bart":
-            self._marks = np.full(self._spans, special_id(tokenizer, "mask_token", why="which stands for hidden spans"))
+            self._marks = np.full(
+                self._spans,
+                special_id(tokenizer, "mask_token", why="which stands for hidden spans"),
+            )
             self._end, self.frame = np.empty(0, np.int64), ()
         else:
             self._marks, self.frame = sentinels(tokenizer, self._spans), (None, "eos_token")
-            self._end = np.array([special_id(tokenizer, "eos_token", why="which ends inputs and targets")])
+            self._end = np.array(
+                [special_id(tokenizer, "eos_token", why="which ends inputs and targets")]
+            )
 
     def collate(self, rows: Rows) -> Batch:
         """Return encoder inputs (B, S), decoder inputs and labels (B, U) of the rows; a filler row asks nothing."""
         config = self.setting.model_config
         ids_BT = rows.ids_BL[:, :-1]
         generators = row_generators(self.setting.seed, rows.position)
-        pairs = [self.corrupt(ids_T, rng) for ids_T, rng in zip(ids_BT.numpy(), generators, strict=True)]
-        inputs_BS, labels_BU = (torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True))
+        pairs = [
+            self.corrupt(ids_T, rng) for ids_T, rng in zip(ids_BT.numpy(), generators, strict=True)
+        ]
+        inputs_BS, labels_BU = (
+            torch.from_numpy(np.stack(column)) for column in zip(*pairs, strict=True)
+        )
         decoder_BU = labels_BU.roll(1, 1)
         decoder_BU[:, 0] = (config and config.decoder_start_token_id) or 0
         labels_BU.masked_fill_(~rows.valid_B[:, None], IGNORE_INDEX)
-        return Batch(inputs={"input_ids": inputs_BS, "decoder_input_ids": decoder_BU}, labels_BT=labels_BU, input_ids=ids_BT,
-                     counts={"seq2seq": (labels_BU != IGNORE_INDEX).sum(1)}, source_B=rows.source_B, position_B=rows.position)
+        return Batch(
+            inputs={"input_ids": inputs_BS, "decoder_input_ids": decoder_BU},
+            labels_BT=labels_BU,
+            input_ids=ids_BT,
+            counts={"seq2seq": (labels_BU != IGNORE_INDEX).sum(1)},
+            source_B=rows.source_B,
+            position_B=rows.position,
+        )
 
     def corrupt(self, ids_T: np.ndarray, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
         """Return what the encoder sees (S) and what the decoder has to say (U)."""
         T, spans = len(ids_T), self._spans
         if self.options.noise == "bart":
             lengths = rng.multinomial(self._hidden, np.full(spans, 1 / spans))
-            gaps = _parts(T - self._hidden + spans + 1, spans + 1, rng) - 1  # kept text before, between and after; may be empty
+            gaps = (
+                _parts(T - self._hidden + spans + 1, spans + 1, rng) - 1
+            )  # kept text before, between and after; may be empty
         else:
-            lengths, gaps = _parts(self._hidden, spans, rng), _parts(T - self._hidden + 1, spans + 1, rng)
+            lengths, gaps = (
+                _parts(self._hidden, spans, rng),
+                _parts(T - self._hidden + 1, spans + 1, rng),
+            )
             gaps[-1] -= 1  # text begins with a kept token, and may end with a hidden span
         starts = np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
         kept, hidden = [], []
         at = 0
         for mark, start, length in zip(self._marks, starts, lengths, strict=True):
             kept += [ids_T[at:start], [mark]]
-            hidden += [[mark], ids_T[start:start + length]]
+            hidden += [[mark], ids_T[start : start + length]]
             at = start + length
         inputs_S = np.concatenate([*kept, ids_T[at:], self._end])
-        return inputs_S, ids_T if self.options.noise == "bart" else np.concatenate([*hidden, self._end])
+        return inputs_S, ids_T if self.options.noise == "bart" else np.concatenate(
+            [*hidden, self._end]
+        )
 
 
 def sentinels(tokenizer: Any, count: int) -> np.ndarray:
@@ -110,8 +143,11 @@ def sentinels(tokenizer: Any, count: int) -> np.ndarray:
     vocabulary = tokenizer.get_vocab()
     found = [vocabulary.get(f"<extra_id_{number}>") for number in range(count)]
     if None in found:
-        raise lacking(tokenizer, f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a row needs {count}",
-                      add=f"sentinels={max(100, count)}")
+        raise lacking(
+            tokenizer,
+            f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a row needs {count}",
+            add=f"sentinels={max(100, count)}",
+        )
     return np.array(found)
 
 

@@ -3,6 +3,7 @@
 WordPiece marks what continues a word (``##``); SentencePiece and byte-level BPE mark what begins one. Scripts without spaces
 have no marks: there each character begins a word, as in BERT's own treatment of Chinese.
 """
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,9 @@ import numpy as np
 
 # Thai, Lao, Khmer, Burmese, kana, Han (with its extensions): written without spaces
 _HAN_LEADS = "ãäåæçèé"  # how byte-level tokenizers write the first byte of kana and Han, which may stand alone
-_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+_UNSPACED = re.compile(
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
 def word_starts(tokenizer: Any) -> np.ndarray:
@@ -26,7 +29,9 @@ def word_starts(tokenizer: Any) -> np.ndarray:
         if kind == "WordPiece":
             starts[number] = not token.startswith("##")
         elif byte_level:
-            starts[number] = (token != "" and token[0] in _HAN_LEADS) or _begins(tokenizer.convert_tokens_to_string([token]))
+            starts[number] = (token != "" and token[0] in _HAN_LEADS) or _begins(
+                tokenizer.convert_tokens_to_string([token])
+            )
         else:
             starts[number] = token.startswith("▁") or _begins(token)
     starts[tokenizer.all_special_ids] = True

@@ -2,6 +2,7 @@
 
 Needs the shards and the run directory, but no GPU, no weights and none of the other ranks.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -33,7 +34,9 @@ class Row:
     shard: str
     start: int
     member: str
-    documents: tuple[int, ...]  # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
+    documents: tuple[
+        int, ...
+    ]  # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
     text: str
 
 
@@ -54,20 +57,45 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     """
     config = load_config(run_dir / "config.yaml").config
     if not isinstance(config, RunConfig):
-        raise DataError("this run was not trained on shards", where=run_dir, remedy="its examples are in the files of its data section")
-    logged = {record["step"]: record for record in records(run_dir)}  # of a step that was repeated, the last one counts
+        raise DataError(
+            "this run was not trained on shards",
+            where=run_dir,
+            remedy="its examples are in the files of its data section",
+        )
+    logged = {
+        record["step"]: record for record in records(run_dir)
+    }  # of a step that was repeated, the last one counts
     if not logged:
-        raise DataError("this run has logged nothing yet", where=run_dir / "metrics.jsonl", remedy="name a run directory that has trained")
+        raise DataError(
+            "this run has logged nothing yet",
+            where=run_dir / "metrics.jsonl",
+            remedy="name a run directory that has trained",
+        )
     start, stop = _positions(logged, config, step, where=run_dir)
     skip = config.data.on_error == "skip"
-    parts = [TokenRows(source.shards, seq_len=config.data.seq_len, verify=config.data.verify, skip=skip, **config.data.remote)
-             for source in config.data.sources]
-    data, order = open_mixture(config, parts, saved=newest_state(run_dir))  # it knows the weights of earlier attempts
+    parts = [
+        TokenRows(
+            source.shards,
+            seq_len=config.data.seq_len,
+            verify=config.data.verify,
+            skip=skip,
+            **config.data.remote,
+        )
+        for source in config.data.sources
+    ]
+    data, order = open_mixture(
+        config, parts, saved=newest_state(run_dir)
+    )  # it knows the weights of earlier attempts
     tokenizer, positions = load_tokenizer(config.tokenizer.path), np.arange(start, stop)
     if order.raw:  # its lanes are walked from the nearest checkpoint on
         saved = newest_state(run_dir, before=step)
-        data = TextRows(data, order, open_encoders(config, tokenizer), global_batch=config.train.global_batch,
-                        state=StreamState.from_dict(saved["stream"]) if saved else None)
+        data = TextRows(
+            data,
+            order,
+            open_encoders(config, tokenizer),
+            global_batch=config.train.global_batch,
+            state=StreamState.from_dict(saved["stream"]) if saved else None,
+        )
     places = order.locate(positions)
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
     prepared, rows = data.prepare(places.shard, places.row, positions=positions), []
@@ -80,8 +108,13 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
             place: tuple[str, int, str, tuple[int, ...]] = data.locate(k)
         elif prepared.valid[k]:
             with manifest.local(entry):
-                reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)  # `fill` has verified it
-            (member, begins), (_, ends) = reader.locate(first), reader.locate(first + config.data.seq_len - 1)
+                reader = ShardReader(
+                    manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False
+                )  # `fill` has verified it
+            (member, begins), (_, ends) = (
+                reader.locate(first),
+                reader.locate(first + config.data.seq_len - 1),
+            )
             place = entry.name, first, member, (begins, ends)
         else:
             place = entry.name, first, "damaged", ()
@@ -90,19 +123,34 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     return Step(rows, digest_rows(ids_BL[:, :-1]), logged.get(step, {}).get("batch_digest"))
 
 
-def _positions(logged: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path) -> tuple[int, int]:
+def _positions(
+    logged: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path
+) -> tuple[int, int]:
     """Return the positions [start, stop) of a step, from the log where it is there: ``global_batch`` may have changed on the way."""
     if step < 1:
         raise DataError("steps count from 1", where="--step", value=step)
     last = max(logged, default=0)
     if step > last:
-        raise DataError("this run has not come to that step", where=where, value=step, remedy=f"its last logged step is {last}")
+        raise DataError(
+            "this run has not come to that step",
+            where=where,
+            value=step,
+            remedy=f"its last logged step is {last}",
+        )
 
     def rows(number: int) -> int | None:
-        return 0 if number == 0 else logged[number]["tokens_seen"] // config.data.seq_len if number in logged else None
+        return (
+            0
+            if number == 0
+            else logged[number]["tokens_seen"] // config.data.seq_len
+            if number in logged
+            else None
+        )
 
     before, after = rows(step - 1), rows(step)
-    if before is None and after is None:  # between logged steps: count on from the nearest one before
+    if (
+        before is None and after is None
+    ):  # between logged steps: count on from the nearest one before
         near = max(number for number in (0, *logged) if number < step)
         before = (rows(near) or 0) + (step - 1 - near) * config.train.global_batch
     if before is None:

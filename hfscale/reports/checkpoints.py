@@ -1,4 +1,5 @@
 """What a run has saved, why each checkpoint is kept, and what is wrong with it. Loads nothing, needs no torch."""
+
 from __future__ import annotations
 
 import json
@@ -21,7 +22,11 @@ def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
         CheckpointError: if there is no run.
     """
     if not (run_dir / "config.yaml").is_file():
-        raise CheckpointError("no run directory", where=run_dir, remedy="name the folder that holds config.yaml and checkpoints/")
+        raise CheckpointError(
+            "no run directory",
+            where=run_dir,
+            remedy="name the folder that holds config.yaml and checkpoints/",
+        )
     return run_dir / layout.FOLDER, load_config(run_dir / "config.yaml").config.checkpoint
 
 
@@ -40,7 +45,9 @@ def list_checkpoints(run_dir: Path, *, verify: bool) -> Iterator[tuple[str, list
 def prune(run_dir: Path) -> tuple[list[Path], int]:
     """Return the checkpoints that were removed, and the free bytes now. The newest good one stays, also behind damaged ones."""
     folder, policy = open_folder(run_dir)
-    good = next((path for path in reversed(layout.committed(folder)) if not manifest.verify(path)), None)
+    good = next(
+        (path for path in reversed(layout.committed(folder)) if not manifest.verify(path)), None
+    )
     return layout.prune(folder, policy, spare=good), shutil.disk_usage(run_dir).free
 
 
@@ -52,9 +59,17 @@ def rejected(run_dir: Path) -> list[Path]:
 
 def _describe(path: Path, reasons: list[str]) -> str:
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
-    saved = datetime.fromtimestamp(next(file for file in (path / layout.STATE, path) if file.exists()).stat().st_mtime)
+    saved = datetime.fromtimestamp(
+        next(file for file in (path / layout.STATE, path) if file.exists()).stat().st_mtime
+    )
     hours = (datetime.now() - saved).total_seconds() / 3600
-    age = f"{hours * 60:.0f} min" if hours < 2 else f"{hours:.0f} h" if hours < 48 else f"{hours / 24:.0f} days"
+    age = (
+        f"{hours * 60:.0f} min"
+        if hours < 2
+        else f"{hours:.0f} h"
+        if hours < 48
+        else f"{hours / 24:.0f} days"
+    )
     try:
         state = json.loads((path / layout.STATE).read_text("utf-8"))
         facts = f"{state['tokens_seen']:>16,} tokens  ZeRO {state['zero_stage']} {state['precision']} on {state['world_size']} ranks"

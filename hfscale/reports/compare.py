@@ -2,6 +2,7 @@
 
 A line of the table is ``{"name", SCORE: value, SCORE_low: value, SCORE_high: value, ...}``.
 """
+
 from __future__ import annotations
 
 import csv
@@ -32,21 +33,40 @@ def find(sources: Sequence[Path]) -> list[Line]:
         DataError: if a source has neither.
     """
     found: list[Line] = []
-    alike: dict[tuple[str, str], dict[Path, Line]] = {}  # (what was scored, config) -> the newest line of each run
+    alike: dict[
+        tuple[str, str], dict[Path, Line]
+    ] = {}  # (what was scored, config) -> the newest line of each run
     for source in sources:
-        config = yaml.safe_load((source / "config.yaml").read_text("utf-8")) if (source / "config.yaml").is_file() else {}
+        config = (
+            yaml.safe_load((source / "config.yaml").read_text("utf-8"))
+            if (source / "config.yaml").is_file()
+            else {}
+        )
         lines = [*_evaluations(source), *_validations(source, config)]
         if not lines:
-            raise DataError("no scores here", where=source, remedy="name runs that were validated or evaluated, or files scores.json")
+            raise DataError(
+                "no scores here",
+                where=source,
+                remedy="name runs that were validated or evaluated, or files scores.json",
+            )
         for what, line in lines:
             found.append(line)
             if config:
-                alike.setdefault((what, json.dumps(config | {"run": None}, default=str)), {})[source] = line
-    found += [_mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1]
+                alike.setdefault((what, json.dumps(config | {"run": None}, default=str)), {})[
+                    source
+                ] = line
+    found += [
+        _mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1
+    ]
     tasks = [line.pop("task") for line in found]
     if len(set(tasks)) > 1:  # a name, such as f1, may then be of several scales
-        found = [{name if name == "name" or not task else f"{task} {name}": value for name, value in line.items()}
-                 for task, line in zip(tasks, found, strict=True)]
+        found = [
+            {
+                name if name == "name" or not task else f"{task} {name}": value
+                for name, value in line.items()
+            }
+            for task, line in zip(tasks, found, strict=True)
+        ]
     return found
 
 
@@ -64,15 +84,30 @@ def _evaluations(source: Path) -> Iterator[tuple[str, Line]]:
 
 def _validations(run: Path, config: dict[str, Any]) -> Iterator[tuple[str, Line]]:
     """Yield the best validation of a run, if its config says what is best, and the newest one."""
-    validated = [record for record in records(run) if any(name.startswith(PREFIX) for name in record)]
+    validated = [
+        record for record in records(run) if any(name.startswith(PREFIX) for name in record)
+    ]
     chosen = []
     if best := (config.get("checkpoint") or {}).get("keep_best"):
         choose = min if best["mode"] == "min" else max
         scored = [record for record in validated if record.get(best["metric"]) is not None]
-        chosen = [("best validation", choose(scored, key=itemgetter(best["metric"])))] if scored else []
+        chosen = (
+            [("best validation", choose(scored, key=itemgetter(best["metric"])))] if scored else []
+        )
     for what, record in [*chosen, *(("validation", record) for record in validated[-1:])]:
-        scores = {name.removeprefix(PREFIX): value for name, value in record.items() if name.startswith(PREFIX)}
-        yield what, {"name": f"{run} {what}, step {record['step']}", "task": (config.get("task") or {}).get("name"), **scores}
+        scores = {
+            name.removeprefix(PREFIX): value
+            for name, value in record.items()
+            if name.startswith(PREFIX)
+        }
+        yield (
+            what,
+            {
+                "name": f"{run} {what}, step {record['step']}",
+                "task": (config.get("task") or {}).get("name"),
+                **scores,
+            },
+        )
 
 
 def _mean(what: str, lines: Sequence[Line]) -> Line:
@@ -82,22 +117,43 @@ def _mean(what: str, lines: Sequence[Line]) -> Line:
         values = [line[name] for line in lines if line.get(name) is not None]
         if len(values) > 1:
             middle, deviation = fmean(values), stdev(values)
-            mean |= {name: middle, name + DEVIATION: deviation, name + LOW: middle - deviation, name + HIGH: middle + deviation}
+            mean |= {
+                name: middle,
+                name + DEVIATION: deviation,
+                name + LOW: middle - deviation,
+                name + HIGH: middle + deviation,
+            }
     return mean
 
 
 def _evaluation(file: Path) -> Line:
     try:
         content = json.loads(file.read_text("utf-8"))
-        ends = {name + end: value for name, pair in content["intervals"].items() for end, value in zip((LOW, HIGH), pair, strict=True)}
+        ends = {
+            name + end: value
+            for name, pair in content["intervals"].items()
+            for end, value in zip((LOW, HIGH), pair, strict=True)
+        }
         model = content["model"].removeprefix(f"{Path.cwd()}/")
-        return {"name": f"{model} {file.resolve().parent.parent.name}", "task": content.get("task"), **content["scores"], **ends}
+        return {
+            "name": f"{model} {file.resolve().parent.parent.name}",
+            "task": content.get("task"),
+            **content["scores"],
+            **ends,
+        }
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError("not a file of scores", where=file, value=str(error)[:80], remedy="name a scores.json that evaluate kept") from None
+        raise DataError(
+            "not a file of scores",
+            where=file,
+            value=str(error)[:80],
+            remedy="name a scores.json that evaluate kept",
+        ) from None
 
 
 def _names(found: Sequence[Line]) -> list[str]:
-    names = dict.fromkeys(name for line in found for name in line if not name.endswith((LOW, HIGH, DEVIATION)))
+    names = dict.fromkeys(
+        name for line in found for name in line if not name.endswith((LOW, HIGH, DEVIATION))
+    )
     return [name for name in names if name not in ("name", "task")]
 
 
@@ -106,7 +162,10 @@ def table(found: Sequence[Line]) -> str:
     rows = [["", *_names(found)]]
     rows += [[line["name"], *(_cell(line, name) for name in _names(found))] for line in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return "\n".join("  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip() for row in rows)
+    return "\n".join(
+        "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
+        for row in rows
+    )
 
 
 def _cell(line: Line, name: str) -> str:
@@ -122,7 +181,9 @@ def write_csv(found: Sequence[Line], path: Path) -> None:
     """
     try:
         with open(path, "w", encoding="utf-8", newline="") as file:
-            writer = csv.DictWriter(file, list(dict.fromkeys(name for line in found for name in line)))
+            writer = csv.DictWriter(
+                file, list(dict.fromkeys(name for line in found for name in line))
+            )
             writer.writeheader()
             writer.writerows(found)
     except OSError as error:
@@ -132,9 +193,18 @@ def write_csv(found: Sequence[Line], path: Path) -> None:
 def draw(found: Sequence[Line], path: Path) -> None:
     """Draw a panel a score into ``path``, a PNG, with the intervals."""
     names = _names(found)
-    with picture(path, width=4 + 0.08 * max(len(line["name"]) for line in found), height=len(names) * (0.8 + 0.25 * len(found))) as figure:
+    with picture(
+        path,
+        width=4 + 0.08 * max(len(line["name"]) for line in found),
+        height=len(names) * (0.8 + 0.25 * len(found)),
+    ) as figure:
         for axes, name in zip(figure.subplots(len(names), squeeze=False)[:, 0], names, strict=True):
             for line in reversed([line for line in found if line.get(name) is not None]):
                 axes.barh(line["name"], line[name], color="0.75")
-                axes.plot([line.get(name + LOW), line.get(name + HIGH)], [line["name"]] * 2, color="black", marker="|")
+                axes.plot(
+                    [line.get(name + LOW), line.get(name + HIGH)],
+                    [line["name"]] * 2,
+                    color="black",
+                    marker="|",
+                )
             axes.set_title(name)

@@ -2,6 +2,7 @@
 
 A node is bad if it fails what other nodes pass, or does not answer. What all nodes fail is no node's fault.
 """
+
 from __future__ import annotations
 
 import statistics
@@ -47,14 +48,22 @@ class Finding:
     nodes: tuple[str, ...] = ()
     value: float | None = None
     unit: str = ""
-    slow: tuple[float, float] = (0.0, 0.0)  # below which part of the median of all ranks it is a warning, a failure
+    slow: tuple[float, float] = (
+        0.0,
+        0.0,
+    )  # below which part of the median of all ranks it is a warning, a failure
 
 
 def failed(check: str, error: Exception) -> Finding:
     """Return a check that ended in an error."""
     if not isinstance(error, UserError):
         return Finding(check, "fail", f"{type(error).__name__}: {error}")
-    return Finding(check, "fail", f"{error.what}: {error.where}" + ("" if error.value is None else f": {error.value}"), error.remedy)
+    return Finding(
+        check,
+        "fail",
+        f"{error.what}: {error.where}" + ("" if error.value is None else f": {error.value}"),
+        error.remedy,
+    )
 
 
 def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
@@ -68,26 +77,49 @@ def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
                 usual = statistics.median_high(values)
                 state = STATES[sum(one.value < part * usual for part in one.slow)]
                 said = " to ".join(dict.fromkeys(f"{edge(values):.3g}" for edge in (min, max)))
-                said = said if state == "ok" else f"{one.value:.3g} (median of all ranks: {usual:.3g})"
+                said = (
+                    said if state == "ok" else f"{one.value:.3g} (median of all ranks: {usual:.3g})"
+                )
                 one = replace(one, state=state, said=f"{said} {one.unit}")
             if one.check == check:
                 groups.setdefault(replace(one, nodes=(), value=None), set()).update(one.nodes)
         common = max(groups, key=lambda one: len(groups[one]))
         for one, there in groups.items():
             if check in ALIKE and one.state == "ok" and one != common:
-                one = replace(one, state="warn", said=f"{one.said}; most nodes: {common.said}", remedy="make the nodes alike")
+                one = replace(
+                    one,
+                    state="warn",
+                    said=f"{one.said}; most nodes: {common.said}",
+                    remedy="make the nodes alike",
+                )
             remedy = "" if one.state == "ok" else one.remedy or REMEDIES.get(check, "")
-            judged.append(replace(one, remedy=remedy, nodes=() if there >= set(nodes) else tuple(sorted(there))))
+            judged.append(
+                replace(
+                    one, remedy=remedy, nodes=() if there >= set(nodes) else tuple(sorted(there))
+                )
+            )
     return judged
 
 
 def bad_nodes(findings: Iterable[Finding]) -> list[str]:
     """Return the nodes that failed something which not all nodes failed. To meet is a matter of all."""
-    return sorted({node for one in findings if one.state == "fail" and one.check != "rendezvous" for node in one.nodes})
+    return sorted(
+        {
+            node
+            for one in findings
+            if one.state == "fail" and one.check != "rendezvous"
+            for node in one.nodes
+        }
+    )
 
 
 def table(findings: Sequence[Finding]) -> str:
     """Return the findings as lines, with what to do below those that are not ok."""
     width = max(len(one.check) for one in findings)
-    return "\n".join(f"{one.state:<6}{one.check:<{width}}  " + (f"{', '.join(one.nodes)}: " if one.nodes else "") + one.said
-                     + (f"\n{'':{width + 8}}-> {one.remedy}" if one.remedy else "") for one in findings)
+    return "\n".join(
+        f"{one.state:<6}{one.check:<{width}}  "
+        + (f"{', '.join(one.nodes)}: " if one.nodes else "")
+        + one.said
+        + (f"\n{'':{width + 8}}-> {one.remedy}" if one.remedy else "")
+        for one in findings
+    )

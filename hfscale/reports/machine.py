@@ -10,6 +10,7 @@
 Nothing is gathered over the network, so that a node with a broken network is heard too; the ranks meet last. Lines on stdout that
 begin with MARK are findings, all others are of libraries.
 """
+
 from __future__ import annotations
 
 import configparser
@@ -38,32 +39,64 @@ from hfscale.models.flops import peak_flops
 from hfscale.reports.doctor import MARK, Finding, failed
 from hfscale.shards.manifest import Manifest
 
-SECONDS, FILE_BYTES, PIECE = 1.0, 2**26, 2**23  # of what is read or written, whichever comes first; at once
+SECONDS, FILE_BYTES, PIECE = (
+    1.0,
+    2**26,
+    2**23,
+)  # of what is read or written, whichever comes first; at once
 SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
 DRIVER, MEMORY = Path("/proc/driver/nvidia/version"), Path("/proc/meminfo")
 
 
-def _measured(check: str, value: float, unit: str, *, least: float = 0.0, slow: tuple[float, float] = (0.0, 0.0)) -> Finding:
-    state, said = ("warn", f"{value:.3g} {unit}; usual are {least:.3g} and more") if value < least else ("ok", "")
+def _measured(
+    check: str,
+    value: float,
+    unit: str,
+    *,
+    least: float = 0.0,
+    slow: tuple[float, float] = (0.0, 0.0),
+) -> Finding:
+    state, said = (
+        ("warn", f"{value:.3g} {unit}; usual are {least:.3g} and more")
+        if value < least
+        else ("ok", "")
+    )
     return Finding(check, state, said, value=value, unit=unit, slow=slow)
 
 
 def packages(task: Any, world: World) -> Iterator[Finding]:
     setup = configparser.ConfigParser()
-    asked = setup["options"]["install_requires"].split("\n") if setup.read(SETUP) else metadata.requires("hfscale") or []
-    wanted = [one for one in map(Requirement, filter(None, asked)) if one.marker is None or one.marker.evaluate({"extra": ""})]
+    asked = (
+        setup["options"]["install_requires"].split("\n")
+        if setup.read(SETUP)
+        else metadata.requires("hfscale") or []
+    )
+    wanted = [
+        one
+        for one in map(Requirement, filter(None, asked))
+        if one.marker is None or one.marker.evaluate({"extra": ""})
+    ]
     there = {one.name: metadata.version(one.name) for one in wanted}
-    wrong = [f"{one.name} {there[one.name]}, not {one.specifier}" for one in wanted
-             if not one.specifier.contains(there[one.name].partition("+")[0], prereleases=True)]
-    main = ", ".join(f"{name} {there[name]}" for name in ("torch", "deepspeed", "transformers") if name in there)
+    wrong = [
+        f"{one.name} {there[one.name]}, not {one.specifier}"
+        for one in wanted
+        if not one.specifier.contains(there[one.name].partition("+")[0], prereleases=True)
+    ]
+    main = ", ".join(
+        f"{name} {there[name]}" for name in ("torch", "deepspeed", "transformers") if name in there
+    )
     said = f"Python {platform.python_version()}, {main}; all {len(there)} are in range"
     yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or said)
 
 
 def deepspeed(task: Any, world: World) -> Iterator[Finding]:
     ops = compatible_ops()
-    can, cannot = (", ".join(name for name in ops if ops[name] is one) or "none" for one in (True, False))
-    yield Finding("deepspeed", "ok", f"kernels that could be compiled: {can}; that could not: {cannot}")
+    can, cannot = (
+        ", ".join(name for name in ops if ops[name] is one) or "none" for one in (True, False)
+    )
+    yield Finding(
+        "deepspeed", "ok", f"kernels that could be compiled: {can}; that could not: {cannot}"
+    )
 
 
 def gpu(task: Any, world: World) -> Iterator[Finding]:
@@ -75,22 +108,37 @@ def gpu(task: Any, world: World) -> Iterator[Finding]:
     kind = f"{world.local_world_size} x {torch.cuda.get_device_name(world.local_rank)}, {total:.0f} GiB"
     yield Finding("GPU", "ok", f"{kind}, driver {driver}, CUDA {torch.version.cuda}")
     taken = f"GPU {world.local_rank}: {total - free:.1f} GiB are taken"
-    yield Finding("GPU memory", "ok" if free > 0.9 * total else "fail", taken, value=free, unit="GiB free")
+    yield Finding(
+        "GPU memory", "ok" if free > 0.9 * total else "fail", taken, value=free, unit="GiB free"
+    )
 
 
 def memory(task: Any, world: World) -> Iterator[Finding]:
-    free = next(int(line.split()[1]) / 2**20 for line in MEMORY.read_text().split("\n") if line.startswith("MemAvailable"))
+    free = next(
+        int(line.split()[1]) / 2**20
+        for line in MEMORY.read_text().split("\n")
+        if line.startswith("MemAvailable")
+    )
     yield _measured("memory", free, "GiB free a node", least=2.0 * world.local_world_size)
 
 
 def matrix_products(task: Any, world: World) -> Iterator[Finding]:
-    device = torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    size, dtype, count = (8192, torch.bfloat16, 100) if device.type == "cuda" else (1024, torch.float32, 5)
+    device = (
+        torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    )
+    size, dtype, count = (
+        (8192, torch.bfloat16, 100) if device.type == "cuda" else (1024, torch.float32, 5)
+    )
     a = torch.randn(size, size, device=device).to(dtype)
     rate = 2 * size**3 / 1e12 / _seconds(lambda: float((a @ a)[0, 0]), count)
     # on a CPU other processes of the node are in the way, so that a low rate proves nothing
-    yield _measured("matrix products", rate, f"TFLOP/s a rank, {a.dtype}", least=0.4e-12 * (peak_flops(device, precision="bf16") or 0.0),
-                    slow=(0.9, 0.75) if device.type == "cuda" else (0.5, 0.0))
+    yield _measured(
+        "matrix products",
+        rate,
+        f"TFLOP/s a rank, {a.dtype}",
+        least=0.4e-12 * (peak_flops(device, precision="bf16") or 0.0),
+        slow=(0.9, 0.75) if device.type == "cuda" else (0.5, 0.0),
+    )
 
 
 def _seconds(act: Callable[[], object], count: int) -> float:
@@ -103,33 +151,75 @@ def _seconds(act: Callable[[], object], count: int) -> float:
 
 
 def limits(task: Any, world: World) -> Iterator[Finding]:
-    files, locked = (float("inf") if limit == resource.RLIM_INFINITY else limit
-                     for limit in (resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)))
-    yield Finding("open files", "fail" if files < 512 else "warn" if files < 4096 else "ok", f"at most {files}")
+    files, locked = (
+        float("inf") if limit == resource.RLIM_INFINITY else limit
+        for limit in (
+            resource.getrlimit(kind)[0]
+            for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
+        )
+    )
+    yield Finding(
+        "open files",
+        "fail" if files < 512 else "warn" if files < 4096 else "ok",
+        f"at most {files}",
+    )
     over_network = torch.cuda.is_available() and world.world_size > world.local_world_size
-    yield Finding("locked memory", "warn" if over_network and locked < float("inf") else "ok", f"at most {locked / 2**20:.3g} MiB")
+    yield Finding(
+        "locked memory",
+        "warn" if over_network and locked < float("inf") else "ok",
+        f"at most {locked / 2**20:.3g} MiB",
+    )
 
 
 def disk(task: Any, world: World) -> Iterator[Finding]:
     if task.token:
         seen = Path(task.token).is_file()
-        yield Finding("shared files", "ok" if seen else "fail", f"what was just written to {task.run} is {'' if seen else 'not '}there")
+        yield Finding(
+            "shared files",
+            "ok" if seen else "fail",
+            f"what was just written to {task.run} is {'' if seen else 'not '}there",
+        )
     room, need = os.statvfs(task.run), task.checkpoint_gb
     free = room.f_bavail * room.f_frsize / 1e9
-    wants = f"; a checkpoint takes about {need:.3g} GB, {task.keep} are kept and one is in the making" if need else ""
-    state = "fail" if free < max(2 * need, 0.25) else "warn" if free < (task.keep + 1) * need else "ok"
-    yield Finding("free space", state, f"{free:.3g} GB in {task.run}{wants}", value=free, unit=f"GB in {task.run}{wants}")
-    yield _measured("inodes", room.f_favail if room.f_files else float("inf"), "free", least=10_000)  # some file systems count none
+    wants = (
+        f"; a checkpoint takes about {need:.3g} GB, {task.keep} are kept and one is in the making"
+        if need
+        else ""
+    )
+    state = (
+        "fail" if free < max(2 * need, 0.25) else "warn" if free < (task.keep + 1) * need else "ok"
+    )
+    yield Finding(
+        "free space",
+        state,
+        f"{free:.3g} GB in {task.run}{wants}",
+        value=free,
+        unit=f"GB in {task.run}{wants}",
+    )
+    yield _measured(
+        "inodes", room.f_favail if room.f_files else float("inf"), "free", least=10_000
+    )  # some file systems count none
 
 
 def writing(task: Any, world: World) -> Iterator[Finding]:
-    file, block, done, begun = Path(task.run) / f".hfscale-doctor-{node_name()}-{os.getpid()}", os.urandom(PIECE), 0, time.perf_counter()
+    file, block, done, begun = (
+        Path(task.run) / f".hfscale-doctor-{node_name()}-{os.getpid()}",
+        os.urandom(PIECE),
+        0,
+        time.perf_counter(),
+    )
     try:
         with open(file, "xb", buffering=0) as stream:
             while done < FILE_BYTES and time.perf_counter() < begun + SECONDS:
                 done += stream.write(block)
                 os.fsync(stream.fileno())
-        yield _measured("writing", done / 1e6 / (time.perf_counter() - begun), "MB/s a node", least=20.0, slow=(0.3, 0.0))
+        yield _measured(
+            "writing",
+            done / 1e6 / (time.perf_counter() - begun),
+            "MB/s a node",
+            least=20.0,
+            slow=(0.3, 0.0),
+        )
     finally:
         file.unlink(missing_ok=True)
 
@@ -137,17 +227,35 @@ def writing(task: Any, world: World) -> Iterator[Finding]:
 def reading(task: Any, world: World) -> Iterator[Finding]:
     done, took = 0, 0.0
     for manifest in (Manifest.load(path, **task.remote) for path in task.shards):
-        sizes = {} if manifest.remote else {entry.name: entry.stat().st_size for entry in os.scandir(manifest.folder)}
-        if sizes and (wrong := [one.name for one in manifest.shards if sizes.get(one.name) != one.bytes or one.index_name not in sizes]):
-            raise DataError(f"{len(wrong)} of {len(manifest.shards)} shards are missing or have another size", where=manifest.folder,
-                            value=", ".join(wrong[:3]), remedy="restore them from a copy, or build the shards again")
+        sizes = (
+            {}
+            if manifest.remote
+            else {entry.name: entry.stat().st_size for entry in os.scandir(manifest.folder)}
+        )
+        if sizes and (
+            wrong := [
+                one.name
+                for one in manifest.shards
+                if sizes.get(one.name) != one.bytes or one.index_name not in sizes
+            ]
+        ):
+            raise DataError(
+                f"{len(wrong)} of {len(manifest.shards)} shards are missing or have another size",
+                where=manifest.folder,
+                value=", ".join(wrong[:3]),
+                remedy="restore them from a copy, or build the shards again",
+            )
         shard, begun = manifest.shards[world.rank % len(manifest.shards)], time.perf_counter()
         if manifest.remote:
             done += manifest.remote.sample(shard)
         else:
             with open(manifest.folder / shard.name, "rb", buffering=0) as stream:
-                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)  # from the disk, not from memory
-                while time.perf_counter() < begun + SECONDS / len(task.shards) and (block := stream.read(PIECE)):
+                os.posix_fadvise(
+                    stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
+                )  # from the disk, not from memory
+                while time.perf_counter() < begun + SECONDS / len(task.shards) and (
+                    block := stream.read(PIECE)
+                ):
                     done += len(block)
         took += time.perf_counter() - begun
     if took:
@@ -158,21 +266,52 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
     """Yield what takes all ranks: that they meet, how fast they sum, and how far their clocks are apart."""
     device = group.start(world)
     group.barrier()
-    yield Finding("rendezvous", "ok", f"{world.world_size} ranks at {world.master_addr}:{world.master_port}")
+    yield Finding(
+        "rendezvous", "ok", f"{world.world_size} ranks at {world.master_addr}:{world.master_port}"
+    )
     if world.world_size > 1:
-        tensor, times = torch.ones(2**25 if device.type == "cuda" else 2**22, device=device), [0.0] * world.world_size
-        took = _seconds(lambda: (torch_dist.all_reduce(tensor), float(tensor[0])), 5)  # the second waits for the first
-        moved = 2 * (world.world_size - 1) / world.world_size * tensor.numel() * tensor.element_size()
-        yield _measured("all-reduce", moved / took / 1e9, "GB/s (bus bandwidth)", least=4.0 if device.type == "cuda" else 0.0)
+        tensor, times = (
+            torch.ones(2**25 if device.type == "cuda" else 2**22, device=device),
+            [0.0] * world.world_size,
+        )
+        took = _seconds(
+            lambda: (torch_dist.all_reduce(tensor), float(tensor[0])), 5
+        )  # the second waits for the first
+        moved = (
+            2 * (world.world_size - 1) / world.world_size * tensor.numel() * tensor.element_size()
+        )
+        yield _measured(
+            "all-reduce",
+            moved / took / 1e9,
+            "GB/s (bus bandwidth)",
+            least=4.0 if device.type == "cuda" else 0.0,
+        )
         group.barrier()
         torch_dist.all_gather_object(times, time.time(), group=group.host_group())
         off = round(abs(times[world.rank] - times[0]), 2)
-        yield Finding("clocks", "fail" if off > 30 else "warn" if off > 1 else "ok", f"{off:.1f} s apart", value=off, unit="s apart")
+        yield Finding(
+            "clocks",
+            "fail" if off > 30 else "warn" if off > 1 else "ok",
+            f"{off:.1f} s apart",
+            value=off,
+            unit="s apart",
+        )
     group.shutdown()
 
 
 A_NODE = (packages, deepspeed, memory, limits, disk, writing)  # the others for each rank
-CHECKS = (packages, gpu, memory, matrix_products, deepspeed, limits, disk, writing, reading, rendezvous)
+CHECKS = (
+    packages,
+    gpu,
+    memory,
+    matrix_products,
+    deepspeed,
+    limits,
+    disk,
+    writing,
+    reading,
+    rendezvous,
+)
 
 
 def main() -> None:
@@ -189,7 +328,9 @@ def main() -> None:
             try:
                 for finding in check(task, world):
                     say(finding)
-            except Exception as error:  # whatever a broken machine makes of a check: the others go on
+            except (
+                Exception
+            ) as error:  # whatever a broken machine makes of a check: the others go on
                 say(failed(check.__name__.replace("_", " "), error))
 
 

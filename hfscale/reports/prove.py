@@ -1,4 +1,5 @@
 """Is one run bit for bit what another is? Compares what both logged and saved, in the order in which one thing makes the next differ."""
+
 from __future__ import annotations
 
 import hashlib
@@ -17,7 +18,9 @@ LOGGED = ("batch_digest", "tokens_seen", "lr", "loss", "grad_norm")  # of a step
 TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # of the checkpoint of that step, as is what follows
 COMPONENTS = (*LOGGED, *TENSORS, "optimizer", "random state", "position in the data")
 
-Evidence = dict[int, dict[str, list[Any]]]  # step -> component -> what it was each time that the run came there
+Evidence = dict[
+    int, dict[str, list[Any]]
+]  # step -> component -> what it was each time that the run came there
 
 
 def observe(run_dir: Path) -> Evidence:
@@ -28,7 +31,12 @@ def observe(run_dir: Path) -> Evidence:
             seen.setdefault(record["step"], {}).setdefault(name, []).append(record[name])
     for checkpoint in layout.committed(run_dir / layout.FOLDER):
         state = json.loads((checkpoint / layout.STATE).read_text("utf-8"))
-        saved = {"optimizer": state["engine"], "random state": state["rng"], "position in the data": state["stream"], **digests(checkpoint)}
+        saved = {
+            "optimizer": state["engine"],
+            "random state": state["rng"],
+            "position in the data": state["stream"],
+            **digests(checkpoint),
+        }
         seen.setdefault(state["step"], {}).update({name: [value] for name, value in saved.items()})
     return seen
 
@@ -38,8 +46,12 @@ def digests(checkpoint: Path) -> dict[str, str]:
     reader, found = FragmentReader(checkpoint), {kind: hashlib.sha256() for kind in TENSORS}
     for name, shape in sorted(reader.shapes.items()):
         for kind in reader.kinds(name):
-            whole = reader.read(name, kind, start=0, out=torch.empty(prod(shape), dtype=reader.dtype(name)))
-            found[kind].update(f"{name}{list(shape)}".encode() + whole.view(torch.uint8).numpy().tobytes())
+            whole = reader.read(
+                name, kind, start=0, out=torch.empty(prod(shape), dtype=reader.dtype(name))
+            )
+            found[kind].update(
+                f"{name}{list(shape)}".encode() + whole.view(torch.uint8).numpy().tobytes()
+            )
     reader.close()
     return {kind: digest.hexdigest() for kind, digest in found.items()}
 

@@ -1,4 +1,5 @@
 """What a config comes to: every value with its source, and the numbers that follow from several of them. Needs no torch."""
+
 from __future__ import annotations
 
 import json
@@ -17,7 +18,13 @@ from hfscale.shards.manifest import TEXT, Manifest
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
     """Return which kind of config a file is, by the section that only that kind has."""
     sections = read_tree(path, overrides).values.keys()
-    return CorpusConfig if {"source", "shards"} & sections else FinetuneConfig if "task" in sections else RunConfig
+    return (
+        CorpusConfig
+        if {"source", "shards"} & sections
+        else FinetuneConfig
+        if "task" in sections
+        else RunConfig
+    )
 
 
 def show_schema(path: Path | str | None = None) -> str:
@@ -25,14 +32,19 @@ def show_schema(path: Path | str | None = None) -> str:
     return json.dumps(json_schema(schema_of(path) if path else RunConfig), indent=2)
 
 
-def show_config(path: Path | str, overrides: Sequence[str] = (), *, procs: int | None = None) -> str:
+def show_config(
+    path: Path | str, overrides: Sequence[str] = (), *, procs: int | None = None
+) -> str:
     """Return a table of key, value and source, then the derived numbers.
 
     Raises:
         ConfigError: for everything that is wrong with the config, and for a batch that ``procs`` ranks cannot share.
     """
     loaded: Loaded[Any] = load_config(path, overrides, schema=schema_of(path, overrides))
-    rows = [(key, _text(value), loaded.source(key)) for key, value in flatten(loaded.config.model_dump(mode="json", by_alias=True))]
+    rows = [
+        (key, _text(value), loaded.source(key))
+        for key, value in flatten(loaded.config.model_dump(mode="json", by_alias=True))
+    ]
     facts = derived(loaded.config, procs=procs) if isinstance(loaded.config, TrainConfig) else []
     return "\n".join([*_columns(rows), *(["", *_columns(facts)] if facts else [])])
 
@@ -40,15 +52,37 @@ def show_config(path: Path | str, overrides: Sequence[str] = (), *, procs: int |
 def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str, str]]:
     """Return ``(name, value)`` of what the config implies; data that is not there yet leaves its numbers out."""
     train, seq_len = config.train, config.data.seq_len
-    facts = [("run directory", f"{config.run_dir} ({'exists' if config.run_dir.exists() else 'new'})")]
+    facts = [
+        ("run directory", f"{config.run_dir} ({'exists' if config.run_dir.exists() else 'new'})")
+    ]
     if procs is not None:
-        facts.append(("batch", solve_batch(train.global_batch, micro_batch=train.micro_batch, world_size=procs).equation))
+        facts.append(
+            (
+                "batch",
+                solve_batch(
+                    train.global_batch, micro_batch=train.micro_batch, world_size=procs
+                ).equation,
+            )
+        )
     else:
-        fitting = [size for size in (2**power for power in range(11)) if train.global_batch % (size * train.micro_batch) == 0]
-        facts.append(("batch", f"accumulation {', '.join(str(train.global_batch // size // train.micro_batch) for size in fitting)}"
-                               f" on world_size {', '.join(map(str, fitting))}"))
+        fitting = [
+            size
+            for size in (2**power for power in range(11))
+            if train.global_batch % (size * train.micro_batch) == 0
+        ]
+        facts.append(
+            (
+                "batch",
+                f"accumulation {', '.join(str(train.global_batch // size // train.micro_batch) for size in fitting)}"
+                f" on world_size {', '.join(map(str, fitting))}",
+            )
+        )
     if isinstance(config, FinetuneConfig):  # how many examples there are, only reading them shows
-        return [*facts, ("steps", str(train.steps or f"{train.epochs} epochs")), *(("notice", line) for line in notices(config))]
+        return [
+            *facts,
+            ("steps", str(train.steps or f"{train.epochs} epochs")),
+            *(("notice", line) for line in notices(config)),
+        ]
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
     rows, unknown = _rows(config)
     if rows or train.epochs is None:
@@ -57,7 +91,11 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
         facts.append(("tokens", f"{steps * train.global_batch * seq_len:,}"))
     else:
         facts.append(("steps", f"not known before {unknown}"))
-    epochs = f"{round(steps * train.global_batch / rows, 3):,g} of {rows:,} rows" if rows else f"not known before {unknown}"
+    epochs = (
+        f"{round(steps * train.global_batch / rows, 3):,g} of {rows:,} rows"
+        if rows
+        else f"not known before {unknown}"
+    )
     facts.append(("epochs", epochs))
     return [*facts, *(("notice", line) for line in notices(config))]
 
@@ -65,13 +103,20 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
 def _rows(config: TrainConfig) -> tuple[int, str]:
     """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than it predicts."""
     try:
-        manifests = [Manifest.load(source.shards, **config.data.remote) for source in config.data.sources]
+        manifests = [
+            Manifest.load(source.shards, **config.data.remote) for source in config.data.sources
+        ]
     except DataError:
-        return 0, f"there are shards at {', '.join(source.shards for source in config.data.sources)}"
+        return (
+            0,
+            f"there are shards at {', '.join(source.shards for source in config.data.sources)}",
+        )
     if samples := sum(manifest.documents for manifest in manifests if manifest.dtype == TEXT):
         return 0, f"raw text is tokenized: {samples:,} samples"
     shards = [shard for manifest in manifests for shard in manifest.shards if shard.tokens]
-    return sum((shard.tokens - 1) // config.data.seq_len for shard in shards), "a shard is as long as a row"
+    return sum(
+        (shard.tokens - 1) // config.data.seq_len for shard in shards
+    ), "a shard is as long as a row"
 
 
 def _text(value: Any) -> str:
@@ -81,4 +126,7 @@ def _text(value: Any) -> str:
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return the rows as lines with aligned columns; one long value does not push the others away."""
     widths = [min(48, max(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return [
+        "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]

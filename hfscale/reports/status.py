@@ -1,4 +1,5 @@
 """Where a run is, from what it has written: step, loss, speed, expected end, last checkpoint."""
+
 from __future__ import annotations
 
 import json
@@ -40,7 +41,11 @@ def last_record(run_dir: Path) -> dict[str, Any]:
 def progress(config: TrainConfig, record: dict[str, Any]) -> float:
     """Return which part of the run is done, in [0, 1]."""
     train = config.train
-    done = ((record["step"], train.steps), (record["tokens_seen"], train.tokens), (record.get("epoch"), train.epochs))
+    done = (
+        (record["step"], train.steps),
+        (record["tokens_seen"], train.tokens),
+        (record.get("epoch"), train.epochs),
+    )
     return min(1.0, next((have / whole for have, whole in done if have is not None and whole), 0.0))
 
 
@@ -54,13 +59,23 @@ def describe(config: TrainConfig, *, now: float | None = None) -> list[tuple[str
         left_s = record["step"] * (1 - part) / part * record["step_s"] if part else 0.0
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
         end = "done" if part == 1.0 else f"{at} ({_time(left_s)} of training left)"
-        lines += [("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"), ("loss", f"{record['loss']:.4f}"),
-                  ("speed", f"{record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.3g} s a step, "
-                            f"{record['data_wait_s'] / max(record['step_s'], 1e-9):.0%} of it waiting for data"),
-                  ("expected end", end)]
+        lines += [
+            ("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"),
+            ("loss", f"{record['loss']:.4f}"),
+            (
+                "speed",
+                f"{record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.3g} s a step, "
+                f"{record['data_wait_s'] / max(record['step_s'], 1e-9):.0%} of it waiting for data",
+            ),
+            ("expected end", end),
+        ]
     else:
         lines.append(("step", "none was logged yet"))
-    last = f"step {layout.step_of(saved[-1]):,}, {_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago" if saved else "none"
+    last = (
+        f"step {layout.step_of(saved[-1]):,}, {_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago"
+        if saved
+        else "none"
+    )
     return [*lines, ("last checkpoint", last), ("attempts", str(record.get("attempt", 0)))]
 
 

@@ -1,4 +1,5 @@
 """Files that are either whole or absent: written under a temporary name, synced, renamed."""
+
 from __future__ import annotations
 
 import fcntl
@@ -77,5 +78,8 @@ def cannot_write(path: Path, error: OSError) -> DataError:
         room = f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB free there"
     except OSError:
         room = "the folder cannot be read"
-    return DataError(f"cannot write: {error.strerror or error}", where=path,
-                     remedy=f"{room}; make room or choose another folder, then run the same command again: it continues")
+    return DataError(
+        f"cannot write: {error.strerror or error}",
+        where=path,
+        remedy=f"{room}; make room or choose another folder, then run the same command again: it continues",
+    )

@@ -3,6 +3,7 @@
 A token shard has two members a chunk, ``%09d.ends.npy`` then ``%09d.tokens.bin``; a raw-text shard one a sample.
 On disk: magic, SHA-256 of the tar (which shard it belongs to), count, MEMBER records, XXH3-64 of all before it.
 """
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -15,13 +16,15 @@ from hfscale.errors import DataError
 from hfscale.shards.files import write_atomically
 
 MAGIC = b"HFSIDX1\n"
-MEMBER = np.dtype([
-    ("offset", "<u8"),  # of the payload in the tar; a multiple of 512
-    ("bytes", "<u8"),  # of the payload
-    ("tokens", "<u8"),
-    ("documents", "<u8"),  # that end in this chunk
-    ("checksum", "<u8"),  # XXH3-64 of the payload
-])
+MEMBER = np.dtype(
+    [
+        ("offset", "<u8"),  # of the payload in the tar; a multiple of 512
+        ("bytes", "<u8"),  # of the payload
+        ("tokens", "<u8"),
+        ("documents", "<u8"),  # that end in this chunk
+        ("checksum", "<u8"),  # XXH3-64 of the payload
+    ]
+)
 _HEAD = len(MAGIC) + 32 + 8
 
 
@@ -44,7 +47,12 @@ class ShardIndex:
 
     def save(self, path: Path) -> None:
         """Return once the index is on disk, whole or not at all."""
-        body = MAGIC + bytes.fromhex(self.tar_digest) + np.uint64(len(self.members)).astype("<u8").tobytes() + self.members.tobytes()
+        body = (
+            MAGIC
+            + bytes.fromhex(self.tar_digest)
+            + np.uint64(len(self.members)).astype("<u8").tobytes()
+            + self.members.tobytes()
+        )
         write_atomically(path, body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
 
     @classmethod
@@ -58,9 +66,14 @@ class ShardIndex:
         try:
             data = path.read_bytes()
         except OSError as error:
-            raise DataError(f"the index of a shard cannot be read: {error.strerror}", where=path, remedy=remedy) from None
+            raise DataError(
+                f"the index of a shard cannot be read: {error.strerror}", where=path, remedy=remedy
+            ) from None
         body, checksum = data[:-8], data[-8:]
-        if not data.startswith(MAGIC) or xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") != checksum:
+        if (
+            not data.startswith(MAGIC)
+            or xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") != checksum
+        ):
             raise DataError("the index of a shard is damaged", where=path, remedy=remedy)
-        digest = body[len(MAGIC):len(MAGIC) + 32].hex()
+        digest = body[len(MAGIC) : len(MAGIC) + 32].hex()
         return cls(tar_digest=digest, members=np.frombuffer(body, MEMBER, offset=_HEAD))

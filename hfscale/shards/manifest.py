@@ -3,6 +3,7 @@
 A corpus of token shards is a folder with ``manifest.json``, ``NAME-%06d.tar`` and ``NAME-%06d.idx``.
 The same class describes raw-text tars that others made: ``dtype`` is then "text" and there is no tokenizer.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -62,8 +63,12 @@ class Manifest:
     source: Mapping[str, Any]
     shards: tuple[ShardEntry, ...]
     version: int = VERSION
-    folder: Path = field(default=Path("."), compare=False)  # where it was loaded from; not part of the data
-    remote: Any = field(default=None, compare=False)  # the Remote of which ``folder`` is a copy in the making
+    folder: Path = field(
+        default=Path("."), compare=False
+    )  # where it was loaded from; not part of the data
+    remote: Any = field(
+        default=None, compare=False
+    )  # the Remote of which ``folder`` is a copy in the making
 
     @classmethod
     def load(cls, path: str | Path, **remote: Any) -> Manifest:
@@ -81,19 +86,38 @@ class Manifest:
         try:
             content = json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            raise DataError("there is no manifest of shards", where=path, remedy=_remedy_missing(path)) from None
+            raise DataError(
+                "there is no manifest of shards", where=path, remedy=_remedy_missing(path)
+            ) from None
         except OSError as error:
             raise DataError(f"the manifest cannot be read: {error.strerror}", where=path) from None
         except ValueError as error:
-            raise DataError(f"the manifest is not JSON: {error}", where=path, remedy=REMEDY) from None
+            raise DataError(
+                f"the manifest is not JSON: {error}", where=path, remedy=REMEDY
+            ) from None
         version = content.get("version") if isinstance(content, dict) else None
         if version != VERSION:
-            raise DataError("a manifest of an unknown version", where=path, value=version, remedy=f"this program reads version {VERSION}")
+            raise DataError(
+                "a manifest of an unknown version",
+                where=path,
+                value=version,
+                remedy=f"this program reads version {VERSION}",
+            )
         try:
             tokenizer = content["tokenizer"] and TokenizerInfo(**content["tokenizer"])
             shards = tuple(ShardEntry(**entry) for entry in content["shards"])
-            manifest = cls(dtype=content["dtype"], tokenizer=tokenizer, source=content["source"], shards=shards, folder=path.parent)
-            numbers = [getattr(shard, name) for shard in shards for name in ("bytes", "tokens", "documents", "max_id")]
+            manifest = cls(
+                dtype=content["dtype"],
+                tokenizer=tokenizer,
+                source=content["source"],
+                shards=shards,
+                folder=path.parent,
+            )
+            numbers = [
+                getattr(shard, name)
+                for shard in shards
+                for name in ("bytes", "tokens", "documents", "max_id")
+            ]
             if not all(isinstance(number, int) for number in numbers):
                 raise TypeError("counts are no numbers")
             if (tokenizer is None) != (manifest.dtype == TEXT) and manifest.dtype in DTYPES:
@@ -101,16 +125,28 @@ class Manifest:
             if manifest.dtype == TEXT and not isinstance(manifest.source.get("field"), str):
                 raise TypeError("raw text names the field that holds it")
         except (KeyError, TypeError) as error:
-            raise DataError(f"the manifest is damaged: {error}", where=path, remedy=REMEDY) from None
+            raise DataError(
+                f"the manifest is damaged: {error}", where=path, remedy=REMEDY
+            ) from None
         if manifest.dtype not in DTYPES:
-            raise DataError("a manifest with an unknown dtype", where=path, value=manifest.dtype, remedy=f"known: {', '.join(DTYPES)}")
+            raise DataError(
+                "a manifest with an unknown dtype",
+                where=path,
+                value=manifest.dtype,
+                remedy=f"known: {', '.join(DTYPES)}",
+            )
         return manifest
 
     def save(self, folder: str | Path) -> Path:
         """Return the path of the ``manifest.json`` written into ``folder``, whole or not at all."""
         path = Path(folder) / FILE_NAME
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, (json.dumps(self._content, indent=1, sort_keys=True, ensure_ascii=False) + "\n").encode())
+        write_atomically(
+            path,
+            (
+                json.dumps(self._content, indent=1, sort_keys=True, ensure_ascii=False) + "\n"
+            ).encode(),
+        )
         return path
 
     def local(self, entry: ShardEntry) -> AbstractContextManager[None]:
@@ -121,20 +157,40 @@ class Manifest:
     def _content(self) -> dict[str, Any]:
         tokenizer = asdict(self.tokenizer) if self.tokenizer else None
         shards = [dict(vars(entry)) for entry in self.shards]
-        return {"version": self.version, "dtype": self.dtype, "tokenizer": tokenizer, "source": dict(self.source), "shards": shards}
+        return {
+            "version": self.version,
+            "dtype": self.dtype,
+            "tokenizer": tokenizer,
+            "source": dict(self.source),
+            "shards": shards,
+        }
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 (hex) of the manifest's canonical JSON: equal exactly when the data is equal."""
-        canonical = json.dumps(self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        canonical = json.dumps(
+            self._content, sort_keys=True, separators=(",", ":"), ensure_ascii=False
+        )
         return hashlib.sha256(canonical.encode()).hexdigest()
 
     def changes(self, other: Manifest) -> str:
         """Return in words what ``other`` has that this one has not, or differently."""
         old, new = ({shard.name: shard for shard in manifest.shards} for manifest in (self, other))
-        shards = {"added": new.keys() - old, "removed": old.keys() - new, "changed": {n for n in old if new.get(n, old[n]) != old[n]}}
-        found = [f"shards {how}: {len(names):,}, the first {min(names)}" for how, names in shards.items() if names]
-        found += [f"another {name}" for name in ("dtype", "tokenizer", "source") if getattr(self, name) != getattr(other, name)]
+        shards = {
+            "added": new.keys() - old,
+            "removed": old.keys() - new,
+            "changed": {n for n in old if new.get(n, old[n]) != old[n]},
+        }
+        found = [
+            f"shards {how}: {len(names):,}, the first {min(names)}"
+            for how, names in shards.items()
+            if names
+        ]
+        found += [
+            f"another {name}"
+            for name in ("dtype", "tokenizer", "source")
+            if getattr(self, name) != getattr(other, name)
+        ]
         return "; ".join(found or ["the order of the shards"])
 
     @property
@@ -165,7 +221,13 @@ class Manifest:
 
 def _remedy_missing(path: Path) -> str:
     folder = path.parent
-    parts = sorted(child.name for child in folder.iterdir() if (child / FILE_NAME).is_file()) if folder.is_dir() else []
+    parts = (
+        sorted(child.name for child in folder.iterdir() if (child / FILE_NAME).is_file())
+        if folder.is_dir()
+        else []
+    )
     if parts:
-        return f"this folder holds {' and '.join(parts)}: name one of them, e.g. {folder / parts[-1]}"
+        return (
+            f"this folder holds {' and '.join(parts)}: name one of them, e.g. {folder / parts[-1]}"
+        )
     return "make shards with `hfscale shards build CONFIG`, or finish an interrupted build by running it again"

@@ -1,4 +1,5 @@
 """Raw-text WebDataset tars that others made: their index and manifest, and the text of their samples. The tars are only read."""
+
 from __future__ import annotations
 
 import json
@@ -22,8 +23,14 @@ from hfscale.shards.tars import PICKLED, Member, walk
 FIELDS = ("txt", "json.text", "text")  # where the text is looked for, in this order
 
 
-def index_tars(tars: Sequence[Path], *, folder: Path, field: str | None, threads: int,
-               checked: Callable[[ShardEntry], None] = lambda entry: None) -> Manifest:
+def index_tars(
+    tars: Sequence[Path],
+    *,
+    folder: Path,
+    field: str | None,
+    threads: int,
+    checked: Callable[[ShardEntry], None] = lambda entry: None,
+) -> Manifest:
     """Return the manifest written into ``folder`` with one ``.idx`` a tar: a member a sample, the one that holds its text.
 
     Samples are what webdataset makes of the tar: consecutive members of one key, the name up to the first dot. ``field`` is the rest of
@@ -38,8 +45,11 @@ def index_tars(tars: Sequence[Path], *, folder: Path, field: str | None, threads
     tars, stems = sorted(tars), [tar.stem for tar in tars]
     if len(set(stems)) < len(stems):
         twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise DataError("two tars of one name would share an index", value=f"{twice}.idx",
-                        remedy="index them into different folders (--out)")
+        raise DataError(
+            "two tars of one name would share an index",
+            value=f"{twice}.idx",
+            remedy="index them into different folders (--out)",
+        )
     if field is None:
         _, first = next(members_of(tars[0]), ("", {}))
         field = next((known for known in FIELDS if _split(known)[0] in first), FIELDS[0])
@@ -47,15 +57,27 @@ def index_tars(tars: Sequence[Path], *, folder: Path, field: str | None, threads
 
     def one(tar: Path) -> tuple[ShardEntry, ShardIndex]:
         index = _index(tar, field)
-        entry = ShardEntry(name=os.path.relpath(tar, folder), bytes=tar.stat().st_size, tokens=0, documents=len(index.members),
-                           digest=index.tar_digest, max_id=-1)
+        entry = ShardEntry(
+            name=os.path.relpath(tar, folder),
+            bytes=tar.stat().st_size,
+            tokens=0,
+            documents=len(index.members),
+            digest=index.tar_digest,
+            max_id=-1,
+        )
         checked(entry)
         return entry, index
 
     with ThreadPoolExecutor(threads) as pool:
         made = list(pool.map(one, tars))
     source = {"format": "webdataset", "field": field}
-    manifest = Manifest(dtype=TEXT, tokenizer=None, source=source, shards=tuple(entry for entry, _ in made), folder=folder)
+    manifest = Manifest(
+        dtype=TEXT,
+        tokenizer=None,
+        source=source,
+        shards=tuple(entry for entry, _ in made),
+        folder=folder,
+    )
     _refuse_other(manifest)
     for entry, index in made:
         index.save(folder / entry.index_name)
@@ -75,7 +97,9 @@ def text_of(payload: bytes, field: str) -> str:
         value = json.loads(value) if place else value
         for part in place:
             if not isinstance(value, dict) or part not in value:
-                raise ValueError(f"is not under {field!r}: {nearest(part, value) if isinstance(value, dict) else 'not an object'}")
+                raise ValueError(
+                    f"is not under {field!r}: {nearest(part, value) if isinstance(value, dict) else 'not an object'}"
+                )
             value = value[part]
         if not isinstance(value, str):
             raise ValueError(f"is no string: {value!r:.60}")
@@ -97,13 +121,22 @@ def samples_of(folder: Path, entry: ShardEntry) -> np.ndarray:
     path = folder / entry.index_name
     index = ShardIndex.load(path)
     if index.tar_digest != entry.digest or len(index.members) != entry.documents:
-        what = ("belongs to another shard than the manifest names" if index.tar_digest != entry.digest
-                else f"counts {len(index.members):,} samples, the manifest {entry.documents:,}")
-        raise DataError(f"the index {what}", where=path, remedy="restore it, or make index and manifest again: `hfscale shards index`")
+        what = (
+            "belongs to another shard than the manifest names"
+            if index.tar_digest != entry.digest
+            else f"counts {len(index.members):,} samples, the manifest {entry.documents:,}"
+        )
+        raise DataError(
+            f"the index {what}",
+            where=path,
+            remedy="restore it, or make index and manifest again: `hfscale shards index`",
+        )
     return index.members
 
 
-def read_text(file: IO[bytes], offset: int, size: int, checksum: int, *, field: str, verify: bool = True) -> str:
+def read_text(
+    file: IO[bytes], offset: int, size: int, checksum: int, *, field: str, verify: bool = True
+) -> str:
     """Return the text of a sample out of its tar.
 
     Raises:
@@ -117,11 +150,18 @@ def read_text(file: IO[bytes], offset: int, size: int, checksum: int, *, field: 
 
 
 Sample = tuple[Path, int, int, int]  # tar; offset, size and checksum of the member with the text
-Encoded = tuple[np.ndarray, np.ndarray, dict[int, str]]  # of samples: ids end to end, where each ends, what is wrong with some
+Encoded = tuple[
+    np.ndarray, np.ndarray, dict[int, str]
+]  # of samples: ids end to end, where each ends, what is wrong with some
 
 
-def encode_samples(encode: Callable[[list[str]], list[np.ndarray]], samples: Sequence[Sample], field: str, verify: bool,
-                   filler: np.ndarray) -> Encoded:
+def encode_samples(
+    encode: Callable[[list[str]], list[np.ndarray]],
+    samples: Sequence[Sample],
+    field: str,
+    verify: bool,
+    filler: np.ndarray,
+) -> Encoded:
     """Return the samples' ids, with ``filler`` in place of a damaged one. Runs in processes of its own."""
     texts, damage = list[str](), dict[int, str]()
     for number, (path, offset, size, checksum) in enumerate(samples):
@@ -129,7 +169,9 @@ def encode_samples(encode: Callable[[list[str]], list[np.ndarray]], samples: Seq
             with open(path, "rb") as file:
                 texts.append(read_text(file, offset, size, checksum, field=field, verify=verify))
         except (OSError, ValueError) as error:
-            damage[number] = f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            damage[number] = (
+                f"cannot be read: {error.strerror}" if isinstance(error, OSError) else str(error)
+            )
     whole = iter(encode(texts))
     ids = [filler if number in damage else next(whole) for number in range(len(samples))]
     return np.concatenate(ids), np.cumsum([len(part) for part in ids]), damage
@@ -150,13 +192,19 @@ def members_of(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
     current, members = "", dict[str, Member]()
     for member in walk(tar):
         key, name = base_plus_ext(member.name)
-        if key is None or Path(member.name).name.startswith(".") or re.match(r"__[^/]*__($|/)", member.name):
+        if (
+            key is None
+            or Path(member.name).name.startswith(".")
+            or re.match(r"__[^/]*__($|/)", member.name)
+        ):
             continue  # webdataset passes over these too
         if key != current and members:
             yield current, members
             members = {}
         if name.lower() in members:
-            raise DataError("a sample has two members of one name", where=f"{tar}, member {member.name}")
+            raise DataError(
+                "a sample has two members of one name", where=f"{tar}, member {member.name}"
+            )
         current, members[name.lower()] = key, member
     if members:
         yield current, members
@@ -173,20 +221,29 @@ def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
         for key, members in members_of(tar):
             if (member := members.get(extension)) is None or extension in PICKLED:
                 known = nearest(extension, members.keys() - PICKLED)
-                raise DataError(f"a sample has no text: there is no field {extension!r}", where=f"{tar}, sample {key}",
-                                value=sorted(members),
-                                remedy=f"name the extension that holds it, never a pickle (--field, source.field): {known}")
+                raise DataError(
+                    f"a sample has no text: there is no field {extension!r}",
+                    where=f"{tar}, sample {key}",
+                    value=sorted(members),
+                    remedy=f"name the extension that holds it, never a pickle (--field, source.field): {known}",
+                )
             file.seek(member.offset)
             payload = file.read(member.size)
             try:
                 yield member, payload, text_of(payload, field)
             except ValueError as error:
-                raise DataError(f"the text of a sample {error}", where=f"{tar}, member {member.name}",
-                                remedy="say where the text is, e.g. --field txt or --field json.text, or leave this tar out") from None
+                raise DataError(
+                    f"the text of a sample {error}",
+                    where=f"{tar}, member {member.name}",
+                    remedy="say where the text is, e.g. --field txt or --field json.text, or leave this tar out",
+                ) from None
 
 
 def _index(tar: Path, field: str) -> ShardIndex:
-    rows = [(member.offset, member.size, 0, 1, xxhash.xxh3_64_intdigest(payload)) for member, payload, _ in texts_of(tar, field)]
+    rows = [
+        (member.offset, member.size, 0, 1, xxhash.xxh3_64_intdigest(payload))
+        for member, payload, _ in texts_of(tar, field)
+    ]
     if not rows:
         raise DataError("a tar without samples", where=tar)
     return ShardIndex(file_digest(tar), np.array(rows, MEMBER))
@@ -196,9 +253,17 @@ def _refuse_other(manifest: Manifest) -> None:
     folder = manifest.folder
     if (folder / FILE_NAME).exists():
         if Manifest.load(folder) != manifest:
-            raise DataError("there is another manifest here", where=folder / FILE_NAME, remedy="index into another folder (--out)")
+            raise DataError(
+                "there is another manifest here",
+                where=folder / FILE_NAME,
+                remedy="index into another folder (--out)",
+            )
         return
     for entry in manifest.shards:
         path = folder / entry.index_name
         if path.exists() and ShardIndex.load(path).tar_digest != entry.digest:
-            raise DataError("there is another index here", where=path, remedy="index into another folder (--out)")
+            raise DataError(
+                "there is another index here",
+                where=path,
+                remedy="index into another folder (--out)",
+            )

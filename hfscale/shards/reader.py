@@ -2,6 +2,7 @@
 
 Positions are token positions in the shard. Each chunk's checksum is checked once, when it is first touched.
 """
+
 from __future__ import annotations
 
 import mmap
@@ -29,7 +30,15 @@ class ShardReader:
         DataError: if tar or index are missing, do not belong together, or have another size than the manifest says.
     """
 
-    def __init__(self, folder: str | Path, entry: ShardEntry, *, dtype: np.dtype[Any], verify: bool = True, partial: bool = False) -> None:
+    def __init__(
+        self,
+        folder: str | Path,
+        entry: ShardEntry,
+        *,
+        dtype: np.dtype[Any],
+        verify: bool = True,
+        partial: bool = False,
+    ) -> None:
         self.path, self.entry = Path(folder) / entry.name, entry
         self._dtype, self._verify = np.dtype(dtype), verify
         index = ShardIndex.load(Path(folder) / entry.index_name)
@@ -39,24 +48,44 @@ class ShardReader:
             with open(self.path, "rb") as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 with suppress(AttributeError, OSError):  # Linux may be built without
-                    self._map.madvise(mmap.MADV_HUGEPAGE)  # what is read from disk comes in pages of 2 MiB
+                    self._map.madvise(
+                        mmap.MADV_HUGEPAGE
+                    )  # what is read from disk comes in pages of 2 MiB
         except (OSError, ValueError) as error:
-            raise self._damage(f"the shard cannot be read: {getattr(error, 'strerror', None) or error}") from None
+            raise self._damage(
+                f"the shard cannot be read: {getattr(error, 'strerror', None) or error}"
+            ) from None
         if len(self._map) != entry.bytes and not partial:
-            raise self._damage(f"the shard has {len(self._map):,} bytes, its manifest says {entry.bytes:,}")
+            raise self._damage(
+                f"the shard has {len(self._map):,} bytes, its manifest says {entry.bytes:,}"
+            )
         self._ends, self._tokens = index.ends, index.tokens
-        self._starts: list[int] = [0, *np.cumsum(self._tokens["tokens"], dtype=np.int64).tolist()]  # first token of each chunk, and the end
+        self._starts: list[int] = [
+            0,
+            *np.cumsum(self._tokens["tokens"], dtype=np.int64).tolist(),
+        ]  # first token of each chunk, and the end
         self._chunk_starts = np.array(self._starts)
         payloads = self._tokens["offset"].astype(np.int64) // self._dtype.itemsize
-        self._shifts = payloads - self._chunk_starts[:-1]  # from a position in the shard to one in the tar, in tokens
-        self._first_documents: list[int] = [0, *np.cumsum(self._ends["documents"], dtype=np.int64).tolist()]
+        self._shifts = (
+            payloads - self._chunk_starts[:-1]
+        )  # from a position in the shard to one in the tar, in tokens
+        self._first_documents: list[int] = [
+            0,
+            *np.cumsum(self._ends["documents"], dtype=np.int64).tolist(),
+        ]
         if self._starts[-1] != entry.tokens or self._first_documents[-1] != entry.documents:
-            raise self._damage(f"the index counts {self._starts[-1]:,} tokens in {self._first_documents[-1]:,} documents, "
-                               f"the manifest {entry.tokens:,} in {entry.documents:,}")
+            raise self._damage(
+                f"the index counts {self._starts[-1]:,} tokens in {self._first_documents[-1]:,} documents, "
+                f"the manifest {entry.tokens:,} in {entry.documents:,}"
+            )
         if (self._tokens["bytes"] != self._tokens["tokens"] * self._dtype.itemsize).any():
-            raise self._damage(f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token")
+            raise self._damage(
+                f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token"
+            )
         self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.memory = np.frombuffer(self._map, self._dtype, len(self._map) // self._dtype.itemsize)  # the tar, as if it were all tokens
+        self.memory = np.frombuffer(
+            self._map, self._dtype, len(self._map) // self._dtype.itemsize
+        )  # the tar, as if it were all tokens
 
     def __len__(self) -> int:
         return self.entry.tokens
@@ -70,7 +99,7 @@ class ShardReader:
         while position < stop:
             (tokens, _), first = self.chunk(chunk), self._starts[chunk]
             part = min(stop, self._starts[chunk + 1])
-            out[position - start:part - start] = tokens[position - first:part - first]
+            out[position - start : part - start] = tokens[position - first : part - first]
             position, chunk = part, chunk + 1
 
     def chunks_of(self, positions: np.ndarray) -> np.ndarray:
@@ -86,13 +115,25 @@ class ShardReader:
         if number not in self._chunks:
             member = self._ends[number]
             payload = self._payload(member, member_name(number, "ends.npy"))
-            ends = payload[len(payload) - 4 * int(member["documents"]):].view("<u4")  # what follows the .npy header
-            self._chunks[number] = self._payload(self._tokens[number], member_name(number, "tokens.bin")).view(self._dtype), ends
+            ends = payload[len(payload) - 4 * int(member["documents"]) :].view(
+                "<u4"
+            )  # what follows the .npy header
+            self._chunks[number] = (
+                self._payload(self._tokens[number], member_name(number, "tokens.bin")).view(
+                    self._dtype
+                ),
+                ends,
+            )
         return self._chunks[number]
 
     def ends_in(self, chunks: Iterable[int]) -> np.ndarray:
         """Return the document ends in ``chunks``, in order: int64, each the position after a document's last token."""
-        return np.concatenate([np.empty(0, np.int64), *(self.chunk(chunk)[1] + self._chunk_starts[chunk] for chunk in chunks)])
+        return np.concatenate(
+            [
+                np.empty(0, np.int64),
+                *(self.chunk(chunk)[1] + self._chunk_starts[chunk] for chunk in chunks),
+            ]
+        )
 
     def ends(self) -> np.ndarray:
         """Return all document ends in the shard, as ``ends_in``."""
@@ -106,7 +147,9 @@ class ShardReader:
         if not 0 <= position < len(self):
             raise IndexError(f"token {position} of a shard with {len(self)}")
         chunk = bisect_right(self._starts, position) - 1
-        before = int(np.searchsorted(self.chunk(chunk)[1], position - self._starts[chunk], side="right"))
+        before = int(
+            np.searchsorted(self.chunk(chunk)[1], position - self._starts[chunk], side="right")
+        )
         return member_name(chunk, "tokens.bin"), self._first_documents[chunk] + before
 
     def _payload(self, member: np.void, name: str) -> np.ndarray:
@@ -118,8 +161,12 @@ class ShardReader:
         if self._verify:
             if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
                 raise self._damage(f"{place} does not match its checksum")
-            header = self._map[offset - tarfile.BLOCKSIZE:offset]  # we need none, but every other reader of the tar does
-            if header[148:154] != b"%06o" % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):  # POSIX ustar
+            header = self._map[
+                offset - tarfile.BLOCKSIZE : offset
+            ]  # we need none, but every other reader of the tar does
+            if header[148:154] != b"%06o" % (
+                sum(header) - sum(header[148:156]) + 8 * ord(" ")
+            ):  # POSIX ustar
                 raise self._damage(f"the header of {place} is damaged: bad checksum")
         return payload
 

@@ -7,6 +7,7 @@
 Processes and jobs share a cache. Who needs a shard locks it: the first one fetches it, the others wait and find it there. The kernel
 frees the lock of a killed process, and the next one goes on with the part. Nobody waits for room while holding a lock.
 """
+
 from __future__ import annotations
 
 import fcntl
@@ -29,7 +30,10 @@ from hfscale.shards.files import file_digest, locked, publish, sync, write_atomi
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
 
-BLOCK, LEAST_BLOCK = 2**23, 2**18  # bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
+BLOCK, LEAST_BLOCK = (
+    2**23,
+    2**18,
+)  # bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
 BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2
 INDEX_SHARE = 0.05  # of a shard, at most: 40 bytes for each member, which takes at least 1024
 
@@ -37,28 +41,56 @@ INDEX_SHARE = 0.05  # of a shard, at most: 40 bytes for each member, which takes
 class Remote:
     """The folder at a URL, or behind a command (``pipe:COMMAND {}``), and its copy in the cache, of ``size_gb`` in all, parts included."""
 
-    def __init__(self, url: str, *, folder: Path | None = None, size_gb: float = 100.0, retries: int = 6, timeout_s: float = 60.0,
-                 allow_pipe: bool = False) -> None:
-        self.limit, self.cancelled = int(size_gb * 1e9), threading.Event()  # set, it ends whatever is being fetched in CancelledError
+    def __init__(
+        self,
+        url: str,
+        *,
+        folder: Path | None = None,
+        size_gb: float = 100.0,
+        retries: int = 6,
+        timeout_s: float = 60.0,
+        allow_pipe: bool = False,
+    ) -> None:
+        self.limit, self.cancelled = (
+            int(size_gb * 1e9),
+            threading.Event(),
+        )  # set, it ends whatever is being fetched in CancelledError
         self._retries, self._timeout_s, self._block = retries, timeout_s, BLOCK
         base, _, last = url.rstrip("/").rpartition("/")
-        self._base, self._manifest = (base, last) if last.endswith(".json") else (f"{base}/{last}", FILE_NAME)
+        self._base, self._manifest = (
+            (base, last) if last.endswith(".json") else (f"{base}/{last}", FILE_NAME)
+        )
         self._fs: Any = None
         if url.startswith(PIPE):
-            self._base, self._manifest = url[len(PIPE):], FILE_NAME
+            self._base, self._manifest = url[len(PIPE) :], FILE_NAME
             if not allow_pipe:
-                raise ConfigError("this source runs a command, which needs permission", where="shards", value=self._base,
-                                  remedy="set data.allow_pipe=true in the config of the run, if you trust it")
+                raise ConfigError(
+                    "this source runs a command, which needs permission",
+                    where="shards",
+                    value=self._base,
+                    remedy="set data.allow_pipe=true in the config of the run, if you trust it",
+                )
         else:
             from fsspec.core import url_to_fs  # slow to import
 
-            web = {"headers": {"Accept-Encoding": "identity"}, "client_kwargs": {"trust_env": True}}  # bytes as they are; proxies
+            web = {
+                "headers": {"Accept-Encoding": "identity"},
+                "client_kwargs": {"trust_env": True},
+            }  # bytes as they are; proxies
             try:
                 self._fs = url_to_fs(url, **web if url.startswith("http") else {})[0]
             except (ImportError, ValueError) as error:
-                raise ConfigError(f"this kind of URL cannot be opened: {error}", where="shards", value=url,
-                                  remedy="pip install 'hfscale[s3]'" if url.startswith("s3:") else "install what it names") from None
-        self._cache = (folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfscale") / "shards"
+                raise ConfigError(
+                    f"this kind of URL cannot be opened: {error}",
+                    where="shards",
+                    value=url,
+                    remedy="pip install 'hfscale[s3]'"
+                    if url.startswith("s3:")
+                    else "install what it names",
+                ) from None
+        self._cache = (
+            folder or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfscale"
+        ) / "shards"
         name = self._base.rpartition("/")[2] if self._fs else "pipe"
         self._home = self._cache / f"{name}-{hashlib.sha256(self._base.encode()).hexdigest()[:12]}"
 
@@ -76,21 +108,35 @@ class Remote:
             if not held:
                 raise
             data = held[-1].read_bytes()
-            logger.warning(f"{error.what} ({error.where}): going on with the manifest in the cache, {held[-1]}")
+            logger.warning(
+                f"{error.what} ({error.where}): going on with the manifest in the cache, {held[-1]}"
+            )
         path = self._home / hashlib.sha256(data).hexdigest()[:16] / FILE_NAME
         try:
             with locked(path.with_name("lock")):
                 write_atomically(path, data)
         except (OSError, DataError) as error:
-            raise ConfigError(f"the cache cannot be written: {getattr(error, 'strerror', error)}", where="data.cache.folder",
-                              value=str(self._cache.parent), remedy="choose another folder") from None
+            raise ConfigError(
+                f"the cache cannot be written: {getattr(error, 'strerror', error)}",
+                where="data.cache.folder",
+                value=str(self._cache.parent),
+                remedy="choose another folder",
+            ) from None
         manifest = replace(Manifest.load(path), remote=self)
         for shard in manifest.shards:
             if (need := int(shard.bytes * (1 + INDEX_SHARE))) > self.limit:
-                raise ConfigError("the cache is too small for one shard", where="data.cache.size_gb", value=self.limit / 1e9,
-                                  remedy=f"{shard.name} takes up to {need:,} bytes, the cache has {self.limit:,}; see docs/data.md")
+                raise ConfigError(
+                    "the cache is too small for one shard",
+                    where="data.cache.size_gb",
+                    value=self.limit / 1e9,
+                    remedy=f"{shard.name} takes up to {need:,} bytes, the cache has {self.limit:,}; see docs/data.md",
+                )
             if "/" in shard.name or not shard.name.endswith(".tar"):
-                raise DataError("a remote shard must be a .tar beside its manifest", where=self._place(self._manifest), value=shard.name)
+                raise DataError(
+                    "a remote shard must be a .tar beside its manifest",
+                    where=self._place(self._manifest),
+                    value=shard.name,
+                )
         return manifest
 
     def sample(self, entry: ShardEntry) -> int:
@@ -111,17 +157,27 @@ class Remote:
         tar, index, held = folder / entry.name, folder / entry.index_name, False
         while not held:
             with locked(index.with_suffix(".lock")) as lock:
-                if held := (tar.exists() and index.exists()) or self._fetch(tar, index, entry, lock):
+                if held := (tar.exists() and index.exists()) or self._fetch(
+                    tar, index, entry, lock
+                ):
                     os.utime(lock.name)
                     yield
             if not held:
-                logger.info(f"the cache {self._cache.parent} is full of shards that are just being fetched: waiting for room")
+                logger.info(
+                    f"the cache {self._cache.parent} is full of shards that are just being fetched: waiting for room"
+                )
                 self.cancelled.wait(POLL_S)
 
     def _fetch(self, tar: Path, index: Path, entry: ShardEntry, lock: IO[bytes]) -> bool:
         """Return True once a shard is in its place, verified; False where others that are being fetched take all the room."""
-        part, wanted, found = tar.with_name(f"{tar.name}.part"), f"{entry.bytes:,} bytes, SHA-256 {entry.digest}", ""
-        for _ in range(2):  # what does not match is fetched once more from the start: the part may be of another day
+        part, wanted, found = (
+            tar.with_name(f"{tar.name}.part"),
+            f"{entry.bytes:,} bytes, SHA-256 {entry.digest}",
+            "",
+        )
+        for _ in range(
+            2
+        ):  # what does not match is fetched once more from the start: the part may be of another day
             data = self._get(entry.index_name)
             if not self._reserve(lock, entry.bytes + len(data)):
                 return False
@@ -129,7 +185,9 @@ class Remote:
             with open(part, "ab") as file:
                 at = file.tell()
                 while at < entry.bytes and (data := self._get(entry.name, at=at, end=entry.bytes)):
-                    if len(data) > entry.bytes - at:  # the whole file: from a command, or a server that ignores ranges
+                    if (
+                        len(data) > entry.bytes - at
+                    ):  # the whole file: from a command, or a server that ignores ranges
                         file.truncate(0)
                         at = 0
                     file.write(data)
@@ -141,21 +199,34 @@ class Remote:
                 publish(part, tar)
                 return True
             part.unlink()
-        raise DataError("the file on the server is not the one of the manifest", where=self._place(entry.name),
-                        value=f"{found}; expected {wanted}", remedy="put back the shard and index that the manifest describes")
+        raise DataError(
+            "the file on the server is not the one of the manifest",
+            where=self._place(entry.name),
+            value=f"{found}; expected {wanted}",
+            remedy="put back the shard and index that the manifest describes",
+        )
 
     def _place(self, name: str) -> str:
         return f"{self._base}/{name}" if self._fs else self._base.replace("{}", shlex.quote(name))
 
-    def _get(self, name: str, *, at: int = 0, end: int | None = None, retries: int = 2**31) -> bytes:
+    def _get(
+        self, name: str, *, at: int = 0, end: int | None = None, retries: int = 2**31
+    ) -> bytes:
         """Return a whole file; with ``end`` a block from ``at`` on: empty where the file ends before, whole from what knows no blocks."""
         place, attempt = self._place(name), 0
-        while not self.cancelled.wait(attempt and min(LONGEST_S, BACK_OFF_S * 2**min(attempt, 9)) * random.uniform(0.25, 0.5)):
+        while not self.cancelled.wait(
+            attempt
+            and min(LONGEST_S, BACK_OFF_S * 2 ** min(attempt, 9)) * random.uniform(0.25, 0.5)
+        ):
             try:
                 if self._fs is None:
-                    return subprocess.run(place, shell=True, stdout=subprocess.PIPE, check=True).stdout
+                    return subprocess.run(
+                        place, shell=True, stdout=subprocess.PIPE, check=True
+                    ).stdout
                 span = {} if end is None else {"start": at, "end": min(end, at + self._block)}
-                timeout = {"timeout": self._timeout_s} if self._fs.async_impl else {}  # the others have no way to say it
+                timeout = (
+                    {"timeout": self._timeout_s} if self._fs.async_impl else {}
+                )  # the others have no way to say it
                 data = self._fs.cat_file(place, **span, **timeout)
                 self._block = min(BLOCK, self._block + LEAST_BLOCK)
                 return data
@@ -163,10 +234,16 @@ class Remote:
                 if at and "range" in str(error).lower():  # http and s3: it cannot be satisfied
                     return b""
                 status, attempt = getattr(error, "status", None) or 0, attempt + 1
-                final = isinstance(error, FileNotFoundError | PermissionError) or (status // 100 == 4 and status not in (408, 425, 429))
+                final = isinstance(error, FileNotFoundError | PermissionError) or (
+                    status // 100 == 4 and status not in (408, 425, 429)
+                )
                 reason = f"attempt {attempt}: {type(error).__name__}: {error}"
                 if final or attempt > min(retries, self._retries):
-                    raise DataError(f"cannot fetch, {reason}", where=place, remedy="check address, server and your rights") from error
+                    raise DataError(
+                        f"cannot fetch, {reason}",
+                        where=place,
+                        remedy="check address, server and your rights",
+                    ) from error
                 logger.warning(f"{place}: {reason}; trying again")
                 self._block = max(LEAST_BLOCK, self._block // 2)
         raise CancelledError
@@ -177,7 +254,10 @@ class Remote:
             others = [path for path in self._cache.glob("*/*/*.lock") if path != Path(mine.name)]
             room = self.limit - sum(path.stat().st_size for path in others)
             for path in sorted(others, key=lambda path: path.stat().st_mtime_ns):
-                with open(path, "r+b") as lock, suppress(BlockingIOError):  # of one that is being fetched or opened
+                with (
+                    open(path, "r+b") as lock,
+                    suppress(BlockingIOError),
+                ):  # of one that is being fetched or opened
                     if room < need and (taken := lock.seek(0, os.SEEK_END)):
                         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                         for suffix in (".tar", ".tar.part", ".idx"):

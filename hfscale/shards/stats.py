@@ -1,4 +1,5 @@
 """What shards hold, in numbers: lengths of documents, and how well counting tokens alone predicts them."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
@@ -27,19 +28,29 @@ def document_lengths(manifest: Manifest) -> np.ndarray:
 
 def describe(manifest: Manifest) -> str:
     """Return a screen of text: totals and, for token shards, a histogram of document lengths by powers of two."""
-    lines = [f"{manifest.folder}", f"  shards     {len(manifest.shards):,}", f"  bytes      {manifest.bytes:,}",
-             f"  documents  {manifest.documents:,}"]
+    lines = [
+        f"{manifest.folder}",
+        f"  shards     {len(manifest.shards):,}",
+        f"  bytes      {manifest.bytes:,}",
+        f"  documents  {manifest.documents:,}",
+    ]
     if tokenizer := manifest.tokenizer:
-        lines += [f"  tokens     {manifest.tokens:,} ({manifest.dtype})",
-                  f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of document {tokenizer.eod_id}"]
+        lines += [
+            f"  tokens     {manifest.tokens:,} ({manifest.dtype})",
+            f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of document {tokenizer.eod_id}",
+        ]
     lines.append(f"  fingerprint {manifest.fingerprint}")
     if manifest.dtype != TEXT and manifest.documents:
         lengths = document_lengths(manifest)
-        lines.append(f"  tokens a document: mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}")
+        lines.append(
+            f"  tokens a document: mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}"
+        )
         counts = histogram(lengths)
         for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
             bar = "#" * -(-int(counts[power]) * BAR // int(counts.max()))
-            lines.append(f"  {2**power:>11,} - {2**(power + 1) - 1:<11,} {counts[power]:>9,} {bar}")
+            lines.append(
+                f"  {2**power:>11,} - {2 ** (power + 1) - 1:<11,} {counts[power]:>9,} {bar}"
+            )
     return "\n".join(lines)
 
 
@@ -58,8 +69,20 @@ def draw(manifests: Mapping[str, Manifest], path: Path) -> None:
         axes = figure.subplots()
         for name, manifest in manifests.items():
             counts = histogram(document_lengths(manifest))
-            axes.stairs(counts, 2.0 ** np.arange(len(counts) + 1), fill=True, alpha=0.5, label=f"{name}: {manifest.documents:,} documents")
-        axes.set(xscale="log", yscale="log", xlabel="tokens a document", ylabel="documents", title="Lengths of documents")
+            axes.stairs(
+                counts,
+                2.0 ** np.arange(len(counts) + 1),
+                fill=True,
+                alpha=0.5,
+                label=f"{name}: {manifest.documents:,} documents",
+            )
+        axes.set(
+            xscale="log",
+            yscale="log",
+            xlabel="tokens a document",
+            ylabel="documents",
+            title="Lengths of documents",
+        )
         axes.legend()
 
 
@@ -73,13 +96,19 @@ def picture(path: Path, *, width: float, height: float) -> Iterator[Any]:
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        raise UserError("a picture needs matplotlib, which is not installed", where="--png", remedy="pip install matplotlib") from None
+        raise UserError(
+            "a picture needs matplotlib, which is not installed",
+            where="--png",
+            remedy="pip install matplotlib",
+        ) from None
     figure = Figure(figsize=(width, height), layout="constrained")
     yield figure
     try:
         figure.savefig(path, format="png", dpi=120)
     except OSError as error:
-        raise UserError(f"cannot write the picture: {error.strerror}", where=path, remedy="choose another file") from None
+        raise UserError(
+            f"cannot write the picture: {error.strerror}", where=path, remedy="choose another file"
+        ) from None
 
 
 def unigram_entropy(train: Manifest, validation: Manifest) -> float:
@@ -91,7 +120,10 @@ def unigram_entropy(train: Manifest, validation: Manifest) -> float:
         DataError: if the two were made with different tokenizers, or ``validation`` is empty.
     """
     if train.tokenizer is None or train.tokenizer != validation.tokenizer:
-        raise DataError("the two sets of shards were made with different tokenizers", where=f"{train.folder} and {validation.folder}")
+        raise DataError(
+            "the two sets of shards were made with different tokenizers",
+            where=f"{train.folder} and {validation.folder}",
+        )
     if not validation.tokens:
         raise DataError("there are no tokens to score", where=validation.folder)
     probabilities = _counts(train) + 1.0
@@ -106,15 +138,18 @@ def _counts(manifest: Manifest) -> np.ndarray:
     for reader in _readers(manifest):
         for start in range(0, len(reader), READ_TOKENS):
             stop = min(start + READ_TOKENS, len(reader))
-            reader.read_tokens(start, stop, ids[:stop - start])
-            counts += np.bincount(ids[:stop - start], minlength=len(counts))
+            reader.read_tokens(start, stop, ids[: stop - start])
+            counts += np.bincount(ids[: stop - start], minlength=len(counts))
     return counts
 
 
 def _readers(manifest: Manifest) -> Iterator[ShardReader]:
     if manifest.dtype == TEXT:
-        raise DataError("these are tars of raw text, not of tokens", where=manifest.folder,
-                        remedy="leave --png out: tokens are not counted before raw text is tokenized")
+        raise DataError(
+            "these are tars of raw text, not of tokens",
+            where=manifest.folder,
+            remedy="leave --png out: tokens are not counted before raw text is tokenized",
+        )
     for entry in manifest.shards:
         with manifest.local(entry):
             yield ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)

@@ -1,4 +1,5 @@
 """A strict walk over tar headers. Stock readers lose the rest of a damaged tar without a word; this one says where."""
+
 from __future__ import annotations
 
 import tarfile
@@ -8,7 +9,14 @@ from pathlib import Path
 
 from hfscale.errors import DataError
 
-PICKLED = {"pkl", "pickle", "pyd", "pt", "pth", "joblib"}  # extensions that nothing here opens: a pickle runs whatever it says
+PICKLED = {
+    "pkl",
+    "pickle",
+    "pyd",
+    "pt",
+    "pth",
+    "joblib",
+}  # extensions that nothing here opens: a pickle runs whatever it says
 
 
 @dataclass(frozen=True)
@@ -38,18 +46,29 @@ def walk(path: Path) -> Iterator[Member]:
                 # an empty tar stays at offset 0, from where Python 3.10 would seek to -1
                 while tar.offset and (info := tar.next()) is not None:  # type: ignore[attr-defined]
                     if info.offset_data + info.size > size:
-                        raise DataError(f"the tar is cut short inside member {info.name} at offset {info.offset_data:,}",
-                                        where=path, remedy=remedy)
+                        raise DataError(
+                            f"the tar is cut short inside member {info.name} at offset {info.offset_data:,}",
+                            where=path,
+                            remedy=remedy,
+                        )
                     if info.isfile():
                         yield Member(info.name, info.offset_data, info.size)
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
                 end = tar.offset  # type: ignore[attr-defined]
         except tarfile.TarError as error:
-            raise DataError(f"not a readable tar: {error}", where=path, remedy=remedy + "; a compressed one must be unpacked: samples are "
-                            "found by their place in it") from None
+            raise DataError(
+                f"not a readable tar: {error}",
+                where=path,
+                remedy=remedy + "; a compressed one must be unpacked: samples are "
+                "found by their place in it",
+            ) from None
         file.seek(end)
         if file.read(512).strip(b"\0") or size < end + 512:
-            raise DataError(f"the tar ends without its closing zero block, or is damaged, at offset {end:,}", where=path, remedy=remedy)
+            raise DataError(
+                f"the tar ends without its closing zero block, or is damaged, at offset {end:,}",
+                where=path,
+                remedy=remedy,
+            )
 
 
 def name_at(path: Path, offset: int) -> str:
@@ -58,7 +77,9 @@ def name_at(path: Path, offset: int) -> str:
         with open(path, "rb") as file:
             file.seek(offset - tarfile.BLOCKSIZE)
             name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
-        if len(name) < tarfile.LENGTH_NAME and "?" not in name and name.isascii():  # whole; else it may stand in a header before this one
+        if (
+            len(name) < tarfile.LENGTH_NAME and "?" not in name and name.isascii()
+        ):  # whole; else it may stand in a header before this one
             return name
         return next((member.name for member in walk(path) if member.offset == offset), "?")
     except (OSError, DataError, tarfile.TarError, ValueError):

@@ -1,4 +1,5 @@
 """Everything that can be checked about shards on disk, all findings in one list."""
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -24,15 +25,24 @@ def manifests_at(path: str | Path) -> list[Manifest]:
         DataError: if there is none.
     """
     folder = Path(path)
-    inner = sorted(folder.glob(f"*/{FILE_NAME}")) if folder.is_dir() and not (folder / FILE_NAME).exists() else []
+    inner = (
+        sorted(folder.glob(f"*/{FILE_NAME}"))
+        if folder.is_dir() and not (folder / FILE_NAME).exists()
+        else []
+    )
     return [Manifest.load(one) for one in inner] or [Manifest.load(path)]
 
 
-def verify(manifest: Manifest, *, threads: int, advance: Callable[[int], object] = lambda size: None) -> list[str]:
+def verify(
+    manifest: Manifest, *, threads: int, advance: Callable[[int], object] = lambda size: None
+) -> list[str]:
     """Return what is wrong with the shards of ``manifest``, one line a finding; ``advance`` is told the bytes of each that is done."""
+
     def check(entry: ShardEntry) -> list[str]:
         with manifest.local(entry):
-            findings = [f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)]
+            findings = [
+                f"{manifest.folder / entry.name}: {finding}" for finding in _check(manifest, entry)
+            ]
         advance(entry.bytes)
         return findings
 
@@ -58,7 +68,9 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
     if index.tar_digest != entry.digest:
         yield "the index belongs to another shard"
     data = np.memmap(path, np.uint8, "r")
-    payloads = [data[offset:offset + size] for offset, size in index.members[["offset", "bytes"]].tolist()]
+    payloads = [
+        data[offset : offset + size] for offset, size in index.members[["offset", "bytes"]].tolist()
+    ]
     names = {offset: name for name, offset, _ in in_tar}
     for member, payload in zip(index.members, payloads, strict=True):
         place = f"member {names.get(int(member['offset']), '(not in the tar)')} at offset {int(member['offset']):,}"
@@ -73,8 +85,14 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
         if len(index.members) != entry.documents:
             yield f"the index counts {len(index.members):,} samples, the manifest {entry.documents:,}"
         return
-    if in_tar != [(member_name(k // 2, ("ends.npy", "tokens.bin")[k % 2]), int(member["offset"]), int(member["bytes"]))
-                  for k, member in enumerate(index.members)]:
+    if in_tar != [
+        (
+            member_name(k // 2, ("ends.npy", "tokens.bin")[k % 2]),
+            int(member["offset"]),
+            int(member["bytes"]),
+        )
+        for k, member in enumerate(index.members)
+    ]:
         yield "the members of the tar are not those of the index"
     elif (index.tokens["bytes"] != index.tokens["tokens"] * manifest.numpy_dtype.itemsize).any():
         yield f"the manifest says {manifest.dtype}, but the chunks have another number of bytes a token"
@@ -82,19 +100,29 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
         yield from _check_tokens(manifest, entry, index, payloads)
 
 
-def _check_tokens(manifest: Manifest, entry: ShardEntry, index: ShardIndex, payloads: list[np.ndarray]) -> Iterator[str]:
+def _check_tokens(
+    manifest: Manifest, entry: ShardEntry, index: ShardIndex, payloads: list[np.ndarray]
+) -> Iterator[str]:
     tokens = documents = 0
     largest = -1
     for member, npy, payload in zip(index.ends, payloads[0::2], payloads[1::2], strict=True):
         place, ids = f"at offset {int(member['offset']):,}", payload.view(manifest.numpy_dtype)
-        ends = npy[max(0, len(npy) - 4 * int(member["documents"])):].view("<u4").astype(np.int64)  # what follows the .npy header
+        ends = (
+            npy[max(0, len(npy) - 4 * int(member["documents"])) :].view("<u4").astype(np.int64)
+        )  # what follows the .npy header
         if (np.diff(ends, prepend=0) <= 0).any() or (len(ends) and ends[-1] > len(ids)):
             yield f"document ends {place} do not rise within the chunk"
         elif manifest.tokenizer and (ids[ends - 1] != manifest.tokenizer.eod_id).any():
             yield f"a document {place} does not end with the end-of-document id"
-        tokens, documents, largest = tokens + len(ids), documents + len(ends), max(largest, int(ids.max(initial=0)))
+        tokens, documents, largest = (
+            tokens + len(ids),
+            documents + len(ends),
+            max(largest, int(ids.max(initial=0))),
+        )
     if (tokens, documents, largest) != (entry.tokens, entry.documents, entry.max_id):
-        yield (f"holds {tokens:,} tokens in {documents:,} documents, largest id {largest}; "
-               f"its manifest says {entry.tokens:,}, {entry.documents:,}, {entry.max_id}")
+        yield (
+            f"holds {tokens:,} tokens in {documents:,} documents, largest id {largest}; "
+            f"its manifest says {entry.tokens:,}, {entry.documents:,}, {entry.max_id}"
+        )
     if manifest.tokenizer and largest >= manifest.tokenizer.vocab_size:
         yield f"holds id {largest}, outside the vocabulary of {manifest.tokenizer.vocab_size}"

@@ -3,6 +3,7 @@
 A shard holds a fixed number of tokens, cut anywhere: shard k of a corpus is tokens [k*S, (k+1)*S) of its stream.
 So the point at which a killed build continues is the end of its last whole shard, and nothing else.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -29,12 +30,23 @@ class ShardWriter:
     is, while ``committed`` runs, how many tokens of the last ``add`` are on disk.
     """
 
-    def __init__(self, folder: Path, *, name: str, dtype: np.dtype[Any], chunk_tokens: int, shard_chunks: int,
-                 committed: Callable[[ShardEntry], None], first: int = 0) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        name: str,
+        dtype: np.dtype[Any],
+        chunk_tokens: int,
+        shard_chunks: int,
+        committed: Callable[[ShardEntry], None],
+        first: int = 0,
+    ) -> None:
         self._folder, self._name, self._committed = folder, name, committed
         self._shard_chunks, self._number = shard_chunks, first
         self._buffer = np.empty(chunk_tokens, dtype)
-        self._used = self.taken = 0  # tokens of the buffer that are filled; of a document that are in it or before it
+        self._used = self.taken = (
+            0  # tokens of the buffer that are filled; of a document that are in it or before it
+        )
         self._ends: list[int] = []  # exclusive ends of the documents that end in the buffer
         self._tar: _Tar | None = None
         folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +56,7 @@ class ShardWriter:
         self.taken = 0
         while True:
             count = min(len(tokens) - self.taken, len(self._buffer) - self._used)
-            self._buffer[self._used:self._used + count] = tokens[self.taken:self.taken + count]
+            self._buffer[self._used : self._used + count] = tokens[self.taken : self.taken + count]
             self._used += count
             self.taken += count
             if self.taken == len(tokens):
@@ -63,7 +75,7 @@ class ShardWriter:
 
     def _flush_chunk(self) -> None:
         self._tar = self._tar or _Tar()
-        self._tar.add(self._buffer[:self._used], np.array(self._ends, "<u4"))
+        self._tar.add(self._buffer[: self._used], np.array(self._ends, "<u4"))
         self._used, self._ends = 0, []
         if self._tar.chunks == self._shard_chunks:
             self._finish_shard()
@@ -83,8 +95,12 @@ class _Tar:
         from webdataset.writer import TarWriter  # slow to import
 
         self._file = io.BytesIO()
-        self._writer = TarWriter(self._file, user="hfscale", group="hfscale", mtime=0, compress=False, encoder=False)
-        self._writer.tarstream.format = tarfile.USTAR_FORMAT  # webdataset leaves it at tarfile's default, PAX
+        self._writer = TarWriter(
+            self._file, user="hfscale", group="hfscale", mtime=0, compress=False, encoder=False
+        )
+        self._writer.tarstream.format = (
+            tarfile.USTAR_FORMAT
+        )  # webdataset leaves it at tarfile's default, PAX
         self._members: list[tuple[int, int, int, int, int]] = []
         self._offset, self._max_id, self.chunks = 0, -1, 0
 
@@ -92,11 +108,18 @@ class _Tar:
         """Return once a chunk is in the tar. ``ends`` are relative to the chunk."""
         npy = io.BytesIO()
         np.save(npy, ends)
-        payloads = {"ends.npy": npy.getvalue(), "tokens.bin": tokens.tobytes()}  # in the order that TarWriter gives them
+        payloads = {
+            "ends.npy": npy.getvalue(),
+            "tokens.bin": tokens.tobytes(),
+        }  # in the order that TarWriter gives them
         self._writer.write({"__key__": f"{self.chunks:09d}", **payloads})
-        for payload, n_tokens, n_documents in zip(payloads.values(), (0, len(tokens)), (len(ends), 0), strict=True):
+        for payload, n_tokens, n_documents in zip(
+            payloads.values(), (0, len(tokens)), (len(ends), 0), strict=True
+        ):
             checksum = xxhash.xxh3_64_intdigest(payload)
-            self._members.append((self._offset + BLOCK, len(payload), n_tokens, n_documents, checksum))
+            self._members.append(
+                (self._offset + BLOCK, len(payload), n_tokens, n_documents, checksum)
+            )
             self._offset += BLOCK + -(-len(payload) // BLOCK) * BLOCK
         self._max_id = max(self._max_id, int(tokens.max()))
         self.chunks += 1
@@ -108,5 +131,11 @@ class _Tar:
         write_atomically(path, data)
         index = ShardIndex(hashlib.sha256(data).hexdigest(), np.array(self._members, MEMBER))
         index.save(path.with_suffix(".idx"))
-        return ShardEntry(name=path.name, bytes=len(data), tokens=int(index.tokens["tokens"].sum()),
-                          documents=int(index.ends["documents"].sum()), digest=index.tar_digest, max_id=self._max_id)
+        return ShardEntry(
+            name=path.name,
+            bytes=len(data),
+            tokens=int(index.tokens["tokens"].sum()),
+            documents=int(index.ends["documents"].sum()),
+            digest=index.tar_digest,
+            max_id=self._max_id,
+        )

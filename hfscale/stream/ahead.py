@@ -4,6 +4,7 @@ The order says which shard comes when, arbitrarily far ahead (of raw text: which
 by this rank's share of the cache; each round counts it as used, so that what was trained on is removed first. What cannot be had is left to
 the reader, which needs it and says so.
 """
+
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
@@ -23,14 +24,20 @@ ROUND_S = 1.0  # between rounds
 def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> None:
     """Return when ``rows`` are closed, or hold nothing remote. ``wanted`` yields the shards that this rank wants, look after look."""
     every = [(manifest, entry) for manifest in rows.manifests for entry in manifest.shards]
-    shards = {number: (manifest, entry) for number, (manifest, entry) in enumerate(every) if manifest.remote}
+    shards = {
+        number: (manifest, entry)
+        for number, (manifest, entry) in enumerate(every)
+        if manifest.remote
+    }
     warned = False
     while shards:
         remote = next(iter(shards.values()))[0].remote
         room = SHARE * remote.limit / World.from_environment().local_world_size
         size, seen = 0, set[int]()
         for look, found in enumerate(wanted()):
-            for shard in [new for new in dict.fromkeys(found.tolist()) if new in shards and new not in seen]:
+            for shard in [
+                new for new in dict.fromkeys(found.tolist()) if new in shards and new not in seen
+            ]:
                 manifest, entry = shards[shard]
                 seen.add(shard)
                 size += entry.bytes
@@ -46,8 +53,10 @@ def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> 
             if size > room:
                 if not (look or warned):
                     warned = True
-                    logger.warning("data.cache.size_gb is too small for these lanes, so shards will be fetched again and again: "
-                                   "give more, or fewer data.lanes in a new run")
+                    logger.warning(
+                        "data.cache.size_gb is too small for these lanes, so shards will be fetched again and again: "
+                        "give more, or fewer data.lanes in a new run"
+                    )
                 break
         if remote.cancelled.wait(ROUND_S):
             return

@@ -1,4 +1,5 @@
 """The batch digest: one number that names what a global step trained on, however it was cut into ranks and micro-batches."""
+
 from __future__ import annotations
 
 import hashlib
@@ -13,7 +14,9 @@ def batch_digest(ids: Iterable[Tensor]) -> int:
 
     A sum of the ranks' digests in int64 (all-reduce; it wraps) is the digest of the global batch.
     """
-    return (sum(digest_rows(ids_BT.detach().cpu().numpy()) for ids_BT in ids) + 2**63) % 2**64 - 2**63
+    return (
+        sum(digest_rows(ids_BT.detach().cpu().numpy()) for ids_BT in ids) + 2**63
+    ) % 2**64 - 2**63
 
 
 def digest_rows(ids_BT: np.ndarray) -> int:
@@ -22,4 +25,7 @@ def digest_rows(ids_BT: np.ndarray) -> int:
     A row is hashed as little-endian int64, a digest is read as a little-endian number.
     """
     rows = np.ascontiguousarray(ids_BT, dtype="<i8")
-    return sum(int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") for row in rows) % 2**64
+    return (
+        sum(int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") for row in rows)
+        % 2**64
+    )

@@ -7,6 +7,7 @@ neither ranks nor batches. A step takes the next ``global_batch`` features, sort
 
 Shape legend: B features of a micro-batch, n of those asked for, N of an epoch.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -35,7 +36,9 @@ class BadExample(ValueError):
 class Examples:
     """One micro-batch as it leaves the stream, on the CPU; the loop treats it like ``Rows``."""
 
-    features: list[dict[str, Any]]  # B, as the task made them, and "example": the number of the example in its split
+    features: list[
+        dict[str, Any]
+    ]  # B, as the task made them, and "example": the number of the example in its split
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: 0
     position: Tensor  # int64 (B,): the row's place in the order of the run, or in the split
@@ -68,7 +71,7 @@ class ExampleOrder:
         parts, N = [], len(self.lengths)
         while count > 0:
             epoch, place = divmod(start, N)
-            found = self._pool(epoch, place // POOL)[place % POOL:][:count]
+            found = self._pool(epoch, place // POOL)[place % POOL :][:count]
             parts.append(found)
             start, count = start + len(found), count - len(found)
         return np.concatenate(parts)
@@ -76,12 +79,21 @@ class ExampleOrder:
     def _permuted(self, epoch: int, number: int) -> np.ndarray:
         """Return the features of a pool of an epoch, in their order."""
         N = len(self.lengths)
-        rows = self._order.locate(epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))).row
+        rows = self._order.locate(
+            epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))
+        ).row
         if self.grouped:
-            key, by_length = key_of(self.seed, epoch, _POOLS, number), np.argsort(self.lengths[rows], kind="stable")
-            groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))  # cut elsewhere in each epoch
+            key, by_length = (
+                key_of(self.seed, epoch, _POOLS, number),
+                np.argsort(self.lengths[rows], kind="stable"),
+            )
+            groups = np.split(
+                by_length, range(int(key[0]) % GROUP, len(rows), GROUP)
+            )  # cut elsewhere in each epoch
             turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
-            rows = rows[np.concatenate([np.sort(groups[turn]) for turn in turns])]  # a group itself is in no order of length
+            rows = rows[
+                np.concatenate([np.sort(groups[turn]) for turn in turns])
+            ]  # a group itself is in no order of length
         return rows
 
 
@@ -92,16 +104,43 @@ class ExampleStream:
         DataError: if ``state`` is of other examples, or of another order.
     """
 
-    def __init__(self, features: Any, order: ExampleOrder, *, fingerprint: str, global_batch: int, micro_batch: int, rank: int,
-                 world_size: int, state: dict[str, Any] | None = None) -> None:
-        self._features, self._order, self._rank, self._world_size = features, order, rank, world_size
+    def __init__(
+        self,
+        features: Any,
+        order: ExampleOrder,
+        *,
+        fingerprint: str,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        state: dict[str, Any] | None = None,
+    ) -> None:
+        self._features, self._order, self._rank, self._world_size = (
+            features,
+            order,
+            rank,
+            world_size,
+        )
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        self._state = ExampleState(fingerprint, order.seed, order.grouped, len(order.lengths), state["consumed_rows"] if state else 0)
+        self._state = ExampleState(
+            fingerprint,
+            order.seed,
+            order.grouped,
+            len(order.lengths),
+            state["consumed_rows"] if state else 0,
+        )
         if state and state != self._state.to_dict():
-            differ = [f"{name}: {state.get(name)} in the checkpoint, {now} now" for name, now in self._state.to_dict().items()
-                      if state.get(name) != now]
-            raise DataError("the checkpoint continues other examples, or another order of them", where="; ".join(differ),
-                            remedy="give back the files and options of data (and the hfscale of then), or start a new run: run.name=...")
+            differ = [
+                f"{name}: {state.get(name)} in the checkpoint, {now} now"
+                for name, now in self._state.to_dict().items()
+                if state.get(name) != now
+            ]
+            raise DataError(
+                "the checkpoint continues other examples, or another order of them",
+                where="; ".join(differ),
+                remedy="give back the files and options of data (and the hfscale of then), or start a new run: run.name=...",
+            )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
         self._next = self._reader.submit(self._read, self._state.consumed_rows)
 
@@ -111,7 +150,9 @@ class ExampleStream:
 
     def advance(self) -> None:
         """Return with the taken step counted as consumed: its optimizer step is complete."""
-        self._state = replace(self._state, consumed_rows=self._state.consumed_rows + self._global_batch)
+        self._state = replace(
+            self._state, consumed_rows=self._state.consumed_rows + self._global_batch
+        )
         self._next = self._reader.submit(self._read, self._state.consumed_rows)
 
     def state(self) -> ExampleState:
@@ -127,19 +168,37 @@ class ExampleStream:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, start: int) -> list[Examples]:
-        numbers, positions = self._order.at(start, self._global_batch), start + np.arange(self._global_batch)
-        by_length = np.argsort(self._order.lengths[numbers], kind="stable") if self._order.grouped else np.arange(len(numbers))
+        numbers, positions = (
+            self._order.at(start, self._global_batch),
+            start + np.arange(self._global_batch),
+        )
+        by_length = (
+            np.argsort(self._order.lengths[numbers], kind="stable")
+            if self._order.grouped
+            else np.arange(len(numbers))
+        )
         numbers, positions = numbers[by_length], positions[by_length]
         width = self._micro_batch
         firsts = range(self._rank * width, self._global_batch, self._world_size * width)
-        return [micro_batch(self._features, numbers[first:first + width], positions[first:first + width]) for first in firsts]
+        return [
+            micro_batch(
+                self._features, numbers[first : first + width], positions[first : first + width]
+            )
+            for first in firsts
+        ]
 
 
 class ExampleRows:
     """All features of a split once, longest last: whole micro-batches, as many on each rank, the last filled up with rows not valid."""
 
-    def __init__(self, features: Any, lengths: np.ndarray, *, micro_batch: int, rank: int, world_size: int) -> None:
-        self._features, self._by_length, self._micro_batch = features, np.argsort(lengths, kind="stable"), micro_batch
+    def __init__(
+        self, features: Any, lengths: np.ndarray, *, micro_batch: int, rank: int, world_size: int
+    ) -> None:
+        self._features, self._by_length, self._micro_batch = (
+            features,
+            np.argsort(lengths, kind="stable"),
+            micro_batch,
+        )
         self._rank, self._world_size = rank, world_size
 
     def __iter__(self) -> Iterator[Examples]:
@@ -151,7 +210,9 @@ class ExampleRows:
             yield micro_batch(self._features, numbers, numbers, valid=places < n)
 
 
-def micro_batch(features: Any, numbers: np.ndarray, positions: np.ndarray, valid: np.ndarray | None = None) -> Examples:
+def micro_batch(
+    features: Any, numbers: np.ndarray, positions: np.ndarray, valid: np.ndarray | None = None
+) -> Examples:
     """Return features ``numbers`` (B) of a ``datasets.Dataset``, or of a list, as a micro-batch."""
     import torch
 
@@ -159,8 +220,14 @@ def micro_batch(features: Any, numbers: np.ndarray, positions: np.ndarray, valid
         rows = [features[number] for number in numbers]
     else:
         columns = features[numbers.tolist()]
-        rows = [dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)]
-    rows = [{name: cell for name, cell in row.items() if cell is not None} for row in rows]  # Arrow has every name in every row
+        rows = [
+            dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
+        ]
+    rows = [
+        {name: cell for name, cell in row.items() if cell is not None} for row in rows
+    ]  # Arrow has every name in every row
     valid = np.ones(len(numbers), bool) if valid is None else valid
     source_B = torch.zeros(len(numbers), dtype=torch.int16)
-    return Examples(rows, torch.from_numpy(valid), source_B, torch.from_numpy(positions.astype(np.int64)))
+    return Examples(
+        rows, torch.from_numpy(valid), source_B, torch.from_numpy(positions.astype(np.int64))
+    )

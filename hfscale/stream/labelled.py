@@ -7,6 +7,7 @@
 The digest is of the tables' bytes, the columns, the task's code and options, and the tokenizer: nothing is ever found that would be made
 differently. A folder appears whole, by a rename; processes that want the same one wait for each other.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -41,8 +42,14 @@ class Roles(Protocol):
     answers: ClassVar[frozenset[str]]
 
 
-def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[str, str], answers: bool = True,
-                  **hub: Any) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_examples(
+    table: str,
+    roles: Roles | type[Roles],
+    *,
+    columns: Mapping[str, str],
+    answers: bool = True,
+    **hub: Any,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers`` they may be missing.
 
     Raises:
@@ -50,11 +57,18 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
     """
     known = {*roles.columns, "id"}
     if wrong := sorted(columns.keys() - known):
-        raise ConfigError("the task has no such role", where=f"data.columns.{wrong[0]}", value=wrong[0], remedy=nearest(wrong[0], known))
+        raise ConfigError(
+            "the task has no such role",
+            where=f"data.columns.{wrong[0]}",
+            value=wrong[0],
+            remedy=nearest(wrong[0], known),
+        )
     seen = set[str]()
     may_lack = roles.optional | (frozenset() if answers else roles.answers) | {"id"}
     asked = [role for role in roles.columns if role not in roles.answers]
-    if table.endswith(".txt") and "text" not in roles.columns:  # a text a line is what is asked about, whatever its role's name
+    if (
+        table.endswith(".txt") and "text" not in roles.columns
+    ):  # a text a line is what is asked about, whatever its role's name
         columns = {asked[0]: "text", **columns}
     for number, (where, row) in enumerate(table_rows(table, **hub)):
         example = {}
@@ -63,20 +77,42 @@ def read_examples(table: str, roles: Roles | type[Roles], *, columns: Mapping[st
             if (cell := _cell(row, column := columns.get(role, role))) is not MISSING:
                 example[role] = cell
             elif role not in may_lack or (role in columns and role not in roles.answers):
-                raise DataError(f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})", where=where, value=column,
-                                remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}")
+                raise DataError(
+                    f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})",
+                    where=where,
+                    value=column,
+                    remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}",
+                )
         if not any(role in example for role in asked):  # each of them alone may be missing
-            raise DataError(f"there is none of the columns {', '.join(asked)}", where=where, value=there[:80],
-                            remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the columns are {there}")
+            raise DataError(
+                f"there is none of the columns {', '.join(asked)}",
+                where=where,
+                value=there[:80],
+                remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the columns are {there}",
+            )
         example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
         if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
-            raise DataError("a text holds half of a character (a lone surrogate)", where=where, value=ascii(example)[:80], remedy="mend it")
+            raise DataError(
+                "a text holds half of a character (a lone surrogate)",
+                where=where,
+                value=ascii(example)[:80],
+                remedy="mend it",
+            )
         if example["id"] in seen:
-            raise DataError("an id occurs twice", where=where, value=example["id"], remedy="give each example an id of its own, or no ids")
+            raise DataError(
+                "an id occurs twice",
+                where=where,
+                value=example["id"],
+                remedy="give each example an id of its own, or no ids",
+            )
         seen.add(example["id"])
         yield where, example
     if not seen:
-        raise DataError("there are no rows in it", where=table, remedy="give at least one; is it the right file, with a header if csv?")
+        raise DataError(
+            "there are no rows in it",
+            where=table,
+            remedy="give at least one; is it the right file, with a header if csv?",
+        )
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Any:
@@ -89,7 +125,11 @@ def _cell(row: Mapping[str, Any], column: str) -> Any:
 
 def _columns(row: Mapping[str, Any]) -> Iterator[str]:
     for name, cell in row.items():
-        yield from (f"{name}.{inner}" for inner in _columns(cell)) if isinstance(cell, Mapping) and cell else (str(name),)
+        yield from (
+            (f"{name}.{inner}" for inner in _columns(cell))
+            if isinstance(cell, Mapping) and cell
+            else (str(name),)
+        )
 
 
 def is_text(value: str) -> bool:
@@ -103,8 +143,14 @@ def is_text(value: str) -> bool:
 
 def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
     """Return a number in [0, 1) that depends on what the example asks alone: the same question is always in the same split."""
-    asked = {role: value for role, value in sorted(example.items()) if role != "id" and role not in roles.answers}
-    digest = hashlib.blake2b(json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8).digest()
+    asked = {
+        role: value
+        for role, value in sorted(example.items())
+        if role != "id" and role not in roles.answers
+    }
+    digest = hashlib.blake2b(
+        json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8
+    ).digest()
     return int.from_bytes(digest, "little") / 2**64
 
 
@@ -141,7 +187,10 @@ class Split:
 
     def examples(self) -> list[dict[str, Any]]:
         """Return all examples, in the order of their numbers."""
-        return [json.loads(text) for text in _mapped(self.folder / "examples.arrow").data.column("example").to_pylist()]
+        return [
+            json.loads(text)
+            for text in _mapped(self.folder / "examples.arrow").data.column("example").to_pylist()
+        ]
 
 
 class LabelledData:
@@ -150,8 +199,15 @@ class LabelledData:
     def __init__(self, data: Examples, roles: Roles | type[Roles], *, about: str) -> None:
         """``about`` names the code of the task and its options, whatever changes what it finds in examples."""
         self.data, self.roles, self._about = data, roles, about
-        self._folder = (data.cache or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfscale") / "examples"
-        held_out = {name: part for name in ("test", "validation") if isinstance(part := getattr(data, name), float)}
+        self._folder = (
+            data.cache
+            or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "hfscale"
+        ) / "examples"
+        held_out = {
+            name: part
+            for name in ("test", "validation")
+            if isinstance(part := getattr(data, name), float)
+        }
         self._parts, begin = dict[str, tuple[float, float]](), 0.0
         for name, part in held_out.items():
             self._parts[name] = (begin, begin + part)
@@ -165,8 +221,14 @@ class LabelledData:
             DataError: as ``read_examples``.
         """
         begin, end = self._parts.get(split, (0.0, 1.0))
-        for _, example in read_examples(self.table(split), self.roles, columns=self.data.columns, answers=answers, subset=self.data.subset,
-                                        split="train" if split in self._parts else split):
+        for _, example in read_examples(
+            self.table(split),
+            self.roles,
+            columns=self.data.columns,
+            answers=answers,
+            subset=self.data.subset,
+            split="train" if split in self._parts else split,
+        ):
             if (begin, end) == (0.0, 1.0) or begin <= fraction_of(example, self.roles) < end:
                 yield example
 
@@ -178,7 +240,11 @@ class LabelledData:
         """
         chosen = self.data.train if split in self._parts else getattr(self.data, split)
         if chosen is None:
-            raise ConfigError(f"there is no {split} split", where=f"data.{split}", remedy=f"name its file, or a fraction: data.{split}=0.1")
+            raise ConfigError(
+                f"there is no {split} split",
+                where=f"data.{split}",
+                remedy=f"name its file, or a fraction: data.{split}=0.1",
+            )
         return str(chosen)
 
     def facts(self, find: Callable[[Iterable[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
@@ -187,23 +253,40 @@ class LabelledData:
         Raises:
             DataError: where the examples contradict each other.
         """
+
         def build(folder: Path) -> None:
             try:
-                (folder / "facts.json").write_text(json.dumps(find(self.examples("train")), ensure_ascii=False), "utf-8")
+                (folder / "facts.json").write_text(
+                    json.dumps(find(self.examples("train")), ensure_ascii=False), "utf-8"
+                )
             except BadExample as error:
-                raise DataError(str(error), where=self.table("train"), remedy="mend the examples, or say more in task.options") from error
+                raise DataError(
+                    str(error),
+                    where=self.table("train"),
+                    remedy="mend the examples, or say more in task.options",
+                ) from error
 
         folder = self._made(self.digest("train", "facts"), build)
         return json.loads((folder / "facts.json").read_text("utf-8"))
 
-    def prepared(self, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]], *, about: str) -> Split:
+    def prepared(
+        self,
+        split: str,
+        features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]],
+        *,
+        about: str,
+    ) -> Split:
         """Return a split with the features of its examples, made now or found; ``about`` names what ``features`` depends on.
 
         Raises:
             DataError: for examples that cannot be used, unless ``data.on_error`` is skip; and if none is left.
         """
         where = self.table(split)
-        made = Split(self._made(self.digest(split, about), lambda folder: self._write(folder, split, features)))
+        made = Split(
+            self._made(
+                self.digest(split, about), lambda folder: self._write(folder, split, features)
+            )
+        )
         report = made.report
         say = f"{split}: {report['examples']:,} examples in {report['features']:,} features"
         if report["truncated"]:
@@ -211,38 +294,79 @@ class LabelledData:
             say += f"; {report['truncated']:,} ({share:.1%}) were cut to data.max_length={self.data.max_length} tokens"
         logger.info(say)
         if report["bad"] and self.data.on_error == "stop":
-            raise DataError(f"{report['bad']:,} examples of {split} cannot be used", where=where, value=report["shown"],
-                            remedy="mend them, or leave them out with data.on_error=skip")
+            raise DataError(
+                f"{report['bad']:,} examples of {split} cannot be used",
+                where=where,
+                value=report["shown"],
+                remedy="mend them, or leave them out with data.on_error=skip",
+            )
         if report["bad"]:
-            logger.warning(f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}")
+            logger.warning(
+                f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}"
+            )
         if not report["features"]:
-            few = f"; data.{split} is a share of the texts that differ, and these are few" if split in self._parts else ""
-            raise DataError(f"no example of {split} is left", where=where, value=report["shown"] or report["examples"],
-                            remedy=f"give more or other examples{few}")
+            few = (
+                f"; data.{split} is a share of the texts that differ, and these are few"
+                if split in self._parts
+                else ""
+            )
+            raise DataError(
+                f"no example of {split} is left",
+                where=where,
+                value=report["shown"] or report["examples"],
+                remedy=f"give more or other examples{few}",
+            )
         return made
 
-    def _write(self, folder: Path, split: str, features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]]) -> None:
+    def _write(
+        self,
+        folder: Path,
+        split: str,
+        features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]],
+    ) -> None:
         from datasets.arrow_writer import ArrowWriter
 
         content = hashlib.blake2b(digest_size=16)
-        report: dict[str, Any] = {"examples": 0, "features": 0, "truncated": 0, "bad": 0, "shown": []}
-        with ArrowWriter(path=str(folder / "features.arrow")) as rows, ArrowWriter(path=str(folder / "examples.arrow")) as examples, \
-                progress_bar(f"preparing {split}", None, unit=" examples") as bar:
+        report: dict[str, Any] = {
+            "examples": 0,
+            "features": 0,
+            "truncated": 0,
+            "bad": 0,
+            "shown": [],
+        }
+        with (
+            ArrowWriter(path=str(folder / "features.arrow")) as rows,
+            ArrowWriter(path=str(folder / "examples.arrow")) as examples,
+            progress_bar(f"preparing {split}", None, unit=" examples") as bar,
+        ):
             for example in self.examples(split):
                 bar.update()
                 try:
                     made = list(features(example))
                     cut = [feature.pop("truncated", False) for feature in made]
                     if any(cut) and self.data.too_long == "refuse":
-                        raise BadExample(f"it is longer than data.max_length={self.data.max_length} tokens")
+                        raise BadExample(
+                            f"it is longer than data.max_length={self.data.max_length} tokens"
+                        )
                 except BadExample as error:
                     report["bad"] += 1
                     report["shown"] = [*report["shown"], f"{example['id']}: {error}"][:SHOWN]
                     continue
                 for feature in made:
                     content.update(json.dumps(feature, sort_keys=True).encode())
-                    rows.write({**feature, "example": report["examples"], "length": len(feature["input_ids"])})
-                examples.write({"id": example["id"], "example": json.dumps(example, ensure_ascii=False, default=str)})
+                    rows.write(
+                        {
+                            **feature,
+                            "example": report["examples"],
+                            "length": len(feature["input_ids"]),
+                        }
+                    )
+                examples.write(
+                    {
+                        "id": example["id"],
+                        "example": json.dumps(example, ensure_ascii=False, default=str),
+                    }
+                )
                 report["truncated"] += any(cut)
                 report["features"] += len(made)
                 report["examples"] += 1
@@ -254,8 +378,19 @@ class LabelledData:
     def digest(self, split: str, about: str = "") -> str:
         """Return what names the examples of a split, as they are read for this task, and what is made of them."""
         data = self.data
-        table = table_digest(self.table(split), subset=data.subset, split="train" if split in self._parts else split)
-        said = [VERSION, table, self._parts.get(split), data.columns, data.max_length, data.too_long, self._about, about]
+        table = table_digest(
+            self.table(split), subset=data.subset, split="train" if split in self._parts else split
+        )
+        said = [
+            VERSION,
+            table,
+            self._parts.get(split),
+            data.columns,
+            data.max_length,
+            data.too_long,
+            self._about,
+            about,
+        ]
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
     def _made(self, name: str, build: Callable[[Path], None]) -> Path:
@@ -265,7 +400,9 @@ class LabelledData:
             return folder
         with locked(self._folder / f".{name}.lock"):
             if not folder.is_dir():
-                with TemporaryDirectory(prefix=f".{name}.", dir=self._folder, ignore_cleanup_errors=True) as scratch:
+                with TemporaryDirectory(
+                    prefix=f".{name}.", dir=self._folder, ignore_cleanup_errors=True
+                ) as scratch:
                     partial = Path(scratch) / name
                     partial.mkdir()
                     build(partial)

@@ -10,6 +10,7 @@ is left to the thread that trains: a hand-over between threads costs as much, an
 The state is the number of rows consumed. It moves in advance(), never before, so whatever was prepared ahead is prepared again.
 Worker processes would cost about 1 ms a batch in hand-over alone.
 """
+
 from __future__ import annotations
 
 import threading
@@ -30,7 +31,9 @@ from hfscale.stream.state import StreamState
 
 SPARSE = 16  # a look further ahead is further from the one before, by the 16th of its distance
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
-PLAN_ROWS = 2**15  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
+PLAN_ROWS = (
+    2**15
+)  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
 
 
 class Stream:
@@ -43,25 +46,59 @@ class Stream:
         DataError: if ``state`` is of other data or of another order; it names what differs.
     """
 
-    def __init__(self, rows: TokenRows, order: Mixture, *, global_batch: int, micro_batch: int, rank: int, world_size: int,
-                 state: StreamState | None = None, prefetch_steps: int = 2, with_documents: bool = False, pin_memory: bool = False) -> None:
-        assert global_batch % (world_size * micro_batch) == 0, (global_batch, world_size, micro_batch)  # rules.py has checked it
+    def __init__(
+        self,
+        rows: TokenRows,
+        order: Mixture,
+        *,
+        global_batch: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        state: StreamState | None = None,
+        prefetch_steps: int = 2,
+        with_documents: bool = False,
+        pin_memory: bool = False,
+    ) -> None:
+        assert global_batch % (world_size * micro_batch) == 0, (
+            global_batch,
+            world_size,
+            micro_batch,
+        )  # rules.py has checked it
         self._rows, self._order = rows, order
-        fresh = StreamState(rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows)
-        self._opened = replace(state or fresh, epoch_rows=order.rows)  # a source may have come to a mixture
+        fresh = StreamState(
+            rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows
+        )
+        self._opened = replace(
+            state or fresh, epoch_rows=order.rows
+        )  # a source may have come to a mixture
         _check_same(fresh, self._opened)
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
         self._share = global_batch // world_size  # rows of this rank in a step
-        self._plan_steps = max(prefetch_steps, min(PLAN_ROWS, rows.plan_tokens // rows.seq_len) // global_batch)
+        self._plan_steps = max(
+            prefetch_steps, min(PLAN_ROWS, rows.plan_tokens // rows.seq_len) // global_batch
+        )
         self._documents_per = micro_batch if with_documents else 0
         slab_steps = max(1, min(self._plan_steps, SLAB_TOKENS // (self._share * rows.seq_len)))
-        self._slab = _Slab(slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory)
-        self._step = self._steps = 0  # of the slab: the one being trained on, and how many are filled
-        self._positions, self._copied = np.empty(0, np.int64), 0  # of the rows that the slab is filled from, and how many of them were
-        self._reader, self._closed = ThreadPoolExecutor(1, thread_name_prefix="stream-reader"), False
+        self._slab = _Slab(
+            slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory
+        )
+        self._step = self._steps = (
+            0  # of the slab: the one being trained on, and how many are filled
+        )
+        self._positions, self._copied = (
+            np.empty(0, np.int64),
+            0,
+        )  # of the rows that the slab is filled from, and how many of them were
+        self._reader, self._closed = (
+            ThreadPoolExecutor(1, thread_name_prefix="stream-reader"),
+            False,
+        )
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
-        self._ahead = threading.Thread(target=fetch_ahead, args=(rows, self._wanted), daemon=True, name="stream-ahead")
+        self._ahead = threading.Thread(
+            target=fetch_ahead, args=(rows, self._wanted), daemon=True, name="stream-ahead"
+        )
         self._ahead.start()
 
     def take(self) -> list[Rows]:
@@ -73,13 +110,19 @@ class Stream:
         if self._closed:
             raise RuntimeError("the stream is closed")
         if self._order.end is not None and self._consumed + self._global_batch > self._order.end:
-            raise DataError("every source has given its max_epochs", where="data.sources", value=f"{self._order.end:,} rows")
+            raise DataError(
+                "every source has given its max_epochs",
+                where="data.sources",
+                value=f"{self._order.end:,} rows",
+            )
         if self._step == self._steps:
             if self._copied == len(self._positions):
                 self._positions, self._prepared = self._next.result()
                 self._copied, steps = 0, len(self._positions) // self._share
                 start = self._consumed + steps * self._global_batch  # of the next
-                self._next = self._reader.submit(self._prepare, start, min(2 * steps, self._plan_steps))
+                self._next = self._reader.submit(
+                    self._prepare, start, min(2 * steps, self._plan_steps)
+                )
             rows = self._slab.fill(self._positions, self._prepared, self._copied)
             self._copied, self._step, self._steps = self._copied + rows, 0, rows // self._share
         return self._slab.steps[self._step]
@@ -93,7 +136,12 @@ class Stream:
 
     def state(self) -> StreamState:
         """Return where the stream stands: after the steps that were completed by ``advance``. All ranks call this together."""
-        return replace(self._opened, consumed_rows=self._consumed, **self._order.record(self._consumed), **self._rows.record())
+        return replace(
+            self._opened,
+            consumed_rows=self._consumed,
+            **self._order.record(self._consumed),
+            **self._rows.record(),
+        )
 
     def epochs(self) -> dict[str, Any]:
         """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far. All ranks call this together."""
@@ -109,7 +157,9 @@ class Stream:
     def _prepare(self, start: int, steps: int) -> tuple[np.ndarray, Prepared]:
         """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
         positions, places = self._places(start, steps)
-        return positions, self._rows.prepare(places.shard, places.row, documents_per=self._documents_per, positions=positions)
+        return positions, self._rows.prepare(
+            places.shard, places.row, documents_per=self._documents_per, positions=positions
+        )
 
     def _wanted(self) -> Iterator[np.ndarray]:
         """Yield the shards that the next steps want on this rank, then those of steps further and further ahead, up to an epoch."""
@@ -121,8 +171,13 @@ class Stream:
             ahead += max(steps, ahead // SPARSE)
 
     def _places(self, start: int, steps: int) -> tuple[np.ndarray, Places]:
-        positions = self._order.steps(start, count=steps, global_batch=self._global_batch, rank=self._rank,
-                                      world_size=self._world_size).ravel()
+        positions = self._order.steps(
+            start,
+            count=steps,
+            global_batch=self._global_batch,
+            rank=self._rank,
+            world_size=self._world_size,
+        ).ravel()
         return positions, self._order.locate(positions)
 
 
@@ -132,8 +187,22 @@ class EvaluationRows:
     The last micro-batches are filled up with rows of ``valid_B`` False. Rows are read again at each pass.
     """
 
-    def __init__(self, rows: TokenRows, *, count: int, micro_batch: int, rank: int, world_size: int, with_documents: bool = False) -> None:
-        self._rows, self._micro_batch, self._rank, self._world_size = rows, micro_batch, rank, world_size
+    def __init__(
+        self,
+        rows: TokenRows,
+        *,
+        count: int,
+        micro_batch: int,
+        rank: int,
+        world_size: int,
+        with_documents: bool = False,
+    ) -> None:
+        self._rows, self._micro_batch, self._rank, self._world_size = (
+            rows,
+            micro_batch,
+            rank,
+            world_size,
+        )
         self._ends = np.cumsum(rows.shard_rows)
         self.available = int(self._ends[-1])
         self.count = min(count, self.available)
@@ -151,8 +220,16 @@ class EvaluationRows:
             line = np.minimum(position, self.count - 1) * self.available // self.count
             shard = np.searchsorted(self._ends, line, side="right")
             numbers = line - self._ends[shard] + self._rows.shard_rows[shard]
-            slab = _Slab(1, self._micro_batch, self._micro_batch, length=self._rows.seq_len + 1, pin_memory=False)
-            slab.fill(position, self._rows.prepare(shard, numbers, documents_per=self._documents_per), 0)
+            slab = _Slab(
+                1,
+                self._micro_batch,
+                self._micro_batch,
+                length=self._rows.seq_len + 1,
+                pin_memory=False,
+            )
+            slab.fill(
+                position, self._rows.prepare(shard, numbers, documents_per=self._documents_per), 0
+            )
             [[batch]] = slab.steps
             yield replace(batch, valid_B=batch.valid_B & (batch.position < self.count))
 
@@ -160,33 +237,65 @@ class EvaluationRows:
 class _Slab:
     """Memory for this rank's rows of a few steps, and the micro-batches of each step that are views of it, made once."""
 
-    def __init__(self, steps: int, step_rows: int, micro_batch: int, *, length: int, pin_memory: bool) -> None:
+    def __init__(
+        self, steps: int, step_rows: int, micro_batch: int, *, length: int, pin_memory: bool
+    ) -> None:
         n, self._micro_batch = steps * step_rows, micro_batch
         ids = torch.empty((n, length), dtype=torch.int64, pin_memory=pin_memory)
-        position, valid, source = torch.empty(n, dtype=torch.int64), torch.empty(n, dtype=torch.bool), torch.empty(n, dtype=torch.int16)
+        position, valid, source = (
+            torch.empty(n, dtype=torch.int64),
+            torch.empty(n, dtype=torch.bool),
+            torch.empty(n, dtype=torch.int16),
+        )
         cuts = [slice(first, first + micro_batch) for first in range(0, n, micro_batch)]
-        self._batches = [Rows(ids[cut], None, valid[cut], source[cut], position[cut]) for cut in cuts]
+        self._batches = [
+            Rows(ids[cut], None, valid[cut], source[cut], position[cut]) for cut in cuts
+        ]
         per_step = step_rows // micro_batch
-        self.steps = [self._batches[first:first + per_step] for first in range(0, len(cuts), per_step)]
-        self._ids, self._position, self._source, self._valid = ids.numpy(), position.numpy(), source.numpy(), valid.numpy()
+        self.steps = [
+            self._batches[first : first + per_step] for first in range(0, len(cuts), per_step)
+        ]
+        self._ids, self._position, self._source, self._valid = (
+            ids.numpy(),
+            position.numpy(),
+            source.numpy(),
+            valid.numpy(),
+        )
 
     def fill(self, positions: np.ndarray, rows: Prepared, start: int) -> int:
         """Return how many rows, from ``start`` on, are now in the micro-batches: as many as fit, or are left."""
         n = min(len(self._ids), len(positions) - start)
         part = slice(start, start + n)
         rows.fill(part, self._ids[:n])
-        self._position[:n], self._source[:n], self._valid[:n] = positions[part], rows.source[part], rows.valid[part]
+        self._position[:n], self._source[:n], self._valid[:n] = (
+            positions[part],
+            rows.source[part],
+            rows.valid[part],
+        )
         first = start // self._micro_batch
-        for batch, boundaries in zip(self._batches, rows.boundaries[first:first + n // self._micro_batch]):
+        for batch, boundaries in zip(
+            self._batches, rows.boundaries[first : first + n // self._micro_batch]
+        ):
             batch.boundaries = torch.from_numpy(boundaries)
         return n
 
 
 def _check_same(ours: StreamState, saved: StreamState) -> None:
-    names = {"fingerprint": "data.sources (the shards themselves)", "seed": "run.seed", "seq_len": "data.seq_len", "lanes": "data.lanes",
-             "block": "data.block"}
-    differ = [f"{where}: {getattr(saved, name)} in the checkpoint, {getattr(ours, name)} now"
-              for name, where in names.items() if getattr(ours, name) != getattr(saved, name)]
+    names = {
+        "fingerprint": "data.sources (the shards themselves)",
+        "seed": "run.seed",
+        "seq_len": "data.seq_len",
+        "lanes": "data.lanes",
+        "block": "data.block",
+    }
+    differ = [
+        f"{where}: {getattr(saved, name)} in the checkpoint, {getattr(ours, name)} now"
+        for name, where in names.items()
+        if getattr(ours, name) != getattr(saved, name)
+    ]
     if differ:
-        raise DataError("the checkpoint continues another stream of data; rows would be repeated or lost", where="; ".join(differ),
-                        remedy="give back the data and these values, or start a new run with another run.name")
+        raise DataError(
+            "the checkpoint continues another stream of data; rows would be repeated or lost",
+            where="; ".join(differ),
+            remedy="give back the data and these values, or start a new run with another run.name",
+        )

@@ -12,6 +12,7 @@ A *phase* is a stretch of blocks alike: where it begins (in rows of the run), an
 
 Shape legend: n positions asked for; S sources; F phases.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -46,7 +47,9 @@ class Phase(NamedTuple):
 
 
 ALONE = Phase(0, (1,))  # of a run over one source
-Stages = Sequence[tuple[int, Sequence[float]]]  # (first row of the run, weight of each source); the first stage begins at row 0
+Stages = Sequence[
+    tuple[int, Sequence[float]]
+]  # (first row of the run, weight of each source); the first stage begins at row 0
 
 
 def share(weights: Sequence[float], size: int, left: Sequence[int | None]) -> tuple[int, ...]:
@@ -59,7 +62,7 @@ def share(weights: Sequence[float], size: int, left: Sequence[int | None]) -> tu
         rest, total = size - sum(counts), sum(Fraction(weights[s]) for s in sharing)
         exact = {s: Fraction(weights[s]) * rest / total for s in sharing}
         by_remainder = sorted(sharing, key=lambda s: (exact[s] // 1 - exact[s], s))
-        longer = set(by_remainder[:rest - sum(int(x) for x in exact.values())])
+        longer = set(by_remainder[: rest - sum(int(x) for x in exact.values())])
         given = {s: int(exact[s]) + (s in longer) for s in sharing}
         short = {s: most for s in sharing if (most := left[s]) is not None and most < given[s]}
         for s, n in (short or given).items():
@@ -68,14 +71,28 @@ def share(weights: Sequence[float], size: int, left: Sequence[int | None]) -> tu
     return tuple(counts)
 
 
-def plan(stages: Stages, *, block: int, caps: Sequence[int | None], past: Sequence[Phase] = (),
-         consumed: int = 0) -> tuple[list[Phase], int | None]:
+def plan(
+    stages: Stages,
+    *,
+    block: int,
+    caps: Sequence[int | None],
+    past: Sequence[Phase] = (),
+    consumed: int = 0,
+) -> tuple[list[Phase], int | None]:
     """Return all phases of a run and the row at which it must end, every source used up (None: never).
 
     Up to the end of the block in which row ``consumed`` lies they are those of the ``past``; from there on they follow the arguments.
     """
-    phases = [Phase(begin, (*counts, *[0] * (len(caps) - len(counts)))) for begin, counts in past if begin < consumed]
-    at = phases[-1].begin - (phases[-1].begin - consumed) // phases[-1].size * phases[-1].size if phases else 0  # rounded up
+    phases = [
+        Phase(begin, (*counts, *[0] * (len(caps) - len(counts))))
+        for begin, counts in past
+        if begin < consumed
+    ]
+    at = (
+        phases[-1].begin - (phases[-1].begin - consumed) // phases[-1].size * phases[-1].size
+        if phases
+        else 0
+    )  # rounded up
     used = [int(n) for n in _rows_before([*phases, Phase(at, (0,) * len(caps))])[-1]]
     while True:
         weights = [weights for row, weights in stages if row <= at][-1]
@@ -87,7 +104,11 @@ def plan(stages: Stages, *, block: int, caps: Sequence[int | None], past: Sequen
             return phases, at
         if not phases or phases[-1].counts != counts:
             phases.append(Phase(at, counts))
-        repeats = [have // count for have, count in zip(left, counts, strict=True) if have is not None and count]
+        repeats = [
+            have // count
+            for have, count in zip(left, counts, strict=True)
+            if have is not None and count
+        ]
         repeats += [] if until is None else [until // size]
         if not repeats:
             return phases, None
@@ -99,7 +120,12 @@ def _rows_before(phases: Sequence[Phase]) -> np.ndarray:
     """Return how many rows of each source come before each phase (F, S)."""
     blocks = [(after.begin - phase.begin) // phase.size for phase, after in zip(phases, phases[1:])]
     counts = np.array([phase.counts for phase in phases], dtype=np.int64)
-    return np.concatenate([np.zeros_like(counts[:1]), np.cumsum(counts[:-1] * np.array(blocks, dtype=np.int64)[:, None], axis=0)])
+    return np.concatenate(
+        [
+            np.zeros_like(counts[:1]),
+            np.cumsum(counts[:-1] * np.array(blocks, dtype=np.int64)[:, None], axis=0),
+        ]
+    )
 
 
 class Mixture:
@@ -109,12 +135,30 @@ class Mixture:
     ``raw`` text is that of its samples; where its rows lie only ``text.py`` knows. With such a source lanes are of the run's positions.
     """
 
-    def __init__(self, orders: Sequence[Order], *, fingerprints: Mapping[str, str], phases: Sequence[Phase] = (ALONE,),
-                 end: int | None = None, raw: Sequence[int] = ()) -> None:
-        self.names, self.end, self.fingerprints, self._phases = tuple(fingerprints), end, fingerprints, phases
-        self.seed, self.block, self.lanes = orders[0].seed, orders[0].block, orders[raw[0] if raw else 0].lanes
+    def __init__(
+        self,
+        orders: Sequence[Order],
+        *,
+        fingerprints: Mapping[str, str],
+        phases: Sequence[Phase] = (ALONE,),
+        end: int | None = None,
+        raw: Sequence[int] = (),
+    ) -> None:
+        self.names, self.end, self.fingerprints, self._phases = (
+            tuple(fingerprints),
+            end,
+            fingerprints,
+            phases,
+        )
+        self.seed, self.block, self.lanes = (
+            orders[0].seed,
+            orders[0].block,
+            orders[raw[0] if raw else 0].lanes,
+        )
         self.orders, self.raw = orders, raw
-        self._rows, self._lanes = (np.array([getattr(order, what) for order in orders]) for what in ("rows", "lanes"))
+        self._rows, self._lanes = (
+            np.array([getattr(order, what) for order in orders]) for what in ("rows", "lanes")
+        )
         self._first_shards = np.cumsum([0, *(len(order.shard_rows) for order in orders)])
         self.rows = int(self._rows.sum())  # one epoch: as many rows as all sources hold
         self._begins = np.array([phase.begin for phase in phases], dtype=np.int64)
@@ -127,12 +171,16 @@ class Mixture:
     def fingerprint(self) -> str:
         """What names all the data."""
         prints = list(self.fingerprints.values())
-        return prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+        return (
+            prints[0] if len(prints) == 1 else hashlib.sha256("".join(prints).encode()).hexdigest()
+        )
 
     def place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Return the source of each position (n), and the place of its row in that source's own order (n)."""
         if self.end is not None:
-            positions = np.minimum(positions, self.end - 1)  # what is read ahead of the end is never trained on
+            positions = np.minimum(
+                positions, self.end - 1
+            )  # what is read ahead of the end is never trained on
         if len(self.orders) == 1:
             return np.zeros_like(positions), positions
         phase = np.searchsorted(self._begins, positions, side="right") - 1
@@ -143,9 +191,13 @@ class Mixture:
             slot[mixed] = permute(slot[mixed], size[mixed], mix(begin ^ self._key))
         source = (slot[:, None] >= self._ends[phase]).sum(axis=1)
         count = self._counts[phase, source]
-        return source, self._before[phase, source] + block * count + slot - (self._ends[phase, source] - count)
+        return source, self._before[phase, source] + block * count + slot - (
+            self._ends[phase, source] - count
+        )
 
-    def steps(self, start: int, *, count: int, global_batch: int, rank: int, world_size: int) -> np.ndarray:
+    def steps(
+        self, start: int, *, count: int, global_batch: int, rank: int, world_size: int
+    ) -> np.ndarray:
         """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
 
         A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into ``world_size`` equal slices,
@@ -157,7 +209,12 @@ class Mixture:
         else:
             source, cursor = self.place(positions)
             lane = source << 40 | cursor % self._rows[source] % self._lanes[source]
-        return deal(positions.reshape(count, global_batch), lane.reshape(count, global_batch), rank=rank, world_size=world_size)
+        return deal(
+            positions.reshape(count, global_batch),
+            lane.reshape(count, global_batch),
+            rank=rank,
+            world_size=world_size,
+        )
 
     def locate(self, positions: np.ndarray) -> Places:
         """Return the places of ``positions`` (n); epochs and lanes are those of each row's source. For raw text: its first shard."""
@@ -170,7 +227,11 @@ class Mixture:
                 places.shard[at] = self._first_shards[number]
             elif at.size:
                 found = order.locate(cursor[at])
-                places.epoch[at], places.lane[at], places.row[at] = found.epoch, found.lane, found.row
+                places.epoch[at], places.lane[at], places.row[at] = (
+                    found.epoch,
+                    found.lane,
+                    found.row,
+                )
                 places.shard[at] = found.shard + self._first_shards[number]
         return places
 
@@ -179,25 +240,43 @@ class Mixture:
         phase = int(np.searchsorted(self._begins, position, side="right")) - 1
         block, slot = divmod(position - int(self._begins[phase]), int(self._ends[phase, -1]))
         source, _ = self.place(np.arange(position - slot, position))
-        return self._before[phase] + block * self._counts[phase] + np.bincount(source, minlength=len(self.orders))
+        return (
+            self._before[phase]
+            + block * self._counts[phase]
+            + np.bincount(source, minlength=len(self.orders))
+        )
 
     def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
         """Return the passes over all the data, and over each source where there are several; of raw text by the samples used up."""
         used = self.consumed(position)
         used[list(self.raw)] = [sum(sample for sample, _ in lanes) for lanes in cursors]
         passes = dict(zip(self.names, (used / self._rows).tolist(), strict=True))
-        return {"epoch": int(used.sum()) / self.rows, **({"source_epoch": passes} if len(passes) > 1 else {})}
+        return {
+            "epoch": int(used.sum()) / self.rows,
+            **({"source_epoch": passes} if len(passes) > 1 else {}),
+        }
 
     def record(self, position: int) -> dict[str, Any]:
         """Return what the state of a stream must say of the mixture at ``position``: its sources, and the phases begun; one has none."""
         if len(self.orders) == 1:
             return {}
         rows = self.consumed(position).tolist()
-        return {"sources": {name: [print_[:12], n] for (name, print_), n in zip(self.fingerprints.items(), rows, strict=True)},
-                "phases": [[phase.begin, list(phase.counts)] for phase in self._phases if phase.begin < position]}
+        return {
+            "sources": {
+                name: [print_[:12], n]
+                for (name, print_), n in zip(self.fingerprints.items(), rows, strict=True)
+            },
+            "phases": [
+                [phase.begin, list(phase.counts)]
+                for phase in self._phases
+                if phase.begin < position
+            ],
+        }
 
 
-def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mapping[str, Any] | None = None) -> tuple[TokenRows, Mixture]:
+def open_mixture(
+    config: RunConfig, parts: Sequence[TokenRows], *, saved: Mapping[str, Any] | None = None
+) -> tuple[TokenRows, Mixture]:
     """Return the rows of ``data.sources`` (``parts``, in the order of the config) joined, and their order.
 
     ``saved`` is the state of the checkpoint that the run goes on from. Sources keep the numbers that they had there; new ones follow.
@@ -209,15 +288,50 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     data, train = config.data, config.train
     state = StreamState.from_dict(saved["stream"]) if saved else None
     given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
-    if len(dtypes := {part.manifest.dtype: name for name, (_, part) in given.items() if not part.raw}) > 1:
-        raise DataError("the sources have ids of unlike dtypes", where="data.sources", value=dtypes,
-                        remedy="one tokenizer gives one dtype: build the shards again with the run's")
-    names = list(dict.fromkeys([*_known(state, {name: part.manifest for name, (_, part) in given.items()}, config.run_dir), *given]))
+    if (
+        len(
+            dtypes := {
+                part.manifest.dtype: name for name, (_, part) in given.items() if not part.raw
+            }
+        )
+        > 1
+    ):
+        raise DataError(
+            "the sources have ids of unlike dtypes",
+            where="data.sources",
+            value=dtypes,
+            remedy="one tokenizer gives one dtype: build the shards again with the run's",
+        )
+    names = list(
+        dict.fromkeys(
+            [
+                *_known(
+                    state,
+                    {name: part.manifest for name, (_, part) in given.items()},
+                    config.run_dir,
+                ),
+                *given,
+            ]
+        )
+    )
     rows = TokenRows.joined([given[name][1] for name in names])
     raw = [number for number, name in enumerate(names) if given[name][1].raw]
-    lanes = _lanes_of_text(config, [given[names[number]] for number in raw], state) if raw else data.lanes
-    orders = [Order(given[name][1].shard_rows, seed=config.run.seed if number == 0 else int(key_of(config.run.seed, number, _SOURCES)[0]),
-                    lanes=lanes if number in raw else data.lanes, block=data.block) for number, name in enumerate(names)]
+    lanes = (
+        _lanes_of_text(config, [given[names[number]] for number in raw], state)
+        if raw
+        else data.lanes
+    )
+    orders = [
+        Order(
+            given[name][1].shard_rows,
+            seed=config.run.seed
+            if number == 0
+            else int(key_of(config.run.seed, number, _SOURCES)[0]),
+            lanes=lanes if number in raw else data.lanes,
+            block=data.block,
+        )
+        for number, name in enumerate(names)
+    ]
 
     step, consumed = (saved["step"], state.consumed_rows) if saved and state else (0, 0)
     steps = total_steps(train, rows=sum(order.rows for order in orders), seq_len=data.seq_len)
@@ -227,38 +341,76 @@ def open_mixture(config: RunConfig, parts: Sequence[TokenRows], *, saved: Mappin
     for number, stage in enumerate(data.stages):
         begin = round(stage.at * steps) if isinstance(stage.at, float) else stage.at
         if begin <= last:
-            raise ConfigError("a stage must begin after the one before it", where=f"data.stages.{number}.at", value=f"step {begin}",
-                              remedy=f"of {steps} steps, give one after {last}")
+            raise ConfigError(
+                "a stage must begin after the one before it",
+                where=f"data.stages.{number}.at",
+                value=f"step {begin}",
+                remedy=f"of {steps} steps, give one after {last}",
+            )
         weights, last = weights | stage.weights, begin
         stages.append((consumed + (begin - step) * train.global_batch, list(weights.values())))
     for number, (_, values) in enumerate(stages):
-        for name, weight, count in zip(names, values, share(values, data.block, [None] * len(names)), strict=True):
+        for name, weight, count in zip(
+            names, values, share(values, data.block, [None] * len(names)), strict=True
+        ):
             if weight > 0 and count == 0:
-                raise ConfigError(f"the weight of {name} is too small: it gives no row in a block of {data.block}", value=weight,
-                                  where=f"data.stages.{number - 1}.weights" if number else "data.sources",
-                                  remedy="give a larger weight or data.block, or weight 0")
+                raise ConfigError(
+                    f"the weight of {name} is too small: it gives no row in a block of {data.block}",
+                    value=weight,
+                    where=f"data.stages.{number - 1}.weights" if number else "data.sources",
+                    remedy="give a larger weight or data.block, or weight 0",
+                )
 
-    caps = [None if (most := given[name][0].max_epochs) is None else int(most * order.rows) for name, order in zip(names, orders)]
+    caps = [
+        None if (most := given[name][0].max_epochs) is None else int(most * order.rows)
+        for name, order in zip(names, orders)
+    ]
     past = [Phase(begin, tuple(counts)) for begin, counts in state.phases] if state else []
-    phases, end = plan(stages, block=data.block if len(names) > 1 else 1, caps=caps, consumed=consumed,
-                       past=past or [ALONE])  # a run of one source can turn into a mixture at any row
+    phases, end = plan(
+        stages,
+        block=data.block if len(names) > 1 else 1,
+        caps=caps,
+        consumed=consumed,
+        past=past or [ALONE],
+    )  # a run of one source can turn into a mixture at any row
     if end is not None and consumed + (steps - step) * train.global_batch > end:
-        raise ConfigError(f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
-                          where="data.sources", remedy="give more epochs or more data, or fewer train.steps")
-    return rows, Mixture(orders, fingerprints={name: given[name][1].fingerprint for name in names}, phases=phases, end=end, raw=raw)
+        raise ConfigError(
+            f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
+            where="data.sources",
+            remedy="give more epochs or more data, or fewer train.steps",
+        )
+    return rows, Mixture(
+        orders,
+        fingerprints={name: given[name][1].fingerprint for name in names},
+        phases=phases,
+        end=end,
+        raw=raw,
+    )
 
 
-def _lanes_of_text(config: RunConfig, sources: Sequence[tuple[Source, TokenRows]], state: StreamState | None) -> int:
+def _lanes_of_text(
+    config: RunConfig, sources: Sequence[tuple[Source, TokenRows]], state: StreamState | None
+) -> int:
     """Return the lanes of a run that reads raw text.
 
     Raises:
         ConfigError: if they do not divide the global batch, a source has no sample for each, or the run's length is given in epochs.
     """
-    epochs = [f"max_epochs of source {source.name}" for source, _ in sources if source.max_epochs is not None]
+    epochs = [
+        f"max_epochs of source {source.name}"
+        for source, _ in sources
+        if source.max_epochs is not None
+    ]
     if config.train.epochs is not None or epochs:
-        raise ConfigError("how many rows raw text has is not known before it is tokenized", where=[*epochs, "train.epochs"][0],
-                          remedy="give train.steps or train.tokens and no max_epochs, or make token shards: `hfscale shards build CONFIG`")
-    batch, lanes = config.train.global_batch, state.lanes if state is not None else config.data.lanes
+        raise ConfigError(
+            "how many rows raw text has is not known before it is tokenized",
+            where=[*epochs, "train.epochs"][0],
+            remedy="give train.steps or train.tokens and no max_epochs, or make token shards: `hfscale shards build CONFIG`",
+        )
+    batch, lanes = (
+        config.train.global_batch,
+        state.lanes if state is not None else config.data.lanes,
+    )
     samples = int(min(rows.shard_rows.sum() for _, rows in sources))
     fit = [n for n in range(1, min(batch, samples) + 1) if batch % n == 0]
     if lanes == "auto":
@@ -266,8 +418,12 @@ def _lanes_of_text(config: RunConfig, sources: Sequence[tuple[Source, TokenRows]
     if lanes not in fit:
         where, value = ("data.lanes", lanes) if state is None else ("train.global_batch", batch)
         near = fit if state is None else [batch // lanes * lanes, -(-batch // lanes) * lanes]
-        raise ConfigError("raw text needs lanes that divide the global batch, and a sample of each source for each lane", where=where,
-                          value=f"{lanes} lanes, global batch {batch}, {samples:,} samples", remedy=f"{where}={nearest_text(near, value)}")
+        raise ConfigError(
+            "raw text needs lanes that divide the global batch, and a sample of each source for each lane",
+            where=where,
+            value=f"{lanes} lanes, global batch {batch}, {samples:,} samples",
+            remedy=f"{where}={nearest_text(near, value)}",
+        )
     return lanes
 
 
@@ -280,15 +436,29 @@ def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Pa
     """Return the names of the sources that a checkpoint has seen, in its order, after checking that they are here and the same."""
     if state is None:
         return []
-    of_one = next((name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint), next(iter(given)))  # any name
-    seen = {name: print_ for name, (print_, _) in state.sources.items()} or {of_one: state.fingerprint}
+    of_one = next(
+        (name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint),
+        next(iter(given)),
+    )  # any name
+    seen = {name: print_ for name, (print_, _) in state.sources.items()} or {
+        of_one: state.fingerprint
+    }
     for name, print_ in seen.items():
         if name not in given:
-            raise DataError(f"source {name} of the checkpoint is gone", where="data.sources", value=[*given],
-                            remedy="give it back; weight 0 stops reading a source")
+            raise DataError(
+                f"source {name} of the checkpoint is gone",
+                where="data.sources",
+                value=[*given],
+                remedy="give it back; weight 0 stops reading a source",
+            )
         if not (now := given[name]).fingerprint.startswith(print_):
             kept = kept_manifest(run_dir, print_)
-            raise DataError(f"source {name} of the checkpoint has other data", where=f"data.sources, {now.folder}",
-                            value=Manifest.load(kept).changes(now) if kept.is_dir() else f"{print_[:12]} then, {now.fingerprint[:12]} now",
-                            remedy="give back the data as it was; other data take a source of their own")
+            raise DataError(
+                f"source {name} of the checkpoint has other data",
+                where=f"data.sources, {now.folder}",
+                value=Manifest.load(kept).changes(now)
+                if kept.is_dir()
+                else f"{print_[:12]} then, {now.fingerprint[:12]} now",
+                remedy="give back the data as it was; other data take a source of their own",
+            )
     return list(seen)

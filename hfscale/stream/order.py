@@ -13,6 +13,7 @@ Shape legend: n positions asked for; S shards. All arrays are int64 outside this
 Sources: Steele et al. 2014, Fast splittable pseudorandom number generators (splitmix64); Luby & Rackoff 1988 (Feistel networks);
 Black & Rogaway 2002, Ciphers with arbitrary finite domains (cycle walking).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -24,7 +25,9 @@ import numpy as np
 
 from hfscale.errors import ConfigError, DataError
 
-AUTO_LANES = 256  # at most, where lanes are "auto": half of the shards that a process keeps open (rows.py)
+AUTO_LANES = (
+    256  # at most, where lanes are "auto": half of the shards that a process keeps open (rows.py)
+)
 ROUNDS = 6  # of the Feistel network: 4 are the least that look random from both sides, 6 leave a margin for small blocks
 _SHARDS, _BLOCKS = 1, 2  # purposes of a key, so that two permutations of an epoch never share one
 
@@ -60,32 +63,53 @@ def resolve_lanes(lanes: Union[Literal["auto"], int], rows: int, *, block: int =
     if lanes == "auto":
         return min(AUTO_LANES, -(-rows // block))
     if lanes > rows:
-        raise ConfigError("more lanes than rows of an epoch", where="data.lanes", value=lanes,
-                          remedy=f"a source holds only {rows:,} rows of data.seq_len tokens: give at most that, or auto")
+        raise ConfigError(
+            "more lanes than rows of an epoch",
+            where="data.lanes",
+            value=lanes,
+            remedy=f"a source holds only {rows:,} rows of data.seq_len tokens: give at most that, or auto",
+        )
     return int(lanes)
 
 
 class Order:
     """The order in which the rows of S shards are read, epoch after epoch."""
 
-    def __init__(self, shard_rows: Sequence[int] | np.ndarray, *, seed: int, lanes: Union[Literal["auto"], int], block: int) -> None:
+    def __init__(
+        self,
+        shard_rows: Sequence[int] | np.ndarray,
+        *,
+        seed: int,
+        lanes: Union[Literal["auto"], int],
+        block: int,
+    ) -> None:
         self.shard_rows = np.asarray(shard_rows, dtype=np.int64)
         self.rows = int(self.shard_rows.sum())  # N: rows of one epoch
         if self.rows == 0:
-            raise DataError("no rows to order: every shard is empty or shorter than a row", where="data.sources")
-        self.seed, self.block, self.lanes = seed, block, resolve_lanes(lanes, self.rows, block=block)
+            raise DataError(
+                "no rows to order: every shard is empty or shorter than a row", where="data.sources"
+            )
+        self.seed, self.block, self.lanes = (
+            seed,
+            block,
+            resolve_lanes(lanes, self.rows, block=block),
+        )
         self._epoch = lru_cache(4)(self._lay_out)  # a run goes from one to the next
 
     def locate(self, positions: np.ndarray) -> Places:
         """Return the places of ``positions`` (n, int64, in any order, of any epochs)."""
         epoch, p = np.divmod(positions, self.rows)
         i, lane = np.divmod(p, self.lanes)
-        short, longer = divmod(self.rows, self.lanes)  # the first `longer` lanes hold one row more than `short`
+        short, longer = divmod(
+            self.rows, self.lanes
+        )  # the first `longer` lanes hold one row more than `short`
         first = i // self.block * self.block  # of its block, counted in the lane
         size = np.minimum(self.block, short + (lane < longer) - first)
         earliest = int(epoch.min())
         layouts = [self._epoch(e) for e in range(earliest, int(epoch.max()) + 1)]
-        block = (lane << 43 | first).astype(np.uint64)  # its name in the epoch: no lane has 2**43 rows
+        block = (lane << 43 | first).astype(
+            np.uint64
+        )  # its name in the epoch: no lane has 2**43 rows
         line = lane * short + np.minimum(lane, longer) + first
         if self.block > 1:
             keys = mix(block ^ np.array([layout.key for layout in layouts])[epoch - earliest])
@@ -102,14 +126,16 @@ class Order:
         names = np.arange(len(self.shard_rows), dtype=np.uint64)
         shards = np.argsort(mix(names ^ key_of(self.seed, epoch, _SHARDS)), kind="stable")
         ends = np.cumsum(self.shard_rows[shards])
-        return _Epoch(shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0])
+        return _Epoch(
+            shards, ends - self.shard_rows[shards], ends, key_of(self.seed, epoch, _BLOCKS)[0]
+        )
 
 
 def deal(positions: np.ndarray, lanes: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
     """Return the share of ``rank`` in each step (count, global_batch / world_size) of ``positions``, whose ``lanes`` are alike in shape."""
     by_lane = np.argsort(lanes, axis=1, kind="stable")
     share = positions.shape[1] // world_size
-    return np.take_along_axis(positions, by_lane[:, rank * share:(rank + 1) * share], axis=1)
+    return np.take_along_axis(positions, by_lane[:, rank * share : (rank + 1) * share], axis=1)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
@@ -126,9 +152,13 @@ def mix(x: np.ndarray) -> np.ndarray:
 def permute(x: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
     """Return, for each x in [0, size), its image under the permutation of [0, size) that its key names (n; int64, keys uint64)."""
     size = size.astype(np.uint64)
-    _, bits = np.frexp((size - np.uint64(1)).astype(np.float64))  # the smallest power of two that covers the domain
+    _, bits = np.frexp(
+        (size - np.uint64(1)).astype(np.float64)
+    )  # the smallest power of two that covers the domain
     y = _feistel(x.astype(np.uint64), bits.astype(np.uint64), keys)
-    while (outside := np.flatnonzero(y >= size)).size:  # cycle walking: less than two rounds on average
+    while (
+        outside := np.flatnonzero(y >= size)
+    ).size:  # cycle walking: less than two rounds on average
         y[outside] = _feistel(y[outside], bits[outside].astype(np.uint64), keys[outside])
     return y.astype(np.int64)
 

@@ -4,6 +4,7 @@ L = ``seq_len`` is chosen at train time; neighbouring rows share one token, so t
 
 Shape legend: B rows, L + 1 tokens each (inputs and, one later, labels); n rows asked for, anywhere in any shards.
 """
+
 from __future__ import annotations
 
 import resource
@@ -36,10 +37,14 @@ class Rows:
     """One micro-batch as it leaves the stream, on the CPU."""
 
     ids_BL: Tensor  # int64 (B, L + 1)
-    boundaries: Tensor | None  # int64, rising: b * L + t where tokens t and t + 1 of row b are of two documents; None: nobody asked
+    boundaries: (
+        Tensor | None
+    )  # int64, rising: b * L + t where tokens t and t + 1 of row b are of two documents; None: nobody asked
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: which source of the mixture
-    position: Tensor  # int64 (B,): the row's place in the order of the run (P), or of the validation rows
+    position: (
+        Tensor  # int64 (B,): the row's place in the order of the run (P), or of the validation rows
+    )
 
     @property
     def document_ids_BL(self) -> Tensor | None:
@@ -58,23 +63,48 @@ class Prepared:
     So rows of any shards are gathered by one call over one view of all the memory between the lowest and the highest of them.
     """
 
-    def __init__(self, address: np.ndarray, held: Sequence[np.ndarray], *, length: int, valid: np.ndarray, source: np.ndarray,
-                 boundaries: Sequence[np.ndarray], blocked: Mapping[int, DataError]) -> None:
+    def __init__(
+        self,
+        address: np.ndarray,
+        held: Sequence[np.ndarray],
+        *,
+        length: int,
+        valid: np.ndarray,
+        source: np.ndarray,
+        boundaries: Sequence[np.ndarray],
+        blocked: Mapping[int, DataError],
+    ) -> None:
         self.valid, self.source, self.boundaries, self.blocked = valid, source, boundaries, blocked
         self._held = held  # while they are, addresses are good
         lowest = min(held, key=_address)
         self._index = address - _address(lowest)
         self._steps = np.diff(self._index, append=0)
-        self._breaks = np.cumsum(np.diff(self._steps, prepend=0) != 0)  # where rows stop being equally far apart
-        self._windows = as_strided(lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False)
+        self._breaks = np.cumsum(
+            np.diff(self._steps, prepend=0) != 0
+        )  # where rows stop being equally far apart
+        self._windows = as_strided(
+            lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False
+        )
 
     @classmethod
-    def copied(cls, ids: np.ndarray, begins: Sequence[np.ndarray], documents_per: int, **fields: Any) -> Prepared:
+    def copied(
+        cls, ids: np.ndarray, begins: Sequence[np.ndarray], documents_per: int, **fields: Any
+    ) -> Prepared:
         """Return the rows ``ids`` (n, L + 1), in each of which documents begin at ``begins`` (n)."""
         length, per = ids.shape[1], max(1, documents_per)
         flat = [begin - 1 + k % per * (length - 1) for k, begin in enumerate(begins)]
-        boundaries = [np.concatenate(flat[k:k + per]) for k in range(0, len(flat), per)] if documents_per else []
-        return cls(_address(ids) + np.arange(len(ids)) * length, [ids.reshape(-1)], length=length, boundaries=boundaries, **fields)
+        boundaries = (
+            [np.concatenate(flat[k : k + per]) for k in range(0, len(flat), per)]
+            if documents_per
+            else []
+        )
+        return cls(
+            _address(ids) + np.arange(len(ids)) * length,
+            [ids.reshape(-1)],
+            length=length,
+            boundaries=boundaries,
+            **fields,
+        )
 
     def fill(self, part: slice, ids_BL: np.ndarray) -> None:
         """Return with ``ids_BL`` (B, L + 1; any integer dtype) filled with the B rows of ``part``.
@@ -85,13 +115,17 @@ class Prepared:
         if self.blocked and (bad := sorted(self.blocked.keys() & range(part.start, part.stop))):
             raise self.blocked[bad[0]]
         first, step = int(self._index[part.start]), int(self._steps[part.start])
-        near = 0 < step <= ids_BL.shape[1]  # what lies between farther ones may be `ids_BL`: numpy would copy without end
-        if len(ids_BL) > 1 and near and self._breaks[part.start] == self._breaks[part.stop - 2]:  # in order: no copy between
-            ids_BL[:] = self._windows[first:first + len(ids_BL) * step:step]
+        near = (
+            0 < step <= ids_BL.shape[1]
+        )  # what lies between farther ones may be `ids_BL`: numpy would copy without end
+        if (
+            len(ids_BL) > 1 and near and self._breaks[part.start] == self._breaks[part.stop - 2]
+        ):  # in order: no copy between
+            ids_BL[:] = self._windows[first : first + len(ids_BL) * step : step]
             return
         index, rows = self._index[part], max(1, GATHERED_TOKENS // ids_BL.shape[1])
         for k in range(0, len(index), rows):
-            ids_BL[k:k + rows] = self._windows[index[k:k + rows]]
+            ids_BL[k : k + rows] = self._windows[index[k : k + rows]]
 
 
 class TokenRows:
@@ -107,21 +141,45 @@ class TokenRows:
 
     plan_tokens = 2**25  # at most, of all ranks, that are prepared at once
 
-    def __init__(self, path: str | Path | Manifest, *, seq_len: int, verify: bool = True, skip: bool = False, **remote: Any) -> None:
+    def __init__(
+        self,
+        path: str | Path | Manifest,
+        *,
+        seq_len: int,
+        verify: bool = True,
+        skip: bool = False,
+        **remote: Any,
+    ) -> None:
         self.manifest = path if isinstance(path, Manifest) else Manifest.load(path, **remote)
         self.manifests = [self.manifest]
         self._first_shards = np.array([0])  # of each manifest, shards numbered through
-        self.raw, self.seq_len, self.verify, self._skip = self.manifest.dtype == TEXT, seq_len, verify, skip
+        self.raw, self.seq_len, self.verify, self._skip = (
+            self.manifest.dtype == TEXT,
+            seq_len,
+            verify,
+            skip,
+        )
         self.damage: dict[tuple[int, int], DataError] = {}
-        rows = [shard.documents if self.raw else max(0, shard.tokens - 1) // seq_len for shard in self.manifest.shards]
+        rows = [
+            shard.documents if self.raw else max(0, shard.tokens - 1) // seq_len
+            for shard in self.manifest.shards
+        ]
         self.shard_rows = np.array(rows, dtype=np.int64)
         if not self.raw and not self.shard_rows.any():
             longest = max((shard.tokens for shard in self.manifest.shards), default=0)
-            raise DataError("no shard is as long as a row" if longest else "an empty source: it has no tokens", where=path, value=longest,
-                            remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len")
-        self._filler = np.full(seq_len + 1, FILLER_ID, "<u4" if self.raw else self.manifest.numpy_dtype)
+            raise DataError(
+                "no shard is as long as a row" if longest else "an empty source: it has no tokens",
+                where=path,
+                value=longest,
+                remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len",
+            )
+        self._filler = np.full(
+            seq_len + 1, FILLER_ID, "<u4" if self.raw else self.manifest.numpy_dtype
+        )
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._near: set[tuple[int, int]] = set()  # (shard, chunk): read for the rows that were prepared last
+        self._near: set[tuple[int, int]] = (
+            set()
+        )  # (shard, chunk): read for the rows that were prepared last
         self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
     @classmethod
@@ -150,7 +208,14 @@ class TokenRows:
         """What names the data: the digest of its manifest (the first one's)."""
         return self.manifest.fingerprint
 
-    def prepare(self, shards: np.ndarray, rows: np.ndarray, *, documents_per: int = 0, positions: np.ndarray | None = None) -> Prepared:
+    def prepare(
+        self,
+        shards: np.ndarray,
+        rows: np.ndarray,
+        *,
+        documents_per: int = 0,
+        positions: np.ndarray | None = None,
+    ) -> Prepared:
         """Return row ``rows[k]`` of shard ``shards[k]``, for each k of n, ready to be copied: read from disk and verified.
 
         ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are wanted; 0: not at all. ``positions`` (n)
@@ -158,7 +223,11 @@ class TokenRows:
         What is missing or damaged stops ``Prepared.fill`` at the first row that needs it, unless it is to be skipped.
         """
         n, L = len(shards), self.seq_len
-        starts, address, valid = rows * L, np.full(n, _address(self._filler)), np.zeros(n, dtype=bool)
+        starts, address, valid = (
+            rows * L,
+            np.full(n, _address(self._filler)),
+            np.zeros(n, dtype=bool),
+        )
         first_end, last_end = np.zeros((2, n), dtype=np.int64)  # of each row, in `ends`
         maps, copies, ends = [self._filler], list[np.ndarray](), [np.empty(0, np.int64)]
         blocked, near = dict[int, DataError](), set[tuple[int, int]]()
@@ -180,7 +249,9 @@ class TokenRows:
                 try:
                     tokens, _ = reader.chunk(chunk)
                     if (shard, chunk) not in self._near:
-                        tokens[::PAGE // tokens.itemsize].max()  # waits for the disk here, not where the rows are copied
+                        tokens[
+                            :: PAGE // tokens.itemsize
+                        ].max()  # waits for the disk here, not where the rows are copied
                     near.add((shard, chunk))
                 except DataError as error:
                     touched.remove(chunk)
@@ -188,11 +259,18 @@ class TokenRows:
                     valid[hit] = False
                     self._note(shard, chunk, error)
                     blocked |= dict.fromkeys(hit.tolist(), error)
-            address[at] = np.where(valid[at], _address(reader.memory) + reader.indices(starts[at], first), address[at])
-            if direct := reader.memory.itemsize == self._filler.itemsize and len(maps) < self._most_open // 3:  # each is an open file
+            address[at] = np.where(
+                valid[at], _address(reader.memory) + reader.indices(starts[at], first), address[at]
+            )
+            if (
+                direct := reader.memory.itemsize == self._filler.itemsize
+                and len(maps) < self._most_open // 3
+            ):  # each is an open file
                 maps.append(reader.memory)
             for k in at[valid[at] & ((first < last) | (not direct))].tolist():
-                copies.append(np.empty_like(self._filler))  # it goes on in another chunk, or is of a source with narrower ids
+                copies.append(
+                    np.empty_like(self._filler)
+                )  # it goes on in another chunk, or is of a source with narrower ids
                 reader.read_tokens(int(starts[k]), int(starts[k]) + L + 1, copies[-1])
                 address[k] = _address(copies[-1])
             if documents_per:
@@ -206,9 +284,19 @@ class TokenRows:
             cuts, row = np.cumsum(count), np.repeat(np.arange(n), count)
             begin = np.concatenate(ends)[np.arange(len(row)) + (first_end - cuts + count)[row]]
             begin += (np.arange(n) % documents_per * L - 1 - starts)[row]
-            boundaries = [begin[first:last] for first, last in pairwise([0, *cuts[documents_per - 1::documents_per].tolist()])]
-        return Prepared(address, maps + copies, length=L + 1, valid=valid, source=self.source_of(shards), boundaries=boundaries,
-                        blocked={} if self._skip else blocked)
+            boundaries = [
+                begin[first:last]
+                for first, last in pairwise([0, *cuts[documents_per - 1 :: documents_per].tolist()])
+            ]
+        return Prepared(
+            address,
+            maps + copies,
+            length=L + 1,
+            valid=valid,
+            source=self.source_of(shards),
+            boundaries=boundaries,
+            blocked={} if self._skip else blocked,
+        )
 
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:
         """Return which rows are valid (n; bool), with ``ids_BL[k]`` (n, L + 1; any integer dtype) filled with row ``rows[k]`` of shard
@@ -246,15 +334,27 @@ class TokenRows:
     def _reader(self, shard: int) -> ShardReader:
         """Return the open shard; the one that was not used for the longest time is closed to make room."""
         if (shard, -1) in self.damage:
-            raise self.damage[shard, -1]  # to look for it on a server again would cost its patience again
+            raise self.damage[
+                shard, -1
+            ]  # to look for it on a server again would cost its patience again
         if shard not in self._open:
             if len(self._open) >= self._most_open:
                 self._open.popitem(last=False)
             manifest, entry = self.shard(shard)
-            for gone in [number for number, reader in self._open.items() if manifest.remote and not reader.path.exists()]:
+            for gone in [
+                number
+                for number, reader in self._open.items()
+                if manifest.remote and not reader.path.exists()
+            ]:
                 del self._open[gone]  # the cache has removed it, and gets its room with this
             with manifest.local(entry):
-                self._open[shard] = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=self.verify, partial=self._skip)
+                self._open[shard] = ShardReader(
+                    manifest.folder,
+                    entry,
+                    dtype=manifest.numpy_dtype,
+                    verify=self.verify,
+                    partial=self._skip,
+                )
         self._open.move_to_end(shard)
         return self._open[shard]
 

@@ -1,4 +1,5 @@
 """What a checkpoint holds of a stream. Needs no torch: the login node looks at it before a run goes on."""
+
 from __future__ import annotations
 
 from collections.abc import Mapping
@@ -22,15 +23,23 @@ class StreamState:
     block: int
     epoch_rows: int
     consumed_rows: int = 0
-    sources: dict[str, list[Any]] = field(default_factory=dict)  # of a mixture: name -> [start of the fingerprint, rows consumed]
+    sources: dict[str, list[Any]] = field(
+        default_factory=dict
+    )  # of a mixture: name -> [start of the fingerprint, rows consumed]
     phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
-    cursors: list[list[list[int]]] = field(default_factory=list)  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
+    cursors: list[list[list[int]]] = field(
+        default_factory=list
+    )  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
     version: int = STATE_VERSION
 
     def to_dict(self) -> dict[str, Any]:
         """Return the state as JSON types."""
         content = {**asdict(self), "consumed_tokens": self.consumed_rows * self.seq_len}
-        return {name: value for name, value in content.items() if value or name not in ("sources", "phases", "cursors")}
+        return {
+            name: value
+            for name, value in content.items()
+            if value or name not in ("sources", "phases", "cursors")
+        }
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
@@ -40,6 +49,10 @@ class StreamState:
             DataError: if it is not of this version.
         """
         if content.get("version") != STATE_VERSION:
-            raise DataError("a stream state of an unknown version", where="the checkpoint's state.json", value=content.get("version"),
-                            remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it")
+            raise DataError(
+                "a stream state of an unknown version",
+                where="the checkpoint's state.json",
+                value=content.get("version"),
+                remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it",
+            )
         return cls(**{name: value for name, value in content.items() if name != "consumed_tokens"})

@@ -12,6 +12,7 @@ tokenizing processes beyond the ids that it holds, small ones at first.
 
 Shape legend: n rows asked for, of L + 1 tokens; C lanes; R sources of raw text.
 """
+
 from __future__ import annotations
 
 from collections import deque
@@ -40,15 +41,30 @@ if TYPE_CHECKING:
 
 TASK_BYTES = 2**14, 2**18  # of text that a process takes at once, least and most
 TYPICAL_BYTES = 2**11  # of a sample, until a lane has seen its own
-AHEAD_BYTES = 2**23  # of text that all lanes of a rank should hold and have asked for: what a start must tokenize beside its rows
-FIRST_BYTES = 8  # a token of the first row: a lane's first task is small, the next twice that, and so on
+AHEAD_BYTES = (
+    2**23
+)  # of text that all lanes of a rank should hold and have asked for: what a start must tokenize beside its rows
+FIRST_BYTES = (
+    8  # a token of the first row: a lane's first task is small, the next twice that, and so on
+)
 
 
-def open_encoders(config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, local_ranks: int = 1) -> Encoders:
+def open_encoders(
+    config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, local_ranks: int = 1
+) -> Encoders:
     """Return the tokenizing processes of one of the ranks of this node."""
-    procs = max(1, available_cores() // local_ranks - 1) if config.data.tokenize_procs == "auto" else config.data.tokenize_procs
-    return Encoders(tokenizer.backend_tokenizer.to_str(), eod_id=end_of_document_id(tokenizer), dtype="<u4", procs=procs,
-                    setting="data.tokenize_procs")
+    procs = (
+        max(1, available_cores() // local_ranks - 1)
+        if config.data.tokenize_procs == "auto"
+        else config.data.tokenize_procs
+    )
+    return Encoders(
+        tokenizer.backend_tokenizer.to_str(),
+        eod_id=end_of_document_id(tokenizer),
+        dtype="<u4",
+        procs=procs,
+        setting="data.tokenize_procs",
+    )
 
 
 class Piece(NamedTuple):
@@ -69,9 +85,19 @@ class Lane:
         self.source, self.number, self._rows = source, number, rows
         self._manifest = rows.manifests[source]
         cursor: list[int] = rows.cursors[rows.order.raw.index(source), number].tolist()
-        self.first, self._at = cursor  # the sample that `_ids` begins with; the next row's place in `_ids`
-        self._ids, self._ends, self._damage = np.empty(0, "<u4"), np.empty(0, np.int64), dict[int, str]()
-        self._asked, self._size, self._mean_size = self.first, FIRST_BYTES * rows.seq_len, TYPICAL_BYTES
+        self.first, self._at = (
+            cursor  # the sample that `_ids` begins with; the next row's place in `_ids`
+        )
+        self._ids, self._ends, self._damage = (
+            np.empty(0, "<u4"),
+            np.empty(0, np.int64),
+            dict[int, str](),
+        )
+        self._asked, self._size, self._mean_size = (
+            self.first,
+            FIRST_BYTES * rows.seq_len,
+            TYPICAL_BYTES,
+        )
         self._tasks: deque[Callable[[], Encoded]] = deque()
         self._pulls = 0
 
@@ -89,11 +115,16 @@ class Lane:
                 if (size := size + samples[-1][2]) >= self._size:
                     break
             self._tasks.append(self._encode(samples))
-            self._asked, self._mean_size = self._asked + len(samples), max(TYPICAL_BYTES // 16, size // len(samples))
+            self._asked, self._mean_size = (
+                self._asked + len(samples),
+                max(TYPICAL_BYTES // 16, size // len(samples)),
+            )
             self._size = max(self._size, min(2 * self._size, self._rows.task_bytes))
 
     def _encode(self, samples: list[Sample]) -> Callable[[], Encoded]:
-        return self._rows.encoders.submit(encode_samples, samples, self._manifest.source["field"], *self._rows.options)
+        return self._rows.encoders.submit(
+            encode_samples, samples, self._manifest.source["field"], *self._rows.options
+        )
 
     def take(self) -> Piece:
         """Return the next row."""
@@ -101,10 +132,17 @@ class Lane:
             self._pull()
         start, stop, ends = self._at, self._at + self._rows.seq_len, self._ends
         a, b = np.searchsorted(ends, (start, stop), side="right").tolist()
-        cursors = [(self.first + n, at - (int(ends[n - 1]) if n else 0)) for n, at in ((a, start), (b, stop))]
-        damage = next((found for found in self._damage.items() if a <= found[0] - self.first <= b), None)
+        cursors = [
+            (self.first + n, at - (int(ends[n - 1]) if n else 0))
+            for n, at in ((a, start), (b, stop))
+        ]
+        damage = next(
+            (found for found in self._damage.items() if a <= found[0] - self.first <= b), None
+        )
         self._at = stop
-        return Piece(self._ids[start:stop + 1], *cursors[0], cursors[1], ends[a:b] - start, damage)
+        return Piece(
+            self._ids[start : stop + 1], *cursors[0], cursors[1], ends[a:b] - start, damage
+        )
 
     def _pull(self) -> None:
         """Return with the next task's ids behind those that are left; samples that are used up make room."""
@@ -112,14 +150,20 @@ class Lane:
         ids, ends, damage = self._tasks.popleft()()
         self._pulls += 1
         first = self.first + len(self._ends)
-        if damage and self._manifest.remote:  # the cache may have removed a tar that was not read yet
-            ids, ends, damage = self._encode([self._rows.sample(self.source, *place) for place in self.places(first, len(ends))])()
+        if (
+            damage and self._manifest.remote
+        ):  # the cache may have removed a tar that was not read yet
+            ids, ends, damage = self._encode(
+                [self._rows.sample(self.source, *place) for place in self.places(first, len(ends))]
+            )()
         used = int(np.searchsorted(self._ends, self._at, side="right"))
         cut = int(self._ends[used - 1]) if used else 0
         self._ends = np.concatenate([self._ends[used:] - cut, ends + (len(self._ids) - cut)])
         self._ids = np.concatenate([self._ids[cut:], ids])
         self.first, self._at = self.first + used, self._at - cut
-        self._damage = {number: problem for number, problem in self._damage.items() if number >= self.first}
+        self._damage = {
+            number: problem for number, problem in self._damage.items() if number >= self.first
+        }
         self._damage |= {first + number: problem for number, problem in damage.items()}
         self.ask()
 
@@ -132,39 +176,85 @@ class TextRows(TokenRows):
 
     plan_tokens = 2**20  # tokenizing takes longer than reading
 
-    def __init__(self, rows: TokenRows, order: Mixture, encoders: Encoders, *, global_batch: int, rank: int = 0, world_size: int = 1,
-                 state: StreamState | None = None) -> None:
+    def __init__(
+        self,
+        rows: TokenRows,
+        order: Mixture,
+        encoders: Encoders,
+        *,
+        global_batch: int,
+        rank: int = 0,
+        world_size: int = 1,
+        state: StreamState | None = None,
+    ) -> None:
         vars(self).update(vars(rows))
         self.order, self.encoders, lanes = order, encoders, order.lanes
         self.options = (self.verify, np.full(self.seq_len, FILLER_ID, "<u4"))
-        share, each = global_batch // world_size, global_batch // lanes  # rows of a rank, and of a lane, in a step
+        share, each = (
+            global_batch // world_size,
+            global_batch // lanes,
+        )  # rows of a rank, and of a lane, in a step
         ends = (np.arange(lanes) + 1) * each  # of each lane's rows in a step that is sorted by lane
-        self._owned = (ends - 1) // share == rank  # lanes whose last row is this rank's: their cursors are right here
-        width = len(order.raw) * int(((ends > rank * share) & (ends - each < (rank + 1) * share)).sum())
+        self._owned = (
+            ends - 1
+        ) // share == rank  # lanes whose last row is this rank's: their cursors are right here
+        width = len(order.raw) * int(
+            ((ends > rank * share) & (ends - each < (rank + 1) * share)).sum()
+        )
         self.ahead = max(4, -(-2 * encoders.procs // width))  # tasks of each lane
-        self.task_bytes = max(TASK_BYTES[0], min(TASK_BYTES[1], AHEAD_BYTES // width // (1 + self.ahead)))
+        self.task_bytes = max(
+            TASK_BYTES[0], min(TASK_BYTES[1], AHEAD_BYTES // width // (1 + self.ahead))
+        )
         self.cursors = np.zeros((len(order.raw), lanes, 2), np.int64)
-        if state is not None and state.cursors and state.lanes == lanes:  # other lanes are refused by `Stream`
-            self.cursors[:len(state.cursors)] = state.cursors
+        if (
+            state is not None and state.cursors and state.lanes == lanes
+        ):  # other lanes are refused by `Stream`
+            self.cursors[: len(state.cursors)] = state.cursors
         start = state.consumed_rows if state is not None else 0
-        self._next = start + (np.arange(lanes) - start) % lanes  # the first position of each lane that was not walked yet
+        self._next = (
+            start + (np.arange(lanes) - start) % lanes
+        )  # the first position of each lane that was not walked yet
         self._lanes: dict[tuple[int, int], Lane] = {}
-        self._walked: deque[tuple[int, Lane, tuple[int, int]]] = deque()  # position, and the lane's cursor after it
-        self.pieces: dict[int, tuple[Lane, Piece]] = {}  # of the rows of raw text that were prepared last
+        self._walked: deque[tuple[int, Lane, tuple[int, int]]] = (
+            deque()
+        )  # position, and the lane's cursor after it
+        self.pieces: dict[
+            int, tuple[Lane, Piece]
+        ] = {}  # of the rows of raw text that were prepared last
 
-    def prepare(self, shards: np.ndarray, rows: np.ndarray, *, documents_per: int = 0, positions: np.ndarray | None = None) -> Prepared:
+    def prepare(
+        self,
+        shards: np.ndarray,
+        rows: np.ndarray,
+        *,
+        documents_per: int = 0,
+        positions: np.ndarray | None = None,
+    ) -> Prepared:
         """Return the rows (n) of a rank at ``positions`` of the run, ready to be copied.
 
         Raises:
             DataError: if a tokenizing process was killed, or an index is missing. Damage stops the first row that needs it.
         """
         assert positions is not None
-        n, L, wanted = len(positions), self.seq_len, {position: k for k, position in enumerate(positions.tolist())}
-        ids, valid, blocked = np.full((n, L + 1), FILLER_ID, "<u4"), np.ones(n, dtype=bool), dict[int, DataError]()
+        n, L, wanted = (
+            len(positions),
+            self.seq_len,
+            {position: k for k, position in enumerate(positions.tolist())},
+        )
+        ids, valid, blocked = (
+            np.full((n, L + 1), FILLER_ID, "<u4"),
+            np.ones(n, dtype=bool),
+            dict[int, DataError](),
+        )
         begins = [np.empty(0, np.int64)] * n  # documents in each row
         if (tokens := np.flatnonzero(~np.isin(self.source_of(shards), self.order.raw))).size:
-            prepared = super().prepare(shards[tokens], rows[tokens], documents_per=min(1, documents_per))
-            blocked, prepared.blocked = {int(tokens[k]): error for k, error in prepared.blocked.items()}, {}
+            prepared = super().prepare(
+                shards[tokens], rows[tokens], documents_per=min(1, documents_per)
+            )
+            blocked, prepared.blocked = (
+                {int(tokens[k]): error for k, error in prepared.blocked.items()},
+                {},
+            )
             read = np.empty((len(tokens), L + 1), "<u4")
             prepared.fill(slice(0, len(tokens)), read)
             ids[tokens], valid[tokens] = read, prepared.valid
@@ -186,7 +276,9 @@ class TextRows(TokenRows):
             else:
                 error = self._damage(lane, *piece.damage)
                 valid[k], blocked = False, blocked if self._skip else {**blocked, k: error}
-        return Prepared.copied(ids, begins, documents_per, valid=valid, source=self.source_of(shards), blocked=blocked)
+        return Prepared.copied(
+            ids, begins, documents_per, valid=valid, source=self.source_of(shards), blocked=blocked
+        )
 
     def samples(self, source: int, lane: int | np.ndarray, numbers: np.ndarray) -> Places:
         """Return the places of a source's samples (n), counted in their lanes."""
@@ -212,13 +304,17 @@ class TextRows(TokenRows):
 
     def wanted(self) -> Callable[[np.ndarray, int], np.ndarray]:
         """Return what tells which shards are wanted, given those of rows, so many steps ahead: as if a step took a sample of each lane."""
-        held = np.array([(lane.source, lane.number, lane.first) for lane in [*self._lanes.values()]], np.int64).reshape(-1, 3)
+        held = np.array(
+            [(lane.source, lane.number, lane.first) for lane in [*self._lanes.values()]], np.int64
+        ).reshape(-1, 3)
 
         def wanted(shards: np.ndarray, ahead: int) -> np.ndarray:
             found = [shards[~np.isin(self.source_of(shards), self.order.raw)]]
             for source in set(held[:, 0].tolist()):
                 _, lane, first = held[held[:, 0] == source].T
-                found.append(self._first_shards[source] + self.samples(source, lane, first + ahead).shard)
+                found.append(
+                    self._first_shards[source] + self.samples(source, lane, first + ahead).shard
+                )
             return np.concatenate(found)
 
         return wanted
@@ -231,7 +327,11 @@ class TextRows(TokenRows):
 
     def record(self) -> dict[str, Any]:
         """Return the cursors (R, C, 2) for the state of the stream, gathered from all ranks: they call this together."""
-        return {"cursors": sum_over_ranks(torch.from_numpy(self.cursors * self._owned[:, None])).long().tolist()}
+        return {
+            "cursors": sum_over_ranks(torch.from_numpy(self.cursors * self._owned[:, None]))
+            .long()
+            .tolist()
+        }
 
     def close(self) -> None:
         """Return with the tokenizing processes told to end."""
@@ -241,7 +341,9 @@ class TextRows(TokenRows):
     def locate(self, k: int) -> tuple[str, int, str, tuple[int, int]]:
         """Return where row ``k`` of those prepared last begins (tar, token of its sample, member) and the numbers of its samples."""
         lane, piece = self.pieces[k]
-        between = lane.places(piece.sample, piece.after[0] - piece.sample + (piece.after[1] > 0))  # the last token is only predicted
+        between = lane.places(
+            piece.sample, piece.after[0] - piece.sample + (piece.after[1] > 0)
+        )  # the last token is only predicted
         path, offset, *_ = self.sample(lane.source, *between[0])
         return path.name, piece.offset, name_at(path, offset), (between[0][1], between[-1][1])
 
@@ -254,8 +356,14 @@ class TextRows(TokenRows):
         self._next = np.where(last < 0, self._next, last + lanes)
         source, _ = self.order.place(line)
         walk = zip(line.tolist(), source.tolist(), strict=True)
-        keys = [(position, (number, position % lanes)) for position, number in walk if number in self.order.raw]
-        self._lanes |= {key: Lane(self, *key) for key in {key for _, key in keys} - self._lanes.keys()}
+        keys = [
+            (position, (number, position % lanes))
+            for position, number in walk
+            if number in self.order.raw
+        ]
+        self._lanes |= {
+            key: Lane(self, *key) for key in {key for _, key in keys} - self._lanes.keys()
+        }
         return [(position, self._lanes[key]) for position, key in keys]
 
     def _damage(self, lane: Lane, sample: int, problem: str) -> DataError:
@@ -265,8 +373,16 @@ class TextRows(TokenRows):
         whole = int(self._first_shards[lane.source]) + shard
         if (whole, -1) in self.damage:
             return self.damage[whole, -1]
-        place = f"sample {number:,} (member {name_at(path, offset)} at offset {offset:,}): the text" if path.exists() else "the shard"
-        error = DataError(f"{place} {problem}", where=path, remedy="restore the tar from a copy; `hfscale shards verify` lists all damage")
+        place = (
+            f"sample {number:,} (member {name_at(path, offset)} at offset {offset:,}): the text"
+            if path.exists()
+            else "the shard"
+        )
+        error = DataError(
+            f"{place} {problem}",
+            where=path,
+            remedy="restore the tar from a copy; `hfscale shards verify` lists all damage",
+        )
         self._note(whole, number if path.exists() else -1, error)
         return error
 
@@ -277,18 +393,45 @@ class HeldOutText(TokenRows):
     def __init__(self, rows: TokenRows, encoders: Encoders, *, count: int) -> None:
         vars(self).update(vars(rows))
         samples = int(rows.shard_rows.sum())
-        order = Mixture([Order(rows.shard_rows, seed=0, lanes=1, block=samples)], fingerprints={"text": rows.fingerprint}, raw=[0])
+        order = Mixture(
+            [Order(rows.shard_rows, seed=0, lanes=1, block=samples)],
+            fingerprints={"text": rows.fingerprint},
+            raw=[0],
+        )
         text, zeros = TextRows(rows, order, encoders, global_batch=count), np.zeros(count, np.int64)
         self._ids = np.empty((count, rows.seq_len + 1), "<u4")
         prepared = text.prepare(zeros, zeros, positions=np.arange(count))
         prepared.fill(slice(0, count), self._ids)
         text.close()
-        self._valid, self._begins = prepared.valid, [piece.begins for _, piece in text.pieces.values()]
-        self.shard_rows = np.array([sum(piece.after[0] < samples for _, piece in text.pieces.values())])  # what follows is a second epoch
+        self._valid, self._begins = (
+            prepared.valid,
+            [piece.begins for _, piece in text.pieces.values()],
+        )
+        self.shard_rows = np.array(
+            [sum(piece.after[0] < samples for _, piece in text.pieces.values())]
+        )  # what follows is a second epoch
         if not self.shard_rows[0]:
-            raise DataError("there is not text enough for a row", where=self.manifest.folder, remedy="give more, or a smaller data.seq_len")
+            raise DataError(
+                "there is not text enough for a row",
+                where=self.manifest.folder,
+                remedy="give more, or a smaller data.seq_len",
+            )
 
-    def prepare(self, shards: np.ndarray, rows: np.ndarray, *, documents_per: int = 0, positions: np.ndarray | None = None) -> Prepared:
+    def prepare(
+        self,
+        shards: np.ndarray,
+        rows: np.ndarray,
+        *,
+        documents_per: int = 0,
+        positions: np.ndarray | None = None,
+    ) -> Prepared:
         """Return ``rows`` (n), ready to be copied."""
         begins = [self._begins[row] for row in rows.tolist()]
-        return Prepared.copied(self._ids[rows], begins, documents_per, valid=self._valid[rows], source=np.zeros_like(rows), blocked={})
+        return Prepared.copied(
+            self._ids[rows],
+            begins,
+            documents_per,
+            valid=self._valid[rows],
+            source=np.zeros_like(rows),
+            blocked={},
+        )

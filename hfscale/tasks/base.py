@@ -9,6 +9,7 @@ A task is an objective whose rows are *features*, made from labelled *examples*:
 One example gives one feature as a rule, and several where a long text is read in windows. Features and outputs are plain lists,
 numbers and texts, so features can be cached as Arrow and predictions written as JSONL. Shape legend: B features, T tokens.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -50,9 +51,17 @@ TASKS: dict[str, str] = {
     "extractive_qa": "hfscale.tasks.extractive_qa:ExtractiveQA",
 }
 
-Example = dict[str, Any]  # role -> value, and "id": str; an optional role or an unknown answer is not there
-MODEL_INPUTS = ("input_ids", "attention_mask", "token_type_ids")  # what a tokenizer gives the models
-Feature = dict[str, Any]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
+Example = dict[
+    str, Any
+]  # role -> value, and "id": str; an optional role or an unknown answer is not there
+MODEL_INPUTS = (
+    "input_ids",
+    "attention_mask",
+    "token_type_ids",
+)  # what a tokenizer gives the models
+Feature = dict[
+    str, Any
+]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -72,14 +81,22 @@ class Task(Objective):
     split, or ``known()`` in a finished model's config.
     """
 
-    columns: ClassVar[dict[str, str]] = {}  # role -> what it holds; a role is read from the column of its name, or what data.columns says
+    columns: ClassVar[
+        dict[str, str]
+    ] = {}  # role -> what it holds; a role is read from the column of its name, or what data.columns says
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
-    answers: ClassVar[frozenset[str]] = frozenset()  # roles that training and scoring need, and prediction does not
+    answers: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # roles that training and scoring need, and prediction does not
     scored: ClassVar[bool] = True  # False: it only predicts
     token_loss: ClassVar[bool] = False
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
-    code: str | None = None  # a module whose file goes along with exports, where transformers has no such pipeline any more
-    metrics: ClassVar[frozenset[str]] = frozenset()  # the names that a validation can give, beside losses
+    code: str | None = (
+        None  # a module whose file goes along with exports, where transformers has no such pipeline any more
+    )
+    metrics: ClassVar[frozenset[str]] = (
+        frozenset()
+    )  # the names that a validation can give, beside losses
 
     # ------------------------------------------------------------------------------------------ before training
     @classmethod
@@ -147,7 +164,9 @@ class Task(Objective):
         """
         return self.outputs(self.logits(model, batch), rows)
 
-    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def judge(
+        self, model: Model, batch: Batch, rows: Examples
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return ``loss`` and ``predict`` of a batch, of one pass: for validation."""
         logits = self.logits(model, batch)
         return {self.term: self.row_losses(logits, batch)}, self.outputs(logits, rows)
@@ -157,11 +176,15 @@ class Task(Objective):
         """Return the prediction for ``example``, ``{"prediction": ..., ...}``, from the outputs of its features in order."""
         return outputs[0]
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return the metrics, of which there are also confidence intervals. Both have one entry an example, in the same order; pure."""
         raise NotImplementedError
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+    def score(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> dict[str, float]:
         """Return ``{name: score}``, so that predictions can be rescored from a file."""
         return self.measure(predictions, references).scores()
 
@@ -173,14 +196,23 @@ class Task(Objective):
     def pad_id(self) -> int:
         """The id that fills up: the tokenizer's, or what is masked anyway."""
         tokenizer = self.setting.tokenizer
-        return next((i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id) if i is not None), 0)
+        return next(
+            (
+                i
+                for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, tokenizer.sep_token_id)
+                if i is not None
+            ),
+            0,
+        )
 
     def encode(self, text: str, pair: str | None = None) -> Feature:
         """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first)."""
         made = self.setting.tokenizer(text, pair)
         truncated = len(made["input_ids"]) > self.setting.seq_len
         if truncated:
-            made = self.setting.tokenizer(text, pair, truncation=True, max_length=self.setting.seq_len)
+            made = self.setting.tokenizer(
+                text, pair, truncation=True, max_length=self.setting.seq_len
+            )
         return {**made, "truncated": truncated}
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
@@ -191,21 +223,41 @@ class Task(Objective):
         """Return what the tokenizer gave, padded; but no types of tokens for a model that knows none."""
         config = self.setting.model_config
         typed = config is None or bool(getattr(config, "type_vocab_size", 0))
-        return {name: self.padded(rows, name) for name in rows.features[0]
-                if name in MODEL_INPUTS and (typed or name != "token_type_ids")}
+        return {
+            name: self.padded(rows, name)
+            for name in rows.features[0]
+            if name in MODEL_INPUTS and (typed or name != "token_type_ids")
+        }
 
     def padded(self, rows: Examples, name: str) -> Tensor:
         """Return the lists under ``name`` as one int64 (B, T), filled up on the right: ids by the padding id, all else by 0."""
-        return pad_rows([row[name] for row in rows.features], self.pad_id if name == "input_ids" else 0)[0]
+        return pad_rows(
+            [row[name] for row in rows.features], self.pad_id if name == "input_ids" else 0
+        )[0]
 
-    def batch(self, rows: Examples, *, inputs: dict[str, Tensor], labels: Tensor, counts: dict[str, Tensor]) -> Batch:
+    def batch(
+        self,
+        rows: Examples,
+        *,
+        inputs: dict[str, Tensor],
+        labels: Tensor,
+        counts: dict[str, Tensor],
+    ) -> Batch:
         """Return the batch, whose digest is that of the rows' ``input_ids`` without padding; fillers count nothing."""
-        return Batch(inputs=inputs, labels_BT=labels, input_ids=self.padded(rows, "input_ids"), source_B=rows.source_B,
-                     position_B=rows.position, counts={term: count_B * rows.valid_B for term, count_B in counts.items()},
-                     lengths_B=torch.tensor([len(row["input_ids"]) for row in rows.features]))
+        return Batch(
+            inputs=inputs,
+            labels_BT=labels,
+            input_ids=self.padded(rows, "input_ids"),
+            source_B=rows.source_B,
+            position_B=rows.position,
+            counts={term: count_B * rows.valid_B for term, count_B in counts.items()},
+            lengths_B=torch.tensor([len(row["input_ids"]) for row in rows.features]),
+        )
 
 
-def pad_rows(rows: Sequence[list[int]], pad_id: int, *, left: bool = False) -> tuple[Tensor, Tensor]:
+def pad_rows(
+    rows: Sequence[list[int]], pad_id: int, *, left: bool = False
+) -> tuple[Tensor, Tensor]:
     """Return ``(ids_BT, mask_BT)`` (int64): the rows with ``pad_id`` to the longest, and 0 in the mask where it stands."""
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
@@ -239,9 +291,20 @@ def code_digest(kind: type[Task]) -> str:
 def cache_key(task: Task) -> str:
     """Return all that ``task.features`` depends on, beside the example."""
     tokenizer, setting = task.setting.tokenizer, task.setting
-    texts = tokenizer.backend_tokenizer.to_str() + str(tokenizer.chat_template) + str(tokenizer.special_tokens_map)
-    return json.dumps([code_digest(type(task)), task.options.model_dump(mode="json"), dict(setting.facts), setting.seq_len,
-                       hashlib.blake2b(texts.encode(), digest_size=16).hexdigest()])
+    texts = (
+        tokenizer.backend_tokenizer.to_str()
+        + str(tokenizer.chat_template)
+        + str(tokenizer.special_tokens_map)
+    )
+    return json.dumps(
+        [
+            code_digest(type(task)),
+            task.options.model_dump(mode="json"),
+            dict(setting.facts),
+            setting.seq_len,
+            hashlib.blake2b(texts.encode(), digest_size=16).hexdigest(),
+        ]
+    )
 
 
 def label_name(label: Any) -> str:
@@ -252,7 +315,12 @@ def label_name(label: Any) -> str:
 def named(label: Any, labels: Sequence[str]) -> str:
     """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in data sets of the hub."""
     name = label_name(label)
-    if name in labels or not (name.isascii() and name.isdecimal()) or int(name) >= len(labels) or any(map(str.isdecimal, labels)):
+    if (
+        name in labels
+        or not (name.isascii() and name.isdecimal())
+        or int(name) >= len(labels)
+        or any(map(str.isdecimal, labels))
+    ):
         return name
     return labels[int(name)]
 
@@ -283,7 +351,10 @@ def all_labels(values: Iterable[Any]) -> list[str]:
     What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then names the example.
     """
     members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
-    found = {label_name(label) for label in members if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))}
+    found = {
+        label_name(label)
+        for label in members
+        if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))
+    }
     sizes = {name: float(name) for name in found if re.fullmatch(r"-?\d+(\.\d+)?", name)}
     return sorted(found, key=lambda name: (name not in sizes, sizes.get(name, 0.0), name))
-

@@ -5,6 +5,7 @@
 Candidates are all positives of the global batch, and all hard negatives where there are (Karpukhin et al. 2020, DPR, sec. 3.2).
 Shape legend: B examples, V views of each (text, positive, negative), H width, N examples of a data set.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -39,8 +40,12 @@ class Embedding(Contrastive, Task):
     """For any architecture of ``AutoModel``. A prediction is the unit vector of ``text``."""
 
     Options = EmbeddingOptions  # type: ignore[assignment]
-    columns: ClassVar = {"text": "a text", "positive": "a text that belongs to it", "negative": "one that does not, but nearly",
-                         "score": "in place of that, for evaluation: how much the two belong together"}
+    columns: ClassVar = {
+        "text": "a text",
+        "positive": "a text that belongs to it",
+        "negative": "one that does not, but nearly",
+        "score": "in place of that, for evaluation: how much the two belong together",
+    }
     optional: ClassVar = frozenset({"negative", "score"})
     answers: ClassVar = frozenset({"positive"})
     metrics: ClassVar = frozenset({"accuracy", "recall_at_10", "mrr", "pearson", "spearman"})
@@ -49,26 +54,40 @@ class Embedding(Contrastive, Task):
     pipeline, code = "sentence-embedding", "hfscale.tasks.sentence_embedding"
 
     def __init__(self, options: Section, setting: Setting) -> None:
-        kind = Contrastive if setting.tokenizer else Objective  # there is none where predictions are scored
+        kind = (
+            Contrastive if setting.tokenizer else Objective
+        )  # there is none where predictions are scored
         kind.__init__(self, ContrastiveOptions(**options.model_dump()), setting)
 
     @classmethod
     def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Refuse training examples that cannot be compared with each other."""
-        kinds = {(example.get("negative") is not None, example.get("score") is not None) for example in examples}
+        kinds = {
+            (example.get("negative") is not None, example.get("score") is not None)
+            for example in examples
+        }
         if any(scored for _, scored in kinds):
-            raise BadExample("pairs with a score are for evaluation: train on pairs that belong together")
+            raise BadExample(
+                "pairs with a score are for evaluation: train on pairs that belong together"
+            )
         if len(kinds) > 1:
             raise BadExample("some examples have a hard negative and others have none")
         return {}
 
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature: ``input_ids`` of the text, and the ids of what it is compared with."""
-        views = [view for view in VIEWS if view in example and (view not in self.optional or example[view] is not None)]
+        views = [
+            view
+            for view in VIEWS
+            if view in example and (view not in self.optional or example[view] is not None)
+        ]
         for view in views:
             check_text(view, example[view])
         made = {view: self.encode(example[view]) for view in views}
-        ids = {"input_ids" if view == "text" else view: encoded["input_ids"] for view, encoded in made.items()}
+        ids = {
+            "input_ids" if view == "text" else view: encoded["input_ids"]
+            for view, encoded in made.items()
+        }
         return [{**ids, "truncated": any(encoded["truncated"] for encoded in made.values())}]
 
     def answered_features(self, example: Example) -> list[Feature]:
@@ -79,40 +98,75 @@ class Embedding(Contrastive, Task):
 
     def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
         """Return the views (V * B, T), all texts first, then all positives."""
-        views = [name for name in ("input_ids", *VIEWS[1:]) if all(name in row for row in rows.features)]
-        ids_BT, mask_BT = pad_rows([row[name] for name in views for row in rows.features], self.pad_id)
-        return self.batch(rows, inputs={"input_ids": ids_BT, "attention_mask": mask_BT}, labels=torch.empty(len(rows.features), 0),
-                          counts=dict.fromkeys(self.weights(), torch.ones(len(rows.features), dtype=torch.int64)))
+        views = [
+            name for name in ("input_ids", *VIEWS[1:]) if all(name in row for row in rows.features)
+        ]
+        ids_BT, mask_BT = pad_rows(
+            [row[name] for name in views for row in rows.features], self.pad_id
+        )
+        return self.batch(
+            rows,
+            inputs={"input_ids": ids_BT, "attention_mask": mask_BT},
+            labels=torch.empty(len(rows.features), 0),
+            counts=dict.fromkeys(self.weights(), torch.ones(len(rows.features), dtype=torch.int64)),
+        )
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return ``{"prediction": vector}`` a row, and the vector of the ``positive`` where there is one."""
         return _outputs(self.embed(model, batch))
 
-    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def judge(
+        self, model: Model, batch: Batch, rows: Examples
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return the losses among the examples of this micro-batch on all ranks, and the vectors, of one pass."""
         z_VBH = self.embed(model, batch)
         return self.compare(z_VBH, batch.counts["contrastive"].to(z_VBH.device))[1], _outputs(z_VBH)
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return ``pearson`` and ``spearman`` of the cosines with the scores; without scores ``accuracy``, ``recall_at_10``, ``mrr``.
 
         These are of finding an example's positive among those of all examples.
         """
-        texts_NH, positives_NH = (np.array([p[name] for p in predictions]) for name in ("prediction", "positive"))
+        texts_NH, positives_NH = (
+            np.array([p[name] for p in predictions]) for name in ("prediction", "positive")
+        )
         cosines_N = (texts_NH * positives_NH).sum(1)
         if all(reference.get("score") is not None for reference in references):
-            return correlation(cosines_N.tolist(), [float(reference["score"]) for reference in references])
-        better_N = np.concatenate([(texts_NH[at:at + BLOCK] @ positives_NH.T > cosines_N[at:at + BLOCK, None] + 1e-6).sum(1)
-                                   for at in range(0, len(texts_NH), BLOCK)])  # a positive that occurs twice is found twice
-        values = {"accuracy": better_N < 1, "recall_at_10": better_N < 10, "mrr": 1 / (1 + better_N)}
+            return correlation(
+                cosines_N.tolist(), [float(reference["score"]) for reference in references]
+            )
+        better_N = np.concatenate(
+            [
+                (
+                    texts_NH[at : at + BLOCK] @ positives_NH.T
+                    > cosines_N[at : at + BLOCK, None] + 1e-6
+                ).sum(1)
+                for at in range(0, len(texts_NH), BLOCK)
+            ]
+        )  # a positive that occurs twice is found twice
+        values = {
+            "accuracy": better_N < 1,
+            "recall_at_10": better_N < 10,
+            "mrr": 1 / (1 + better_N),
+        }
         return mean({name: value.tolist() for name, value in values.items()})
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the pooling, and the pipeline that does it."""
         tokenizer.model_max_length = self.setting.seq_len
         model.config.pooling = self.options.pooling
-        model.config.custom_pipelines = {self.pipeline: {"impl": "sentence_embedding.SentenceEmbeddingPipeline", "pt": [self.auto_model]}}
+        model.config.custom_pipelines = {
+            self.pipeline: {
+                "impl": "sentence_embedding.SentenceEmbeddingPipeline",
+                "pt": [self.auto_model],
+            }
+        }
 
 
 def _outputs(z_VBH: Tensor) -> list[dict[str, Any]]:
-    return [dict(zip(("prediction", "positive"), vectors, strict=False)) for vectors in z_VBH.transpose(0, 1).tolist()]
+    return [
+        dict(zip(("prediction", "positive"), vectors, strict=False))
+        for vectors in z_VBH.transpose(0, 1).tolist()
+    ]

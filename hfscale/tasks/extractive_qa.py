@@ -7,6 +7,7 @@ A context too long for the model is read in overlapping windows. Where a window 
 lowest of all windows, exceeds it by more than a threshold. Padding is left out of the softmax, so how a batch is cut changes nothing.
 Shape legend: B windows, T tokens. Sources: Devlin et al. 2019, BERT, sec. 4.2 and 4.3; the postprocessing of transformers' run_qa.py.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -36,7 +37,9 @@ SHORTEST = 16  # tokens of a window: less leaves no room for a question, a conte
 class QAOptions(Section):
     """How contexts are read, and when there is no answer."""
 
-    stride: Annotated[int, Field(ge=0)] | None = None  # tokens that two windows share; a third of data.max_length without it
+    stride: Annotated[int, Field(ge=0)] | None = (
+        None  # tokens that two windows share; a third of data.max_length without it
+    )
     max_answer_tokens: Annotated[int, Field(ge=1)] = 30
     n_best: Annotated[int, Field(ge=1)] = 20  # spans kept of an example
     no_answer: bool | None = None  # may there be none? without it: if so in the training examples
@@ -51,19 +54,35 @@ class ExtractiveQA(Task):
     term = "extractive_qa"
     auto_model = "AutoModelForQuestionAnswering"
     pipeline, code = "question-answering", "hfscale.tasks.question_answering"
-    columns: ClassVar = {"question": "a question", "context": "the text that may hold its answer",
-                         "answers": 'a text, a list of texts or {"text": [...], "answer_start": [...]}; empty: there is none',
-                         "answer_start": "at which character of the context it begins (or each); without it, where it first occurs"}
+    columns: ClassVar = {
+        "question": "a question",
+        "context": "the text that may hold its answer",
+        "answers": 'a text, a list of texts or {"text": [...], "answer_start": [...]}; empty: there is none',
+        "answer_start": "at which character of the context it begins (or each); without it, where it first occurs",
+    }
     optional: ClassVar = frozenset({"answer_start"})
     answers: ClassVar = frozenset({"answers"})
-    metrics: ClassVar = frozenset({"exact_match", "f1", "has_answer_exact_match", "has_answer_f1", "no_answer_accuracy", "best_f1",
-                                  "best_f1_threshold"})
+    metrics: ClassVar = frozenset(
+        {
+            "exact_match",
+            "f1",
+            "has_answer_exact_match",
+            "has_answer_f1",
+            "no_answer_accuracy",
+            "best_f1",
+            "best_f1_threshold",
+        }
+    )
 
     def __init__(self, options: Section, setting: Setting) -> None:
         super().__init__(options, setting)
         if setting.seq_len < SHORTEST:
-            raise ConfigError("windows are too short for a question and a context", where="data.max_length", value=setting.seq_len,
-                              remedy=f"give at least {SHORTEST}; 384 is usual")
+            raise ConfigError(
+                "windows are too short for a question and a context",
+                where="data.max_length",
+                value=setting.seq_len,
+                remedy=f"give at least {SHORTEST}; 384 is usual",
+            )
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
@@ -73,7 +92,9 @@ class ExtractiveQA(Task):
             with suppress(BadExample):  # ``features`` says which
                 answered.add(bool(_answers(example)))
         if answered == {False}:
-            raise BadExample("no example has an answer: is the column of the answers the right one?")
+            raise BadExample(
+                "no example has an answer: is the column of the answers the right one?"
+            )
         return {"no_answer": False in answered}
 
     @classmethod
@@ -84,12 +105,20 @@ class ExtractiveQA(Task):
     @property
     def no_answer(self) -> bool:
         """Whether the answer may be that there is none."""
-        return self.options.no_answer if self.options.no_answer is not None else bool(self.setting.facts.get("no_answer"))
+        return (
+            self.options.no_answer
+            if self.options.no_answer is not None
+            else bool(self.setting.facts.get("no_answer"))
+        )
 
     @property
     def how(self) -> dict[str, Any]:
         """What answers depend on, beside the model."""
-        return {**self.options.model_dump(), "no_answer": self.no_answer, "max_length": self.setting.seq_len}
+        return {
+            **self.options.model_dump(),
+            "no_answer": self.no_answer,
+            "max_length": self.setting.seq_len,
+        }
 
     def model_overrides(self) -> dict[str, Any]:
         """Return two scores a token, and the padding id."""
@@ -98,7 +127,12 @@ class ExtractiveQA(Task):
     def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
         """Carry along how answers are found, and the pipeline that transformers 5 dropped."""
         model.config.question_answering = self.how
-        model.config.custom_pipelines = {self.pipeline: {"impl": "question_answering.QuestionAnsweringPipeline", "pt": [self.auto_model]}}
+        model.config.custom_pipelines = {
+            self.pipeline: {
+                "impl": "question_answering.QuestionAnsweringPipeline",
+                "pt": [self.auto_model],
+            }
+        }
 
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not of it), and ``labels`` (start, end)."""
@@ -109,7 +143,10 @@ class ExtractiveQA(Task):
         made = windows(self.setting.tokenizer, self.how, **asked)
         if not made:
             raise BadExample("the tokenizer makes nothing of the context")
-        return [window if span is None else {**window, "labels": _label(window, *span)} for window in made]
+        return [
+            window if span is None else {**window, "labels": _label(window, *span)}
+            for window in made
+        ]
 
     def _span(self, example: Example) -> tuple[int, int]:
         """Return the characters of the first answer that is in the context where it should be, else anywhere; (-1, -1) for no answer."""
@@ -137,31 +174,49 @@ class ExtractiveQA(Task):
 
     def row_losses(self, logits_B2T: Tensor, batch: Batch) -> Tensor:
         """Return the mean loss of start and end."""
-        return token_losses(logits_B2T, batch.labels_BT).mean(1) * batch.counts[self.term].to(logits_B2T.device)
+        return token_losses(logits_B2T, batch.labels_BT).mean(1) * batch.counts[self.term].to(
+            logits_B2T.device
+        )
 
     def outputs(self, logits_B2T: Tensor, rows: Examples) -> list[dict[str, Any]]:
         """Return for each window its best ``spans`` (score, first and one past the last character) and the score of ``none``."""
-        return [best_spans(start_T, end_T, window=row, how=self.how)
-                for (start_T, end_T), row in zip(logits_B2T.cpu(), rows.features, strict=True)]
+        return [
+            best_spans(start_T, end_T, window=row, how=self.how)
+            for (start_T, end_T), row in zip(logits_B2T.cpu(), rows.features, strict=True)
+        ]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return what ``choose`` does: ``prediction``, ``start``, ``end``, ``score``, ``no_answer_score``, ``n_best``."""
         return choose(example["context"], outputs, how=self.how)
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return SQuAD's exact match and F1 at the threshold of the options, by kind of question where there are both."""
         texts, true, scores = _compared(predictions, references)
-        return squad(texts, true, no_answer=scores if self.no_answer else None, threshold=self.options.no_answer_threshold)
+        return squad(
+            texts,
+            true,
+            no_answer=scores if self.no_answer else None,
+            threshold=self.options.no_answer_threshold,
+        )
 
-    def score(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> dict[str, float]:
+    def score(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> dict[str, float]:
         """Return the scores of ``measure``, and the threshold that would have given the best F1."""
         best = best_threshold(*_compared(predictions, references)) if self.no_answer else {}
         return self.measure(predictions, references).scores() | best
 
 
-def _compared(predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> tuple[list[str], list[list[str]], list[float]]:
+def _compared(
+    predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+) -> tuple[list[str], list[list[str]], list[float]]:
     """Return the best spans, the true answers, and how much "none" beats each span. Those of others, or mended ones, count as they are."""
-    spans = [p["n_best"][0]["text"] if p.get("n_best") and not p["prediction"] else p["prediction"] for p in predictions]
+    spans = [
+        p["n_best"][0]["text"] if p.get("n_best") and not p["prediction"] else p["prediction"]
+        for p in predictions
+    ]
     none = [p.get("no_answer_score", -1.0 if p["prediction"] else 1.0) for p in predictions]
     return spans, [[text for text, _ in _answers(example)] for example in references], none
 
@@ -175,11 +230,20 @@ def _answers(example: Example) -> list[tuple[str, int]]:
             texts, starts = texts["text"], texts.get("answer_start")
         texts = [texts] if isinstance(texts, str) else list(texts or [])
         if texts and isinstance(texts[0], dict):  # as in SQuAD's own file
-            texts, starts = [answer["text"] for answer in texts], [answer.get("answer_start") for answer in texts]
+            texts, starts = (
+                [answer["text"] for answer in texts],
+                [answer.get("answer_start") for answer in texts],
+            )
         starts = starts if isinstance(starts, list) else [starts] * len(texts)
-        return [(text, -1 if start in (None, "") else int(start)) for text, start in zip(texts, starts, strict=True) if text.strip()]
+        return [
+            (text, -1 if start in (None, "") else int(start))
+            for text, start in zip(texts, starts, strict=True)
+            if text.strip()
+        ]
     except (TypeError, ValueError, KeyError, AttributeError):
-        raise BadExample(f"the answers are neither texts nor as in SQuAD, with as many places: {example['answers']!r:.60}") from None
+        raise BadExample(
+            f"the answers are neither texts nor as in SQuAD, with as many places: {example['answers']!r:.60}"
+        ) from None
 
 
 def _label(window: Feature, start: int, end: int) -> list[int]:

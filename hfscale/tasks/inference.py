@@ -2,6 +2,7 @@
 
 Shape legend: B texts, T tokens, V vocabulary, H width.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable
@@ -27,8 +28,12 @@ class Inference(Task):
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Refuse to be trained."""
         name = next(name for name, place in TASKS.items() if place.endswith(f":{cls.__name__}"))
-        raise ConfigError("this task only predicts: there is nothing to learn or score without answers", where="task.name", value=name,
-                          remedy="hfscale predict MODEL --task NAME; to train on texts alone, hfscale pretrain")
+        raise ConfigError(
+            "this task only predicts: there is nothing to learn or score without answers",
+            where="task.name",
+            value=name,
+            remedy="hfscale predict MODEL --task NAME; to train on texts alone, hfscale pretrain",
+        )
 
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature."""
@@ -69,11 +74,27 @@ class FillMask(Inference):
         """Return the candidates, the likeliest first, as the pipeline does: a list; of several masks, a list for each."""
         tokenizer, mask, outputs = self.setting.tokenizer, self.setting.tokenizer.mask_token_id, []
         for row, logits_TV in zip(rows.features, model(**batch.inputs).logits.float(), strict=True):
-            ids, masks = row["input_ids"], [at for at, token in enumerate(row["input_ids"]) if token == mask]
+            ids, masks = (
+                row["input_ids"],
+                [at for at, token in enumerate(row["input_ids"]) if token == mask],
+            )
             best = logits_TV[masks].softmax(-1).topk(self.options.top_k)
-            filled = [[{"score": score, "token": token, "token_str": tokenizer.decode([token]), "sequence": tokenizer.decode(
-                [*ids[:at], token, *ids[at + 1:]], skip_special_tokens=len(masks) == 1)} for score, token in zip(*scored, strict=True)]
-                for at, *scored in zip(masks, best.values.tolist(), best.indices.tolist(), strict=True)]
+            filled = [
+                [
+                    {
+                        "score": score,
+                        "token": token,
+                        "token_str": tokenizer.decode([token]),
+                        "sequence": tokenizer.decode(
+                            [*ids[:at], token, *ids[at + 1 :]], skip_special_tokens=len(masks) == 1
+                        ),
+                    }
+                    for score, token in zip(*scored, strict=True)
+                ]
+                for at, *scored in zip(
+                    masks, best.values.tolist(), best.indices.tolist(), strict=True
+                )
+            ]
             outputs.append({"prediction": filled[0] if len(masks) == 1 else filled})
         return outputs
 
@@ -88,8 +109,10 @@ class FeatureExtraction(Inference):
         """Return the hidden states of each text's tokens, special ones included."""
         assert batch.lengths_B is not None
         hidden_BTH = model(**batch.inputs).last_hidden_state.float()
-        return [{"prediction": hidden_TH[:len(row["input_ids"])].tolist()}
-                for hidden_TH, row in zip(hidden_BTH, rows.features, strict=True)]
+        return [
+            {"prediction": hidden_TH[: len(row["input_ids"])].tolist()}
+            for hidden_TH, row in zip(hidden_BTH, rows.features, strict=True)
+        ]
 
 
 class TextGenerationOptions(Section):
@@ -110,11 +133,16 @@ class TextGeneration(Inference):
         tokenizer, prompt = self.setting.tokenizer, example["prompt"]
         if not isinstance(prompt, str):
             raise BadExample(f"the prompt is not text: {prompt!r:.60}")
-        start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        start = (
+            tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+        )
         ids = tokenizer(prompt)["input_ids"] or [start or 0]
         check_prompt(self, ids, self.options.generation)
         return [{"input_ids": ids}]
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the continuation alone."""
-        return [{"prediction": text} for text in written(self, model, rows, options=self.options.generation)]
+        return [
+            {"prediction": text}
+            for text in written(self, model, rows, options=self.options.generation)
+        ]

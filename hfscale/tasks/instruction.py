@@ -11,6 +11,7 @@ the template's own text: from where a prompt for it ends to where the conversati
 
 Shape legend: B examples, R <= B packed rows, T tokens of a row (the longest example).
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -43,8 +44,12 @@ DEFAULT_TEMPLATE = """\
 class InstructionOptions(Section):
     """How conversations become tokens, and how answers are generated."""
 
-    chat_template: str | None = None  # Jinja, as transformers has it; None: the tokenizer's, or else DEFAULT_TEMPLATE
-    system: str | None = None  # what goes before conversations that do not begin with a system message
+    chat_template: str | None = (
+        None  # Jinja, as transformers has it; None: the tokenizer's, or else DEFAULT_TEMPLATE
+    )
+    system: str | None = (
+        None  # what goes before conversations that do not begin with a system message
+    )
     packed: bool = True
     generation: Generation = Generation()
 
@@ -55,8 +60,11 @@ class Instruction(Task, CausalLM):
     Options = InstructionOptions
     options: InstructionOptions  # type: ignore[assignment]
     frame = ()
-    columns: ClassVar = {"prompt": "in place of messages: a question", "response": "its answer",
-                         "messages": 'a list of {"role", "content"}, which ends with the answer'}
+    columns: ClassVar = {
+        "prompt": "in place of messages: a question",
+        "response": "its answer",
+        "messages": 'a list of {"role", "content"}, which ends with the answer',
+    }
     optional: ClassVar = frozenset({"messages", "prompt", "response"})
     answers: ClassVar = frozenset({"response"})
     metrics: ClassVar = frozenset({"loss", "perplexity", "bits_per_byte"})
@@ -70,7 +78,11 @@ class Instruction(Task, CausalLM):
         if tokenizer := setting.tokenizer:  # there is none where predictions are scored
             self._end = end_of_document_id(tokenizer)
             end = repr(tokenizer.convert_ids_to_tokens(self._end))
-            self._template = options.chat_template or tokenizer.chat_template or DEFAULT_TEMPLATE.replace("END", end)
+            self._template = (
+                options.chat_template
+                or tokenizer.chat_template
+                or DEFAULT_TEMPLATE.replace("END", end)
+            )
 
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
@@ -81,17 +93,38 @@ class Instruction(Task, CausalLM):
         feature = {"prompt": self._ids(before)["input_ids"]}
         if not answered:
             check_prompt(self, feature["prompt"], self.options.generation)
-            return [{**feature, "input_ids": feature["prompt"], "truncated": len(feature["prompt"]) > self.setting.seq_len}]
+            return [
+                {
+                    **feature,
+                    "input_ids": feature["prompt"],
+                    "truncated": len(feature["prompt"]) > self.setting.seq_len,
+                }
+            ]
         whole = self._render(messages)
-        spans = [(len(self._render(messages[:n], prompt=True, of=whole)), len(self._render(messages[:n + 1], of=whole)))
-                 for n, message in enumerate(messages) if message["role"] == "assistant"]
+        spans = [
+            (
+                len(self._render(messages[:n], prompt=True, of=whole)),
+                len(self._render(messages[: n + 1], of=whole)),
+            )
+            for n, message in enumerate(messages)
+            if message["role"] == "assistant"
+        ]
         made, longest = self._ids(whole), self.setting.seq_len
-        labels = [number if any(first <= begin < end <= last for first, last in spans) else IGNORE_INDEX
-                  for number, (begin, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)]
+        labels = [
+            number if any(first <= begin < end <= last for first, last in spans) else IGNORE_INDEX
+            for number, (begin, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)
+        ]
         if all(label == IGNORE_INDEX for label in labels[:longest]):
             raise BadExample(f"no answer within the first {longest} tokens (data.max_length)")
         check_prompt(self, feature["prompt"], self.options.generation)
-        return [{**feature, "input_ids": made["input_ids"][:longest], "labels": labels[:longest], "truncated": len(labels) > longest}]
+        return [
+            {
+                **feature,
+                "input_ids": made["input_ids"][:longest],
+                "labels": labels[:longest],
+                "truncated": len(labels) > longest,
+            }
+        ]
 
     def answered_features(self, example: Example) -> list[Feature]:
         """Return the one feature, if the last message is an answer."""
@@ -103,25 +136,44 @@ class Instruction(Task, CausalLM):
     def _messages(self, example: Example) -> list[dict[str, str]]:
         messages = example.get("messages")
         if messages is None:
-            said = [("user", "prompt"), ("assistant", "response")] if example.get("prompt") is not None else []
-            messages = [{"role": role, "content": example[column]} for role, column in said if column in example]
-        if not isinstance(messages, list) or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages):
+            said = (
+                [("user", "prompt"), ("assistant", "response")]
+                if example.get("prompt") is not None
+                else []
+            )
+            messages = [
+                {"role": role, "content": example[column]}
+                for role, column in said
+                if column in example
+            ]
+        if not isinstance(messages, list) or not all(
+            isinstance(m, dict) and {"role", "content"} <= m.keys() for m in messages
+        ):
             raise BadExample('messages are not a list of {"role", "content"}')
         for message in messages:
             check_text(f"text of the {message['role']}", message["content"])
         if not any(message["role"] == "user" for message in messages):
             raise BadExample("nobody asks anything: there is no message of the user, or no prompt")
-        system = [{"role": "system", "content": self.options.system}] if self.options.system and messages[0]["role"] != "system" else []
+        system = (
+            [{"role": "system", "content": self.options.system}]
+            if self.options.system and messages[0]["role"] != "system"
+            else []
+        )
         return system + messages
 
-    def _render(self, messages: list[dict[str, str]], *, prompt: bool = False, of: str | None = None) -> str:
+    def _render(
+        self, messages: list[dict[str, str]], *, prompt: bool = False, of: str | None = None
+    ) -> str:
         try:
-            text = self.setting.tokenizer.apply_chat_template(messages, chat_template=self._template, tokenize=False,
-                                                              add_generation_prompt=prompt)
+            text = self.setting.tokenizer.apply_chat_template(
+                messages, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
+            )
         except Exception as error:  # whatever a template says against roles or their order
             raise BadExample(f"the chat template refuses the conversation: {error}") from error
         if of is not None and not of.startswith(text):
-            raise BadExample("the chat template writes an answer differently once the conversation goes on; give it one answer an example")
+            raise BadExample(
+                "the chat template writes an answer differently once the conversation goes on; give it one answer an example"
+            )
         return str(text)
 
     def _ids(self, text: str) -> Any:
@@ -131,16 +183,27 @@ class Instruction(Task, CausalLM):
         """Return the examples packed into R rows as long as the longest; ``document_ids_BT`` (R, T) numbers them, B is padding."""
         lengths = [len(row["input_ids"]) for row in rows.features]
         packs = pack(lengths) if self.options.packed else [[n] for n in range(len(lengths))]
-        shifted = [[*row["labels"][1:], IGNORE_INDEX] if "labels" in row else [IGNORE_INDEX] * length
-                   for row, length in zip(rows.features, lengths, strict=True)]
+        shifted = [
+            [*row["labels"][1:], IGNORE_INDEX] if "labels" in row else [IGNORE_INDEX] * length
+            for row, length in zip(rows.features, lengths, strict=True)
+        ]
 
         def packed(lists: Sequence[list[int]], fill: int) -> Tensor:
-            return pad_rows([[token for n in pack for token in lists[n]] for pack in packs], fill)[0]
+            return pad_rows([[token for n in pack for token in lists[n]] for pack in packs], fill)[
+                0
+            ]
 
         owner_RT = packed([[n] * length for n, length in enumerate(lengths)], len(lengths))
-        batch = self.batch(rows, inputs={"input_ids": packed([row["input_ids"] for row in rows.features], self.pad_id)},
-                           labels=packed(shifted, IGNORE_INDEX),
-                           counts={"answers": torch.tensor([sum(label != IGNORE_INDEX for label in labels) for labels in shifted])})
+        batch = self.batch(
+            rows,
+            inputs={"input_ids": packed([row["input_ids"] for row in rows.features], self.pad_id)},
+            labels=packed(shifted, IGNORE_INDEX),
+            counts={
+                "answers": torch.tensor(
+                    [sum(label != IGNORE_INDEX for label in labels) for labels in shifted]
+                )
+            },
+        )
         return replace(batch, document_ids_BT=owner_RT.int())
 
     # --------------------------------------------------------------------------------------------- with a model
@@ -148,33 +211,58 @@ class Instruction(Task, CausalLM):
         """Return ``{"answers": sums_B}`` in nats."""
         owner_RT, counts_B = batch.document_ids_BT, batch.counts["answers"]
         assert owner_RT is not None
-        logits_RTV = self.logits(model, batch if self.options.packed else replace(batch, document_ids_BT=None))
+        logits_RTV = self.logits(
+            model, batch if self.options.packed else replace(batch, document_ids_BT=None)
+        )
         losses_RT = token_losses(logits_RTV, batch.labels_BT)
-        sums_B = losses_RT.new_zeros(len(counts_B) + 1).index_add(0, owner_RT.flatten().long(), losses_RT.flatten())[:-1]
+        sums_B = losses_RT.new_zeros(len(counts_B) + 1).index_add(
+            0, owner_RT.flatten().long(), losses_RT.flatten()
+        )[:-1]
         return {"answers": sums_B * (counts_B > 0).to(sums_B.device)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there, if any."""
-        texts = written(self, model, rows, of="prompt", options=self.options.generation, eos_token_id=self._end)
-        return [{"prediction": text, **(known if known["tokens"] else {})}
-                for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)]
+        texts = written(
+            self, model, rows, of="prompt", options=self.options.generation, eos_token_id=self._end
+        )
+        return [
+            {"prediction": text, **(known if known["tokens"] else {})}
+            for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)
+        ]
 
-    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def judge(
+        self, model: Model, batch: Batch, rows: Examples
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return the loss, and outputs without an answer: to write one for every example takes longer than to train on it."""
         loss = self.loss(model, batch)
         return loss, self._known(loss, batch)
 
     def _known(self, loss: dict[str, Tensor], batch: Batch) -> list[dict[str, Any]]:
-        return [{"nats": nats, "tokens": n} for nats, n in zip(loss["answers"].tolist(), batch.counts["answers"].tolist(), strict=True)]
+        return [
+            {"nats": nats, "tokens": n}
+            for nats, n in zip(
+                loss["answers"].tolist(), batch.counts["answers"].tolist(), strict=True
+            )
+        ]
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the generated ones, where they were."""
-        answers = [[m["content"] for m in self._messages(r) if m["role"] == "assistant"] for r in references]
-        known = language_model([p["nats"] for p in predictions], [p["tokens"] for p in predictions],
-                               [sum(len(text.encode()) for text in texts) for texts in answers])
+        answers = [
+            [m["content"] for m in self._messages(r) if m["role"] == "assistant"]
+            for r in references
+        ]
+        known = language_model(
+            [p["nats"] for p in predictions],
+            [p["tokens"] for p in predictions],
+            [sum(len(text.encode()) for text in texts) for texts in answers],
+        )
         if not all("prediction" in p for p in predictions):
             return known
-        return known | rouge([p["prediction"].strip() for p in predictions], [texts[-1] for texts in answers])
+        return known | rouge(
+            [p["prediction"].strip() for p in predictions], [texts[-1] for texts in answers]
+        )
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the chat template and how to generate."""
@@ -189,5 +277,5 @@ def pack(lengths: Sequence[int]) -> list[list[int]]:
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):
         at = next((k for k, (used, _) in enumerate(packs) if used + lengths[n] <= room), len(packs))
         used, members = packs[at] if at < len(packs) else (0, [])
-        packs[at:at + 1] = [(used + lengths[n], [*members, n])]
+        packs[at : at + 1] = [(used + lengths[n], [*members, n])]
     return [sorted(members) for _, members in packs]

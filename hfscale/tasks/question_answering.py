@@ -4,6 +4,7 @@ A copy of this file goes along with exports, so it knows torch and transformers 
 ``pipeline("question-answering", FOLDER, trust_remote_code=True)(question=..., context=...)``. ``how`` holds the options of the task,
 ``max_length`` and ``no_answer``; an export has it in its config. Shape legend: W windows, T tokens.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -16,38 +17,67 @@ from transformers import Pipeline
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
-def windows(tokenizer: Any, how: dict[str, Any], *, question: str, context: str) -> list[dict[str, Any]]:
+def windows(
+    tokenizer: Any, how: dict[str, Any], *, question: str, context: str
+) -> list[dict[str, Any]]:
     """Return the windows: what the tokenizer gives, and where each token ``begins`` and ``ends`` in the context (-1: it is not of it,
     or nothing but white space, which answers nothing).
 
     A question longer than half a window is cut, and all are ``truncated``. None is returned where the context has no token.
     """
     max_length, stride = how["max_length"], how["stride"]
-    asked = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    asked = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)[
+        "offset_mapping"
+    ]
     truncated = len(asked) > max_length // 2
     if truncated:
         question, asked = question[: asked[max_length // 2 - 1][1]], asked[: max_length // 2]
     room = max_length - len(asked) - tokenizer.num_special_tokens_to_add(pair=True)
-    made = tokenizer(question, context, truncation="only_second", max_length=max_length, return_overflowing_tokens=True,
-                     return_offsets_mapping=True, stride=min(max_length // 3 if stride is None else stride, room // 2))
+    made = tokenizer(
+        question,
+        context,
+        truncation="only_second",
+        max_length=max_length,
+        return_overflowing_tokens=True,
+        return_offsets_mapping=True,
+        stride=min(max_length // 3 if stride is None else stride, room // 2),
+    )
     found = []
     for window, offsets in enumerate(made["offset_mapping"]):
-        places = [place if side == 1 and context[slice(*place)].strip() else (-1, -1)
-                  for place, side in zip(offsets, made.sequence_ids(window), strict=True)]
-        found.append({**{name: made[name][window] for name in INPUTS if name in made}, "truncated": truncated,
-                      "begins": [begin for begin, _ in places], "ends": [end for _, end in places]})
+        places = [
+            place if side == 1 and context[slice(*place)].strip() else (-1, -1)
+            for place, side in zip(offsets, made.sequence_ids(window), strict=True)
+        ]
+        found.append(
+            {
+                **{name: made[name][window] for name in INPUTS if name in made},
+                "truncated": truncated,
+                "begins": [begin for begin, _ in places],
+                "ends": [end for _, end in places],
+            }
+        )
     return [window for window in found if max(window["begins"]) >= 0]
 
 
-def best_spans(start_T: torch.Tensor, end_T: torch.Tensor, *, window: dict[str, Any], how: dict[str, Any]) -> dict[str, Any]:
+def best_spans(
+    start_T: torch.Tensor, end_T: torch.Tensor, *, window: dict[str, Any], how: dict[str, Any]
+) -> dict[str, Any]:
     """Return the best ``spans`` of a window (score, first and one past the last character), and the score of ``none``, the first token."""
     begins, ends = window["begins"], window["ends"]
     own = [n for n, begin in enumerate(begins) if begin >= 0]
-    scores = start_T[own, None] + end_T[None, own]  # of the spans from each token of the context to each
+    scores = (
+        start_T[own, None] + end_T[None, own]
+    )  # of the spans from each token of the context to each
     allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(how["max_answer_tokens"] - 1)
-    best = scores.masked_fill(~allowed, float("-inf")).flatten().topk(min(how["n_best"], int(allowed.sum())))
-    spans = [(score, begins[own[place // len(own)]], ends[own[place % len(own)]])
-             for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)]
+    best = (
+        scores.masked_fill(~allowed, float("-inf"))
+        .flatten()
+        .topk(min(how["n_best"], int(allowed.sum())))
+    )
+    spans = [
+        (score, begins[own[place // len(own)]], ends[own[place % len(own)]])
+        for score, place in zip(best.values.tolist(), best.indices.tolist(), strict=True)
+    ]
     return {"none": float(start_T[0] + end_T[0]), "spans": spans}
 
 
@@ -60,17 +90,29 @@ def choose(context: str, found: Sequence[dict[str, Any]], *, how: dict[str, Any]
     scores: dict[tuple[int, int], float] = {}  # overlapping windows find the same span
     for score, begin, end in (span for window in found for span in window["spans"]):
         text = context[begin:end]
-        place = (begin + len(text) - len(text.lstrip()), begin + len(text.rstrip()))  # some tokenizers' tokens hold the space before
+        place = (
+            begin + len(text) - len(text.lstrip()),
+            begin + len(text.rstrip()),
+        )  # some tokenizers' tokens hold the space before
         scores[place] = max(scores.get(place, score), score)
     best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[: how["n_best"]]
     top = best[0][1]
     silence = exp(min(none - top, 700.0)) if how["no_answer"] else 0.0
     total = sum(exp(score - top) for _, score in best) + silence
-    spans = [{"text": context[begin:end], "start": begin, "end": end, "score": exp(score - top) / total} for (begin, end), score in best]
+    spans = [
+        {"text": context[begin:end], "start": begin, "end": end, "score": exp(score - top) / total}
+        for (begin, end), score in best
+    ]
     silent = how["no_answer"] and none - top > how["no_answer_threshold"]
-    chosen: dict[str, Any] = {"text": "", "start": None, "end": None, "score": silence / total} if silent else spans[0]
-    return {"prediction": chosen["text"], **{name: chosen[name] for name in ("start", "end", "score")},
-            "no_answer_score": none - top, "n_best": spans}
+    chosen: dict[str, Any] = (
+        {"text": "", "start": None, "end": None, "score": silence / total} if silent else spans[0]
+    )
+    return {
+        "prediction": chosen["text"],
+        **{name: chosen[name] for name in ("start", "end", "score")},
+        "no_answer_score": none - top,
+        "n_best": spans,
+    }
 
 
 class QuestionAnsweringPipeline(Pipeline):
@@ -85,13 +127,22 @@ class QuestionAnsweringPipeline(Pipeline):
         """Return the answer, with its place in the context."""
         return super().__call__(asked if inputs is None else inputs)
 
-    def _sanitize_parameters(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(
+        self, **_: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, {}, {}
 
     def preprocess(self, input_: Any, **_: Any) -> dict[str, Any]:
         found = windows(self.tokenizer, self.model.config.question_answering, **input_)
-        rows = {name: [torch.tensor(window[name]) for window in found] for name in INPUTS if name in found[0]}
-        inputs = {name: torch.nn.utils.rnn.pad_sequence(row, batch_first=True) for name, row in rows.items()}
+        rows = {
+            name: [torch.tensor(window[name]) for window in found]
+            for name in INPUTS
+            if name in found[0]
+        }
+        inputs = {
+            name: torch.nn.utils.rnn.pad_sequence(row, batch_first=True)
+            for name, row in rows.items()
+        }
         return {"context": input_["context"], "windows": found, "inputs": inputs}
 
     def _forward(self, input_tensors: Any, **_: Any) -> Any:
@@ -100,6 +151,18 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def postprocess(self, model_outputs: Any, **_: Any) -> dict[str, Any]:
         how = self.model.config.question_answering
-        parts = zip(model_outputs["start_WT"].float(), model_outputs["end_WT"].float(), model_outputs["windows"], strict=True)
-        made = choose(model_outputs["context"], [best_spans(start, end, window=window, how=how) for start, end, window in parts], how=how)
-        return {"answer": made["prediction"], **{name: made[name] for name in ("start", "end", "score")}}
+        parts = zip(
+            model_outputs["start_WT"].float(),
+            model_outputs["end_WT"].float(),
+            model_outputs["windows"],
+            strict=True,
+        )
+        made = choose(
+            model_outputs["context"],
+            [best_spans(start, end, window=window, how=how) for start, end, window in parts],
+            how=how,
+        )
+        return {
+            "answer": made["prediction"],
+            **{name: made[name] for name in ("start", "end", "score")},
+        }

@@ -4,6 +4,7 @@ A copy of this file goes along with exports, so it knows transformers alone:
 ``pipeline("sentence-embedding", FOLDER, trust_remote_code=True)``.
 Shape legend: B texts, T tokens, H width.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -20,7 +21,9 @@ class SentenceEmbeddingPipeline(Pipeline):
     model: Any
     tokenizer: Any
 
-    def _sanitize_parameters(self, **_: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(
+        self, **_: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, {}, {}
 
     def preprocess(self, input_: str, **_: Any) -> Any:
@@ -28,12 +31,17 @@ class SentenceEmbeddingPipeline(Pipeline):
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     def _forward(self, input_tensors: Any, **_: Any) -> Any:
-        hidden_BTH, mask_BT = self.model(**input_tensors).last_hidden_state.float(), input_tensors["attention_mask"]
+        hidden_BTH, mask_BT = (
+            self.model(**input_tensors).last_hidden_state.float(),
+            input_tensors["attention_mask"],
+        )
         if self.model.config.pooling == "mean":
             mask_BT1 = mask_BT.unsqueeze(-1).float()
             pooled_BH = (hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1)
         else:
-            at_B = (mask_BT if self.model.config.pooling == "cls" else mask_BT.cumsum(1)).argmax(1)  # the first that is as large
+            at_B = (mask_BT if self.model.config.pooling == "cls" else mask_BT.cumsum(1)).argmax(
+                1
+            )  # the first that is as large
             pooled_BH = hidden_BTH[range(len(hidden_BTH)), at_B]
         return {"vector": torch.nn.functional.normalize(pooled_BH, dim=-1)}
 

@@ -8,6 +8,7 @@ With ``class_weights: balanced`` w_c = N / (C * N_c) over the training examples,
 Label smoothing e gives the true class 1 - e + e / C and every other e / C (Szegedy et al. 2016, sec. 7).
 Shape legend: B examples, T tokens, C classes.
 """
+
 from __future__ import annotations
 
 from collections import Counter
@@ -33,18 +34,24 @@ from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, check
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Problem = Literal["single_label_classification", "multi_label_classification", "regression"]  # transformers' names
+Problem = Literal[
+    "single_label_classification", "multi_label_classification", "regression"
+]  # transformers' names
 
 
 class ClassificationOptions(Section):
     """What is asked of a text. Without ``problem`` the labels say it: lists are several labels, fractions are regression."""
 
     problem: Problem | None = None
-    labels: Labels | None = None  # the whole set, in its order; without it, those of the training examples
+    labels: Labels | None = (
+        None  # the whole set, in its order; without it, those of the training examples
+    )
     separator: str | None = None  # several labels as one text, in csv: what stands between them
     class_weights: Literal["none", "balanced"] = "none"  # of a single label
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a single label
-    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.5  # of several labels: the least probability
+    threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = (
+        0.5  # of several labels: the least probability
+    )
 
 
 class SequenceClassification(Task):
@@ -55,32 +62,54 @@ class SequenceClassification(Task):
     term = "classification"
     auto_model = "AutoModelForSequenceClassification"
     pipeline = "text-classification"
-    columns: ClassVar = {"text": "a text", "pair": "a second text, which belongs to it", "label": "a label, a list of them, or a number"}
+    columns: ClassVar = {
+        "text": "a text",
+        "pair": "a second text, which belongs to it",
+        "label": "a label, a list of them, or a number",
+    }
     optional: ClassVar = frozenset({"pair"})
     answers: ClassVar = frozenset({"label"})
-    metrics: ClassVar = frozenset({"accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"})
+    metrics: ClassVar = frozenset(
+        {"accuracy", "f1", "f1_macro", "f1_micro", "mcc", "pearson", "spearman", "mse"}
+    )
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Return the problem, and the labels with how often each occurs."""
         assert isinstance(options, ClassificationOptions)
-        values = [_split(example["label"], options) for example in examples if example.get("label") not in (None, "")]
+        values = [
+            _split(example["label"], options)
+            for example in examples
+            if example.get("label") not in (None, "")
+        ]
         kinds = {_kind(v) for v in values}
-        problem = options.problem or ("multi_label_classification" if "list" in kinds else
-                                      "regression" if "fraction" in kinds and "label" not in kinds else "single_label_classification")
+        problem = options.problem or (
+            "multi_label_classification"
+            if "list" in kinds
+            else "regression"
+            if "fraction" in kinds and "label" not in kinds
+            else "single_label_classification"
+        )
         if problem == "regression":
             return {"problem": problem}
         labels = options.labels or all_labels(values)
         if len(labels) < 2 and problem == "single_label_classification":
-            raise BadExample(f"all examples have one label, {labels[0]}: there is nothing to tell apart" if labels else
-                             "no example has a label")
-        counts = Counter(named(label, labels) for v in values for label in (v if isinstance(v, list) else [v]))
+            raise BadExample(
+                f"all examples have one label, {labels[0]}: there is nothing to tell apart"
+                if labels
+                else "no example has a label"
+            )
+        counts = Counter(
+            named(label, labels) for v in values for label in (v if isinstance(v, list) else [v])
+        )
         return {"problem": problem, "labels": labels, "counts": [counts[label] for label in labels]}
 
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
         """Return problem and labels of a classifier that anybody made."""
-        problem = config.problem_type or ("regression" if config.num_labels == 1 else "single_label_classification")
+        problem = config.problem_type or (
+            "regression" if config.num_labels == 1 else "single_label_classification"
+        )
         return {"problem": problem, "labels": list((config.id2label or {}).values())}
 
     @property
@@ -94,8 +123,13 @@ class SequenceClassification(Task):
     def model_overrides(self) -> dict[str, Any]:
         """Return the labels and the kind of problem; and the padding id, by which decoders find the last token."""
         labels = self.labels or ["LABEL_0"]
-        return {"num_labels": len(labels), "id2label": dict(enumerate(labels)), "label2id": {label: n for n, label in enumerate(labels)},
-                "problem_type": self.problem, "pad_token_id": self.pad_id}
+        return {
+            "num_labels": len(labels),
+            "id2label": dict(enumerate(labels)),
+            "label2id": {label: n for n, label in enumerate(labels)},
+            "problem_type": self.problem,
+            "pad_token_id": self.pad_id,
+        }
 
     def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
         """Carry along where texts are cut, for ``pipe(text, truncation=True)``."""
@@ -120,17 +154,31 @@ class SequenceClassification(Task):
         several = self.problem == "multi_label_classification"
         if isinstance(value, list) and not several:
             raise BadExample(f"the label {value!r:.60} is a list, where others have one")
-        names = [named(label, self.labels) for label in (value if isinstance(value, list) else [value])]
+        names = [
+            named(label, self.labels) for label in (value if isinstance(value, list) else [value])
+        ]
         for name in names:
             if name not in self.labels:
-                raise BadExample(f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}")
-        return [float(label in names) for label in self.labels] if several else self.labels.index(names[0])
+                raise BadExample(
+                    f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}"
+                )
+        return (
+            [float(label in names) for label in self.labels]
+            if several
+            else self.labels.index(names[0])
+        )
 
     def collate(self, rows: Examples) -> Batch:
         """Return the padded texts and their labels (B,) or (B, C)."""
         asked_B = torch.tensor(["labels" in row for row in rows.features]).long()
-        labels = torch.tensor([row["labels"] for row in rows.features]) if asked_B.all() else torch.empty(0)
-        return self.batch(rows, inputs=self.inputs(rows), labels=labels, counts={self.term: asked_B})
+        labels = (
+            torch.tensor([row["labels"] for row in rows.features])
+            if asked_B.all()
+            else torch.empty(0)
+        )
+        return self.batch(
+            rows, inputs=self.inputs(rows), labels=labels, counts={self.term: asked_B}
+        )
 
     def row_losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
         """Return each row's loss."""
@@ -138,11 +186,23 @@ class SequenceClassification(Task):
         if self.problem == "regression":
             return (logits_BC.squeeze(1) - batch.labels_BT).square() * valid_B
         if self.problem == "multi_label_classification":
-            return F.binary_cross_entropy_with_logits(logits_BC, batch.labels_BT, reduction="none").mean(1) * valid_B
-        losses_B = F.cross_entropy(logits_BC, batch.labels_BT, reduction="none", label_smoothing=self.options.label_smoothing)
+            return (
+                F.binary_cross_entropy_with_logits(
+                    logits_BC, batch.labels_BT, reduction="none"
+                ).mean(1)
+                * valid_B
+            )
+        losses_B = F.cross_entropy(
+            logits_BC,
+            batch.labels_BT,
+            reduction="none",
+            label_smoothing=self.options.label_smoothing,
+        )
         counts = self.setting.facts.get("counts")
         if self.options.class_weights == "balanced" and counts:
-            weights_C = torch.tensor([sum(counts) / (len(counts) * max(1, n)) for n in counts], device=logits_BC.device)
+            weights_C = torch.tensor(
+                [sum(counts) / (len(counts) * max(1, n)) for n in counts], device=logits_BC.device
+            )
             losses_B = losses_B * weights_C[batch.labels_BT]
         return losses_B * valid_B
 
@@ -155,27 +215,58 @@ class SequenceClassification(Task):
         probabilities = (logits_BC.sigmoid() if several else logits_BC.softmax(-1)).tolist()
         scored = [dict(zip(self.labels, row, strict=True)) for row in probabilities]
         if several:
-            return [{"prediction": [label for label, p in row.items() if p >= self.options.threshold], "scores": row} for row in scored]
+            return [
+                {
+                    "prediction": [
+                        label for label, p in row.items() if p >= self.options.threshold
+                    ],
+                    "scores": row,
+                }
+                for row in scored
+            ]
         return [{"prediction": max(row, key=row.__getitem__), "scores": row} for row in scored]
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations and the mean squared error."""
         true = [_split(reference["label"], self.options) for reference in references]
-        if lacking := [reference["id"] for reference, label in zip(references, true, strict=True) if label in (None, "")]:
+        if lacking := [
+            reference["id"]
+            for reference, label in zip(references, true, strict=True)
+            if label in (None, "")
+        ]:
             raise BadExample(f"there is no label: {', '.join(lacking[:3])}")
         got = [prediction["prediction"] for prediction in predictions]
         if self.problem == "regression":
             numbers = list(map(float, true))
-            return correlation(got, numbers) | mean({"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]})
+            return correlation(got, numbers) | mean(
+                {"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]}
+            )
         if self.problem == "multi_label_classification":
-            true, got = ([[named(label, self.labels) for label in (value if isinstance(value, list) else [value])] for value in side]
-                         for side in (true, got))
+            true, got = (
+                [
+                    [
+                        named(label, self.labels)
+                        for label in (value if isinstance(value, list) else [value])
+                    ]
+                    for value in side
+                ]
+                for side in (true, got)
+            )
             said = [label for labels in got for label in labels]
         else:
             true, got = ([named(label, self.labels) for label in side] for side in (true, got))
             said = got
-        found, unknown = classification(got, true, labels=self.labels), [label for label in said if label not in self.labels]
-        note = f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}" if unknown else ""
+        found, unknown = (
+            classification(got, true, labels=self.labels),
+            [label for label in said if label not in self.labels],
+        )
+        note = (
+            f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}"
+            if unknown
+            else ""
+        )
         return replace(found, notes={"unknown labels": note}) if unknown else found
 
 

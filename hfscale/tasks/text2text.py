@@ -2,6 +2,7 @@
 
 A copy of this file goes along with exports, so it knows transformers alone: ``pipeline("translation", FOLDER, trust_remote_code=True)``.
 """
+
 from __future__ import annotations
 
 from typing import Any
@@ -24,11 +25,17 @@ class TextToTextPipeline(Pipeline):
         made = super().__call__(inputs, *args, **options)
         return [answers[0] for answers in made] if isinstance(inputs, list) else made
 
-    def _sanitize_parameters(self, **generation: Any) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    def _sanitize_parameters(
+        self, **generation: Any
+    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
         return {}, generation, {}
 
     def preprocess(self, input_: str, **_: Any) -> Any:
-        made = self.tokenizer((getattr(self.model.config, "prefix", None) or "") + input_, truncation=True, return_tensors="pt")
+        made = self.tokenizer(
+            (getattr(self.model.config, "prefix", None) or "") + input_,
+            truncation=True,
+            return_tensors="pt",
+        )
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     def _forward(self, input_tensors: Any, **generation: Any) -> Any:

@@ -9,6 +9,7 @@ With label smoothing e the target is (1 - e) y_t + e / V, in training alone. Wor
 
 Shape legend: B examples, S source tokens, U target tokens, T of both.
 """
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -34,11 +35,15 @@ from hfscale.tokenizer import end_of_document_id
 class TextToTextOptions(Section):
     """What the model is given and asked for."""
 
-    prompt: Annotated[str, Field(pattern=r"\{source\}")] | None = None  # causal models: what they go on from. None: an encoder-decoder
+    prompt: Annotated[str, Field(pattern=r"\{source\}")] | None = (
+        None  # causal models: what they go on from. None: an encoder-decoder
+    )
     prefix: str = ""  # encoder-decoders such as T5: before every source
     source_language: str | None = None  # a code of a multilingual tokenizer (mBART, NLLB)
     target_language: str | None = None
-    max_target_length: Positive | None = None  # in tokens; default: max_length, of a causal model half of it
+    max_target_length: Positive | None = (
+        None  # in tokens; default: max_length, of a causal model half of it
+    )
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0
     generation: Generation = Generation()
 
@@ -63,16 +68,29 @@ class TextToText(Task):
             self.pipeline = "text-generation"  # type: ignore[misc]
         else:
             self.code = "hfscale.tasks.text2text"
-        self._target_length = options.max_target_length or (longest // 2 if self._causal else longest)
+        self._target_length = options.max_target_length or (
+            longest // 2 if self._causal else longest
+        )
         if self._target_length > longest - self._causal:
-            raise ConfigError("targets may be longer than there is room", where="task.options.max_target_length", value=self._target_length,
-                              remedy=f"raise data.max_length, which is {longest}" + " for prompt and target" * self._causal)
+            raise ConfigError(
+                "targets may be longer than there is room",
+                where="task.options.max_target_length",
+                value=self._target_length,
+                remedy=f"raise data.max_length, which is {longest}"
+                + " for prompt and target" * self._causal,
+            )
         if setting.tokenizer is None:  # predictions are scored
             return
         self._start: int | None = None  # of the decoder; None: the model's
         self._end = end_of_document_id(setting.tokenizer)
-        self._generation: dict[str, Any] = {"max_new_tokens": self._target_length, "eos_token_id": self._end}
-        for side, code in (("src_lang", options.source_language), ("tgt_lang", options.target_language)):
+        self._generation: dict[str, Any] = {
+            "max_new_tokens": self._target_length,
+            "eos_token_id": self._end,
+        }
+        for side, code in (
+            ("src_lang", options.source_language),
+            ("tgt_lang", options.target_language),
+        ):
             if code is not None:
                 self._set_language(side, code)
 
@@ -80,8 +98,12 @@ class TextToText(Task):
         tokenizer = self.setting.tokenizer
         number = tokenizer.convert_tokens_to_ids(code)
         if not hasattr(tokenizer, side) or number in (None, tokenizer.unk_token_id):
-            raise ConfigError("this tokenizer has no such language", where="task.options", value=code,
-                              remedy="give a code that stands in its vocabulary (mBART: en_XX, NLLB: eng_Latn), or leave it out")
+            raise ConfigError(
+                "this tokenizer has no such language",
+                where="task.options",
+                value=code,
+                remedy="give a code that stands in its vocabulary (mBART: en_XX, NLLB: eng_Latn), or leave it out",
+            )
         setattr(tokenizer, side, code)
         if side == "tgt_lang" and tokenizer(text_target="a")["input_ids"][0] == number:
             self._generation["forced_bos_token_id"] = number
@@ -94,42 +116,76 @@ class TextToText(Task):
         for role in self.columns:
             if role in example:
                 check_text(role, example[role])
-        feature = self._prompt(example["source"]) if self._causal else self.encode(self.options.prefix + example["source"])
+        feature = (
+            self._prompt(example["source"])
+            if self._causal
+            else self.encode(self.options.prefix + example["source"])
+        )
         feature = {"input_ids": feature["input_ids"], "truncated": feature["truncated"]}
         if "target" in example:
-            ids = self.setting.tokenizer(text_target=example["target"], add_special_tokens=not self._causal)["input_ids"]
-            tail = ids[-2:].index(self._end) - 2 if self._end in ids[-2:] else 0  # an end, or an end and a language
+            ids = self.setting.tokenizer(
+                text_target=example["target"], add_special_tokens=not self._causal
+            )["input_ids"]
+            tail = (
+                ids[-2:].index(self._end) - 2 if self._end in ids[-2:] else 0
+            )  # an end, or an end and a language
             text, end = (ids[:tail], ids[tail:]) if tail else (ids, [self._end])
             room = self._target_length - len(end)
-            feature |= {"labels": text[:room] + end, "truncated": feature["truncated"] or len(text) > room}
+            feature |= {
+                "labels": text[:room] + end,
+                "truncated": feature["truncated"] or len(text) > room,
+            }
         return [feature]
 
     def _prompt(self, source: str) -> Feature:
         """Return the prompt; a source that is too long loses its end, the words around it stay."""
         tokenizer, limit = self.setting.tokenizer, self.setting.seq_len - self._target_length
         whole = source
-        while len(ids := tokenizer(str(self.options.prompt).replace("{source}", source))["input_ids"]) > limit:
-            offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+        while (
+            len(ids := tokenizer(str(self.options.prompt).replace("{source}", source))["input_ids"])
+            > limit
+        ):
+            offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)[
+                "offset_mapping"
+            ]
             if (kept := len(offsets) + limit - len(ids)) <= 0:
-                raise BadExample(f"the prompt alone has more than {limit} tokens (data.max_length - max_target_length)")
-            source = source[:offsets[kept][0]]
+                raise BadExample(
+                    f"the prompt alone has more than {limit} tokens (data.max_length - max_target_length)"
+                )
+            source = source[: offsets[kept][0]]
         return {"input_ids": ids, "truncated": source != whole}
 
     def collate(self, rows: Examples) -> Batch:
         """Return encoder inputs (B, S), decoder inputs and labels (B, U); of a causal model, inputs and labels (B, T)."""
-        sources, targets = ([list(row.get(name, [])) for row in rows.features] for name in ("input_ids", "labels"))
+        sources, targets = (
+            [list(row.get(name, [])) for row in rows.features] for name in ("input_ids", "labels")
+        )
         if self._causal:
-            labels_BU, _ = pad_rows([[IGNORE_INDEX] * (len(s) - 1) + t for s, t in zip(sources, targets, strict=True)], IGNORE_INDEX)
+            labels_BU, _ = pad_rows(
+                [[IGNORE_INDEX] * (len(s) - 1) + t for s, t in zip(sources, targets, strict=True)],
+                IGNORE_INDEX,
+            )
             sources = [s + t[:-1] for s, t in zip(sources, targets, strict=True)]
         else:
             labels_BU, _ = pad_rows([target or [IGNORE_INDEX] for target in targets], IGNORE_INDEX)
         ids_BS, mask_BS = pad_rows(sources, self.pad_id)
         inputs = {"input_ids": ids_BS, "attention_mask": mask_BS}
         if not self._causal:
-            decoder_BU = labels_BU.roll(1, 1).masked_fill_(labels_BU.roll(1, 1) == IGNORE_INDEX, self.pad_id)
-            decoder_BU[:, 0] = decoder_start(self.setting.model_config, self.pad_id) if self._start is None else self._start
+            decoder_BU = labels_BU.roll(1, 1).masked_fill_(
+                labels_BU.roll(1, 1) == IGNORE_INDEX, self.pad_id
+            )
+            decoder_BU[:, 0] = (
+                decoder_start(self.setting.model_config, self.pad_id)
+                if self._start is None
+                else self._start
+            )
             inputs["decoder_input_ids"] = decoder_BU
-        return self.batch(rows, inputs=inputs, labels=labels_BU, counts={"text": (labels_BU != IGNORE_INDEX).sum(1)})
+        return self.batch(
+            rows,
+            inputs=inputs,
+            labels=labels_BU,
+            counts={"text": (labels_BU != IGNORE_INDEX).sum(1)},
+        )
 
     # --------------------------------------------------------------------------------------------- with a model
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
@@ -140,9 +196,16 @@ class TextToText(Task):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return ``{"prediction": text}`` a row."""
-        return [{"prediction": text} for text in written(self, model, rows, options=self.options.generation, **self._generation)]
+        return [
+            {"prediction": text}
+            for text in written(
+                self, model, rows, options=self.options.generation, **self._generation
+            )
+        ]
 
-    def judge(self, model: Model, batch: Batch, rows: Examples) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    def judge(
+        self, model: Model, batch: Batch, rows: Examples
+    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return both."""
         return self.loss(model, batch), self.predict(model, batch, rows)
 
@@ -152,13 +215,23 @@ class TextToText(Task):
         tokenizer.model_max_length = self.setting.seq_len
         if self._causal:
             before, after = str(self.options.prompt).split("{source}", 1)
-            bos = tokenizer.bos_token if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id else ""
-            tokenizer.chat_template = f"{{{{ {(bos or '') + before!r} + messages[-1]['content'] + {after!r} }}}}"
+            bos = (
+                tokenizer.bos_token
+                if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
+                else ""
+            )
+            tokenizer.chat_template = (
+                f"{{{{ {(bos or '') + before!r} + messages[-1]['content'] + {after!r} }}}}"
+            )
             return
         if model.generation_config.decoder_start_token_id is None:
-            model.generation_config.decoder_start_token_id = decoder_start(model.config, self.pad_id)
+            model.generation_config.decoder_start_token_id = decoder_start(
+                model.config, self.pad_id
+            )
         model.config.prefix = self.options.prefix
-        model.config.custom_pipelines = {self.pipeline: {"impl": "text2text.TextToTextPipeline", "pt": ["AutoModelForSeq2SeqLM"]}}
+        model.config.custom_pipelines = {
+            self.pipeline: {"impl": "text2text.TextToTextPipeline", "pt": ["AutoModelForSeq2SeqLM"]}
+        }
 
 
 class Translation(TextToText):
@@ -167,9 +240,13 @@ class Translation(TextToText):
     pipeline = "translation"
     metrics: ClassVar = frozenset({"bleu", "chrf"})
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return ``bleu`` and ``chrf``."""
-        return translation([p["prediction"].strip() for p in predictions], [r["target"] for r in references])
+        return translation(
+            [p["prediction"].strip() for p in predictions], [r["target"] for r in references]
+        )
 
 
 class Summarization(TextToText):
@@ -178,6 +255,10 @@ class Summarization(TextToText):
     pipeline = "summarization"
     metrics: ClassVar = frozenset({"rouge1", "rouge2", "rougeL", "rougeLsum"})
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``."""
-        return rouge([p["prediction"].strip() for p in predictions], [r["target"] for r in references])
+        return rouge(
+            [p["prediction"].strip() for p in predictions], [r["target"] for r in references]
+        )

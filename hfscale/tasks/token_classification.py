@@ -8,6 +8,7 @@ running text. Long sentences are read in overlapping windows, and every word is 
 Shape legend: B windows, T tokens, C tags.
 Source: Devlin et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for it).
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
@@ -47,8 +48,11 @@ class TokenClassification(Task):
     term = "token_classification"
     auto_model = "AutoModelForTokenClassification"
     pipeline = "token-classification"
-    columns: ClassVar = {"text": "a text, where there are no words", "words": "a list of words, or words with spaces between them",
-                         "tags": "as many tags"}
+    columns: ClassVar = {
+        "text": "a text, where there are no words",
+        "words": "a list of words, or words with spaces between them",
+        "tags": "as many tags",
+    }
     optional: ClassVar = frozenset({"words", "text"})
     answers: ClassVar = frozenset({"tags"})
     metrics: ClassVar = frozenset({"f1", "precision", "recall", "f1_macro", "accuracy"})
@@ -58,9 +62,15 @@ class TokenClassification(Task):
         """Return the tags, ``O`` first."""
         assert isinstance(options, TokenOptions)
         given = (example.get("tags") for example in examples)
-        found = all_labels(_listed(tags) for tags in given if isinstance(tags, (str, list))) if not options.labels else []
+        found = (
+            all_labels(_listed(tags) for tags in given if isinstance(tags, (str, list)))
+            if not options.labels
+            else []
+        )
         if found and all(label.isdigit() for label in found):
-            raise BadExample(f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels")
+            raise BadExample(
+                f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels"
+            )
         return {"labels": options.labels or sorted(found, key=lambda label: label != OUTSIDE)}
 
     @classmethod
@@ -74,30 +84,51 @@ class TokenClassification(Task):
 
     def model_overrides(self) -> dict[str, Any]:
         """Return the tags, and the padding id."""
-        return {"num_labels": len(self.labels), "id2label": dict(enumerate(self.labels)),
-                "label2id": {label: n for n, label in enumerate(self.labels)}, "pad_token_id": self.pad_id}
+        return {
+            "num_labels": len(self.labels),
+            "id2label": dict(enumerate(self.labels)),
+            "label2id": {label: n for n, label in enumerate(self.labels)},
+            "pad_token_id": self.pad_id,
+        }
 
     def features(self, example: Example) -> list[Feature]:
         """Return the windows: ``input_ids``, ..., which ``words`` each judges, at which ``positions``, and their ``labels``."""
         words, spaced, _ = _words(example)
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
-        made = self.setting.tokenizer([" " * space + word for word, space in zip(words, spaced, strict=True)], is_split_into_words=True,
-                                      truncation=True, max_length=length, stride=length // 4, return_overflowing_tokens=True)
-        best: dict[int, tuple[int, int, int]] = {}  # word -> tokens to the nearer end of the window, window, position
+        made = self.setting.tokenizer(
+            [" " * space + word for word, space in zip(words, spaced, strict=True)],
+            is_split_into_words=True,
+            truncation=True,
+            max_length=length,
+            stride=length // 4,
+            return_overflowing_tokens=True,
+        )
+        best: dict[
+            int, tuple[int, int, int]
+        ] = {}  # word -> tokens to the nearer end of the window, window, position
         for window in range(len(made["input_ids"])):
             ids = made.word_ids(window)
             for position, (before, word) in enumerate(pairwise([None, *ids])):
                 if word is not None and word != before:
-                    best[word] = max(best.get(word, (-1, 0, 0)), (min(position, len(ids) - position), window, position))
+                    best[word] = max(
+                        best.get(word, (-1, 0, 0)),
+                        (min(position, len(ids) - position), window, position),
+                    )
         if not best:
             raise BadExample("there are no words: neither in words nor in text")
         features = []
-        for window in sorted({window for _, window, _ in best.values()}):  # one may be left without a word of its own
+        for window in sorted(
+            {window for _, window, _ in best.values()}
+        ):  # one may be left without a word of its own
             own = {word: position for word, (_, place, position) in best.items() if place == window}
             feature = {name: made[name][window] for name in MODEL_INPUTS if name in made}
             feature |= {"words": list(own), "positions": list(own.values())}
-            features.append(feature if targets is None else {**feature, "labels": [targets[word] for word in own]})
+            features.append(
+                feature
+                if targets is None
+                else {**feature, "labels": [targets[word] for word in own]}
+            )
         return features
 
     def _targets(self, example: Example, words: int) -> list[int]:
@@ -105,49 +136,91 @@ class TokenClassification(Task):
         if len(tags) != words:
             raise BadExample(f"there are {words} words and {len(tags)} tags")
         if unknown := set(tags) - {*self.labels}:
-            raise BadExample(f"the tag {min(unknown)!r:.60} is not in the set; {nearest(min(unknown), self.labels)}")
+            raise BadExample(
+                f"the tag {min(unknown)!r:.60} is not in the set; {nearest(min(unknown), self.labels)}"
+            )
         return [self.labels.index(tag) for tag in tags]
 
     def collate(self, rows: Examples) -> Batch:
         """Return the padded windows; labels_BT stand at the first token of each judged word."""
         inputs = self.inputs(rows)
         labels_BT = torch.full_like(inputs["input_ids"], IGNORE_INDEX)
-        for labels_T, row, valid in zip(labels_BT, rows.features, rows.valid_B.tolist(), strict=True):
+        for labels_T, row, valid in zip(
+            labels_BT, rows.features, rows.valid_B.tolist(), strict=True
+        ):
             if valid and "labels" in row:
                 labels_T[row["positions"]] = torch.tensor(row["labels"])
-        return self.batch(rows, inputs=inputs, labels=labels_BT, counts={self.term: (labels_BT != IGNORE_INDEX).sum(1)})
+        return self.batch(
+            rows,
+            inputs=inputs,
+            labels=labels_BT,
+            counts={self.term: (labels_BT != IGNORE_INDEX).sum(1)},
+        )
 
     def outputs(self, logits_BTC: Tensor, rows: Examples) -> list[dict[str, Any]]:
         """Return for each window its words' numbers, tags and probabilities."""
         scores_BT, tags_BT = (part.cpu() for part in logits_BTC.float().softmax(-1).max(-1))
-        return [{"words": row["words"], "tags": [self.labels[n] for n in tags_BT[b, row["positions"]].tolist()],
-                 "scores": scores_BT[b, row["positions"]].tolist()} for b, row in enumerate(rows.features)]
+        return [
+            {
+                "words": row["words"],
+                "tags": [self.labels[n] for n in tags_BT[b, row["positions"]].tolist()],
+                "scores": scores_BT[b, row["positions"]].tolist(),
+            }
+            for b, row in enumerate(rows.features)
+        ]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
         """Return the ``prediction``, a tag a word; of a text also its ``words``, and ``entities`` with their places in it."""
         words, _, places = _words(example)
-        tags, scores = [OUTSIDE] * len(words), [1.0] * len(words)  # also of a word that the tokenizer gives no token
+        tags, scores = (
+            [OUTSIDE] * len(words),
+            [1.0] * len(words),
+        )  # also of a word that the tokenizer gives no token
         for output in outputs:
-            for word, tag, score in zip(output["words"], output["tags"], output["scores"], strict=True):
+            for word, tag, score in zip(
+                output["words"], output["tags"], output["scores"], strict=True
+            ):
                 tags[word], scores[word] = tag, score
         if not places:
             return {"prediction": tags}
         ends = [place + len(word) for place, word in zip(places, words, strict=True)]
-        return {"prediction": tags, "words": words, "entities": [
-            {"type": kind, "text": example["text"][places[first] : ends[last - 1]], "start": places[first], "end": ends[last - 1],
-             "score": sum(scores[first:last]) / (last - first)} for kind, first, last in entities(tags)]}
+        return {
+            "prediction": tags,
+            "words": words,
+            "entities": [
+                {
+                    "type": kind,
+                    "text": example["text"][places[first] : ends[last - 1]],
+                    "start": places[first],
+                    "end": ends[last - 1],
+                    "score": sum(scores[first:last]) / (last - first),
+                }
+                for kind, first, last in entities(tags)
+            ],
+        }
 
-    def measure(self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]) -> Measure:
+    def measure(
+        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    ) -> Measure:
         """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags are not ``B-`` and ``I-``."""
-        true = [[self.labels[n] for n in self._targets(example, len(_words(example)[0]))] for example in references]
+        true = [
+            [self.labels[n] for n in self._targets(example, len(_words(example)[0]))]
+            for example in references
+        ]
         for prediction, tags, example in zip(predictions, true, references, strict=True):
             if len(prediction["prediction"]) != len(tags):
-                raise DataError("a prediction is not one tag a word", where=f"example {example['id']}", remedy="give one for each word",
-                                value=f"{len(prediction['prediction'])} tags, {len(tags)} words")
+                raise DataError(
+                    "a prediction is not one tag a word",
+                    where=f"example {example['id']}",
+                    remedy="give one for each word",
+                    value=f"{len(prediction['prediction'])} tags, {len(tags)} words",
+                )
         measure = entity_f1([prediction["prediction"] for prediction in predictions], true)
         if any(label[:2] in ("B-", "I-") for label in self.labels):
             return measure
-        return Measure(measure.examples, lambda weights: {"accuracy": measure.of(weights)["accuracy"]})
+        return Measure(
+            measure.examples, lambda weights: {"accuracy": measure.of(weights)["accuracy"]}
+        )
 
 
 def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
@@ -156,14 +229,20 @@ def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
 
     if example.get("words"):
         words = [str(word) for word in _listed(example["words"])]
-        edges = [regex.search(rf"{UNSPACED}$", a) or regex.match(UNSPACED, b) for a, b in pairwise(words)]
+        edges = [
+            regex.search(rf"{UNSPACED}$", a) or regex.match(UNSPACED, b) for a, b in pairwise(words)
+        ]
         return words, [False, *(not edge for edge in edges)], []
     text = example.get("text") or ""
     if not isinstance(text, str):
         raise BadExample(f"the text is not text: {text!r:.60}")
     found = list(regex.finditer(rf"{WORD}|\S", text))
     places = [match.start() for match in found]
-    return [match.group() for match in found], [text[place - 1 : place].isspace() for place in places], places
+    return (
+        [match.group() for match in found],
+        [text[place - 1 : place].isspace() for place in places],
+        places,
+    )
 
 
 def _listed(value: Any) -> list[Any]:

@@ -1,4 +1,5 @@
 """Held-out loss: every validation row counted once, whatever the number of ranks."""
+
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -33,53 +34,88 @@ class Evaluator:
         batches = [objective.collate(rows) for rows in self._rows]
         counts = objective.counts(batches)
         names = sorted(counts)
-        counts = dict(zip(names, sum_over_ranks(torch.tensor([counts[name] for name in names])).long().tolist(), strict=True))
+        counts = dict(
+            zip(
+                names,
+                sum_over_ranks(torch.tensor([counts[name] for name in names])).long().tolist(),
+                strict=True,
+            )
+        )
         with engine.eval_mode():
-            for _ in objective.losses(engine, (batch.to(engine.device) for batch in batches), counts, world_size=1):
+            for _ in objective.losses(
+                engine, (batch.to(engine.device) for batch in batches), counts, world_size=1
+            ):
                 beat("validation")  # what was measured is in the sums
         losses = global_losses(objective, counts)
-        return losses | ({"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {})
+        return losses | (
+            {"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {}
+        )
 
 
 class TaskEvaluator:
     """Scores a task on a whole split: its loss, and its metrics over predictions of which each example has one, whatever the ranks."""
 
-    def __init__(self, task: Task, rows: Iterable[Examples], *, examples: Sequence[Example], of: np.ndarray) -> None:
+    def __init__(
+        self, task: Task, rows: Iterable[Examples], *, examples: Sequence[Example], of: np.ndarray
+    ) -> None:
         """``of`` is the number of the example of each feature. Only rank 0 uses ``examples``."""
         self._task, self._rows, self._examples, self._of = task, rows, examples, of
 
     @torch.no_grad()
     def run(self, engine: Engine) -> dict[str, float]:
         """Return the validation loss and metrics (all ranks together); the engine's mode is restored."""
-        task, counts, outputs = self._task, dict.fromkeys(self._task.weights(), 0), dict[int, dict[str, Any]]()
+        task, counts, outputs = (
+            self._task,
+            dict.fromkeys(self._task.weights(), 0),
+            dict[int, dict[str, Any]](),
+        )
         with engine.eval_mode():
             for rows in self._rows:
                 batch = task.collate(rows)
                 counts = {term: counts[term] + n for term, n in task.counts([batch]).items()}
                 sums, made = task.judge(engine, batch.to(engine.device), rows)
                 task.record(sums, batch)
-                outputs |= {int(number): output for number, valid, output in zip(rows.position, rows.valid_B, made, strict=True) if valid}
-        totals = sum_over_ranks(torch.tensor([counts[term] for term in sorted(counts)])).long().tolist()
+                outputs |= {
+                    int(number): output
+                    for number, valid, output in zip(rows.position, rows.valid_B, made, strict=True)
+                    if valid
+                }
+        totals = (
+            sum_over_ranks(torch.tensor([counts[term] for term in sorted(counts)])).long().tolist()
+        )
         losses = global_losses(task, dict(zip(sorted(counts), totals, strict=True)))
-        gathered = {number: output for part in from_all_ranks(outputs) for number, output in part.items()}
+        gathered = {
+            number: output for part in from_all_ranks(outputs) for number, output in part.items()
+        }
         return losses | from_rank_0(self._score(gathered) if self._examples else None)
 
     def _score(self, outputs: Mapping[int, dict[str, Any]]) -> dict[str, float]:
         ends = np.searchsorted(self._of, np.arange(len(self._examples)), side="right").tolist()
         cuts = zip([0, *ends], ends, self._examples)
-        predictions = [{"id": example["id"], **self._task.answer(example, [outputs[n] for n in range(begin, end)])}
-                       for begin, end, example in cuts]
+        predictions = [
+            {
+                "id": example["id"],
+                **self._task.answer(example, [outputs[n] for n in range(begin, end)]),
+            }
+            for begin, end, example in cuts
+        ]
         return self._task.score(predictions, self._examples)
 
 
-def global_losses(objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()) -> dict[str, Any]:
+def global_losses(
+    objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()
+) -> dict[str, Any]:
     """Return the ``loss`` of what ``objective.losses`` went through on all ranks, its terms, and ``source_loss`` where there are several.
 
     ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN, not 0.
     """
     sums, weights = objective.take_sums(), objective.weights()
     names = sorted(sums)
-    by_source = dict(zip(names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True))
+    by_source = dict(
+        zip(
+            names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True
+        )
+    )
     means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
     trained = [term for term in names if weights[term]]
     losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
@@ -89,6 +125,17 @@ def global_losses(objective: Objective, counts: Mapping[str, int], *, sources: t
 
     def of_source(number: int) -> float | None:  # None: no row of it was in this step
         asked = [term for term in trained if counts[f"{term}/{number}"]]
-        return sum(weights[term] * by_source[term][number] / counts[f"{term}/{number}"] for term in asked) if asked else None
+        return (
+            sum(
+                weights[term] * by_source[term][number] / counts[f"{term}/{number}"]
+                for term in asked
+            )
+            if asked
+            else None
+        )
 
-    return losses | ({"source_loss": {source: of_source(number) for number, source in enumerate(sources)}} if len(sources) > 1 else {})
+    return losses | (
+        {"source_loss": {source: of_source(number) for number, source in enumerate(sources)}}
+        if len(sources) > 1
+        else {}
+    )

@@ -3,6 +3,7 @@
 A step takes its micro-batches, agrees with the other ranks on counts and flags, runs one backward pass a micro-batch, updates the
 weights once, and only then advances. What observes a step (metrics, validation) comes after it and changes nothing.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -28,8 +29,13 @@ from hfscale.stream.examples import ExampleStream
 from hfscale.stream.loader import Stream
 from hfscale.training.evaluator import Evaluator, TaskEvaluator, global_losses
 
-SKIPPED, TOKENS = "skipped_rows", "tokens"  # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
-SKIP_FLOOR_ROWS = 2**20  # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in lumps
+SKIPPED, TOKENS = (
+    "skipped_rows",
+    "tokens",
+)  # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
+SKIP_FLOOR_ROWS = (
+    2**20
+)  # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in lumps
 
 
 @dataclass
@@ -63,10 +69,14 @@ class Trainer:
     validate_every: int | None = None
     patience: int | None = None  # validations without a new best, after which the run is done
     evaluator: Evaluator | TaskEvaluator | None = None
-    warned_s: float | None = None  # in a Slurm job: how long before its end the ranks are told to save
+    warned_s: float | None = (
+        None  # in a Slurm job: how long before its end the ranks are told to save
+    )
     log: MetricsLog | None = None  # rank 0 only
     state: TrainState = field(default_factory=TrainState)
-    record: dict[str, Any] = field(default_factory=dict)  # of the last step that was logged; the same on all ranks but for times
+    record: dict[str, Any] = field(
+        default_factory=dict
+    )  # of the last step that was logged; the same on all ranks but for times
 
     def run(self) -> bool:
         """Return True when all steps are done, False when stopped on request; either way the last step is saved.
@@ -81,22 +91,31 @@ class Trainer:
                 try:
                     agreed, stats = self._step()
                 except UnhealthyError as error:
-                    raise UnhealthyError(f"step {self.state.step + 1}: {error}; the newest checkpoint is older") from error
+                    raise UnhealthyError(
+                        f"step {self.state.step + 1}: {error}; the newest checkpoint is older"
+                    ) from error
             last = self.state.step == self.total_steps
             self._observe(agreed, stats)
-            best = self.record.get("step") == self.state.step and self.checkpoints.improves(self.record)
+            best = self.record.get("step") == self.state.step and self.checkpoints.improves(
+                self.record
+            )
             last = last or self._stopped_early()
             if agreed.failed:
-                raise CheckpointError("a checkpoint could not be written", where=f"before step {self.state.step}",
-                                      value=str(self.checkpoints.failed() or "failed on another rank; see its log"),
-                                      remedy="free the disk or mend the folder, then run the same command again")
+                raise CheckpointError(
+                    "a checkpoint could not be written",
+                    where=f"before step {self.state.step}",
+                    value=str(self.checkpoints.failed() or "failed on another rank; see its log"),
+                    remedy="free the disk or mend the folder, then run the same command again",
+                )
             if agreed.stop or agreed.due or last or best:
                 self._save()
             if agreed.stop and not last:
                 self.checkpoints.wait()
                 return False
         if self._stopped_early():
-            logger.info(f"no new best in {self.checkpoints.stale} validations: train.patience ends the run at step {self.state.step}")
+            logger.info(
+                f"no new best in {self.checkpoints.stale} validations: train.patience ends the run at step {self.state.step}"
+            )
         self.checkpoints.wait()
         return True
 
@@ -111,15 +130,23 @@ class Trainer:
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
         ids = [row for batch in batches for row in batch.rows()]
-        counts = self.objective.counts(batches) | {SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows),
-                                                   TOKENS: sum(row.numel() for row in ids)}
+        counts = self.objective.counts(batches) | {
+            SKIPPED: sum(int((~micro.valid_B).sum()) for micro in rows),
+            TOKENS: sum(row.numel() for row in ids),
+        }
         beat("collective")
-        agreed = agree(counts=counts, stop=self.stop.requested, due=self.checkpoints.due(step + 1),
-                       failed=self.checkpoints.failed() is not None,
-                       digest=batch_digest(ids) if self._logged(step + 1) else 0)
+        agreed = agree(
+            counts=counts,
+            stop=self.stop.requested,
+            due=self.checkpoints.due(step + 1),
+            failed=self.checkpoints.failed() is not None,
+            digest=batch_digest(ids) if self._logged(step + 1) else 0,
+        )
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
-        losses = self.objective.losses(self.engine, on_device, agreed.counts, world_size=self.world_size)
+        losses = self.objective.losses(
+            self.engine, on_device, agreed.counts, world_size=self.world_size
+        )
         beat("forward")
         for loss in seeded(losses, seed=self.seed, step=step, rank=self.rank):
             beat("backward")
@@ -139,17 +166,24 @@ class Trainer:
             return
         self.state.skipped_rows += rows
         stream = self.stream.state()
-        allowed = self.max_skipped * max(stream.consumed_rows, min(stream.epoch_rows, SKIP_FLOOR_ROWS))
+        allowed = self.max_skipped * max(
+            stream.consumed_rows, min(stream.epoch_rows, SKIP_FLOOR_ROWS)
+        )
         if self.state.skipped_rows > allowed:
-            raise DataError("more data is damaged than data.max_skipped allows", where=f"step {self.state.step + 1}",
-                            value=f"{self.state.skipped_rows:,} rows skipped of {stream.consumed_rows:,} read, {int(allowed):,} allowed",
-                            remedy="restore the shards that the log names (`hfscale shards verify` lists all damage), or raise it")
+            raise DataError(
+                "more data is damaged than data.max_skipped allows",
+                where=f"step {self.state.step + 1}",
+                value=f"{self.state.skipped_rows:,} rows skipped of {stream.consumed_rows:,} read, {int(allowed):,} allowed",
+                remedy="restore the shards that the log names (`hfscale shards verify` lists all damage), or raise it",
+            )
 
     def _logged(self, step: int) -> bool:
         return step % self.metrics_every == 0 or step == self.total_steps or self._validated(step)
 
     def _validated(self, step: int) -> bool:
-        return self.validate_every is not None and (step % self.validate_every == 0 or step == self.total_steps)
+        return self.validate_every is not None and (
+            step % self.validate_every == 0 or step == self.total_steps
+        )
 
     def _observe(self, agreed: Agreed, stats: StepStats) -> None:
         """Log this step. Every rank takes part in the sums; only rank 0 writes."""
@@ -158,24 +192,39 @@ class Trainer:
             return
         beat("collective")
         losses = global_losses(self.objective, agreed.counts, sources=self.sources)
-        record = self.record = {"step": step, **losses, "lr": stats.lr, "grad_norm": stats.grad_norm,
-                                "tokens_seen": self.state.tokens_seen, **self.throughput.report(), **self.stream.epochs(),
-                                "batch_digest": agreed.digest % 2**64, "memory_gib": peak_memory_gib(self.engine.device)}
+        record = self.record = {
+            "step": step,
+            **losses,
+            "lr": stats.lr,
+            "grad_norm": stats.grad_norm,
+            "tokens_seen": self.state.tokens_seen,
+            **self.throughput.report(),
+            **self.stream.epochs(),
+            "batch_digest": agreed.digest % 2**64,
+            "memory_gib": peak_memory_gib(self.engine.device),
+        }
         if self.state.skipped_rows:
             record[SKIPPED] = self.state.skipped_rows
         if self.checkpoints.write_s:
-            record["save_s"] = self.checkpoints.stall_s + self.checkpoints.write_s  # at most: a synchronous save counts its writing twice
+            record["save_s"] = (
+                self.checkpoints.stall_s + self.checkpoints.write_s
+            )  # at most: a synchronous save counts its writing twice
             self._check_warning_time(record["save_s"] + record["step_s"])
         if self.evaluator is not None and self._validated(step):
-            record |= {f"validation_{name}": value for name, value in self.evaluator.run(self.engine).items()}
+            record |= {
+                f"validation_{name}": value
+                for name, value in self.evaluator.run(self.engine).items()
+            }
         if self.log is not None:
             self.log.write(record)
 
     def _check_warning_time(self, needed_s: float) -> None:
         """Say once if Slurm's signal leaves less time than a step and a save take."""
         if self.warned_s is not None and needed_s > self.warned_s:
-            logger.warning(f"step and save take {needed_s:.0f} s, but Slurm warns {self.warned_s:.0f} s before the end: the next job of "
-                           f"this run wants cluster.signal_s={2 * needed_s:.0f} (sbatch --signal=USR1@{2 * needed_s:.0f})")
+            logger.warning(
+                f"step and save take {needed_s:.0f} s, but Slurm warns {self.warned_s:.0f} s before the end: the next job of "
+                f"this run wants cluster.signal_s={2 * needed_s:.0f} (sbatch --signal=USR1@{2 * needed_s:.0f})"
+            )
             self.warned_s = None
 
     def close(self) -> None:
@@ -187,14 +236,24 @@ class Trainer:
 
     def _save(self) -> None:
         beat("save")
-        state = {**self.describe, "step": self.state.step, "tokens_seen": self.state.tokens_seen,
-                 SKIPPED: self.state.skipped_rows, "stream": self.stream.state().to_dict(),
-                 "metrics": {key: value for key, value in self.record.items()
-                             if key == "step" or "loss" in key or key.startswith("validation_")}}
+        state = {
+            **self.describe,
+            "step": self.state.step,
+            "tokens_seen": self.state.tokens_seen,
+            SKIPPED: self.state.skipped_rows,
+            "stream": self.stream.state().to_dict(),
+            "metrics": {
+                key: value
+                for key, value in self.record.items()
+                if key == "step" or "loss" in key or key.startswith("validation_")
+            },
+        }
         self.checkpoints.save(self.engine, state, step=self.state.step)
 
 
-def seeded(losses: Iterator[torch.Tensor], *, seed: int, step: int, rank: int) -> Iterator[torch.Tensor]:
+def seeded(
+    losses: Iterator[torch.Tensor], *, seed: int, step: int, rank: int
+) -> Iterator[torch.Tensor]:
     """Yield ``losses``, each computed after torch was seeded from (seed, step, rank, micro-batch).
 
     So dropout never depends on how many draws came before, and a resumed step repeats itself.
@@ -202,7 +261,9 @@ def seeded(losses: Iterator[torch.Tensor], *, seed: int, step: int, rank: int) -
     for micro_batch in count():
         name = f"{seed}/{step}/{rank}/{micro_batch}".encode()
         number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
-        torch.default_generator.manual_seed(number)  # torch.manual_seed formats a stack trace each time without a GPU (0.3 ms)
+        torch.default_generator.manual_seed(
+            number
+        )  # torch.manual_seed formats a stack trace each time without a GPU (0.3 ms)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(number)
         try:

@@ -1,4 +1,5 @@
 """Predictions of a task for a handful of examples: batched by length, given back in their order."""
+
 from __future__ import annotations
 
 from collections.abc import Sequence
@@ -14,8 +15,16 @@ from hfscale.tasks.base import Example, Task
 
 
 @torch.no_grad()
-def predict(task: Task, engine: InferenceEngine, examples: Sequence[Example], *, batch: int, first: int = 0,
-            refuse_long: bool = False, answers: bool = False) -> list[dict[str, Any]]:
+def predict(
+    task: Task,
+    engine: InferenceEngine,
+    examples: Sequence[Example],
+    *,
+    batch: int,
+    first: int = 0,
+    refuse_long: bool = False,
+    answers: bool = False,
+) -> list[dict[str, Any]]:
     """Return ``{"id", "prediction", ...}`` of each example, in order.
 
     One that cannot be used has a ``problem`` and no prediction; one that was cut, because it is longer than allowed, is ``truncated``.
@@ -28,17 +37,23 @@ def predict(task: Task, engine: InferenceEngine, examples: Sequence[Example], *,
             truncated = [feature.pop("truncated", False) for feature in made]
             if any(truncated):
                 if refuse_long:
-                    raise BadExample(f"it is longer than {task.setting.seq_len} tokens (data.max_length)")
+                    raise BadExample(
+                        f"it is longer than {task.setting.seq_len} tokens (data.max_length)"
+                    )
                 cut.add(number)
         except BadExample as error:
             problems[number] = str(error)
             continue
         rows += [{**feature, "example": first + number} for feature in made]
         owners += [number] * len(made)
-    by_length = np.argsort([-len(row["input_ids"]) for row in rows], kind="stable")  # what is too large for the memory shows at once
-    batches = [(rows, by_length[begin:begin + batch]) for begin in range(0, len(rows), batch)]
+    by_length = np.argsort(
+        [-len(row["input_ids"]) for row in rows], kind="stable"
+    )  # what is too large for the memory shows at once
+    batches = [(rows, by_length[begin : begin + batch]) for begin in range(0, len(rows), batch)]
     own, found = len(batches), dict[int, dict[str, Any]]()
-    if engine.together:  # equally many passes on each rank: the last ones of some are of a row that nobody asks for
+    if (
+        engine.together
+    ):  # equally many passes on each rank: the last ones of some are of a row that nobody asks for
         everyone = from_all_ranks((own, rows[:1]))
         spare = [row for _, some in everyone for row in some]
         batches += [(spare, np.zeros(1, int))] * (max(count for count, _ in everyone) - own)
@@ -50,6 +65,15 @@ def predict(task: Task, engine: InferenceEngine, examples: Sequence[Example], *,
     outputs: list[list[dict[str, Any]]] = [[] for _ in examples]
     for number, owner in enumerate(owners):
         outputs[owner].append(found[number])
-    return [{"id": example["id"], **({"prediction": None, "problem": problems[number]} if number in problems else
-                                     task.answer(example, outputs[number])), **({"truncated": True} if number in cut else {})}
-            for number, example in enumerate(examples)]
+    return [
+        {
+            "id": example["id"],
+            **(
+                {"prediction": None, "problem": problems[number]}
+                if number in problems
+                else task.answer(example, outputs[number])
+            ),
+            **({"truncated": True} if number in cut else {}),
+        }
+        for number, example in enumerate(examples)
+    ]

@@ -2,6 +2,7 @@
 
 On this machine torchrun starts the ranks; inside an allocation they are one step of srun, with what slurm/site.sh sets.
 """
+
 from __future__ import annotations
 
 import json
@@ -27,7 +28,11 @@ from launch.local import gpu_count
 from launch.queue import client, has_slurm
 from launch.request import Request
 
-TIMEOUT_S, KILL_S, SLURM_S = 40.0, 5.0, 5.0  # for the ranks; for them to end after that; for Slurm to answer
+TIMEOUT_S, KILL_S, SLURM_S = (
+    40.0,
+    5.0,
+    5.0,
+)  # for the ranks; for them to end after that; for Slurm to answer
 RANK = "hfscale.reports.machine"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 STEP = """source slurm/site.sh
@@ -36,10 +41,24 @@ exec srun --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks
 
 
 def doctor(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory. Without it: the machine alone.",
-                                                 show_default=False)] = None,
-    overrides: Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides.", show_default=False)] = None,
-    as_json: Annotated[bool, typer.Option("--json", help='Print JSON: "ok", "nodes", "bad_nodes" to leave out, "findings".')] = False,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG",
+            help="A YAML file, or a run directory. Without it: the machine alone.",
+            show_default=False,
+        ),
+    ] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="key=value...", help="Dotted overrides.", show_default=False),
+    ] = None,
+    as_json: Annotated[
+        bool,
+        typer.Option(
+            "--json", help='Print JSON: "ok", "nodes", "bad_nodes" to leave out, "findings".'
+        ),
+    ] = False,
 ) -> None:
     """Check and measure what a run needs: this machine or, inside an allocation, each of its nodes. Takes less than a minute.
 
@@ -48,15 +67,26 @@ def doctor(
     """
     wanted = Request(config, tuple(overrides or ())).load().config if config else None
     here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
-    names = (client(["scontrol", "show", "hostnames", here.node_list]).stdout.split() if here and has_slurm() else []) or [node_name()]
-    found = [*_before(wanted, here, task), *_measure(wanted.run_dir if wanted else Path.cwd(), task, here, names)]
+    names = (
+        client(["scontrol", "show", "hostnames", here.node_list]).stdout.split()
+        if here and has_slurm()
+        else []
+    ) or [node_name()]
+    found = [
+        *_before(wanted, here, task),
+        *_measure(wanted.run_dir if wanted else Path.cwd(), task, here, names),
+    ]
     findings = judge(found, nodes=names)
     bad, ok = bad_nodes(findings), all(one.state != "fail" for one in findings)
     if as_json:
         said = {"ok": ok, "nodes": names, "bad_nodes": bad, "findings": list(map(asdict, findings))}
         print(json.dumps(said, indent=1, ensure_ascii=False))
     else:
-        print(table(findings), *([f"nodes to leave out: --exclude={','.join(bad)}"] if bad else []), sep="\n")
+        print(
+            table(findings),
+            *([f"nodes to leave out: --exclude={','.join(bad)}"] if bad else []),
+            sep="\n",
+        )
     raise typer.Exit(0 if ok else 1)
 
 
@@ -69,26 +99,51 @@ def _tried(check: str, look: Callable[[], Sequence[str]]) -> Finding:
     return Finding(check, "warn" if said else "ok", "; ".join(said) or "fits")
 
 
-def _before(config: TrainConfig | None, here: Allocation | None, task: dict[str, Any]) -> Iterator[Finding]:
+def _before(
+    config: TrainConfig | None, here: Allocation | None, task: dict[str, Any]
+) -> Iterator[Finding]:
     """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what they are to look at."""
-    asked = client(["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"] if here else
-                   ["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"], timeout_s=SLURM_S) if has_slurm() else None
-    said = "; ".join((asked.stdout or asked.stderr).splitlines()) if asked else "none on this machine"
+    asked = (
+        client(
+            ["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"]
+            if here
+            else ["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"],
+            timeout_s=SLURM_S,
+        )
+        if has_slurm()
+        else None
+    )
+    said = (
+        "; ".join((asked.stdout or asked.stderr).splitlines()) if asked else "none on this machine"
+    )
     yield Finding("Slurm", "warn" if asked and asked.returncode else "ok", said)
     if config is None:
         return
-    cluster, submits = config.cluster, here is None and asked is not None and not asked.returncode  # one that does not answer is none
+    cluster, submits = (
+        config.cluster,
+        here is None and asked is not None and not asked.returncode,
+    )  # one that does not answer is none
     if here:
         yield _tried("allocation", lambda: slurm.differences(cluster, here))
     elif submits:
-        yield _tried("request", lambda: [line for line in slurm.accepted(slurm.sbatch_options(config, Path()), dry_run=False)
-                                         if " to start at " not in line])
+        yield _tried(
+            "request",
+            lambda: [
+                line
+                for line in slurm.accepted(slurm.sbatch_options(config, Path()), dry_run=False)
+                if " to start at " not in line
+            ],
+        )
     procs = cluster.nodes * slurm.tasks_per_node(cluster) if submits else _procs(here)
     gpus = bool(here.gpus_per_node if here else cluster.gpus_per_node if submits else gpu_count())
-    yield _tried("config", lambda: slurm.before(config, procs, gpus=gpus, on_nodes=bool(here or submits)))
+    yield _tried(
+        "config", lambda: slurm.before(config, procs, gpus=gpus, on_nodes=bool(here or submits))
+    )
     task["keep"] = config.checkpoint.keep_last
     if isinstance(config, RunConfig):  # labelled examples lie in a few small files
-        task.update(shards=[source.shards for source in config.data.sources], remote=config.data.remote)
+        task.update(
+            shards=[source.shards for source in config.data.sources], remote=config.data.remote
+        )
 
     def parts() -> Sequence[str]:
         from hfscale.jobs.check import check, parameters  # slow to import
@@ -104,24 +159,44 @@ def _procs(here: Allocation | None) -> int:
     return here.nodes * here.tasks_per_node if here else gpu_count() or min(2, available_cores())
 
 
-def _measure(place: Path, task: dict[str, Any], here: Allocation | None, names: Sequence[str]) -> Iterator[Finding]:
+def _measure(
+    place: Path, task: dict[str, Any], here: Allocation | None, names: Sequence[str]
+) -> Iterator[Finding]:
     """Yield what the ranks found, and which nodes said nothing."""
-    place, procs = next(folder for folder in (place, *place.parents) if folder.is_dir()), _procs(here)
+    place, procs = (
+        next(folder for folder in (place, *place.parents) if folder.is_dir()),
+        _procs(here),
+    )
     token = place / f".hfscale-doctor-{uuid.uuid4().hex}"
     with suppress(OSError):  # `writing` will say so
         token.touch()
     gpus = here.gpus_per_node > 0 if here else gpu_count() > 0
-    text = json.dumps({**task, "run": str(place), "token": str(token) if token.exists() else "", "gpus": gpus}, default=str)
+    text = json.dumps(
+        {**task, "run": str(place), "token": str(token) if token.exists() else "", "gpus": gpus},
+        default=str,
+    )
     if here:
         command = ["bash", "-c", STEP, "bash", str(here.tasks_per_node), str(procs), RANK, text]
-        env = {"MASTER_ADDR": names[0], "MASTER_PORT": str(job_port(here.job_id)), "HFSCALE_PYTHON": sys.executable}
+        env = {
+            "MASTER_ADDR": names[0],
+            "MASTER_PORT": str(job_port(here.job_id)),
+            "HFSCALE_PYTHON": sys.executable,
+        }
     else:
         command = [sys.executable, *TORCHRUN, f"--nproc-per-node={procs}", "-m", RANK, text]
         env = {"OMP_NUM_THREADS": str(max(1, available_cores() // procs))}
-    with tempfile.TemporaryDirectory() as folder:  # a pipe would be held by ranks that nothing can end
+    with (
+        tempfile.TemporaryDirectory() as folder
+    ):  # a pipe would be held by ranks that nothing can end
         out, err = (Path(folder, name) for name in ("out", "err"))
-        ranks = subprocess.Popen(command, cwd=slurm.ROOT, env=os.environ | env, stdin=subprocess.DEVNULL, stdout=out.open("w"),
-                                 stderr=err.open("w"))
+        ranks = subprocess.Popen(
+            command,
+            cwd=slurm.ROOT,
+            env=os.environ | env,
+            stdin=subprocess.DEVNULL,
+            stdout=out.open("w"),
+            stderr=err.open("w"),
+        )
         try:
             ranks.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
@@ -132,10 +207,17 @@ def _measure(place: Path, task: dict[str, Any], here: Allocation | None, names: 
             ranks.kill()
             with suppress(OSError):
                 token.unlink()
-        said, why = out.read_text(errors="replace").splitlines(), " / ".join(err.read_text(errors="replace").splitlines()[:3])
+        said, why = (
+            out.read_text(errors="replace").splitlines(),
+            " / ".join(err.read_text(errors="replace").splitlines()[:3]),
+        )
     # a library may go on with the line
-    told = [json.JSONDecoder().raw_decode(line, len(MARK))[0] for line in said if line.startswith(MARK)]
-    found = [Finding(**{**one, "nodes": tuple(one["nodes"]), "slow": tuple(one["slow"])}) for one in told]
+    told = [
+        json.JSONDecoder().raw_decode(line, len(MARK))[0] for line in said if line.startswith(MARK)
+    ]
+    found = [
+        Finding(**{**one, "nodes": tuple(one["nodes"]), "slow": tuple(one["slow"])}) for one in told
+    ]
     yield from found
     if silent := set(names) - {node for one in found for node in one.nodes}:
         yield Finding("answer", "fail", f"none; {why}", nodes=tuple(silent))

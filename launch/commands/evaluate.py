@@ -1,4 +1,5 @@
 """`hfscale evaluate`: scores of a model, of one of its checkpoints or of all of them."""
+
 from __future__ import annotations
 
 import json
@@ -13,16 +14,42 @@ from launch.commands.predict import Overrides, Procs, make
 
 
 def evaluate(
-    model: Annotated[str | None, typer.Argument(metavar="MODEL", show_default=False, help=(
-        "A run, a checkpoint, an export, a transformers folder or a hub name."))] = None,
+    model: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="MODEL",
+            show_default=False,
+            help=("A run, a checkpoint, an export, a transformers folder or a hub name."),
+        ),
+    ] = None,
     overrides: Overrides = None,
-    task: Annotated[list[str] | None, typer.Option(help="Without it: what the run was trained for, or the architecture suggests.")] = None,
-    data: Annotated[list[str] | None, typer.Option(help="Labelled examples, or shards. Without it: the held-out ones of the run. Several: "
-                                                        "one a --task, or all for one.")] = None,
-    predictions: Annotated[Path | None, typer.Option(help="Score this file of predictions; no model is needed.")] = None,
-    every: Annotated[bool, typer.Option("--all", help="Every checkpoint of the run MODEL, oldest first.")] = False,
-    harness: Annotated[str | None, typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, with commas.")] = None,
-    harness_path: Annotated[Path | None, typer.Option(help="A folder with YAMLs of such tasks; only these are known then.")] = None,
+    task: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Without it: what the run was trained for, or the architecture suggests."
+        ),
+    ] = None,
+    data: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="Labelled examples, or shards. Without it: the held-out ones of the run. Several: "
+            "one a --task, or all for one."
+        ),
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Score this file of predictions; no model is needed.")
+    ] = None,
+    every: Annotated[
+        bool, typer.Option("--all", help="Every checkpoint of the run MODEL, oldest first.")
+    ] = False,
+    harness: Annotated[
+        str | None,
+        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, with commas."),
+    ] = None,
+    harness_path: Annotated[
+        Path | None,
+        typer.Option(help="A folder with YAMLs of such tasks; only these are known then."),
+    ] = None,
     procs: Procs = 1,
 ) -> None:
     """Score MODEL: on labelled examples for its task, a pretrained one on shards (loss, perplexity, bits per byte).
@@ -43,41 +70,69 @@ def evaluate(
         typer.echo(job.table([_rescored(model, asked, predictions, said)]))
         return
     if model is None:
-        raise ConfigError("there is no MODEL", where="command line", remedy="name one; or --task, --data and --predictions")
+        raise ConfigError(
+            "there is no MODEL",
+            where="command line",
+            remedy="name one; or --task, --data and --predictions",
+        )
     names = [model]
     if every:
         names = [str(path) for path in layout.committed(Path(model) / layout.FOLDER)]
         if not names:
-            raise CheckpointError("no run with checkpoints here", where=model, remedy="--all wants a run directory that has some")
+            raise CheckpointError(
+                "no run with checkpoints here",
+                where=model,
+                remedy="--all wants a run directory that has some",
+            )
     found: list[dict[str, Any]] = []
     for name in names:
         for one in asked if harness is None else [(None, None)]:
-            home = _on_harness(name, harness, harness_path, said, procs) if harness is not None else _scored(name, *one, said, procs)
-            label = "  ".join(filter(None, [name, *one] if any(one) else [name, home.parent.name]))  # on what: its own split, or --data
+            home = (
+                _on_harness(name, harness, harness_path, said, procs)
+                if harness is not None
+                else _scored(name, *one, said, procs)
+            )
+            label = "  ".join(
+                filter(None, [name, *one] if any(one) else [name, home.parent.name])
+            )  # on what: its own split, or --data
             found.append({**json.loads((home / job.SCORES).read_text("utf-8")), "model": label})
     typer.echo(job.table(found))
-    typer.echo(f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}")
+    typer.echo(
+        f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}"
+    )
 
 
 def _pairs(tasks: Sequence[str], tables: Sequence[str]) -> list[tuple[str | None, str | None]]:
     """Return which task is for which data; None where the model says it."""
     if len(tasks) > 1 and len(tasks) != len(tables):
-        raise ConfigError("each of several tasks wants its data", where="command line", value=f"{len(tasks)} --task, {len(tables)} --data",
-                          remedy="give --task and --data in pairs")
+        raise ConfigError(
+            "each of several tasks wants its data",
+            where="command line",
+            value=f"{len(tasks)} --task, {len(tables)} --data",
+            remedy="give --task and --data in pairs",
+        )
     own: list[str | None] = [*tasks] if len(tasks) > 1 else [*tasks, None][:1] * max(1, len(tables))
     of: list[str | None] = [*tables] or [None]
     return list(zip(own, of, strict=True))
 
 
-def _rescored(model: str | None, asked: Sequence[tuple[str | None, str | None]], predictions: Path, said: Sequence[str]) -> dict[str, Any]:
+def _rescored(
+    model: str | None,
+    asked: Sequence[tuple[str | None, str | None]],
+    predictions: Path,
+    said: Sequence[str],
+) -> dict[str, Any]:
     """Return the scores of a file of predictions; without a ``model``, of which at most the labels are read."""
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.asked import settle
 
     [(task, data), *more] = asked
     if more or (model is None and not (task and data)):
-        raise ConfigError("nothing says what these predictions are of", where="command line",
-                          remedy="name MODEL, or one --task and one --data")
+        raise ConfigError(
+            "nothing says what these predictions are of",
+            where="command line",
+            remedy="name MODEL, or one --task and one --data",
+        )
     config = settle(model, task=task, data=data, out=Path("-"), overrides=said, answers=True)
     return {"model": str(predictions), **job.score(config, predictions, model=model is not None)}
 
@@ -94,7 +149,9 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
         if not (on_shards.evaluate.out / job.SCORES).is_file():
             start(on_shards, on_shards.evaluate.out / "config.yaml", procs=procs)
         return on_shards.evaluate.out
-    config = job.with_folder(settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True))
+    config = job.with_folder(
+        settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True)
+    )
     home = config.predict.out.parent
     if not (home / job.SCORES).is_file():
         if not config.predict.out.is_file():
@@ -103,12 +160,18 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
     return home
 
 
-def _on_harness(name: str, tasks: str, folder: Path | None, said: Sequence[str], procs: int) -> Path:
+def _on_harness(
+    name: str, tasks: str, folder: Path | None, said: Sequence[str], procs: int
+) -> Path:
     """Return the folder with scores that were made now: whether the data of the tasks has changed is not known here."""
     try:
         from hfscale.jobs.harness import settle
     except ImportError as error:
-        raise ConfigError(f"the harness cannot be loaded: {error}", where="--harness", remedy="pip install 'hfscale[eval]'") from error
+        raise ConfigError(
+            f"the harness cannot be loaded: {error}",
+            where="--harness",
+            remedy="pip install 'hfscale[eval]'",
+        ) from error
     from launch.local import start
 
     config = settle(name, tasks.split(","), folder, said)

@@ -2,6 +2,7 @@
 
 Both are ordinary runs of `hfscale pretrain`, in processes of their own and in a new folder beside the run that the config names.
 """
+
 from __future__ import annotations
 
 import json
@@ -28,8 +29,12 @@ from hfscale.reports.status import last_record, records
 from hfscale.shards.files import write_atomically
 from launch.request import Request
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False,
-                  help="Prove on your own config, data and machine what a run promises.")
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Prove on your own config, data and machine what a run promises.",
+)
 TRIES = 5  # a short run may be done before it is killed
 
 
@@ -37,14 +42,27 @@ TRIES = 5  # a short run may be done before it is killed
 def _prove() -> None: ...
 
 
-@app.command(epilog="Example: hfscale prove resume configs/pretrain/quickstart.yaml --procs 2 --kills 3")
+@app.command(
+    epilog="Example: hfscale prove resume configs/pretrain/quickstart.yaml --procs 2 --kills 3"
+)
 def resume(
-    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory, which is not touched.")],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045 (typer, 3.10)
-    procs: Annotated[Optional[int], typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")] = None,  # noqa: UP045
+    config: Annotated[
+        str,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, or a run directory, which is not touched."
+        ),
+    ],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    procs: Annotated[
+        Optional[int], typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")
+    ] = None,
     kills: Annotated[int, typer.Option(min=1, help="How often the run is killed.")] = 1,
-    seed: Annotated[int, typer.Option(help="Decides when is killed, and whether one rank or all.")] = 0,
-    out: Annotated[Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")] = None,  # noqa: UP045
+    seed: Annotated[
+        int, typer.Option(help="Decides when is killed, and whether one rank or all.")
+    ] = 0,
+    out: Annotated[
+        Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")
+    ] = None,
 ) -> None:
     """Kill -9 a short run of CONFIG at random moments, start it again each time, and compare it with an undisturbed twin, bit for bit.
 
@@ -53,43 +71,82 @@ def resume(
     from hfscale.reports.prove import first_difference, observe
 
     if out and out.exists():
-        raise ConfigError("this file exists already; nothing was run", where="--out", value=out, remedy="name another file, or move it")
+        raise ConfigError(
+            "this file exists already; nothing was run",
+            where="--out",
+            value=out,
+            remedy="name another file, or move it",
+        )
     rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
     moments, ours = _plan(wanted, kills=kills, rng=rng)
     wanted.config.run.root.mkdir(parents=True, exist_ok=True)
-    home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root))
-    command = [sys.executable, "-m", "launch.cli", "pretrain", config, *(overrides or ()), *ours, f"run.root={home}",
-               *(["--procs", str(procs)] if procs else [])]
+    home = Path(
+        tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root)
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "pretrain",
+        config,
+        *(overrides or ()),
+        *ours,
+        f"run.root={home}",
+        *(["--procs", str(procs)] if procs else []),
+    ]
     twin, run, out = home / "twin", home / "killed", out or home.with_name(f"{home.name}.json")
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
     logger.info("2 of 2: the same command, killed and started again")
     for _ in range(TRIES):
-        killed = [_kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng) for attempt, step in enumerate(moments, 1)]
+        killed = [
+            _kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng)
+            for attempt, step in enumerate(moments, 1)
+        ]
         _finish([*command, "run.name=killed"], run)
-        resumed = {record["attempt"]: record["step"] - 1 for record in reversed([*records(run)])}  # attempt -> the step that it began from
+        resumed = {
+            record["attempt"]: record["step"] - 1 for record in reversed([*records(run)])
+        }  # attempt -> the step that it began from
         if len(resumed) == kills + 1:
             break
-        shutil.rmtree(run)  # it was done before it could be killed, so a start after that had nothing left to do
+        shutil.rmtree(
+            run
+        )  # it was done before it could be killed, so a start after that had nothing left to do
     else:
-        raise ConfigError("each time, the run was done before it could be killed", where="train.steps", remedy="give it more steps")
+        raise ConfigError(
+            "each time, the run was done before it could be killed",
+            where="train.steps",
+            remedy="give it more steps",
+        )
 
     evidence = observe(twin)
     difference = first_difference(evidence, observe(run))
     certificate = {
-        "verdict": "different" if difference else "equal", "first_difference": difference, "seed": seed, "command": command,
-        "kills": [{**kill, "resumed_at_step": resumed.get(number)} for number, kill in enumerate(killed, 2)],
-        "steps": evidence, "made": json.loads((twin / "environment.json").read_text("utf-8"))[0]}
+        "verdict": "different" if difference else "equal",
+        "first_difference": difference,
+        "seed": seed,
+        "command": command,
+        "kills": [
+            {**kill, "resumed_at_step": resumed.get(number)}
+            for number, kill in enumerate(killed, 2)
+        ],
+        "steps": evidence,
+        "made": json.loads((twin / "environment.json").read_text("utf-8"))[0],
+    }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())
     if not difference:
         shutil.rmtree(home)
-    logger.info(f"{f'DIFFERENT: {difference}; both runs are kept in {home}' if difference else 'equal, bit for bit'}; "
-                f"certificate: {out}")
+    logger.info(
+        f"{f'DIFFERENT: {difference}; both runs are kept in {home}' if difference else 'equal, bit for bit'}; "
+        f"certificate: {out}"
+    )
     raise typer.Exit(1 if difference else 0)
 
 
-def _plan(wanted: Loaded[TrainConfig], *, kills: int, rng: random.Random) -> tuple[list[int], list[str]]:
+def _plan(
+    wanted: Loaded[TrainConfig], *, kills: int, rng: random.Random
+) -> tuple[list[int], list[str]]:
     """Return the steps after which to kill, and the overrides that make the run short, save often, keep all and log all.
 
     Raises:
@@ -102,10 +159,21 @@ def _plan(wanted: Loaded[TrainConfig], *, kills: int, rng: random.Random) -> tup
         every = max(1, steps // (kills + 2))
     choice = range(every or steps, steps - 1)  # after the first save, and with something left to do
     if len(choice) < kills:
-        raise ConfigError(f"too few steps to kill a run {kills} times between its first save and its end", where="train.steps",
-                          value=f"{steps} steps, saved every {every}", remedy="more steps, or checkpoint.every_steps=N for earlier saves")
-    ours = {"train.steps": steps, "train.epochs": "null", "train.tokens": "null", "checkpoint.every_steps": every,
-            "checkpoint.keep_every_steps": every, "metrics.every_steps": 1, "metrics.tensorboard": "false"}
+        raise ConfigError(
+            f"too few steps to kill a run {kills} times between its first save and its end",
+            where="train.steps",
+            value=f"{steps} steps, saved every {every}",
+            remedy="more steps, or checkpoint.every_steps=N for earlier saves",
+        )
+    ours = {
+        "train.steps": steps,
+        "train.epochs": "null",
+        "train.tokens": "null",
+        "checkpoint.every_steps": every,
+        "checkpoint.keep_every_steps": every,
+        "metrics.every_steps": 1,
+        "metrics.tensorboard": "false",
+    }
     return sorted(rng.sample(choice, kills)), [f"{key}={value}" for key, value in ours.items()]
 
 
@@ -115,11 +183,17 @@ def _finish(command: list[str], run: Path) -> None:
         raise _failed(run, code)
 
 
-def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random) -> dict[str, Any]:
+def _kill(
+    command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random
+) -> dict[str, Any]:
     """Return which process was killed at a random moment of the step after ``step``; nothing if the run was done before."""
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
-            while not layout.committed(run / layout.FOLDER) or (now := last_record(run))["attempt"] < attempt or now["step"] < step:
+            while (
+                not layout.committed(run / layout.FOLDER)
+                or (now := last_record(run))["attempt"] < attempt
+                or now["step"] < step
+            ):
                 if (code := process.poll()) is not None:
                     if code:
                         raise _failed(run, code)
@@ -132,7 +206,10 @@ def _kill(command: list[str], run: Path, *, attempt: int, step: int, rng: random
             process.wait()  # a launcher that lives ends the other ranks
         finally:
             process.kill()  # and its ranks do not outlive it
-    kill = {"process": "launcher and all ranks" if victim == process.pid else "one rank", "after_step": last_record(run)["step"]}
+    kill = {
+        "process": "launcher and all ranks" if victim == process.pid else "one rank",
+        "after_step": last_record(run)["step"],
+    }
     logger.info(f"killed: {kill}")
     return kill
 
@@ -142,10 +219,19 @@ def ranks_of(launcher: int) -> list[int]:
     found = []
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         with suppress(OSError):  # it has just ended
-            found += [int(child)] if Request.worker.encode() in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0") else []
+            found += (
+                [int(child)]
+                if Request.worker.encode()
+                in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+                else []
+            )
     return found
 
 
 def _failed(run: Path, code: int) -> CheckpointError:
-    return CheckpointError("the run ended by itself, so nothing is proven", where=run, value=f"exit code {code}",
-                           remedy="its logs/ say why")
+    return CheckpointError(
+        "the run ended by itself, so nothing is proven",
+        where=run,
+        value=f"exit code {code}",
+        remedy="its logs/ say why",
+    )

@@ -1,4 +1,5 @@
 """Verbs about a run and its model. What each needs is imported when it is used, so that `--help` stays fast."""
+
 from __future__ import annotations
 
 import os
@@ -9,18 +10,41 @@ import typer
 
 from hfscale.errors import CheckpointError
 
-Source = Annotated[str, typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with.")]
-Overrides = Annotated[list[str] | None, typer.Argument(metavar="key=value...", help="Dotted overrides: train.steps=100 optim.lr=3e-4",
-                                                       show_default=False)]
-Launcher = Annotated[str, typer.Option(help="local: processes here; slurm, submitit: a job; debug: one process, tiny.")]
-Procs = Annotated[int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")]
-Port = Annotated[int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")]
+Source = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG_OR_RUN", help="A YAML file, or a run directory to go on with."),
+]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="key=value...",
+        help="Dotted overrides: train.steps=100 optim.lr=3e-4",
+        show_default=False,
+    ),
+]
+Launcher = Annotated[
+    str,
+    typer.Option(help="local: processes here; slurm, submitit: a job; debug: one process, tiny."),
+]
+Procs = Annotated[
+    int | None, typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")
+]
+Port = Annotated[
+    int | None, typer.Option(min=1, max=65535, help="Where the ranks meet. Without it: a free one.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")
+]
 
 
-
-def pretrain(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,
-             dry_run: DryRun = False) -> None:
+def pretrain(
+    config_or_run: Source,
+    overrides: Overrides = None,
+    launcher: Launcher = "local",
+    procs: Procs = None,
+    port: Port = None,
+    dry_run: DryRun = False,
+) -> None:
     """Train from CONFIG in its run directory, run.root/run.name. The same command again goes on where it stopped.
 
     Examples:
@@ -30,12 +54,20 @@ def pretrain(config_or_run: Source, overrides: Overrides = None, launcher: Launc
     from hfscale.registry import load_plugin
     from launch.request import LAUNCHERS, Request
 
-    request = Request(config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run)
+    request = Request(
+        config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run
+    )
     raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(request))
 
 
-def finetune(config_or_run: Source, overrides: Overrides = None, launcher: Launcher = "local", procs: Procs = None, port: Port = None,
-             dry_run: DryRun = False) -> None:
+def finetune(
+    config_or_run: Source,
+    overrides: Overrides = None,
+    launcher: Launcher = "local",
+    procs: Procs = None,
+    port: Port = None,
+    dry_run: DryRun = False,
+) -> None:
     """Fine-tune a model for the task of CONFIG on labelled examples. The same command again goes on where it stopped.
 
     Examples:
@@ -46,9 +78,16 @@ def finetune(config_or_run: Source, overrides: Overrides = None, launcher: Launc
 
 
 def compare(
-    sources: Annotated[list[Path], typer.Argument(metavar="RUN_OR_SCORES...", help="Run directories, or scores.json files.")],
-    csv: Annotated[Path | None, typer.Option(help="Write the table here, with confidence intervals.")] = None,
-    png: Annotated[Path | None, typer.Option(help="Draw it here, with confidence intervals.")] = None,
+    sources: Annotated[
+        list[Path],
+        typer.Argument(metavar="RUN_OR_SCORES...", help="Run directories, or scores.json files."),
+    ],
+    csv: Annotated[
+        Path | None, typer.Option(help="Write the table here, with confidence intervals.")
+    ] = None,
+    png: Annotated[
+        Path | None, typer.Option(help="Draw it here, with confidence intervals.")
+    ] = None,
 ) -> None:
     """Print a table of what each run scored: its evaluations, its best and its newest validation; and means over runs of several seeds.
 
@@ -78,17 +117,33 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
         job = file.read_text().strip()
         told = facts(job)
         words = [f"{job} {told.get('JobState', 'has left the queue')}"]
-        forms = {"Reason": "because of {}", "NodeList": "on {}", "Restarts": "{} restarts", "RunTime": "ran {}", "TimeLimit": "limit {}",
-                 "ExitCode": "exit code {}"}
-        words += [form.format(told[name]) for name, form in forms.items() if told.get(name) not in (None, "None", "(null)", "", "0:0")]
+        forms = {
+            "Reason": "because of {}",
+            "NodeList": "on {}",
+            "Restarts": "{} restarts",
+            "RunTime": "ran {}",
+            "TimeLimit": "limit {}",
+            "ExitCode": "exit code {}",
+        }
+        words += [
+            form.format(told[name])
+            for name, form in forms.items()
+            if told.get(name) not in (None, "None", "(null)", "", "0:0")
+        ]
         lines.insert(1, ("job", ", ".join(words)))
     for name, value in lines:
         typer.echo(f"{name:<16}{value}")
 
 
-def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
-         follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on printing what is added, until Ctrl-C.")] = False,
-         lines: Annotated[int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")] = 50) -> None:
+def logs(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")],
+    follow: Annotated[
+        bool, typer.Option("--follow", "-f", help="Go on printing what is added, until Ctrl-C.")
+    ] = False,
+    lines: Annotated[
+        int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")
+    ] = 50,
+) -> None:
     """Print the last lines of rank 0 and of the newest Slurm job; the other ranks' logs lie beside them.
 
     Example: hfscale logs runs/first -f
@@ -99,15 +154,26 @@ def logs(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory
     jobs = sorted(folder.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime)[-1:]
     files = [*jobs, *folder.glob("rank-0.log")]
     if not files:
-        raise CheckpointError("this run has no log yet", where=folder, remedy=f"see where it is: hfscale status {run}")
+        raise CheckpointError(
+            "this run has no log yet", where=folder, remedy=f"see where it is: hfscale status {run}"
+        )
     os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)])
 
 
 def show(
-    config: Annotated[str | None, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory.", show_default=False)] = None,
+    config: Annotated[
+        str | None,
+        typer.Argument(
+            metavar="CONFIG", help="A YAML file, or a run directory.", show_default=False
+        ),
+    ] = None,
     overrides: Overrides = None,
-    procs: Annotated[int | None, typer.Option(help="Show the batch as cut for this many ranks.", min=1)] = None,
-    schema: Annotated[bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")] = False,
+    procs: Annotated[
+        int | None, typer.Option(help="Show the batch as cut for this many ranks.", min=1)
+    ] = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")
+    ] = False,
 ) -> None:
     """Print every value of CONFIG, where it came from (default, file:line, command line), and the numbers that follow.
 
@@ -119,13 +185,19 @@ def show(
     if config is None and not schema:
         raise typer.BadParameter("give a CONFIG, or --schema")
     file = config_file(config) if config else None
-    typer.echo(show_schema(file) if schema or file is None else show_config(file, overrides or [], procs=procs))
+    typer.echo(
+        show_schema(file)
+        if schema or file is None
+        else show_config(file, overrides or [], procs=procs)
+    )
 
 
 def batch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     step: Annotated[int, typer.Option(help="Which optimizer step, counted from 1.")],
-    full: Annotated[bool, typer.Option("--full", help="Print each text whole, not its first 200 characters.")] = False,
+    full: Annotated[
+        bool, typer.Option("--full", help="Print each text whole, not its first 200 characters.")
+    ] = False,
 ) -> None:
     """Print what a step was trained on, rebuilt from the shards alone. The exit code is 1 if its digest is not the logged one.
 
@@ -136,20 +208,41 @@ def batch(
     rebuilt = rebuild(run, step=step)
     for row in rebuilt.rows:
         documents = "-".join(map(str, dict.fromkeys(row.documents)))
-        typer.echo(f"row {row.position:,}  {row.source}  {row.shard}  tokens from {row.start:,}  {row.member}  documents {documents}")
+        typer.echo(
+            f"row {row.position:,}  {row.source}  {row.shard}  tokens from {row.start:,}  {row.member}  documents {documents}"
+        )
         typer.echo("    " + (row.text if full else row.text[:200]).replace("\n", "\n    "))
-    verdict = "not logged" if rebuilt.logged is None else "equals the logged one" if rebuilt.logged == rebuilt.digest else (
-        f"is NOT the logged one ({rebuilt.logged}): other shards, or another config than this step was trained with")
+    verdict = (
+        "not logged"
+        if rebuilt.logged is None
+        else "equals the logged one"
+        if rebuilt.logged == rebuilt.digest
+        else (
+            f"is NOT the logged one ({rebuilt.logged}): other shards, or another config than this step was trained with"
+        )
+    )
     typer.echo(f"{len(rebuilt.rows):,} rows, batch_digest {rebuilt.digest}: {verdict}")
     raise typer.Exit(1 if rebuilt.logged not in (None, rebuilt.digest) else 0)
 
 
 def checkpoints(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory; its job may be running.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Read every byte and compare it with the manifest.")] = False,
-    pin: Annotated[list[int] | None, typer.Option(metavar="STEP", help="Keep this checkpoint, whatever the config says.")] = None,
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="A run directory; its job may be running.")
+    ],
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Read every byte and compare it with the manifest.")
+    ] = False,
+    pin: Annotated[
+        list[int] | None,
+        typer.Option(metavar="STEP", help="Keep this checkpoint, whatever the config says."),
+    ] = None,
     unpin: Annotated[list[int] | None, typer.Option(metavar="STEP", help="No longer.")] = None,
-    prune: Annotated[bool, typer.Option("--prune", help="Remove now what nothing keeps; the newest good one always stays.")] = False,
+    prune: Annotated[
+        bool,
+        typer.Option(
+            "--prune", help="Remove now what nothing keeps; the newest good one always stays."
+        ),
+    ] = False,
 ) -> None:
     """List the checkpoints of RUN, oldest first, and why each is kept. With --verify the exit code is 1 if one is damaged.
 
@@ -160,14 +253,26 @@ def checkpoints(
     from hfscale.reports.checkpoints import prune as prune_run
 
     folder, _ = open_folder(run)
-    for step, pinned in [*((step, True) for step in pin or ()), *((step, False) for step in unpin or ())]:
+    for step, pinned in [
+        *((step, True) for step in pin or ()),
+        *((step, False) for step in unpin or ()),
+    ]:
         layout.pin(folder, step, pinned=pinned)
     if prune:
         gone, free = prune_run(run)
-        typer.echo(f"removed {', '.join(path.name for path in gone) or 'nothing'}; {free / 1e9:,.1f} GB free")
+        typer.echo(
+            f"removed {', '.join(path.name for path in gone) or 'nothing'}; {free / 1e9:,.1f} GB free"
+        )
     found = list(list_checkpoints(run, verify=verify))
     for line, problems in found:
-        typer.echo("\n    ".join([line + ("" if problems is None else "  damaged" if problems else "  ok"), *(problems or ())]))
+        typer.echo(
+            "\n    ".join(
+                [
+                    line + ("" if problems is None else "  damaged" if problems else "  ok"),
+                    *(problems or ()),
+                ]
+            )
+        )
     if not found:
         typer.echo(f"no checkpoints in {run} yet")
     for path in rejected(run):
@@ -176,9 +281,22 @@ def checkpoints(
 
 
 def export(
-    model: Annotated[str, typer.Argument(metavar="MODEL", help="A run directory (its newest checkpoint) or one of its checkpoints.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist.")],
-    adapter: Annotated[bool, typer.Option("--adapter", help="The LoRA adapters of MODEL alone, for peft; else they are merged.")] = False,
+    model: Annotated[
+        str,
+        typer.Argument(
+            metavar="MODEL",
+            help="A run directory (its newest checkpoint) or one of its checkpoints.",
+        ),
+    ],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist.")
+    ],
+    adapter: Annotated[
+        bool,
+        typer.Option(
+            "--adapter", help="The LoRA adapters of MODEL alone, for peft; else they are merged."
+        ),
+    ] = False,
 ) -> None:
     """Write OUT as a transformers folder, after proving that transformers computes the logits that the training engine had.
 

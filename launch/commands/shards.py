@@ -1,4 +1,5 @@
 """``hfscale shards``: from text to token shards, and what is in them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -8,15 +9,32 @@ import typer
 
 from hfscale.errors import ConfigError, DataError
 
-app = typer.Typer(rich_markup_mode=None, no_args_is_help=True, add_completion=False, help="Build, index, verify and print shards.")
+app = typer.Typer(
+    rich_markup_mode=None,
+    no_args_is_help=True,
+    add_completion=False,
+    help="Build, index, verify and print shards.",
+)
 SHOWN = 20  # findings that are printed in full
 
 
-@app.command(epilog="Example: hfscale shards build corpus.yaml source.path=books shards.path=data/books shards.procs=8")
-def build(config: Annotated[Path, typer.Argument(help="YAML with sections source, split, tokenizer, shards")],
-          overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,  # noqa: UP045 (typer, 3.10)
-          part: Annotated[Optional[str], typer.Option(metavar="K/N", help="build part K (from 0) of N, beside PATH; whoever finishes the "  # noqa: UP045
-                                                      "last part merges them (slurm/shards.sbatch)")] = None) -> None:
+@app.command(
+    epilog="Example: hfscale shards build corpus.yaml source.path=books shards.path=data/books shards.procs=8"
+)
+def build(
+    config: Annotated[
+        Path, typer.Argument(help="YAML with sections source, split, tokenizer, shards")
+    ],
+    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,
+    part: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="K/N",
+            help="build part K (from 0) of N, beside PATH; whoever finishes the "
+            "last part merges them (slurm/shards.sbatch)",
+        ),
+    ] = None,
+) -> None:
     """Tokenize a corpus into PATH/train and PATH/validation. A killed build continues when it is run again."""
     from hfscale.config.load import load_config
     from hfscale.config.schema import CorpusConfig
@@ -24,29 +42,58 @@ def build(config: Annotated[Path, typer.Argument(help="YAML with sections source
     loaded = load_config(config, overrides or [], schema=CorpusConfig).config
     number, _, count = (part or "0/1").partition("/")
     if not (number.isdecimal() and count.isdecimal() and int(number) < int(count)):
-        raise ConfigError("this is no part of a build", where="--part", value=part, remedy="say --part 0/8, 1/8, ..., 7/8")
+        raise ConfigError(
+            "this is no part of a build",
+            where="--part",
+            value=part,
+            remedy="say --part 0/8, 1/8, ..., 7/8",
+        )
     from hfscale.corpus.build import build_part, build_shards
 
     try:
-        built, missing = build_part(loaded, number=int(number), count=int(count)) if part else (build_shards(loaded), [])
+        built, missing = (
+            build_part(loaded, number=int(number), count=int(count))
+            if part
+            else (build_shards(loaded), [])
+        )
     except KeyboardInterrupt:
-        raise DataError("interrupted", where=loaded.shards.path, remedy="run the same command again: it continues") from None
+        raise DataError(
+            "interrupted",
+            where=loaded.shards.path,
+            remedy="run the same command again: it continues",
+        ) from None
     if not built:
-        print(f"part {part} is built; " + (f"missing: {', '.join(map(str, missing))}. Whoever finishes the last one merges all"
-                                           if missing else "all are, and another process merges them"))
+        print(
+            f"part {part} is built; "
+            + (
+                f"missing: {', '.join(map(str, missing))}. Whoever finishes the last one merges all"
+                if missing
+                else "all are, and another process merges them"
+            )
+        )
         return
     for side, manifest in built.items():
-        print(f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents {len(manifest.shards):>5,} shards  "
-              f"{manifest.folder}")
+        print(
+            f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents {len(manifest.shards):>5,} shards  "
+            f"{manifest.folder}"
+        )
     seen = built["train"].source["seen"]
-    print(f"{seen['documents']:,} documents read; left out: {seen['duplicates']:,} duplicates, {seen['empty']:,} empty, "
-          f"{seen['invalid']:,} invalid, {seen['undecodable']:,} files not UTF-8")
+    print(
+        f"{seen['documents']:,} documents read; left out: {seen['duplicates']:,} duplicates, {seen['empty']:,} empty, "
+        f"{seen['invalid']:,} invalid, {seen['undecodable']:,} files not UTF-8"
+    )
 
 
 @app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")
-def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDataset tars with text")],
-          out: Annotated[Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")] = None,  # noqa: UP045
-          field: Annotated[Optional[str], typer.Option(help="what holds the text: txt, json.text")] = None) -> None:  # noqa: UP045
+def index(
+    tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDataset tars with text")],
+    out: Annotated[
+        Optional[Path], typer.Option(help="folder for index and manifest; default: beside the tars")
+    ] = None,
+    field: Annotated[
+        Optional[str], typer.Option(help="what holds the text: txt, json.text")
+    ] = None,
+) -> None:
     """Make index and manifest for raw-text tars of others. The tars are only read."""
     from hfscale.dist.world import available_cores
     from hfscale.log import progress_bar
@@ -54,17 +101,37 @@ def index(tars: Annotated[list[Path], typer.Argument(help="uncompressed WebDatas
 
     folders = {tar.parent for tar in tars}
     if missing := [tar for tar in tars if not tar.is_file()]:
-        raise DataError("there is no such tar", where=missing[0], remedy="give files such as data/*.tar")
+        raise DataError(
+            "there is no such tar", where=missing[0], remedy="give files such as data/*.tar"
+        )
     if out is None and len(folders) > 1:
-        raise DataError("the tars lie in several folders", value=sorted(map(str, folders))[:4],
-                        remedy="say where the manifest goes: --out FOLDER")
+        raise DataError(
+            "the tars lie in several folders",
+            value=sorted(map(str, folders))[:4],
+            remedy="say where the manifest goes: --out FOLDER",
+        )
     with progress_bar("indexing", len(tars), unit="tar") as bar:
-        manifest = index_tars(tars, folder=out or folders.pop(), field=field, threads=available_cores(), checked=lambda _: bar.update())
-    print(f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}")
+        manifest = index_tars(
+            tars,
+            folder=out or folders.pop(),
+            field=field,
+            threads=available_cores(),
+            checked=lambda _: bar.update(),
+        )
+    print(
+        f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}"
+    )
 
 
 @app.command(epilog="Example: hfscale shards verify data/books")
-def verify(path: Annotated[str, typer.Argument(help="folder of a build, of one side of it, a manifest.json, or a URL of one")]) -> None:
+def verify(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="folder of a build, of one side of it, a manifest.json, or a URL of one"
+        ),
+    ],
+) -> None:
     """Check every byte and count; all damage in one report."""
     from hfscale.dist.world import available_cores
     from hfscale.log import progress_bar
@@ -76,17 +143,31 @@ def verify(path: Annotated[str, typer.Argument(help="folder of a build, of one s
         with progress_bar(f"verifying {manifest.folder.name}", manifest.bytes) as bar:
             found = verify_manifest(manifest, threads=available_cores(), advance=bar.update)
         findings += found
-        print(f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens, "
-              f"{manifest.documents:,} documents  {manifest.folder}")
+        print(
+            f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens, "
+            f"{manifest.documents:,} documents  {manifest.folder}"
+        )
     if findings:
         more = [f"... and {len(findings) - SHOWN:,} more"] if len(findings) > SHOWN else []
-        raise DataError("damage was found:\n  " + "\n  ".join([*findings[:SHOWN], *more]), where=path,
-                        remedy="restore these shards from a copy, or build them again in another folder")
+        raise DataError(
+            "damage was found:\n  " + "\n  ".join([*findings[:SHOWN], *more]),
+            where=path,
+            remedy="restore these shards from a copy, or build them again in another folder",
+        )
 
 
 @app.command(epilog="Example: hfscale shards stats data/books --png lengths.png")
-def stats(path: Annotated[str, typer.Argument(help="folder of a build, of one side of it, a manifest.json, or a URL of one")],
-          png: Annotated[Optional[Path], typer.Option(help="draw the lengths of documents into this file too")] = None) -> None:  # noqa: UP045
+def stats(
+    path: Annotated[
+        str,
+        typer.Argument(
+            help="folder of a build, of one side of it, a manifest.json, or a URL of one"
+        ),
+    ],
+    png: Annotated[
+        Optional[Path], typer.Option(help="draw the lengths of documents into this file too")
+    ] = None,
+) -> None:
     """Print tokens, documents, bytes and the lengths of documents."""
     from hfscale.shards.stats import describe, draw, unigram_entropy
     from hfscale.shards.verify import manifests_at
@@ -96,23 +177,42 @@ def stats(path: Annotated[str, typer.Argument(help="folder of a build, of one si
         print(describe(manifest))
     if {"train", "validation"} <= found.keys():
         entropy = unigram_entropy(found["train"], found["validation"])
-        print(f"unigram entropy of validation under train: {entropy:.3f} nats a token (a model that learnt frequencies only)")
+        print(
+            f"unigram entropy of validation under train: {entropy:.3f} nats a token (a model that learnt frequencies only)"
+        )
     if png is not None:
         draw(found, png)
         print(f"drawn  {png}")
 
 
 @app.command(epilog="Example: hfscale shards cat data/books/train --document 1000 --count 3")
-def cat(path: Annotated[str, typer.Argument(help="folder with a manifest.json, that file, or a URL of either")],
-        document: Annotated[Optional[int], typer.Option(help="from this document (or sample of raw text) on; default: 0")] = None,  # noqa: UP045
-        row: Annotated[Optional[int], typer.Option(help="from this row of --seq-len tokens on, in the order of the shards")] = None,  # noqa: UP045
-        seq_len: Annotated[Optional[int], typer.Option(min=1, help="tokens of a row, as data.seq_len")] = None,  # noqa: UP045
-        key: Annotated[Optional[str], typer.Option(help="the sample with this key, of tars of raw text")] = None,  # noqa: UP045
-        count: Annotated[int, typer.Option(min=1, help="how many")] = 1,
-        tokenizer: Annotated[Optional[str], typer.Option(help="folder or hub name; default: the one beside the shards")] = None,  # noqa: UP045
-        ) -> None:
+def cat(
+    path: Annotated[
+        str, typer.Argument(help="folder with a manifest.json, that file, or a URL of either")
+    ],
+    document: Annotated[
+        Optional[int],
+        typer.Option(help="from this document (or sample of raw text) on; default: 0"),
+    ] = None,
+    row: Annotated[
+        Optional[int],
+        typer.Option(help="from this row of --seq-len tokens on, in the order of the shards"),
+    ] = None,
+    seq_len: Annotated[
+        Optional[int], typer.Option(min=1, help="tokens of a row, as data.seq_len")
+    ] = None,
+    key: Annotated[
+        Optional[str], typer.Option(help="the sample with this key, of tars of raw text")
+    ] = None,
+    count: Annotated[int, typer.Option(min=1, help="how many")] = 1,
+    tokenizer: Annotated[
+        Optional[str], typer.Option(help="folder or hub name; default: the one beside the shards")
+    ] = None,
+) -> None:
     """Print documents, rows or samples as text."""
-    if sum(option is not None for option in (document, row, key)) > 1 or (row is None) != (seq_len is None):
+    if sum(option is not None for option in (document, row, key)) > 1 or (row is None) != (
+        seq_len is None
+    ):
         raise ConfigError("give one of --document N, --key K, or --row N with --seq-len L")
     from hfscale.reports.cat import documents, find_tokenizer, rows, samples
     from hfscale.shards.manifest import TEXT, Manifest
@@ -120,14 +220,25 @@ def cat(path: Annotated[str, typer.Argument(help="folder with a manifest.json, t
     manifest = Manifest.load(path)
     if manifest.dtype == TEXT:
         if row is not None:
-            raise DataError("tars of raw text have samples, not rows", where=path, remedy="give --document N or --key K")
+            raise DataError(
+                "tars of raw text have samples, not rows",
+                where=path,
+                remedy="give --document N or --key K",
+            )
         found = samples(manifest, first=document or 0, count=count, key=key)
     elif key is not None:
-        raise DataError("token shards have documents, not keys", where=path, remedy="give --document N, or --row N with --seq-len L")
+        raise DataError(
+            "token shards have documents, not keys",
+            where=path,
+            remedy="give --document N, or --row N with --seq-len L",
+        )
     else:
         decode = find_tokenizer(manifest, tokenizer).decode
-        pieces = (rows(manifest, first=row, count=count, seq_len=seq_len) if row is not None and seq_len is not None
-                  else documents(manifest, first=document or 0, count=count))
+        pieces = (
+            rows(manifest, first=row, count=count, seq_len=seq_len)
+            if row is not None and seq_len is not None
+            else documents(manifest, first=document or 0, count=count)
+        )
         found = ((title, str(decode(ids))) for title, ids in pieces)
     for title, text in found:
         print(f"--- {title}", text, sep="\n")

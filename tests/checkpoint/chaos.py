@@ -2,6 +2,7 @@
 
 The ranks say what they save before they save it, so the attacker knows every state that may ever be loaded.
 """
+
 from __future__ import annotations
 
 import hashlib
@@ -23,7 +24,16 @@ from hfscale.errors import CheckpointError
 from tests.helpers.forks import Forks, say
 
 RANKS, KEEP_LAST = 2, 2
-PHASES = ("prepare", "snapshot", "writing", "record", "manifest", "rename", "prune", "committed")  # in the order of a save
+PHASES = (
+    "prepare",
+    "snapshot",
+    "writing",
+    "record",
+    "manifest",
+    "rename",
+    "prune",
+    "committed",
+)  # in the order of a save
 
 
 # ---------------------------------------------------------------------------------------- what the ranks do
@@ -38,7 +48,9 @@ def opened(folder: str, stage: int, precision: str, async_: bool) -> tuple[Any, 
 
 
 def manager(kind: Any, options: Any, folder: str, engine: Any, async_: bool) -> Any:
-    config = options.model_validate({"keep_last": KEEP_LAST, "every_minutes": None, "async": async_})
+    config = options.model_validate(
+        {"keep_last": KEEP_LAST, "every_minutes": None, "async": async_}
+    )
     return kind(Path(folder), config=config, rank=engine.rank, world_size=RANKS)
 
 
@@ -90,7 +102,9 @@ def load_each(folders: list[str], stage: int, precision: str) -> None:
                 tensor.fill_(number + 0.5)
         engine.after_load()
         try:
-            loaded = manager(CheckpointManager, Checkpoint, folder, engine, False).load_latest(engine)
+            loaded = manager(CheckpointManager, Checkpoint, folder, engine, False).load_latest(
+                engine
+            )
             say("case", loaded["step"] if loaded else 0, fingerprint(engine))
         except Exception as error:  # a CheckpointError, or a defect
             say("case", None, str(error))
@@ -102,7 +116,11 @@ def phase(folder: Path, step: int) -> str:
     """Return how far the save of ``step`` had come when it was interrupted, from what lies on the disk."""
     partial = folder / f"{layout.step_name(step)}{layout.PARTIAL}"
     if (folder / layout.step_name(step)).exists():
-        return "prune" if any(folder.glob(f"*{layout.OLD}")) or len(layout.committed(folder)) > KEEP_LAST else "committed"
+        return (
+            "prune"
+            if any(folder.glob(f"*{layout.OLD}")) or len(layout.committed(folder)) > KEEP_LAST
+            else "committed"
+        )
     if not partial.exists():
         return "prepare"
     if (partial / layout.MANIFEST).exists():
@@ -110,7 +128,13 @@ def phase(folder: Path, step: int) -> str:
     written, records = _names(partial / layout.ENGINE), _names(partial / layout.RECORDS)
     if records is None or sum(name.endswith(".json") for name in records) == RANKS:
         return "manifest"
-    return "record" if any(name.endswith(".json") for name in records) else "writing" if written else "snapshot"
+    return (
+        "record"
+        if any(name.endswith(".json") for name in records)
+        else "writing"
+        if written
+        else "snapshot"
+    )
 
 
 def _names(folder: Path) -> list[str] | None:
@@ -142,17 +166,23 @@ class Chain:
     stage: int
     precision: str
     async_: bool
-    saved: dict[int, set[str]] = field(default_factory=dict)  # step -> fingerprints; more than one would be an inexact resume
+    saved: dict[int, set[str]] = field(
+        default_factory=dict
+    )  # step -> fingerprints; more than one would be an inexact resume
     save_s: float = 0.0
 
     def run(self, *, steps: int = 10**6) -> list[int]:
-        return self.forks.start(train, RANKS, str(self.folder), self.stage, self.precision, self.async_, steps)
+        return self.forks.start(
+            train, RANKS, str(self.folder), self.stage, self.precision, self.async_, steps
+        )
 
     def measure(self) -> None:
         """Learn how long a save takes, from its call to its last deletion."""
         self.run(steps=8)
         self.gone()
-        self.save_s = median(took for word, *took_s in self.forks.said if word == "took" for took in took_s)
+        self.save_s = median(
+            took for word, *took_s in self.forks.said if word == "took" for took in took_s
+        )
 
     def start(self) -> tuple[list[int], dict[str, Any]]:
         """Return the ranks that go on, and whether they loaded the newest committed checkpoint, bit for bit."""
@@ -160,8 +190,11 @@ class Chain:
         pids = self.run()
         step, found = self.forks.line("loaded")
         expected = layout.step_of(before[-1]) if before else 0
-        return pids, {"silent": bool(step) and {found} != self.saved.get(step), "recovered": step == expected,
-                      "rejected": (self.folder / layout.REJECTED).exists()}
+        return pids, {
+            "silent": bool(step) and {found} != self.saved.get(step),
+            "recovered": step == expected,
+            "rejected": (self.folder / layout.REJECTED).exists(),
+        }
 
     def saving(self, number: int = 1) -> int:
         """Return the step whose save begins now, the ``number``-th from here."""
@@ -179,7 +212,9 @@ class Chain:
             failed = rest[0] if word == "failed" else failed
         return failed
 
-    def attacked(self, rng: random.Random, attack: Callable[[list[int]], str], *, at: str | None = None) -> dict[str, Any]:
+    def attacked(
+        self, rng: random.Random, attack: Callable[[list[int]], str], *, at: str | None = None
+    ) -> dict[str, Any]:
         """Return what one attack did: at a moment uniform over the save's duration, or as soon as the phase ``at`` is seen."""
         pids, verdict = self.start()
         step, moment = self.saving(rng.randint(1, 3)), rng.uniform(0, self.save_s)
@@ -205,26 +240,39 @@ def _zeros(path: Path, rng: random.Random, _: Path) -> None:
     """A block that never reached the disk."""
     data = bytearray(path.read_bytes())
     at = rng.randrange(len(data))
-    data[at:at + 4096] = bytes(len(data[at:at + 4096]))
+    data[at : at + 4096] = bytes(len(data[at : at + 4096]))
     path.write_bytes(data)
 
 
-DAMAGE: dict[str, Callable[[Path, random.Random, Path], object]] = {  # (file, random, the same file of another checkpoint)
+DAMAGE: dict[
+    str, Callable[[Path, random.Random, Path], object]
+] = {  # (file, random, the same file of another checkpoint)
     "a flipped bit": _flip,
     "zeros in it": _zeros,
     "cut short": lambda path, rng, _: os.truncate(path, rng.randrange(path.stat().st_size)),
     "empty": lambda path, _, __: os.truncate(path, 0),
     "deleted": lambda path, _, __: path.unlink(),
-    "more at its end": lambda path, rng, _: path.write_bytes(path.read_bytes() + rng.randbytes(rng.randint(1, 999))),
+    "more at its end": lambda path, rng, _: path.write_bytes(
+        path.read_bytes() + rng.randbytes(rng.randint(1, 999))
+    ),
     "that of another checkpoint": lambda path, _, other: shutil.copy(other, path),
 }
-FOLDERS: dict[str, Callable[[Path, random.Random, Path], object]] = {  # (checkpoint, random, another checkpoint)
-    "half copied": lambda at, rng, _: [path.unlink() for path in files(at)[rng.randint(1, len(files(at)) - 1):]],
+FOLDERS: dict[
+    str, Callable[[Path, random.Random, Path], object]
+] = {  # (checkpoint, random, another checkpoint)
+    "half copied": lambda at, rng, _: [
+        path.unlink() for path in files(at)[rng.randint(1, len(files(at)) - 1) :]
+    ],
     "a rank's file of another checkpoint added": lambda at, _, other: shutil.copy(
-        other / layout.rank_file(0), at / layout.rank_file(9)),
+        other / layout.rank_file(0), at / layout.rank_file(9)
+    ),
     "another checkpoint copied over it in part": lambda at, rng, other: [
-        shutil.copy(path, at / path.relative_to(other)) for path in rng.sample(files(other), rng.randint(1, len(files(other)) - 1))],
-    "under another name": lambda at, rng, _: at.rename(at.with_name(layout.step_name(layout.step_of(at) + rng.randint(1, 99)))),
+        shutil.copy(path, at / path.relative_to(other))
+        for path in rng.sample(files(other), rng.randint(1, len(files(other)) - 1))
+    ],
+    "under another name": lambda at, rng, _: at.rename(
+        at.with_name(layout.step_name(layout.step_of(at) + rng.randint(1, 99)))
+    ),
 }
 
 
@@ -239,7 +287,7 @@ def contents(checkpoint: Path) -> dict[Path, bytes]:
 def damaged(folder: Path, rng: random.Random, *, spare: int = 1) -> tuple[int, list[str]]:
     """Damage the newest checkpoints of ``folder``, all but the oldest ``spare`` at most; return the newest good step and what was done."""
     found = layout.committed(folder)
-    bad, done = found[-rng.randint(1, len(found) - spare):], []
+    bad, done = found[-rng.randint(1, len(found) - spare) :], []
     for checkpoint in bad:
         before = contents(checkpoint)
         other = found[0] if checkpoint is not found[0] else found[1]
@@ -254,7 +302,7 @@ def damaged(folder: Path, rng: random.Random, *, spare: int = 1) -> tuple[int, l
         if contents(checkpoint) == before:  # another checkpoint's file may be the same
             done[-1] = f"{(path := files(checkpoint)[0]).name}: deleted"
             path.unlink()
-    good = found[:len(found) - len(bad)]
+    good = found[: len(found) - len(bad)]
     return layout.step_of(good[-1]) if good else 0, done
 
 

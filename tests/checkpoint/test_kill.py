@@ -1,4 +1,5 @@
 """kill -9 from outside, at moments uniform over a save: the next start loads the newest committed checkpoint, bit for bit."""
+
 from __future__ import annotations
 
 import hashlib
@@ -44,7 +45,9 @@ def test_killed_at_any_moment_every_start_loads_the_newest_and_nothing_else(tmp_
         assert not verdict["silent"] and verdict["recovered"]
         kill(pids, rng)
         killed.gone()
-        assert all(len(found) == 1 for found in killed.saved.values()), "a step made twice was not made alike"
+        assert all(len(found) == 1 for found in killed.saved.values()), (
+            "a step made twice was not made alike"
+        )
 
         straight = Chain(forks, tmp_path / "straight", 1, "bf16", True)  # a run that nobody killed
         straight.run(steps=max(killed.saved))
@@ -73,10 +76,15 @@ def test_random_damage_is_never_loaded_and_a_newer_format_is_left_alone(tmp_path
         forks.start(load_each, 2, [str(folder) for folder in (*folders, newer.parent)], 3, "fp32")
         forks.gone()
         *cases, (step, found) = [said[1:] for said in forks.said if said[0] == "case"]
-        assert step is None and "a newer version of hfscale wrote this" in found and newer.is_dir(), "it may well be good"
+        assert (
+            step is None and "a newer version of hfscale wrote this" in found and newer.is_dir()
+        ), "it may well be good"
         for (good, done), (step, found), folder in zip(expected, cases, folders, strict=True):
             if good:
                 assert step == good and chain.saved[step] == {found}, done
                 assert len(files(folder / layout.REJECTED)) > 0, done
             else:
-                assert step is None and "no checkpoint of this run is intact" in found, (done, found)
+                assert step is None and "no checkpoint of this run is intact" in found, (
+                    done,
+                    found,
+                )

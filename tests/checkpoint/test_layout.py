@@ -1,4 +1,5 @@
 """Names, pruning and pins, also by several processes at once."""
+
 from __future__ import annotations
 
 import itertools
@@ -27,16 +28,34 @@ def test_only_committed_names_are_listed_and_in_the_order_of_steps(tmp_path):
     make(tmp_path, "step-00000010", "step-00000009", "step-123456789")
     make(tmp_path, "step-00000011.partial", "step-00000008.old", "rejected/step-00000012")
     (tmp_path / "step-00000020").mkdir()
-    assert [path.name for path in layout.committed(tmp_path)] == ["step-00000009", "step-00000010", "step-123456789"]
-    assert layout.step_name(123456789) == "step-123456789" and layout.step_of(layout.committed(tmp_path)[0]) == 9
+    assert [path.name for path in layout.committed(tmp_path)] == [
+        "step-00000009",
+        "step-00000010",
+        "step-123456789",
+    ]
+    assert (
+        layout.step_name(123456789) == "step-123456789"
+        and layout.step_of(layout.committed(tmp_path)[0]) == 9
+    )
     assert (tmp_path / "step-00000020") in layout.candidates(tmp_path)
     assert layout.committed(tmp_path / "nowhere") == []
 
 
 def test_leftovers_are_cleared_and_nothing_else(tmp_path):
-    make(tmp_path, "step-00000001", "step-00000002.partial", "step-00000000.old", "mine.old", "rejected/step-00000003")
+    make(
+        tmp_path,
+        "step-00000001",
+        "step-00000002.partial",
+        "step-00000000.old",
+        "mine.old",
+        "rejected/step-00000003",
+    )
     layout.clear_leftovers(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine.old", "rejected", "step-00000001"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "mine.old",
+        "rejected",
+        "step-00000001",
+    ]
 
 
 def test_pruning_keeps_the_newest_the_permanent_the_best_and_the_pinned(tmp_path):
@@ -46,19 +65,38 @@ def test_pruning_keeps_the_newest_the_permanent_the_best_and_the_pinned(tmp_path
     layout.pin(tmp_path, 5, pinned=True)
     policy = Checkpoint(keep_last=1, keep_every_steps=4)
     reasons = {layout.step_of(path): why for path, why in layout.kept(tmp_path, policy).items()}
-    assert reasons == {2: [], 3: ["best validation_loss 2.5"], 4: ["permanent"], 5: ["pinned"], 6: [], 7: ["last"]}
-    assert [layout.step_of(path) for path in layout.prune(tmp_path, policy, spare=tmp_path / "step-00000006")] == [2]
+    assert reasons == {
+        2: [],
+        3: ["best validation_loss 2.5"],
+        4: ["permanent"],
+        5: ["pinned"],
+        6: [],
+        7: ["last"],
+    }
+    assert [
+        layout.step_of(path)
+        for path in layout.prune(tmp_path, policy, spare=tmp_path / "step-00000006")
+    ] == [2]
     assert [layout.step_of(path) for path in layout.prune(tmp_path, policy)] == [6]
     layout.pin(tmp_path, 5, pinned=False)
-    assert [layout.step_of(path) for path in layout.prune(tmp_path, Checkpoint(keep_last=3))] == [] == list(tmp_path.glob("*.old"))
-    assert [layout.step_of(path) for path in layout.prune(tmp_path, Checkpoint(keep_last=1))] == [4, 5]
+    assert (
+        [layout.step_of(path) for path in layout.prune(tmp_path, Checkpoint(keep_last=3))]
+        == []
+        == list(tmp_path.glob("*.old"))
+    )
+    assert [layout.step_of(path) for path in layout.prune(tmp_path, Checkpoint(keep_last=1))] == [
+        4,
+        5,
+    ]
     with pytest.raises(CheckpointError, match=r"no checkpoint of this step(.|\n)*there are: 3, 7"):
         layout.pin(tmp_path, 5, pinned=True)
 
 
 def test_what_was_pinned_while_it_was_being_removed_comes_back(tmp_path):
     make(tmp_path, "step-00000001", "step-00000002.old")
-    (tmp_path / "step-00000002.old" / layout.PINNED).touch()  # a kill between the new name and the look at the marker
+    (
+        tmp_path / "step-00000002.old" / layout.PINNED
+    ).touch()  # a kill between the new name and the look at the marker
     layout.clear_leftovers(tmp_path)
     assert [path.name for path in layout.committed(tmp_path)] == ["step-00000001", "step-00000002"]
 
@@ -76,7 +114,12 @@ while not (Path(sys.argv[1]) / "enough").exists():
 
 def test_what_a_pin_said_holds_while_other_processes_prune(tmp_path):
     make(tmp_path, "step-99999999")
-    pruners = [subprocess.Popen([sys.executable, "-c", PRUNE, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT) for _ in range(2)]
+    pruners = [
+        subprocess.Popen(
+            [sys.executable, "-c", PRUNE, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT
+        )
+        for _ in range(2)
+    ]
     for pruner in pruners:
         assert pruner.stdout is not None and pruner.stdout.readline()
     rng, pinned, lost, pause, began = random.Random(1), set(), 0, 0.001, time.monotonic()
@@ -93,7 +136,9 @@ def test_what_a_pin_said_holds_while_other_processes_prune(tmp_path):
                 pinned.add(step)
             except CheckpointError:
                 lost += 1
-        pause = min(0.1, pause * 1.2) if lost < len(pinned) else pause / 1.2  # so that both win at times, on any machine
+        pause = (
+            min(0.1, pause * 1.2) if lost < len(pinned) else pause / 1.2
+        )  # so that both win at times, on any machine
     (tmp_path / "enough").touch()
     assert [pruner.wait(20) for pruner in pruners] == [0, 0]
     layout.clear_leftovers(tmp_path)
@@ -106,4 +151,6 @@ def test_rejecting_never_overwrites(tmp_path):
         make(tmp_path, "step-00000005")
         (tmp_path / "step-00000005" / "mark").write_text(number)
         assert layout.reject(tmp_path / "step-00000005").name == f"step-00000005{number}"
-    assert [(tmp_path / "rejected" / f"step-00000005{n}" / "mark").read_text() for n in ("", "-2", "-3")] == ["", "-2", "-3"]
+    assert [
+        (tmp_path / "rejected" / f"step-00000005{n}" / "mark").read_text() for n in ("", "-2", "-3")
+    ] == ["", "-2", "-3"]

@@ -1,4 +1,5 @@
 """Saves and loads with the real engine on real ranks, across processes, sizes, stages and damage."""
+
 from __future__ import annotations
 
 import resource
@@ -29,11 +30,21 @@ STAGES, PRECISIONS = (0, 1, 2, 3), ("fp32", "bf16")
 def manager(folder: Path, **options: Any) -> CheckpointManager:
     config = Checkpoint.model_validate({"every_minutes": None, **options})
     group = torch.distributed
-    return CheckpointManager(folder, config=config, rank=group.get_rank(), world_size=group.get_world_size())
+    return CheckpointManager(
+        folder, config=config, rank=group.get_rank(), world_size=group.get_world_size()
+    )
 
 
-def train_and_save(folder: Path, stage: int, precision: str = "fp32", *, save_at: tuple[int, ...] = (3,), steps: int = 6,
-                   dropout: float = 0.0, **options: Any) -> dict[str, Any]:
+def train_and_save(
+    folder: Path,
+    stage: int,
+    precision: str = "fp32",
+    *,
+    save_at: tuple[int, ...] = (3,),
+    steps: int = 6,
+    dropout: float = 0.0,
+    **options: Any,
+) -> dict[str, Any]:
     """Train from the newest checkpoint of ``folder`` (or the start) to ``steps``, saving on the way; tell what happened."""
     config = tiny_config(stage, precision, world_size=torch.distributed.get_world_size())
     engine, checkpoints = tiny_engine(config, dropout), manager(folder, **options)
@@ -48,28 +59,45 @@ def train_and_save(folder: Path, stage: int, precision: str = "fp32", *, save_at
             checkpoints.save(engine, {"step": step, "note": "kept"}, step=step)
             states[step] = full_state(engine)  # while the writer works
     checkpoints.wait()
-    result = {"start": start, "loaded": loaded, "at_start": at_start, "logits": seen, "losses": losses, "states": states,
-              "end": full_state(engine), "scalars": engine.scalars()}
+    result = {
+        "start": start,
+        "loaded": loaded,
+        "at_start": at_start,
+        "logits": seen,
+        "losses": losses,
+        "states": states,
+        "end": full_state(engine),
+        "scalars": engine.scalars(),
+    }
     engine.close()
     return result
 
 
 def each(folder: Path, cases: list[str], **options: Any) -> dict[str, dict[str, Any]]:
-    return {case: train_and_save(folder / case, int(case[0]), case[2:], **options) for case in cases}
+    return {
+        case: train_and_save(folder / case, int(case[0]), case[2:], **options) for case in cases
+    }
 
 
 @pytest.mark.slow
 def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path):
-    cases = ["1-bf16", "3-fp32"]  # tests/jobs/test_exact_resume.py has all of them, through the command line
+    cases = [
+        "1-bf16",
+        "3-fp32",
+    ]  # tests/jobs/test_exact_resume.py has all of them, through the command line
     options = {"dropout": 0.1, "save_at": (3,), "steps": 6}
     straight = run_ranks(each, 2, tmp_path, cases, **options)[0]
-    resumed = run_ranks(each, 2, tmp_path, cases, fresh=True, **{**options, "save_at": (5,)})[0]  # 3 -> 6, saves 5
+    resumed = run_ranks(each, 2, tmp_path, cases, fresh=True, **{**options, "save_at": (5,)})[
+        0
+    ]  # 3 -> 6, saves 5
     again = run_ranks(each, 2, tmp_path, cases, fresh=True, **options)[0]  # 5 -> 6
     for case, first in straight.items():
         for other, start in ((resumed[case], 3), (again[case], 5)):
             assert other["start"] == start and other["loaded"]["note"] == "kept"
             assert same(other["end"], first["end"]) == [], case
-            assert other["losses"] == {step: loss for step, loss in first["losses"].items() if step > start}, case
+            assert other["losses"] == {
+                step: loss for step, loss in first["losses"].items() if step > start
+            }, case
             assert other["scalars"] == first["scalars"] == {"adam_step": 6, "loss_scaler": None}
         assert same(resumed[case]["at_start"], first["states"][3]) == [], case
 
@@ -77,27 +105,53 @@ def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path):
 @pytest.mark.slow
 def test_every_stage_and_size_loads_what_any_other_saved(tmp_path):
     saved = {}
-    for number, (stage, size, precision) in enumerate([(1, 2, "fp32"), (3, 1, "fp32"), (0, 2, "fp32"), (2, 2, "bf16"), (3, 2, "bf16")]):
+    for number, (stage, size, precision) in enumerate(
+        [(1, 2, "fp32"), (3, 1, "fp32"), (0, 2, "fp32"), (2, 2, "bf16"), (3, 2, "bf16")]
+    ):
         folder = tmp_path / str(number)
-        saved[folder] = precision, run_ranks(train_and_save, size, folder, stage, precision, steps=3)[0]
+        saved[folder] = (
+            precision,
+            run_ranks(train_and_save, size, folder, stage, precision, steps=3)[0],
+        )
     for folder, (precision, first) in saved.items():
         seen = []
         for stage, size in ((0, 1), (1, 1), (2, 2), (3, 2), (0, 2), (3, 1)):
-            loaded = run_ranks(train_and_save, size, folder, stage, precision, save_at=(), steps=4)[0]
-            assert loaded["start"] == 3 and same(loaded["at_start"], first["end"]) == [], (folder.name, stage, size)
+            loaded = run_ranks(train_and_save, size, folder, stage, precision, save_at=(), steps=4)[
+                0
+            ]
+            assert loaded["start"] == 3 and same(loaded["at_start"], first["end"]) == [], (
+                folder.name,
+                stage,
+                size,
+            )
             seen.append((loaded["logits"], loaded["losses"][4]))
-        assert all(torch.equal(a[0], b[0]) and a[1] == pytest.approx(b[1], abs=1e-5) for a, b in pairwise(seen))
+        assert all(
+            torch.equal(a[0], b[0]) and a[1] == pytest.approx(b[1], abs=1e-5)
+            for a, b in pairwise(seen)
+        )
 
 
 def test_what_a_checkpoint_holds(tmp_path):
     result = run_ranks(train_and_save, 2, tmp_path, 1, steps=3)[0]
-    checkpoint, = layout.committed(tmp_path)
+    (checkpoint,) = layout.committed(tmp_path)
     files = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*") if path.is_file()}
-    assert files == {"engine/rank-00000.safetensors", "engine/rank-00001.safetensors", "state.json", "config.json", "probe.safetensors",
-                     "manifest.json"}
-    assert verify(checkpoint) == [] and [path.name for path in tmp_path.iterdir()] == ["step-00000003"]
+    assert files == {
+        "engine/rank-00000.safetensors",
+        "engine/rank-00001.safetensors",
+        "state.json",
+        "config.json",
+        "probe.safetensors",
+        "manifest.json",
+    }
+    assert verify(checkpoint) == [] and [path.name for path in tmp_path.iterdir()] == [
+        "step-00000003"
+    ]
     probe = read_probe(checkpoint)
-    assert probe.logits.shape == (512,) and probe.logits.isfinite().all() and probe.ids_1T.shape == (1, 16)
+    assert (
+        probe.logits.shape == (512,)
+        and probe.logits.isfinite().all()
+        and probe.ids_1T.shape == (1, 16)
+    )
     assert len(result["end"]) == 28
 
 
@@ -112,14 +166,25 @@ def edit(path: Path) -> None:
 
 
 DAMAGE = {
-    "a flipped byte": (lambda at: flip(at / "engine/rank-00001.safetensors"), "engine/rank-00001.safetensors"),
-    "cut short": (lambda at: (at / "engine/rank-00000.safetensors").write_bytes(b"x" * 100), "engine/rank-00000.safetensors"),
+    "a flipped byte": (
+        lambda at: flip(at / "engine/rank-00001.safetensors"),
+        "engine/rank-00001.safetensors",
+    ),
+    "cut short": (
+        lambda at: (at / "engine/rank-00000.safetensors").write_bytes(b"x" * 100),
+        "engine/rank-00000.safetensors",
+    ),
     "a file gone": (lambda at: (at / "state.json").unlink(), "state.json"),
     "no manifest": (lambda at: (at / "manifest.json").unlink(), "manifest.json"),
     "an edited manifest": (lambda at: edit(at / "manifest.json"), "manifest.json"),
     "an unreadable manifest": (lambda at: (at / "manifest.json").write_text("{"), "manifest.json"),
-    "a file of another checkpoint": (lambda at: shutil.copy(at.with_name("step-00000002") / "engine/rank-00001.safetensors",
-                                                            at / "engine/rank-00002.safetensors"), "engine/rank-00002.safetensors"),
+    "a file of another checkpoint": (
+        lambda at: shutil.copy(
+            at.with_name("step-00000002") / "engine/rank-00001.safetensors",
+            at / "engine/rank-00002.safetensors",
+        ),
+        "engine/rank-00002.safetensors",
+    ),
     "half copied": (lambda at: shutil.rmtree(at / "engine"), "engine/rank-00000.safetensors"),
     "under another name": (lambda at: at.rename(at.with_name("step-00000009")), "manifest.json"),
 }
@@ -130,7 +195,9 @@ def test_damage_is_found_named_kept_and_not_loaded(tmp_path):
     for number, (kind, (damage, file)) in enumerate(DAMAGE.items()):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "run", folder)
-        (folder / "latest").write_text("global_step99")  # as DeepSpeed leaves it, and pointing nowhere: nobody asks it
+        (folder / "latest").write_text(
+            "global_step99"
+        )  # as DeepSpeed leaves it, and pointing nowhere: nobody asks it
         damage(folder / "step-00000003")
         newest = layout.candidates(folder)[-1]
         assert any(file in problem for problem in verify(newest)), kind
@@ -162,7 +229,17 @@ def write_another_model(folder: Path) -> str:
 
     from hfscale.engine.engine import Engine
 
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=24, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0))
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=97,
+            n_positions=16,
+            n_embd=24,
+            n_layer=1,
+            n_head=2,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     before = full_state(engine)
     manager(folder).save(engine, {"step": 1}, step=1)
@@ -236,15 +313,24 @@ def limited(folder: Path, limit_on: int) -> list[str]:
 @pytest.mark.parametrize("limit_on", [0, 1])
 def test_a_write_that_fails_fails_every_rank_and_leaves_the_previous_checkpoint(tmp_path, limit_on):
     ranks = run_ranks(limited, 2, tmp_path, limit_on)
-    assert all("older ones are untouched" in message for messages in ranks for message in messages[:2])
+    assert all(
+        "older ones are untouched" in message for messages in ranks for message in messages[:2]
+    )
     assert "File too large" in ranks[limit_on][2]
     assert [path.name for path in layout.committed(tmp_path)] == ["step-00000001"]
-    assert run_ranks(train_and_save, 2, tmp_path, 1, save_at=(2,), steps=2)[0]["start"] == 1  # and goes on
+    assert (
+        run_ranks(train_and_save, 2, tmp_path, 1, save_at=(2,), steps=2)[0]["start"] == 1
+    )  # and goes on
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
 def test_a_full_disk_is_seen_before_the_save(tmp_path):
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", tmp_path], capture_output=True).returncode == 0
+    mounted = (
+        subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=60m", "tmpfs", tmp_path], capture_output=True
+        ).returncode
+        == 0
+    )
     if not mounted:
         lacking("mounting a small disk needs root")
     try:
@@ -257,7 +343,16 @@ def test_a_full_disk_is_seen_before_the_save(tmp_path):
 
 
 def test_old_checkpoints_go_and_permanent_ones_stay(tmp_path):
-    run_ranks(train_and_save, 2, tmp_path, 1, save_at=tuple(range(1, 8)), steps=7, keep_last=2, keep_every_steps=3)
+    run_ranks(
+        train_and_save,
+        2,
+        tmp_path,
+        1,
+        save_at=tuple(range(1, 8)),
+        steps=7,
+        keep_last=2,
+        keep_every_steps=3,
+    )
     assert [layout.step_of(path) for path in layout.committed(tmp_path)] == [3, 6, 7]
 
 
@@ -273,7 +368,10 @@ class SlowDisk(CheckpointManager):
 
 def two_saves(folder: Path) -> dict[str, Any]:
     config = tiny_config(1, world_size=2)
-    engine, checkpoints = tiny_engine(config), SlowDisk(folder, config=Checkpoint(), rank=torch.distributed.get_rank(), world_size=2)
+    engine, checkpoints = (
+        tiny_engine(config),
+        SlowDisk(folder, config=Checkpoint(), rank=torch.distributed.get_rank(), world_size=2),
+    )
     SlowDisk.gate.clear()
     train_step(engine, config, 1)
     checkpoints.save(engine, {"step": 1}, step=1)
@@ -281,12 +379,18 @@ def two_saves(folder: Path) -> dict[str, Any]:
     train_step(engine, config, 2)  # while nothing is written
     committed = len(layout.committed(folder))
     threading.Timer(0.5, SlowDisk.gate.set).start()
-    checkpoints.save(engine, {"step": 2}, step=2)  # one set of buffers: it has to wait for the first
+    checkpoints.save(
+        engine, {"step": 2}, step=2
+    )  # one set of buffers: it has to wait for the first
     there = [path.name for path in layout.committed(folder)]
     checkpoints.wait()
     reader = FragmentReader(folder / "step-00000001")
-    wrong = [name for name, tensors in at_first.items() for kind, want in tensors.items()
-             if not torch.equal(reader.read(name, kind, start=0, out=torch.empty_like(want)), want)]
+    wrong = [
+        name
+        for name, tensors in at_first.items()
+        for kind, want in tensors.items()
+        if not torch.equal(reader.read(name, kind, start=0, out=torch.empty_like(want)), want)
+    ]
     reader.close()
     engine.close()
     return {"committed": committed, "there": there, "wrong": wrong}
@@ -295,21 +399,32 @@ def two_saves(folder: Path) -> dict[str, Any]:
 def test_training_goes_on_behind_a_slow_disk_and_the_next_save_waits(tmp_path, caplog):
     for rank in run_ranks(two_saves, 2, tmp_path):
         assert rank["committed"] == 0
-        assert rank["there"][0] == "step-00000001", "the first is committed before the second has its snapshot"
+        assert rank["there"][0] == "step-00000001", (
+            "the first is committed before the second has its snapshot"
+        )
         assert rank["wrong"] == [], "what was trained meanwhile is not in it"
     assert [path.name for path in layout.committed(tmp_path)] == ["step-00000001", "step-00000002"]
 
 
 def test_what_improves(tmp_path):
-    checkpoints = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best()), rank=0, world_size=1)
+    checkpoints = CheckpointManager(
+        tmp_path, config=Checkpoint(keep_best=Best()), rank=0, world_size=1
+    )
     losses = [float("nan"), 3.0, 3.0, 2.5, 2.6, 2.4]
-    assert [checkpoints.improves({"step": step, "validation_loss": loss}) for step, loss in enumerate(losses)] == [
-        False, True, False, True, False, True]
+    assert [
+        checkpoints.improves({"step": step, "validation_loss": loss})
+        for step, loss in enumerate(losses)
+    ] == [False, True, False, True, False, True]
     assert not checkpoints.improves({"step": 6, "loss": 0.1}), "not validated"
     with pytest.raises(ConfigError, match=r"keep_best(.|\n)*validation_perplexity"):
         checkpoints.improves({"step": 7, "validation_perplexity": 3.0})
-    scores = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1")), rank=0, world_size=1)
-    assert [scores.improves({"step": step, "validation_f1": value}) for step, value in enumerate([0.1, 0.3, 0.2])] == [True, True, False]
+    scores = CheckpointManager(
+        tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1")), rank=0, world_size=1
+    )
+    assert [
+        scores.improves({"step": step, "validation_f1": value})
+        for step, value in enumerate([0.1, 0.3, 0.2])
+    ] == [True, True, False]
 
 
 class Clock:
@@ -322,7 +437,10 @@ class Clock:
 def test_rank_0_decides_by_steps_and_by_the_clock(tmp_path):
     clock = Clock()
     config = Checkpoint(every_steps=100, every_minutes=2, keep_every_steps=70)
-    rank0, rank1 = (CheckpointManager(tmp_path, config=config, rank=rank, world_size=2, clock=clock) for rank in (0, 1))
+    rank0, rank1 = (
+        CheckpointManager(tmp_path, config=config, rank=rank, world_size=2, clock=clock)
+        for rank in (0, 1)
+    )
     assert [step for step in range(1, 211) if rank0.due(step)] == [70, 100, 140, 200, 210]
     clock.now = 119.0
     assert not rank0.due(1)

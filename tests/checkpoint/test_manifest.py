@@ -10,7 +10,10 @@ from hfscale.errors import CheckpointError
 def checkpoint(tmp_path):
     folder = tmp_path / "step-00000007"
     folder.mkdir()
-    entries = [write_file(folder, f"engine/rank-0000{n}.safetensors", [b"ab" * 1000, memoryview(b"c" * n)]) for n in range(3)]
+    entries = [
+        write_file(folder, f"engine/rank-0000{n}.safetensors", [b"ab" * 1000, memoryview(b"c" * n)])
+        for n in range(3)
+    ]
     write_manifest(folder, entries, step=7)
     return folder
 
@@ -18,7 +21,8 @@ def checkpoint(tmp_path):
 def test_what_was_written_verifies(checkpoint):
     assert verify(checkpoint) == []
     assert [(entry.path, entry.bytes) for entry in read_manifest(checkpoint)] == [
-        (f"engine/rank-0000{n}.safetensors", 2000 + n) for n in range(3)]
+        (f"engine/rank-0000{n}.safetensors", 2000 + n) for n in range(3)
+    ]
 
 
 def test_every_part_is_checked_by_somebody(checkpoint):
@@ -31,7 +35,7 @@ def test_each_single_flipped_bit_of_the_manifest_is_found_or_harmless(checkpoint
     path = checkpoint / "manifest.json"
     good, entries = path.read_bytes(), read_manifest(checkpoint)
     for position in range(len(good)):
-        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1:])
+        path.write_bytes(good[:position] + bytes([good[position] ^ 1]) + good[position + 1 :])
         if not verify(checkpoint):  # a space that became another one that JSON skips
             assert read_manifest(checkpoint) == entries
 

@@ -1,4 +1,5 @@
 """Pretrained weights under other names, from other heads, with other vocabularies, at every ZeRO stage."""
+
 from __future__ import annotations
 
 import json
@@ -9,7 +10,15 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, BertForMaskedLM, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, GPT2Model
+from transformers import (
+    AutoModel,
+    BertConfig,
+    BertForMaskedLM,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Model,
+)
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import Match, labels_of, load_pretrained, match, tell
@@ -36,7 +45,7 @@ class DictReader(WeightsReader):
         return tuple(self.weights[name].shape)
 
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
-        return self.weights[name].reshape(-1)[start:start + numel]
+        return self.weights[name].reshape(-1)[start : start + numel]
 
 
 def build(family: str, seed: int, vocab_size: int = VOCAB) -> Any:
@@ -44,12 +53,20 @@ def build(family: str, seed: int, vocab_size: int = VOCAB) -> Any:
     return build_model(model, auto_model=auto_model, vocab_size=vocab_size, seq_len=32, seed=seed)
 
 
-def loaded(model: nn.Module, weights: dict[str, Tensor], stage: int = 0) -> tuple[Match, dict[str, Tensor]]:
+def loaded(
+    model: nn.Module, weights: dict[str, Tensor], stage: int = 0
+) -> tuple[Match, dict[str, Tensor]]:
     """Return what matched and the model's tensors, whole, once ``weights`` are in an engine of this stage."""
-    engine = Engine.create(model, config=tiny_config(stage, world_size=torch.distributed.get_world_size()), device=torch.device("cpu"))
+    engine = Engine.create(
+        model,
+        config=tiny_config(stage, world_size=torch.distributed.get_world_size()),
+        device=torch.device("cpu"),
+    )
     found = tell(match(engine.module, DictReader(weights)))
     load_pretrained(engine, DictReader(weights), found)
-    with gathered(engine.module.parameters()):  # the weights that the engine computes with, not only those it updates
+    with gathered(
+        engine.module.parameters()
+    ):  # the weights that the engine computes with, not only those it updates
         live = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     state = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
     engine.close()
@@ -61,11 +78,23 @@ def own_weights(family: str, stage: int) -> list[str]:
     """Return the names of tensors that are not those of another model of the family, whose weights were loaded."""
     auto_model, model = FAMILIES[family]
     source = build(family, 1)
-    weights = {name: p.detach() for name, p in source.named_parameters()}  # each tied parameter once
-    weights |= {name: torch.linspace(0, 1, b.numel()).view(b.shape) for name, b in source.named_buffers() if name in source.state_dict()}
-    partitioned = build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=2,
-                              gather=lambda params: gathered(params, modify=True),
-                              context=lambda: construction(tiny_config(stage, world_size=2), device_type="cpu"))
+    weights = {
+        name: p.detach() for name, p in source.named_parameters()
+    }  # each tied parameter once
+    weights |= {
+        name: torch.linspace(0, 1, b.numel()).view(b.shape)
+        for name, b in source.named_buffers()
+        if name in source.state_dict()
+    }
+    partitioned = build_model(
+        model,
+        auto_model=auto_model,
+        vocab_size=VOCAB,
+        seq_len=32,
+        seed=2,
+        gather=lambda params: gathered(params, modify=True),
+        context=lambda: construction(tiny_config(stage, world_size=2), device_type="cpu"),
+    )
     found, state = loaded(partitioned, weights, stage)
     assert not found.missing and not found.unexpected
     assert state.keys() == weights.keys()
@@ -94,7 +123,10 @@ def test_a_headless_model_fills_all_but_the_head(caplog: pytest.LogCaptureFixtur
     assert found.unexpected == ("pooler.dense.bias", "pooler.dense.weight")
     logging.getLogger("hfscale").propagate = True
     tell(match(model, DictReader(source.state_dict())))
-    assert "start fresh: cls.predictions.bias" in caplog.text and "no place in the model and are not read: pooler.dense" in caplog.text
+    assert (
+        "start fresh: cls.predictions.bias" in caplog.text
+        and "no place in the model and are not read: pooler.dense" in caplog.text
+    )
 
 
 def test_a_whole_model_fills_a_headless_one() -> None:
@@ -111,19 +143,27 @@ def test_old_names_of_layer_norms() -> None:
            for name, tensor in source.state_dict().items()}  # fmt: skip
     found, state = one(model, old)
     assert not found.missing
-    assert torch.equal(state["bert.embeddings.LayerNorm.weight"], source.bert.embeddings.LayerNorm.weight)
+    assert torch.equal(
+        state["bert.embeddings.LayerNorm.weight"], source.bert.embeddings.LayerNorm.weight
+    )
 
 
 def test_weights_that_do_not_fit_are_refused_by_name() -> None:
     model = build("gpt2", 1)
-    with pytest.raises(CheckpointError, match=r"transformer.wpe.weight: \[64, 32\], there \[64, 10\]"):
+    with pytest.raises(
+        CheckpointError, match=r"transformer.wpe.weight: \[64, 32\], there \[64, 10\]"
+    ):
         match(model, DictReader({"wpe.weight": torch.zeros(64, 10)}))
-    with pytest.raises(CheckpointError, match=r"transformer.wte.weight: \[320, 32\], there \[400, 32\]"):
+    with pytest.raises(
+        CheckpointError, match=r"transformer.wte.weight: \[320, 32\], there \[400, 32\]"
+    ):
         match(model, DictReader({"wte.weight": torch.zeros(400, 32)}))
     with pytest.raises(CheckpointError, match="none of"):
         match(model, DictReader({"vision.patch": torch.zeros(3)}))
     untied = dict(model.state_dict()) | {"lm_head.weight": torch.zeros(320, 32)}
-    with pytest.raises(CheckpointError, match=r"ties transformer.wte.weight and lm_head.weight, which differ"):
+    with pytest.raises(
+        CheckpointError, match=r"ties transformer.wte.weight and lm_head.weight, which differ"
+    ):
         match(model, DictReader(untied))
 
 
@@ -131,7 +171,10 @@ def grown(family: str, stage: int) -> list[str]:
     """Return the names of tensors that are wrong after a model of 256 ids was loaded into one of 320."""
     source = build(family, 1, vocab_size=256)
     weights = {name: p.detach() for name, p in source.named_parameters()}
-    for name in ("lm_head.weight", "cls.predictions.bias"):  # not zero, so that a mean means something
+    for name in (
+        "lm_head.weight",
+        "cls.predictions.bias",
+    ):  # not zero, so that a mean means something
         if name in weights:
             nn.init.normal_(weights[name], generator=torch.Generator().manual_seed(7))
     found, state = loaded(build(family, 2), weights, stage)
@@ -139,7 +182,9 @@ def grown(family: str, stage: int) -> list[str]:
     wrong = []
     for name, want in weights.items():
         if name in found.grown:
-            want = torch.cat([want, want.double().mean(0, keepdim=True).float().expand(64, *want.shape[1:])])
+            want = torch.cat(
+                [want, want.double().mean(0, keepdim=True).float().expand(64, *want.shape[1:])]
+            )
         wrong += [] if torch.allclose(state[name], want.flatten(), atol=1e-7) else [name]
     assert found.grown, "nothing grew"
     return wrong
@@ -165,8 +210,12 @@ def trained(folder: Path) -> torch.Tensor:
 
 
 def taken(folder: Path, stage: int, precision: str) -> dict[str, Tensor]:
-    model = GPT2LMHeadModel(GPT2Config(vocab_size=97, n_positions=16, n_embd=24, n_layer=2, n_head=2))
-    engine = Engine.create(model, config=tiny_config(stage, precision, world_size=2), device=torch.device("cpu"))
+    model = GPT2LMHeadModel(
+        GPT2Config(vocab_size=97, n_positions=16, n_embd=24, n_layer=2, n_head=2)
+    )
+    engine = Engine.create(
+        model, config=tiny_config(stage, precision, world_size=2), device=torch.device("cpu")
+    )
     reader = open_weights(folder)
     load_pretrained(engine, reader, match(engine.module, reader))
     state = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
@@ -183,22 +232,51 @@ def test_the_fp32_weights_of_a_checkpoint_are_not_rounded_on_the_way(tmp_path: P
         assert [name for name in want if not torch.equal(got[name], want[name])] == []
 
 
-@pytest.mark.parametrize(("there", "here", "fresh"), [
-    (["neg", "pos"], ["neg", "pos"], False), (["neg", "pos"], ["ham", "spam"], True), (["neg", "pos"], ["pos", "neg"], True),
-    (["neg", "pos"], ["0", "1"], False), ([], ["neg", "pos"], False), (["LABEL_0", "LABEL_1"], ["neg", "pos"], False)])
-def test_a_head_with_other_names_for_its_labels_starts_fresh(tmp_path: Path, there: list[str], here: list[str], fresh: bool) -> None:
-    config = BertConfig(id2label=dict(enumerate(here)), vocab_size=11, hidden_size=8, num_hidden_layers=1, num_attention_heads=2,
-                        intermediate_size=8)
-    (tmp_path / "config.json").write_text(json.dumps({"id2label": dict(enumerate(there))} if there else {}))
+@pytest.mark.parametrize(
+    ("there", "here", "fresh"),
+    [
+        (["neg", "pos"], ["neg", "pos"], False),
+        (["neg", "pos"], ["ham", "spam"], True),
+        (["neg", "pos"], ["pos", "neg"], True),
+        (["neg", "pos"], ["0", "1"], False),
+        ([], ["neg", "pos"], False),
+        (["LABEL_0", "LABEL_1"], ["neg", "pos"], False),
+    ],
+)
+def test_a_head_with_other_names_for_its_labels_starts_fresh(
+    tmp_path: Path, there: list[str], here: list[str], fresh: bool
+) -> None:
+    config = BertConfig(
+        id2label=dict(enumerate(here)),
+        vocab_size=11,
+        hidden_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        intermediate_size=8,
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"id2label": dict(enumerate(there))} if there else {})
+    )
     model = BertForSequenceClassification(config)
     found = match(model, DictReader(dict(model.state_dict())), labels=labels_of(tmp_path))
     assert found.missing == (("classifier.weight", "classifier.bias") if fresh else ())
 
 
 def test_the_head_of_another_set_of_labels_starts_fresh(caplog: pytest.LogCaptureFixture) -> None:
-    small = {"vocab_size": 11, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 8}
-    five, two = (BertForSequenceClassification(BertConfig(num_labels=labels, **small)) for labels in (5, 2))
+    small = {
+        "vocab_size": 11,
+        "hidden_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 8,
+    }
+    five, two = (
+        BertForSequenceClassification(BertConfig(num_labels=labels, **small)) for labels in (5, 2)
+    )
     found = tell(match(two, DictReader(dict(five.state_dict()))))
-    assert found.missing == ("classifier.weight", "classifier.bias") and "start fresh: classifier.weight" in caplog.text
+    assert (
+        found.missing == ("classifier.weight", "classifier.bias")
+        and "start fresh: classifier.weight" in caplog.text
+    )
     with pytest.raises(CheckpointError, match="do not fit"):
         match(two, DictReader({**five.state_dict(), "bert.pooler.dense.weight": torch.zeros(9, 8)}))

@@ -1,4 +1,5 @@
 """Every kind of model leaves with the output that its engine had: decoders, encoders, and both together, with a head or none."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -27,7 +28,11 @@ def build(family: str, auto_model: str | None, seed: int) -> Any:
 
 
 def save(folder: Path, family: str, auto_model: str | None) -> None:
-    engine = Engine.create(build(family, auto_model, 1), config=tiny_config(3, world_size=2), device=torch.device("cpu"))
+    engine = Engine.create(
+        build(family, auto_model, 1),
+        config=tiny_config(3, world_size=2),
+        device=torch.device("cpu"),
+    )
     checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
     checkpoints.save(engine, {"step": 1}, step=1)
     checkpoints.wait()
@@ -39,9 +44,15 @@ def save(folder: Path, family: str, auto_model: str | None) -> None:
     ("bert", None), ("t5", None), ("bart", None), ("bert", "AutoModel"), ("bert", "AutoModelForSequenceClassification"),
     ("bert", "AutoModelForTokenClassification"), ("bert", "AutoModelForQuestionAnswering"), ("gpt2", "AutoModelForSequenceClassification"),
     ("bart", "AutoModelForSequenceClassification")])  # fmt: skip
-def test_an_exported_model_of_any_kind_gives_the_engines_output(tmp_path: Path, family: str, auto_model: str | None) -> None:
+def test_an_exported_model_of_any_kind_gives_the_engines_output(
+    tmp_path: Path, family: str, auto_model: str | None
+) -> None:
     run_ranks(save, 2, tmp_path, family, auto_model)
-    checkpoint, out, other = tmp_path / "step-00000001", tmp_path / "out", build(family, auto_model, 2)
+    checkpoint, out, other = (
+        tmp_path / "step-00000001",
+        tmp_path / "out",
+        build(family, auto_model, 2),
+    )
     out.mkdir()
     write_weights(open_weights(checkpoint), other, out)
     other.config.save_pretrained(out)
@@ -55,9 +66,14 @@ def test_an_exported_model_of_any_kind_gives_the_engines_output(tmp_path: Path, 
         compare_logits(wrong, probe.logits, tolerance=1e-3)
 
 
-def test_a_probe_that_ends_with_padding_does_not_make_transformers_warn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_probe_that_ends_with_padding_does_not_make_transformers_warn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model, said = build("gpt2", "AutoModelForSequenceClassification", 1).eval(), list[str]()
     model.config.pad_token_id = 2
     monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", said.append)
-    assert Probe(torch.tensor([[5, 6, 2]]), torch.empty(0)).ask(model, device=torch.device("cpu")) is not None
+    assert (
+        Probe(torch.tensor([[5, 6, 2]]), torch.empty(0)).ask(model, device=torch.device("cpu"))
+        is not None
+    )
     assert not said

@@ -1,4 +1,5 @@
 """Ranges of tensors on disk, read back under every other cut."""
+
 from pathlib import Path
 
 import pytest
@@ -18,15 +19,26 @@ SHAPES = {"a.weight": (7, 5), "a[0:3].odd name": (11,), "b": (), "c": (1,), "d.b
 def whole(seed: int = 0, *, trained: bool = True) -> list[Fragment]:
     rng = torch.Generator().manual_seed(seed)
     kinds = ("weight", "exp_avg", "exp_avg_sq") if trained else ("weight",)
-    return [Fragment(name, shape, 0, {kind: torch.randn(torch.Size(shape).numel(), generator=rng) for kind in kinds})
-            for name, shape in SHAPES.items()]
+    return [
+        Fragment(
+            name,
+            shape,
+            0,
+            {kind: torch.randn(torch.Size(shape).numel(), generator=rng) for kind in kinds},
+        )
+        for name, shape in SHAPES.items()
+    ]
 
 
 def save(folder: Path, fragments: list[Fragment], *, world_size: int) -> FragmentReader:
     for old in folder.glob("engine/*"):
         old.unlink()
     for rank in range(world_size):
-        write_file(folder, f"engine/rank-{rank:05}.safetensors", serialize(list(share(fragments, rank=rank, world_size=world_size))))
+        write_file(
+            folder,
+            f"engine/rank-{rank:05}.safetensors",
+            serialize(list(share(fragments, rank=rank, world_size=world_size))),
+        )
     return FragmentReader(folder)
 
 
@@ -45,13 +57,32 @@ def test_any_cut_reads_what_any_other_cut_wrote(tmp_path_factory, writers, reade
 
 
 def test_files_are_ordinary_safetensors_of_any_dtype(tmp_path):
-    dtypes = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int64, torch.int32, torch.uint8, torch.bool)
+    dtypes = (
+        torch.float32,
+        torch.bfloat16,
+        torch.float16,
+        torch.float64,
+        torch.int64,
+        torch.int32,
+        torch.uint8,
+        torch.bool,
+    )
     tensors = {str(dtype): (torch.arange(5) % 2).to(dtype) for dtype in dtypes}
-    reader = save(tmp_path, [Fragment(name, (5,), 0, {"weight": tensor}) for name, tensor in tensors.items()], world_size=1)
+    reader = save(
+        tmp_path,
+        [Fragment(name, (5,), 0, {"weight": tensor}) for name, tensor in tensors.items()],
+        world_size=1,
+    )
     stored = load_file(tmp_path / "engine/rank-00000.safetensors")
     for name, tensor in tensors.items():
-        assert torch.equal(stored[f"{name}[0:5].weight"], tensor) and reader.dtype(name) == tensor.dtype
-        assert torch.equal(reader.read(name, "weight", start=1, out=torch.empty(3, dtype=tensor.dtype)), tensor[1:4])
+        assert (
+            torch.equal(stored[f"{name}[0:5].weight"], tensor)
+            and reader.dtype(name) == tensor.dtype
+        )
+        assert torch.equal(
+            reader.read(name, "weight", start=1, out=torch.empty(3, dtype=tensor.dtype)),
+            tensor[1:4],
+        )
 
 
 def test_a_hole_is_an_error(tmp_path):

@@ -1,4 +1,5 @@
 """One reader for runs, checkpoints and transformers folders."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -19,7 +20,9 @@ def saved_run(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     """Return the weights of a run whose checkpoint of step 2 is now in ``folder``."""
     config = tiny_config(stage, "bf16", world_size=2)
     engine = tiny_engine(config)
-    checkpoints = CheckpointManager(folder / "checkpoints", config=Checkpoint(), rank=engine.rank, world_size=2)
+    checkpoints = CheckpointManager(
+        folder / "checkpoints", config=Checkpoint(), rank=engine.rank, world_size=2
+    )
     for step in (1, 2):
         train_step(engine, config, step)
     checkpoints.save(engine, {"step": 2}, step=2)
@@ -36,7 +39,10 @@ def test_a_run_gives_its_fp32_weights_and_with_them_the_engines_logits(tmp_path,
         reader = open_weights(path)
         assert set(reader.names()) == {*weights, "lm_head.weight"}
         for name, want in weights.items():
-            assert torch.equal(reader.read(name).flatten(), want) and reader.read(name).dtype == torch.float32
+            assert (
+                torch.equal(reader.read(name).flatten(), want)
+                and reader.read(name).dtype == torch.float32
+            )
             assert torch.equal(reader.read_slice(name, start=3, numel=9), want[3:12])
         assert torch.equal(reader.read("lm_head.weight"), reader.read("transformer.wte.weight"))
         assert reader.shape("lm_head.weight") == (97, 24)
@@ -68,7 +74,10 @@ def test_a_transformers_folder_whole_and_in_pieces(tmp_path, shard):
         want = state[name]
         assert reader.shape(name) == tuple(want.shape) and torch.equal(reader.read(name), want)
         for start, numel in ((0, 1), (5, 7), (want.numel() - 3, 3)):
-            assert torch.equal(reader.read_slice(name, start=start, numel=numel), want.flatten()[start:start + numel]), (name, start)
+            assert torch.equal(
+                reader.read_slice(name, start=start, numel=numel),
+                want.flatten()[start : start + numel],
+            ), (name, start)
 
 
 def test_what_has_no_weights_is_refused(tmp_path):

@@ -1,4 +1,5 @@
 """Every YAML that is shipped loads; there are few of them."""
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -36,4 +37,6 @@ def test_there_are_few():
 
 
 def test_each_says_what_it_is_for():
-    assert [path.name for path in FILES if not path.read_text(encoding="utf-8").startswith("# ")] == []
+    assert [
+        path.name for path in FILES if not path.read_text(encoding="utf-8").startswith("# ")
+    ] == []

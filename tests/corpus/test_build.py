@@ -1,4 +1,5 @@
 """A build gives the same bytes however many processes made it and however often it was killed."""
+
 from __future__ import annotations
 
 import fcntl
@@ -27,15 +28,27 @@ from hfscale.shards.reader import ShardReader
 from hfscale.shards.verify import verify
 from hfscale.tokenizer import load_tokenizer
 
-RUN = "import sys, json; from hfscale.config.schema import CorpusConfig; from hfscale.corpus.build import build_shards; " \
-      "build_shards(CorpusConfig.model_validate_json(sys.argv[1]))"
+RUN = (
+    "import sys, json; from hfscale.config.schema import CorpusConfig; from hfscale.corpus.build import build_shards; "
+    "build_shards(CorpusConfig.model_validate_json(sys.argv[1]))"
+)
 
 
 def config(folder: Path, out: str = "shards", **shards: Any) -> CorpusConfig:
-    return CorpusConfig.model_validate({
-        "source": {"path": str(folder / "text")}, "split": {"validation": 0.2},
-        "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 400},
-        "shards": {"path": str(folder / out), "shard_mb": 0.02, "chunk_mb": 0.005, "procs": 1, **shards}})
+    return CorpusConfig.model_validate(
+        {
+            "source": {"path": str(folder / "text")},
+            "split": {"validation": 0.2},
+            "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 400},
+            "shards": {
+                "path": str(folder / out),
+                "shard_mb": 0.02,
+                "chunk_mb": 0.005,
+                "procs": 1,
+                **shards,
+            },
+        }
+    )
 
 
 @pytest.fixture(scope="module")
@@ -95,11 +108,19 @@ def test_shards_hold_every_document_once_on_its_side(corpus: Path) -> None:
         documents = tokens_of(manifest)
         assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
         assert {ids[-1] for ids in documents} == {tokenizer.eos_token_id}
-        assert manifest.source["seen"] == {"documents": 122, "duplicates": 1, "empty": 1, "invalid": 0, "undecodable": 1}
+        assert manifest.source["seen"] == {
+            "documents": 122,
+            "duplicates": 1,
+            "empty": 1,
+            "invalid": 0,
+            "undecodable": 1,
+        }
         assert verify(manifest, threads=2) == []
 
 
-def test_two_processes_write_the_bytes_that_one_writes(corpus: Path, built: dict[str, bytes]) -> None:
+def test_two_processes_write_the_bytes_that_one_writes(
+    corpus: Path, built: dict[str, bytes]
+) -> None:
     build_shards(config(corpus, "two", procs=2))
     assert content(corpus / "two") == built
 
@@ -111,7 +132,9 @@ def test_a_finished_build_is_left_alone(corpus: Path, built: dict[str, bytes]) -
 
 
 def start(settings: CorpusConfig) -> subprocess.Popen[bytes]:
-    return subprocess.Popen([sys.executable, "-c", RUN, settings.model_dump_json()], stderr=subprocess.DEVNULL)
+    return subprocess.Popen(
+        [sys.executable, "-c", RUN, settings.model_dump_json()], stderr=subprocess.DEVNULL
+    )
 
 
 @pytest.mark.slow
@@ -132,7 +155,9 @@ def test_kill_9_at_any_moment_changes_nothing(corpus: Path, built: dict[str, byt
 
 
 @pytest.mark.parametrize("leave", range(1, 11, 2))
-def test_every_state_that_a_crash_can_leave_is_continued(corpus: Path, built: dict[str, bytes], leave: int, tmp_path: Path) -> None:
+def test_every_state_that_a_crash_can_leave_is_continued(
+    corpus: Path, built: dict[str, bytes], leave: int, tmp_path: Path
+) -> None:
     """Keeps ``leave`` ledger lines of a whole build, with files that are ahead of it and a torn last line."""
     out = tmp_path / "shards"
     lines = (corpus / "shards" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
@@ -141,14 +166,18 @@ def test_every_state_that_a_crash_can_leave_is_continued(corpus: Path, built: di
         if not name.endswith("manifest.json"):
             (out / name).parent.mkdir(parents=True, exist_ok=True)
             (out / name).write_bytes(data)
-    committed = {f"{line['side']}/{line['shard']['name']}" for line in map(json.loads, lines[1:leave])}
+    committed = {
+        f"{line['side']}/{line['shard']['name']}" for line in map(json.loads, lines[1:leave])
+    }
     ahead = sorted(name for name in built if name.endswith(".tar") and name not in committed)
     (out / ahead[0]).unlink()
     (out / ahead[-1]).write_bytes(b"half")
     (out / "train" / ".shard-000099.tar.tmp").write_bytes(b"half") if leave == 3 else None
     (out / "ledger.jsonl").write_bytes(b"".join(lines[:leave]) + lines[leave][:20])
     settings = config(corpus)
-    build_shards(settings.model_copy(update={"shards": settings.shards.model_copy(update={"path": out})}))
+    build_shards(
+        settings.model_copy(update={"shards": settings.shards.model_copy(update={"path": out})})
+    )
     (out / "train" / ".shard-000099.tar.tmp").unlink(missing_ok=True)
     assert content(out) == built
 
@@ -156,7 +185,9 @@ def test_every_state_that_a_crash_can_leave_is_continued(corpus: Path, built: di
 def interrupted(corpus: Path, out: str) -> CorpusConfig:
     """A build of a copy of the text, with its manifests and all but two shards taken away."""
     folder = corpus / out
-    subprocess.run(["cp", "-r", corpus / "text", folder / "text"], check=True) if folder.mkdir() is None else None
+    subprocess.run(
+        ["cp", "-r", corpus / "text", folder / "text"], check=True
+    ) if folder.mkdir() is None else None
     settings = config(folder)
     settings = settings.model_copy(update={"tokenizer": config(corpus).tokenizer})
     build_shards(settings)
@@ -170,13 +201,24 @@ def interrupted(corpus: Path, out: str) -> CorpusConfig:
 @pytest.mark.parametrize("which", ["first", "cut"])
 def test_a_source_that_changed_since_the_interruption_is_refused(corpus: Path, which: str) -> None:
     settings = interrupted(corpus, f"changed-{which}")
-    train = [json.loads(line) for line in (settings.shards.path / "ledger.jsonl").read_bytes().splitlines()[1:]]
+    train = [
+        json.loads(line)
+        for line in (settings.shards.path / "ledger.jsonl").read_bytes().splitlines()[1:]
+    ]
     mark = next(line["mark"] for line in reversed(train) if line["side"] == "train")
     assert mark["offset"] > 0
     corpus_of = assign(open_corpus(settings.source).documents(), settings.split, Counts())
-    text = [document.text for document in corpus_of if document.side == "train"][mark["documents"] if which == "cut" else 0]
-    file = next(file for file in Path(settings.source.path).rglob("*.txt") if file.read_bytes() == text.encode())
-    file.write_bytes(text[:-1].encode() + (b"?" if len(text[-1].encode()) == 1 else "？".encode()))  # same name, same size
+    text = [document.text for document in corpus_of if document.side == "train"][
+        mark["documents"] if which == "cut" else 0
+    ]
+    file = next(
+        file
+        for file in Path(settings.source.path).rglob("*.txt")
+        if file.read_bytes() == text.encode()
+    )
+    file.write_bytes(
+        text[:-1].encode() + (b"?" if len(text[-1].encode()) == 1 else "？".encode())
+    )  # same name, same size
     with pytest.raises(DataError, match="has changed since this build was interrupted"):
         build_shards(settings)
 
@@ -196,12 +238,17 @@ def test_a_damaged_ledger_is_refused(corpus: Path) -> None:
 
 
 @pytest.mark.usefixtures("built")
-@pytest.mark.parametrize(("change", "says"), [
-    ({"shards": {"chunk_mb": 0.01}}, "shards.chunk_tokens: there 2500, now 5000"),
-    ({"split": {"salt": "x"}}, "split.salt: there '', now 'x'"),
-    ({"source": {"pattern": "*.txt"}}, r"source.files: there \d+, now \d+"),
-])
-def test_another_build_in_the_folder_is_refused(corpus: Path, built: dict[str, bytes], change: dict[str, Any], says: str) -> None:
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shards": {"chunk_mb": 0.01}}, "shards.chunk_tokens: there 2500, now 5000"),
+        ({"split": {"salt": "x"}}, "split.salt: there '', now 'x'"),
+        ({"source": {"pattern": "*.txt"}}, r"source.files: there \d+, now \d+"),
+    ],
+)
+def test_another_build_in_the_folder_is_refused(
+    corpus: Path, built: dict[str, bytes], change: dict[str, Any], says: str
+) -> None:
     values = config(corpus).model_dump()
     for section, update in change.items():
         values[section].update(update)
@@ -236,24 +283,39 @@ def test_no_text_and_an_empty_side_are_refused(corpus: Path) -> None:
     with pytest.raises(DataError, match=r"holds no text(?s:.*)1 documents read: 1 empty"):
         build_shards(settings)
     (text / "a.txt").write_text("the only document")
-    settings = settings.model_copy(update={"shards": settings.shards.model_copy(update={"path": corpus / "few" / "again"})})
+    settings = settings.model_copy(
+        update={"shards": settings.shards.model_copy(update={"path": corpus / "few" / "again"})}
+    )
     with pytest.raises(DataError, match="none of 1 documents fell to the validation side"):
         build_shards(settings)
     for number in range(30):
         (text / f"{number}.txt").write_text(f"document {number}")
     settings = settings.model_copy(update={"split": Split(validation=1e-9)})
-    with pytest.raises(DataError, match=r"none of 31 documents(?s:.*)split.validation=0.\d+ gives both sides some") as error:
+    with pytest.raises(
+        DataError, match=r"none of 31 documents(?s:.*)split.validation=0.\d+ gives both sides some"
+    ) as error:
         build_shards(settings)
     assert not (corpus / "few" / "again").exists(), "nothing was written, so nothing is in the way"
     works = float(re.search(r"validation=(0\.\d+)", str(error.value))[1])  # type: ignore[index]
-    assert build_shards(settings.model_copy(update={"split": Split(validation=works)}))["validation"].documents
+    assert build_shards(settings.model_copy(update={"split": Split(validation=works)}))[
+        "validation"
+    ].documents
 
 
-def test_a_full_disk_stops_the_build_with_the_room_that_is_left(corpus: Path, built: dict[str, bytes]) -> None:
+def test_a_full_disk_stops_the_build_with_the_room_that_is_left(
+    corpus: Path, built: dict[str, bytes]
+) -> None:
     settings = config(corpus, "full")
-    limited = ("import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
-               "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, -1)); ")
-    done = subprocess.run([sys.executable, "-c", limited + RUN, settings.model_dump_json()], capture_output=True, text=True, check=False)
+    limited = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (9000, -1)); "
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", limited + RUN, settings.model_dump_json()],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     assert done.returncode == 1
     assert "cannot write: File too large" in done.stderr
     assert "GB free there" in done.stderr
@@ -266,7 +328,10 @@ def test_workers_go_when_their_parent_is_killed(corpus: Path) -> None:
     process = start(config(corpus, "orphans", procs=2))
     children: list[int] = []
     while len(children) < 3 and process.poll() is None:  # two workers and the resource tracker
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        children = [
+            int(pid)
+            for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        ]
         time.sleep(0.001)
     process.kill()
     process.wait()
@@ -283,5 +348,7 @@ def alive(pid: int) -> bool:
         return False
 
 
-def test_there_is_nothing_of_this_machine_in_the_manifest(corpus: Path, built: dict[str, bytes]) -> None:
+def test_there_is_nothing_of_this_machine_in_the_manifest(
+    corpus: Path, built: dict[str, bytes]
+) -> None:
     assert os.fsencode(corpus.name) not in b"".join(built.values())

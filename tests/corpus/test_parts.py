@@ -1,4 +1,5 @@
 """A build in parts comes to the bytes of a build by one process, in whatever order, and however often it is interrupted."""
+
 from __future__ import annotations
 
 import fcntl
@@ -20,10 +21,14 @@ COUNT = 3
 
 
 def config(folder: Path, out: str, **source: Any) -> CorpusConfig:
-    return CorpusConfig.model_validate({
-        "source": {"path": str(folder / "text"), **source}, "split": {"validation": 0.2},
-        "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 400},
-        "shards": {"path": str(folder / out), "shard_mb": 0.02, "chunk_mb": 0.005, "procs": 1}})
+    return CorpusConfig.model_validate(
+        {
+            "source": {"path": str(folder / "text"), **source},
+            "split": {"validation": 0.2},
+            "tokenizer": {"path": str(folder / "tokenizer"), "vocab_size": 400},
+            "shards": {"path": str(folder / out), "shard_mb": 0.02, "chunk_mb": 0.005, "procs": 1},
+        }
+    )
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -37,7 +42,10 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = random.Random(5)
     (folder / "text").mkdir()
     for k in range(90):
-        words = rng.choices(["shard", "token", "学习", "模型", "loss", "\n"], k=20_000 if k in (10, 70) else rng.randint(1, 600))
+        words = rng.choices(
+            ["shard", "token", "学习", "模型", "loss", "\n"],
+            k=20_000 if k in (10, 70) else rng.randint(1, 600),
+        )
         (folder / "text" / f"{k:03d}.txt").write_text(f"{k} " + " ".join(words))
     for k in (3, 40, 10):
         shutil.copy(folder / "text" / f"{k:03d}.txt", folder / "text" / f"9{k:02d}.txt")
@@ -53,13 +61,21 @@ def test_parts_in_any_order_come_to_the_same_bytes(corpus: Path) -> None:
     parts = corpus / "parts-parts"
     assert build_part(settings, number=2, count=COUNT) == ({}, [0, 1])
     assert build_part(settings, number=0, count=COUNT) == ({}, [1])
-    assert build_part(settings, number=0, count=COUNT) == ({}, [1]), "a part that is built is left alone"
+    assert build_part(settings, number=0, count=COUNT) == ({}, [1]), (
+        "a part that is built is left alone"
+    )
     assert not settings.shards.path.exists()
     assert len(list(parts.glob("*/train/*.tar"))) >= 4
     built, missing = build_part(settings, number=1, count=COUNT)
     assert missing == []
     assert content(settings.shards.path) == content(corpus / "shards")
-    assert built["train"].source["seen"] == {"documents": 94, "duplicates": 3, "empty": 1, "invalid": 0, "undecodable": 1}
+    assert built["train"].source["seen"] == {
+        "documents": 94,
+        "duplicates": 3,
+        "empty": 1,
+        "invalid": 0,
+        "undecodable": 1,
+    }
     assert not parts.exists(), "they are merged"
     again, _ = build_part(settings, number=0, count=COUNT)
     assert again == built
@@ -80,7 +96,10 @@ def test_a_merge_that_was_killed_goes_on(corpus: Path, leave: int) -> None:
     (path / min(ahead)).write_bytes(b"half")
     with open(path / "ledger.jsonl", "rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
-        assert [build_part(settings, number=number, count=2) for number in (1, 0)] == [({}, [0]), ({}, [])]
+        assert [build_part(settings, number=number, count=2) for number in (1, 0)] == [
+            ({}, [0]),
+            ({}, []),
+        ]
     build_part(settings, number=1, count=2)
     assert content(path) == content(whole)
 
@@ -91,7 +110,9 @@ def test_parts_of_two_sources_are_not_merged(corpus: Path, tmp_path: Path) -> No
     settings = config(tmp_path, "shards")
     build_part(settings, number=0, count=2)
     (tmp_path / "text" / "0.txt").write_text("one file more")
-    with pytest.raises(DataError, match="a part was built from something else(?s:.*)shards-parts/0-of-2"):
+    with pytest.raises(
+        DataError, match="a part was built from something else(?s:.*)shards-parts/0-of-2"
+    ):
         build_part(settings, number=1, count=2)
 
 

@@ -1,4 +1,5 @@
 """Every format gives the same documents in the same order; what cannot be read is named or counted."""
+
 from __future__ import annotations
 
 import gzip
@@ -17,7 +18,7 @@ from hfscale.corpus.source import open_corpus
 from hfscale.corpus.split import Counts, assign, side_of
 from hfscale.errors import DataError
 
-TEXTS = ["first, \"quoted\"\nline", "第二个文件", "third"]
+TEXTS = ['first, "quoted"\nline', "第二个文件", "third"]
 
 
 def read(path: Path | str, **options: Any) -> list[str]:
@@ -48,8 +49,14 @@ def test_all_formats_agree(tmp_path: Path) -> None:
         writer = csv.writer(file)
         writer.writerows([["id", "text"], *([k, text] for k, text in enumerate(TEXTS))])
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    write_tar(tmp_path / "a.tar", {f"{k}.{e}": d for k, t in enumerate(TEXTS) for e, d in
-                                   (("json", json.dumps({"text": t}).encode()), ("txt", t.encode()))})
+    write_tar(
+        tmp_path / "a.tar",
+        {
+            f"{k}.{e}": d
+            for k, t in enumerate(TEXTS)
+            for e, d in (("json", json.dumps({"text": t}).encode()), ("txt", t.encode()))
+        },
+    )
     (tmp_path / "folder").mkdir()
     for k, text in enumerate(TEXTS):
         (tmp_path / "folder" / f"{k}.txt").write_text(text)
@@ -76,7 +83,12 @@ def test_files_are_chosen_and_ordered_by_path(tmp_path: Path) -> None:
     for name in ("b.py", "a/z.py", "a/tests/t.py", "a.txt", ".git/hidden.py", "Z.py"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(name)
-    assert read(tmp_path, pattern="**/*.py, *.txt", exclude="*/tests/*") == ["Z.py", "a.txt", "a/z.py", "b.py"]
+    assert read(tmp_path, pattern="**/*.py, *.txt", exclude="*/tests/*") == [
+        "Z.py",
+        "a.txt",
+        "a/z.py",
+        "b.py",
+    ]
 
 
 def test_a_long_file_is_cut_at_line_ends(tmp_path: Path) -> None:
@@ -96,18 +108,43 @@ def test_files_that_are_not_utf8_are_counted_with_examples(tmp_path: Path) -> No
     assert (corpus.undecodable, corpus.examples) == (4, ["1.txt", "2.txt", "3.txt"])
 
 
-@pytest.mark.parametrize(("name", "data", "options", "says"), [
-    ("a.jsonl", b'{"text": "x"}\n{"text": ', {"format": "jsonl"}, r"not a JSON line(?s:.*)a.jsonl:2"),
-    ("a.jsonl", b'{"test": "x"}', {"format": "jsonl"}, r"no field 'text'(?s:.*)a.jsonl:1(?s:.*)did you mean test"),
-    ("a.jsonl", b'{"text": 3}', {"format": "jsonl"}, r"not text(?s:.*)value:  3"),
-    ("a.jsonl", b'"text"', {"format": "jsonl"}, "no field 'text'"),
-    ("a.jsonl.gz", gzip.compress(b'{"text": "x"}\n' * 9999)[:-20], {"format": "jsonl"}, "cannot read a source file"),
-    ("a.csv", b"id,text\n1,caf\xe9\n", {"format": "csv"}, r"not a readable csv row(?s:.*)a.csv:2"),
-    ("a.csv", b"id,body\n1,x\n", {"format": "csv"}, "no field 'text'"),
-    ("a.parquet", b"PAR1", {"format": "parquet"}, "not a readable parquet file"),
-    ("a.tar", b"", {"format": "webdataset", "field": "txt"}, "not a readable tar"),
-])
-def test_what_cannot_be_read_is_named(tmp_path: Path, name: str, data: bytes, options: dict[str, Any], says: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "data", "options", "says"),
+    [
+        (
+            "a.jsonl",
+            b'{"text": "x"}\n{"text": ',
+            {"format": "jsonl"},
+            r"not a JSON line(?s:.*)a.jsonl:2",
+        ),
+        (
+            "a.jsonl",
+            b'{"test": "x"}',
+            {"format": "jsonl"},
+            r"no field 'text'(?s:.*)a.jsonl:1(?s:.*)did you mean test",
+        ),
+        ("a.jsonl", b'{"text": 3}', {"format": "jsonl"}, r"not text(?s:.*)value:  3"),
+        ("a.jsonl", b'"text"', {"format": "jsonl"}, "no field 'text'"),
+        (
+            "a.jsonl.gz",
+            gzip.compress(b'{"text": "x"}\n' * 9999)[:-20],
+            {"format": "jsonl"},
+            "cannot read a source file",
+        ),
+        (
+            "a.csv",
+            b"id,text\n1,caf\xe9\n",
+            {"format": "csv"},
+            r"not a readable csv row(?s:.*)a.csv:2",
+        ),
+        ("a.csv", b"id,body\n1,x\n", {"format": "csv"}, "no field 'text'"),
+        ("a.parquet", b"PAR1", {"format": "parquet"}, "not a readable parquet file"),
+        ("a.tar", b"", {"format": "webdataset", "field": "txt"}, "not a readable tar"),
+    ],
+)
+def test_what_cannot_be_read_is_named(
+    tmp_path: Path, name: str, data: bytes, options: dict[str, Any], says: str
+) -> None:
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=says):
         read(tmp_path / name, **options)
@@ -149,19 +186,26 @@ def test_a_damaged_tar_is_an_error_not_the_end_of_the_data(tmp_path: Path, cut: 
     if cut == "flipped header byte":
         data[third + 100] ^= 1
     else:
-        del data[third + {"member boundary": 0, "header": 100, "payload": 700}[cut]:]
+        del data[third + {"member boundary": 0, "header": 100, "payload": 700}[cut] :]
     path.write_bytes(data)
-    with pytest.raises(DataError, match=r"tar.*(cut short|closing zero block|readable)(?s:.*)a.tar"):
+    with pytest.raises(
+        DataError, match=r"tar.*(cut short|closing zero block|readable)(?s:.*)a.tar"
+    ):
         read(path, format="webdataset", field="txt")
 
 
 def test_a_document_never_changes_sides_and_a_duplicate_goes() -> None:
     texts = [f"document {k}" for k in range(2000)]
     split, counts = Split(validation=0.1), Counts()
-    sides = {document.text: document.side for document in assign([*texts, "", *texts[:7], "\ud800"], split, counts)}
+    sides = {
+        document.text: document.side
+        for document in assign([*texts, "", *texts[:7], "\ud800"], split, counts)
+    }
     assert (counts.documents, counts.duplicates, counts.empty, counts.invalid) == (2009, 7, 1, 1)
     assert 150 < sum(side == "validation" for side in sides.values()) < 250
-    fewer = {document.text: document.side for document in assign(reversed(texts[::3]), split, Counts())}
+    fewer = {
+        document.text: document.side for document in assign(reversed(texts[::3]), split, Counts())
+    }
     assert all(sides[text] == side for text, side in fewer.items())
     wider = {d.text: d.side for d in assign(texts, Split(validation=0.2), Counts())}
     assert all(wider[text] == "validation" for text, side in sides.items() if side == "validation")

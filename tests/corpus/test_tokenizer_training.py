@@ -1,4 +1,5 @@
 """Each kind trains, loads with AutoTokenizer, and carries the special tokens that its models expect."""
+
 from __future__ import annotations
 
 import json
@@ -13,7 +14,12 @@ from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import ConfigError, DataError
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
 
-SENTENCES = ["The tokenizer learns Café words.", "今天我们学习语言模型。", "def main(): return 42", "Words, words\tand more words!"]
+SENTENCES = [
+    "The tokenizer learns Café words.",
+    "今天我们学习语言模型。",
+    "def main(): return 42",
+    "Words, words\tand more words!",
+]
 ROUND_TRIP = "Café words\n\n  今天 def main(): \t🙂 never seen"
 
 
@@ -22,10 +28,17 @@ def config(folder: Path, **tokenizer: Any) -> CorpusConfig:
     if not text.exists():
         text.mkdir()
         for k in range(60):
-            (text / f"{k:02d}.txt").write_text(f"{k}: " + " ".join(SENTENCES[(k + j) % 4] for j in range(k % 7 + 4)))
-    return CorpusConfig.model_validate({"source": {"path": str(text)}, "split": {"validation": 0.2},
-                                        "shards": {"path": str(folder / "shards")},
-                                        "tokenizer": {"path": str(folder / "tok"), "vocab_size": 330, **tokenizer}})
+            (text / f"{k:02d}.txt").write_text(
+                f"{k}: " + " ".join(SENTENCES[(k + j) % 4] for j in range(k % 7 + 4))
+            )
+    return CorpusConfig.model_validate(
+        {
+            "source": {"path": str(text)},
+            "split": {"validation": 0.2},
+            "shards": {"path": str(folder / "shards")},
+            "tokenizer": {"path": str(folder / "tok"), "vocab_size": 330, **tokenizer},
+        }
+    )
 
 
 def test_byte_level_bpe_is_lossless(tmp_path: Path) -> None:
@@ -45,8 +58,19 @@ def test_byte_level_bpe_is_lossless(tmp_path: Path) -> None:
 def test_wordpiece_is_as_bert(tmp_path: Path) -> None:
     train_tokenizer(config(tmp_path, kind="wordpiece", lowercase=True))
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "tok")
-    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [0, 1, 2, 3, 4]
-    assert (tokenizer.pad_token_id, tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.mask_token_id) == (0, 2, 3, 4)
+    assert tokenizer.convert_tokens_to_ids(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]) == [
+        0,
+        1,
+        2,
+        3,
+        4,
+    ]
+    assert (
+        tokenizer.pad_token_id,
+        tokenizer.cls_token_id,
+        tokenizer.sep_token_id,
+        tokenizer.mask_token_id,
+    ) == (0, 2, 3, 4)
     assert tokenizer.tokenize("CAFÉ 学习") == tokenizer.tokenize("cafe学 习")
     pair = tokenizer("words", "more")
     assert tokenizer.convert_ids_to_tokens(pair["input_ids"])[0] == "[CLS]"
@@ -59,7 +83,10 @@ def test_wordpiece_is_as_bert(tmp_path: Path) -> None:
 def test_wordpiece_can_keep_case(tmp_path: Path) -> None:
     train_tokenizer(config(tmp_path, kind="wordpiece"))
     tokenizer = load_tokenizer(tmp_path / "tok")
-    assert tokenizer.decode(tokenizer("The Café words")["input_ids"], skip_special_tokens=True) == "The Café words"
+    assert (
+        tokenizer.decode(tokenizer("The Café words")["input_ids"], skip_special_tokens=True)
+        == "The Café words"
+    )
 
 
 def test_unigram_ends_a_text_with_its_end(tmp_path: Path) -> None:
@@ -124,7 +151,9 @@ def test_the_digest_survives_use_and_saving_and_tells_tokenizers_apart(tmp_path:
         assert tokenizer_digest(same) == digest
     file = tmp_path / "again" / "tokenizer.json"
     old = json.loads(file.read_text())
-    old["model"]["merges"] = [" ".join(merge) for merge in old["model"]["merges"]]  # as files of older versions
+    old["model"]["merges"] = [
+        " ".join(merge) for merge in old["model"]["merges"]
+    ]  # as files of older versions
     del old["model"]["byte_fallback"], old["model"]["dropout"]
     file.write_text(json.dumps(old))
     assert tokenizer_digest(tmp_path / "again") == digest
@@ -157,7 +186,9 @@ def test_a_corpus_that_is_all_held_out_trains_nothing(tmp_path: Path) -> None:
     for file in sorted((tmp_path / "text").iterdir())[1:]:
         file.unlink()
     values["split"]["validation"] = 0.999999
-    with pytest.raises(DataError, match=r"none of 1 documents fell to the train side[\s\S]*split.validation"):
+    with pytest.raises(
+        DataError, match=r"none of 1 documents fell to the train side[\s\S]*split.validation"
+    ):
         train_tokenizer(CorpusConfig.model_validate(values))
     assert not (tmp_path / "tok").exists()
 
@@ -166,5 +197,7 @@ def test_a_corpus_that_is_all_held_out_trains_nothing(tmp_path: Path) -> None:
 def test_words_without_an_end_do_not_take_for_ever(tmp_path: Path, kind: str) -> None:
     (tmp_path / "text").mkdir()
     for k in range(8):
-        (tmp_path / "text" / f"{k}.txt").write_text("a" * 250_000 + f" word{k}")  # quadratic: two minutes and more
+        (tmp_path / "text" / f"{k}.txt").write_text(
+            "a" * 250_000 + f" word{k}"
+        )  # quadratic: two minutes and more
     assert train_tokenizer(config(tmp_path, kind=kind))["documents"] == 8

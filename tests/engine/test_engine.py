@@ -1,4 +1,5 @@
 """The real DeepSpeed engine on real gloo ranks."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,19 +8,39 @@ import torch
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.fragments import tied
 from hfscale.errors import ConfigError, UnhealthyError
-from tests.engine.tiny import full_state, logits, rate, rows, same, tiny_config, tiny_engine, tiny_model, train_step
+from tests.engine.tiny import (
+    full_state,
+    logits,
+    rate,
+    rows,
+    same,
+    tiny_config,
+    tiny_engine,
+    tiny_model,
+    train_step,
+)
 from tests.helpers.ranks import run_ranks
 
 STAGES = (0, 1, 2, 3)
 
 
-def train(stage: int, precision: str, *, accumulation: int = 2, steps: int = 10, **engine: object) -> dict[str, object]:
+def train(
+    stage: int, precision: str, *, accumulation: int = 2, steps: int = 10, **engine: object
+) -> dict[str, object]:
     world_size = torch.distributed.get_world_size()
-    config = tiny_config(stage, precision, world_size=world_size, accumulation=accumulation, **engine)
+    config = tiny_config(
+        stage, precision, world_size=world_size, accumulation=accumulation, **engine
+    )
     made = tiny_engine(config)
     history = [train_step(made, config, step) for step in range(1, steps + 1)]
-    result = {"losses": [loss for loss, _ in history], "norms": [stats.grad_norm for _, stats in history],
-              "rates": [stats.lr for _, stats in history], "state": full_state(made), "scalars": made.scalars(), "tied": tied(made.module)}
+    result = {
+        "losses": [loss for loss, _ in history],
+        "norms": [stats.grad_norm for _, stats in history],
+        "rates": [stats.lr for _, stats in history],
+        "state": full_state(made),
+        "scalars": made.scalars(),
+        "tied": tied(made.module),
+    }
     made.close()
     made.close()  # a second time does nothing
     return result
@@ -40,7 +61,9 @@ def test_every_stage_and_size_computes_what_one_process_does(reference, stage, w
         assert result["norms"] == pytest.approx(reference["norms"], rel=1e-3)
     assert ranks[0]["norms"] == ranks[-1]["norms"]
     for name, tensors in ranks[0]["state"].items():
-        torch.testing.assert_close(tensors["weight"], reference["state"][name]["weight"], atol=2e-4, rtol=0)
+        torch.testing.assert_close(
+            tensors["weight"], reference["state"][name]["weight"], atol=2e-4, rtol=0
+        )
 
 
 def test_rates_and_scalars(reference):
@@ -51,9 +74,16 @@ def test_rates_and_scalars(reference):
     assert "lm_head.weight" not in reference["state"]
 
 
-@pytest.mark.parametrize(("stage", "options"), [
-    (1, {"offload": "optimizer"}), (2, {"offload": "optimizer"}), (3, {"offload": "parameters"}),
-    (1, {"activation_checkpointing": True}), (3, {"activation_checkpointing": True})])
+@pytest.mark.parametrize(
+    ("stage", "options"),
+    [
+        (1, {"offload": "optimizer"}),
+        (2, {"offload": "optimizer"}),
+        (3, {"offload": "parameters"}),
+        (1, {"activation_checkpointing": True}),
+        (3, {"activation_checkpointing": True}),
+    ],
+)
 def test_options_do_not_change_the_numbers(reference, stage, options):
     result = run_ranks(train, 2, stage, "fp32", steps=5, **options)[0]
     assert result["losses"] == pytest.approx(reference["losses"][:5], abs=1e-5)
@@ -69,7 +99,10 @@ def test_bf16_follows_fp32(reference):
 
 def decay_groups(stage: int) -> list[tuple[float, int]]:
     engine = tiny_engine(tiny_config(stage, world_size=2))
-    result = [(group["weight_decay"], len(group["params"]) if stage == 0 else -1) for group in engine._adamw.param_groups]
+    result = [
+        (group["weight_decay"], len(group["params"]) if stage == 0 else -1)
+        for group in engine._adamw.param_groups
+    ]
     engine.close()
     return result
 
@@ -85,7 +118,9 @@ def poisoned(stage: int, precision: str) -> tuple[str, list[str], bool]:
     train_step(engine, config, 1)
     before, seen = full_state(engine), logits(engine)
     out = engine(input_ids=rows(2)[0]).logits
-    engine.backward(out.float().mean() * (float("nan") if engine.rank == 1 else 1.0))  # one rank only
+    engine.backward(
+        out.float().mean() * (float("nan") if engine.rank == 1 else 1.0)
+    )  # one rank only
     message = ""
     try:
         engine.step(0.01)
@@ -115,11 +150,15 @@ def views(stage: int, precision: str, **options: object) -> dict[str, object]:
     fresh = tiny_engine(config)
     for fragment in fresh.fragments(owned=False):
         for key, value in fragment.tensors.items():
-            value.copy_(state[fragment.name][key][fragment.start:fragment.start + fragment.numel])
+            value.copy_(state[fragment.name][key][fragment.start : fragment.start + fragment.numel])
     fresh.load_scalars(scalars)
     fresh.after_load()
-    result = {"state": same(state, full_state(fresh)), "logits": torch.equal(seen, logits(fresh)),
-              "losses": [train_step(fresh, config, step)[0] for step in (3, 4)] == following, "scalars": fresh.scalars()}
+    result = {
+        "state": same(state, full_state(fresh)),
+        "logits": torch.equal(seen, logits(fresh)),
+        "losses": [train_step(fresh, config, step)[0] for step in (3, 4)] == following,
+        "scalars": fresh.scalars(),
+    }
     fresh.close()
     return result
 
@@ -128,11 +167,18 @@ def views(stage: int, precision: str, **options: object) -> dict[str, object]:
 @pytest.mark.parametrize("stage", STAGES)
 def test_fragments_are_the_whole_state_and_writing_them_restores_it(stage, precision):
     for result in run_ranks(views, 2, stage, precision):
-        assert result == {"state": [], "logits": True, "losses": True, "scalars": {"adam_step": 4, "loss_scaler": None}}
+        assert result == {
+            "state": [],
+            "logits": True,
+            "losses": True,
+            "scalars": {"adam_step": 4, "loss_scaler": None},
+        }
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "parameters")])
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(2, "optimizer"), (3, "optimizer"), (3, "parameters")]
+)
 def test_offloaded_state_is_saved_and_restored_too(stage, offload):
     assert run_ranks(views, 2, stage, "bf16", offload=offload)[0]["losses"] is True
 
@@ -154,13 +200,19 @@ class WithFrozenParts(torch.nn.Module):
 
 def frozen_parts(stage: int) -> tuple[set[str], list[str]]:
     plain = WithFrozenParts().state_dict()
-    engine = Engine.create(WithFrozenParts(), config=tiny_config(stage, world_size=2), device=torch.device("cpu"))
+    engine = Engine.create(
+        WithFrozenParts(), config=tiny_config(stage, world_size=2), device=torch.device("cpu")
+    )
     state = full_state(engine)
     engine.backward(engine(x_BF=torch.ones(2, 3)).sum())
     engine.step(0.1)
     after = full_state(engine)
-    changed = [name for name in plain if not torch.equal(plain[name].flatten(), after[name]["weight"])]
-    assert state.keys() == plain.keys() and all(torch.equal(plain[name].flatten(), state[name]["weight"]) for name in plain)
+    changed = [
+        name for name in plain if not torch.equal(plain[name].flatten(), after[name]["weight"])
+    ]
+    assert state.keys() == plain.keys() and all(
+        torch.equal(plain[name].flatten(), state[name]["weight"]) for name in plain
+    )
     engine.close()
     return {name for name in state if "exp_avg" in state[name]}, changed
 
@@ -189,7 +241,9 @@ def unused_parts(stage: int) -> tuple[dict[str, list[float]], list[str]]:
     fresh = Engine.create(WithUnusedPart(), config=config, device=torch.device("cpu"))
     for fragment in fresh.fragments(owned=False):
         for kind, tensor in fragment.tensors.items():
-            tensor.copy_(state[fragment.name][kind][fragment.start:fragment.start + fragment.numel])
+            tensor.copy_(
+                state[fragment.name][kind][fragment.start : fragment.start + fragment.numel]
+            )
     fresh.load_scalars(scalars)
     fresh.after_load()
     fresh.backward(fresh(x_BF=torch.ones(2, 3)).sum())
@@ -197,7 +251,9 @@ def unused_parts(stage: int) -> tuple[dict[str, list[float]], list[str]]:
     after = full_state(fresh)
     assert fresh.scalars()["adam_step"] == 2
     fresh.close()
-    return {name: after[name]["weight"].tolist() for name in after}, [name for name in after if "exp_avg" in after[name]]
+    return {name: after[name]["weight"].tolist() for name in after}, [
+        name for name in after if "exp_avg" in after[name]
+    ]
 
 
 @pytest.mark.slow
@@ -219,11 +275,17 @@ def build_partitioned(stage: int) -> tuple[bool, list[tuple[int, ...]], float]:
     weight = model.transformer.wte.weight
     split = weight.numel() == 0
     with gathered([weight], modify=True):
-        weight.data.fill_(float(torch.distributed.get_rank()) + 2.0)  # rank 0's value is the one that stays
+        weight.data.fill_(
+            float(torch.distributed.get_rank()) + 2.0
+        )  # rank 0's value is the one that stays
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     with gathered([engine.module.transformer.wte.weight]):
         value = engine.module.transformer.wte.weight.mean().item()
-    shapes = [fragment.shape for fragment in engine.fragments() if fragment.name == "transformer.wte.weight"]
+    shapes = [
+        fragment.shape
+        for fragment in engine.fragments()
+        if fragment.name == "transformer.wte.weight"
+    ]
     engine.close()
     return split, shapes, value
 
@@ -237,5 +299,3 @@ def test_an_architecture_without_activation_checkpointing_is_refused():
     config = tiny_config(0, activation_checkpointing=True)
     with pytest.raises(ConfigError, match="activation checkpointing"):
         Engine.create(torch.nn.Linear(2, 2), config=config, device=torch.device("cpu"))
-
-

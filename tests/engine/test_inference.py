@@ -1,4 +1,5 @@
 """A model that only computes: at ZeRO 3 each rank holds a share, and the answers are those of the whole model, bit for bit in fp32."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -14,7 +15,9 @@ from hfscale.errors import ConfigError
 from tests.engine.tiny import rows, tiny_model
 from tests.helpers.ranks import run_ranks
 
-SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}  # else what is as small as this model stays whole
+SPLIT_ALL = {
+    "zero_optimization": {"stage3_param_persistence_threshold": 0}
+}  # else what is as small as this model stays whole
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
@@ -30,12 +33,16 @@ def on_ranks(how: dict[str, Any], precision: str) -> tuple[torch.Tensor, int, bo
         with context():
             return whole(precision)
 
-    engine = InferenceEngine.create(build, how=Inference(**how), precision=precision, device=torch.device("cpu"))
+    engine = InferenceEngine.create(
+        build, how=Inference(**how), precision=precision, device=torch.device("cpu")
+    )
     held = 0
     with torch.no_grad():
         for fragment in engine.fragments():
             held += fragment.numel
-            fragment.tensors["weight"].copy_(state[fragment.name].flatten()[fragment.start:fragment.start + fragment.numel])
+            fragment.tensors["weight"].copy_(
+                state[fragment.name].flatten()[fragment.start : fragment.start + fragment.numel]
+            )
         engine.after_load()
         logits = engine(input_ids=rows(engine.rank)[0]).logits.clone()
     together = engine.together
@@ -44,11 +51,19 @@ def on_ranks(how: dict[str, Any], precision: str) -> tuple[torch.Tensor, int, bo
     return logits, held, together
 
 
-@pytest.mark.parametrize(("how", "precision"), [
-    ({"zero_stage": 3, "extra": SPLIT_ALL}, "fp32"), ({"zero_stage": 3, "offload": "parameters", "extra": SPLIT_ALL}, "bf16"),
-    ({"zero_stage": 2}, "fp32")])
+@pytest.mark.parametrize(
+    ("how", "precision"),
+    [
+        ({"zero_stage": 3, "extra": SPLIT_ALL}, "fp32"),
+        ({"zero_stage": 3, "offload": "parameters", "extra": SPLIT_ALL}, "bf16"),
+        ({"zero_stage": 2}, "fp32"),
+    ],
+)
 def test_logits_are_those_of_the_whole_model(how: dict[str, Any], precision: str) -> None:
-    numel, parts = sum(p.numel() for p in whole(precision).parameters()), run_ranks(on_ranks, 2, how, precision)
+    numel, parts = (
+        sum(p.numel() for p in whole(precision).parameters()),
+        run_ranks(on_ranks, 2, how, precision),
+    )
     for rank, (logits, held, together) in enumerate(parts):
         with torch.no_grad():
             assert torch.equal(logits, whole(precision)(input_ids=rows(rank)[0]).logits)
@@ -59,9 +74,20 @@ def test_logits_are_those_of_the_whole_model(how: dict[str, Any], precision: str
 def test_what_cannot_run_is_refused() -> None:
     group.start(World())
     try:
-        for how, precision, message in (({"zero_stage": 3}, "fp16", "fp16 needs a GPU"),
-                                        ({"zero_stage": 3, "extra": {"bf16": {"enabled": True}}}, "fp32", "engine.extra repeats")):
+        for how, precision, message in (
+            ({"zero_stage": 3}, "fp16", "fp16 needs a GPU"),
+            (
+                {"zero_stage": 3, "extra": {"bf16": {"enabled": True}}},
+                "fp32",
+                "engine.extra repeats",
+            ),
+        ):
             with pytest.raises(ConfigError, match=message):
-                InferenceEngine.create(lambda _: whole("fp32"), how=Inference(**how), precision=precision, device=torch.device("cpu"))
+                InferenceEngine.create(
+                    lambda _: whole("fp32"),
+                    how=Inference(**how),
+                    precision=precision,
+                    device=torch.device("cpu"),
+                )
     finally:
         group.shutdown()

@@ -7,12 +7,17 @@ from hfscale.engine.schedule import learning_rate
 
 
 def curve(total: int = 100, **schedule: object) -> list[float]:
-    return [learning_rate(step, peak=1.0, total_steps=total, schedule=Schedule.model_validate(schedule)) for step in range(1, total + 1)]
+    return [
+        learning_rate(step, peak=1.0, total_steps=total, schedule=Schedule.model_validate(schedule))
+        for step in range(1, total + 1)
+    ]
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd", "constant"])
 def test_the_warmup_is_a_straight_line_to_the_peak(name):
-    assert curve(name=name, warmup_steps=10)[:10] == pytest.approx([step / 10 for step in range(1, 11)])
+    assert curve(name=name, warmup_steps=10)[:10] == pytest.approx(
+        [step / 10 for step in range(1, 11)]
+    )
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
@@ -23,7 +28,9 @@ def test_the_decay_ends_at_the_minimum_and_never_rises(name):
 
 
 def test_shapes_halfway():
-    assert curve(name="cosine", min_ratio=0.0)[24] == pytest.approx(0.5 * (1 + math.cos(math.pi / 4)))
+    assert curve(name="cosine", min_ratio=0.0)[24] == pytest.approx(
+        0.5 * (1 + math.cos(math.pi / 4))
+    )
     assert curve(name="linear", min_ratio=0.2)[49] == pytest.approx(0.6)
     wsd = curve(name="wsd", warmup_steps=10, decay_fraction=0.2, min_ratio=0.0)
     assert wsd[9:80] == [1.0] * 71 and wsd[89] == pytest.approx(0.5)
@@ -33,7 +40,9 @@ def test_shapes_halfway():
 def test_edges():
     assert curve(total=5, name="cosine", warmup_steps=5)[-1] == 1.0  # nothing left to decay in
     assert curve(total=1, name="cosine") == pytest.approx([0.1])
-    rate = learning_rate(500, peak=1.0, total_steps=100, schedule=Schedule(name="linear", min_ratio=0.1))
+    rate = learning_rate(
+        500, peak=1.0, total_steps=100, schedule=Schedule(name="linear", min_ratio=0.1)
+    )
     assert rate == pytest.approx(0.1)  # a run that goes on longer keeps the end value
     with pytest.raises(ValueError, match="count from 1"):
         learning_rate(0, peak=1.0, total_steps=10, schedule=Schedule())

@@ -2,6 +2,7 @@
 
 Every step has GLOBAL_ROWS rows with unequal numbers of counted tokens, whatever the number of ranks.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -18,22 +19,53 @@ from hfscale.engine.schedule import learning_rate
 VOCAB, TOKENS, GLOBAL_ROWS, TOTAL_STEPS = 97, 16, 8, 12
 
 
-def tiny_config(stage: int = 1, precision: str = "fp32", *, world_size: int = 1, accumulation: int = 2, clip_norm: float = 0.5,
-                **engine: Any) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"name": "tiny"}, "tokenizer": {"path": "none"}, "data": {"seq_len": TOKENS, "sources": [{"shards": "none"}]},
-        "model": {"architecture": "gpt2"}, "objective": {"name": "clm"}, "optim": {"lr": 0.01, "clip_norm": clip_norm},
-        "schedule": {"warmup_steps": 3},
-        "train": {"steps": TOTAL_STEPS, "global_batch": GLOBAL_ROWS, "micro_batch": GLOBAL_ROWS // world_size // accumulation},
-        "engine": {"zero_stage": stage, "precision": precision, **engine}})
+def tiny_config(
+    stage: int = 1,
+    precision: str = "fp32",
+    *,
+    world_size: int = 1,
+    accumulation: int = 2,
+    clip_norm: float = 0.5,
+    **engine: Any,
+) -> RunConfig:
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "tiny"},
+            "tokenizer": {"path": "none"},
+            "data": {"seq_len": TOKENS, "sources": [{"shards": "none"}]},
+            "model": {"architecture": "gpt2"},
+            "objective": {"name": "clm"},
+            "optim": {"lr": 0.01, "clip_norm": clip_norm},
+            "schedule": {"warmup_steps": 3},
+            "train": {
+                "steps": TOTAL_STEPS,
+                "global_batch": GLOBAL_ROWS,
+                "micro_batch": GLOBAL_ROWS // world_size // accumulation,
+            },
+            "engine": {"zero_stage": stage, "precision": precision, **engine},
+        }
+    )
 
 
 def tiny_model(dropout: float = 0.0) -> torch.nn.Module:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(5)
-    return GPT2LMHeadModel(GPT2Config(vocab_size=VOCAB, n_positions=TOKENS, n_embd=24, n_layer=2, n_head=2, resid_pdrop=dropout,
-                                      embd_pdrop=dropout, attn_pdrop=dropout, use_cache=False, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=VOCAB,
+            n_positions=TOKENS,
+            n_embd=24,
+            n_layer=2,
+            n_head=2,
+            resid_pdrop=dropout,
+            embd_pdrop=dropout,
+            attn_pdrop=dropout,
+            use_cache=False,
+            bos_token_id=0,
+            eos_token_id=0,
+        )
+    )
 
 
 def tiny_engine(config: RunConfig, dropout: float = 0.0) -> Engine:
@@ -45,16 +77,25 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     rng = torch.Generator().manual_seed(step)
     start = torch.randint(13, (GLOBAL_ROWS, 1), generator=rng)
     ids = (start + torch.arange(TOKENS)) % 13
-    return ids, torch.rand(ids.shape, generator=rng) < torch.linspace(0.3, 1.0, GLOBAL_ROWS)[:, None]
+    return ids, torch.rand(ids.shape, generator=rng) < torch.linspace(0.3, 1.0, GLOBAL_ROWS)[
+        :, None
+    ]
 
 
 def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, StepStats]:
     """Return the global mean loss before update ``step``, and what the update did."""
     ids, counted = rows(step)
     count = counted[:, 1:].sum()
-    mine = slice(engine.rank * GLOBAL_ROWS // engine.world_size, (engine.rank + 1) * GLOBAL_ROWS // engine.world_size)
+    mine = slice(
+        engine.rank * GLOBAL_ROWS // engine.world_size,
+        (engine.rank + 1) * GLOBAL_ROWS // engine.world_size,
+    )
     total = torch.zeros(())
-    batches = zip(ids[mine].split(config.train.micro_batch), counted[mine].split(config.train.micro_batch), strict=True)
+    batches = zip(
+        ids[mine].split(config.train.micro_batch),
+        counted[mine].split(config.train.micro_batch),
+        strict=True,
+    )
     for number, (micro, asked) in enumerate(batches):
         torch.manual_seed(step * 1000 + engine.rank * 100 + number)  # dropout
         logits = engine(input_ids=micro).logits[:, :-1].float()
@@ -67,7 +108,9 @@ def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, Ste
 
 
 def rate(config: RunConfig, step: int) -> float:
-    return learning_rate(step, peak=config.optim.lr, total_steps=TOTAL_STEPS, schedule=config.schedule)
+    return learning_rate(
+        step, peak=config.optim.lr, total_steps=TOTAL_STEPS, schedule=config.schedule
+    )
 
 
 def logits(engine: Engine) -> torch.Tensor:
@@ -77,7 +120,10 @@ def logits(engine: Engine) -> torch.Tensor:
 
 def full_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
     """Return every tensor of the model and optimizer, whole, put together from the fragments of all ranks."""
-    mine = [(f.name, f.shape, f.start, {key: value.clone() for key, value in f.tensors.items()}) for f in engine.fragments()]
+    mine = [
+        (f.name, f.shape, f.start, {key: value.clone() for key, value in f.tensors.items()})
+        for f in engine.fragments()
+    ]
     everyone: list[Any] = [None] * engine.world_size
     torch_dist.all_gather_object(everyone, mine)
     state: dict[str, dict[str, torch.Tensor]] = {}
@@ -86,7 +132,9 @@ def full_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
         numel = int(torch.Size(shape).numel())
         for key, value in tensors.items():
             stop = start + value.numel()
-            state.setdefault(name, {}).setdefault(key, torch.empty(numel, dtype=value.dtype))[start:stop] = value
+            state.setdefault(name, {}).setdefault(key, torch.empty(numel, dtype=value.dtype))[
+                start:stop
+            ] = value
             times = seen.setdefault(f"{name}.{key}", torch.zeros(numel))
             times[start:stop] += 1
     wrong = [name for name, times in seen.items() if not (times == 1).all()]
@@ -97,7 +145,12 @@ def full_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
 def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Tensor]]) -> list[str]:
     """Return the names of tensors that differ in any bit."""
     assert a.keys() == b.keys()
-    return [f"{name}.{key}" for name in a for key in a[name] if not torch.equal(a[name][key], b[name][key])]
+    return [
+        f"{name}.{key}"
+        for name in a
+        for key in a[name]
+        if not torch.equal(a[name][key], b[name][key])
+    ]
 
 
 def tree(folder: Path) -> list[str]:

@@ -1,4 +1,5 @@
 """A small real corpus: some of Python's own source, its tokenizer and shards, made with the commands a user types."""
+
 from __future__ import annotations
 
 import shutil
@@ -15,16 +16,31 @@ split: {validation: 0.1}
 tokenizer: {path: tokenizer, kind: bpe, vocab_size: 512}
 shards: {path: shards, shard_mb: 0.25, chunk_mb: 0.0625}
 """
-GPT2 = {"architecture": "gpt2", "config": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64}}
-LLAMA = {"architecture": "llama", "config": {"num_hidden_layers": 2, "hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 4,
-                                             "num_key_value_heads": 2, "max_position_embeddings": 64}}
+GPT2 = {
+    "architecture": "gpt2",
+    "config": {"n_layer": 2, "n_embd": 32, "n_head": 2, "n_positions": 64},
+}
+LLAMA = {
+    "architecture": "llama",
+    "config": {
+        "num_hidden_layers": 2,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 64,
+    },
+}
 
 
 def make_corpus(folder: Path) -> Path:
     """Return ``folder``, with ``tokenizer/`` and ``shards/{train,validation}/`` in it."""
     (folder / "text").mkdir(parents=True)
-    files = sorted(Path(sysconfig.get_path("stdlib")).glob("*.py"), key=lambda file: (file.stat().st_size, file.name))
-    for file in files[-DOCUMENTS - 20:-20]:  # of middling size
+    files = sorted(
+        Path(sysconfig.get_path("stdlib")).glob("*.py"),
+        key=lambda file: (file.stat().st_size, file.name),
+    )
+    for file in files[-DOCUMENTS - 20 : -20]:  # of middling size
         shutil.copy(file, folder / "text")
     (folder / "corpus.yaml").write_text(CORPUS)
     hfscale("tokenizer", "train", "corpus.yaml", cwd=folder)

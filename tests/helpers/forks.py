@@ -8,6 +8,7 @@
 
 A fork takes milliseconds where a new process takes seconds. Ranks that are killed hurt nobody else; arguments and what is said are JSON.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -43,9 +44,22 @@ class Forks:
     def __init__(self, errors: Path | None = None) -> None:
         heard, said = os.pipe()
         self.errors = errors.open("a") if errors else None
-        env = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", HEARD: str(said)}
-        self.process = subprocess.Popen([sys.executable, "-m", "tests.helpers.forks"], cwd=ROOT, env=os.environ | env, text=True,
-                                        pass_fds=[said], stdin=subprocess.PIPE, stdout=self.errors, stderr=self.errors)
+        env = {
+            "PYTHONPATH": str(ROOT),
+            "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
+            HEARD: str(said),
+        }
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "tests.helpers.forks"],
+            cwd=ROOT,
+            env=os.environ | env,
+            text=True,
+            pass_fds=[said],
+            stdin=subprocess.PIPE,
+            stdout=self.errors,
+            stderr=self.errors,
+        )
         os.close(said)
         self._heard = os.fdopen(heard)
         self._next_port = 37 * self.process.pid  # other tests are at work as well
@@ -54,7 +68,9 @@ class Forks:
     def start(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[int]:
         """Return the process ids of new ranks that call ``function(*args)``."""
         assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps([_address(function), world_size, self._port(), args]) + "\n")
+        self.process.stdin.write(
+            json.dumps([_address(function), world_size, self._port(), args]) + "\n"
+        )
         self.process.stdin.flush()
         self.said.clear()
         return self.line("ranks")

@@ -1,4 +1,5 @@
 """A small labelled table and a tiny pretrained encoder: what a fine-tuning starts from."""
+
 from __future__ import annotations
 
 import json
@@ -10,26 +11,49 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
 
 GOOD, BAD = ["good", "lovely", "great", "fine"], ["bad", "awful", "dull", "poor"]
-THINGS, REST = ["film", "book", "song", "play"], ["it", "was", "a", "very", "the", "and", "but", "I", "saw", "heard"]
+THINGS, REST = (
+    ["film", "book", "song", "play"],
+    ["it", "was", "a", "very", "the", "and", "but", "I", "saw", "heard"],
+)
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 
 
 def words_tokenizer() -> PreTrainedTokenizerFast:
     """Return a BERT-like tokenizer with one id a word."""
-    vocabulary = {word: number for number, word in enumerate([*SPECIAL, *GOOD, *BAD, *THINGS, *REST])}
+    vocabulary = {
+        word: number for number, word in enumerate([*SPECIAL, *GOOD, *BAD, *THINGS, *REST])
+    }
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="[UNK]"))
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     backend.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)])
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]",
-                                   mask_token="[MASK]")
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token="[PAD]",
+        unk_token="[UNK]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        mask_token="[MASK]",
+    )
 
 
 def make_encoder(folder: Path) -> Path:
     """Return ``folder`` with a tiny BERT without a head, and its tokenizer, as transformers saves them."""
     tokenizer = words_tokenizer()
-    BertModel(BertConfig(vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
-                         max_position_embeddings=64, initializer_range=0.1)).save_pretrained(folder)
+    BertModel(
+        BertConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            intermediate_size=64,
+            max_position_embeddings=64,
+            initializer_range=0.1,
+        )
+    ).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
@@ -39,8 +63,14 @@ def reviews(count: int, *, seed: int = 0) -> list[dict[str, Any]]:
     rng, rows = random.Random(seed), []
     for number in range(count):
         label, words = ("good", GOOD) if rng.random() < 0.6 else ("bad", BAD)
-        said = [*rng.choices(REST, k=rng.randint(1, 20)), *rng.choices(words, k=rng.randint(1, 6)), rng.choice(THINGS)]
-        rows.append({"id": f"r{number}", "text": " ".join(rng.sample(said, len(said))), "label": label})
+        said = [
+            *rng.choices(REST, k=rng.randint(1, 20)),
+            *rng.choices(words, k=rng.randint(1, 6)),
+            rng.choice(THINGS),
+        ]
+        rows.append(
+            {"id": f"r{number}", "text": " ".join(rng.sample(said, len(said))), "label": label}
+        )
     return rows
 
 
@@ -53,7 +83,12 @@ def task_values(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str
     """Return the values of a small fine-tuning in ``folder``, which holds ``encoder/`` and ``reviews.jsonl``; ``sections`` lie on top."""
     values: dict[str, dict[str, Any]] = {
         "run": {"name": name, "root": str(folder / "runs"), "seed": 3},
-        "data": {"train": str(folder / "reviews.jsonl"), "validation": 0.2, "max_length": 32, "cache": str(folder / "cache")},
+        "data": {
+            "train": str(folder / "reviews.jsonl"),
+            "validation": 0.2,
+            "max_length": 32,
+            "cache": str(folder / "cache"),
+        },
         "model": {"pretrained": str(folder / "encoder")},
         "task": {"name": "sequence_classification"},
         "optim": {"lr": 3e-3},

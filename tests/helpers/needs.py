@@ -1,4 +1,5 @@
 """What a test needs of its machine."""
+
 from __future__ import annotations
 
 import os

@@ -3,6 +3,7 @@
 Written from docs/data.md and the papers alone, in Python's integers, and slow on purpose. It shares no code with ``hfscale/stream``:
 where both agree, the closed forms, the array arithmetic and the dealing to ranks are right.
 """
+
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
@@ -50,7 +51,9 @@ def permuted(size: int, name: int) -> list[int]:
     return images
 
 
-def epoch(shard_rows: Sequence[int], *, seed: int, lanes: int, block: int, number: int) -> list[tuple[int, int]]:
+def epoch(
+    shard_rows: Sequence[int], *, seed: int, lanes: int, block: int, number: int
+) -> list[tuple[int, int]]:
     """Return (shard, row) of every row of an epoch, in the order in which they are read."""
     shards = sorted(range(len(shard_rows)), key=lambda s: (splitmix64(s ^ key(seed, number, 1)), s))
     line = [(shard, row) for shard in shards for row in range(shard_rows[shard])]
@@ -58,9 +61,16 @@ def epoch(shard_rows: Sequence[int], *, seed: int, lanes: int, block: int, numbe
     cut = []
     for lane, size in enumerate(sizes):
         rows, line = line[:size], line[size:]
-        parts = [(first, rows[first:first + block]) for first in range(0, size, block)]
-        cut.append([part[image] for first, part in parts
-                    for image in permuted(len(part), splitmix64((lane << 43 | first) ^ key(seed, number, 2)))])
+        parts = [(first, rows[first : first + block]) for first in range(0, size, block)]
+        cut.append(
+            [
+                part[image]
+                for first, part in parts
+                for image in permuted(
+                    len(part), splitmix64((lane << 43 | first) ^ key(seed, number, 2))
+                )
+            ]
+        )
     return [lane[i] for i in range(max(sizes)) for lane in cut if i < len(lane)]
 
 
@@ -80,7 +90,15 @@ class Corpus:
         rows, n = [], sum(self.shard_rows)
         for at in range(self.taken, self.taken + count):
             if at // n not in self._epochs:
-                self._epochs = {at // n: epoch(self.shard_rows, seed=self.seed, lanes=self.lanes, block=self.block, number=at // n)}
+                self._epochs = {
+                    at // n: epoch(
+                        self.shard_rows,
+                        seed=self.seed,
+                        lanes=self.lanes,
+                        block=self.block,
+                        number=at // n,
+                    )
+                }
             rows.append(self._epochs[at // n][at % n])
         self.taken += count
         return rows
@@ -99,9 +117,11 @@ def shares(weights: Sequence[float], size: int, left: Sequence[float]) -> list[i
         rest = size - sum(fixed.values())
         if not open_:
             return [fixed.get(s, 0) for s in range(len(weights))]
-        quota = {s: rest * Fraction(weights[s]) / sum(Fraction(weights[o]) for o in open_) for s in open_}
+        quota = {
+            s: rest * Fraction(weights[s]) / sum(Fraction(weights[o]) for o in open_) for s in open_
+        }
         got = {s: quota[s].numerator // quota[s].denominator for s in open_}
-        for s in sorted(open_, key=lambda s: (got[s] - quota[s], s))[:rest - sum(got.values())]:
+        for s in sorted(open_, key=lambda s: (got[s] - quota[s], s))[: rest - sum(got.values())]:
             got[s] += 1
         over = {s: int(left[s]) for s in open_ if left[s] < got[s]}
         if not over:
@@ -109,8 +129,14 @@ def shares(weights: Sequence[float], size: int, left: Sequence[float]) -> list[i
         fixed |= over
 
 
-def run(corpora: Sequence[Corpus], *, seed: int, block: int, attempts: Sequence[tuple[int, Stages, Sequence[float]]],
-        rows: int) -> Iterator[tuple[int, int, int]]:
+def run(
+    corpora: Sequence[Corpus],
+    *,
+    seed: int,
+    block: int,
+    attempts: Sequence[tuple[int, Stages, Sequence[float]]],
+    rows: int,
+) -> Iterator[tuple[int, int, int]]:
     """Yield (source, shard, row) of the first ``rows`` rows of a run, or as many as the caps leave.
 
     An attempt is (rows consumed when it began, stages as (first row, weights), most rows of each source): it counts from the end of the
@@ -121,11 +147,22 @@ def run(corpora: Sequence[Corpus], *, seed: int, block: int, attempts: Sequence[
         _, stages, caps = [attempt for attempt in attempts if attempt[0] <= at][-1]
         weights = [weights for first, weights in stages if first <= at][-1]
         size = min([block, *(first - at for first, _ in stages if first > at)])
-        counts = shares(weights, size, [max(0, cap - corpus.taken) for cap, corpus in zip(caps, corpora, strict=True)])
+        counts = shares(
+            weights,
+            size,
+            [max(0, cap - corpus.taken) for cap, corpus in zip(caps, corpora, strict=True)],
+        )
         size = sum(counts)
         if size == 0:
             return
-        slots = [(source, *row) for source, (count, corpus) in enumerate(zip(counts, corpora, strict=True)) for row in corpus.read(count)]
+        slots = [
+            (source, *row)
+            for source, (count, corpus) in enumerate(zip(counts, corpora, strict=True))
+            for row in corpus.read(count)
+        ]
         alone = max(counts) == size  # nothing to mix
-        yield from (slots[image] for image in (range(size) if alone else permuted(size, splitmix64(at ^ key(seed, 4)))))
+        yield from (
+            slots[image]
+            for image in (range(size) if alone else permuted(size, splitmix64(at ^ key(seed, 4))))
+        )
         at += size

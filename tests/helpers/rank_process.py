@@ -1,4 +1,5 @@
 """One rank of ``tests.helpers.ranks``: joins the gloo group, then answers calls until its pipe closes."""
+
 from __future__ import annotations
 
 import ctypes
@@ -16,9 +17,13 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve calls that arrive as ``(module:function, args, kwargs)``."""
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)  # a killed test session leaves no ranks behind
+    ctypes.CDLL(None).prctl(
+        PR_SET_PDEATHSIG, signal.SIGKILL
+    )  # a killed test session leaves no ranks behind
     faulthandler.enable()
-    faulthandler.register(signal.SIGQUIT, all_threads=True)  # not a signal that a trainer listens to
+    faulthandler.register(
+        signal.SIGQUIT, all_threads=True
+    )  # not a signal that a trainer listens to
     pipe = Connection(int(sys.argv[1]))
 
     import torch

@@ -12,6 +12,7 @@ Starting a rank costs seconds (torch, deepspeed), so the ranks of each world siz
 fails or times out ends its ranks, and the next call starts new ones; ``fresh=True`` asks for new ones.
 Arguments and results travel as pickles: return plain values, numpy arrays or CPU tensors.
 """
+
 from __future__ import annotations
 
 import atexit
@@ -40,8 +41,14 @@ class RankFailure(AssertionError):
     """A rank raised, died or did not answer in time; the message holds its traceback and output."""
 
 
-def run_ranks(function: Callable[..., Any], world_size: int, *args: Any, timeout_s: float = 120.0, fresh: bool = False,
-              **kwargs: Any) -> list[Any]:
+def run_ranks(
+    function: Callable[..., Any],
+    world_size: int,
+    *args: Any,
+    timeout_s: float = 120.0,
+    fresh: bool = False,
+    **kwargs: Any,
+) -> list[Any]:
     """Return ``function(*args, **kwargs)`` of every rank, in the order of the ranks.
 
     ``function`` must be importable: at the top level of a test module or of hfscale. Inside it, RANK and the rest of the
@@ -74,7 +81,9 @@ def close_ranks(world_size: int | None = None) -> None:
 def _address(function: Callable[..., Any]) -> str:
     """Return ``module:name``, with a test or benchmark named by its place in the tree, whatever it is called here (``__main__``)."""
     if "<locals>" in function.__qualname__:
-        raise ValueError(f"{function.__qualname__} cannot be found by another process: define it at the top of its module")
+        raise ValueError(
+            f"{function.__qualname__} cannot be found by another process: define it at the top of its module"
+        )
     file = Path(function.__code__.co_filename).resolve()
     ours = any(file.is_relative_to(ROOT / top) for top in ("tests", "benchmarks"))
     module = ".".join(file.relative_to(ROOT).with_suffix("").parts) if ours else function.__module__
@@ -92,12 +101,31 @@ class RankGroup:
         port = str(free_port())
         for rank, log in enumerate(self.logs):
             here, there = Pipe()
-            world = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_WORLD_SIZE": str(world_size),
-                     "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "",
-                     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))}
+            world = {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "LOCAL_WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": port,
+                "OMP_NUM_THREADS": "1",
+                "CUDA_VISIBLE_DEVICES": "",
+                "PYTHONPATH": os.pathsep.join(
+                    filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])
+                ),
+            }
             command = [sys.executable, "-m", "tests.helpers.rank_process", str(there.fileno())]
-            self.processes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | world, stdout=log, stderr=log,
-                                                   stdin=subprocess.DEVNULL, pass_fds=[there.fileno()]))
+            self.processes.append(
+                subprocess.Popen(
+                    command,
+                    cwd=ROOT,
+                    env=os.environ | world,
+                    stdout=log,
+                    stderr=log,
+                    stdin=subprocess.DEVNULL,
+                    pass_fds=[there.fileno()],
+                )
+            )
             there.close()
             self.pipes.append(here)
         try:
@@ -110,7 +138,9 @@ class RankGroup:
         """Return whether every rank still runs."""
         return all(process.poll() is None for process in self.processes)
 
-    def call(self, address: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, timeout_s: float) -> list[Any]:
+    def call(
+        self, address: str, args: tuple[Any, ...], kwargs: dict[str, Any], *, timeout_s: float
+    ) -> list[Any]:
         """Return the results of one call on every rank."""
         message = pickle.dumps((address, args, kwargs))
         self._starts = [log.seek(0, os.SEEK_END) for log in self.logs]
@@ -140,7 +170,9 @@ class RankGroup:
             ok, value = pickle.loads(self.pipes[rank].recv_bytes())
         except EOFError:
             code = self.processes[rank].wait()
-            raise RankFailure(f"rank {rank} ended with exit code {code}\n{self._output(rank)}") from None
+            raise RankFailure(
+                f"rank {rank} ended with exit code {code}\n{self._output(rank)}"
+            ) from None
         if ok:
             return value
         raise RankFailure(f"rank {rank} raised\n{value}\n{self._output(rank)}")
@@ -151,7 +183,11 @@ class RankGroup:
                 process.send_signal(signal.SIGQUIT)  # faulthandler writes all stacks into the log
         for rank, process in enumerate(self.processes):
             until = time.monotonic() + STACKS_TIMEOUT_S
-            while "most recent call first" not in self._output(rank) and process.poll() is None and time.monotonic() < until:
+            while (
+                "most recent call first" not in self._output(rank)
+                and process.poll() is None
+                and time.monotonic() < until
+            ):
                 time.sleep(0.05)
         parts = [f"ranks {silent} did not answer in {timeout_s:g} s"]
         return "\n".join(parts + [self._output(rank) for rank in range(len(self.processes))])

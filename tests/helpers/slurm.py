@@ -8,6 +8,7 @@ Three partitions, ``low`` < ``normal`` < ``high``: a job in a higher one preempt
 with ``unshare``) and the packages of ``tests/apt-packages.txt``. A reaper process ends everything when its pipe closes: at the end
 of the session, after Ctrl-C, and when pytest is killed.
 """
+
 from __future__ import annotations
 
 import contextlib
@@ -24,9 +25,22 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-NODES, GPUS, CPUS = ("n1", "n2", "n3", "n4"), 2, 8  # CPUs are only counted, not bound: every machine can run every test
+NODES, GPUS, CPUS = (
+    ("n1", "n2", "n3", "n4"),
+    2,
+    8,
+)  # CPUs are only counted, not bound: every machine can run every test
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
-ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "PREEMPTED", "BOOT_FAIL")
+ENDED = (
+    "COMPLETED",
+    "FAILED",
+    "CANCELLED",
+    "TIMEOUT",
+    "NODE_FAIL",
+    "OUT_OF_MEMORY",
+    "PREEMPTED",
+    "BOOT_FAIL",
+)
 CONFIG = """\
 ClusterName=hfscale
 SlurmctldHost={host}
@@ -86,7 +100,12 @@ def missing() -> str | None:
     path = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
     if absent := [name for name in PROGRAMS if shutil.which(name, path=path) is None]:
         return f"no {', '.join(absent)}: apt-get install the packages of tests/apt-packages.txt"
-    if os.geteuid() != 0 or subprocess.run(["unshare", "--mount", "--uts", "true"], capture_output=True, check=False).returncode:
+    if (
+        os.geteuid() != 0
+        or subprocess.run(
+            ["unshare", "--mount", "--uts", "true"], capture_output=True, check=False
+        ).returncode
+    ):
         return "a test cluster needs root: its nodes have host names of their own"
     return None
 
@@ -95,11 +114,23 @@ class Cluster:
     """A running cluster; every client must be started with ``env``."""
 
     def __init__(self) -> None:
-        self.folder = Path(tempfile.mkdtemp(prefix="hfslurm-"))  # short: a socket's path has at most 107 characters
-        self.env = os.environ | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin"}
-        self.env = {name: value for name, value in self.env.items() if not name.startswith(("SLURM_", "SBATCH_", "SRUN_"))
-                    or name == "SLURM_CONF"}
-        self._reaper = subprocess.Popen([sys.executable, __file__, str(self.folder)], stdin=subprocess.PIPE, start_new_session=True)
+        self.folder = Path(
+            tempfile.mkdtemp(prefix="hfslurm-")
+        )  # short: a socket's path has at most 107 characters
+        self.env = os.environ | {
+            "SLURM_CONF": str(self.folder / "slurm.conf"),
+            "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",
+        }
+        self.env = {
+            name: value
+            for name, value in self.env.items()
+            if not name.startswith(("SLURM_", "SBATCH_", "SRUN_")) or name == "SLURM_CONF"
+        }
+        self._reaper = subprocess.Popen(
+            [sys.executable, __file__, str(self.folder)],
+            stdin=subprocess.PIPE,
+            start_new_session=True,
+        )
         try:
             self._configure()
             self._start()
@@ -119,30 +150,62 @@ class Cluster:
         ports = _free_ports(len(NODES) + 1)
         addresses = {node: f"127.0.1.{number}" for number, node in enumerate(NODES, 1)}
         host = socket.gethostname().split(".")[0]
-        (self.folder / "hosts").write_text("".join(f"{address} {name}\n" for name, address in
-                                                   {"localhost": "127.0.0.1", host: "127.0.0.1", **addresses}.items()))
-        nodes = [f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={port}"
-                 for (node, address), port in zip(addresses.items(), ports[1:], strict=True)]
+        (self.folder / "hosts").write_text(
+            "".join(
+                f"{address} {name}\n"
+                for name, address in {
+                    "localhost": "127.0.0.1",
+                    host: "127.0.0.1",
+                    **addresses,
+                }.items()
+            )
+        )
+        nodes = [
+            f"NodeName={node} NodeHostname={node} NodeAddr={address} Port={port}"
+            for (node, address), port in zip(addresses.items(), ports[1:], strict=True)
+        ]
         plugins = next(Path("/usr/lib").glob("*/slurm-wlm"))
         # job ids name ports of the rendezvous, and the nodes of all clusters share this machine's
-        (self.folder / "slurm.conf").write_text(CONFIG.format(
-            folder=self.folder, host=f"{host}(127.0.0.1)", port=ports[0], plugins=plugins, cpus=CPUS, gpus=GPUS, nodes="\n".join(nodes),
-            first_job=100 * (ports[0] % 10_000) + 1))
+        (self.folder / "slurm.conf").write_text(
+            CONFIG.format(
+                folder=self.folder,
+                host=f"{host}(127.0.0.1)",
+                port=ports[0],
+                plugins=plugins,
+                cpus=CPUS,
+                gpus=GPUS,
+                nodes="\n".join(nodes),
+                first_job=100 * (ports[0] % 10_000) + 1,
+            )
+        )
         for gpu in range(GPUS):
             subprocess.run(["mknod", self.folder / f"gpu{gpu}", "c", "1", "3"], check=True)
         (self.folder / "gres.conf").write_text(f"Name=gpu File={self.folder}/gpu[0-{GPUS - 1}]\n")
 
     def _start(self) -> None:
         at = self.folder
-        self._spawn("munged", ["munged", "--foreground", "--force", f"--key-file={at}/munge.key", f"--socket={at}/munge.socket",
-                               f"--pid-file={at}/munge.pid", f"--log-file={at}/munge.log", f"--seed-file={at}/munge.seed"])
+        self._spawn(
+            "munged",
+            [
+                "munged",
+                "--foreground",
+                "--force",
+                f"--key-file={at}/munge.key",
+                f"--socket={at}/munge.socket",
+                f"--pid-file={at}/munge.pid",
+                f"--log-file={at}/munge.log",
+                f"--seed-file={at}/munge.seed",
+            ],
+        )
         wait_for((at / "munge.socket").exists)
         self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", str(at / "slurm.conf")])
         for node in NODES:
             self.start_node(node)
         idle = ["sinfo", "-h", "-t", "idle", "-o", "%D", "-p", "low"]
-        wait_for(lambda: self.run(*idle, check=False).strip() == str(len(NODES)),
-                 what=lambda: "the nodes did not come up\n" + self.logs())
+        wait_for(
+            lambda: self.run(*idle, check=False).strip() == str(len(NODES)),
+            what=lambda: "the nodes did not come up\n" + self.logs(),
+        )
 
     def start_node(self, node: str) -> None:
         inside = f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
@@ -150,7 +213,11 @@ class Cluster:
 
     def kill_node(self, node: str) -> None:
         """Kill -9 everything that runs on a node, its slurmd first: what a power failure leaves."""
-        pids = [pid for pid in processes_of(self.folder) if _command(pid)[:4] == ["slurmd", "-D", "-N", node]]
+        pids = [
+            pid
+            for pid in processes_of(self.folder)
+            if _command(pid)[:4] == ["slurmd", "-D", "-N", node]
+        ]
         there = os.readlink(f"/proc/{pids[0]}/ns/uts")  # the host name is the node's
         for pid in pids + processes_of(self.folder):
             with contextlib.suppress(OSError):
@@ -159,8 +226,15 @@ class Cluster:
 
     def _spawn(self, name: str, command: list[str]) -> None:
         with open(self.folder / f"{name}.out", "ab") as out:
-            subprocess.Popen(command, env=self.env, cwd=self.folder, stdin=subprocess.DEVNULL, stdout=out, stderr=out,
-                             start_new_session=True)
+            subprocess.Popen(
+                command,
+                env=self.env,
+                cwd=self.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=out,
+                start_new_session=True,
+            )
 
     def stop(self) -> None:
         """End every process of the cluster, jobs and all, and remove its folder."""
@@ -169,10 +243,21 @@ class Cluster:
         self._reaper.wait(60)
 
     # ------------------------------------------------------------------------------------------------ clients
-    def run(self, *command: object, check: bool = True, timeout_s: float = 60.0, **options: Any) -> str:
+    def run(
+        self, *command: object, check: bool = True, timeout_s: float = 60.0, **options: Any
+    ) -> str:
         """Return what a client prints (stdout and stderr)."""
-        done = subprocess.run([*map(str, command)], env=options.pop("env", self.env), text=True, stdout=subprocess.PIPE,
-                              stderr=subprocess.STDOUT, timeout=timeout_s, check=False, stdin=subprocess.DEVNULL, **options)
+        done = subprocess.run(
+            [*map(str, command)],
+            env=options.pop("env", self.env),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=timeout_s,
+            check=False,
+            stdin=subprocess.DEVNULL,
+            **options,
+        )
         assert done.returncode == 0 or not check, f"{' '.join(map(str, command))}: {done.stdout}"
         return done.stdout
 
@@ -189,14 +274,23 @@ class Cluster:
 
     def wait(self, job: str, states: tuple[str, ...] = ENDED, *, timeout_s: float = 300.0) -> str:
         """Return the state of a job once it is one of ``states``."""
-        wait_for(lambda: self.state(job) in states, timeout_s=timeout_s, every_s=0.3,
-                 what=lambda: f"job {job} is not {' or '.join(states)}: {self.job(job)}\n{self.output(job)}")
+        wait_for(
+            lambda: self.state(job) in states,
+            timeout_s=timeout_s,
+            every_s=0.3,
+            what=lambda: (
+                f"job {job} is not {' or '.join(states)}: {self.job(job)}\n{self.output(job)}"
+            ),
+        )
         return self.state(job)
 
     def ranks(self, job: str) -> dict[int, int]:
         """Return rank -> process of the Python processes of a job's step."""
-        return {int(env["SLURM_PROCID"]): pid for pid, env in self.processes(job).items()
-                if "SLURM_STEP_NUM_TASKS" in env and "python" in Path(_command(pid)[0]).name}
+        return {
+            int(env["SLURM_PROCID"]): pid
+            for pid, env in self.processes(job).items()
+            if "SLURM_STEP_NUM_TASKS" in env and "python" in Path(_command(pid)[0]).name
+        }
 
     def processes(self, job: str) -> dict[int, dict[str, str]]:
         """Return process -> environment of what runs for a job: its ranks, its script, and whatever they started."""
@@ -216,8 +310,11 @@ class Cluster:
 
     def logs(self) -> str:
         """Return the last lines of every daemon, for a failed start."""
-        return "\n".join(f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}" for file in sorted(self.folder.iterdir())
-                         if file.suffix in (".log", ".out"))
+        return "\n".join(
+            f"--- {file.name}\n{file.read_text(errors='replace')[-1500:]}"
+            for file in sorted(self.folder.iterdir())
+            if file.suffix in (".log", ".out")
+        )
 
 
 @contextlib.contextmanager
@@ -230,8 +327,13 @@ def running() -> Iterator[Cluster]:
         cluster.stop()
 
 
-def wait_for(condition: Callable[[], object], *, timeout_s: float = 180.0, every_s: float = 0.02,
-             what: Callable[[], str] = lambda: "it did not happen") -> None:
+def wait_for(
+    condition: Callable[[], object],
+    *,
+    timeout_s: float = 180.0,
+    every_s: float = 0.02,
+    what: Callable[[], str] = lambda: "it did not happen",
+) -> None:
     deadline = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < deadline, what()
@@ -261,7 +363,11 @@ def processes_of(folder: Path) -> list[int]:
     mark, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
-            if entry.name.isdigit() and int(entry.name) != os.getpid() and mark in (entry / "environ").read_bytes().split(b"\0"):
+            if (
+                entry.name.isdigit()
+                and int(entry.name) != os.getpid()
+                and mark in (entry / "environ").read_bytes().split(b"\0")
+            ):
                 found.append(int(entry.name))
     return found
 

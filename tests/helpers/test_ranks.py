@@ -1,4 +1,5 @@
 """The helper that multi-rank tests stand on."""
+
 from __future__ import annotations
 
 import os

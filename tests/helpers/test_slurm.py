@@ -1,4 +1,5 @@
 """The test cluster: its nodes are nodes, and nothing of it outlives the tests."""
+
 from __future__ import annotations
 
 import signal
@@ -33,10 +34,24 @@ def _may_run() -> None:
 def test_nodes_have_names_gpus_and_reach_each_other():
     cluster = Cluster()
     try:
-        job = cluster.sbatch("--nodes=2", "--gpus-per-node=2", "--mem=10", f"--output={cluster.folder}/out", "--wrap",
-                             "srun sh -c 'hostname; echo gpus $CUDA_VISIBLE_DEVICES; getent hosts n1 n2 n3 n4 | wc -l'")
+        job = cluster.sbatch(
+            "--nodes=2",
+            "--gpus-per-node=2",
+            "--mem=10",
+            f"--output={cluster.folder}/out",
+            "--wrap",
+            "srun sh -c 'hostname; echo gpus $CUDA_VISIBLE_DEVICES; getent hosts n1 n2 n3 n4 | wc -l'",
+        )
         assert cluster.wait(job) == "COMPLETED"
-        assert sorted(cluster.output(job).split("\n")) == ["", "4", "4", "gpus 0,1", "gpus 0,1", "n1", "n2"]
+        assert sorted(cluster.output(job).split("\n")) == [
+            "",
+            "4",
+            "4",
+            "gpus 0,1",
+            "gpus 0,1",
+            "n1",
+            "n2",
+        ]
     finally:
         cluster.stop()
     assert not cluster.folder.exists()
@@ -46,10 +61,14 @@ def test_nodes_have_names_gpus_and_reach_each_other():
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_nothing_is_left_of_a_session_that_dies(number: signal.Signals):
     command = [sys.executable, "-c", SESSION]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True) as session:
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    ) as session:
         assert session.stdout is not None
         folder = Path(session.stdout.readline().strip())
-        wait_for(lambda: len(processes_of(folder)) > 6 + 4)  # daemons; and the job with its steps, which start after it
+        wait_for(
+            lambda: len(processes_of(folder)) > 6 + 4
+        )  # daemons; and the job with its steps, which start after it
         session.send_signal(number)
         session.wait(60)
     wait_for(lambda: not folder.exists() and not processes_of(folder))

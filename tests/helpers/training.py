@@ -1,4 +1,5 @@
 """A short run of the real trainer on ranks that are up already: for tests that look at many runs."""
+
 from __future__ import annotations
 
 from typing import Any

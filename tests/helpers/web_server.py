@@ -6,6 +6,7 @@
 
 As a program it serves a folder until it is killed, and prints its port: `python -m tests.helpers.web_server FOLDER [BYTES_A_SECOND]`.
 """
+
 from __future__ import annotations
 
 import re
@@ -35,8 +36,12 @@ class Server(ThreadingHTTPServer):
         self.order: list[str] = []  # names, as they were first asked for
         # what goes wrong, for names that end in `suffix`
         self.statuses: list[int] = []  # of the next answers, one each
-        self.drops: list[int] = []  # the next answers end after these many bytes of their body, one each
-        self.pause_at: int | None = None  # bytes of a file after which no more come until this is None again
+        self.drops: list[
+            int
+        ] = []  # the next answers end after these many bytes of their body, one each
+        self.pause_at: int | None = (
+            None  # bytes of a file after which no more come until this is None again
+        )
         self.rate = 0  # bytes a second of each answer; 0 for as fast as it goes
         self.hangs = 0  # the next answers never come
         self.ranges = True  # else every answer is the whole file
@@ -78,7 +83,9 @@ class Handler(BaseHTTPRequestHandler):
         if place not in server.files and not (server.folder / place).is_file():
             self._status(404)
             return
-        data = server.files[place] if place in server.files else (server.folder / place).read_bytes()
+        data = (
+            server.files[place] if place in server.files else (server.folder / place).read_bytes()
+        )
         span = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if span and server.ranges:
             first, last = int(span[1]), min(int(span[2]), len(data) - 1)
@@ -87,23 +94,29 @@ class Handler(BaseHTTPRequestHandler):
                 return
             self.send_response(206)
             self.send_header("Content-Range", f"bytes {first}-{last}/{len(data)}")
-            data = data[first:last + 1]
+            data = data[first : last + 1]
         else:
             self.send_response(200)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
-        self._body(name, data, ends=server.drops.pop(0) if chosen and server.drops else None, chosen=chosen)
+        self._body(
+            name, data, ends=server.drops.pop(0) if chosen and server.drops else None, chosen=chosen
+        )
 
     def _body(self, name: str, data: bytes, *, ends: int | None, chosen: bool) -> None:
         for first in range(0, len(data), PIECE):
-            piece = data[first:first + PIECE]
+            piece = data[first : first + PIECE]
             if ends is not None and first + len(piece) > ends:
-                self.wfile.write(piece[:ends - first])
+                self.wfile.write(piece[: ends - first])
                 self.server.served[name] += ends - first
                 self.close_connection = True
                 self.connection.close()
                 return
-            while chosen and self.server.pause_at is not None and self.server.served[name] >= self.server.pause_at:
+            while (
+                chosen
+                and self.server.pause_at is not None
+                and self.server.served[name] >= self.server.pause_at
+            ):
                 time.sleep(0.005)
             if chosen and self.server.rate:
                 time.sleep(len(piece) / self.server.rate)
@@ -128,7 +141,9 @@ def eventually(what: Callable[[], object], timeout_s: float = 60.0) -> None:
 def serve(folder: Path, *, suffix: str = ".tar") -> Iterator[Server]:
     """Yield a running server of ``folder``; what goes wrong does so for files whose names end in ``suffix``."""
     server = Server(folder, suffix=suffix)
-    threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
+    threading.Thread(
+        target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True
+    ).start()
     try:
         yield server
     finally:

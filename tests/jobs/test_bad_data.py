@@ -1,4 +1,5 @@
 """Data that a run cannot take is refused on one screen with exit code 2: what, where, the value and what to do. Nothing is executed."""
+
 from __future__ import annotations
 
 import copy
@@ -34,6 +35,7 @@ SHORT = {"steps": 1, "global_batch": 4, "micro_batch": 4}
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Refuse]:
     """The command line in this process: return what it says when it refuses, after checking that it does so in form."""
+
     def run(*arguments: object) -> str:
         monkeypatch.setattr("sys.argv", ["hfscale", *map(str, arguments)])
         with pytest.raises(SystemExit) as end:
@@ -41,11 +43,17 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         said = capsys.readouterr().err
         assert end.value.code == 2, said
         assert re.search(r"^error: \w", said, re.MULTILINE) and "  remedy: " in said, said
-        assert "  where:  " in said or re.search(r"run\.yaml:\d+: data\.", said), said  # a config's mistakes are listed by line
+        assert "  where:  " in said or re.search(r"run\.yaml:\d+: data\.", said), (
+            said
+        )  # a config's mistakes are listed by line
         assert "Traceback" not in said and said.count("\n") < 15
         return said
 
-    before = logger.handlers[:], logger.level, logger.propagate  # which the command sets for its own process
+    before = (
+        logger.handlers[:],
+        logger.level,
+        logger.propagate,
+    )  # which the command sets for its own process
     yield run
     logger.handlers[:], logger.level, logger.propagate = before
 
@@ -54,12 +62,21 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
 def sides(corpus: Path, tmp_path: Path) -> dict[str, Path]:
     """Copies of the corpus' two sides, to be spoilt."""
     shards = {"big": "train", "small": "validation"}
-    return {name: Path(shutil.copytree(corpus / "shards" / side, tmp_path / name)) for name, side in shards.items()}
+    return {
+        name: Path(shutil.copytree(corpus / "shards" / side, tmp_path / name))
+        for name, side in shards.items()
+    }
 
 
 def write(corpus: Path, folder: Path, sources: list[dict[str, Any]], **data: Any) -> Path:
     path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run_values(corpus, folder / "runs", "run", data={"sources": sources, **data}, train=SHORT)))
+    path.write_text(
+        yaml.safe_dump(
+            run_values(
+                corpus, folder / "runs", "run", data={"sources": sources, **data}, train=SHORT
+            )
+        )
+    )
     return path
 
 
@@ -75,10 +92,26 @@ def edit(folder: Path, **changes: Any) -> None:
     ({}, {"stages": [{"at": 3, "weights": {"bgi": 1}}]}, "there is no source bgi; did you mean big"),
     ({"weight": 1e-9}, {}, r"the weight of small is too small[\s\S]*1e-09[\s\S]*data\.block"),
 ])  # fmt: skip
-def test_sources_that_say_nothing_or_too_much(corpus: Path, sides: dict[str, Path], tmp_path: Path, refuse: Refuse,
-                                              second: dict[str, Any], data: dict[str, Any], words: str) -> None:
-    first = {"name": "big", "shards": str(sides["big"]), "weight": 0 if "weight" in second and not second["weight"] else 1}
-    path = write(corpus, tmp_path, [first, {"name": "small", "shards": str(sides["small"]), **second}], **data)
+def test_sources_that_say_nothing_or_too_much(
+    corpus: Path,
+    sides: dict[str, Path],
+    tmp_path: Path,
+    refuse: Refuse,
+    second: dict[str, Any],
+    data: dict[str, Any],
+    words: str,
+) -> None:
+    first = {
+        "name": "big",
+        "shards": str(sides["big"]),
+        "weight": 0 if "weight" in second and not second["weight"] else 1,
+    }
+    path = write(
+        corpus,
+        tmp_path,
+        [first, {"name": "small", "shards": str(sides["small"]), **second}],
+        **data,
+    )
     assert re.search(words, refuse("pretrain", path, "--dry-run", "--procs", 1))
 
 
@@ -89,10 +122,18 @@ def test_sources_that_say_nothing_or_too_much(corpus: Path, sides: dict[str, Pat
     ({"tokenizer": None}, r"token shards name their tokenizer[\s\S]*small"),
     ({"version": 7}, r"unknown version[\s\S]*small[\s\S]*7"),
 ])  # fmt: skip
-def test_sources_that_do_not_fit_together(corpus: Path, sides: dict[str, Path], tmp_path: Path, refuse: Refuse,
-                                          changes: dict[str, Any], words: str) -> None:
+def test_sources_that_do_not_fit_together(
+    corpus: Path,
+    sides: dict[str, Path],
+    tmp_path: Path,
+    refuse: Refuse,
+    changes: dict[str, Any],
+    words: str,
+) -> None:
     edit(sides["small"], **changes)
-    path = write(corpus, tmp_path, [{"name": name, "shards": str(folder)} for name, folder in sides.items()])
+    path = write(
+        corpus, tmp_path, [{"name": name, "shards": str(folder)} for name, folder in sides.items()]
+    )
     assert re.search(words, refuse("pretrain", path, "--dry-run", "--procs", 1))
 
 
@@ -104,29 +145,47 @@ def refused_on_each_rank(values_of_ranks: list[dict[str, Any]]) -> str:
 
 
 @pytest.mark.parametrize("what", ["data.sources, text", "data.validation", "tokenizer.path"])
-def test_nodes_with_different_copies_are_refused_on_every_rank(corpus: Path, sides: dict[str, Path], tmp_path: Path, what: str) -> None:
+def test_nodes_with_different_copies_are_refused_on_every_rank(
+    corpus: Path, sides: dict[str, Path], tmp_path: Path, what: str
+) -> None:
     raw = write_tar(tmp_path / "raw" / "a.tar", {f"{k}.txt": b"a text" for k in range(4)}).parent
     index_tars([*raw.glob("*.tar")], folder=raw, field=None, threads=1)
-    values = run_values(corpus, tmp_path, "run", train={**SHORT, "micro_batch": 2}, data={
-        "sources": [{"shards": str(raw)}], "validation": {"shards": str(sides["small"])}})
+    values = run_values(
+        corpus,
+        tmp_path,
+        "run",
+        train={**SHORT, "micro_batch": 2},
+        data={"sources": [{"shards": str(raw)}], "validation": {"shards": str(sides["small"])}},
+    )
     other = copy.deepcopy(values)
     if what == "tokenizer.path":  # which token shards would refuse by themselves
         del values["data"]["validation"], other["data"]["validation"]
-        other["tokenizer"]["path"] = str(shutil.copytree(corpus / "tokenizer", tmp_path / "tokenizer"))
+        other["tokenizer"]["path"] = str(
+            shutil.copytree(corpus / "tokenizer", tmp_path / "tokenizer")
+        )
         file = tmp_path / "tokenizer" / "tokenizer.json"
-        file.write_text(file.read_text("utf-8").replace('"add_prefix_space": false', '"add_prefix_space": true'), "utf-8")
+        file.write_text(
+            file.read_text("utf-8").replace(
+                '"add_prefix_space": false', '"add_prefix_space": true'
+            ),
+            "utf-8",
+        )
     elif what == "data.validation":
         other["data"]["validation"]["shards"] = str(sides["big"])
     else:
         other["data"]["sources"][0]["shards"] = str(sides["big"])
     first, second = run_ranks(refused_on_each_rank, 2, [values, other])
     assert first == second
-    assert re.search(rf"different data[\s\S]*{what}[\s\S]*[0-9a-f]{{12}} on rank 0 \(.+\), [0-9a-f]{{12}} on rank 1 \(.+\)", first), first
+    assert re.search(
+        rf"different data[\s\S]*{what}[\s\S]*[0-9a-f]{{12}} on rank 0 \(.+\), [0-9a-f]{{12}} on rank 1 \(.+\)",
+        first,
+    ), first
 
 
 @pytest.mark.parametrize("names", [("big",), ("big", "small")])
-def test_a_resume_on_a_changed_manifest_names_what_has_changed(corpus: Path, sides: dict[str, Path], tmp_path: Path, refuse: Refuse,
-                                                               names: tuple[str, ...]) -> None:
+def test_a_resume_on_a_changed_manifest_names_what_has_changed(
+    corpus: Path, sides: dict[str, Path], tmp_path: Path, refuse: Refuse, names: tuple[str, ...]
+) -> None:
     path = write(corpus, tmp_path, [{"name": name, "shards": str(sides[name])} for name in names])
     run_ranks(train, 1, yaml.safe_load(path.read_text()))
     (tmp_path / "runs" / "run" / "config.yaml").write_text(to_yaml(load_config(path).config))
@@ -140,19 +199,32 @@ def test_a_resume_on_a_changed_manifest_names_what_has_changed(corpus: Path, sid
                             f"shards added: 1, the first a.tar; shards removed: 1, the first {first['name']}; shards changed: 1"),
                            ([second, first, *others], "the order of the shards")):  # fmt: skip
         edit(folder, shards=changed)
-        for name in (shard["name"] for shard in changed):  # else files would be missing, which is said first
+        for name in (
+            shard["name"] for shard in changed
+        ):  # else files would be missing, which is said first
             (folder / name).touch()
             (folder / name).with_suffix(".idx").touch()
         said = refuse("pretrain", path, "--dry-run", "--procs", 1)
-        assert "source big of the checkpoint has other data" in said and str(folder) in said and words in said, said
+        assert (
+            "source big of the checkpoint has other data" in said
+            and str(folder) in said
+            and words in said
+        ), said
     edit(folder, shards=shards, source={"description": "told otherwise"})
     assert "another source" in refuse("pretrain", path, "--dry-run", "--procs", 1)
-    shutil.rmtree(tmp_path / "runs" / "run" / "data")  # a run of an older version: it still knows the fingerprint
-    assert re.search(r"value:  '[0-9a-f]{12} then, [0-9a-f]{12} now'", refuse("pretrain", path, "--dry-run", "--procs", 1))
+    shutil.rmtree(
+        tmp_path / "runs" / "run" / "data"
+    )  # a run of an older version: it still knows the fingerprint
+    assert re.search(
+        r"value:  '[0-9a-f]{12} then, [0-9a-f]{12} now'",
+        refuse("pretrain", path, "--dry-run", "--procs", 1),
+    )
 
 
 def test_a_run_keeps_the_manifests_that_it_was_trained_on(corpus: Path, tmp_path: Path) -> None:
-    sources = [{"name": name, "shards": str(corpus / "shards" / name)} for name in ("train", "validation")]
+    sources = [
+        {"name": name, "shards": str(corpus / "shards" / name)} for name in ("train", "validation")
+    ]
     run_ranks(train, 1, run_values(corpus, tmp_path, "run", data={"sources": sources}, train=SHORT))
     kept = {Manifest.load(folder).fingerprint for folder in (tmp_path / "run" / "data").iterdir()}
     assert kept == {Manifest.load(source["shards"]).fingerprint for source in sources}
@@ -169,7 +241,9 @@ class Bomb:
 
 
 @pytest.mark.parametrize("protocol", [0, 4])  # the first is plain ASCII
-def test_pickles_in_a_tar_are_refused_and_never_opened(tmp_path: Path, refuse: Refuse, protocol: int) -> None:
+def test_pickles_in_a_tar_are_refused_and_never_opened(
+    tmp_path: Path, refuse: Refuse, protocol: int
+) -> None:
     bomb, mark = pickle.dumps(Bomb(tmp_path / "mark"), protocol), tmp_path / "mark"
     tar = write_tar(tmp_path / "raw.tar", {"a.pkl": bomb, "b.pkl": bomb})
     for field in ((), ("--field", "pkl")):
@@ -179,7 +253,10 @@ def test_pickles_in_a_tar_are_refused_and_never_opened(tmp_path: Path, refuse: R
     (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({
         "source": {"format": "webdataset", "path": str(both), "field": "pkl"}, "tokenizer": {"path": str(tmp_path / "tokenizer")},
         "shards": {"path": str(tmp_path / "shards")}}))  # fmt: skip
-    assert re.search(r"there is no field 'pkl'[\s\S]*both\.tar, sample a", refuse("tokenizer", "train", tmp_path / "corpus.yaml"))
+    assert re.search(
+        r"there is no field 'pkl'[\s\S]*both\.tar, sample a",
+        refuse("tokenizer", "train", tmp_path / "corpus.yaml"),
+    )
     assert not mark.exists()
     pickle.loads(bomb)
     assert mark.exists(), "the test's pickle does nothing"

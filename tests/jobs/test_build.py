@@ -1,4 +1,5 @@
 """A run that starts from another run, and what is said when it cannot."""
+
 from __future__ import annotations
 
 import json
@@ -23,14 +24,22 @@ pytestmark = pytest.mark.slow
 def first(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run at ZeRO 1 on two ranks, with a `latest` file that points nowhere."""
     folder = tmp_path_factory.mktemp("first")
-    (folder / "run.yaml").write_text(yaml.safe_dump(run_values(corpus, folder, "first", train={"steps": 12})))
+    (folder / "run.yaml").write_text(
+        yaml.safe_dump(run_values(corpus, folder, "first", train={"steps": 12}))
+    )
     hfscale("pretrain", folder / "run.yaml", "--procs", 2)
     (folder / "first/checkpoints/latest").write_text("step-99999999")
     return folder / "first"
 
 
 def values(corpus: Path, root: Path, source: Path, **sections: Any) -> dict[str, Any]:
-    return run_values(corpus, root, "second", model={"architecture": None, "pretrained": str(source), "config": {}}, **sections)
+    return run_values(
+        corpus,
+        root,
+        "second",
+        model={"architecture": None, "pretrained": str(source), "config": {}},
+        **sections,
+    )
 
 
 def losses(run: Path) -> list[float]:
@@ -42,14 +51,21 @@ def copy(first: Path, folder: Path) -> tuple[Path, Path]:
     return run, run / "checkpoints/step-00000012"
 
 
-def test_a_run_goes_on_from_another_runs_weights_and_then_from_its_own(corpus: Path, tmp_path: Path, first: Path) -> None:
+def test_a_run_goes_on_from_another_runs_weights_and_then_from_its_own(
+    corpus: Path, tmp_path: Path, first: Path
+) -> None:
     source, _ = copy(first, tmp_path)
     path = tmp_path / "second.yaml"
-    sections = {"engine": {"zero_stage": 3, "precision": "fp32"}, "train": {"steps": 2, "global_batch": 16, "micro_batch": 4}}
+    sections = {
+        "engine": {"zero_stage": 3, "precision": "fp32"},
+        "train": {"steps": 2, "global_batch": 16, "micro_batch": 4},
+    }
     path.write_text(yaml.safe_dump(values(corpus, tmp_path, source, **sections)))
     hfscale("pretrain", path, "--procs", 2)
     before, after = losses(source), losses(tmp_path / "second")
-    assert after[0] < before[3] < before[0], "it would be as far as the first run's first step with fresh weights"
+    assert after[0] < before[3] < before[0], (
+        "it would be as far as the first run's first step with fresh weights"
+    )
     shutil.rmtree(source)  # a run that has saved needs its source no more
     hfscale("pretrain", path, "--procs", 1, "train.steps=3")
     assert len(losses(tmp_path / "second")) == 3
@@ -61,7 +77,9 @@ def test_a_run_without_a_checkpoint_is_refused_as_a_source(corpus: Path, tmp_pat
         check(RunConfig.model_validate(values(corpus, tmp_path, tmp_path / "source")))
 
 
-def test_a_damaged_source_is_named_before_anything_is_loaded(corpus: Path, tmp_path: Path, first: Path) -> None:
+def test_a_damaged_source_is_named_before_anything_is_loaded(
+    corpus: Path, tmp_path: Path, first: Path
+) -> None:
     source, checkpoint = copy(first, tmp_path)
     path, file = tmp_path / "second.yaml", checkpoint / "engine/rank-00001.safetensors"
     path.write_text(yaml.safe_dump(values(corpus, tmp_path, source)))
@@ -69,13 +87,19 @@ def test_a_damaged_source_is_named_before_anything_is_loaded(corpus: Path, tmp_p
     content[-1] ^= 1
     file.write_bytes(content)
     refused = hfscale("pretrain", path, "--procs", 1, check=False)
-    assert refused.returncode == 2 and "rank-00001.safetensors" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "rank-00001.safetensors" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     file.write_bytes(content[:-1])  # half copied: seen without reading, on the login node
     with pytest.raises(CheckpointError, match=r"damaged(.|\n)*rank-00001"):
         check(RunConfig.model_validate(values(corpus, tmp_path, source)))
 
 
-def test_a_source_of_a_newer_format_is_refused_as_that(corpus: Path, tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_source_of_a_newer_format_is_refused_as_that(
+    corpus: Path, tmp_path: Path, first: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source, checkpoint = copy(first, tmp_path)
     with monkeypatch.context() as patched:
         entries = manifest.read_manifest(checkpoint)

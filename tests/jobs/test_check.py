@@ -1,4 +1,5 @@
 """What does not fit together is said before anything is built, with what to do."""
+
 from __future__ import annotations
 
 import shutil
@@ -22,7 +23,11 @@ def config(corpus: Path, tmp_path: Path, **sections: dict[str, Any]) -> RunConfi
 
 
 def test_what_fits_is_accepted(corpus: Path, tmp_path: Path) -> None:
-    check(config(corpus, tmp_path, data={"validation": {"shards": str(corpus / "shards" / "validation")}}))
+    check(
+        config(
+            corpus, tmp_path, data={"validation": {"shards": str(corpus / "shards" / "validation")}}
+        )
+    )
 
 
 @pytest.mark.parametrize(("sections", "words"), [
@@ -35,7 +40,9 @@ def test_what_fits_is_accepted(corpus: Path, tmp_path: Path) -> None:
     ({"data": {"seq_len": 10**6}}, ["no shard is as long as a row", "seq_len"]),
     ({"tokenizer": {"path": "no/such/tokenizer"}}, ["tokenizer.path", "hfscale tokenizer train"]),
 ])  # fmt: skip
-def test_what_does_not_fit_is_named(corpus: Path, tmp_path: Path, sections: dict[str, Any], words: list[str]) -> None:
+def test_what_does_not_fit_is_named(
+    corpus: Path, tmp_path: Path, sections: dict[str, Any], words: list[str]
+) -> None:
     with pytest.raises(UserError) as error:
         check(config(corpus, tmp_path, **sections))
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
@@ -45,15 +52,23 @@ def test_shards_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
     other = tmp_path / "other"
     shutil.copytree(corpus / "tokenizer", other)
     content = (other / "tokenizer.json").read_text("utf-8")
-    (other / "tokenizer.json").write_text(content.replace('"add_prefix_space":false', '"add_prefix_space":true').replace(
-        '"add_prefix_space": false', '"add_prefix_space": true'), "utf-8")
-    with pytest.raises(UserError, match=r"made with another tokenizer[\s\S]*build the shards again"):
+    (other / "tokenizer.json").write_text(
+        content.replace('"add_prefix_space":false', '"add_prefix_space":true').replace(
+            '"add_prefix_space": false', '"add_prefix_space": true'
+        ),
+        "utf-8",
+    )
+    with pytest.raises(
+        UserError, match=r"made with another tokenizer[\s\S]*build the shards again"
+    ):
         check(config(corpus, tmp_path, tokenizer={"path": str(other)}))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["local", "debug"])
-def test_a_dry_run_checks_and_says_all_and_writes_nothing(corpus: Path, tmp_path: Path, launcher: str) -> None:
+def test_a_dry_run_checks_and_says_all_and_writes_nothing(
+    corpus: Path, tmp_path: Path, launcher: str
+) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run_values(corpus, tmp_path / "runs", "first")))
     text = hfscale("pretrain", path, "--dry-run", "--launcher", launcher, "--procs", 2).stdout
@@ -61,6 +76,18 @@ def test_a_dry_run_checks_and_says_all_and_writes_nothing(corpus: Path, tmp_path
     if launcher == "local":
         assert "global_batch 16 = micro_batch 4 x accumulation 2 x world_size 2" in text
         assert text.count("-m hfscale.worker") == 2
-    refused = hfscale("pretrain", path, "--dry-run", "--launcher", launcher, "model.architecture=gtp2", check=False)
-    assert refused.returncode == 2 and "did you mean gpt2" in refused.stderr and "Traceback" not in refused.stderr
+    refused = hfscale(
+        "pretrain",
+        path,
+        "--dry-run",
+        "--launcher",
+        launcher,
+        "model.architecture=gtp2",
+        check=False,
+    )
+    assert (
+        refused.returncode == 2
+        and "did you mean gpt2" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     assert not (tmp_path / "runs").exists()

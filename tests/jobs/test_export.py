@@ -1,4 +1,5 @@
 """A run leaves as a transformers folder with the engine's own logits, or not at all; and goes on with prompts."""
+
 from __future__ import annotations
 
 import copy
@@ -41,7 +42,13 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A Llama-like run at ZeRO 3 in bf16, saved by two ranks."""
     folder = tmp_path_factory.mktemp("export")
     config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump(run_values(corpus, folder, "run", model=LLAMA, engine={"zero_stage": 3, "precision": "bf16"})))
+    config.write_text(
+        yaml.safe_dump(
+            run_values(
+                corpus, folder, "run", model=LLAMA, engine={"zero_stage": 3, "precision": "bf16"}
+            )
+        )
+    )
     hfscale("pretrain", config, "--procs", 2)
     return folder / "run"
 
@@ -55,13 +62,27 @@ def exported(run: Path) -> Path:
 
 
 def test_transformers_loads_it(exported: Path) -> None:
-    model, tokenizer = AutoModelForCausalLM.from_pretrained(exported), AutoTokenizer.from_pretrained(exported)
+    model, tokenizer = (
+        AutoModelForCausalLM.from_pretrained(exported),
+        AutoTokenizer.from_pretrained(exported),
+    )
     assert model.dtype == torch.bfloat16 and model.config.vocab_size == len(tokenizer)
     card = (exported / "README.md").read_text()
-    for fact in ("logits equal", "in 6 steps of 16 x 32 tokens", "text (weight 1); ", "step 6, loss ", "'torch': '2.", "stage: 3"):
+    for fact in (
+        "logits equal",
+        "in 6 steps of 16 x 32 tokens",
+        "text (weight 1); ",
+        "step 6, loss ",
+        "'torch': '2.",
+        "stage: 3",
+    ):
         assert fact in card
-    assert json.loads((exported / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
-    text = pipeline("text-generation", model=str(exported))("import", max_new_tokens=4, do_sample=False)[0]["generated_text"]
+    assert json.loads((exported / "config.json").read_text())["architectures"] == [
+        "LlamaForCausalLM"
+    ]
+    text = pipeline("text-generation", model=str(exported))(
+        "import", max_new_tokens=4, do_sample=False
+    )[0]["generated_text"]
     assert text.startswith("import") and len(text) > len("import")
     ours = hfscale("predict", exported, "--prompt", "import", "generation.max_new_tokens=4").stdout
     assert ours.strip() == text.removeprefix("import").strip()
@@ -70,7 +91,11 @@ def test_transformers_loads_it(exported: Path) -> None:
 def test_nothing_is_overwritten(run: Path, exported: Path) -> None:
     before = (exported / "model.safetensors").read_bytes()
     refused = hfscale("export", run, exported, check=False)
-    assert refused.returncode == 2 and "exists already" in refused.stderr and "Traceback" not in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "exists already" in refused.stderr
+        and "Traceback" not in refused.stderr
+    )
     assert (exported / "model.safetensors").read_bytes() == before
 
 
@@ -80,7 +105,9 @@ def test_a_tied_tensor_is_counted_and_written_once(corpus: Path, tmp_path: Path)
     skeleton = origin.skeleton(config, check_model_config(**needs), "AutoModelForCausalLM")
     names = untied(skeleton)
     assert "transformer.wte.weight" in names and "lm_head.weight" not in names
-    assert sum(tensor.numel() for tensor in names.values()) == sum(p.numel() for p in skeleton.parameters())
+    assert sum(tensor.numel() for tensor in names.values()) == sum(
+        p.numel() for p in skeleton.parameters()
+    )
 
 
 class Planted:
@@ -100,7 +127,12 @@ def test_swapped_layers_are_not_published(run: Path, tmp_path: Path) -> None:
     source = open_run(str(run))
     assert source is not None
     swap = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
-    names = {name: name.replace(layer, other) for name in source.reader.names() for layer, other in swap.items() if layer in name}
+    names = {
+        name: name.replace(layer, other)
+        for name in source.reader.names()
+        for layer, other in swap.items()
+        if layer in name
+    }
     write_weights(Planted(source.reader, names), source.skeleton, tmp_path)  # type: ignore[arg-type]
     source.skeleton.config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="does not give the run's logits"):
@@ -122,7 +154,10 @@ def test_empty_tensors_are_named(run: Path, tmp_path: Path) -> None:
     assert source is not None
     reader = Planted(source.reader, {})
     reader.shape = lambda name: (0,) if "mlp" in name else source.reader.shape(name)  # type: ignore[attr-defined]
-    with pytest.raises(CheckpointError, match=r"6 tensors of the model are missing, misshapen(.|\n)*mlp.gate_proj.weight: \[0\]"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"6 tensors of the model are missing, misshapen(.|\n)*mlp.gate_proj.weight: \[0\]",
+    ):
         write_weights(reader, source.skeleton, tmp_path)  # type: ignore[arg-type]
     assert not list(tmp_path.iterdir())
 
@@ -132,8 +167,13 @@ def test_a_head_that_was_tied_by_mistake_is_not_published(run: Path, tmp_path: P
     assert source is not None and not source.skeleton.config.tie_word_embeddings
     mistaken = copy.deepcopy(source.skeleton.config)
     mistaken.tie_word_embeddings = True
-    tied = replace(source, skeleton=origin.skeleton(source.config, mistaken, "AutoModelForCausalLM"))
-    with pytest.raises(CheckpointError, match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint does not"):
+    tied = replace(
+        source, skeleton=origin.skeleton(source.config, mistaken, "AutoModelForCausalLM")
+    )
+    with pytest.raises(
+        CheckpointError,
+        match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint does not",
+    ):
         write_weights(tied.reader, tied.skeleton, tmp_path)
     assert not list(tmp_path.iterdir())
     write_weights(source.reader, source.skeleton, tmp_path)  # and if somebody else wrote it so
@@ -148,9 +188,13 @@ def test_a_head_that_was_tied_by_mistake_is_not_published(run: Path, tmp_path: P
 def saved_family(folder: Path, family: str, stage: int) -> None:
     auto_model, model = FAMILIES[family]
     config = tiny_config(stage, world_size=2)
-    built = build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=16, seed=1, overrides=SPECIAL_IDS)
+    built = build_model(
+        model, auto_model=auto_model, vocab_size=VOCAB, seq_len=16, seed=1, overrides=SPECIAL_IDS
+    )
     for parameter in built.parameters():
-        parameter.data *= 10 if parameter.ndim == 2 else 1  # as large as trained ones: at first a layer hardly adds to the stream
+        parameter.data *= (
+            10 if parameter.ndim == 2 else 1
+        )  # as large as trained ones: at first a layer hardly adds to the stream
     engine = Engine.create(built, config=config, device=torch.device("cpu"))
     checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
     checkpoints.save(engine, {"step": 1, "device": "cpu"}, step=1)
@@ -159,7 +203,9 @@ def saved_family(folder: Path, family: str, stage: int) -> None:
 
 
 @pytest.mark.parametrize(("family", "stage"), [("t5", 3), ("bart", 1), ("bert", 0), ("gpt2", 2)])
-def test_every_kind_of_model_has_a_probe_and_an_export(tmp_path: Path, family: str, stage: int) -> None:
+def test_every_kind_of_model_has_a_probe_and_an_export(
+    tmp_path: Path, family: str, stage: int
+) -> None:
     run_ranks(saved_family, 2, tmp_path, family, stage)
     checkpoint, out = tmp_path / "step-00000001", tmp_path / "out"
     out.mkdir()
@@ -186,7 +232,9 @@ def test_shards_hold_every_tensor_once(run: Path, tmp_path: Path) -> None:
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2
     names = [name for file in files for name in load_file(file)]
-    assert sorted(names) == sorted(json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"])
+    assert sorted(names) == sorted(
+        json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
+    )
     assert len(names) == len(set(names))
     assert export.prove(source, tmp_path) < 1e-6
 
@@ -199,10 +247,16 @@ def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None
     content[-1] ^= 1
     file.write_bytes(content)
     refused = hfscale("export", copy, tmp_path / "out", check=False)
-    assert refused.returncode == 2 and "rank-00001.safetensors" in refused.stderr and not (tmp_path / "out").exists()
+    assert (
+        refused.returncode == 2
+        and "rank-00001.safetensors" in refused.stderr
+        and not (tmp_path / "out").exists()
+    )
 
 
-def test_the_newest_checkpoint_is_meant_even_when_it_lost_its_manifest(run: Path, tmp_path: Path) -> None:
+def test_the_newest_checkpoint_is_meant_even_when_it_lost_its_manifest(
+    run: Path, tmp_path: Path
+) -> None:
     copy = tmp_path / "run"
     shutil.copytree(run, copy, ignore=shutil.ignore_patterns("exports"))
     [newest] = (copy / "checkpoints").glob("step-*")
@@ -216,9 +270,16 @@ def test_the_newest_checkpoint_is_meant_even_when_it_lost_its_manifest(run: Path
 def test_an_exported_causal_model_gets_prompts_without_an_end(tmp_path: Path, kind: str) -> None:
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "a.txt").write_text("the cat sat on the mat\n" * 50)
-    train_tokenizer(CorpusConfig.model_validate({"source": {"path": str(tmp_path / "text")}, "split": {"validation": 0},
-                                                 "tokenizer": {"path": str(tmp_path / kind), "kind": kind, "vocab_size": 300},
-                                                 "shards": {"path": str(tmp_path / "shards")}}))
+    train_tokenizer(
+        CorpusConfig.model_validate(
+            {
+                "source": {"path": str(tmp_path / "text")},
+                "split": {"validation": 0},
+                "tokenizer": {"path": str(tmp_path / kind), "kind": kind, "vocab_size": 300},
+                "shards": {"path": str(tmp_path / "shards")},
+            }
+        )
+    )
     tokenizer = load_tokenizer(tmp_path / kind)
     bare = tokenizer("the cat", add_special_tokens=False)["input_ids"]
     assert tokenizer("the cat")["input_ids"] != bare
@@ -232,22 +293,30 @@ def test_files_of_others_are_left_alone(run: Path, tmp_path: Path) -> None:
     (theirs / "thesis.txt").write_text("years of work")
     assert "pipeline" in export.run(str(run), tmp_path / "out")
     assert (theirs / "thesis.txt").read_text() == "years of work"
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"], "nothing is left behind"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out.partial"], (
+        "nothing is left behind"
+    )
 
 
 def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
     prompts, out = tmp_path / "prompts.jsonl", tmp_path / "out.jsonl"
-    prompts.write_text('{"prompt": "import os"}\n\n{"prompt": "你好\u2028", "id": "zh"}\n{"prompt": ""}\n', "utf-8")
+    prompts.write_text(
+        '{"prompt": "import os"}\n\n{"prompt": "你好\u2028", "id": "zh"}\n{"prompt": ""}\n', "utf-8"
+    )
     predict(str(run), ["generation.max_new_tokens=5"], data=str(prompts), out=out)
     lines = [json.loads(line) for line in out.read_text("utf-8").split("\n") if line]
-    assert [line["id"] for line in lines] == ["0", "zh", "2"] and all(isinstance(line["prediction"], str) for line in lines)
+    assert [line["id"] for line in lines] == ["0", "zh", "2"] and all(
+        isinstance(line["prediction"], str) for line in lines
+    )
 
 
 @pytest.mark.parametrize(("content", "message"), [
     ('{"prompt": ', r"not a JSON line[\s\S]*:1"), ("", "there are no rows in it"), ("[" * 100_000, "not a JSON line"),
     ('{"text": "a"}', "no column 'prompt'"), ('{"prompt": "a\\ud800"}', "half of a character"),
     ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice")])  # fmt: skip
-def test_broken_prompts_name_their_line(run: Path, tmp_path: Path, content: str, message: str) -> None:
+def test_broken_prompts_name_their_line(
+    run: Path, tmp_path: Path, content: str, message: str
+) -> None:
     path = tmp_path / "prompts.jsonl"
     path.write_text(content)
     with pytest.raises(DataError, match=message):

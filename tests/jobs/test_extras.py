@@ -1,4 +1,5 @@
 """Adapters, frozen parts, layer-wise learning rates and early stopping, with the real engine on two ranks, resumed to the bit."""
+
 from __future__ import annotations
 
 import json
@@ -34,8 +35,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def records(folder: Path, name: str, stage: int, **sections: Any) -> list[dict[str, Any]]:
     """Return what training on two ranks says of each step; goes on with a run of this name."""
-    values = task_values(folder, name, **{"schedule": {"name": "constant"}, "data": {"validate_every_steps": 3},
-                                          "engine": {"zero_stage": stage}, **sections})
+    values = task_values(
+        folder,
+        name,
+        **{
+            "schedule": {"name": "constant"},
+            "data": {"validate_every_steps": 3},
+            "engine": {"zero_stage": stage},
+            **sections,
+        },
+    )
     config = FinetuneConfig.model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     (config.run_dir / "config.yaml").write_text(to_yaml(config))
@@ -47,7 +56,10 @@ def newest(folder: Path, name: str) -> Path:
 
 
 def records_of(folder: Path, name: str) -> dict[str, list[float]]:
-    lines = [json.loads(line) for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()]
+    lines = [
+        json.loads(line)
+        for line in (folder / "runs" / name / "metrics.jsonl").read_text().splitlines()
+    ]
     return {key: [line[key] for line in lines if key in line] for key in EXACT}
 
 
@@ -61,14 +73,21 @@ def saved(folder: Path, name: str) -> dict[str, set[str]]:
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-@pytest.mark.parametrize("extra", [
-    {"model": {"lora": {"r": 4, "dropout": 0.1}}},
-    {"model": {"freeze": [r"embeddings", r"layer\.0\."]}, "optim": {"layer_decay": 0.7}}], ids=["lora", "frozen"])
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {"model": {"lora": {"r": 4, "dropout": 0.1}}},
+        {"model": {"freeze": [r"embeddings", r"layer\.0\."]}, "optim": {"layer_decay": 0.7}},
+    ],
+    ids=["lora", "frozen"],
+)
 def test_a_resume_is_exact(folder: Path, extra: dict[str, Any], stage: int) -> None:
     kind = f"{'lora' if 'lora' in extra['model'] else 'frozen'}-{stage}"
     extra = {**extra, "model": {"pretrained": str(folder / "encoder"), **extra["model"]}}
     whole = records(folder, kind, stage, **extra)
-    halves = records(folder, f"{kind}-halves", stage, **extra, train={"steps": 3}) + records(folder, f"{kind}-halves", stage, **extra)
+    halves = records(folder, f"{kind}-halves", stage, **extra, train={"steps": 3}) + records(
+        folder, f"{kind}-halves", stage, **extra
+    )
     assert halves == whole and whole[0]["loss"] != whole[-1]["loss"]
     one, other = open_weights(newest(folder, kind)), open_weights(newest(folder, f"{kind}-halves"))
     assert all(torch.equal(one.read(name), other.read(name)) for name in one.names())
@@ -86,7 +105,11 @@ def test_only_what_is_trained_changes(folder: Path) -> None:
     reader = open_weights(newest(folder, "frozen-3"))
     held = {name for name in base if torch.equal(reader.read(f"bert.{name}"), base[name])}
     assert held == {name for name in base if "embeddings" in name or "layer.0." in name}
-    assert {len(kinds) for name, kinds in saved(folder, "frozen-3").items() if name.removeprefix("bert.") in held} == {1}
+    assert {
+        len(kinds)
+        for name, kinds in saved(folder, "frozen-3").items()
+        if name.removeprefix("bert.") in held
+    } == {1}
     kinds = saved(folder, "lora-3")  # adapters and the new head, and nothing of the base
     assert all(".lora_" in name or name.startswith("classifier.") for name in kinds)
     assert set(map(frozenset, kinds.values())) == {frozenset({"weight", "exp_avg", "exp_avg_sq"})}
@@ -115,7 +138,13 @@ def test_adapters_are_merged_or_exported_alone(folder: Path) -> None:
 
 def test_a_run_may_begin_with_adapters(folder: Path) -> None:
     """Its base is then what they were trained to; the checkpoint that they lie in is pinned."""
-    extra = {"model": {"pretrained": str(folder / "runs" / "lora-0"), "lora": {"targets": ["query", "dense"]}}, "train": {"steps": 1}}
+    extra = {
+        "model": {
+            "pretrained": str(folder / "runs" / "lora-0"),
+            "lora": {"targets": ["query", "dense"]},
+        },
+        "train": {"steps": 1},
+    }
     records(folder, "again", 2, **extra, engine={"zero_stage": 2, "precision": "bf16"})
     base, reader = (open_weights(newest(folder, name)) for name in ("lora-0", "again"))
     assert (newest(folder, "lora-0") / "pinned").exists()
@@ -132,21 +161,41 @@ def refused(values: dict[str, Any]) -> str:
 
 def test_another_base_is_refused(folder: Path) -> None:
     make_encoder(folder / "other")
-    records(folder, "moved", 0, model={"pretrained": str(folder / "other"), "lora": {}}, train={"steps": 1})
+    records(
+        folder,
+        "moved",
+        0,
+        model={"pretrained": str(folder / "other"), "lora": {}},
+        train={"steps": 1},
+    )
     make_encoder(folder / "other")  # drawn anew
-    values = task_values(folder, "moved", model={"pretrained": str(folder / "other"), "lora": {}}, engine={"zero_stage": 0})
+    values = task_values(
+        folder,
+        "moved",
+        model={"pretrained": str(folder / "other"), "lora": {}},
+        engine={"zero_stage": 0},
+    )
     assert all("model.safetensors" in said for said in run_ranks(refused, 2, values))
 
 
 def test_patience_ends_a_run_for_good(folder: Path) -> None:
     """A learning rate of nothing at all never improves on the first validation."""
-    extra = {"optim": {"lr": 1e-30}, "data": {"validate_every_steps": 1}, "checkpoint": {"keep_best": {"metric": "validation_loss"}}}
+    extra = {
+        "optim": {"lr": 1e-30},
+        "data": {"validate_every_steps": 1},
+        "checkpoint": {"keep_best": {"metric": "validation_loss"}},
+    }
     name, model = "patience", {"pretrained": str(folder / "encoder"), "freeze": ["bert"]}
     cut = records(folder, name, 1, model=model, **extra, train={"steps": 2, "patience": 3})
     more = records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 3})
-    assert (len(cut), len(more)) == (2, 2)  # the first is the best, and three follow, over the resume
+    assert (len(cut), len(more)) == (
+        2,
+        2,
+    )  # the first is the best, and three follow, over the resume
     assert records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 3}) == []
-    assert len(records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 4})) == 1
+    assert (
+        len(records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 4})) == 1
+    )
     kept = [path.name for path in sorted((folder / "runs" / name / "checkpoints").glob("step-*"))]
     assert "step-00000001" in kept
 
@@ -157,10 +206,17 @@ def test_what_names_nothing_is_refused(folder: Path) -> None:
             check(FinetuneConfig.model_validate(task_values(folder, "none", **sections)))
 
     model = {"pretrained": str(folder / "encoder")}
-    refused("(?s)freeze.1.*did you mean embeddings", model={**model, "freeze": ["layer", "embedings"]})
+    refused(
+        "(?s)freeze.1.*did you mean embeddings", model={**model, "freeze": ["layer", "embedings"]}
+    )
     refused("(?s)targets.0.*did you mean query", model={**model, "lora": {"targets": ["quary"]}})
-    for words, sections in (("nothing says what shall become better", {"train": {"patience": 2}}),
-                            ("set model.pretrained", {"model": {"pretrained": None, "architecture": "bert", "lora": {}}}),
-                            ("take back model.freeze", {"model": {**model, "lora": {}, "freeze": ["a"]}})):
+    for words, sections in (
+        ("nothing says what shall become better", {"train": {"patience": 2}}),
+        (
+            "set model.pretrained",
+            {"model": {"pretrained": None, "architecture": "bert", "lora": {}}},
+        ),
+        ("take back model.freeze", {"model": {**model, "lora": {}, "freeze": ["a"]}}),
+    ):
         found = problems(FinetuneConfig.model_validate(task_values(folder, "none", **sections)))
         assert any(words in problem for _, problem in found), found

@@ -1,4 +1,5 @@
 """Fine-tuning with the real engine: the same numbers for every cut, exact resumes, each validated example counted once; and its verbs."""
+
 from __future__ import annotations
 
 import json
@@ -31,7 +32,15 @@ from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
 NO_DROPOUT = {"config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
-EXACT = ("loss", "lr", "grad_norm", "batch_digest", "tokens_seen", "validation_loss", "validation_accuracy")
+EXACT = (
+    "loss",
+    "lr",
+    "grad_norm",
+    "batch_digest",
+    "tokens_seen",
+    "validation_loss",
+    "validation_accuracy",
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,32 +55,69 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def run(folder: Path) -> Path:
     """A run that has learnt its task, made by the command."""
     config = folder / "run.yaml"
-    config.write_text(yaml.safe_dump(task_values(
-        folder, "run", data={"test": 0.2, "validate_every_steps": 30}, train={"steps": 60},
-        checkpoint={"keep_best": {"metric": "validation_accuracy"}})))
+    config.write_text(
+        yaml.safe_dump(
+            task_values(
+                folder,
+                "run",
+                data={"test": 0.2, "validate_every_steps": 30},
+                train={"steps": 60},
+                checkpoint={"keep_best": {"metric": "validation_accuracy"}},
+            )
+        )
+    )
     said = hfscale("finetune", config, "--procs", 2).stderr
-    assert "start fresh: classifier.weight, classifier.bias" in said and "validation_accuracy" in said
+    assert (
+        "start fresh: classifier.weight, classifier.bias" in said and "validation_accuracy" in said
+    )
     return folder / "runs" / "run"
 
 
 def records(folder: Path, name: str, ranks: int, **sections: Any) -> list[dict[str, Any]]:
-    values = task_values(folder, name, **{"data": {"validate_every_steps": 3}, "schedule": {"name": "constant"}, **sections})
-    return [{key: record.get(key) for key in EXACT} for record in run_ranks(train, ranks, values)[0]]
+    values = task_values(
+        folder,
+        name,
+        **{"data": {"validate_every_steps": 3}, "schedule": {"name": "constant"}, **sections},
+    )
+    return [
+        {key: record.get(key) for key in EXACT} for record in run_ranks(train, ranks, values)[0]
+    ]
 
 
 def test_the_cut_changes_nothing_and_a_resume_is_exact(folder: Path) -> None:
     alone = records(folder, "alone", 1, model=NO_DROPOUT, train={"micro_batch": 16})
-    assert [record["validation_accuracy"] is not None for record in alone] == [False, False, True, False, False, True]
-    for ranks, stage in ((2, 1), (2, 3)):  # 8 does not divide the examples that are validated: ranks are padded
-        cut = records(folder, f"cut-{ranks}-{stage}", ranks, model=NO_DROPOUT, engine={"zero_stage": stage})
+    assert [record["validation_accuracy"] is not None for record in alone] == [
+        False,
+        False,
+        True,
+        False,
+        False,
+        True,
+    ]
+    for ranks, stage in (
+        (2, 1),
+        (2, 3),
+    ):  # 8 does not divide the examples that are validated: ranks are padded
+        cut = records(
+            folder, f"cut-{ranks}-{stage}", ranks, model=NO_DROPOUT, engine={"zero_stage": stage}
+        )
         for one, other in zip(alone, cut, strict=True):
-            assert one["batch_digest"] == other["batch_digest"] and one["tokens_seen"] == other["tokens_seen"]
+            assert (
+                one["batch_digest"] == other["batch_digest"]
+                and one["tokens_seen"] == other["tokens_seen"]
+            )
             for key in EXACT:
-                assert other[key] is one[key] if one[key] is None else other[key] == pytest.approx(one[key], rel=1e-3), key
+                assert (
+                    other[key] is one[key]
+                    if one[key] is None
+                    else other[key] == pytest.approx(one[key], rel=1e-3)
+                ), key
     whole = records(folder, "whole", 2)  # with dropout
     first = records(folder, "halves", 2, train={"steps": 3})
     assert first + records(folder, "halves", 2) == whole
-    moved = run_ranks(train, 1, task_values(folder, "halves", train={"steps": 9}, schedule={"name": "constant"}))[0]
+    moved = run_ranks(
+        train, 1, task_values(folder, "halves", train={"steps": 9}, schedule={"name": "constant"})
+    )[0]
     assert [record["step"] for record in moved] == [7, 8, 9]  # on another number of ranks
 
 
@@ -79,22 +125,44 @@ def lines(file: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text("utf-8").splitlines()]
 
 
-def test_an_export_gives_the_same_answers(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_export_gives_the_same_answers(
+    folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert 'pipeline("text-classification"' in export.run(str(run), folder / "exported")
     rows = reviews(40, seed=9)
-    data = str(write_jsonl(folder / "new.jsonl", [{"id": row["id"], "text": row["text"]} for row in rows]))
+    data = str(
+        write_jsonl(folder / "new.jsonl", [{"id": row["id"], "text": row["text"]} for row in rows])
+    )
     for number, model in enumerate((run, folder / "exported")):
         predict(str(model), data=data, out=folder / f"new-{number}.out")
     ours, exported = lines(folder / "new-0.out"), lines(folder / "new-1.out")
-    theirs = pipeline("text-classification", model=str(folder / "exported"))([row["text"] for row in rows])
+    theirs = pipeline("text-classification", model=str(folder / "exported"))(
+        [row["text"] for row in rows]
+    )
     assert [row["id"] for row in ours] == [row["id"] for row in rows]
-    assert [row["prediction"] for row in ours] == [row["prediction"] for row in exported] == [row["label"] for row in theirs]
-    assert [row["scores"][row["prediction"]] for row in ours] == pytest.approx([row["score"] for row in theirs], rel=1e-5)
-    predict(str(run), data=str(write_jsonl(folder / "long.jsonl", [{"text": "lovely film " * 40 + "dull"}])), out=folder / "long.out")
+    assert (
+        [row["prediction"] for row in ours]
+        == [row["prediction"] for row in exported]
+        == [row["label"] for row in theirs]
+    )
+    assert [row["scores"][row["prediction"]] for row in ours] == pytest.approx(
+        [row["score"] for row in theirs], rel=1e-5
+    )
+    predict(
+        str(run),
+        data=str(write_jsonl(folder / "long.jsonl", [{"text": "lovely film " * 40 + "dull"}])),
+        out=folder / "long.out",
+    )
     [cut], [asked] = lines(folder / "long.out"), lines(folder / "long.jsonl")
-    [there] = pipeline("text-classification", model=str(folder / "exported"))(asked["text"], truncation=True)
-    assert cut["truncated"] and cut["scores"][there["label"]] == pytest.approx(there["score"], rel=1e-5)
-    right = sum(row["prediction"] == true["label"] for row, true in zip(ours, rows, strict=True)) / len(rows)
+    [there] = pipeline("text-classification", model=str(folder / "exported"))(
+        asked["text"], truncation=True
+    )
+    assert cut["truncated"] and cut["scores"][there["label"]] == pytest.approx(
+        there["score"], rel=1e-5
+    )
+    right = sum(
+        row["prediction"] == true["label"] for row, true in zip(ours, rows, strict=True)
+    ) / len(rows)
     assert right >= 0.9, right
     capsys.readouterr()
     predict(str(run), data=data)
@@ -111,14 +179,19 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     checkpoints = sorted((run / "checkpoints").glob("step-*"))
     assert len(kept) == len(checkpoints)
     best = json.loads((checkpoints[-1] / "state.json").read_text())["best"]["step"]
-    assert layout.checkpoint_of(f"{run}@best").name == f"step-{best:08}" and layout.checkpoint_of(f"{run}@{best}").name.endswith(str(best))
+    assert layout.checkpoint_of(f"{run}@best").name == f"step-{best:08}" and layout.checkpoint_of(
+        f"{run}@{best}"
+    ).name.endswith(str(best))
     with pytest.raises(CheckpointError, match="(?s)no such checkpoint.*it has .*best"):
         predict(f"{run}@7", text="a film")
     scores, predictions = json.loads(kept[-1].read_text()), kept[-1].with_name("predictions.jsonl")
     assert scores["examples"] == len(lines(predictions)) > 40
     before = {file: file.stat().st_mtime_ns for file in kept}
     evaluate(str(run), every=True)
-    assert capsys.readouterr().out == said and {file: file.stat().st_mtime_ns for file in kept} == before
+    assert (
+        capsys.readouterr().out == said
+        and {file: file.stat().st_mtime_ns for file in kept} == before
+    )
     evaluate(str(run), predictions=predictions)
     assert f"{scores['scores']['accuracy']:.4f}" in capsys.readouterr().out
     torn = predictions.with_name("torn.jsonl")
@@ -132,26 +205,55 @@ def test_a_run_is_evaluated_once(run: Path, capsys: pytest.CaptureFixture[str]) 
     with pytest.raises(DataError, match="(?s)0 of which have none.*'more'"):
         evaluate(str(run), predictions=torn)
     some = lines(predictions)
-    for changed, words in (([*some, some[0]], "an id occurs twice"), ([{"id": some[0]["id"]}], "there is no prediction")):
+    for changed, words in (
+        ([*some, some[0]], "an id occurs twice"),
+        ([{"id": some[0]["id"]}], "there is no prediction"),
+    ):
         with pytest.raises(DataError, match=words):
             evaluate(str(run), predictions=write_jsonl(torn, changed))
-    tables = [str(write_jsonl(torn.with_name(f"{name}.jsonl"), reviews(30, seed=3))) for name in ("one", "two")]
+    tables = [
+        str(write_jsonl(torn.with_name(f"{name}.jsonl"), reviews(30, seed=3)))
+        for name in ("one", "two")
+    ]
     capsys.readouterr()
     evaluate(str(run), data=tables)  # several in one go
     said = capsys.readouterr().out
     assert f"{run}  {tables[0]}  30 examples" in said and said.count("accuracy") == 2
     with pytest.raises(ConfigError, match="each of several tasks wants its data"):
         evaluate(str(run), task=["sequence_classification", "fill_mask"], data=tables[:1])
-    asked = write_jsonl(torn.with_name("asked.jsonl"), [{"id": "0", "question": "a?", "context": "a b", "answers": "b"}])
+    asked = write_jsonl(
+        torn.with_name("asked.jsonl"),
+        [{"id": "0", "question": "a?", "context": "a b", "answers": "b"}],
+    )
     with pytest.raises(DataError, match="no predictions of this task"):
-        evaluate(task=["extractive_qa"], data=[str(asked)], predictions=write_jsonl(torn, [{"id": "0", "prediction": 5}]))
+        evaluate(
+            task=["extractive_qa"],
+            data=[str(asked)],
+            predictions=write_jsonl(torn, [{"id": "0", "prediction": 5}]),
+        )
 
 
-def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_predictions_survive_a_kill(
+    folder: Path, run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = str(write_jsonl(folder / "many.jsonl", reviews(6000, seed=2)))
     out, parts = folder / "many.out", folder / ".many.out.parts"
-    command = [sys.executable, "-m", "launch.cli", "predict", str(run), "--data", rows, "--out", str(out), "--procs", "2"]
-    with subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL) as process:
+    command = [
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "predict",
+        str(run),
+        "--data",
+        rows,
+        "--out",
+        str(out),
+        "--procs",
+        "2",
+    ]
+    with subprocess.Popen(
+        command, env=os.environ | {"PYTHONPATH": str(ROOT)}, stderr=subprocess.DEVNULL
+    ) as process:
         deadline = time.monotonic() + 120
         while len(list(parts.glob("0*.jsonl"))) < 2:
             assert process.poll() is None and time.monotonic() < deadline
@@ -163,32 +265,57 @@ def test_predictions_survive_a_kill(folder: Path, run: Path, capsys: pytest.Capt
     chunk = min(parts.glob("0*.jsonl"))
     (folder / "kept").write_bytes(chunk.read_bytes())
     chunk.write_bytes(chunk.read_bytes()[:-50])
-    with pytest.raises(DataError, match=f"(?s)part of the predictions was changed.*{chunk.name}.*511 of 512"):
-        predict(str(run), ["predict.batch=1000"], data=rows, out=out)  # on one process, and no chunk is moved by its batch
+    with pytest.raises(
+        DataError, match=f"(?s)part of the predictions was changed.*{chunk.name}.*511 of 512"
+    ):
+        predict(
+            str(run), ["predict.batch=1000"], data=rows, out=out
+        )  # on one process, and no chunk is moved by its batch
     (folder / "kept").rename(chunk)
     predict(str(run), data=rows, out=out)
     assert "6,000 predictions" in capsys.readouterr().out
-    assert [line["id"] for line in lines(out)] == [f"r{number}" for number in range(6000)] and not parts.exists()
+    assert [line["id"] for line in lines(out)] == [
+        f"r{number}" for number in range(6000)
+    ] and not parts.exists()
     with pytest.raises(DataError, match="exists already"):
         predict(str(run), data=rows, out=out)
-    few = str(write_jsonl(folder / "few.jsonl", reviews(1100, seed=2)))  # three chunks for two ranks that hold a half of the model each
-    split = ["engine.zero_stage=3", "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}"]
+    few = str(
+        write_jsonl(folder / "few.jsonl", reviews(1100, seed=2))
+    )  # three chunks for two ranks that hold a half of the model each
+    split = [
+        "engine.zero_stage=3",
+        "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+    ]
     predict(str(run), split, data=few, out=folder / "few.out", procs=2)
     predict(str(run), data=few, out=folder / "plain.out")
     assert lines(folder / "few.out") == lines(folder / "plain.out")
 
 
-def test_mistakes_in_what_is_asked_of_a_model(folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_mistakes_in_what_is_asked_of_a_model(
+    folder: Path, run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     rows = reviews(3, seed=4)
     table = str(write_jsonl(tmp_path / "rows.jsonl", [*rows, {**rows[0], "id": "e", "text": " "}]))
     out = tmp_path / "out.jsonl"
     log.setup()
-    with pytest.raises(ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"):
-        predict(str(run), ["data.max_length=5000"], data=table, out=out)  # nothing was made, so nothing is in the way of what follows
+    with pytest.raises(
+        ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"
+    ):
+        predict(
+            str(run), ["data.max_length=5000"], data=table, out=out
+        )  # nothing was made, so nothing is in the way of what follows
     predict(str(run), ["data.max_length=3"], data=table, out=out)
     said = capsys.readouterr().err
-    assert [row.get("truncated") for row in lines(out)] == [True, True, True, None] and "3 of 4 examples were cut" in said
-    assert "1 of 4 examples have a problem instead of a prediction, such as e: the text is empty" in said
+    assert [row.get("truncated") for row in lines(out)] == [
+        True,
+        True,
+        True,
+        None,
+    ] and "3 of 4 examples were cut" in said
+    assert (
+        "1 of 4 examples have a problem instead of a prediction, such as e: the text is empty"
+        in said
+    )
     with pytest.raises(DataError, match=r"cannot write: Not a directory"):
         predict(str(run), data=table, out=out / "below-a-file")
     with pytest.raises(ConfigError, match=r"(?s)written key=value.*'runs/other'"):
@@ -198,7 +325,9 @@ def test_mistakes_in_what_is_asked_of_a_model(folder: Path, run: Path, tmp_path:
     evaluate(str(run), ["data.on_error=skip"], data=[table])
     assert "3 examples, 1 left out" in capsys.readouterr().out
     empty = str(write_jsonl(tmp_path / "empty.jsonl", [{**row, "text": ""} for row in rows]))
-    with pytest.raises(DataError, match=r"(?s)no example can be scored.*empty.jsonl.*the text is empty"):
+    with pytest.raises(
+        DataError, match=r"(?s)no example can be scored.*empty.jsonl.*the text is empty"
+    ):
         evaluate(str(run), ["data.on_error=skip"], data=[empty])
     with pytest.raises(ConfigError, match=r"(?s)which examples to score.*--data FILE"):
         evaluate(str(folder / "encoder"), task=["sequence_classification"])
@@ -218,25 +347,63 @@ def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path:
         with pytest.raises(kind, match=words):
             check(FinetuneConfig.model_validate(task_values(folder, "none", **sections)))
 
-    refused(DataError, "(?s)no column 'review'.*the columns are id, text, label", data={"columns": {"text": "review"}})
+    refused(
+        DataError,
+        "(?s)no column 'review'.*the columns are id, text, label",
+        data={"columns": {"text": "review"}},
+    )
     refused(ConfigError, "(?s)no such role.*did you mean text", data={"columns": {"texts": "text"}})
     refused(ConfigError, "unknown task", task={"name": "sequence_clasification"})
-    refused(ConfigError, "(?s)unknown option.*label_smoothing", task={"options": {"smoothing": 0.1}})
-    refused(ConfigError, "(?s)generation.num_beam: unknown option; did you mean num_beams",
-            task={"name": "translation", "options": {"generation": {"num_beam": 2}}})
-    refused(ConfigError, "(?s)no validation gives.*validation_acuracy.*did you mean validation_accuracy",
-            checkpoint={"keep_best": {"metric": "validation_acuracy"}})
-    refused(ConfigError, "(?s)64 positions.*data.max_length.*remedy: .*data.max_length=64.? or less", data={"max_length": 100})
-    refused(ConfigError, "(?s)bert has no AutoModelForSeq2SeqLM.*of pretraining", task={"name": "translation"},
-            data={"columns": {"source": "text", "target": "label"}})
+    refused(
+        ConfigError, "(?s)unknown option.*label_smoothing", task={"options": {"smoothing": 0.1}}
+    )
+    refused(
+        ConfigError,
+        "(?s)generation.num_beam: unknown option; did you mean num_beams",
+        task={"name": "translation", "options": {"generation": {"num_beam": 2}}},
+    )
+    refused(
+        ConfigError,
+        "(?s)no validation gives.*validation_acuracy.*did you mean validation_accuracy",
+        checkpoint={"keep_best": {"metric": "validation_acuracy"}},
+    )
+    refused(
+        ConfigError,
+        "(?s)64 positions.*data.max_length.*remedy: .*data.max_length=64.? or less",
+        data={"max_length": 100},
+    )
+    refused(
+        ConfigError,
+        "(?s)bert has no AutoModelForSeq2SeqLM.*of pretraining",
+        task={"name": "translation"},
+        data={"columns": {"source": "text", "target": "label"}},
+    )
     refused(DataError, "(?s)bad.*not in the set", task={"options": {"labels": ["good", "poor"]}})
-    empty = write_jsonl(tmp_path / "empty.jsonl", [*reviews(20), {"id": "x", "text": " ", "label": "bad"}])
-    refused(DataError, "(?s)1 examples of train cannot be used.*x: the text is empty", data={"train": str(empty), "validation": None})
+    empty = write_jsonl(
+        tmp_path / "empty.jsonl", [*reviews(20), {"id": "x", "text": " ", "label": "bad"}]
+    )
+    refused(
+        DataError,
+        "(?s)1 examples of train cannot be used.*x: the text is empty",
+        data={"train": str(empty), "validation": None},
+    )
     torn = tmp_path / "torn.jsonl"
     torn.write_text(write_jsonl(tmp_path / "good.jsonl", reviews(20)).read_text()[:-10])
-    refused(DataError, r"(?s)not a JSON line.*torn.jsonl:20", data={"train": str(torn), "validation": None})
+    refused(
+        DataError,
+        r"(?s)not a JSON line.*torn.jsonl:20",
+        data={"train": str(torn), "validation": None},
+    )
     with pytest.raises(CheckpointError, match="no head for the task"):
-        open_task(settle(str(folder / "encoder"), task="sequence_classification", data="-", out=tmp_path / "x", overrides=[]))
+        open_task(
+            settle(
+                str(folder / "encoder"),
+                task="sequence_classification",
+                data="-",
+                out=tmp_path / "x",
+                overrides=[],
+            )
+        )
 
 
 def test_the_verb_shows_and_tries(folder: Path) -> None:
@@ -245,4 +412,7 @@ def test_the_verb_shows_and_tries(folder: Path) -> None:
     assert "sequence_classification" in hfscale("show", config).stdout
     assert "global_batch 16" in hfscale("finetune", config, "--dry-run").stdout
     assert not (folder / "runs" / "dry").exists()
-    assert hfscale("finetune", config, "--launcher", "debug").returncode == 0 and (folder / "runs" / "dry-debug" / "metrics.jsonl").exists()
+    assert (
+        hfscale("finetune", config, "--launcher", "debug").returncode == 0
+        and (folder / "runs" / "dry-debug" / "metrics.jsonl").exists()
+    )

@@ -2,6 +2,7 @@
 
 Documents are kept apart, so ranks score unequal numbers of tokens; the gradient is clipped in most steps.
 """
+
 from __future__ import annotations
 
 from pathlib import Path
@@ -34,7 +35,15 @@ def test_losses_are_those_of_one_process(corpus: Path, tmp_path: Path, model: st
     for ranks in (1, 2, 4):
         for stage in (0, 1, 2, 3):
             cut = records(stage, ranks)
-            assert [record["loss"] for record in cut] == pytest.approx(losses, abs=1e-5), (stage, ranks)
+            assert [record["loss"] for record in cut] == pytest.approx(losses, abs=1e-5), (
+                stage,
+                ranks,
+            )
             norms = [record["grad_norm"] for record in alone]
-            assert [record["grad_norm"] for record in cut] == pytest.approx(norms, rel=1e-4), (stage, ranks)
-            assert [record["batch_digest"] for record in cut] == [record["batch_digest"] for record in alone], (stage, ranks)
+            assert [record["grad_norm"] for record in cut] == pytest.approx(norms, rel=1e-4), (
+                stage,
+                ranks,
+            )
+            assert [record["batch_digest"] for record in cut] == [
+                record["batch_digest"] for record in alone
+            ], (stage, ranks)

@@ -1,4 +1,5 @@
 """A Slurm cluster; a folder with what a launcher looks at before it starts ranks: a config, a manifest, a tokenizer's folder."""
+
 from __future__ import annotations
 
 from collections.abc import Iterator
@@ -27,11 +28,15 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "config.yaml").write_text(CONFIG)
     (tmp_path / "tokenizer").mkdir()
     (tmp_path / "shards").mkdir()
-    shard = ShardEntry(name="shard-000000.tar", bytes=1024, tokens=4000, documents=3, digest="0", max_id=9)
+    shard = ShardEntry(
+        name="shard-000000.tar", bytes=1024, tokens=4000, documents=3, digest="0", max_id=9
+    )
     for name in (shard.name, shard.index_name):
         (tmp_path / "shards" / name).touch()
     made_by = TokenizerInfo(digest="0", vocab_size=10, eod_id=0)
-    Manifest(dtype="uint16", tokenizer=made_by, source={}, shards=(shard,)).save(tmp_path / "shards")
+    Manifest(dtype="uint16", tokenizer=made_by, source={}, shards=(shard,)).save(
+        tmp_path / "shards"
+    )
     return tmp_path
 
 

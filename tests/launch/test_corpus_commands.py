@@ -1,4 +1,5 @@
 """``hfscale tokenizer`` and ``hfscale shards`` as a user types them: from text to verified shards, and one screen for a mistake."""
+
 from __future__ import annotations
 
 import io
@@ -36,7 +37,10 @@ def built(folder: Path) -> Path:
     assert "bytes a token" in first.stdout
     assert "was trained already" in hfscale("tokenizer", "train", "corpus.yaml", cwd=folder).stdout
     done = hfscale("shards", "build", "corpus.yaml", cwd=folder)
-    assert "40 documents read; left out: 0 duplicates, 0 empty, 0 invalid, 1 files not UTF-8" in done.stdout
+    assert (
+        "40 documents read; left out: 0 duplicates, 0 empty, 0 invalid, 1 files not UTF-8"
+        in done.stdout
+    )
     return folder / "data" / "shards"
 
 
@@ -63,13 +67,23 @@ def test_damage_is_one_screen_and_exit_code_2(built: Path) -> None:
 
 @pytest.mark.usefixtures("built")
 def test_another_build_in_the_same_place_is_refused(folder: Path) -> None:
-    done = hfscale("shards", "build", "corpus.yaml", "split.validation=0.3", cwd=folder, check=False)
+    done = hfscale(
+        "shards", "build", "corpus.yaml", "split.validation=0.3", cwd=folder, check=False
+    )
     assert done.returncode == 2
     assert "split.validation: there 0.2, now 0.3" in done.stderr
 
 
 def test_a_missing_tokenizer_is_refused(folder: Path) -> None:
-    done = hfscale("shards", "build", "corpus.yaml", "tokenizer.path=nowhere", "shards.path=other", cwd=folder, check=False)
+    done = hfscale(
+        "shards",
+        "build",
+        "corpus.yaml",
+        "tokenizer.path=nowhere",
+        "shards.path=other",
+        cwd=folder,
+        check=False,
+    )
     assert done.returncode == 2
     assert "hfscale tokenizer train" in done.stderr
     assert not (folder / "other").exists()

@@ -1,4 +1,5 @@
 """The debug launcher: tiny, in the foreground, in a directory of its own, with a debugger where it breaks."""
+
 from __future__ import annotations
 
 import os
@@ -39,8 +40,10 @@ def test_tiny_values_give_way_to_the_command_line(folder: Path):
 
 
 def test_any_length_and_precision_becomes_tiny(folder: Path):
-    (folder / "long.yaml").write_text("extends: config.yaml\ntrain: {steps: null, tokens: 1e12, global_batch: 9, micro_batch: 3}\n"
-                                      "engine: {precision: fp16, compile: true}\n")
+    (folder / "long.yaml").write_text(
+        "extends: config.yaml\ntrain: {steps: null, tokens: 1e12, global_batch: 9, micro_batch: 3}\n"
+        "engine: {precision: fp16, compile: true}\n"
+    )
     request = Request("long.yaml")
     config = request.load(tiny(request.load(), on_gpu=False)).config
     assert (config.train.steps, config.train.tokens) == (6, None)
@@ -53,14 +56,24 @@ def test_any_length_and_precision_becomes_tiny(folder: Path):
 def test_an_error_opens_the_debugger_on_a_terminal_only(folder: Path):
     env = os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""}
     command = [sys.executable, "-c", BROKEN]
-    done = subprocess.run(command, cwd=folder, env=env, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command,
+        cwd=folder,
+        env=env,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
     assert done.returncode == 1
     assert "RuntimeError: broken" in done.stderr
     assert "(Pdb)" not in done.stdout
 
     ours, theirs = pty.openpty()
     os.write(ours, b"p clue\nquit\n")
-    done = subprocess.run(command, cwd=folder, env=env, stdin=theirs, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        command, cwd=folder, env=env, stdin=theirs, capture_output=True, text=True, timeout=60
+    )
     os.close(ours), os.close(theirs)
     assert done.returncode == 1
     assert "(Pdb)" in done.stdout
@@ -70,10 +83,14 @@ def test_an_error_opens_the_debugger_on_a_terminal_only(folder: Path):
 @pytest.mark.slow
 def test_a_debug_run_trains_and_starts_afresh_each_time(tmp_path: Path):
     make_corpus(tmp_path)
-    (tmp_path / "llama.yaml").write_text(f"extends: {ROOT / 'configs/debug/tiny_llama.yaml'}\ntokenizer: {{path: tokenizer}}\n"
-                                         "data: {sources: [{shards: shards/train}], validation: {shards: shards/validation}}\n")
+    (tmp_path / "llama.yaml").write_text(
+        f"extends: {ROOT / 'configs/debug/tiny_llama.yaml'}\ntokenizer: {{path: tokenizer}}\n"
+        "data: {sources: [{shards: shards/train}], validation: {shards: shards/validation}}\n"
+    )
     for _ in range(2):
-        done = hfscale("pretrain", "llama.yaml", "data.seq_len=32", "--launcher", "debug", cwd=tmp_path)
+        done = hfscale(
+            "pretrain", "llama.yaml", "data.seq_len=32", "--launcher", "debug", cwd=tmp_path
+        )
         assert "step 6/6" in done.stderr
     assert "replacing the earlier debug run" in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-llama-debug"]

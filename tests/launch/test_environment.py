@@ -1,4 +1,5 @@
 """What an attempt leaves on record is enough to make it again: the code with its changes, the command, the data, and equal losses."""
+
 from __future__ import annotations
 
 import json
@@ -19,11 +20,17 @@ from tests.helpers.corpus import run_values
 
 def git(*arguments: object, cwd: Path) -> str:
     who = ("-c", "user.name=t", "-c", "user.email=t@t", "-c", "core.autocrlf=false")
-    return subprocess.run(["git", *who, *map(str, arguments)], cwd=cwd, check=True, capture_output=True, text=True).stdout
+    return subprocess.run(
+        ["git", *who, *map(str, arguments)], cwd=cwd, check=True, capture_output=True, text=True
+    ).stdout
 
 
 def tree(folder: Path) -> dict[str, bytes]:
-    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file() and ".git" not in file.parts}
+    return {
+        str(file.relative_to(folder)): file.read_bytes()
+        for file in folder.rglob("*")
+        if file.is_file() and ".git" not in file.parts
+    }
 
 
 def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
@@ -37,7 +44,9 @@ def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
     (root / "binary").write_bytes(b"\0\1")
     (outer / "other").write_text("not ours")
     git("init", "-q", cwd=outer)
-    assert code(root, run) == {"revision": None, "patch": None}, "nothing of it is committed: not its checkout"
+    assert code(root, run) == {"revision": None, "patch": None}, (
+        "nothing of it is committed: not its checkout"
+    )
     git("add", ".", cwd=outer)
     git("commit", "-qm", "all", cwd=outer)
     head = git("rev-parse", "HEAD", cwd=outer).strip()
@@ -56,7 +65,9 @@ def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
     git("apply", "--directory", "vendor/hfscale", run / found["patch"], cwd=tmp_path / "again")
     assert tree(again) == tree(root)
     assert code(root, run) == found
-    assert [file.name for file in run.iterdir()] == [found["patch"]], "the same changes are kept once"
+    assert [file.name for file in run.iterdir()] == [found["patch"]], (
+        "the same changes are kept once"
+    )
 
 
 def test_a_patch_beyond_the_limit_is_named_and_not_kept(tmp_path: Path):
@@ -76,9 +87,22 @@ def losses(run: Path) -> list[tuple[int, float, int]]:
 
 
 @pytest.mark.slow
-def test_the_recorded_command_or_config_run_again_gives_the_same_losses(corpus: Path, tmp_path: Path):
-    values = run_values(corpus, tmp_path / "runs", "first", train={"steps": 4, "global_batch": 8, "micro_batch": 2}, data={
-        "seq_len": 32, "sources": [{"name": name, "shards": str(corpus / "shards" / name)} for name in ("train", "validation")]})
+def test_the_recorded_command_or_config_run_again_gives_the_same_losses(
+    corpus: Path, tmp_path: Path
+):
+    values = run_values(
+        corpus,
+        tmp_path / "runs",
+        "first",
+        train={"steps": 4, "global_batch": 8, "micro_batch": 2},
+        data={
+            "seq_len": 32,
+            "sources": [
+                {"name": name, "shards": str(corpus / "shards" / name)}
+                for name in ("train", "validation")
+            ],
+        },
+    )
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(values))
     run = tmp_path / "runs" / "first"
     hfscale("pretrain", "run.yaml", "optim.lr=5e-3", "--procs", 2, cwd=tmp_path)
@@ -93,15 +117,28 @@ def test_the_recorded_command_or_config_run_again_gives_the_same_losses(corpus: 
     if git("rev-parse", "--is-inside-work-tree", cwd=ROOT).strip() == "true":
         assert entry["code"]["revision"] == git("rev-parse", "HEAD", cwd=ROOT).strip()
 
-    hfscale("pretrain", run, "train.steps=6", "--procs", 1, cwd=tmp_path)  # a resume adds its entry and changes no other
+    hfscale(
+        "pretrain", run, "train.steps=6", "--procs", 1, cwd=tmp_path
+    )  # a resume adds its entry and changes no other
     assert json.loads((run / "environment.json").read_text())[:1] == attempts
-    assert [len(entry["ranks"]) for entry in json.loads((run / "environment.json").read_text())] == [2, 1]
+    assert [
+        len(entry["ranks"]) for entry in json.loads((run / "environment.json").read_text())
+    ] == [2, 1]
 
     command = [sys.executable, *entry["command"], "run.name=again"]
     environment = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PATH": "/usr/bin:/bin"}
-    subprocess.run(command, cwd=entry["cwd"], check=True, env=environment, capture_output=True, timeout=120)
+    subprocess.run(
+        command, cwd=entry["cwd"], check=True, env=environment, capture_output=True, timeout=120
+    )
     shutil.copy(run / "config.yaml", tmp_path / "recorded.yaml")
-    hfscale("pretrain", tmp_path / "recorded.yaml", "run.name=third", "train.steps=4", "--procs", entry["procs"])
+    hfscale(
+        "pretrain",
+        tmp_path / "recorded.yaml",
+        "run.name=third",
+        "train.steps=4",
+        "--procs",
+        entry["procs"],
+    )
     first = losses(run)[:4]
     assert losses(tmp_path / "runs" / "again") == first
     assert losses(tmp_path / "runs" / "third") == first
@@ -113,9 +150,17 @@ def worker_starts_again(run: Path) -> Any:
     from hfscale.dist.world import World
     from hfscale.jobs.environment import record_ranks
 
-    record_ranks(run, World.from_environment(), torch.device("cpu"), described={"tokenizer_digest": "t"})
-    record_ranks(run, World.from_environment(), torch.device("cpu"), described={"tokenizer_digest": "t"})
-    return json.loads((run / "environment.json").read_text()) if World.from_environment().rank == 0 else None
+    record_ranks(
+        run, World.from_environment(), torch.device("cpu"), described={"tokenizer_digest": "t"}
+    )
+    record_ranks(
+        run, World.from_environment(), torch.device("cpu"), described={"tokenizer_digest": "t"}
+    )
+    return (
+        json.loads((run / "environment.json").read_text())
+        if World.from_environment().rank == 0
+        else None
+    )
 
 
 def test_ranks_that_are_started_again_without_a_launcher_add_an_entry(tmp_path: Path):

@@ -1,4 +1,5 @@
 """Real processes under the local launcher: their logs, their failures, requests to stop, and what is left when it dies."""
+
 from __future__ import annotations
 
 import os
@@ -34,8 +35,16 @@ sys.exit(code)
 def start(folder: Path, act: str, *, procs: int = 2, grace_s: float = 0.3) -> subprocess.Popen[str]:
     env = os.environ | {"PYTHONPATH": str(ROOT), "ACT": act, "CUDA_VISIBLE_DEVICES": ""}
     env.pop("OMP_NUM_THREADS", None)
-    return subprocess.Popen([sys.executable, "-c", DRIVER, str(procs), str(grace_s)], cwd=folder, env=env, text=True,
-                            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    return subprocess.Popen(
+        [sys.executable, "-c", DRIVER, str(procs), str(grace_s)],
+        cwd=folder,
+        env=env,
+        text=True,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+    )
 
 
 def finish(launcher: subprocess.Popen[str]) -> tuple[int, str, str]:
@@ -56,7 +65,9 @@ def wait_for(condition: object, *, timeout_s: float = 20.0) -> None:
 
 
 def pids(folder: Path, procs: int = 2) -> list[int]:
-    return [int(pid) for rank in range(procs) for pid in re.findall(r"has pid (\d+)", log(folder, rank))]
+    return [
+        int(pid) for rank in range(procs) for pid in re.findall(r"has pid (\d+)", log(folder, rank))
+    ]
 
 
 def alive(pid: int) -> bool:

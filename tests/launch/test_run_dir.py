@@ -1,4 +1,5 @@
 """A run directory is made once, goes on, refuses what contradicts it, and forgets nothing."""
+
 from __future__ import annotations
 
 import json
@@ -31,7 +32,10 @@ def trained(folder: Path) -> Path:
 def test_a_new_run_records_what_made_it(folder: Path):
     assert attempt("optim.lr=1e-3") == []
     path = folder / "runs/first"
-    assert load_config(path / "config.yaml").config == Request("config.yaml", ("optim.lr=1e-3",)).load().config
+    assert (
+        load_config(path / "config.yaml").config
+        == Request("config.yaml", ("optim.lr=1e-3",)).load().config
+    )
     [entry] = json.loads((path / "environment.json").read_text())
     assert entry["sources"]["optim.lr"] == "command line"
     assert entry["sources"]["run.name"] == "config.yaml:1"
@@ -65,22 +69,35 @@ def test_a_trained_run_goes_on_with_notices_and_keeps_the_old_values(folder: Pat
     [notice] = attempt("train.steps=20", "engine.zero_stage=3")
     assert "train.steps: 10 -> 20" in notice
     assert load_config(path / "config.yaml").config.engine.zero_stage == 3
-    assert json.loads((path / "environment.json").read_text())[1]["changes"] == ["train.steps: 10 -> 20", "engine.zero_stage: 1 -> 3"]
+    assert json.loads((path / "environment.json").read_text())[1]["changes"] == [
+        "train.steps: 10 -> 20",
+        "engine.zero_stage: 1 -> 3",
+    ]
 
 
 def test_a_run_directory_is_a_config_and_may_be_moved(folder: Path):
     trained(folder)
     (folder / "runs").rename(folder / "elsewhere")
-    assert attempt("train.steps=30", source="elsewhere/first") == ["the run goes on with train.steps: 10 -> 30"]
-    assert load_config(folder / "elsewhere/first/config.yaml").config.run_dir == folder / "elsewhere/first"
+    assert attempt("train.steps=30", source="elsewhere/first") == [
+        "the run goes on with train.steps: 10 -> 30"
+    ]
+    assert (
+        load_config(folder / "elsewhere/first/config.yaml").config.run_dir
+        == folder / "elsewhere/first"
+    )
     assert not (folder / "runs").exists()
 
 
 def test_a_moved_tokenizer_is_the_same_and_another_one_is_not(folder: Path):
     path = trained(folder)
-    (folder / "tokenizer/tokenizer.json").write_text('{"model": {"type": "BPE", "vocab": {"a": 0}}}')
-    entry = write_file(path / "checkpoints/step-00000001", "state.json",
-                       [json.dumps({"tokenizer_digest": tokenizer_digest(folder / "tokenizer")}).encode()])
+    (folder / "tokenizer/tokenizer.json").write_text(
+        '{"model": {"type": "BPE", "vocab": {"a": 0}}}'
+    )
+    entry = write_file(
+        path / "checkpoints/step-00000001",
+        "state.json",
+        [json.dumps({"tokenizer_digest": tokenizer_digest(folder / "tokenizer")}).encode()],
+    )
     write_manifest(path / "checkpoints/step-00000001", [entry], step=1)
     (folder / "tokenizer").rename(folder / "moved")
     assert attempt("tokenizer.path=./moved") == []
@@ -89,7 +106,9 @@ def test_a_moved_tokenizer_is_the_same_and_another_one_is_not(folder: Path):
     with pytest.raises(CheckpointError, match=r"tokenizer\.path: .*moved.* -> .*other"):
         attempt("tokenizer.path=./other")
     (folder / "other").rename(folder / "moved")
-    with pytest.raises(CheckpointError, match=r"the tokenizer's digest: '[0-9a-f]+' -> '[0-9a-f]+'"):
+    with pytest.raises(
+        CheckpointError, match=r"the tokenizer's digest: '[0-9a-f]+' -> '[0-9a-f]+'"
+    ):
         attempt("tokenizer.path=./moved")  # in its place, but another one
 
 
@@ -103,7 +122,10 @@ def test_other_folders_are_left_alone(folder: Path):
     (folder / "runs/file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):
         run_dir.compare(Request("config.yaml", ("run.name=file",)).load().config)
-    with pytest.raises(ConfigError, match="cannot make the run directory"), run_dir.locked(folder / "config.yaml/below"):
+    with (
+        pytest.raises(ConfigError, match="cannot make the run directory"),
+        run_dir.locked(folder / "config.yaml/below"),
+    ):
         pass
 
 
@@ -115,21 +137,30 @@ def test_an_attempt_that_was_killed_early_is_no_obstacle(folder: Path):
 
 def test_one_at_a_time(folder: Path):
     path = folder / "runs/first"
-    with run_dir.locked(path), pytest.raises(CheckpointError, match="another job is at work"), run_dir.locked(path):
+    with (
+        run_dir.locked(path),
+        pytest.raises(CheckpointError, match="another job is at work"),
+        run_dir.locked(path),
+    ):
         pass
     with run_dir.locked(folder / "runs/first"):
         pass
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (("data.sources.0.shards=nowhere",), "nowhere"),
-    (("data.validation.shards=nowhere",), "nowhere"),
-    (("tokenizer.path=./nothing",), "hfscale tokenizer train"),
-    (("engine.precision=fp16",), "fp16 needs a GPU"),
-    (("engine.offload=parameters",), "stage 3"),
-    (("engine.extra={zero_optimization: {stage: 2}}",), "engine.extra"),
-])
-def test_what_can_be_known_before_is_checked_before(folder: Path, overrides: tuple[str, ...], words: str):
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (("data.sources.0.shards=nowhere",), "nowhere"),
+        (("data.validation.shards=nowhere",), "nowhere"),
+        (("tokenizer.path=./nothing",), "hfscale tokenizer train"),
+        (("engine.precision=fp16",), "fp16 needs a GPU"),
+        (("engine.offload=parameters",), "stage 3"),
+        (("engine.extra={zero_optimization: {stage: 2}}",), "engine.extra"),
+    ],
+)
+def test_what_can_be_known_before_is_checked_before(
+    folder: Path, overrides: tuple[str, ...], words: str
+):
     with pytest.raises(UserError, match=words):
         check(Request("config.yaml", overrides).load().config, device_type="cpu")
     check(Request("config.yaml").load().config, device_type="cpu")
@@ -163,5 +194,7 @@ def test_only_runs_of_the_debug_launcher_are_made_anew(folder: Path):
 
 def test_missing_shards_are_named_before_ranks_start(folder: Path):
     (folder / "shards" / "shard-000000.idx").unlink()
-    with pytest.raises(UserError, match=r"1 files of the shards are missing[\s\S]*shard-000000.idx"):
+    with pytest.raises(
+        UserError, match=r"1 files of the shards are missing[\s\S]*shard-000000.idx"
+    ):
         check(Request("config.yaml").load().config, device_type="cpu")

@@ -1,4 +1,5 @@
 """What launch/setup.sh says on a machine that lacks something, and that it installs nothing twice."""
+
 from __future__ import annotations
 
 import hashlib
@@ -15,8 +16,19 @@ def prepare(tmp_path: Path, *, extra: str = "", **env: str) -> subprocess.Comple
     ours = ("VIRTUAL_ENV", "CONDA_PREFIX", "HFSCALE_VENV", "HFSCALE_NO_INSTALL")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"
-    return subprocess.run(["bash", "-c", f"set -euo pipefail; source launch/setup.sh; prepare_python {extra}; echo $PYTHON"], cwd=ROOT,
-                          env=kept | {"PATH": path} | env, capture_output=True, text=True, check=False, timeout=60)
+    return subprocess.run(
+        [
+            "bash",
+            "-c",
+            f"set -euo pipefail; source launch/setup.sh; prepare_python {extra}; echo $PYTHON",
+        ],
+        cwd=ROOT,
+        env=kept | {"PATH": path} | env,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
 
 
 def program(path: Path, *lines: str) -> None:
@@ -26,7 +38,11 @@ def program(path: Path, *lines: str) -> None:
 
 
 def test_a_missing_venv_package_is_named(tmp_path: Path):
-    program(tmp_path / "bin" / "python3", 'case "$*" in *ensurepip*) exit 1 ;; esac', f'exec {sys.executable} "$@"')
+    program(
+        tmp_path / "bin" / "python3",
+        'case "$*" in *ensurepip*) exit 1 ;; esac',
+        f'exec {sys.executable} "$@"',
+    )
     done = prepare(tmp_path, HFSCALE_VENV=str(tmp_path / "venv"))
     assert done.returncode == 2
     assert f"apt-get install python{sys.version_info[0]}.{sys.version_info[1]}-venv" in done.stderr
@@ -43,14 +59,22 @@ def test_a_python_that_is_too_old_is_named(tmp_path: Path):
 
 
 def test_an_active_environment_of_another_python_is_refused(tmp_path: Path):
-    program(tmp_path / "env" / "bin" / "python", '[ "$1" = --version ] && echo "Python 3.14.0"', "exit 1")
+    program(
+        tmp_path / "env" / "bin" / "python",
+        '[ "$1" = --version ] && echo "Python 3.14.0"',
+        "exit 1",
+    )
     done = prepare(tmp_path, VIRTUAL_ENV=str(tmp_path / "env"))
     assert done.returncode == 2
     assert "Python 3.14.0" in done.stderr
 
 
 def test_a_failed_installation_leaves_no_stamp_and_says_what_to_do(tmp_path: Path):
-    program(tmp_path / "env" / "bin" / "python", 'case "$*" in *"pip install"*) exit 1 ;; esac', f'exec {sys.executable} "$@"')
+    program(
+        tmp_path / "env" / "bin" / "python",
+        'case "$*" in *"pip install"*) exit 1 ;; esac',
+        f'exec {sys.executable} "$@"',
+    )
     done = prepare(tmp_path, VIRTUAL_ENV=str(tmp_path / "env"))
     assert done.returncode == 2
     assert "-m pip install --disable-pip-version-check -c constraints.txt -e ." in done.stdout
@@ -59,9 +83,17 @@ def test_a_failed_installation_leaves_no_stamp_and_says_what_to_do(tmp_path: Pat
 
 
 def test_what_is_installed_is_not_installed_again(tmp_path: Path):
-    program(tmp_path / "env" / "bin" / "python", 'case "$*" in *"pip install"*) exit 1 ;; esac', f'exec {sys.executable} "$@"')
-    content = f"{ROOT}\n".encode() + b"".join((ROOT / name).read_bytes() for name in ("setup.cfg", "pyproject.toml", "constraints.txt"))
-    (tmp_path / "env" / ".hfscale-installed").write_text(f"{hashlib.sha256(content).hexdigest()} dev\n")
+    program(
+        tmp_path / "env" / "bin" / "python",
+        'case "$*" in *"pip install"*) exit 1 ;; esac',
+        f'exec {sys.executable} "$@"',
+    )
+    content = f"{ROOT}\n".encode() + b"".join(
+        (ROOT / name).read_bytes() for name in ("setup.cfg", "pyproject.toml", "constraints.txt")
+    )
+    (tmp_path / "env" / ".hfscale-installed").write_text(
+        f"{hashlib.sha256(content).hexdigest()} dev\n"
+    )
     for extra in ("dev", ""):  # the test tools come on top of what the quickstart needs
         done = prepare(tmp_path, extra=extra, VIRTUAL_ENV=str(tmp_path / "env"))
         assert done.returncode == 0, done.stderr

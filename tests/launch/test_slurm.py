@@ -1,4 +1,5 @@
 """The Slurm launcher on a real cluster: what it submits, what it refuses, who holds a run directory, and an interactive allocation."""
+
 from __future__ import annotations
 
 import json
@@ -33,8 +34,17 @@ def config(corpus: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.M
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asks = {"nodes": 1, "allow_local_disk": True, "sbatch": SMALL}
     path = tmp_path / "config.yaml"
-    path.write_text(yaml.safe_dump(run_values(corpus, tmp_path / "runs", "run", cluster=asks, train={"steps": 1, "global_batch": 4,
-                                                                                                    "micro_batch": 2})))
+    path.write_text(
+        yaml.safe_dump(
+            run_values(
+                corpus,
+                tmp_path / "runs",
+                "run",
+                cluster=asks,
+                train={"steps": 1, "global_batch": 4, "micro_batch": 2},
+            )
+        )
+    )
     return path
 
 
@@ -43,31 +53,86 @@ def submit(config: Path, *overrides: str, **options: Any) -> int:
     return slurm.launch(Request(str(config), overrides, **options))
 
 
-def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(config: Path, capsys: pytest.CaptureFixture[str]):
-    assert submit(config, "cluster.time=1:00:00", "cluster.partition=normal", "cluster.sbatch.comment=two words", dry_run=True) == 0
+def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(
+    config: Path, capsys: pytest.CaptureFixture[str]
+):
+    assert (
+        submit(
+            config,
+            "cluster.time=1:00:00",
+            "cluster.partition=normal",
+            "cluster.sbatch.comment=two words",
+            dry_run=True,
+        )
+        == 0
+    )
     out, err = capsys.readouterr()
     [line] = out.splitlines()
     run = config.parent / "runs" / "run"
     assert line.startswith(f"cd {run}/code/1 && ")
     words = shlex.split(line.partition(" && ")[2])
     assert words[:2] + words[-2:] == ["sbatch", "--parsable", "slurm/train.sbatch", str(run)]
-    assert {"--job-name=run", "--nodes=1", "--partition=normal", "--time=1:00:00", "--signal=USR1@300", "--oversubscribe", "--mem=100",
-            "--comment=two words"} <= set(words)
+    assert {
+        "--job-name=run",
+        "--nodes=1",
+        "--partition=normal",
+        "--time=1:00:00",
+        "--signal=USR1@300",
+        "--oversubscribe",
+        "--mem=100",
+        "--comment=two words",
+    } <= set(words)
     assert "to start at" in err, "Slurm was asked"
     assert not run.exists()
 
 
 REFUSALS = {
-    "an unknown partition": (["cluster.partition=nope"], "invalid partition specified: nope", "this cluster has low"),
-    "more GPUs than a node has": ([f"cluster.gpus_per_node={GPUS + 1}"], "Requested node configuration is not available", f"gpu:{GPUS}"),
-    "more nodes than there are": (["cluster.nodes=9", "train.global_batch=36"], "node configuration is not available", "4 nodes"),
-    "an account that is refused": (["cluster.account=overdrawn"], "Invalid account", "this cluster has"),
-    "an unknown option": (["cluster.sbatch.colour=red"], "unrecognized option '--colour=red'", "this cluster has"),
-    "a limit shorter than the warning": (["cluster.time=5"], "leaves no time to train", "ask for more"),
+    "an unknown partition": (
+        ["cluster.partition=nope"],
+        "invalid partition specified: nope",
+        "this cluster has low",
+    ),
+    "more GPUs than a node has": (
+        [f"cluster.gpus_per_node={GPUS + 1}"],
+        "Requested node configuration is not available",
+        f"gpu:{GPUS}",
+    ),
+    "more nodes than there are": (
+        ["cluster.nodes=9", "train.global_batch=36"],
+        "node configuration is not available",
+        "4 nodes",
+    ),
+    "an account that is refused": (
+        ["cluster.account=overdrawn"],
+        "Invalid account",
+        "this cluster has",
+    ),
+    "an unknown option": (
+        ["cluster.sbatch.colour=red"],
+        "unrecognized option '--colour=red'",
+        "this cluster has",
+    ),
+    "a limit shorter than the warning": (
+        ["cluster.time=5"],
+        "leaves no time to train",
+        "ask for more",
+    ),
     "a limit that is none": (["cluster.time=soon"], "cluster.time", "soon"),
-    "a run directory of this node alone": (["cluster.allow_local_disk=false"], "other nodes do not see", "run.root"),
-    "an option that would hide a lost node": (["cluster.sbatch.no-kill=true"], "lost a node", "take it out"),
-    "fewer nodes of a number of tasks": (["cluster.min_nodes=1"], "the fewest nodes at once", "take cluster.sbatch.ntasks-per-node out"),
+    "a run directory of this node alone": (
+        ["cluster.allow_local_disk=false"],
+        "other nodes do not see",
+        "run.root",
+    ),
+    "an option that would hide a lost node": (
+        ["cluster.sbatch.no-kill=true"],
+        "lost a node",
+        "take it out",
+    ),
+    "fewer nodes of a number of tasks": (
+        ["cluster.min_nodes=1"],
+        "the fewest nodes at once",
+        "take cluster.sbatch.ntasks-per-node out",
+    ),
     "an uneven batch": (["cluster.nodes=3"], "cannot be cut", "world_size"),
 }
 
@@ -83,7 +148,10 @@ def test_refused_before_anything_is_written(config: Path, name: str):
 
 def test_a_job_that_would_never_start_is_told(config: Path, capsys: pytest.CaptureFixture[str]):
     assert submit(config, "cluster.time=2:00:00", dry_run=True) == 0
-    assert "notice: a partition with a limit of 1:00:00 never starts a job of 2:00:00" in capsys.readouterr().err
+    assert (
+        "notice: a partition with a limit of 1:00:00 never starts a job of 2:00:00"
+        in capsys.readouterr().err
+    )
 
 
 def test_ranks_are_the_clusters_business(config: Path):
@@ -99,10 +167,15 @@ def test_a_time_limit_shorter_than_a_save_that_was_measured(config: Path):
     (run / "metrics.jsonl").write_text(json.dumps(record) + "\n")
     with pytest.raises(ConfigError, match="step and save take 910 s"):
         submit(config, "cluster.time=15")
-    assert any("better cluster.signal_s=1820" in line for line in slurm._time_to_save(Request(str(config)).load().config))
+    assert any(
+        "better cluster.signal_s=1820" in line
+        for line in slurm._time_to_save(Request(str(config)).load().config)
+    )
 
 
-def test_no_slurm_on_this_machine(config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+def test_no_slurm_on_this_machine(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+):
     monkeypatch.setenv("PATH", os.path.dirname(sys.executable))
     with pytest.raises(ConfigError, match="no Slurm on this machine"):
         submit(config)
@@ -119,31 +192,57 @@ def test_a_log_that_cannot_be_written(config: Path):
         submit(config)
 
 
-def test_the_hubs_cache_must_be_seen_by_the_nodes(config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path):
+def test_the_hubs_cache_must_be_seen_by_the_nodes(
+    config: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+):
     monkeypatch.setenv("HF_HOME", str(tmp_path))
     with pytest.raises(ConfigError, match="other nodes do not see") as refused:
-        submit(config, "cluster.allow_local_disk=false", f"run.root={Path.home()}/runs", "tokenizer.path=gpt2")
+        submit(
+            config,
+            "cluster.allow_local_disk=false",
+            f"run.root={Path.home()}/runs",
+            "tokenizer.path=gpt2",
+        )
     assert "HF_HOME" in str(refused.value)
 
 
 @pytest.mark.slow
-def test_one_job_holds_a_run_directory(config: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]):
+def test_one_job_holds_a_run_directory(
+    config: Path, cluster: Cluster, capsys: pytest.CaptureFixture[str]
+):
     run = config.parent / "runs" / "run"
     assert submit(config, "cluster.sbatch.hold=true") == 0
     out = capsys.readouterr().out
     job = (run / "job").read_text()
     assert out.startswith(f"job {job}: 2 ranks on 1 nodes")
     assert f"hfscale logs {run} -f" in out
-    assert (next((run / "code").iterdir()) / "hfscale" / "worker.py").read_text() == (ROOT / "hfscale" / "worker.py").read_text()
+    assert (next((run / "code").iterdir()) / "hfscale" / "worker.py").read_text() == (
+        ROOT / "hfscale" / "worker.py"
+    ).read_text()
     with pytest.raises(CheckpointError, match="another Slurm job holds") as refused:
         submit(config)
     assert f"scancel {job}" in str(refused.value)
     with pytest.raises(CheckpointError, match=f"job {job}"):
         local.launch(Request(str(config)))
-    second = cluster.sbatch("--oversubscribe", "--ntasks-per-node=2", "--mem=100", f"--output={config.parent}/second.log",
-                            "slurm/train.sbatch", config, cwd=ROOT, env=os.environ)  # by hand
-    bare = cluster.sbatch("--oversubscribe", "--mem=100", f"--output={config.parent}/bare.log", "--wrap",
-                          f"srun {sys.executable} -m hfscale.worker {run}/config.yaml", cwd=ROOT, env=os.environ)
+    second = cluster.sbatch(
+        "--oversubscribe",
+        "--ntasks-per-node=2",
+        "--mem=100",
+        f"--output={config.parent}/second.log",
+        "slurm/train.sbatch",
+        config,
+        cwd=ROOT,
+        env=os.environ,
+    )  # by hand
+    bare = cluster.sbatch(
+        "--oversubscribe",
+        "--mem=100",
+        f"--output={config.parent}/bare.log",
+        "--wrap",
+        f"srun {sys.executable} -m hfscale.worker {run}/config.yaml",
+        cwd=ROOT,
+        env=os.environ,
+    )
     assert cluster.wait(bare) == "FAILED"
     assert f"'job {job}'" in cluster.output(bare)
     assert cluster.wait(second) == "FAILED"
@@ -156,21 +255,39 @@ def test_one_job_holds_a_run_directory(config: Path, cluster: Cluster, capsys: p
     cluster.run("scontrol", "release", job)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
     attempts = json.loads((run / "environment.json").read_text())
-    assert [attempt["job"] and attempt["job"]["job_id"] for attempt in attempts] == [None, job], "the submission and the job"
+    assert [attempt["job"] and attempt["job"]["job_id"] for attempt in attempts] == [None, job], (
+        "the submission and the job"
+    )
     told = hfscale("status", run).stdout
     assert f"{job} COMPLETED, on n" in told
     assert "last checkpoint step 1" in told
     assert "expected end    done" in told
     assert "step 1/1" in hfscale("logs", run).stdout
-    cancelled = slurm.launch(Request(str(run), ("train.steps=2", "cluster.sbatch.hold=true")))  # it ended, so another one may hold it
+    cancelled = slurm.launch(
+        Request(str(run), ("train.steps=2", "cluster.sbatch.hold=true"))
+    )  # it ended, so another one may hold it
     assert cancelled == 0
     cluster.run("scancel", (run / "job").read_text())
 
 
 @pytest.mark.slow
 def test_in_an_interactive_allocation_the_allocation_wins(config: Path, cluster: Cluster):
-    said = cluster.run("salloc", "--nodes=2", "--ntasks-per-node=1", "--mem=100", "--oversubscribe", sys.executable, "-m", "launch.cli",
-                       "pretrain", config, "--launcher", "slurm", env=os.environ, timeout_s=300)
+    said = cluster.run(
+        "salloc",
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--mem=100",
+        "--oversubscribe",
+        sys.executable,
+        "-m",
+        "launch.cli",
+        "pretrain",
+        config,
+        "--launcher",
+        "slurm",
+        env=os.environ,
+        timeout_s=300,
+    )
     assert "the allocation has nodes 2, not the 1 of cluster.nodes" in said
     assert "0: " in said, "output is labelled with the rank"
     assert "step 1/1" in said
@@ -185,7 +302,9 @@ def test_what_ends_a_job_for_good(config: Path, cluster: Cluster):
         submit(config, "train.steps=100000", f"run.name={name}", *more)
     job = {name: (runs / name / "job").read_text() for name in ("cancelled", "signalled")}
     for name in job:
-        wait_for((runs / name / "metrics.jsonl").exists, what=lambda name=name: cluster.output(job[name]))
+        wait_for(
+            (runs / name / "metrics.jsonl").exists, what=lambda name=name: cluster.output(job[name])
+        )
     cluster.run("scancel", job["cancelled"])
     cluster.run("scancel", "--signal=USR1", job["signalled"])
     assert cluster.wait(job["cancelled"]) == "CANCELLED"
@@ -216,23 +335,42 @@ def test_a_job_gives_up_after_too_many_restarts_that_came_no_further(config: Pat
     save(10)
     for _ in range(3):
         start("1")
-    with pytest.raises(ConfigError, match="job 1 was restarted 3 times without getting beyond step-00000010"):
+    with pytest.raises(
+        ConfigError, match="job 1 was restarted 3 times without getting beyond step-00000010"
+    ):
         start("1")
     start("2")  # a person has submitted it again
-    assert hfscale("--help", check=False, env={"SLURM_JOB_ID": "1"}).returncode == 0, "the environment alone disturbs nothing"
+    assert hfscale("--help", check=False, env={"SLURM_JOB_ID": "1"}).returncode == 0, (
+        "the environment alone disturbs nothing"
+    )
 
 
 def test_nodes_to_leave_out_and_fewer_nodes(config: Path):
     asked = ("cluster.nodes=4", "train.global_batch=16")
-    fewer = (*asked, "cluster.min_nodes=2", "cluster.sbatch.exclude=n9", "cluster.sbatch.ntasks-per-node=null")
+    fewer = (
+        *asked,
+        "cluster.min_nodes=2",
+        "cluster.sbatch.exclude=n9",
+        "cluster.sbatch.ntasks-per-node=null",
+    )
     wanted = Request(str(config), fewer).load().config
     wanted.run_dir.mkdir(parents=True)
     (wanted.run_dir / "excluded_nodes.txt").write_text("n2 hung 2 times\n\nn3 has a bad GPU\n")
     assert {"--nodes=2-4", "--exclude=n9,n2,n3"} <= {*slurm.sbatch_options(wanted, config.parent)}
-    assert [job.usable_nodes(wanted, nodes, 2) for nodes in (4, 3, 2)] == [4, 2, 2], "a batch of 16 does not divide among three nodes"
-    assert job.usable_nodes(Request(str(config), asked).load().config, 3, 2) == 3, "nobody allowed fewer: then the batch is refused"
+    assert [job.usable_nodes(wanted, nodes, 2) for nodes in (4, 3, 2)] == [4, 2, 2], (
+        "a batch of 16 does not divide among three nodes"
+    )
+    assert job.usable_nodes(Request(str(config), asked).load().config, 3, 2) == 3, (
+        "nobody allowed fewer: then the batch is refused"
+    )
     with pytest.raises(ConfigError, match="cannot be cut .* on 6 ranks"):
-        submit(config, *asked, "cluster.min_nodes=3", "cluster.sbatch.ntasks-per-node=null", "cluster.gpus_per_node=2")
+        submit(
+            config,
+            *asked,
+            "cluster.min_nodes=3",
+            "cluster.sbatch.ntasks-per-node=null",
+            "cluster.gpus_per_node=2",
+        )
 
 
 def test_a_worker_outside_of_a_job_has_nothing_to_begin(config: Path):
@@ -240,6 +378,9 @@ def test_a_worker_outside_of_a_job_has_nothing_to_begin(config: Path):
         job.begin(str(config), [], nodes=1, tasks=1)
 
 
-@pytest.mark.parametrize(("limit", "value"), [("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("2-12", 216000), ("1-0:30", 88200)])
+@pytest.mark.parametrize(
+    ("limit", "value"),
+    [("90", 5400), ("1:30", 90), ("1:30:00", 5400), ("2-12", 216000), ("1-0:30", 88200)],
+)
 def test_time_limits_as_slurm_writes_them(limit: str, value: int):
     assert seconds(limit) == value

@@ -2,6 +2,7 @@
 
 All jobs run at the same time on one real cluster; the first attempt of each has slow steps, to be caught in the middle.
 """
+
 from __future__ import annotations
 
 import json
@@ -33,11 +34,20 @@ WAYS = {  # name -> nodes, ranks on each, and more of `cluster:`; Slurm warns ha
     "preemption": (1, 2, {"partition": "low", "signal_s": 60, "sbatch": {"nodelist": "n4"}}),
     "killed rank": (1, 2, {"sbatch": {"nodelist": "n1"}}),
     "unhealthy": (1, 2, {"sbatch": {"nodelist": "n3"}}),
-    "hung twice": (2, 1, {"gpus_per_node": 1, "min_nodes": 1, "sbatch": {"exclude": "n3,n4"}}),  # a fault of n2
+    "hung twice": (
+        2,
+        1,
+        {"gpus_per_node": 1, "min_nodes": 1, "sbatch": {"exclude": "n3,n4"}},
+    ),  # a fault of n2
 }
 
 SAVES = {"checkpoint": {"every_minutes": None, "every_steps": 2}}
-MORE = {"unhealthy": {"optim": {"lr": 1e30, "clip_norm": 0}}, "requeue": SAVES, "killed rank": SAVES, "hung twice": SAVES}
+MORE = {
+    "unhealthy": {"optim": {"lr": 1e30, "clip_norm": 0}},
+    "requeue": SAVES,
+    "killed rank": SAVES,
+    "hung twice": SAVES,
+}
 FAULTS = {"hung twice": {"FAULT": "loader sleeps", "FAULT_NODE": "n2", "AT": "3"}}
 
 
@@ -52,7 +62,11 @@ class Jobs:
 
     def records(self, way: str) -> list[dict[str, Any]]:
         file = self.run(way) / "metrics.jsonl"
-        return [json.loads(line) for line in file.read_text().split("\n")[:-1]] if file.exists() else []
+        return (
+            [json.loads(line) for line in file.read_text().split("\n")[:-1]]
+            if file.exists()
+            else []
+        )
 
     def end(self, way: str) -> str:
         """Return the state in which a job ended."""
@@ -63,35 +77,60 @@ class Jobs:
 
 
 def write_config(corpus: Path, folder: Path, way: str, **sections: dict[str, Any]) -> Path:
-    values = run_values(corpus, folder / "runs", way.replace(" ", "-"), train={"steps": STEPS, "global_batch": 16, "micro_batch": 4},
-                        metrics={"every_steps": 1, "tensorboard": way == "signal"}, **sections)
+    values = run_values(
+        corpus,
+        folder / "runs",
+        way.replace(" ", "-"),
+        train={"steps": STEPS, "global_batch": 16, "micro_batch": 4},
+        metrics={"every_steps": 1, "tensorboard": way == "signal"},
+        **sections,
+    )
     path = folder / f"{way.replace(' ', '-')}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
 
 
 @pytest.fixture(scope="module")
-def jobs(cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Jobs]:
+def jobs(
+    cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Jobs]:
     """Every job, submitted and interrupted in its way; and ``whole``, the same run that nothing happened to."""
     folder = tmp_path_factory.mktemp("jobs")
     jobs = Jobs(cluster, folder, {})
     slow = {"PYTHONPATH": f"{ROOT}/tests/launch/faults:{ROOT}", "STEP_S": str(STEP_S)}
     for way, (nodes, ranks, more) in WAYS.items():
         tasks = {} if "min_nodes" in more else {"ntasks-per-node": ranks}
-        asks = {"nodes": nodes, "allow_local_disk": True, **more, "sbatch": {**tasks, **SMALL, **more["sbatch"]}}
+        asks = {
+            "nodes": nodes,
+            "allow_local_disk": True,
+            **more,
+            "sbatch": {**tasks, **SMALL, **more["sbatch"]},
+        }
         config = write_config(corpus, folder, way, cluster=asks, **MORE.get(way, {}))
         short = ["train.steps=12", "train.hang_timeout_s=3"] if way in FAULTS else []
-        with pytest.MonkeyPatch.context() as patch:  # in this process, which imports what a check needs only once
+        with (
+            pytest.MonkeyPatch.context() as patch
+        ):  # in this process, which imports what a check needs only once
             for name, value in (cluster.env | slow | FAULTS.get(way, {})).items():
                 patch.setenv(name, value)
             slurm.launch(Request(str(config), tuple(short)))
         jobs.ids[way] = (jobs.run(way) / "job").read_text()
     for way in ("signal", "requeue", "preemption", "killed rank"):
-        wait_for(lambda way=way: len(jobs.records(way)) >= 3, what=lambda way=way: cluster.output(jobs.ids[way]))
+        wait_for(
+            lambda way=way: len(jobs.records(way)) >= 3,
+            what=lambda way=way: cluster.output(jobs.ids[way]),
+        )
     cluster.run("scancel", "--signal=USR1", jobs.ids["signal"])
     os.kill(cluster.ranks(jobs.ids["killed rank"])[1], signal.SIGKILL)
     cluster.run("scontrol", "requeue", jobs.ids["requeue"])
-    jobs.ids["urgent"] = cluster.sbatch("--partition=high", "--nodelist=n4", "--exclusive", "--mem=0", "--output=/dev/null", "--wrap=true")
+    jobs.ids["urgent"] = cluster.sbatch(
+        "--partition=high",
+        "--nodelist=n4",
+        "--exclusive",
+        "--mem=0",
+        "--output=/dev/null",
+        "--wrap=true",
+    )
     hfscale("pretrain", write_config(corpus, folder, "whole"), "--procs", 2)
     yield jobs
     for job in jobs.ids.values():
@@ -104,8 +143,12 @@ def check_equal(jobs: Jobs, way: str) -> None:
     assert {record["step"]: [record[key] for key in EXACT] for record in jobs.records(way)} == whole
 
     def digests(run: Path) -> dict[str, str]:
-        files = json.loads((run / f"checkpoints/step-{STEPS:08}/manifest.json").read_text())["files"]
-        return {file["path"]: file["sha256"] for file in files if file["path"].startswith("engine/")}
+        files = json.loads((run / f"checkpoints/step-{STEPS:08}/manifest.json").read_text())[
+            "files"
+        ]
+        return {
+            file["path"]: file["sha256"] for file in files if file["path"].startswith("engine/")
+        }
 
     assert digests(jobs.run(way)) == digests(jobs.run("whole"))
 
@@ -113,12 +156,16 @@ def check_equal(jobs: Jobs, way: str) -> None:
 def test_a_signal_is_saved_requeued_and_resumed(jobs: Jobs):
     assert jobs.end("signal") == "COMPLETED", jobs.log("signal")
     check_equal(jobs, "signal")
-    assert [record["step"] for record in jobs.records("signal")] == [*range(1, STEPS + 1)], "a graceful stop repeats no step"
+    assert [record["step"] for record in jobs.records("signal")] == [*range(1, STEPS + 1)], (
+        "a graceful stop repeats no step"
+    )
     assert {record["attempt"] for record in jobs.records("signal")} == {1, 2}
     assert jobs.cluster.job(jobs.ids["signal"])["Restarts"] == "1"
     assert "stopped and saved; back into the queue" in jobs.log("signal")
     curve = curve_of(jobs.run("signal") / "tensorboard")
-    assert curve == {record["step"]: pytest.approx(record["loss"]) for record in jobs.records("whole")}
+    assert curve == {
+        record["step"]: pytest.approx(record["loss"]) for record in jobs.records("whole")
+    }
 
 
 def test_the_time_limit(jobs: Jobs):
@@ -159,15 +206,21 @@ def test_unhealthy_numbers_are_not_requeued(jobs: Jobs):
     assert jobs.end("unhealthy") == "FAILED"
     assert jobs.cluster.job(jobs.ids["unhealthy"])["ExitCode"] == "76:0", jobs.log("unhealthy")
     assert jobs.cluster.job(jobs.ids["unhealthy"])["Restarts"] == "0"
-    assert "unhealthy:" in jobs.log("unhealthy"), "the job's log has the last lines of the rank that left first"
+    assert "unhealthy:" in jobs.log("unhealthy"), (
+        "the job's log has the last lines of the rank that left first"
+    )
 
 
 def test_a_node_that_hangs_twice_is_left_out_by_a_successor_that_goes_on_with_fewer(jobs: Jobs):
     run = jobs.run("hung twice")
     ended = jobs.end("hung twice")
     first = jobs.cluster.job(jobs.ids["hung twice"])
-    if ended == "COMPLETED":  # n2 was busy when Slurm started it, or started it again: then min_nodes let it go on without n2
-        assert first["NodeList"] == "n1" and jobs.records("hung twice")[-1]["step"] == 12, jobs.log("hung twice")
+    if (
+        ended == "COMPLETED"
+    ):  # n2 was busy when Slurm started it, or started it again: then min_nodes let it go on without n2
+        assert first["NodeList"] == "n1" and jobs.records("hung twice")[-1]["step"] == 12, jobs.log(
+            "hung twice"
+        )
         return
     assert ended == "FAILED"
     assert (first["ExitCode"], first["Restarts"]) == ("77:0", "1"), jobs.log("hung twice")
@@ -175,11 +228,17 @@ def test_a_node_that_hangs_twice_is_left_out_by_a_successor_that_goes_on_with_fe
     assert jobs.ids["successor"] != jobs.ids["hung twice"]
     assert jobs.end("successor") == "COMPLETED", jobs.log("successor")
     assert jobs.cluster.job(jobs.ids["successor"])["NodeList"] == "n1"
-    blamed = [json.loads(file.read_text())["odd"] for file in sorted(run.glob("hangs/*/report.json"))]
-    assert [[(odd["node"], odd["phase"]) for odd in report] for report in blamed] == [[("n2", "data")]] * 2
+    blamed = [
+        json.loads(file.read_text())["odd"] for file in sorted(run.glob("hangs/*/report.json"))
+    ]
+    assert [[(odd["node"], odd["phase"]) for odd in report] for report in blamed] == [
+        [("n2", "data")]
+    ] * 2
     assert (run / "excluded_nodes.txt").read_text().startswith("n2 hung 2 times")
     assert "rank 1 on n2 stands in data of step" in jobs.log("hung twice")
-    assert [json.loads((run / "restarts.json").read_text())[key] for key in ("job", "restarts")] == [jobs.ids["successor"], 0]
+    assert [
+        json.loads((run / "restarts.json").read_text())[key] for key in ("job", "restarts")
+    ] == [jobs.ids["successor"], 0]
     assert jobs.records("hung twice")[-1]["step"] == 12
 
 
@@ -189,13 +248,26 @@ def test_predictions_are_an_array_over_files(jobs: Jobs):
     files = [jobs.folder / f"{name}.jsonl" for name in ("a", "b", "c")]
     out = jobs.folder / "texts"
     small = ["--oversubscribe", "--mem=100", f"--output={jobs.folder}/predict-%a.log"]
-    array = jobs.cluster.sbatch("--array=1-2", *small, "slurm/predict.sbatch", jobs.run("whole"), out, *files,
-                                "--", "generation.max_new_tokens=3", cwd=ROOT)
+    array = jobs.cluster.sbatch(
+        "--array=1-2",
+        *small,
+        "slurm/predict.sbatch",
+        jobs.run("whole"),
+        out,
+        *files,
+        "--",
+        "generation.max_new_tokens=3",
+        cwd=ROOT,
+    )
     for task in (1, 2):
-        assert jobs.cluster.wait(f"{array}_{task}") == "COMPLETED", (jobs.folder / f"predict-{task}.log").read_text()
+        assert jobs.cluster.wait(f"{array}_{task}") == "COMPLETED", (
+            jobs.folder / f"predict-{task}.log"
+        ).read_text()
     assert sorted(path.name for path in out.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl"]
     assert isinstance(json.loads((out / "b.jsonl").read_text())["prediction"], str)
-    twice = jobs.cluster.sbatch(*small, "slurm/predict.sbatch", jobs.run("whole"), out, files[0], files[0], cwd=ROOT)
+    twice = jobs.cluster.sbatch(
+        *small, "slurm/predict.sbatch", jobs.run("whole"), out, files[0], files[0], cwd=ROOT
+    )
     assert jobs.cluster.wait(twice) == "FAILED"
 
 

@@ -1,4 +1,5 @@
 """slurm/shards.sbatch on a real cluster: an array with a task that fails, submitted again, comes to the shards of one process."""
+
 from __future__ import annotations
 
 import json
@@ -27,12 +28,28 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def run_array(cluster: Cluster, folder: Path, tasks: str) -> list[tuple[str, str]]:
     """Return state and output of each task of the array, once all have ended."""
-    job = cluster.sbatch(f"--array={tasks}", *SMALL, f"--output={folder}/%A-%a.log", f"--chdir={ROOT}", "slurm/shards.sbatch",
-                         folder / "corpus.yaml", f"source.path={folder}/text", f"shards.path={folder}/shards", cwd=ROOT,
-                         env=cluster.env | {"PYTHONPATH": str(ROOT)})
-    wait_for(lambda: cluster.run("squeue", "-h", "-j", job, check=False).strip() == "", timeout_s=90, every_s=0.3)
+    job = cluster.sbatch(
+        f"--array={tasks}",
+        *SMALL,
+        f"--output={folder}/%A-%a.log",
+        f"--chdir={ROOT}",
+        "slurm/shards.sbatch",
+        folder / "corpus.yaml",
+        f"source.path={folder}/text",
+        f"shards.path={folder}/shards",
+        cwd=ROOT,
+        env=cluster.env | {"PYTHONPATH": str(ROOT)},
+    )
+    wait_for(
+        lambda: cluster.run("squeue", "-h", "-j", job, check=False).strip() == "",
+        timeout_s=90,
+        every_s=0.3,
+    )
     first, last = map(int, tasks.split("-"))
-    return [(cluster.state(f"{job}_{task}"), (folder / f"{job}-{task}.log").read_text()) for task in range(first, last + 1)]
+    return [
+        (cluster.state(f"{job}_{task}"), (folder / f"{job}-{task}.log").read_text())
+        for task in range(first, last + 1)
+    ]
 
 
 @pytest.mark.slow
@@ -41,7 +58,9 @@ def test_an_array_builds_what_one_process_builds(cluster: Cluster, corpus: Path,
     (tmp_path / "text").mkdir()
     texts = sorted((corpus / "text").glob("*.py"))
     for k in range(4):
-        rows = [json.dumps({"text": file.read_text()}) for file in texts[k * 8:k * 8 + 9]]  # the last one comes twice
+        rows = [
+            json.dumps({"text": file.read_text()}) for file in texts[k * 8 : k * 8 + 9]
+        ]  # the last one comes twice
         (tmp_path / "text" / f"{k}.jsonl").write_text("\n".join(rows) + "\n")
     bad = tmp_path / "text" / "3.jsonl"
     good = bad.read_bytes()

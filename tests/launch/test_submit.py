@@ -1,4 +1,5 @@
 """Runs from Python through submitit: on a real Slurm cluster without accounting, on this machine, and in this process."""
+
 from __future__ import annotations
 
 import os
@@ -34,7 +35,13 @@ def config(corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     asks = {"allow_local_disk": True, "time": 10, "sbatch": {"oversubscribe": True, "mem": 100}}
-    values = run_values(corpus, tmp_path / "runs", "run", cluster=asks, train={"steps": 3, "global_batch": 4, "micro_batch": 2})
+    values = run_values(
+        corpus,
+        tmp_path / "runs",
+        "run",
+        cluster=asks,
+        train={"steps": 3, "global_batch": 4, "micro_batch": 2},
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return str(tmp_path / "config.yaml")
 
@@ -47,7 +54,12 @@ def on_slurm(cluster: Cluster, monkeypatch: pytest.MonkeyPatch) -> Cluster:
 
 
 def finished(job: submitit.Job[dict[str, Any]]) -> dict[str, Any]:
-    wait_for(lambda: job.done(force_check=True), timeout_s=300, every_s=0.5, what=lambda: f"{job.state}\n{job.stdout()}\n{job.stderr()}")
+    wait_for(
+        lambda: job.done(force_check=True),
+        timeout_s=300,
+        every_s=0.5,
+        what=lambda: f"{job.state}\n{job.stdout()}\n{job.stderr()}",
+    )
     return job.results()[0]
 
 
@@ -72,18 +84,28 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert [job.job_id.partition("_")[2] for job in sweep] == ["0", "1"], "one array"
 
     results = [finished(job) for job in sweep]
-    assert [Path(result["run_dir"]).name for result in results] == ["run-lr_0.01-clip_norm_1.0", "run-lr_0.001-clip_norm_1.0"]
+    assert [Path(result["run_dir"]).name for result in results] == [
+        "run-lr_0.01-clip_norm_1.0",
+        "run-lr_0.001-clip_norm_1.0",
+    ]
     assert all(result["done"] and result["step"] == 3 for result in results)
     assert results[0]["loss"] != results[1]["loss"]
 
-    wait_for(lambda: last_record(runs / "warned").get("step", 0) >= 2, what=lambda: f"{warned.stdout()}{warned.stderr()}")
-    os.kill(on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2)  # what submitit's --signal sends; to one rank, the ranks agree
+    wait_for(
+        lambda: last_record(runs / "warned").get("step", 0) >= 2,
+        what=lambda: f"{warned.stdout()}{warned.stderr()}",
+    )
+    os.kill(
+        on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2
+    )  # what submitit's --signal sends; to one rank, the ranks agree
     cancelled.cancel()
     waiting.cancel()
     result = finished(warned)
     assert (result["done"], result["step"], result["attempt"]) == (True, 30, 2)
     assert on_slurm.job(warned.job_id)["Restarts"] == "1"
-    assert len((runs / "warned" / "metrics.jsonl").read_text().splitlines()) == 30, "no step was made twice"
+    assert len((runs / "warned" / "metrics.jsonl").read_text().splitlines()) == 30, (
+        "no step was made twice"
+    )
     assert warned.num_tasks == 2
 
     result = finished(hung)
@@ -91,8 +113,12 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert (runs / "hung" / "hangs" / "1" / "report.json").exists()
 
     on_slurm.wait(cancelled.job_id)
-    assert cancelled.state == "CANCELLED", "it was running, has saved, and did not go back into the queue"
-    with pytest.raises(submitit.core.utils.UncompletedJobError, match="CANCELLED"):  # with submitit alone this waits for ever
+    assert cancelled.state == "CANCELLED", (
+        "it was running, has saved, and did not go back into the queue"
+    )
+    with pytest.raises(
+        submitit.core.utils.UncompletedJobError, match="CANCELLED"
+    ):  # with submitit alone this waits for ever
         finished(waiting)
 
 
@@ -100,7 +126,10 @@ def test_from_the_command_line(config: str, on_slurm: Cluster, capsys: pytest.Ca
     held = ("cluster.sbatch.hold=true",)
     run = Path(config).parent / "runs" / "run"
     assert launch(Request(config, held, dry_run=True)) == 0
-    assert "AutoExecutor(cluster='slurm').update_parameters(name='run', tasks_per_node=1" in capsys.readouterr().out
+    assert (
+        "AutoExecutor(cluster='slurm').update_parameters(name='run', tasks_per_node=1"
+        in capsys.readouterr().out
+    )
     assert not run.exists()
     assert launch(Request(config, held)) == 0
     out, job = capsys.readouterr().out, (run / "job").read_text()
@@ -125,7 +154,13 @@ def test_on_this_machine(config: str):
 @pytest.mark.slow
 def test_from_a_notebook_in_this_process(config: str):
     """The callable is found by its module's name, wherever it is called from."""
-    done = subprocess.run([sys.executable, "-c", NOTEBOOK.format(config=config)], capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", NOTEBOOK.format(config=config)],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
     assert done.stdout.splitlines()[-1:] == ["True 3"], done.stderr
 
 

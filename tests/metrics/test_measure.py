@@ -1,4 +1,5 @@
 """The bootstrap: seeded, of the right width, and equal to drawing examples and scoring them anew."""
+
 from __future__ import annotations
 
 import random
@@ -15,15 +16,20 @@ from hfscale.metrics.translation import translation
 RNG = random.Random(5)
 WORDS = ["the", "cat", "sat", "on", "a", "mat", "and", "dog", "lay", "under", "old", "tree"]
 TEXTS = [" ".join(RNG.choices(WORDS, k=9)) for _ in range(40)]
-GUESSES = [" ".join(word if RNG.random() < 0.7 else RNG.choice(WORDS) for word in text.split()) for text in TEXTS]
+GUESSES = [
+    " ".join(word if RNG.random() < 0.7 else RNG.choice(WORDS) for word in text.split())
+    for text in TEXTS
+]
 X = [RNG.randint(0, 6) for _ in range(40)]
 Y = [x + RNG.randint(0, 4) for x in X]
 LABELS = [RNG.choice("abc") for _ in range(40)]
 GUESSED = [label if RNG.random() < 0.6 else RNG.choice("abc") for label in LABELS]
 
 
-@pytest.mark.parametrize(("metric", "predictions", "references"),
-                         [(translation, GUESSES, TEXTS), (correlation, X, Y), (classification, GUESSED, LABELS)])
+@pytest.mark.parametrize(
+    ("metric", "predictions", "references"),
+    [(translation, GUESSES, TEXTS), (correlation, X, Y), (classification, GUESSED, LABELS)],
+)
 def test_a_draw_is_scored_as_if_its_examples_were_the_data(metric, predictions, references):
     drawn = [RNG.randrange(40) for _ in range(40)]
     weights = np.bincount(drawn, minlength=40)[None].astype(float)

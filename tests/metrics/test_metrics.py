@@ -1,4 +1,5 @@
 """Every metric equals its reference implementation: the library where there is one, else what the official script printed."""
+
 from __future__ import annotations
 
 import random
@@ -26,16 +27,26 @@ RNG = random.Random(7)
 def test_classification_equals_scikit_learn(labels, noise):
     true = RNG.choices(labels, k=60)
     guessed = [RNG.choice(labels) if RNG.random() < noise else label for label in true]
-    expected = {"accuracy": sk.accuracy_score(true, guessed), "f1_macro": sk.f1_score(true, guessed, average="macro"),
-                "f1_micro": sk.f1_score(true, guessed, average="micro"), "mcc": sk.matthews_corrcoef(true, guessed)}
+    expected = {
+        "accuracy": sk.accuracy_score(true, guessed),
+        "f1_macro": sk.f1_score(true, guessed, average="macro"),
+        "f1_micro": sk.f1_score(true, guessed, average="micro"),
+        "mcc": sk.matthews_corrcoef(true, guessed),
+    }
     if len(labels) == 2:
         expected["f1"] = sk.f1_score(true, guessed, pos_label="b")
-    assert classification(guessed, true, labels=labels).scores() == pytest.approx(expected, abs=1e-12)
+    assert classification(guessed, true, labels=labels).scores() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_one_class_only_and_classes_that_never_occur():
-    constant = classification(["好评"] * 3, ["好评", "差评", "差评"], labels=["差评", "好评", "中评"]).scores()
-    assert constant == pytest.approx({"accuracy": 1 / 3, "f1_macro": 0.25, "f1_micro": 1 / 3, "mcc": 0.0})
+    constant = classification(
+        ["好评"] * 3, ["好评", "差评", "差评"], labels=["差评", "好评", "中评"]
+    ).scores()
+    assert constant == pytest.approx(
+        {"accuracy": 1 / 3, "f1_macro": 0.25, "f1_micro": 1 / 3, "mcc": 0.0}
+    )
 
 
 def test_multi_label_equals_scikit_learn():
@@ -43,16 +54,28 @@ def test_multi_label_equals_scikit_learn():
     draw = lambda: [name for name in names if RNG.random() < 0.4]  # noqa: E731
     true, guessed = [draw() for _ in range(50)], [draw() for _ in range(50)]
     table = lambda rows: [[name in row for name in names] for row in rows]  # noqa: E731
-    expected = {"accuracy": sk.accuracy_score(table(true), table(guessed)),
-                **{f"f1_{how}": sk.f1_score(table(true), table(guessed), average=how) for how in ("macro", "micro")}}
-    assert classification(guessed, true, labels=names).scores() == pytest.approx(expected, abs=1e-12)
+    expected = {
+        "accuracy": sk.accuracy_score(table(true), table(guessed)),
+        **{
+            f"f1_{how}": sk.f1_score(table(true), table(guessed), average=how)
+            for how in ("macro", "micro")
+        },
+    }
+    assert classification(guessed, true, labels=names).scores() == pytest.approx(
+        expected, abs=1e-12
+    )
 
 
 def test_correlation_equals_scipy():
     x, y = [RNG.randint(0, 9) / 2 for _ in range(50)], [RNG.gauss(0, 1) for _ in range(50)]
-    expected = {"pearson": scipy.stats.pearsonr(x, y).statistic, "spearman": scipy.stats.spearmanr(x, y).statistic}
+    expected = {
+        "pearson": scipy.stats.pearsonr(x, y).statistic,
+        "spearman": scipy.stats.spearmanr(x, y).statistic,
+    }
     assert correlation(x, y).scores() == pytest.approx(expected, abs=1e-12)
-    assert correlation([1, 1], [1, 2]).scores() == pytest.approx({"pearson": float("nan"), "spearman": float("nan")}, nan_ok=True)
+    assert correlation([1, 1], [1, 2]).scores() == pytest.approx(
+        {"pearson": float("nan"), "spearman": float("nan")}, nan_ok=True
+    )
 
 
 def test_entity_f1_is_seqevals():
@@ -63,11 +86,27 @@ def test_entity_f1_is_seqevals():
     assert entity_f1(guessed, true).scores() == pytest.approx(expected)
     assert entity_f1([["I-NP", "I-NP", "O"]], [["B-NP", "I-NP", "O"]]).scores()["f1"] == 1.0
     assert entities(["B-PER", "I-PER", "O", "B-LOC"]) == [("PER", 0, 2), ("LOC", 3, 4)]
-    assert entities(["B-人", "B-人", "I-地", "I-地", "O", "I-地"]) == [("人", 0, 1), ("人", 1, 2), ("地", 2, 4), ("地", 5, 6)]
-    assert entity_f1([["O"]], [["O"]]).scores() == {"f1": 0.0, "precision": 0.0, "recall": 0.0, "f1_macro": 0.0, "accuracy": 1.0}
+    assert entities(["B-人", "B-人", "I-地", "I-地", "O", "I-地"]) == [
+        ("人", 0, 1),
+        ("人", 1, 2),
+        ("地", 2, 4),
+        ("地", 5, 6),
+    ]
+    assert entity_f1([["O"]], [["O"]]).scores() == {
+        "f1": 0.0,
+        "precision": 0.0,
+        "recall": 0.0,
+        "f1_macro": 0.0,
+        "accuracy": 1.0,
+    }
 
 
-ANSWERED = [("The Cat!", ["cat", "a dog"]), ("in the year 1990", ["1990", "the year 1990"]), ("", ["Norman"]), ("U.S. troops", ["us"])]
+ANSWERED = [
+    ("The Cat!", ["cat", "a dog"]),
+    ("in the year 1990", ["1990", "the year 1990"]),
+    ("", ["Norman"]),
+    ("U.S. troops", ["us"]),
+]
 SILENT = [("", []), ("Paris", [])]
 
 
@@ -85,10 +124,21 @@ def test_squad_2_with_a_threshold():
     assert plain["has_answer_f1"] == pytest.approx(100 * (1.8 + 2 / 3) / 4)
     no_answer = [0.1, 0.2, 0.9, 0.8, 0.7, 0.6]
     strict = squad(texts, answers, no_answer=no_answer, threshold=0.5).scores()
-    assert strict == pytest.approx({"exact_match": 50.0, "f1": 100 * 3.8 / 6, "has_answer_exact_match": 25.0, "has_answer_f1": 45.0,
-                                    "no_answer_accuracy": 100.0})
-    assert best_threshold(texts, answers, no_answer) == pytest.approx({"best_f1": 100 * 3.8 / 6, "best_f1_threshold": 0.2})
-    assert squad(texts, answers, no_answer=no_answer, threshold=0.2).scores()["f1"] == pytest.approx(100 * 3.8 / 6)
+    assert strict == pytest.approx(
+        {
+            "exact_match": 50.0,
+            "f1": 100 * 3.8 / 6,
+            "has_answer_exact_match": 25.0,
+            "has_answer_f1": 45.0,
+            "no_answer_accuracy": 100.0,
+        }
+    )
+    assert best_threshold(texts, answers, no_answer) == pytest.approx(
+        {"best_f1": 100 * 3.8 / 6, "best_f1_threshold": 0.2}
+    )
+    assert squad(texts, answers, no_answer=no_answer, threshold=0.2).scores()[
+        "f1"
+    ] == pytest.approx(100 * 3.8 / 6)
     assert best_threshold(["x"], [[]], [2.0])["best_f1_threshold"] < 2.0  # say nothing at all
 
 
@@ -105,7 +155,10 @@ GUESSED = ["The cat sat on a mat.", "It is 5 o'clock, isn't it?", "Guten Tag Wel
 def test_bleu_and_chrf_equal_sacrebleu():
     measure = translation(GUESSED, ENGLISH)
     bleu, chrf = sacrebleu.BLEU(), sacrebleu.CHRF()
-    expected = {"bleu": bleu.corpus_score(GUESSED, [ENGLISH]).score, "chrf": chrf.corpus_score(GUESSED, [ENGLISH]).score}
+    expected = {
+        "bleu": bleu.corpus_score(GUESSED, [ENGLISH]).score,
+        "chrf": chrf.corpus_score(GUESSED, [ENGLISH]).score,
+    }
     assert measure.scores() == pytest.approx(expected)
     assert measure.notes == {"bleu": str(bleu.get_signature()), "chrf": str(chrf.get_signature())}
     assert "tok:13a" in measure.notes["bleu"]
@@ -117,22 +170,36 @@ def test_bleu_of_several_references_not_as_many_for_each():
     several = [[ENGLISH[0], "A cat sat on the mat."], [ENGLISH[1]], [ENGLISH[2]], [ENGLISH[3]]]
     streams = [ENGLISH, ["A cat sat on the mat.", None, None, None]]
     measure = translation(GUESSED, several)
-    assert measure.scores()["bleu"] == pytest.approx(sacrebleu.BLEU().corpus_score(GUESSED, streams).score)
+    assert measure.scores()["bleu"] == pytest.approx(
+        sacrebleu.BLEU().corpus_score(GUESSED, streams).score
+    )
     assert "nrefs:var" in measure.notes["bleu"]
 
 
 def test_bleu_of_chinese():
-    true, guessed = ["我喜欢在北京的秋天散步。", "今天天气很好，我们去公园。"], ["我喜欢北京的秋天。", "今天天气很好，我们去公园吧。"]
+    true, guessed = (
+        ["我喜欢在北京的秋天散步。", "今天天气很好，我们去公园。"],
+        ["我喜欢北京的秋天。", "今天天气很好，我们去公园吧。"],
+    )
     measure = translation(guessed, true)
-    assert measure.scores()["bleu"] == pytest.approx(sacrebleu.corpus_bleu(guessed, [true], tokenize="zh").score)
+    assert measure.scores()["bleu"] == pytest.approx(
+        sacrebleu.corpus_bleu(guessed, [true], tokenize="zh").score
+    )
     assert "tok:zh" in measure.notes["bleu"]
-    assert measure.scores()["bleu"] > 5 * translation(guessed, true, tokenize="13a").scores()["bleu"]
+    assert (
+        measure.scores()["bleu"] > 5 * translation(guessed, true, tokenize="13a").scores()["bleu"]
+    )
 
 
 def test_the_tokenizer_follows_the_script():
-    assert bleu_tokenizer(["今日は天気がいいですね"]) in ("ja-mecab", "char")  # the first with MeCab installed
-    assert [bleu_tokenizer([t]) for t in ("สวัสดีครับ", "Привет, мир", "안녕하세요", "他说 OK，没问题", "", "the word 好 once")] == \
-        ["char", "13a", "13a", "zh", "13a", "13a"]
+    assert bleu_tokenizer(["今日は天気がいいですね"]) in (
+        "ja-mecab",
+        "char",
+    )  # the first with MeCab installed
+    assert [
+        bleu_tokenizer([t])
+        for t in ("สวัสดีครับ", "Привет, мир", "안녕하세요", "他说 OK，没问题", "", "the word 好 once")
+    ] == ["char", "13a", "13a", "zh", "13a", "13a"]
     with pytest.raises(ConfigError, match="did you mean"):
         translation(["a"], ["a"], tokenize="13b")
 
@@ -142,14 +209,30 @@ def test_rouge_equals_rouge_score():
     guessed = ["A cat sat on a mat.\nUnder the tree lay a dog.", "Quite another_one"]
     stock = RougeScorer(["rouge1", "rouge2", "rougeL", "rougeLsum"])
     expected = [stock.score(t, g) for t, g in zip(true, guessed, strict=True)]
-    means = {name: (expected[0][name].fmeasure + expected[1][name].fmeasure) / 2 for name in expected[0]}
+    means = {
+        name: (expected[0][name].fmeasure + expected[1][name].fmeasure) / 2 for name in expected[0]
+    }
     assert rouge(guessed, true).scores() == pytest.approx(means)
-    assert rouge(guessed[:1], [true]).scores()["rouge1"] == pytest.approx(expected[0]["rouge1"].fmeasure)
+    assert rouge(guessed[:1], [true]).scores()["rouge1"] == pytest.approx(
+        expected[0]["rouge1"].fmeasure
+    )
 
 
-@pytest.mark.parametrize("text", ["北京是中国的首都。", "Привет, мир", "नमस्ते दुनिया", "สวัสดีครับ", "서울은 한국의 수도", "Ärger über Öl"])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "北京是中国的首都。",
+        "Привет, мир",
+        "नमस्ते दुनिया",
+        "สวัสดีครับ",
+        "서울은 한국의 수도",
+        "Ärger über Öl",
+    ],
+)
 def test_rouge_of_the_same_text_is_1_in_every_script(text):
-    assert rouge([text], [text]).scores() == pytest.approx(dict.fromkeys(["rouge1", "rouge2", "rougeL", "rougeLsum"], 1.0))
+    assert rouge([text], [text]).scores() == pytest.approx(
+        dict.fromkeys(["rouge1", "rouge2", "rougeL", "rougeLsum"], 1.0)
+    )
     assert RougeScorer(["rouge1"]).score(text, text)["rouge1"].fmeasure < 1 or text.startswith("Ä")
 
 
@@ -163,5 +246,9 @@ def test_rouge_of_chinese_by_hand():
 
 def test_perplexity_and_bits_per_byte():
     """Two documents whose tokens cost 1 and 3 bits: 4 tokens of 8 bits, of 4 bytes in all."""
-    scores = language_model([2 * 0.6931471805599453, 6 * 0.6931471805599453], [2, 2], [2, 2]).scores()
-    assert scores == pytest.approx({"loss": 2 * 0.6931471805599453, "perplexity": 4.0, "bits_per_byte": 2.0})
+    scores = language_model(
+        [2 * 0.6931471805599453, 6 * 0.6931471805599453], [2, 2], [2, 2]
+    ).scores()
+    assert scores == pytest.approx(
+        {"loss": 2 * 0.6931471805599453, "perplexity": 4.0, "bits_per_byte": 2.0}
+    )

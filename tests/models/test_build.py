@@ -1,4 +1,5 @@
 """Model configs: what is accepted, and what is refused with which remedy."""
+
 from __future__ import annotations
 
 import math
@@ -49,7 +50,9 @@ def test_sizes_that_cannot_be_built_are_the_users_error() -> None:
     ({"architecture": "t5"}, "AutoModelForCausalLM", "AutoModelForCausalLM"),
     ({"architecture": "bloom"}, "AutoModelForCausalLM", "model.attention=eager"),
 ])  # fmt: skip
-def test_what_transformers_refuses_is_a_config_error(model: dict[str, Any], auto_model: str, says: str) -> None:
+def test_what_transformers_refuses_is_a_config_error(
+    model: dict[str, Any], auto_model: str, says: str
+) -> None:
     with pytest.raises(ConfigError) as error:
         build_model(Model(**model), auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=0)
     assert says in str(error.value)
@@ -61,18 +64,34 @@ def test_the_vocabulary_is_the_tokenizers_unless_the_config_has_room_for_more() 
 
 
 def test_relative_positions_have_no_limit() -> None:
-    assert check_model_config(Model(architecture="t5"), vocab_size=VOCAB, seq_len=100_000).model_type == "t5"
+    assert (
+        check_model_config(Model(architecture="t5"), vocab_size=VOCAB, seq_len=100_000).model_type
+        == "t5"
+    )
 
 
 def test_overrides_replace_defaults_and_the_config_replaces_both() -> None:
     model = Model(architecture="gpt2", config={"eos_token_id": 7})
-    config = check_model_config(model, vocab_size=VOCAB, seq_len=32, overrides={"bos_token_id": 3, "eos_token_id": 3, "no_such_key": 1})
+    config = check_model_config(
+        model,
+        vocab_size=VOCAB,
+        seq_len=32,
+        overrides={"bos_token_id": 3, "eos_token_id": 3, "no_such_key": 1},
+    )
     assert (config.bos_token_id, config.eos_token_id) == (3, 7)
 
 
 def test_padding_that_is_another_token_is_not_the_models_padding() -> None:
     def ids(bos: int | None, eos: int, pad: int) -> dict[str, int | None]:
-        return special_ids(SimpleNamespace(bos_token_id=bos, eos_token_id=eos, pad_token_id=pad, cls_token_id=None, sep_token_id=None))
+        return special_ids(
+            SimpleNamespace(
+                bos_token_id=bos,
+                eos_token_id=eos,
+                pad_token_id=pad,
+                cls_token_id=None,
+                sep_token_id=None,
+            )
+        )
 
     assert ids(0, 0, 0)["pad_token_id"] is None and ids(0, 0, 0)["decoder_start_token_id"] == 0
     assert ids(None, 0, 2)["pad_token_id"] == ids(None, 0, 2)["decoder_start_token_id"] == 2
@@ -84,7 +103,9 @@ def test_the_first_loss_is_that_of_guessing(family: str) -> None:
     built = build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=0)
     assert built.training
     ids = torch.randint(VOCAB, (4, 33))
-    loss = torch.nn.functional.cross_entropy(built(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten())
+    loss = torch.nn.functional.cross_entropy(
+        built(ids[:, :-1]).logits.flatten(0, 1), ids[:, 1:].flatten()
+    )
     assert loss.item() == pytest.approx(math.log(VOCAB), abs=0.1)
 
 

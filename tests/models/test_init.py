@@ -1,4 +1,5 @@
 """First weights: a function of seed and path alone, whatever the stage, world size and precision."""
+
 from __future__ import annotations
 
 import hashlib
@@ -9,7 +10,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel, SwitchTransformersConfig, SwitchTransformersForConditionalGeneration
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    SwitchTransformersConfig,
+    SwitchTransformersForConditionalGeneration,
+)
 from transformers.initialization import no_init_weights
 
 from hfscale.errors import ConfigError
@@ -22,10 +28,20 @@ from tests.models.families import FAMILIES, SPECIAL_IDS, VOCAB
 
 def build(family: str, *, seed: int = 3, **placement: Any) -> nn.Module:
     auto_model, model = FAMILIES[family]
-    return build_model(model, auto_model=auto_model, vocab_size=VOCAB, seq_len=32, seed=seed, overrides=SPECIAL_IDS, **placement)
+    return build_model(
+        model,
+        auto_model=auto_model,
+        vocab_size=VOCAB,
+        seq_len=32,
+        seed=seed,
+        overrides=SPECIAL_IDS,
+        **placement,
+    )
 
 
-def digests(model: nn.Module, gather: Any = None, dtype: torch.dtype = torch.float32) -> dict[str, str]:
+def digests(
+    model: nn.Module, gather: Any = None, dtype: torch.dtype = torch.float32
+) -> dict[str, str]:
     """Return a digest of every parameter (whole, as ``dtype``) and float buffer, by name; also of tied names."""
     out = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
@@ -34,7 +50,9 @@ def digests(model: nn.Module, gather: Any = None, dtype: torch.dtype = torch.flo
                 value = tensor.detach().to(dtype)
         else:
             value = tensor.detach().to(dtype) if isinstance(tensor, nn.Parameter) else tensor
-        out[name] = hashlib.sha256(value.float().contiguous().numpy().tobytes()).hexdigest() + str(tuple(value.shape))
+        out[name] = hashlib.sha256(value.float().contiguous().numpy().tobytes()).hexdigest() + str(
+            tuple(value.shape)
+        )
     return out
 
 
@@ -68,8 +86,12 @@ def test_first_weights_have_the_spread_that_transformers_gives_them(family: str)
     theirs = type(ours)(ours.config)
     for (name, p), (_, q) in zip(ours.named_parameters(), theirs.named_parameters(), strict=True):
         chance = 5 / (2 * q.numel()) ** 0.5  # five standard errors of a standard deviation
-        assert p.std(correction=0).item() == pytest.approx(q.std(correction=0).item(), rel=2 * chance, abs=1e-6), name
-        assert p.mean().item() == pytest.approx(q.mean().item(), abs=4 * q.std(correction=0).item() / q.numel() ** 0.5 + 1e-6), name
+        assert p.std(correction=0).item() == pytest.approx(
+            q.std(correction=0).item(), rel=2 * chance, abs=1e-6
+        ), name
+        assert p.mean().item() == pytest.approx(
+            q.mean().item(), abs=4 * q.std(correction=0).item() / q.numel() ** 0.5 + 1e-6
+        ), name
 
 
 def test_seed_and_path_decide_and_nothing_else() -> None:
@@ -86,7 +108,9 @@ def test_seed_and_path_decide_and_nothing_else() -> None:
 
 
 def test_a_16_bit_build_is_the_rounded_fp32_build() -> None:
-    assert digests(build("gpt2", dtype=torch.bfloat16)) == digests(build("gpt2"), dtype=torch.bfloat16)
+    assert digests(build("gpt2", dtype=torch.bfloat16)) == digests(
+        build("gpt2"), dtype=torch.bfloat16
+    )
 
 
 def test_ties_hold() -> None:
@@ -105,7 +129,9 @@ def test_undrawn_parameters_are_named() -> None:
         def __init__(self, config: GPT2Config) -> None:
             super().__init__(config)
             self.table = nn.Parameter(torch.arange(6.0).view(2, 3))  # no one says how it starts
-            self.scale = nn.Parameter(torch.full((3,), 0.5))  # a constant vector is its own first value
+            self.scale = nn.Parameter(
+                torch.full((3,), 0.5)
+            )  # a constant vector is its own first value
 
     with no_init_weights():
         model = Odd(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11))

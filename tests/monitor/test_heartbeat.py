@@ -1,4 +1,5 @@
 """Heartbeats: what a rank writes, who is to blame, and what may take long. Hangs of real ranks are in tests/launch/test_hang.py."""
+
 from __future__ import annotations
 
 import os
@@ -9,12 +10,23 @@ from pathlib import Path
 import pytest
 
 from hfscale.monitor import heartbeat
-from hfscale.monitor.heartbeat import LONG_S, Beat, Heartbeat, beat, odd_ones, read_beats, slow_ranks, watching
+from hfscale.monitor.heartbeat import (
+    LONG_S,
+    Beat,
+    Heartbeat,
+    beat,
+    odd_ones,
+    read_beats,
+    slow_ranks,
+    watching,
+)
 
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Heartbeat]:
-    with watching(tmp_path, rank=3, world_size=4, node="n7", timeout_s=60.0, on_hang=lambda rank: None):
+    with watching(
+        tmp_path, rank=3, world_size=4, node="n7", timeout_s=60.0, on_hang=lambda rank: None
+    ):
         assert heartbeat._current is not None
         yield heartbeat._current
 
@@ -27,7 +39,9 @@ def test_what_a_rank_does_can_be_read_by_others(watched: Heartbeat, tmp_path: Pa
     [seen] = read_beats(tmp_path, [3])
     assert (seen.count, seen.step, seen.phase) == (3, 12, "collective")
     assert seen.own_s >= 0.05, "the time spent in data"
-    assert (tmp_path / "heartbeats" / "rank-3").stat().st_size == heartbeat.WIDTH, "one line, written over"
+    assert (tmp_path / "heartbeats" / "rank-3").stat().st_size == heartbeat.WIDTH, (
+        "one line, written over"
+    )
 
 
 def test_start_first_step_and_saves_may_take_long(watched: Heartbeat):
@@ -43,7 +57,9 @@ def test_start_first_step_and_saves_may_take_long(watched: Heartbeat):
 
 
 def test_without_a_limit_nothing_is_watched_or_written(tmp_path: Path):
-    with watching(tmp_path, rank=0, world_size=1, node="n1", timeout_s=None, on_hang=lambda rank: None):
+    with watching(
+        tmp_path, rank=0, world_size=1, node="n1", timeout_s=None, on_hang=lambda rank: None
+    ):
         beat("data", 1)
     assert list(tmp_path.iterdir()) == []
 
@@ -52,22 +68,32 @@ def at(*counts: int) -> list[Beat]:
     return [Beat(rank, count, 5, "data", node=f"n{rank}") for rank, count in enumerate(counts)]
 
 
-@pytest.mark.parametrize(("counts", "silent", "waiting", "odd"), [
-    ((9, 8, 9, 9), [], [], [1]),  # behind: the others wait for it
-    ((9, 9, 9, 9), [2], [], [2]),  # does not answer
-    ((9, 8, 9, 9), [2], [], [2]),
-    ((9, 9, 9, 9), [], [0, 1, 2], [3]),  # all equally far, but it does not wait
-    ((9, 9, 9, 9), [], [0, 1, 2, 3], []),  # the network
-    ((8, 8, 9, 9), [], [], [0, 1]),
-    ((4,), [], [], [0]),
-])
-def test_who_is_to_blame(counts: tuple[int, ...], silent: list[int], waiting: list[int], odd: list[int]):
+@pytest.mark.parametrize(
+    ("counts", "silent", "waiting", "odd"),
+    [
+        ((9, 8, 9, 9), [], [], [1]),  # behind: the others wait for it
+        ((9, 9, 9, 9), [2], [], [2]),  # does not answer
+        ((9, 8, 9, 9), [2], [], [2]),
+        ((9, 9, 9, 9), [], [0, 1, 2], [3]),  # all equally far, but it does not wait
+        ((9, 9, 9, 9), [], [0, 1, 2, 3], []),  # the network
+        ((8, 8, 9, 9), [], [], [0, 1]),
+        ((4,), [], [], [0]),
+    ],
+)
+def test_who_is_to_blame(
+    counts: tuple[int, ...], silent: list[int], waiting: list[int], odd: list[int]
+):
     assert [beat.rank for beat in odd_ones(at(*counts), silent=silent, waiting=waiting)] == odd
 
 
 def test_a_slow_rank_is_named():
     old = [Beat(rank, 1, 10, "data", 1.0, 1, f"n{rank}") for rank in range(4)]
-    new = [Beat(rank, 99, 20, "data", 1.0 + own_s, 1, f"n{rank}") for rank, own_s in enumerate([2.0, 2.2, 6.0, 2.1])]
-    assert slow_ranks(old, new) == ["rank 2 on n2 is slow: 0.60 s a step for data and forward, the others 0.21 s"]
+    new = [
+        Beat(rank, 99, 20, "data", 1.0 + own_s, 1, f"n{rank}")
+        for rank, own_s in enumerate([2.0, 2.2, 6.0, 2.1])
+    ]
+    assert slow_ranks(old, new) == [
+        "rank 2 on n2 is slow: 0.60 s a step for data and forward, the others 0.21 s"
+    ]
     assert slow_ranks([], new) == [], "the first look"
     assert slow_ranks(new, new) == [], "no step was made in between"

@@ -1,4 +1,5 @@
 """Averages are over the steps alone, never over what happens between them."""
+
 from hfscale.monitor.throughput import Throughput
 
 
@@ -12,7 +13,12 @@ def test_only_steps_are_timed():
             now[0] += 1.5
             throughput.count(100)
         now[0] += 60.0  # validation, a checkpoint
-    assert throughput.report() == {"step_s": 2.0, "data_wait_s": 0.5, "tokens_per_s": 50.0, "mfu": 0.25}
+    assert throughput.report() == {
+        "step_s": 2.0,
+        "data_wait_s": 0.5,
+        "tokens_per_s": 50.0,
+        "mfu": 0.25,
+    }
     with throughput.step():
         now[0] += 1.0
     assert throughput.report()["step_s"] == 1.0

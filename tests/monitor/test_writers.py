@@ -1,4 +1,5 @@
 """metrics.jsonl survives a kill, counts attempts, and TensorBoard shows one value a step."""
+
 import json
 
 import pytest
@@ -6,8 +7,17 @@ import pytest
 from hfscale.errors import CheckpointError
 from hfscale.monitor.writers import MetricsLog
 
-RECORD = {"loss": 2.5, "lr": 1e-3, "grad_norm": 0.5, "step_s": 0.1, "data_wait_s": 0.01, "tokens_per_s": 1234.0, "mfu": None,
-          "batch_digest": 2**64 - 1, "source_loss": {"web": 2.5}}
+RECORD = {
+    "loss": 2.5,
+    "lr": 1e-3,
+    "grad_norm": 0.5,
+    "step_s": 0.1,
+    "data_wait_s": 0.01,
+    "tokens_per_s": 1234.0,
+    "mfu": None,
+    "batch_digest": 2**64 - 1,
+    "source_loss": {"web": 2.5},
+}
 
 
 def steps(log: MetricsLog, *numbers: int) -> None:
@@ -22,7 +32,13 @@ def test_a_resume_appends_with_the_next_attempt_and_drops_a_torn_line(tmp_path):
         file.write(b'{"step": 4, "lo')  # a kill in the middle of a write
     steps(MetricsLog(tmp_path, first_step=3, total_steps=9, tensorboard=False), 3, 4)
     records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(record["step"], record["attempt"]) for record in records] == [(1, 1), (2, 1), (3, 1), (3, 2), (4, 2)]
+    assert [(record["step"], record["attempt"]) for record in records] == [
+        (1, 1),
+        (2, 1),
+        (3, 1),
+        (3, 2),
+        (4, 2),
+    ]
     assert records[0]["batch_digest"] == 2**64 - 1  # whole, not rounded to a float
 
 
@@ -35,10 +51,17 @@ def test_a_damaged_record_is_named_and_kept(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     log = MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False)
-    log.write({"step": 1, **RECORD, "grad_norm": float("inf"), "validation_loss": float("nan")})  # a step that fp16 skipped
+    log.write(
+        {"step": 1, **RECORD, "grad_norm": float("inf"), "validation_loss": float("nan")}
+    )  # a step that fp16 skipped
     log.close()
-    [record] = (json.loads(line, parse_constant=pytest.fail) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
-    assert record["grad_norm"] is None and record["validation_loss"] is None and record["loss"] == 2.5
+    [record] = (
+        json.loads(line, parse_constant=pytest.fail)
+        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
+    )
+    assert (
+        record["grad_norm"] is None and record["validation_loss"] is None and record["loss"] == 2.5
+    )
 
 
 def test_tensorboard_shows_one_value_a_step(tmp_path):

@@ -1,4 +1,5 @@
 """The contract: options, terms and weights, moving a batch."""
+
 from __future__ import annotations
 
 import pytest
@@ -7,7 +8,15 @@ from torch import Tensor
 
 from hfscale.config.schema import Named, Section
 from hfscale.errors import ConfigError
-from hfscale.objectives.base import OBJECTIVES, Batch, Model, Objective, Setting, check_options, load_objective
+from hfscale.objectives.base import (
+    OBJECTIVES,
+    Batch,
+    Model,
+    Objective,
+    Setting,
+    check_options,
+    load_objective,
+)
 from hfscale.registry import load_plugin
 from tests.objectives.tokenizers import tokenizer
 
@@ -24,12 +33,22 @@ class TwoTerms(Objective):
         return {"main": 0.5, "accuracy": 0.0}
 
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        return {"main": model(x=batch.inputs["x"]).sum(1), "accuracy": torch.ones(len(batch.labels_BT))}
+        return {
+            "main": model(x=batch.inputs["x"]).sum(1),
+            "accuracy": torch.ones(len(batch.labels_BT)),
+        }
 
 
 def batch_of(x_BT: Tensor, counts: list[int]) -> Batch:
     ids_BT = x_BT.long()
-    return Batch({"x": x_BT}, ids_BT, ids_BT, {"main": torch.tensor(counts), "accuracy": torch.tensor([1, 1])}, ids_BT[:, 0], ids_BT[:, 0])
+    return Batch(
+        {"x": x_BT},
+        ids_BT,
+        ids_BT,
+        {"main": torch.tensor(counts), "accuracy": torch.tensor([1, 1])},
+        ids_BT[:, 0],
+        ids_BT[:, 0],
+    )
 
 
 @pytest.mark.parametrize("name", OBJECTIVES)
@@ -46,13 +65,20 @@ def test_unknown_objectives_and_options_name_the_nearest() -> None:
         check_options(Options, {"rte": 0.1, "size": "many"})
 
 
-def test_a_scalar_is_weight_times_sum_times_world_over_count_and_unweighted_terms_are_only_reported() -> None:
+def test_a_scalar_is_weight_times_sum_times_world_over_count_and_unweighted_terms_are_only_reported() -> (
+    None
+):
     objective = TwoTerms(Options(), Setting(seq_len=3))
     w = torch.tensor(2.0, requires_grad=True)
     batches = [batch_of(torch.ones(2, 3), [3, 2]), batch_of(2 * torch.ones(2, 3), [3, 3])]
     assert objective.counts(batches) == {"main": 11, "accuracy": 4}
-    scalars = list(objective.losses(lambda x: w * x, batches, {"main": 22, "accuracy": 8}, world_size=4))
-    assert [s.item() for s in scalars] == [pytest.approx(0.5 * 12 * 4 / 22), pytest.approx(0.5 * 24 * 4 / 22)]
+    scalars = list(
+        objective.losses(lambda x: w * x, batches, {"main": 22, "accuracy": 8}, world_size=4)
+    )
+    assert [s.item() for s in scalars] == [
+        pytest.approx(0.5 * 12 * 4 / 22),
+        pytest.approx(0.5 * 24 * 4 / 22),
+    ]
     sums = objective.take_sums()
     assert {term: total.item() for term, total in sums.items()} == {"main": 36.0, "accuracy": 4.0}
     assert objective.take_sums() == {}
@@ -60,12 +86,19 @@ def test_a_scalar_is_weight_times_sum_times_world_over_count_and_unweighted_term
 
 def test_a_step_in_which_nothing_is_asked_has_a_zero_loss_and_no_nan() -> None:
     objective = TwoTerms(Options(), Setting(seq_len=3))
-    (scalar,) = objective.losses(lambda x: x, [batch_of(torch.zeros(2, 3), [0, 0])], {"main": 0, "accuracy": 0}, world_size=1)
+    (scalar,) = objective.losses(
+        lambda x: x, [batch_of(torch.zeros(2, 3), [0, 0])], {"main": 0, "accuracy": 0}, world_size=1
+    )
     assert scalar.item() == 0.0
 
 
 def test_counts_stay_on_the_cpu_when_a_batch_moves() -> None:
     moved = batch_of(torch.ones(2, 3), [1, 2]).to("meta")
-    assert moved.inputs["x"].device.type == moved.labels_BT.device.type == moved.input_ids.device.type == "meta"
+    assert (
+        moved.inputs["x"].device.type
+        == moved.labels_BT.device.type
+        == moved.input_ids.device.type
+        == "meta"
+    )
     assert moved.counts["main"].device.type == "cpu"
     assert moved.document_ids_BT is None

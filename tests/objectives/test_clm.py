@@ -1,4 +1,5 @@
 """Causal language modelling: labels, sums, the same gradient for any cut, documents kept apart."""
+
 from __future__ import annotations
 
 import math
@@ -20,17 +21,40 @@ from hfscale.training.evaluator import Evaluator
 from tests.models.families import FAMILIES, VOCAB
 from tests.objectives.rows import make_rows
 
-_SMALL = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "max_position_embeddings": 64}
+_SMALL = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "max_position_embeddings": 64,
+}
 
 
-def model_of(architecture: str, *, attention: str = "sdpa", dtype: torch.dtype = torch.float32, **config: object) -> nn.Module:
-    values = {**(FAMILIES[architecture][1].config if architecture in FAMILIES else _SMALL), **config}
+def model_of(
+    architecture: str,
+    *,
+    attention: str = "sdpa",
+    dtype: torch.dtype = torch.float32,
+    **config: object,
+) -> nn.Module:
+    values = {
+        **(FAMILIES[architecture][1].config if architecture in FAMILIES else _SMALL),
+        **config,
+    }
     model = Model(architecture=architecture, config=values, attention=attention)
-    return build_model(model, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=32, seed=5, dtype=dtype).eval()
+    return build_model(
+        model, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=32, seed=5, dtype=dtype
+    ).eval()
 
 
-def objective_for(model: nn.Module, *, cross_document: bool = True, micro_batch: int = 2) -> Objective:
-    setting = Setting(seq_len=32, micro_batch=micro_batch, cross_document=cross_document, model_config=model.config)
+def objective_for(
+    model: nn.Module, *, cross_document: bool = True, micro_batch: int = 2
+) -> Objective:
+    setting = Setting(
+        seq_len=32,
+        micro_batch=micro_batch,
+        cross_document=cross_document,
+        model_config=model.config,
+    )
     return load_objective(Named(name="clm"), setting)
 
 
@@ -78,7 +102,11 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut() -> None:
         return rows
 
     gradient, loss = step_gradient([[whole]], model)
-    for cut in ([[part(0, 2), part(2, 4)]], [[part(0, 2)], [part(2, 4)]], [[part(0, 1), part(1, 2)], [part(2, 3), part(3, 4)]]):
+    for cut in (
+        [[part(0, 2), part(2, 4)]],
+        [[part(0, 2)], [part(2, 4)]],
+        [[part(0, 1), part(1, 2)], [part(2, 3), part(3, 4)]],
+    ):
         other_gradient, other_loss = step_gradient(cut, model)
         torch.testing.assert_close(other_gradient, gradient, rtol=1e-5, atol=1e-7)
         assert other_loss == pytest.approx(loss, rel=1e-6)
@@ -95,7 +123,9 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut() -> None:
     ("gemma3_text", {"num_key_value_heads": 2, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
     ("roberta", {"is_decoder": True, "pad_token_id": 3}),
 ])  # fmt: skip
-def test_a_document_scores_as_if_it_were_alone(architecture: str, config: dict[str, object], attention: str, dtype: torch.dtype) -> None:
+def test_a_document_scores_as_if_it_were_alone(
+    architecture: str, config: dict[str, object], attention: str, dtype: torch.dtype
+) -> None:
     """Where layers attend to a window of 8, a document of 14 shows that they still do."""
     model = model_of(architecture, attention=attention, dtype=dtype, **config)
     objective = objective_for(model, cross_document=False)
@@ -105,11 +135,15 @@ def test_a_document_scores_as_if_it_were_alone(architecture: str, config: dict[s
     alone = model(rows.ids_BL[0:1, 9:23], use_cache=False).logits[0]
     assert (together - alone).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * alone.norm()
     whole = model(rows.ids_BL[0:1, :-1], use_cache=False).logits[0, 9:23]
-    assert (whole - alone).norm() > 0.02 * alone.norm(), "seeing the other document changes nothing in this model"
+    assert (whole - alone).norm() > 0.02 * alone.norm(), (
+        "seeing the other document changes nothing in this model"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_documents_that_leak_are_refused(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documents_that_leak_are_refused(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model = model_of("gpt2", dtype=dtype)
     whole = model.forward
     monkeypatch.setattr(model, "forward", lambda attention_mask=None, **inputs: whole(attention_mask=None if attention_mask is None else
@@ -125,29 +159,46 @@ def test_documents_that_leak_are_refused(dtype: torch.dtype, monkeypatch: pytest
     ("llama4_text", {**_SMALL, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_key_value_heads": 2, "head_dim": 16,
                      "num_local_experts": 2, "pad_token_id": 0}, "layers of chunked_attention"),
 ])  # fmt: skip
-def test_what_cannot_keep_documents_apart_is_refused_only_where_it_must(architecture: str, config: dict[str, object], words: str) -> None:
+def test_what_cannot_keep_documents_apart_is_refused_only_where_it_must(
+    architecture: str, config: dict[str, object], words: str
+) -> None:
     section = Model(architecture=architecture, config=config, attention="eager")
-    model = build_model(section, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=32, seed=5).eval()
+    model = build_model(
+        section, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=32, seed=5
+    ).eval()
     objective_for(model).check(model, device="cpu")
-    with pytest.raises(ConfigError, match=rf"{words}(?s:.*){architecture} with attention eager(?s:.*)data\.cross_document=true"):
+    with pytest.raises(
+        ConfigError,
+        match=rf"{words}(?s:.*){architecture} with attention eager(?s:.*)data\.cross_document=true",
+    ):
         objective_for(model, cross_document=False).check(model, device="cpu")
 
 
 @pytest.mark.parametrize("architecture", ["gpt2", "llama"])
-def test_the_mask_is_made_once_a_batch_for_all_layers(architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_mask_is_made_once_a_batch_for_all_layers(
+    architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     model, made = model_of(architecture), []
-    monkeypatch.setattr(isolation, "document_mask", lambda *args, **options: made.append(document_mask(*args, **options)) or made[-1])
+    monkeypatch.setattr(
+        isolation,
+        "document_mask",
+        lambda *args, **options: made.append(document_mask(*args, **options)) or made[-1],
+    )
     seen = []
     for name, part in model.named_modules():
         if name.endswith((".attn", ".self_attn")):
-            part.register_forward_pre_hook(lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True)
+            part.register_forward_pre_hook(
+                lambda _, args, kwargs: seen.append(kwargs["attention_mask"]), with_kwargs=True
+            )
     objective = objective_for(model, cross_document=False)
     batches = [objective.collate(make_rows([[9, 24], [33, 0]], seed=seed)) for seed in range(3)]
     for loss in objective.losses(model, batches, objective.counts(batches), world_size=1):
         loss.backward()
     Evaluator(objective, [make_rows([[9, 24], [33, 0]])]).run(Bare(model))  # type: ignore[arg-type]
     assert len(made) == 4
-    assert [mask.data_ptr() for mask in seen] == [mask.data_ptr() for mask in made for _ in range(2)], "each of two layers takes that one"
+    assert [mask.data_ptr() for mask in seen] == [
+        mask.data_ptr() for mask in made for _ in range(2)
+    ], "each of two layers takes that one"
 
 
 class Bare:

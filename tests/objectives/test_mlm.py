@@ -1,4 +1,5 @@
 """Masking: the fractions, what is never touched, whole words and spans, and that a row is masked alike whoever holds it."""
+
 from __future__ import annotations
 
 from itertools import pairwise
@@ -19,17 +20,28 @@ T = 128
 
 
 def masking(kind: str = "wordpiece", seed: int = 3, **options: object) -> Objective:
-    return load_objective(Named(name="mlm", options=options), Setting(seq_len=T, seed=seed, tokenizer=tokenizer(kind)))
+    return load_objective(
+        Named(name="mlm", options=options), Setting(seq_len=T, seed=seed, tokenizer=tokenizer(kind))
+    )
 
 
 def text_rows(kind: str, count: int, *, first: int = 0) -> Rows:
     """Return rows of real text; row k is at position ``first + k``."""
     encode = tokenizer(kind)
-    ids = [number for text in TEXTS for number in [*encode(text, add_special_tokens=False)["input_ids"], encode.sep_token_id]]
+    ids = [
+        number
+        for text in TEXTS
+        for number in [*encode(text, add_special_tokens=False)["input_ids"], encode.sep_token_id]
+    ]
     line = torch.tensor(ids * (count * T // len(ids) + 2))
-    ids_BL = torch.stack([line[k * T:k * T + T + 1] for k in range(first, first + count)])
-    return Rows(ids_BL, None, torch.ones(count, dtype=torch.bool), torch.zeros(count, dtype=torch.int16),
-                torch.arange(first, first + count))
+    ids_BL = torch.stack([line[k * T : k * T + T + 1] for k in range(first, first + count)])
+    return Rows(
+        ids_BL,
+        None,
+        torch.ones(count, dtype=torch.bool),
+        torch.zeros(count, dtype=torch.int16),
+        torch.arange(first, first + count),
+    )
 
 
 def test_fifteen_percent_are_selected_and_of_those_80_10_10() -> None:
@@ -51,18 +63,25 @@ def test_fifteen_percent_are_selected_and_of_those_80_10_10() -> None:
     kept = (inputs == ids)[asked].float().mean().item()
     assert masked == pytest.approx(0.80, abs=0.01)
     assert kept == pytest.approx(0.10 + 0.10 / 70, abs=0.01)  # a random token may be the same one
-    assert not torch.isin(inputs[asked & (inputs != made.mask_token_id)], torch.tensor(made.all_special_ids)).any()
+    assert not torch.isin(
+        inputs[asked & (inputs != made.mask_token_id)], torch.tensor(made.all_special_ids)
+    ).any()
     assert batch.counts["mlm"].tolist() == asked.sum(1).tolist()
 
 
 def test_a_row_is_masked_by_its_place_and_seed_alone() -> None:
     whole = masking().collate(text_rows("wordpiece", 8)).inputs["input_ids"]
-    parts = [masking().collate(text_rows("wordpiece", 2, first=first)).inputs["input_ids"] for first in (0, 2, 4, 6)]
+    parts = [
+        masking().collate(text_rows("wordpiece", 2, first=first)).inputs["input_ids"]
+        for first in (0, 2, 4, 6)
+    ]
     assert torch.equal(whole, torch.cat(parts))
     again = text_rows("wordpiece", 8)
     again.position.add_(1000)  # the same text in another epoch
     assert not torch.equal(whole, masking().collate(again).inputs["input_ids"])
-    assert not torch.equal(whole, masking(seed=4).collate(text_rows("wordpiece", 8)).inputs["input_ids"])
+    assert not torch.equal(
+        whole, masking(seed=4).collate(text_rows("wordpiece", 8)).inputs["input_ids"]
+    )
 
 
 @pytest.mark.parametrize("kind", ["bpe", "wordpiece", "unigram"])
@@ -72,7 +91,15 @@ def test_a_word_is_hidden_whole_or_not_at_all(kind: str) -> None:
     starts = word_starts(tokenizer(kind))
     longest = 0
     for ids, hidden in zip(rows.ids_BL[:, :-1].tolist(), asked.numpy()):
-        begins = [0, *(t for t in range(1, T) if starts[ids[t]] or ids[t - 1] == tokenizer(kind).sep_token_id), T]
+        begins = [
+            0,
+            *(
+                t
+                for t in range(1, T)
+                if starts[ids[t]] or ids[t - 1] == tokenizer(kind).sep_token_id
+            ),
+            T,
+        ]
         for begin, end in pairwise(begins[1:]):  # the first token of a row is [CLS]
             assert len(set(hidden[begin:end].tolist())) == 1
             longest = max(longest, end - begin)
@@ -84,7 +111,9 @@ def test_spans_are_hidden_in_one_way_and_have_spanbert_lengths() -> None:
     rows = text_rows("bpe", 400)
     batch = masking("bpe", units="span").collate(rows)
     asked = (batch.labels_BT != IGNORE_INDEX).numpy()
-    runs = [len(run) for row in asked for run in "".join(map(str, row.astype(int))).split("0") if run]
+    runs = [
+        len(run) for row in asked for run in "".join(map(str, row.astype(int))).split("0") if run
+    ]
     assert max(runs) <= 40 and np.mean(runs) > 2.5, np.mean(runs)
     assert asked.mean() == pytest.approx(0.15, abs=0.02)
 

@@ -1,4 +1,5 @@
 """Where words begin, in three kinds of tokenizers and two kinds of scripts."""
+
 from __future__ import annotations
 
 import pytest

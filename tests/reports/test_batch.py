@@ -1,4 +1,5 @@
 """Any step of a run is rebuilt from the shards alone, and its digest is the one that the ranks logged."""
+
 from __future__ import annotations
 
 import json
@@ -18,7 +19,9 @@ from tests.helpers.training import train
 
 
 @pytest.fixture(scope="module")
-def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[dict[str, Any]]]:
+def run(
+    corpus: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, list[dict[str, Any]]]:
     """A run directory and its records; of seven steps, the second, fourth, sixth and last were logged."""
     root = tmp_path_factory.mktemp("runs")
     values = run_values(corpus, root, "run", train={"steps": 7}, metrics={"every_steps": 2})
@@ -37,16 +40,22 @@ def test_every_step_is_rebuilt(run: tuple[Path, list[dict[str, Any]]]) -> None:
     assert positions == list(range(7 * 16))
 
 
-def test_texts_are_those_of_the_corpus(run: tuple[Path, list[dict[str, Any]]], corpus: Path) -> None:
+def test_texts_are_those_of_the_corpus(
+    run: tuple[Path, list[dict[str, Any]]], corpus: Path
+) -> None:
     texts = [file.read_text("utf-8") for file in (corpus / "text").iterdir()]
     rows = rebuild(run[0], step=3).rows
-    inside = [row for row in rows if row.documents[0] == row.documents[1] and "\ufffd" not in row.text]
+    inside = [
+        row for row in rows if row.documents[0] == row.documents[1] and "\ufffd" not in row.text
+    ]
     assert len(inside) > 8
     assert [row.text for row in inside if not any(row.text in text for text in texts)] == []
 
 
 @pytest.mark.slow
-def test_the_command_proves_it_or_says_that_it_cannot(run: tuple[Path, list[dict[str, Any]]]) -> None:
+def test_the_command_proves_it_or_says_that_it_cannot(
+    run: tuple[Path, list[dict[str, Any]]],
+) -> None:
     folder, _ = run
     assert "equals the logged one" in hfscale("batch", folder, "--step", 4).stdout
     assert "not logged" in hfscale("batch", folder, "--step", 5).stdout
@@ -59,7 +68,9 @@ def test_the_command_proves_it_or_says_that_it_cannot(run: tuple[Path, list[dict
 def test_another_order_is_noticed(run: tuple[Path, list[dict[str, Any]]], tmp_path: Path) -> None:
     copy = tmp_path / "run"
     copy.mkdir()
-    (copy / "config.yaml").write_text((run[0] / "config.yaml").read_text().replace("seed: 3", "seed: 4"))
+    (copy / "config.yaml").write_text(
+        (run[0] / "config.yaml").read_text().replace("seed: 3", "seed: 4")
+    )
     (copy / "metrics.jsonl").write_text((run[0] / "metrics.jsonl").read_text())
     assert json.loads((copy / "metrics.jsonl").read_text().splitlines()[0])["step"] == 2
     done = hfscale("batch", copy, "--step", 2, check=False)

@@ -1,4 +1,5 @@
 """``shards cat``: any document or row comes back as the tokens that were written, and samples of raw text by position and key."""
+
 from __future__ import annotations
 
 import io
@@ -18,28 +19,54 @@ from hfscale.tokenizer import load_tokenizer
 from tests.helpers.cli import hfscale
 from tests.shards.test_verify import write_tar
 
-LENGTHS = [5, 40, 1, 100, 16, 3, 27]  # the fourth document crosses shards of 32 tokens, one of which has no document's end
+LENGTHS = [
+    5,
+    40,
+    1,
+    100,
+    16,
+    3,
+    27,
+]  # the fourth document crosses shards of 32 tokens, one of which has no document's end
 
 
 @pytest.fixture
 def written(tmp_path: Path) -> tuple[Manifest, list[np.ndarray]]:
     entries: list[ShardEntry] = []
-    writer = ShardWriter(tmp_path, name="s", dtype=np.dtype("<u2"), chunk_tokens=16, shard_chunks=2, committed=entries.append)
-    texts = [np.random.default_rng(k).integers(1, 99, length).astype("<u2") for k, length in enumerate(LENGTHS)]
+    writer = ShardWriter(
+        tmp_path,
+        name="s",
+        dtype=np.dtype("<u2"),
+        chunk_tokens=16,
+        shard_chunks=2,
+        committed=entries.append,
+    )
+    texts = [
+        np.random.default_rng(k).integers(1, 99, length).astype("<u2")
+        for k, length in enumerate(LENGTHS)
+    ]
     for text in texts:
         writer.add(text)
     writer.close()
-    manifest = Manifest(dtype="uint16", tokenizer=TokenizerInfo("t", 99, 0), source={}, shards=tuple(entries), folder=tmp_path)
+    manifest = Manifest(
+        dtype="uint16",
+        tokenizer=TokenizerInfo("t", 99, 0),
+        source={},
+        shards=tuple(entries),
+        folder=tmp_path,
+    )
     manifest.save(tmp_path)
     return manifest, texts
 
 
 @pytest.mark.parametrize(("first", "count"), [(0, 7), (3, 1), (4, 99)])
-def test_documents_come_back(written: tuple[Manifest, list[np.ndarray]], first: int, count: int) -> None:
+def test_documents_come_back(
+    written: tuple[Manifest, list[np.ndarray]], first: int, count: int
+) -> None:
     manifest, texts = written
     assert 0 in [entry.documents for entry in manifest.shards]
     found = list(documents(manifest, first=first, count=count))
-    assert [ids for _, ids in found] == [text.tolist() for text in texts[first:first + count]]
+    assert [ids for _, ids in found] == [text.tolist() for text in texts[first : first + count]]
     if first == 3:
         assert found[0][0] == "document 3  s-000001.tar  000000000.tokens.bin  100 tokens from 14"
 
@@ -47,8 +74,11 @@ def test_documents_come_back(written: tuple[Manifest, list[np.ndarray]], first: 
 def test_rows_come_back(written: tuple[Manifest, list[np.ndarray]]) -> None:
     manifest, texts = written
     line = np.concatenate(texts)
-    expected = [line[start + k * 10:start + k * 10 + 10].tolist() for start in range(0, 192, 32)
-                for k in range((min(32, 192 - start) - 1) // 10)]
+    expected = [
+        line[start + k * 10 : start + k * 10 + 10].tolist()
+        for start in range(0, 192, 32)
+        for k in range((min(32, 192 - start) - 1) // 10)
+    ]
     found = list(rows(manifest, first=0, count=999, seq_len=10))
     assert [ids for _, ids in found] == expected
     assert list(rows(manifest, first=4, count=2, seq_len=10)) == found[4:6]
@@ -81,7 +111,9 @@ def raw(folder: Path) -> Manifest:
 def test_samples_come_by_position_and_key(tmp_path: Path) -> None:
     manifest = raw(tmp_path)
     everything = list(samples(manifest, first=0, count=99, key=None))
-    assert [text for _, text in everything] == [f"文 {n} d/{m}.txt" for n in "ab" for m in (f"{n}0", f"{n}1", "both")]
+    assert [text for _, text in everything] == [
+        f"文 {n} d/{m}.txt" for n in "ab" for m in (f"{n}0", f"{n}1", "both")
+    ]
     assert everything[4][0] == "sample 4  b.tar  d/b1.txt"
     assert list(samples(manifest, first=4, count=1, key=None)) == [everything[4]]
     assert list(samples(manifest, first=0, count=1, key="d/b0")) == [everything[3]]
@@ -100,9 +132,14 @@ def test_the_field_of_a_json_is_printed_not_the_json(tmp_path: Path) -> None:
     body = {"page": {"text": "训练\n数据", "more": 1}}
     tar = write_tar(tmp_path / "a.tar", {"x.json": json.dumps(body).encode()})
     manifest = index_tars([tar], folder=tmp_path, field="json.page.text", threads=1)
-    assert list(samples(manifest, first=0, count=1, key=None)) == [("sample 0  a.tar  x.json", "训练\n数据")]
+    assert list(samples(manifest, first=0, count=1, key=None)) == [
+        ("sample 0  a.tar  x.json", "训练\n数据")
+    ]
     tar.write_bytes(tar.read_bytes().replace(b"more", b"less"))
-    with pytest.raises(DataError, match=r"sample 0 \(member x.json\): the text does not match its checksum[\s\S]*a\.tar"):
+    with pytest.raises(
+        DataError,
+        match=r"sample 0 \(member x.json\): the text does not match its checksum[\s\S]*a\.tar",
+    ):
         list(samples(manifest, first=0, count=1, key="x"))
 
 
@@ -112,18 +149,32 @@ def test_the_command_prints_text(corpus: Path, tmp_path: Path) -> None:
     manifest = Manifest.load(train)
     done = hfscale("shards", "cat", train, "--document", 2, "--count", 2)
     assert done.stdout.count("--- document") == 2
-    decoded = load_tokenizer(corpus / "tokenizer").decode(next(documents(manifest, first=2, count=1))[1])
+    decoded = load_tokenizer(corpus / "tokenizer").decode(
+        next(documents(manifest, first=2, count=1))[1]
+    )
     assert str(decoded) in done.stdout
-    assert "tokens from 64" in hfscale("shards", "cat", train / "manifest.json", "--row", 2, "--seq-len", 32).stdout
+    assert (
+        "tokens from 64"
+        in hfscale("shards", "cat", train / "manifest.json", "--row", 2, "--seq-len", 32).stdout
+    )
     raw(tmp_path)
-    assert hfscale("shards", "cat", tmp_path, "--key", "d/a1").stdout == "--- sample 1  a.tar  d/a1.txt\n文 a d/a1.txt\n"
+    assert (
+        hfscale("shards", "cat", tmp_path, "--key", "d/a1").stdout
+        == "--- sample 1  a.tar  d/a1.txt\n文 a d/a1.txt\n"
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("options", "says"), [
-    (["--row", 1], "give one of"), (["--document", 1, "--key", "x"], "give one of"), (["--key", "x"], "documents, not keys"),
-    (["--tokenizer", "nowhere"], "nowhere"), (["--document", 10**6], "no such document"),
-])
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--row", 1], "give one of"),
+        (["--document", 1, "--key", "x"], "give one of"),
+        (["--key", "x"], "documents, not keys"),
+        (["--tokenizer", "nowhere"], "nowhere"),
+        (["--document", 10**6], "no such document"),
+    ],
+)
 def test_mistakes_are_one_screen(corpus: Path, options: list[object], says: str) -> None:
     done = hfscale("shards", "cat", corpus / "shards" / "train", *options, check=False)
     assert (done.returncode, "Traceback" in done.stderr) == (2, False)
@@ -136,7 +187,9 @@ def test_another_tokenizer_is_refused(corpus: Path, tmp_path: Path) -> None:
     content = (corpus / "tokenizer" / "tokenizer.json").read_text("utf-8")
     for file in (corpus / "tokenizer").iterdir():
         (tmp_path / file.name).write_bytes(file.read_bytes())
-    (tmp_path / "tokenizer.json").write_text(content.replace('"def"', '"fed"') if '"def"' in content else content.replace("Ġ", "Ģ"))
+    (tmp_path / "tokenizer.json").write_text(
+        content.replace('"def"', '"fed"') if '"def"' in content else content.replace("Ġ", "Ģ")
+    )
     with pytest.raises(DataError, match="another tokenizer"):
         find_tokenizer(manifest, str(tmp_path))
     done = hfscale("shards", "cat", corpus / "shards", check=False)

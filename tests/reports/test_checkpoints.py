@@ -1,4 +1,5 @@
 """The list of checkpoints and why each is kept, what verification finds, and what --pin and --prune do."""
+
 from __future__ import annotations
 
 import json
@@ -14,8 +15,13 @@ from tests.helpers.corpus import run_values
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    values = run_values(tmp_path, tmp_path, "run", checkpoint={"keep_last": 1, "keep_every_steps": 10},
-                        data={"validation": {"shards": str(tmp_path)}})
+    values = run_values(
+        tmp_path,
+        tmp_path,
+        "run",
+        checkpoint={"keep_last": 1, "keep_every_steps": 10},
+        data={"validation": {"shards": str(tmp_path)}},
+    )
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     return tmp_path
 
@@ -24,8 +30,10 @@ def save(run: Path, step: int, best: int | None = None) -> Path:
     folder = run / f"checkpoints/step-{step:08}"
     state = {"tokens_seen": step * 1000, "zero_stage": 1, "precision": "fp32", "world_size": 2}
     state["best"] = best and {"metric": "validation_loss", "step": best, "value": 2.5}
-    entries = [write_file(folder, "state.json", [json.dumps(state).encode()]),
-               write_file(folder, "engine/rank-00000.safetensors", [bytes(100)])]
+    entries = [
+        write_file(folder, "state.json", [json.dumps(state).encode()]),
+        write_file(folder, "engine/rank-00000.safetensors", [bytes(100)]),
+    ]
     write_manifest(folder, entries, step=step)
     return folder
 
@@ -57,12 +65,19 @@ def test_pin_and_prune_and_the_newest_good_one_stays(run: Path):
         save(run, step)
     (save(run, 14) / "state.json").write_text("{")
     text = hfscale("checkpoints", run, "--pin", 5, "--pin", 11, "--unpin", 5).stdout
-    assert "step-00000005" in text and "[nothing keeps it: goes at the next pruning]" in text.splitlines()[0]
+    assert (
+        "step-00000005" in text
+        and "[nothing keeps it: goes at the next pruning]" in text.splitlines()[0]
+    )
     assert [line.partition("[")[2] for line in text.splitlines()[1:3]] == ["permanent]", "pinned]"]
     assert "removed step-00000005, step-00000012; " in hfscale("checkpoints", run, "--prune").stdout
     assert steps(run) == [10, 11, 13, 14], "14 is the last, but damaged: 13 is the newest good one"
     refused = hfscale("checkpoints", run, "--pin", 12, check=False)
-    assert refused.returncode == 2 and "no checkpoint of this step" in refused.stderr and "10, 11, 13, 14" in refused.stderr
+    assert (
+        refused.returncode == 2
+        and "no checkpoint of this step" in refused.stderr
+        and "10, 11, 13, 14" in refused.stderr
+    )
 
 
 def test_a_run_without_checkpoints_rejected_ones_and_no_run(run: Path):

@@ -1,4 +1,5 @@
 """Where a run is, from its files."""
+
 from __future__ import annotations
 
 import json
@@ -8,19 +9,38 @@ from pathlib import Path
 from hfscale.config.schema import RunConfig
 from hfscale.reports.status import describe, last_record, progress
 
-RECORD = {"step": 25, "loss": 3.5, "tokens_seen": 2500, "tokens_per_s": 1000.0, "step_s": 2.0, "data_wait_s": 0.5, "epoch": 0.5,
-          "attempt": 2}
+RECORD = {
+    "step": 25,
+    "loss": 3.5,
+    "tokens_seen": 2500,
+    "tokens_per_s": 1000.0,
+    "step_s": 2.0,
+    "data_wait_s": 0.5,
+    "epoch": 0.5,
+    "attempt": 2,
+}
 
 
 def config(root: Path, **length: float) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"name": "r", "root": str(root)}, "tokenizer": {"path": "/t"}, "data": {"seq_len": 8, "sources": [{"shards": "/s"}]},
-        "model": {"architecture": "gpt2"}, "objective": {"name": "clm"}, "train": {"global_batch": 4, "micro_batch": 2, **length}})
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "r", "root": str(root)},
+            "tokenizer": {"path": "/t"},
+            "data": {"seq_len": 8, "sources": [{"shards": "/s"}]},
+            "model": {"architecture": "gpt2"},
+            "objective": {"name": "clm"},
+            "train": {"global_batch": 4, "micro_batch": 2, **length},
+        }
+    )
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path):
     lines = dict(describe(config(tmp_path, steps=100)))
-    assert (lines["step"], lines["last checkpoint"], lines["attempts"]) == ("none was logged yet", "none", "0")
+    assert (lines["step"], lines["last checkpoint"], lines["attempts"]) == (
+        "none was logged yet",
+        "none",
+        "0",
+    )
 
 
 def test_a_run_under_way(tmp_path: Path):
@@ -28,7 +48,9 @@ def test_a_run_under_way(tmp_path: Path):
     (run / "checkpoints" / "step-00000020").mkdir(parents=True)
     manifest = run / "checkpoints" / "step-00000020" / "manifest.json"
     metrics = run / "metrics.jsonl"
-    metrics.write_text(json.dumps({**RECORD, "step": 24}) + "\n" + json.dumps(RECORD) + "\n" + '{"step": 26, "lo')
+    metrics.write_text(
+        json.dumps({**RECORD, "step": 24}) + "\n" + json.dumps(RECORD) + "\n" + '{"step": 26, "lo'
+    )
     manifest.touch()
     for file, at in ((metrics, 1_000_000), (manifest, 999_900)):
         os.utime(file, (at, at))

@@ -1,4 +1,5 @@
 """Every kind of damage is found and named by the reader and by ``shards verify``, and can be skipped without losing more than it hit."""
+
 from __future__ import annotations
 
 import logging
@@ -26,7 +27,9 @@ def test_the_reader_names_it(tmp_path: Path, kind: str) -> None:
     manifest = Manifest.load(tmp_path)
     entry = manifest.shards[HURT]
     with pytest.raises(DataError, match=rf"{KINDS[kind].reader}[\s\S]*s-{HURT:06d}"):
-        ShardReader(tmp_path, entry, dtype=manifest.numpy_dtype).read_tokens(0, entry.tokens, np.empty(entry.tokens, np.int64))
+        ShardReader(tmp_path, entry, dtype=manifest.numpy_dtype).read_tokens(
+            0, entry.tokens, np.empty(entry.tokens, np.int64)
+        )
 
 
 @kinds
@@ -40,21 +43,38 @@ def test_verify_names_it_and_nothing_else(tmp_path: Path, kind: str) -> None:
 
 
 @kinds
-def test_skipping_loses_the_rows_that_touch_it_and_no_other(tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture,
-                                                            monkeypatch: pytest.MonkeyPatch) -> None:
+def test_skipping_loses_the_rows_that_touch_it_and_no_other(
+    tmp_path: Path, kind: str, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(logging.getLogger("hfscale"), "propagate", True)
     for name in ("whole", "hurt"):
         write_shards(tmp_path / name)
     KINDS[kind].do(tmp_path / "hurt")
-    whole, hurt = TokenRows(tmp_path / "whole", seq_len=SEQ), TokenRows(tmp_path / "hurt", seq_len=SEQ, skip=True)
+    whole, hurt = (
+        TokenRows(tmp_path / "whole", seq_len=SEQ),
+        TokenRows(tmp_path / "hurt", seq_len=SEQ, skip=True),
+    )
     np.testing.assert_array_equal(hurt.shard_rows, whole.shard_rows)
-    shards, rows = np.repeat(np.arange(SHARDS), whole.shard_rows), np.concatenate([np.arange(n) for n in whole.shard_rows])
+    shards, rows = (
+        np.repeat(np.arange(SHARDS), whole.shard_rows),
+        np.concatenate([np.arange(n) for n in whole.shard_rows]),
+    )
     expected, ids = (np.full((len(rows), SEQ + 1), -1) for _ in range(2))
     assert whole.fill(shards, rows, expected).all()
     expected_ends = whole.prepare(shards, rows, documents_per=1).boundaries
-    hit = [shard for shard in range(SHARDS) if shard == HURT or kind == "a manifest of another build"]
-    lost = np.array([shard in hit and any(first // CHUNK_TOKENS <= chunk <= (first + SEQ) // CHUNK_TOKENS for chunk in KINDS[kind].lost)
-                     for shard, first in zip(shards, rows * SEQ, strict=True)])
+    hit = [
+        shard for shard in range(SHARDS) if shard == HURT or kind == "a manifest of another build"
+    ]
+    lost = np.array(
+        [
+            shard in hit
+            and any(
+                first // CHUNK_TOKENS <= chunk <= (first + SEQ) // CHUNK_TOKENS
+                for chunk in KINDS[kind].lost
+            )
+            for shard, first in zip(shards, rows * SEQ, strict=True)
+        ]
+    )
     mixed = np.random.default_rng(0).permutation(len(rows))
     for part in np.array_split(mixed, 5):
         some = ids[part]
@@ -68,16 +88,25 @@ def test_skipping_loses_the_rows_that_touch_it_and_no_other(tmp_path: Path, kind
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == len(hurt.damage) == len(set(said)), "each bad chunk once"
     assert {shard for shard, _ in hurt.damage} == set(hit)
-    assert {chunk for _, chunk in hurt.damage} == (set(KINDS[kind].lost) if len(KINDS[kind].lost) < CHUNKS else {-1})
-    assert all(f"s-{shard:06d}" in text for shard, text in zip(sorted(hit), sorted(said), strict=False))
+    assert {chunk for _, chunk in hurt.damage} == (
+        set(KINDS[kind].lost) if len(KINDS[kind].lost) < CHUNKS else {-1}
+    )
+    assert all(
+        f"s-{shard:06d}" in text for shard, text in zip(sorted(hit), sorted(said), strict=False)
+    )
 
 
 def test_a_cut_shard_says_where_it_ends(tmp_path: Path) -> None:
     write_shards(tmp_path)
     KINDS["cut inside a payload"].do(tmp_path)
     rows = TokenRows(tmp_path, seq_len=SEQ, skip=True)
-    rows.fill(np.array([HURT]), np.array([2 * CHUNK_TOKENS // SEQ + 1]), np.empty((1, SEQ + 1), np.int64))
-    assert re.search(r"000000002\.tokens\.bin at offset [\d,]+ \(512 bytes\) is cut off: the shard ends at", rows.damage[HURT, 2].what)
+    rows.fill(
+        np.array([HURT]), np.array([2 * CHUNK_TOKENS // SEQ + 1]), np.empty((1, SEQ + 1), np.int64)
+    )
+    assert re.search(
+        r"000000002\.tokens\.bin at offset [\d,]+ \(512 bytes\) is cut off: the shard ends at",
+        rows.damage[HURT, 2].what,
+    )
 
 
 def test_a_manifest_of_another_dtype_is_named(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 """Tars of text made by others: whatever stock webdataset makes of them, so do we; what we cannot read is named when it is indexed."""
+
 from __future__ import annotations
 
 import io
@@ -40,7 +41,11 @@ def write(path: Path, members: dict[str, bytes], *, form: int = tarfile.PAX_FORM
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
             if k == 0:
-                for other, kind in (("folder.txt", tarfile.DIRTYPE), ("link.txt", tarfile.SYMTYPE), ("hard.txt", tarfile.LNKTYPE)):
+                for other, kind in (
+                    ("folder.txt", tarfile.DIRTYPE),
+                    ("link.txt", tarfile.SYMTYPE),
+                    ("hard.txt", tarfile.LNKTYPE),
+                ):
                     info = tarfile.TarInfo(other)
                     info.type, info.linkname = kind, name
                     tar.addfile(info)
@@ -52,21 +57,37 @@ def texts(manifest: Manifest) -> list[str]:
     found = []
     for entry in manifest.shards:
         members = ShardIndex.load(manifest.folder / entry.index_name).members
-        samples = [(manifest.folder / entry.name, int(m["offset"]), int(m["bytes"]), int(m["checksum"])) for m in members]
-        ids, ends, damage = encode_samples(lambda texts: [np.array([ord(c) for c in text], "<u4") for text in texts], samples,
-                                           manifest.source["field"], True, np.zeros(0, "<u4"))
+        samples = [
+            (manifest.folder / entry.name, int(m["offset"]), int(m["bytes"]), int(m["checksum"]))
+            for m in members
+        ]
+        ids, ends, damage = encode_samples(
+            lambda texts: [np.array([ord(c) for c in text], "<u4") for text in texts],
+            samples,
+            manifest.source["field"],
+            True,
+            np.zeros(0, "<u4"),
+        )
         assert not damage
         found += ["".join(map(chr, part)) for part in np.split(ids, ends[:-1])]
     return found
 
 
 def stock(paths: list[Path], field: str) -> list[bytes]:
-    return [sample[field] for path in sorted(paths) for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)]
+    return [
+        sample[field]
+        for path in sorted(paths)
+        for sample in webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False)
+    ]
 
 
 @pytest.mark.parametrize("form", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
 def test_odd_names_are_read_as_webdataset_reads_them(tmp_path, form):
-    long = {} if form == tarfile.USTAR_FORMAT else {f"{LONG}.jpg": b"\xff", f"{LONG}.txt": "长".encode()}
+    long = (
+        {}
+        if form == tarfile.USTAR_FORMAT
+        else {f"{LONG}.jpg": b"\xff", f"{LONG}.txt": "长".encode()}
+    )
     path = write(tmp_path / "odd.tar", {
         "v1.0/a/one.jpg": b"\xff\xd8", "v1.0/a/one.txt": "一".encode(), "./two.TXT": b"two", "three.seg.txt": b"not this",
         "three.txt": b"three", "four.pickle": pickle.dumps(Bomb()), "four.pyd": pickle.dumps(Bomb()), "four.txt": b"",
@@ -74,7 +95,11 @@ def test_odd_names_are_read_as_webdataset_reads_them(tmp_path, form):
         "six.txt": "\ufeff六".encode()}, form=form)  # fmt: skip
     manifest = index_tars([path], folder=tmp_path, field="txt", threads=1)
     expected = [text.decode("utf-8-sig") for text in stock([path], "txt")]
-    assert texts(manifest) == expected == ["一", "two", "three", "", "五", *(["长"] if long else []), "六"]
+    assert (
+        texts(manifest)
+        == expected
+        == ["一", "two", "three", "", "五", *(["长"] if long else []), "六"]
+    )
     names = {member.offset: member.name for member in walk(path)}
     assert all(name_at(path, offset) == name for offset, name in names.items())
 
@@ -86,17 +111,31 @@ def test_tars_of_stock_webdataset(tmp_path):
         paths.append(tmp_path / f"{kind}.tar")
         with webdataset.TarWriter(str(paths[-1])) as tar:
             for k, document in enumerate(documents):
-                tar.write({"__key__": f"d{k}", "npy": np.arange(3), **({"txt": document["text"]} if kind == "txt" else {"json": document})})
-    plain, fielded = (index_tars([path], folder=tmp_path / path.stem, field=None, threads=1) for path in paths)
-    assert [plain.source["field"], fielded.source["field"]] == ["txt", "json.text"], "found in the first sample"
+                tar.write(
+                    {
+                        "__key__": f"d{k}",
+                        "npy": np.arange(3),
+                        **({"txt": document["text"]} if kind == "txt" else {"json": document}),
+                    }
+                )
+    plain, fielded = (
+        index_tars([path], folder=tmp_path / path.stem, field=None, threads=1) for path in paths
+    )
+    assert [plain.source["field"], fielded.source["field"]] == ["txt", "json.text"], (
+        "found in the first sample"
+    )
     assert texts(plain) == texts(fielded) == [document["text"] for document in documents]
     assert stock(paths[:1], "txt") == [document["text"].encode() for document in documents]
     assert plain.fingerprint != fielded.fingerprint
 
 
 def test_a_place_in_json_goes_as_deep_as_its_dots(tmp_path):
-    path = write(tmp_path / "x.tar", {"a.meta.json": json.dumps({"page": {"json": {"body": "深"}}}).encode()})
-    assert texts(index_tars([path], folder=tmp_path, field="meta.json.page.json.body", threads=1)) == ["深"]
+    path = write(
+        tmp_path / "x.tar", {"a.meta.json": json.dumps({"page": {"json": {"body": "深"}}}).encode()}
+    )
+    assert texts(
+        index_tars([path], folder=tmp_path, field="meta.json.page.json.body", threads=1)
+    ) == ["深"]
 
 
 @pytest.mark.parametrize(("members", "field", "says"), [

@@ -1,4 +1,5 @@
 """Shards of a URL against real servers that misbehave: what comes is right, counted in bytes, and what cannot come is named."""
+
 from __future__ import annotations
 
 import importlib
@@ -34,13 +35,22 @@ BLOCK = 2**15
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Four shards of 256 kB of random tokens, in ``train``."""
     folder, entries = tmp_path_factory.mktemp("corpus"), list[ShardEntry]()
-    writer = ShardWriter(folder / "train", name="s", dtype=np.dtype("<u2"), chunk_tokens=2**15, shard_chunks=4, committed=entries.append)
+    writer = ShardWriter(
+        folder / "train",
+        name="s",
+        dtype=np.dtype("<u2"),
+        chunk_tokens=2**15,
+        shard_chunks=4,
+        committed=entries.append,
+    )
     ids = np.random.default_rng(0).integers(1, 60_000, 2**19).astype("<u2")
     ids[1023::1024] = 0
     for document in np.split(ids, 512):
         writer.add(document)
     writer.close()
-    Manifest(dtype="uint16", tokenizer=TokenizerInfo("t", 60_000, 0), source={}, shards=tuple(entries)).save(folder / "train")
+    Manifest(
+        dtype="uint16", tokenizer=TokenizerInfo("t", 60_000, 0), source={}, shards=tuple(entries)
+    ).save(folder / "train")
     return folder
 
 
@@ -52,7 +62,12 @@ def server(folder: Path) -> Iterator[Server]:
 
 @pytest.fixture(autouse=True)
 def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"BLOCK": BLOCK, "LEAST_BLOCK": 2**10, "BACK_OFF_S": 0.02, "POLL_S": 0.01}.items():
+    for name, value in {
+        "BLOCK": BLOCK,
+        "LEAST_BLOCK": 2**10,
+        "BACK_OFF_S": 0.02,
+        "POLL_S": 0.01,
+    }.items():
         monkeypatch.setattr(remote, name, value)
 
 
@@ -67,7 +82,11 @@ def fetch(manifest: Manifest, *numbers: int) -> None:
 
 
 def there(manifest: Manifest) -> list[int]:
-    return [number for number, entry in enumerate(manifest.shards) if (manifest.folder / entry.name).exists()]
+    return [
+        number
+        for number, entry in enumerate(manifest.shards)
+        if (manifest.folder / entry.name).exists()
+    ]
 
 
 def size_of(folder: Path) -> int:
@@ -83,29 +102,48 @@ def size_of(folder: Path) -> int:
 
 
 # --------------------------------------------------------------------------------------------------- transport
-def test_a_reader_sees_a_local_folder_and_nothing_comes_twice(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_a_reader_sees_a_local_folder_and_nothing_comes_twice(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
     local, manifest = Manifest.load(folder / "train"), load(server, tmp_path)
     assert manifest == local and manifest.fingerprint == local.fingerprint
     assert there(manifest) == []
-    ids, expected = np.empty(len(range(100, 131_000)), np.int64), np.empty(len(range(100, 131_000)), np.int64)
+    ids, expected = (
+        np.empty(len(range(100, 131_000)), np.int64),
+        np.empty(len(range(100, 131_000)), np.int64),
+    )
     for entry in manifest.shards:
         with manifest.local(entry):
             reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype)
         reader.read_tokens(100, 131_000, ids)
-        ShardReader(local.folder, entry, dtype=local.numpy_dtype).read_tokens(100, 131_000, expected)
+        ShardReader(local.folder, entry, dtype=local.numpy_dtype).read_tokens(
+            100, 131_000, expected
+        )
         assert (ids == expected).all()
     again = load(server, tmp_path)
     fetch(again, 0, 1, 2, 3)
     assert verify(again, threads=2) == []
     assert {server.served[entry.name] for entry in local.shards} == {local.shards[0].bytes}
-    assert server.asked["manifest.json"] == 2 and server.asked[local.shards[0].name] == -(-local.shards[0].bytes // BLOCK)
+    assert server.asked["manifest.json"] == 2 and server.asked[local.shards[0].name] == -(
+        -local.shards[0].bytes // BLOCK
+    )
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("fault", [
-    {"statuses": [500, 503, 429, 408]}, {"drops": [BLOCK // 2, 100, 0]}, {"hangs": 2}, {"rate": BLOCK}, {"ranges": False},
-    {"ranges": False, "drops": [5 * BLOCK]}])
-def test_every_fault_is_overcome(server: Server, folder: Path, tmp_path: Path, fault: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"statuses": [500, 503, 429, 408]},
+        {"drops": [BLOCK // 2, 100, 0]},
+        {"hangs": 2},
+        {"rate": BLOCK},
+        {"ranges": False},
+        {"ranges": False, "drops": [5 * BLOCK]},
+    ],
+)
+def test_every_fault_is_overcome(
+    server: Server, folder: Path, tmp_path: Path, fault: dict[str, Any]
+) -> None:
     manifest = load(server, tmp_path, timeout_s=0.5)
     for name, value in fault.items():
         setattr(server, name, value)
@@ -114,13 +152,19 @@ def test_every_fault_is_overcome(server: Server, folder: Path, tmp_path: Path, f
         threading.Timer(1.5, setattr, (server, "rate", 0)).start()
     fetch(manifest, 1)
     entry = manifest.shards[1]
-    assert (manifest.folder / entry.name).read_bytes() == (folder / "train" / entry.name).read_bytes()
+    assert (manifest.folder / entry.name).read_bytes() == (
+        folder / "train" / entry.name
+    ).read_bytes()
     assert not list(tmp_path.rglob("*.part"))
-    assert server.served[entry.name] <= entry.bytes + (5 if "ranges" in fault else 3) * BLOCK  # never all of it again for a block
+    assert (
+        server.served[entry.name] <= entry.bytes + (5 if "ranges" in fault else 3) * BLOCK
+    )  # never all of it again for a block
 
 
 @pytest.mark.parametrize(("status", "asked"), [(404, 1), (403, 1), (401, 1), (500, 4)])
-def test_what_cannot_be_had_is_named(server: Server, tmp_path: Path, status: int, asked: int) -> None:
+def test_what_cannot_be_had_is_named(
+    server: Server, tmp_path: Path, status: int, asked: int
+) -> None:
     manifest = load(server, tmp_path, retries=3)
     server.statuses = [status] * 10
     named = f"{'FileNotFound' if status == 404 else f'ClientResponseError: {status}'}[\\s\\S]*{server.url}/train/s-000002.tar"
@@ -132,10 +176,12 @@ def test_what_cannot_be_had_is_named(server: Server, tmp_path: Path, status: int
 
 
 @pytest.mark.slow
-def test_another_file_is_fetched_twice_and_then_refused(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_another_file_is_fetched_twice_and_then_refused(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
     manifest = load(server, tmp_path)
     right = (folder / "train" / "s-000000.tar").read_bytes()
-    for wrong in (right[:100_000], right[:BLOCK * 2], right[:-1] + b"!", b""):
+    for wrong in (right[:100_000], right[: BLOCK * 2], right[:-1] + b"!", b""):
         server.files["train/s-000000.tar"] = wrong
         with pytest.raises(DataError, match="not the one of the manifest|416") as caught:
             fetch(manifest, 0)
@@ -150,7 +196,9 @@ def test_another_file_is_fetched_twice_and_then_refused(server: Server, folder: 
     assert (manifest.folder / "s-000000.tar").read_bytes() == right
 
 
-def test_a_part_of_something_else_is_thrown_away(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_a_part_of_something_else_is_thrown_away(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
     manifest = load(server, tmp_path)
     (manifest.folder / "s-000000.tar.part").write_bytes(b"x" * 200_000)
     (manifest.folder / "s-000001.tar.part").write_bytes(b"x" * 2_000_000)
@@ -175,8 +223,14 @@ for number in sys.argv[3].split(","):
 
 
 def fetcher(server: Server, cache: Path, numbers: str) -> subprocess.Popen[str]:
-    process = subprocess.Popen([sys.executable, "-c", FETCHER, f"{server.url}/train", str(cache), numbers], cwd=ROOT, text=True,
-                               env=os.environ | {"PYTHONPATH": str(ROOT)}, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", FETCHER, f"{server.url}/train", str(cache), numbers],
+        cwd=ROOT,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
     assert process.stdout is not None and process.stdout.readline() == "ready\n"
     return process
 
@@ -187,7 +241,9 @@ def go(process: subprocess.Popen[str]) -> None:
     process.stdin.flush()
 
 
-def test_a_killed_download_goes_on_from_its_part(server: Server, folder: Path, tmp_path: Path) -> None:
+def test_a_killed_download_goes_on_from_its_part(
+    server: Server, folder: Path, tmp_path: Path
+) -> None:
     process = fetcher(server, tmp_path, "3")
     server.pause_at = 150_000
     go(process)
@@ -201,41 +257,55 @@ def test_a_killed_download_goes_on_from_its_part(server: Server, folder: Path, t
     manifest = load(server, tmp_path)
     fetch(manifest, 3)  # the lock of the killed is free
     assert (manifest.folder / name).read_bytes() == (folder / "train" / name).read_bytes()
-    assert server.served[name] <= manifest.shards[3].bytes + 4 * BLOCK  # what was on its way, not what was there
+    assert (
+        server.served[name] <= manifest.shards[3].bytes + 4 * BLOCK
+    )  # what was on its way, not what was there
 
 
 @pytest.mark.slow
 def test_two_processes_share_a_cache(server: Server, tmp_path: Path) -> None:
     server.rate = 2_000_000
-    processes = [fetcher(server, tmp_path, numbers) for numbers in ("0,1,2,3", "0,1,2,3", "3,2,1,0")]
+    processes = [
+        fetcher(server, tmp_path, numbers) for numbers in ("0,1,2,3", "0,1,2,3", "3,2,1,0")
+    ]
     for process in processes:
         go(process)
     assert [process.wait(60) for process in processes] == [0, 0, 0]
     manifest = load(server, tmp_path)
-    assert [server.served[entry.name] for entry in manifest.shards] == [entry.bytes for entry in manifest.shards]
+    assert [server.served[entry.name] for entry in manifest.shards] == [
+        entry.bytes for entry in manifest.shards
+    ]
 
 
 def test_pipes_give_the_files(folder: Path, tmp_path: Path) -> None:
     source = tmp_path / "it's a folder"
     source.symlink_to(folder / "train")
-    url = f"pipe:cd \"{source}\" && cat {{}}"
-    with pytest.raises(ConfigError, match=r"needs permission[\s\S]*s a folder. && cat {}[\s\S]*data.allow_pipe=true"):
+    url = f'pipe:cd "{source}" && cat {{}}'
+    with pytest.raises(
+        ConfigError,
+        match=r"needs permission[\s\S]*s a folder. && cat {}[\s\S]*data.allow_pipe=true",
+    ):
         Manifest.load(url)
     manifest = Manifest.load(url, folder=tmp_path / "cache", allow_pipe=True, retries=1)
     fetch(manifest, 0, 3)
-    assert (manifest.folder / "s-000003.tar").read_bytes() == (folder / "train" / "s-000003.tar").read_bytes()
+    assert (manifest.folder / "s-000003.tar").read_bytes() == (
+        folder / "train" / "s-000003.tar"
+    ).read_bytes()
     source.unlink()
     with pytest.raises(DataError, match=r"attempt 2: CalledProcessError[\s\S]*s-000001.idx"):
         fetch(manifest, 1)
 
 
 # --------------------------------------------------------------------------------------------------- manifest
-def test_the_newest_manifest_counts_and_the_cached_one_where_there_is_no_server(server: Server, folder: Path, tmp_path: Path,
-                                                                               caplog: pytest.LogCaptureFixture) -> None:
+def test_the_newest_manifest_counts_and_the_cached_one_where_there_is_no_server(
+    server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     old = load(server, tmp_path)
     fetch(old, 0)
     content = json.loads((folder / "train" / "manifest.json").read_text())
-    server.files["train/manifest.json"] = json.dumps(content | {"source": {"of": "another day"}}).encode()
+    server.files["train/manifest.json"] = json.dumps(
+        content | {"source": {"of": "another day"}}
+    ).encode()
     new = load(server, tmp_path)
     assert new.fingerprint != old.fingerprint and there(new) == [] and there(old) == [0]
     server.gone = True
@@ -251,21 +321,35 @@ def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"not JSON[\s\S]*/train-"):
         load(server, tmp_path)
     server.files = {}
-    with pytest.raises(DataError, match=rf"FileNotFoundError[\s\S]*{server.url}/nothing/manifest.json"):
+    with pytest.raises(
+        DataError, match=rf"FileNotFoundError[\s\S]*{server.url}/nothing/manifest.json"
+    ):
         Manifest.load(f"{server.url}/nothing/", folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere.tar", "/tmp/elsewhere.tar", "manifest.json"])
-def test_a_manifest_cannot_write_outside_of_the_cache(server: Server, folder: Path, tmp_path: Path, name: str) -> None:
+def test_a_manifest_cannot_write_outside_of_the_cache(
+    server: Server, folder: Path, tmp_path: Path, name: str
+) -> None:
     content = json.loads((folder / "train" / "manifest.json").read_text())
     content["shards"][0]["name"] = name
     server.files["train/manifest.json"] = json.dumps(content).encode()
-    with pytest.raises(DataError, match=f"a remote shard must be a .tar beside its manifest[\\s\\S]*{name}"):
+    with pytest.raises(
+        DataError, match=f"a remote shard must be a .tar beside its manifest[\\s\\S]*{name}"
+    ):
         load(server, tmp_path)
 
 
 def test_a_url_names_a_folder_or_a_file(server: Server, tmp_path: Path) -> None:
-    assert len({Manifest.load(f"{server.url}/train{end}", folder=tmp_path).folder for end in ("", "/", "/manifest.json")}) == 1
+    assert (
+        len(
+            {
+                Manifest.load(f"{server.url}/train{end}", folder=tmp_path).folder
+                for end in ("", "/", "/manifest.json")
+            }
+        )
+        == 1
+    )
 
 
 @pytest.mark.slow
@@ -291,7 +375,12 @@ def test_the_limit_holds_and_the_least_recently_used_goes(server: Server, tmp_pa
     watcher.start()
     server.rate = 3_000_000
     with ThreadPoolExecutor(3) as pool:
-        list(pool.map(lambda numbers: fetch(load(server, tmp_path, size_gb=600e-6), *numbers), [(0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1)]))
+        list(
+            pool.map(
+                lambda numbers: fetch(load(server, tmp_path, size_gb=600e-6), *numbers),
+                [(0, 1, 2, 3), (3, 1, 0, 2), (2, 0, 3, 1)],
+            )
+        )
     done.set()
     watcher.join()
     assert 262_144 < max(most) <= 600_000
@@ -309,7 +398,9 @@ def test_a_removed_shard_stays_readable_where_it_is_open(server: Server, tmp_pat
     assert ids.any()
 
 
-def test_who_finds_no_room_waits_for_others_that_are_fetching(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_who_finds_no_room_waits_for_others_that_are_fetching(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level("INFO", "hfscale")
     first, second = (load(server, tmp_path, size_gb=300e-6) for _ in range(2))
     server.pause_at = 0
@@ -326,10 +417,14 @@ def test_who_finds_no_room_waits_for_others_that_are_fetching(server: Server, tm
 
 def test_a_cache_that_cannot_be_used_is_refused(server: Server, tmp_path: Path) -> None:
     sizes = r"s-000000.tar takes up to [\d,]+ bytes, the cache has 100,000"
-    with pytest.raises(ConfigError, match=rf"too small for one shard[\s\S]*data.cache.size_gb[\s\S]*{sizes}"):
+    with pytest.raises(
+        ConfigError, match=rf"too small for one shard[\s\S]*data.cache.size_gb[\s\S]*{sizes}"
+    ):
         load(server, tmp_path, size_gb=100e-6)
     (tmp_path / "file").write_text("in the way")
-    with pytest.raises(ConfigError, match=r"cannot be written: Not a directory[\s\S]*data.cache.folder"):
+    with pytest.raises(
+        ConfigError, match=r"cannot be written: Not a directory[\s\S]*data.cache.folder"
+    ):
         load(server, tmp_path / "file")
     with pytest.raises(ConfigError, match=r"cannot be written[\s\S]*/proc/nowhere"):
         load(server, Path("/proc/nowhere"))
@@ -358,19 +453,30 @@ def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         server.start()
         stack.callback(server.stop)
         host, port = server.get_host_and_port()
-        for name, value in {"AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret",
-                            "AWS_DEFAULT_REGION": "us-east-1"}.items():
+        for name, value in {
+            "AWS_ENDPOINT_URL": f"http://{host}:{port}",
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_DEFAULT_REGION": "us-east-1",
+        }.items():
             monkeypatch.setenv(name, value)
         bucket = s3fs.S3FileSystem()
         bucket.mkdir("corpus")
         bucket.put(f"{folder}/train/", "corpus/mine/train/", recursive=True)
         manifest = Manifest.load("s3://corpus/mine/train", folder=tmp_path, retries=1)
         fetch(manifest, 0, 2)
-        assert (manifest.folder / "s-000002.tar").read_bytes() == (folder / "train" / "s-000002.tar").read_bytes()
-        (manifest.folder / "s-000001.tar.part").write_bytes((folder / "train" / "s-000001.tar").read_bytes()[:100_000])
+        assert (manifest.folder / "s-000002.tar").read_bytes() == (
+            folder / "train" / "s-000002.tar"
+        ).read_bytes()
+        (manifest.folder / "s-000001.tar.part").write_bytes(
+            (folder / "train" / "s-000001.tar").read_bytes()[:100_000]
+        )
         fetch(manifest, 1)
         bucket.pipe("corpus/mine/train/s-000003.tar", b"short" * 10_000)
-        with pytest.raises(DataError, match=r"not the one of the manifest[\s\S]*corpus/mine/train/s-000003.tar[\s\S]*50,000 bytes"):
+        with pytest.raises(
+            DataError,
+            match=r"not the one of the manifest[\s\S]*corpus/mine/train/s-000003.tar[\s\S]*50,000 bytes",
+        ):
             fetch(manifest, 3)
         bucket.rm("corpus/mine/train/s-000003.tar")
         with pytest.raises(DataError, match=r"attempt 1: FileNotFoundError[\s\S]*s-000003.tar"):

@@ -1,4 +1,5 @@
 """Shards written and read back: any range, any document end, and every kind of damage is named."""
+
 from __future__ import annotations
 
 import io
@@ -16,9 +17,23 @@ from hfscale.shards.reader import ShardReader
 from hfscale.shards.writer import ShardWriter
 
 
-def write(folder: Path, documents: list[np.ndarray], *, chunk: int = 64, chunks: int = 3, dtype: str = "<u2") -> list[ShardEntry]:
+def write(
+    folder: Path,
+    documents: list[np.ndarray],
+    *,
+    chunk: int = 64,
+    chunks: int = 3,
+    dtype: str = "<u2",
+) -> list[ShardEntry]:
     entries: list[ShardEntry] = []
-    writer = ShardWriter(folder, name="s", dtype=np.dtype(dtype), chunk_tokens=chunk, shard_chunks=chunks, committed=entries.append)
+    writer = ShardWriter(
+        folder,
+        name="s",
+        dtype=np.dtype(dtype),
+        chunk_tokens=chunk,
+        shard_chunks=chunks,
+        committed=entries.append,
+    )
     for document in documents:
         writer.add(document)
     writer.close()
@@ -38,7 +53,9 @@ def shards(tmp_path: Path) -> tuple[Path, list[ShardEntry], list[np.ndarray]]:
 
 @settings(max_examples=40, deadline=None)
 @given(lengths=st.lists(st.integers(1, 400), min_size=1, max_size=20), data=st.data())
-def test_any_range_and_its_ends_come_back(tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject) -> None:
+def test_any_range_and_its_ends_come_back(
+    tmp_path_factory: pytest.TempPathFactory, lengths: list[int], data: st.DataObject
+) -> None:
     folder = tmp_path_factory.mktemp("shards")
     documents = some_documents(lengths)
     entries = write(folder, documents)
@@ -53,7 +70,7 @@ def test_any_range_and_its_ends_come_back(tmp_path_factory: pytest.TempPathFacto
         stop = data.draw(st.integers(start, len(reader)))
         for out in (np.empty(stop - start, np.int64), np.empty(stop - start, np.int32)):
             reader.read_tokens(start, stop, out)
-            assert (out == stream[base + start:base + stop]).all()
+            assert (out == stream[base + start : base + stop]).all()
         expected = stream_ends[(stream_ends > base) & (stream_ends <= base + len(reader))] - base
         assert reader.ends().tolist() == expected.tolist()
         if start < len(reader):
@@ -63,14 +80,18 @@ def test_any_range_and_its_ends_come_back(tmp_path_factory: pytest.TempPathFacto
         base += entry.tokens
 
 
-def test_a_shard_is_plain_ustar_that_webdataset_reads(shards: tuple[Path, list[ShardEntry], list[np.ndarray]]) -> None:
+def test_a_shard_is_plain_ustar_that_webdataset_reads(
+    shards: tuple[Path, list[ShardEntry], list[np.ndarray]],
+) -> None:
     import webdataset
 
     folder, entries, documents = shards
     path = folder / entries[0].name
     with tarfile.open(path) as tar:
         members = tar.getmembers()
-        assert {(m.mtime, m.uname, m.uid, m.offset_data % 512) for m in members} == {(0, "hfscale", 0, 0)}
+        assert {(m.mtime, m.uname, m.uid, m.offset_data % 512) for m in members} == {
+            (0, "hfscale", 0, 0)
+        }
     assert path.read_bytes()[257:265] == b"ustar\x0000"
     samples = list(webdataset.WebDataset(str(path), shardshuffle=False, empty_check=False))
     tokens = np.concatenate([np.frombuffer(s["tokens.bin"], "<u2") for s in samples])
@@ -104,7 +125,9 @@ def read_all(folder: Path, entry: ShardEntry, *, verify: bool = True) -> np.ndar
     return out
 
 
-def test_a_flipped_byte_is_named_with_member_and_offset(shards: tuple[Path, list[ShardEntry], list[np.ndarray]]) -> None:
+def test_a_flipped_byte_is_named_with_member_and_offset(
+    shards: tuple[Path, list[ShardEntry], list[np.ndarray]],
+) -> None:
     folder, entries, _ = shards
     path = folder / entries[1].name
     with tarfile.open(path) as tar:
@@ -112,22 +135,33 @@ def test_a_flipped_byte_is_named_with_member_and_offset(shards: tuple[Path, list
     data = bytearray(path.read_bytes())
     data[member.offset_data + 5] ^= 1
     path.write_bytes(data)
-    with pytest.raises(DataError, match=rf"000000001.tokens.bin at offset {member.offset_data:,} (?s:.*)s-000001.tar"):
+    with pytest.raises(
+        DataError,
+        match=rf"000000001.tokens.bin at offset {member.offset_data:,} (?s:.*)s-000001.tar",
+    ):
         read_all(folder, entries[1])
     read_all(folder, entries[0])
     read_all(folder, entries[1], verify=False)
 
 
-@pytest.mark.parametrize(("damage", "says"), [
-    (lambda tar, idx: tar.write_bytes(tar.read_bytes()[:-512]), "bytes, its manifest says"),
-    (lambda tar, idx: tar.unlink(), "cannot be read: No such file"),
-    (lambda tar, idx: tar.write_bytes(b""), "cannot be read"),
-    (lambda tar, idx: idx.unlink(), "index of a shard cannot be read"),
-    (lambda tar, idx: idx.write_bytes(idx.read_bytes()[:-3]), "index of a shard is damaged"),
-    (lambda tar, idx: idx.write_bytes(b""), "index of a shard is damaged"),
-    (lambda tar, idx: idx.write_bytes((idx.parent / "s-000001.idx").read_bytes()), "belongs to another shard"),
-])
-def test_damage_is_found_when_a_shard_is_opened(shards: tuple[Path, list[ShardEntry], list[np.ndarray]], damage: object, says: str) -> None:
+@pytest.mark.parametrize(
+    ("damage", "says"),
+    [
+        (lambda tar, idx: tar.write_bytes(tar.read_bytes()[:-512]), "bytes, its manifest says"),
+        (lambda tar, idx: tar.unlink(), "cannot be read: No such file"),
+        (lambda tar, idx: tar.write_bytes(b""), "cannot be read"),
+        (lambda tar, idx: idx.unlink(), "index of a shard cannot be read"),
+        (lambda tar, idx: idx.write_bytes(idx.read_bytes()[:-3]), "index of a shard is damaged"),
+        (lambda tar, idx: idx.write_bytes(b""), "index of a shard is damaged"),
+        (
+            lambda tar, idx: idx.write_bytes((idx.parent / "s-000001.idx").read_bytes()),
+            "belongs to another shard",
+        ),
+    ],
+)
+def test_damage_is_found_when_a_shard_is_opened(
+    shards: tuple[Path, list[ShardEntry], list[np.ndarray]], damage: object, says: str
+) -> None:
     folder, entries, _ = shards
     damage(folder / entries[0].name, folder / entries[0].index_name)  # type: ignore[operator]
     with pytest.raises(DataError, match=says):
@@ -135,10 +169,17 @@ def test_damage_is_found_when_a_shard_is_opened(shards: tuple[Path, list[ShardEn
 
 
 def manifest(entries: list[ShardEntry]) -> Manifest:
-    return Manifest(dtype="uint16", tokenizer=TokenizerInfo("ab", 60_000, 0), source={"format": "text"}, shards=tuple(entries))
+    return Manifest(
+        dtype="uint16",
+        tokenizer=TokenizerInfo("ab", 60_000, 0),
+        source={"format": "text"},
+        shards=tuple(entries),
+    )
 
 
-def test_a_manifest_comes_back_with_its_fingerprint(shards: tuple[Path, list[ShardEntry], list[np.ndarray]]) -> None:
+def test_a_manifest_comes_back_with_its_fingerprint(
+    shards: tuple[Path, list[ShardEntry], list[np.ndarray]],
+) -> None:
     folder, entries, documents = shards
     saved = manifest(entries)
     path = saved.save(folder)
@@ -150,10 +191,19 @@ def test_a_manifest_comes_back_with_its_fingerprint(shards: tuple[Path, list[Sha
     assert manifest(entries[:1]).fingerprint != saved.fingerprint
 
 
-@pytest.mark.parametrize(("content", "says"), [
-    ("{", "not JSON"), ("[]", "unknown version"), ('{"version": 99}', "unknown version"), ('{"version": 1}', "damaged: 'tokenizer'"),
-    ('{"version": 1, "dtype": "int7", "tokenizer": null, "source": {}, "shards": []}', "unknown dtype"),
-])
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "not JSON"),
+        ("[]", "unknown version"),
+        ('{"version": 99}', "unknown version"),
+        ('{"version": 1}', "damaged: 'tokenizer'"),
+        (
+            '{"version": 1, "dtype": "int7", "tokenizer": null, "source": {}, "shards": []}',
+            "unknown dtype",
+        ),
+    ],
+)
 def test_a_damaged_manifest_is_refused(tmp_path: Path, content: str, says: str) -> None:
     (tmp_path / "manifest.json").write_text(content)
     with pytest.raises(DataError, match=says):

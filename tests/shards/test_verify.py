@@ -1,4 +1,5 @@
 """Verification finds every kind of damage in one report; statistics and the index of foreign tars."""
+
 from __future__ import annotations
 
 import io
@@ -23,11 +24,24 @@ EOD = 0
 
 def make(folder: Path, documents: list[list[int]], vocab_size: int = 50) -> Manifest:
     entries: list[ShardEntry] = []
-    writer = ShardWriter(folder, name="s", dtype=np.dtype("<u2"), chunk_tokens=16, shard_chunks=2, committed=entries.append)
+    writer = ShardWriter(
+        folder,
+        name="s",
+        dtype=np.dtype("<u2"),
+        chunk_tokens=16,
+        shard_chunks=2,
+        committed=entries.append,
+    )
     for document in documents:
         writer.add(np.array([*document, EOD], "<u2"))
     writer.close()
-    manifest = Manifest(dtype="uint16", tokenizer=TokenizerInfo("t", vocab_size, EOD), source={}, shards=tuple(entries), folder=folder)
+    manifest = Manifest(
+        dtype="uint16",
+        tokenizer=TokenizerInfo("t", vocab_size, EOD),
+        source={},
+        shards=tuple(entries),
+        folder=folder,
+    )
     manifest.save(folder)
     return manifest
 
@@ -41,7 +55,11 @@ def test_good_shards_have_no_findings_and_all_bytes_are_counted(tmp_path: Path) 
     assert verify(manifest, threads=2, advance=seen.append) == []
     assert sum(seen) == manifest.bytes
     assert [m.folder.name for m in manifests_at(tmp_path)] == ["train"]
-    assert manifests_at(tmp_path / "train") == manifests_at(tmp_path / "train" / "manifest.json") == [manifest]
+    assert (
+        manifests_at(tmp_path / "train")
+        == manifests_at(tmp_path / "train" / "manifest.json")
+        == [manifest]
+    )
 
 
 def test_all_damage_is_in_one_report(tmp_path: Path) -> None:
@@ -54,19 +72,35 @@ def test_all_damage_is_in_one_report(tmp_path: Path) -> None:
     (tmp_path / names[1]).write_bytes((tmp_path / names[1]).read_bytes()[:1536])
     (tmp_path / names[2]).unlink()
     findings = "\n".join(verify(manifest, threads=2))
-    assert f"s-000000.tar: member 000000001.tokens.bin at offset {offset:,} does not match" in findings
+    assert (
+        f"s-000000.tar: member 000000001.tokens.bin at offset {offset:,} does not match" in findings
+    )
     assert "s-000001.tar: has 1,536 bytes" in findings
     assert "s-000002.tar: the shard is missing" in findings
 
 
 def test_what_checksums_cannot_see_is_found(tmp_path: Path) -> None:
-    assert "outside the vocabulary of 40" in "".join(verify(make(tmp_path / "a", DOCUMENTS, vocab_size=40), threads=1))
+    assert "outside the vocabulary of 40" in "".join(
+        verify(make(tmp_path / "a", DOCUMENTS, vocab_size=40), threads=1)
+    )
     manifest = make(tmp_path / "b", DOCUMENTS)
-    other_eod = Manifest(dtype="uint16", tokenizer=TokenizerInfo("t", 50, 9), source={}, shards=manifest.shards, folder=manifest.folder)
+    other_eod = Manifest(
+        dtype="uint16",
+        tokenizer=TokenizerInfo("t", 50, 9),
+        source={},
+        shards=manifest.shards,
+        folder=manifest.folder,
+    )
     assert "does not end with the end-of-document id" in "".join(verify(other_eod, threads=1))
     first = manifest.shards[0]
     wrong = ShardEntry(**{**vars(first), "documents": first.documents + 1})
-    miscounted = Manifest(dtype="uint16", tokenizer=manifest.tokenizer, source={}, shards=(wrong,), folder=manifest.folder)
+    miscounted = Manifest(
+        dtype="uint16",
+        tokenizer=manifest.tokenizer,
+        source={},
+        shards=(wrong,),
+        folder=manifest.folder,
+    )
     assert "its manifest says" in "".join(verify(miscounted, threads=1))
 
 
@@ -75,7 +109,13 @@ def test_lengths_cross_chunks_and_shards(tmp_path: Path) -> None:
     assert document_lengths(manifest).tolist() == [6, 41, 2, 31, 13]
     text = describe(manifest)
     assert "tokens     93 (uint16)" in text
-    assert [line.split()[3] for line in text.splitlines() if "#" in line] == ["1", "1", "1", "1", "1"]
+    assert [line.split()[3] for line in text.splitlines() if "#" in line] == [
+        "1",
+        "1",
+        "1",
+        "1",
+        "1",
+    ]
 
 
 def test_lengths_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -92,9 +132,14 @@ def test_lengths_are_drawn(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_unigram_entropy_is_the_smoothed_cross_entropy(tmp_path: Path) -> None:
-    train, validation = make(tmp_path / "t", [[1, 1, 2]], vocab_size=4), make(tmp_path / "v", [[1, 3]], vocab_size=4)
+    train, validation = (
+        make(tmp_path / "t", [[1, 1, 2]], vocab_size=4),
+        make(tmp_path / "v", [[1, 3]], vocab_size=4),
+    )
     p = {0: 2 / 8, 1: 3 / 8, 2: 2 / 8, 3: 1 / 8}  # counts 1, 2, 1, 0, plus one each
-    assert unigram_entropy(train, validation) == pytest.approx(-sum(math.log(p[i]) for i in (1, 3, 0)) / 3)
+    assert unigram_entropy(train, validation) == pytest.approx(
+        -sum(math.log(p[i]) for i in (1, 3, 0)) / 3
+    )
     with pytest.raises(DataError, match="different tokenizers"):
         unigram_entropy(train, make(tmp_path / "w", [[1]], vocab_size=5))
 
@@ -112,17 +157,25 @@ def write_tar(path: Path, members: dict[str, bytes]) -> Path:
 def test_tars_of_others_are_indexed_as_webdataset_groups_them(tmp_path: Path) -> None:
     import webdataset
 
-    tars = [write_tar(tmp_path / f"raw-{k}.tar", {f"d/{k}{i}.{e}": f"文 {k}{i} {e}".encode() for i in range(5) for e in ("json", "txt")})
-            for k in range(2)]
+    tars = [
+        write_tar(
+            tmp_path / f"raw-{k}.tar",
+            {f"d/{k}{i}.{e}": f"文 {k}{i} {e}".encode() for i in range(5) for e in ("json", "txt")},
+        )
+        for k in range(2)
+    ]
     before = [tar.read_bytes() for tar in tars]
     manifest = index_tars(tars, folder=tmp_path / "index", field=None, threads=2)
     assert manifests_at(tmp_path / "index") == [manifest]
     assert (manifest.dtype, manifest.documents) == ("text", 10)
     for entry, tar in zip(manifest.shards, tars, strict=True):
-        expected = [sample["txt"] for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)]
+        expected = [
+            sample["txt"]
+            for sample in webdataset.WebDataset(str(tar), shardshuffle=False, empty_check=False)
+        ]
         members = ShardIndex.load(manifest.folder / entry.index_name).members
         data = (manifest.folder / entry.name).read_bytes()
-        assert [data[m["offset"]:m["offset"] + m["bytes"]] for m in members] == expected
+        assert [data[m["offset"] : m["offset"] + m["bytes"]] for m in members] == expected
     assert verify(manifest, threads=1) == []
     assert [tar.read_bytes() for tar in tars] == before
     assert index_tars(tars, folder=tmp_path / "index", field=None, threads=2) == manifest
@@ -134,7 +187,9 @@ def test_tars_of_others_are_indexed_as_webdataset_groups_them(tmp_path: Path) ->
 
 def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     def index(members: dict[str, bytes], extension: str | None = None) -> None:
-        index_tars([write_tar(tmp_path / "x.tar", members)], folder=tmp_path, field=extension, threads=1)
+        index_tars(
+            [write_tar(tmp_path / "x.tar", members)], folder=tmp_path, field=extension, threads=1
+        )
 
     with pytest.raises(DataError, match=r"no text(?s:.*)sample a(?s:.*)'jpg'"):
         index({"a.jpg": b""})
@@ -147,7 +202,12 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="without samples"):
         index({})
     with pytest.raises(DataError, match="share an index"):
-        index_tars([write_tar(tmp_path / n / "x.tar", {"a.txt": b"x"}) for n in "ab"], folder=tmp_path, field=None, threads=1)
+        index_tars(
+            [write_tar(tmp_path / n / "x.tar", {"a.txt": b"x"}) for n in "ab"],
+            folder=tmp_path,
+            field=None,
+            threads=1,
+        )
     (tmp_path / "x.idx").write_bytes(b"of another program")
     with pytest.raises(DataError, match="index"):
         index({"a.txt": b"x"})

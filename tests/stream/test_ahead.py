@@ -1,4 +1,5 @@
 """Streams of remote shards: what is fetched ahead, in which order and how much, and what a slow or missing server does to training."""
+
 from __future__ import annotations
 
 import threading
@@ -24,8 +25,12 @@ SEQ, BATCH = 32, 16
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """And a reader that prepares two steps ahead, as it does where steps are larger."""
-    for module, name, value in [(remote, "BACK_OFF_S", 0.02), (remote, "POLL_S", 0.01), (ahead, "ROUND_S", 0.021),
-                                (loader, "PLAN_ROWS", BATCH)]:
+    for module, name, value in [
+        (remote, "BACK_OFF_S", 0.02),
+        (remote, "POLL_S", 0.01),
+        (ahead, "ROUND_S", 0.021),
+        (loader, "PLAN_ROWS", BATCH),
+    ]:
         monkeypatch.setattr(module, name, value)
 
 
@@ -46,12 +51,20 @@ class Rounds(threading.Event):
         return super().wait(timeout)
 
 
-def open_stream(url: str | Path, *, lanes: int = 1, block: int = 1, skip: bool = False, **options) -> tuple[Stream, TokenRows]:
+def open_stream(
+    url: str | Path, *, lanes: int = 1, block: int = 1, skip: bool = False, **options
+) -> tuple[Stream, TokenRows]:
     rows = TokenRows(url, seq_len=SEQ, skip=skip, **options)
     if rows.manifest.remote:
         rows.manifest.remote.cancelled = Rounds()
-    return Stream(rows, order_of(rows.shard_rows, seed=1, lanes=lanes, block=block), global_batch=BATCH, micro_batch=BATCH, rank=0,
-                  world_size=1), rows
+    return Stream(
+        rows,
+        order_of(rows.shard_rows, seed=1, lanes=lanes, block=block),
+        global_batch=BATCH,
+        micro_batch=BATCH,
+        rank=0,
+        world_size=1,
+    ), rows
 
 
 def take(stream: Stream, steps: int) -> None:
@@ -73,8 +86,10 @@ def settle(rows: TokenRows) -> None:
 def test_a_stream_of_a_url_is_the_stream_of_the_folder(server: Server, tmp_path: Path) -> None:
     """Also with a cache that holds a third of the corpus, over two epochs."""
     entry = TokenRows(server.folder, seq_len=SEQ).manifest.shards[0]
-    (local, _), (far, rows) = (open_stream(server.folder, lanes=2, block=8),
-                               open_stream(server.url, lanes=2, block=8, folder=tmp_path, size_gb=4.2 * entry.bytes / 1e9))
+    (local, _), (far, rows) = (
+        open_stream(server.folder, lanes=2, block=8),
+        open_stream(server.url, lanes=2, block=8, folder=tmp_path, size_gb=4.2 * entry.bytes / 1e9),
+    )
     for _ in range(2 * 930 // BATCH):
         [expected], [batch] = local.take(), far.take()
         assert (expected.ids_BL == batch.ids_BL).all()
@@ -86,24 +101,35 @@ def test_a_stream_of_a_url_is_the_stream_of_the_folder(server: Server, tmp_path:
     far.close()
 
 
-def test_shards_come_in_the_order_of_first_use_as_many_as_the_share_holds(server: Server, tmp_path: Path) -> None:
+def test_shards_come_in_the_order_of_first_use_as_many_as_the_share_holds(
+    server: Server, tmp_path: Path
+) -> None:
     stream, rows = open_stream(server.url, folder=tmp_path, size_gb=60e-6)
     settle(rows)
     order = order_of(rows.shard_rows, seed=1, lanes=1, block=1)
-    in_order = [f"text-{shard:06d}.tar" for shard in dict.fromkeys(order.locate(np.arange(order.rows)).shard.tolist())]
+    in_order = [
+        f"text-{shard:06d}.tar"
+        for shard in dict.fromkeys(order.locate(np.arange(order.rows)).shard.tolist())
+    ]
     fetched = [name for name in server.order if name.endswith(".tar")]
     size = rows.manifest.shards[0].bytes
-    assert fetched == in_order[:int(ahead.SHARE * 60_000 / size)]
+    assert fetched == in_order[: int(ahead.SHARE * 60_000 / size)]
     take(stream, 3 * order.rows // 10 // BATCH)  # three shards
     settle(rows)
     fetched = [name for name in server.order if name.endswith(".tar")]
-    assert fetched == in_order[:len(fetched)] and len(fetched) >= int(ahead.SHARE * 60_000 / size) + 2
-    assert set(in_order[4:len(fetched)]) <= set(here(rows))  # what is to come stays, what was trained on went
+    assert (
+        fetched == in_order[: len(fetched)] and len(fetched) >= int(ahead.SHARE * 60_000 / size) + 2
+    )
+    assert set(in_order[4 : len(fetched)]) <= set(
+        here(rows)
+    )  # what is to come stays, what was trained on went
     assert max(server.asked[name] for name in fetched) == 1
     stream.close()
 
 
-def test_training_waits_for_the_server_and_not_where_the_cache_is_ahead(server: Server, tmp_path: Path) -> None:
+def test_training_waits_for_the_server_and_not_where_the_cache_is_ahead(
+    server: Server, tmp_path: Path
+) -> None:
     server.pause_at = 0
     stream, rows = open_stream(server.url, folder=tmp_path)
     with ThreadPoolExecutor(1) as pool:
@@ -118,7 +144,9 @@ def test_training_waits_for_the_server_and_not_where_the_cache_is_ahead(server: 
     stream.close()
 
 
-def test_what_cannot_be_fetched_ahead_surfaces_when_it_is_needed(server: Server, tmp_path: Path) -> None:
+def test_what_cannot_be_fetched_ahead_surfaces_when_it_is_needed(
+    server: Server, tmp_path: Path
+) -> None:
     order = order_of(TokenRows(server.folder, seq_len=SEQ).shard_rows, seed=1, lanes=1, block=1)
     shards = order.locate(np.arange(order.rows)).shard
     missing = int(shards[order.rows // 2])
@@ -146,10 +174,14 @@ def test_a_stream_closes_while_the_server_is_silent(server: Server, tmp_path: Pa
     closing = threading.Thread(target=stream.close, daemon=True)
     closing.start()
     closing.join(60)
-    assert not closing.is_alive() and "stream-ahead" not in [thread.name for thread in threading.enumerate()]
+    assert not closing.is_alive() and "stream-ahead" not in [
+        thread.name for thread in threading.enumerate()
+    ]
 
 
-def test_a_cache_too_small_for_the_lanes_is_told(server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_cache_too_small_for_the_lanes_is_told(
+    server: Server, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
     stream, rows = open_stream(server.url, lanes=16, folder=tmp_path, size_gb=30e-6)
     for _ in range(4):
         take(stream, 1)
@@ -163,7 +195,9 @@ def test_a_shard_that_was_removed_is_let_go(server: Server, tmp_path: Path) -> N
     ids = np.empty((1, SEQ + 1), np.int64)
     for shard in range(10):
         rows.fill(np.array([shard]), np.array([0]), ids)
-        reader = ShardReader(server.folder, rows.manifest.shards[shard], dtype=rows.manifest.numpy_dtype)
+        reader = ShardReader(
+            server.folder, rows.manifest.shards[shard], dtype=rows.manifest.numpy_dtype
+        )
         expected = np.empty(SEQ + 1, np.int64)
         reader.read_tokens(0, SEQ + 1, expected)
         assert (ids[0] == expected).all() and len(rows._open) <= 3

@@ -11,7 +11,9 @@ from hfscale.stream.digest import batch_digest
 def test_it_is_the_sum_of_the_rows_digests():
     ids = torch.tensor([[1, 2, 3], [2**40, -1, 0]])
     rows = [b"".join(v.to_bytes(8, "little", signed=True) for v in row) for row in ids.tolist()]
-    expected = sum(int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") for row in rows)
+    expected = sum(
+        int.from_bytes(hashlib.blake2b(row, digest_size=8).digest(), "little") for row in rows
+    )
     assert batch_digest([ids]) % 2**64 == expected % 2**64
     assert -(2**63) <= batch_digest([ids]) < 2**63
 
@@ -20,7 +22,9 @@ def test_it_is_the_sum_of_the_rows_digests():
 def test_every_cut_gives_the_same_number(parts):
     """Also as views of longer rows, in another order, as another integer type, and summed as int64, which wraps."""
     ids = torch.randint(0, 50_000, (64, 33), generator=torch.Generator().manual_seed(0))
-    ranks = [[c.to(torch.int32)[:, :-1] for c in part.chunk(2)] for part in ids.flip(0).chunk(parts)]
+    ranks = [
+        [c.to(torch.int32)[:, :-1] for c in part.chunk(2)] for part in ids.flip(0).chunk(parts)
+    ]
     summed = torch.tensor([batch_digest(rank) for rank in ranks]).sum().item()
     assert summed == batch_digest([ids[:, :-1]])
 

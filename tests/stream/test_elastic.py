@@ -1,4 +1,5 @@
 """Any chain of stops and sizes yields the rows of a naive oracle of one process: 100 layouts here, thousands in benchmarks/elastic.py."""
+
 from __future__ import annotations
 
 import random
@@ -17,7 +18,9 @@ def test_the_rows_of_a_chain_are_those_of_the_oracle(first: int) -> None:
 @pytest.mark.parametrize(("what", "wrong"), [
     ("ROUNDS", 5), ("_BLOCKS", 3), ("_SHARDS", 5), ("deal", lambda positions, lanes, *, rank, world_size: positions[:, ::2]),
 ])  # fmt: skip
-def test_the_oracle_notices_another_order(monkeypatch: pytest.MonkeyPatch, what: str, wrong: object) -> None:
+def test_the_oracle_notices_another_order(
+    monkeypatch: pytest.MonkeyPatch, what: str, wrong: object
+) -> None:
     monkeypatch.setattr(order, what, wrong)
     monkeypatch.setattr("hfscale.stream.mixture.deal", order.deal)
     with pytest.raises(AssertionError):

@@ -1,4 +1,5 @@
 """The order of labelled examples: each once an epoch, the same steps for every cut, alike in length."""
+
 from __future__ import annotations
 
 import numpy as np
@@ -16,8 +17,16 @@ def made(n: int) -> tuple[list[dict], np.ndarray]:
 
 
 def stream(features, order, *, rank=0, world_size=1, micro_batch=4, global_batch=24, state=None):
-    return ExampleStream(features, order, fingerprint="f", global_batch=global_batch, micro_batch=micro_batch, rank=rank,
-                         world_size=world_size, state=state)
+    return ExampleStream(
+        features,
+        order,
+        fingerprint="f",
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+    )
 
 
 def numbers(batches) -> list[int]:
@@ -32,7 +41,9 @@ def test_each_once_an_epoch(n):
         epochs = [order.at(epoch * n, n) for epoch in range(3)]
         assert all((np.sort(epoch) == np.arange(n)).all() for epoch in epochs)
         assert (epochs[0] != epochs[1]).any()
-        pieces = np.concatenate([order.at(start, min(7, 2 * n - start)) for start in range(0, 2 * n, 7)])
+        pieces = np.concatenate(
+            [order.at(start, min(7, 2 * n - start)) for start in range(0, 2 * n, 7)]
+        )
         assert (pieces == np.concatenate(epochs[:2])).all()
 
 
@@ -41,7 +52,10 @@ def test_steps_do_not_depend_on_the_cut_and_resume():
     order = ExampleOrder(lengths, seed=1, grouped=True)
     steps: dict[tuple, list] = {}
     for world_size, micro_batch in ((1, 24), (1, 4), (2, 4), (3, 4), (4, 2)):
-        ranks = [stream(features, order, rank=rank, world_size=world_size, micro_batch=micro_batch) for rank in range(world_size)]
+        ranks = [
+            stream(features, order, rank=rank, world_size=world_size, micro_batch=micro_batch)
+            for rank in range(world_size)
+        ]
         seen = []
         for _ in range(50):
             taken = [rank.take() for rank in ranks]
@@ -55,7 +69,10 @@ def test_steps_do_not_depend_on_the_cut_and_resume():
             rank.close()
     first, *others = steps.values()
     assert all(other == first for other in others)
-    resumed, through = stream(features, order, state=state), stream(features, order, state={**state, "consumed_rows": 0})
+    resumed, through = (
+        stream(features, order, state=state),
+        stream(features, order, state={**state, "consumed_rows": 0}),
+    )
     for _ in range(50):
         through.advance()
     assert numbers(resumed.take()) == numbers(through.take())
@@ -67,7 +84,15 @@ def test_batches_are_alike_in_length():
     features, lengths = made(20_000)
     padding = {}
     for grouped in (True, False):
-        taken, asked = stream(features, ExampleOrder(lengths, seed=1, grouped=grouped), global_batch=32, micro_batch=8), []
+        taken, asked = (
+            stream(
+                features,
+                ExampleOrder(lengths, seed=1, grouped=grouped),
+                global_batch=32,
+                micro_batch=8,
+            ),
+            [],
+        )
         for _ in range(40):
             asked += [[len(row["input_ids"]) for row in batch.features] for batch in taken.take()]
             taken.advance()
@@ -78,6 +103,14 @@ def test_batches_are_alike_in_length():
 @pytest.mark.parametrize(("n", "world_size"), [(1, 3), (10, 2), (12, 3), (25, 4)])
 def test_validation_rows_come_once(n, world_size):
     features, lengths = made(n)
-    ranks = [[*ExampleRows(features, lengths, micro_batch=3, rank=rank, world_size=world_size)] for rank in range(world_size)]
+    ranks = [
+        [*ExampleRows(features, lengths, micro_batch=3, rank=rank, world_size=world_size)]
+        for rank in range(world_size)
+    ]
     assert len({len(batches) for batches in ranks}) == 1
-    assert sorted(number for batches in ranks for batch in batches for number in batch.position[batch.valid_B].tolist()) == [*range(n)]
+    assert sorted(
+        number
+        for batches in ranks
+        for batch in batches
+        for number in batch.position[batch.valid_B].tolist()
+    ) == [*range(n)]

@@ -21,16 +21,42 @@ from tests.helpers.orders import order_of
 SEQ = 32
 
 
-def open_stream(corpus, *, rank=0, world_size=1, global_batch=24, micro_batch=2, state=None, seed=3, lanes=7, block=16, seq_len=SEQ,
-                **options) -> Stream:
+def open_stream(
+    corpus,
+    *,
+    rank=0,
+    world_size=1,
+    global_batch=24,
+    micro_batch=2,
+    state=None,
+    seed=3,
+    lanes=7,
+    block=16,
+    seq_len=SEQ,
+    **options,
+) -> Stream:
     rows = TokenRows(corpus.folder, seq_len=seq_len)
     order = order_of(rows.shard_rows, seed=seed, lanes=lanes, block=block)
-    return Stream(rows, order, global_batch=global_batch, micro_batch=micro_batch, rank=rank, world_size=world_size, state=state, **options)
+    return Stream(
+        rows,
+        order,
+        global_batch=global_batch,
+        micro_batch=micro_batch,
+        rank=rank,
+        world_size=world_size,
+        state=state,
+        **options,
+    )
 
 
-def train(corpus, steps: int, *, world_size=1, state=None, **options) -> tuple[list[int], list[np.ndarray], StreamState]:
+def train(
+    corpus, steps: int, *, world_size=1, state=None, **options
+) -> tuple[list[int], list[np.ndarray], StreamState]:
     """Return digest and sorted positions of each step over all ranks, and the state after them, by way of JSON."""
-    streams = [open_stream(corpus, rank=rank, world_size=world_size, state=state, **options) for rank in range(world_size)]
+    streams = [
+        open_stream(corpus, rank=rank, world_size=world_size, state=state, **options)
+        for rank in range(world_size)
+    ]
     digests, positions = [], []
     for _ in range(steps):
         batches = [rows for stream in streams for rows in stream.take()]
@@ -53,8 +79,18 @@ def test_any_chain_of_stops_gives_the_uninterrupted_run(make_corpus):
     np.testing.assert_array_equal(np.concatenate(positions), np.arange(90 * 24))
     assert last.consumed_rows > 2 * last.epoch_rows
     state, digests = None, []
-    for world_size, steps, micro_batch in [(1, 1, 24), (2, 20, 3), (4, 17, 6), (3, 1, 4), (3, 0, 4), (6, 40, 1), (1, 11, 8)]:
-        part, _, state = train(corpus, steps, world_size=world_size, micro_batch=micro_batch, state=state)
+    for world_size, steps, micro_batch in [
+        (1, 1, 24),
+        (2, 20, 3),
+        (4, 17, 6),
+        (3, 1, 4),
+        (3, 0, 4),
+        (6, 40, 1),
+        (1, 11, 8),
+    ]:
+        part, _, state = train(
+            corpus, steps, world_size=world_size, micro_batch=micro_batch, state=state
+        )
         digests += part
     assert digests == oracle
     assert state == last
@@ -73,9 +109,13 @@ def test_batches_are_those_of_the_first_version(make_corpus):
     assert documents.hexdigest().startswith("4a6085b263ba2c95")
 
 
-@pytest.mark.parametrize(("slab_tokens", "plan_rows", "prefetch_steps"), [(1, 1, 1), (3 * 24 * SEQ, 24 * 20, 2), (10**9, 24 * 11, 9),
-                                                                          (5 * 24 * SEQ, 10**6, 40)])
-def test_slabs_plans_and_prefetch_change_nothing(make_corpus, monkeypatch, slab_tokens, plan_rows, prefetch_steps):
+@pytest.mark.parametrize(
+    ("slab_tokens", "plan_rows", "prefetch_steps"),
+    [(1, 1, 1), (3 * 24 * SEQ, 24 * 20, 2), (10**9, 24 * 11, 9), (5 * 24 * SEQ, 10**6, 40)],
+)
+def test_slabs_plans_and_prefetch_change_nothing(
+    make_corpus, monkeypatch, slab_tokens, plan_rows, prefetch_steps
+):
     corpus = make_corpus()
     oracle, positions, _ = train(corpus, 90)
     monkeypatch.setattr(loader, "SLAB_TOKENS", slab_tokens)
@@ -88,14 +128,21 @@ def test_slabs_plans_and_prefetch_change_nothing(make_corpus, monkeypatch, slab_
 def test_one_epoch_holds_every_row_once(make_corpus):
     corpus = make_corpus()
     rows = TokenRows(corpus.folder, seq_len=SEQ)
-    expected = np.concatenate([np.lib.stride_tricks.sliding_window_view(tokens, SEQ + 1)[::SEQ] for tokens in corpus.tokens])
+    expected = np.concatenate(
+        [
+            np.lib.stride_tricks.sliding_window_view(tokens, SEQ + 1)[::SEQ]
+            for tokens in corpus.tokens
+        ]
+    )
     stream = open_stream(corpus, global_batch=1, micro_batch=1)
     read = []
     for _ in range(int(rows.shard_rows.sum())):
         read.append(stream.take()[0].ids_BL.numpy().copy())
         stream.advance()
     stream.close()
-    assert sorted(map(tuple, np.concatenate(read).tolist())) == sorted(map(tuple, expected.tolist()))
+    assert sorted(map(tuple, np.concatenate(read).tolist())) == sorted(
+        map(tuple, expected.tolist())
+    )
 
 
 def test_micro_batches_and_their_fields(make_corpus):
@@ -110,7 +157,9 @@ def test_micro_batches_and_their_fields(make_corpus):
         assert rows.valid_B.all()
         assert rows.source_B.tolist() == [0] * 4
         assert rows.source_B.dtype == torch.int16
-    assert stream.take()[0].ids_BL.data_ptr() == batches[0].ids_BL.data_ptr()  # until advance(), the same step
+    assert (
+        stream.take()[0].ids_BL.data_ptr() == batches[0].ids_BL.data_ptr()
+    )  # until advance(), the same step
     stream.close()
 
 
@@ -136,10 +185,15 @@ def test_the_state_moves_in_advance_only(make_corpus):
     stream.close()
 
 
-@pytest.mark.parametrize(("change", "named"), [
-    ({"seed": 4}, "run.seed: 3 in the checkpoint, 4 now"), ({"seq_len": 16}, "data.seq_len: 32 .*, 16 now"),
-    ({"lanes": 8}, "data.lanes: 7"), ({"block": 8}, "data.block"),
-])
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"seed": 4}, "run.seed: 3 in the checkpoint, 4 now"),
+        ({"seq_len": 16}, "data.seq_len: 32 .*, 16 now"),
+        ({"lanes": 8}, "data.lanes: 7"),
+        ({"block": 8}, "data.block"),
+    ],
+)
 def test_a_resume_of_another_order_is_refused(make_corpus, change, named):
     corpus = make_corpus()
     _, _, state = train(corpus, 1)
@@ -163,7 +217,10 @@ def test_damage_stops_the_step_that_needs_it_and_no_earlier_one(make_corpus):
     good = 0
     with pytest.raises(DataError, match=r"text-000004\.tar"):  # noqa: PT012 (which take() raises depends on the order)
         while True:
-            assert sum(batch_digest([rows.ids_BL[:, :-1]]) for rows in stream.take()) % 2**64 == whole[good]
+            assert (
+                sum(batch_digest([rows.ids_BL[:, :-1]]) for rows in stream.take()) % 2**64
+                == whole[good]
+            )
             stream.advance()
             good += 1
     with pytest.raises(DataError, match=r"text-000004\.tar"):
@@ -183,23 +240,46 @@ def test_skipped_rows_keep_their_places(make_corpus, world_size):
     whole.close()
     lost.unlink()
     rows = TokenRows(corpus.folder, seq_len=SEQ, skip=True)
-    streams = [Stream(rows if world_size == 1 else TokenRows(corpus.folder, seq_len=SEQ, skip=True), order, global_batch=24, micro_batch=2,
-                      rank=rank, world_size=world_size, with_documents=True) for rank in range(world_size)]
+    streams = [
+        Stream(
+            rows if world_size == 1 else TokenRows(corpus.folder, seq_len=SEQ, skip=True),
+            order,
+            global_batch=24,
+            micro_batch=2,
+            rank=rank,
+            world_size=world_size,
+            with_documents=True,
+        )
+        for rank in range(world_size)
+    ]
     for step in range(45):  # more than an epoch
         batches = [batch for stream in streams for batch in stream.take()]
-        position, valid = (torch.cat([getattr(batch, name) for batch in batches]).numpy() for name in ("position", "valid_B"))
+        position, valid = (
+            torch.cat([getattr(batch, name) for batch in batches]).numpy()
+            for name in ("position", "valid_B")
+        )
         np.testing.assert_array_equal(valid, order.locate(position).shard != 4)
         ids = torch.cat([batch.ids_BL for batch in batches])
         assert (ids[~torch.from_numpy(valid)] == 0).all()
         if step == 0 and world_size == 1:
-            assert torch.equal(ids[torch.from_numpy(valid)], torch.cat(expected)[torch.from_numpy(valid)])
+            assert torch.equal(
+                ids[torch.from_numpy(valid)], torch.cat(expected)[torch.from_numpy(valid)]
+            )
         for stream in streams:
             stream.advance()
     for stream in streams:
         stream.close()
     n = rows.shard_rows
-    ranks = [EvaluationRows(TokenRows(corpus.folder, seq_len=SEQ, skip=True), count=10**9, micro_batch=5, rank=rank, world_size=world_size)
-             for rank in range(world_size)]
+    ranks = [
+        EvaluationRows(
+            TokenRows(corpus.folder, seq_len=SEQ, skip=True),
+            count=10**9,
+            micro_batch=5,
+            rank=rank,
+            world_size=world_size,
+        )
+        for rank in range(world_size)
+    ]
     assert sum(int(batch.valid_B.sum()) for rank in ranks for batch in rank) == n.sum() - n[4]
 
 
@@ -217,11 +297,15 @@ def test_close_ends_the_thread(make_corpus):
 # ------------------------------------------------------------------------------------------------------------ evaluation
 def evaluation(corpus, world_size: int, **options) -> Iterator[EvaluationRows]:
     for rank in range(world_size):
-        yield EvaluationRows(TokenRows(corpus.folder, seq_len=SEQ), rank=rank, world_size=world_size, **options)
+        yield EvaluationRows(
+            TokenRows(corpus.folder, seq_len=SEQ), rank=rank, world_size=world_size, **options
+        )
 
 
 @pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 8), (2, 4), (3, 5), (4, 32)])
-def test_evaluation_scores_each_row_once_on_any_number_of_ranks(make_corpus, world_size, micro_batch):
+def test_evaluation_scores_each_row_once_on_any_number_of_ranks(
+    make_corpus, world_size, micro_batch
+):
     corpus = make_corpus()
     [alone] = evaluation(corpus, 1, count=50, micro_batch=50)
     expected = batch_digest(rows.ids_BL for rows in alone)
@@ -242,9 +326,20 @@ def test_evaluation_rows_are_spread_over_the_data(make_corpus):
     corpus = make_corpus()
     [spread] = evaluation(corpus, 1, count=10, micro_batch=10)
     [rows] = spread
-    places = [next((s, at // SEQ) for s, tokens in enumerate(corpus.tokens)
-                   for at in range(0, len(tokens) - SEQ, SEQ) if (tokens[at:at + SEQ + 1] == row).all()) for row in rows.ids_BL.numpy()]
+    places = [
+        next(
+            (s, at // SEQ)
+            for s, tokens in enumerate(corpus.tokens)
+            for at in range(0, len(tokens) - SEQ, SEQ)
+            if (tokens[at : at + SEQ + 1] == row).all()
+        )
+        for row in rows.ids_BL.numpy()
+    ]
     assert places == sorted(places)
     assert len({shard for shard, _ in places}) == 10
     [everything] = evaluation(corpus, 1, count=10**9, micro_batch=7, with_documents=True)
-    assert everything.count == everything.available == sum(int(rows.valid_B.sum()) for rows in everything)
+    assert (
+        everything.count
+        == everything.available
+        == sum(int(rows.valid_B.sum()) for rows in everything)
+    )

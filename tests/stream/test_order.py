@@ -1,4 +1,5 @@
 """The order is brute-forced: every layout small enough to list is listed, and the large ones are sampled."""
+
 from __future__ import annotations
 
 import tracemalloc
@@ -27,7 +28,10 @@ def make(layout) -> Mixture:
 
 
 def global_step(order: Mixture, start: int, global_batch: int, world_size: int) -> np.ndarray:
-    slices = [order.steps(start, count=1, global_batch=global_batch, rank=r, world_size=world_size)[0] for r in range(world_size)]
+    slices = [
+        order.steps(start, count=1, global_batch=global_batch, rank=r, world_size=world_size)[0]
+        for r in range(world_size)
+    ]
     return np.concatenate(slices)
 
 
@@ -48,8 +52,12 @@ def test_any_chain_of_sizes_yields_the_oracle(layout, chain):
     order, position, read = make(layout), 0, []
     for world_size, share in chain:
         step = global_step(order, position, world_size * share, world_size)
-        assert sorted(step.tolist()) == list(range(position, position + world_size * share))  # each position once, on one rank
-        np.testing.assert_array_equal(step, global_step(order, position, world_size * share, 1))  # the same batch in the same order
+        assert sorted(step.tolist()) == list(
+            range(position, position + world_size * share)
+        )  # each position once, on one rank
+        np.testing.assert_array_equal(
+            step, global_step(order, position, world_size * share, 1)
+        )  # the same batch in the same order
         read.append(np.sort(step))
         position += world_size * share
     np.testing.assert_array_equal(np.concatenate(read), np.arange(position))
@@ -59,9 +67,17 @@ def test_any_chain_of_sizes_yields_the_oracle(layout, chain):
 @settings(max_examples=100, deadline=None)
 def test_many_steps_at_once_are_the_steps_one_by_one(layout, start, count, world_size):
     order = make(layout)
-    many = order.steps(start, count=count, global_batch=4 * world_size, rank=world_size - 1, world_size=world_size)
+    many = order.steps(
+        start, count=count, global_batch=4 * world_size, rank=world_size - 1, world_size=world_size
+    )
     for k in range(count):
-        one = order.steps(start + k * 4 * world_size, count=1, global_batch=4 * world_size, rank=world_size - 1, world_size=world_size)
+        one = order.steps(
+            start + k * 4 * world_size,
+            count=1,
+            global_batch=4 * world_size,
+            rank=world_size - 1,
+            world_size=world_size,
+        )
         np.testing.assert_array_equal(many[k], one[0])
 
 
@@ -70,19 +86,47 @@ def test_locate_depends_on_the_position_alone():
     positions = np.random.default_rng(0).integers(0, 5 * order.rows, 2000)
     together, fresh = order.locate(positions), Order([50, 7, 90], seed=5, lanes=6, block=8)
     for p in (0, 17, 1999):
-        alone = fresh.locate(positions[p:p + 1])
-        assert [alone.shard[0], alone.row[0], alone.lane[0]] == [together.shard[p], together.row[p], together.lane[p]]
+        alone = fresh.locate(positions[p : p + 1])
+        assert [alone.shard[0], alone.row[0], alone.lane[0]] == [
+            together.shard[p],
+            together.row[p],
+            together.lane[p],
+        ]
 
 
 def test_the_order_never_changes_between_versions():
     """A run made by an older version resumes on its own order: these numbers are a promise."""
     places = Order([5, 2, 6], seed=17, lanes=4, block=2).locate(np.arange(24, 32))
-    assert list(zip(places.epoch.tolist(), places.lane.tolist(), places.shard.tolist(), places.row.tolist())) == GOLDEN
-    big = Order(np.arange(1000) % 97, seed=1, lanes=64, block=1024).locate(np.arange(10**9, 10**9 + 5000))
-    assert int((mix(big.shard.astype(np.uint64) << np.uint64(32) | big.row.astype(np.uint64))).sum()) == GOLDEN_SUM
+    assert (
+        list(
+            zip(
+                places.epoch.tolist(),
+                places.lane.tolist(),
+                places.shard.tolist(),
+                places.row.tolist(),
+            )
+        )
+        == GOLDEN
+    )
+    big = Order(np.arange(1000) % 97, seed=1, lanes=64, block=1024).locate(
+        np.arange(10**9, 10**9 + 5000)
+    )
+    assert (
+        int((mix(big.shard.astype(np.uint64) << np.uint64(32) | big.row.astype(np.uint64))).sum())
+        == GOLDEN_SUM
+    )
 
 
-GOLDEN = [(1, 3, 1, 1), (1, 0, 2, 2), (2, 0, 2, 1), (2, 1, 2, 4), (2, 2, 0, 1), (2, 3, 0, 4), (2, 0, 2, 0), (2, 1, 2, 5)]
+GOLDEN = [
+    (1, 3, 1, 1),
+    (1, 0, 2, 2),
+    (2, 0, 2, 1),
+    (2, 1, 2, 4),
+    (2, 2, 0, 1),
+    (2, 3, 0, 4),
+    (2, 0, 2, 0),
+    (2, 1, 2, 5),
+]
 GOLDEN_SUM = 15903114539794337467
 
 
@@ -102,7 +146,9 @@ def test_epochs_and_seeds_differ():
 
 def test_a_step_reads_from_as_many_lanes_as_it_can():
     order = order_of([1000] * 100, seed=3, lanes=64, block=256)
-    places = order.locate(order.steps(12345 * 64, count=1, global_batch=64, rank=0, world_size=1)[0])
+    places = order.locate(
+        order.steps(12345 * 64, count=1, global_batch=64, rank=0, world_size=1)[0]
+    )
     assert places.lane.tolist() == list(range(64))
     assert len(set(places.shard.tolist())) >= 60  # 64 distant places of a line of 100 shards
 
@@ -156,7 +202,9 @@ def test_every_input_bit_moves_every_output_bit(bits):
     changes += [permute(x, np.full(n, size), keys ^ np.uint64(1 << b)) for b in (0, 1, 31, 33, 62)]
     for changed in changes:
         flips = ((y ^ changed)[:, None] >> np.arange(bits) & 1).mean(axis=0)
-        assert np.abs(flips - 0.5).max() < 0.03  # 10 sigma of the sample; a bijection of 64 values is off by 0.008 itself
+        assert (
+            np.abs(flips - 0.5).max() < 0.03
+        )  # 10 sigma of the sample; a bijection of 64 values is off by 0.008 itself
 
 
 @pytest.mark.parametrize("changed", range(3))
@@ -168,7 +216,8 @@ def test_every_bit_of_a_seed_an_epoch_or_a_block_moves_every_bit_of_its_key(chan
         words = [number, number % 7, 1 + number % 4]
         other = [word ^ (1 << bit if place == changed else 0) for place, word in enumerate(words)]
         keys = mix(np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*words)) ^ mix(
-            np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*other))  # of a block, as `Order.locate` makes it
+            np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*other)
+        )  # of a block, as `Order.locate` makes it
         flips += keys >> np.arange(64, dtype=np.uint64) & np.uint64(1)
     assert np.abs(flips / 500 - 0.5).max() < 0.13  # 64 bits of 500 draws each: 5.8 sigma
 
@@ -180,8 +229,12 @@ def epochs_of_blocks() -> np.ndarray:
     for seed in range(3):
         order = Order([2048] * 8, seed=seed, lanes=8, block=256)
         places = order.locate(np.arange(8 * order.rows))
-        ordinal = np.array([np.argsort(order._epoch(epoch).shards) for epoch in range(8)])[places.epoch, places.shard]
-        line = (ordinal * 2048 + places.row).reshape(8, 2048, 8).transpose(0, 2, 1).reshape(-1, 256)  # one lane's block a line
+        ordinal = np.array([np.argsort(order._epoch(epoch).shards) for epoch in range(8)])[
+            places.epoch, places.shard
+        ]
+        line = (
+            (ordinal * 2048 + places.row).reshape(8, 2048, 8).transpose(0, 2, 1).reshape(-1, 256)
+        )  # one lane's block a line
         blocks.append(line % 256)
     return np.concatenate(blocks)
 
@@ -190,7 +243,9 @@ def test_adjacent_rows_stay_adjacent_no_more_often_than_chance(epochs_of_blocks:
     size, n = 256, len(epochs_of_blocks)
     steps = np.diff(epochs_of_blocks, axis=1)
     for step in (1, -1, 2, -2, 128):
-        expected = n * (size - abs(step)) / size  # of size * (size - 1) ordered pairs, size - |step| differ by it; size - 1 pairs a block
+        expected = (
+            n * (size - abs(step)) / size
+        )  # of size * (size - 1) ordered pairs, size - |step| differ by it; size - 1 pairs a block
         assert abs((steps == step).sum() - expected) < 5 * np.sqrt(expected)
 
 
@@ -199,8 +254,12 @@ def test_places_and_rows_are_not_correlated(epochs_of_blocks: np.ndarray):
     for lag in (1, 2, 3, 7, 16, 64, 128):
         serial = (rows[:, lag:] * rows[:, :-lag]).mean() / rows.var()
         pairs = rows[:, lag:].size
-        assert abs(serial + 1 / 255) < 5 / np.sqrt(pairs)  # drawn without replacement: -1 / (size - 1)
-    between = np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]  # of the same places of two blocks in a row
+        assert abs(serial + 1 / 255) < 5 / np.sqrt(
+            pairs
+        )  # drawn without replacement: -1 / (size - 1)
+    between = np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[
+        0, 1
+    ]  # of the same places of two blocks in a row
     assert abs(between) < 5 / np.sqrt(rows[1:].size)
 
 
@@ -212,13 +271,17 @@ def test_every_row_comes_at_every_place_of_a_block_equally_often(epochs_of_block
     degrees = 15 * 15
     assert abs(chi2_per_degree(coarse) * 255 / degrees - 1) < 5 * np.sqrt(2 / degrees)
     for place in (0, 1, 128, 255):
-        assert abs(chi2_per_degree(np.bincount(epochs_of_blocks[:, place], minlength=256)) - 1) < 5 * np.sqrt(2 / 255)
+        assert abs(
+            chi2_per_degree(np.bincount(epochs_of_blocks[:, place], minlength=256)) - 1
+        ) < 5 * np.sqrt(2 / 255)
 
 
 def test_blocks_of_lanes_and_epochs_are_permuted_apart():
     order = Order([4096], seed=9, lanes=4, block=64)
     places = order.locate(np.arange(2 * 4096))
-    line = places.row.reshape(2, 1024, 4).transpose(0, 2, 1).reshape(2 * 4 * 16, 64)  # (epoch, lane, block) x place
+    line = (
+        places.row.reshape(2, 1024, 4).transpose(0, 2, 1).reshape(2 * 4 * 16, 64)
+    )  # (epoch, lane, block) x place
     within = line % 64
     assert len({tuple(b) for b in within.tolist()}) == 128  # no two blocks alike
     corr = np.corrcoef(within)
@@ -231,7 +294,9 @@ def test_a_trillion_tokens_start_at_once():
     shard_rows = np.full(100_000, 9765) + np.arange(100_000) % 7
     tracemalloc.start()
     order = order_of(shard_rows, seed=1, lanes="auto", block=1024)
-    positions = order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)[0]
+    positions = order.steps(
+        order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096
+    )[0]
     places = order.locate(positions)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()

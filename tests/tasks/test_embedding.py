@@ -1,4 +1,5 @@
 """Embeddings: InfoNCE with hard negatives by hand, toy pairs learnt, STS and retrieval scores, the export's hidden states."""
+
 from __future__ import annotations
 
 import random
@@ -24,8 +25,12 @@ from tests.helpers.labelled import make_encoder, task_values, write_jsonl
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
 
 ENGLISH, CHINESE = ["river", "town", "old", "slow", "bridge", "night"], list("河城老慢桥夜")
-PAIRS = [{"id": str(n), "text": text, "positive": positive, "negative": negative} for n, (text, positive, negative) in enumerate(
-    [("old river", "老 河", "老 桥"), ("slow", "慢", "夜"), ("town night", "城 夜", "城 河")])]
+PAIRS = [
+    {"id": str(n), "text": text, "positive": positive, "negative": negative}
+    for n, (text, positive, negative) in enumerate(
+        [("old river", "老 河", "老 桥"), ("slow", "慢", "夜"), ("town night", "城 夜", "城 河")]
+    )
+]
 
 
 def embedding(**options: Any) -> Any:
@@ -47,12 +52,22 @@ def test_the_loss_is_over_all_positives_and_hard_negatives(pairs: list[dict[str,
     model.zero_grad()
 
     def vectors(role: str) -> torch.Tensor:
-        return torch.cat([F.normalize(model(input_ids=torch.tensor([task.encode(pair[role])["input_ids"]])).last_hidden_state.mean(1))
-                          for pair in pairs])
+        return torch.cat(
+            [
+                F.normalize(
+                    model(
+                        input_ids=torch.tensor([task.encode(pair[role])["input_ids"]])
+                    ).last_hidden_state.mean(1)
+                )
+                for pair in pairs
+            ]
+        )
 
     candidates = torch.cat([vectors(role) for role in pairs[0] if role in ("positive", "negative")])
     by_hand = F.cross_entropy(vectors("text") @ candidates.T / 0.1, torch.arange(3))
-    assert task.take_sums()["contrastive"].item() / counts["contrastive"] == pytest.approx(by_hand.item(), rel=1e-5)
+    assert task.take_sums()["contrastive"].item() / counts["contrastive"] == pytest.approx(
+        by_hand.item(), rel=1e-5
+    )
     by_hand.backward()
     wanted = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     torch.testing.assert_close(gradient, wanted, rtol=1e-4, atol=1e-6)
@@ -61,8 +76,14 @@ def test_the_loss_is_over_all_positives_and_hard_negatives(pairs: list[dict[str,
 def test_toy_pairs_are_learnt_and_found(tmp_path: Path) -> None:
     rng = random.Random(0)
     texts = [[rng.randrange(6) for _ in range(3)] for _ in range(300)]
-    toy = [{"id": str(n), "text": " ".join(ENGLISH[k] for k in row), "positive": " ".join(CHINESE[k] for k in row)}
-           for n, row in enumerate(dict.fromkeys(map(tuple, map(sorted, texts))))]
+    toy = [
+        {
+            "id": str(n),
+            "text": " ".join(ENGLISH[k] for k in row),
+            "positive": " ".join(CHINESE[k] for k in row),
+        }
+        for n, row in enumerate(dict.fromkeys(map(tuple, map(sorted, texts))))
+    ]
     task, model, words = embedding()
     tests, learnt = toy[:12], toy[12:]
 
@@ -70,13 +91,19 @@ def test_toy_pairs_are_learnt_and_found(tmp_path: Path) -> None:
         rows = rows_of(task, tests)
         with torch.no_grad():
             sums, outputs = task.judge(model.eval(), task.collate(rows), rows)
-        assert outputs == task.predict(model.eval(), task.collate(rows), rows) and sums["contrastive"].shape == (12,)
+        assert outputs == task.predict(model.eval(), task.collate(rows), rows) and sums[
+            "contrastive"
+        ].shape == (12,)
         return task.score(outputs, tests)
 
     before = scores()
     train(task, model.train(), learnt, steps=40, batch=24)
     after = scores()
-    assert after["accuracy"] >= 0.75 > before["accuracy"] and 1 >= after["mrr"] > before["mrr"] and after["recall_at_10"] == 1
+    assert (
+        after["accuracy"] >= 0.75 > before["accuracy"]
+        and 1 >= after["mrr"] > before["mrr"]
+        and after["recall_at_10"] == 1
+    )
 
     texts = [example["text"] for example in tests]
     for pooling in ("mean", "cls", "last"):
@@ -89,19 +116,29 @@ def test_toy_pairs_are_learnt_and_found(tmp_path: Path) -> None:
         use = pipeline("sentence-embedding", str(folder), trust_remote_code=True)
         got = [answer["prediction"] for answer in predict(task, model.eval(), tests)]
         np.testing.assert_allclose(use(texts), got, atol=1e-6)
-        np.testing.assert_allclose(use([*texts, texts[0] + " slow"], batch_size=4)[:-1], got, atol=1e-5)
+        np.testing.assert_allclose(
+            use([*texts, texts[0] + " slow"], batch_size=4)[:-1], got, atol=1e-5
+        )
 
 
 def test_scores() -> None:
     task, _, _ = embedding()
     angles = [0.0, 0.3, 0.9, 1.2]
     predictions = [{"prediction": [1.0, 0.0], "positive": [np.cos(a), np.sin(a)]} for a in angles]
-    assert task.score(predictions, [{"score": s} for s in (5, 4, 2.5, 0)])["spearman"] == pytest.approx(1.0)
-    assert task.score(predictions, [{"score": s} for s in (0, 4, 5, 2)])["spearman"] == pytest.approx(-0.4)
+    assert task.score(predictions, [{"score": s} for s in (5, 4, 2.5, 0)])[
+        "spearman"
+    ] == pytest.approx(1.0)
+    assert task.score(predictions, [{"score": s} for s in (0, 4, 5, 2)])[
+        "spearman"
+    ] == pytest.approx(-0.4)
     found = task.score(predictions, [{}] * 4)
     assert found.keys() <= task.metrics
-    assert found["accuracy"] == 0.25 and found["mrr"] == pytest.approx((1 + 1 / 2 + 1 / 3 + 1 / 4) / 4)
-    assert task.score(predictions[:1] * 5, [{}] * 5)["accuracy"] == 1.0, "equal positives are all right"
+    assert found["accuracy"] == 0.25 and found["mrr"] == pytest.approx(
+        (1 + 1 / 2 + 1 / 3 + 1 / 4) / 4
+    )
+    assert task.score(predictions[:1] * 5, [{}] * 5)["accuracy"] == 1.0, (
+        "equal positives are all right"
+    )
 
 
 def test_what_cannot_be_learnt_from() -> None:
@@ -117,19 +154,43 @@ def test_what_cannot_be_learnt_from() -> None:
         task.facts_of_training(task.options, [PAIRS[0], without("negative")[1]])
 
 
-def test_what_cannot_be_learnt_from_can_be_scored(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_cannot_be_learnt_from_can_be_scored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Pairs with a score, or with hard negatives here and there: by the command, on predictions that are there."""
     pairs = [{"id": str(n), "text": "old", "positive": "slow", "score": n} for n in range(3)]
-    vectors = [{"id": str(n), "prediction": [1.0, 0.0], "positive": [float(np.cos(n)), float(np.sin(n))]} for n in (2, 1, 0)]
+    vectors = [
+        {"id": str(n), "prediction": [1.0, 0.0], "positive": [float(np.cos(n)), float(np.sin(n))]}
+        for n in (2, 1, 0)
+    ]
     predictions = write_jsonl(tmp_path / "vectors.jsonl", vectors)
-    evaluate(task=["embedding"], data=[str(write_jsonl(tmp_path / "sts.jsonl", pairs))], predictions=predictions)
+    evaluate(
+        task=["embedding"],
+        data=[str(write_jsonl(tmp_path / "sts.jsonl", pairs))],
+        predictions=predictions,
+    )
     assert "spearman                     -1.0000" in capsys.readouterr().out
     mixed = [PAIRS[0], *without("negative")[1:]]
-    evaluate(task=["embedding"], data=[str(write_jsonl(tmp_path / "mixed.jsonl", mixed))], predictions=predictions)
+    evaluate(
+        task=["embedding"],
+        data=[str(write_jsonl(tmp_path / "mixed.jsonl", mixed))],
+        predictions=predictions,
+    )
     assert "mrr" in capsys.readouterr().out
     make_encoder(tmp_path / "encoder")
-    for rows, words in ((pairs, "(?s)for evaluation.*sts.jsonl"), (mixed, "(?s)others have none.*mixed.jsonl")):
+    for rows, words in (
+        (pairs, "(?s)for evaluation.*sts.jsonl"),
+        (mixed, "(?s)others have none.*mixed.jsonl"),
+    ):
         file = tmp_path / ("sts.jsonl" if rows is pairs else "mixed.jsonl")
         with pytest.raises(DataError, match=words):
-            check(FinetuneConfig.model_validate(task_values(tmp_path, "run", task={"name": "embedding"}, data={
-                "train": str(file), "validation": None})))
+            check(
+                FinetuneConfig.model_validate(
+                    task_values(
+                        tmp_path,
+                        "run",
+                        task={"name": "embedding"},
+                        data={"train": str(file), "validation": None},
+                    )
+                )
+            )

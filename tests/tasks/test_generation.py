@@ -1,4 +1,5 @@
 """Generation: the answers of transformers, whatever stands beside a prompt; draws of each prompt's own; no hang at ZeRO 3."""
+
 from __future__ import annotations
 
 from functools import cache
@@ -21,47 +22,90 @@ KEYS = [f"p{number}" for number in range(len(PROMPTS))]
 @cache
 def model_of(family: str) -> Any:
     auto_model, model = FAMILIES[family]
-    sharp = {"initializer_factor": 3.0} if family == "t5" else {"initializer_range": 0.3} if family == "gpt2" else {"init_std": 0.3}
-    made = build_model(Model(architecture=model.architecture, config={**model.config, **sharp}), auto_model=auto_model, vocab_size=VOCAB,
-                       seq_len=32, seed=5, overrides=SPECIAL_IDS)  # answers that differ from prompt to prompt
+    sharp = (
+        {"initializer_factor": 3.0}
+        if family == "t5"
+        else {"initializer_range": 0.3}
+        if family == "gpt2"
+        else {"init_std": 0.3}
+    )
+    made = build_model(
+        Model(architecture=model.architecture, config={**model.config, **sharp}),
+        auto_model=auto_model,
+        vocab_size=VOCAB,
+        seq_len=32,
+        seed=5,
+        overrides=SPECIAL_IDS,
+    )  # answers that differ from prompt to prompt
     return made.eval()
 
 
-def answers(model: Any, prompts: list[list[int]] = PROMPTS, keys: list[str] = KEYS, **options: Any) -> list[list[int]]:
-    return [trimmed(row) for row in generate(model, prompts, Generation(**options), keys=keys, pad_id=2)]
+def answers(
+    model: Any, prompts: list[list[int]] = PROMPTS, keys: list[str] = KEYS, **options: Any
+) -> list[list[int]]:
+    return [
+        trimmed(row) for row in generate(model, prompts, Generation(**options), keys=keys, pad_id=2)
+    ]
 
 
 def trimmed(row: list[int]) -> list[int]:
     """Return the ids up to the end of the answer."""
-    return row[:row.index(1)] if 1 in row else row
+    return row[: row.index(1)] if 1 in row else row
 
 
 @pytest.mark.parametrize("family", ["gpt2", "t5", "bart"])
-@pytest.mark.parametrize("options", [{}, {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2}, {"min_new_tokens": 9}])
-def test_answers_are_those_of_transformers_for_each_prompt_alone(family: str, options: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"num_beams": 3, "length_penalty": 0.5, "no_repeat_ngram_size": 2}, {"min_new_tokens": 9}],
+)
+def test_answers_are_those_of_transformers_for_each_prompt_alone(
+    family: str, options: dict[str, Any]
+) -> None:
     model = model_of(family)
-    start = {"decoder_start_token_id": 2} if family == "t5" else {}  # a T5Config has none, T5 begins with padding
+    start = (
+        {"decoder_start_token_id": 2} if family == "t5" else {}
+    )  # a T5Config has none, T5 begins with padding
     got = answers(model, max_new_tokens=12, **options)
     assert len({*map(tuple, got)}) >= 4, "the answers should differ"
     for prompt, answer in zip(PROMPTS, got, strict=True):
         with torch.no_grad():
-            alone = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)), max_new_tokens=12, do_sample=False,
-                                   pad_token_id=2, **start, **options)
-        assert answer == trimmed(alone[0, 1 if family != "gpt2" else len(prompt):].tolist())
+            alone = model.generate(
+                torch.tensor([prompt]),
+                attention_mask=torch.ones(1, len(prompt)),
+                max_new_tokens=12,
+                do_sample=False,
+                pad_token_id=2,
+                **start,
+                **options,
+            )
+        assert answer == trimmed(alone[0, 1 if family != "gpt2" else len(prompt) :].tolist())
 
 
 def test_drawn_answers_depend_on_the_prompt_and_the_seed_alone() -> None:
     model, drawn = model_of("gpt2"), {"do_sample": True, "temperature": 1.5, "max_new_tokens": 8}
     together = answers(model, **drawn)
-    alone = [answers(model, [prompt], [key], **drawn)[0] for prompt, key in zip(PROMPTS, KEYS, strict=True)]
+    alone = [
+        answers(model, [prompt], [key], **drawn)[0]
+        for prompt, key in zip(PROMPTS, KEYS, strict=True)
+    ]
     assert together == alone == answers(model, PROMPTS[::-1], KEYS[::-1], **drawn)[::-1]
-    assert together != answers(model, **drawn, seed=18) and together != answers(model, max_new_tokens=8)
+    assert together != answers(model, **drawn, seed=18) and together != answers(
+        model, max_new_tokens=8
+    )
 
 
 def test_draws_have_the_distribution_of_the_model() -> None:
     model, times = model_of("gpt2"), 3000
-    got = answers(model, [[5, 6, 7]] * times, [str(k) for k in range(times)], do_sample=True, temperature=2.0, top_k=12, top_p=0.95,
-                  max_new_tokens=1)
+    got = answers(
+        model,
+        [[5, 6, 7]] * times,
+        [str(k) for k in range(times)],
+        do_sample=True,
+        temperature=2.0,
+        top_k=12,
+        top_p=0.95,
+        max_new_tokens=1,
+    )
     with torch.no_grad():
         likeliest = (model(torch.tensor([[5, 6, 7]])).logits[0, -1] / 2.0).topk(12)
     kept = likeliest.values.softmax(0)
@@ -70,7 +114,9 @@ def test_draws_have_the_distribution_of_the_model() -> None:
     assert (kept > 0).sum() >= 4
     counts = torch.bincount(torch.tensor([row[0] if row else 1 for row in got]), minlength=VOCAB)
     assert not counts[wanted == 0].any()
-    assert ((counts - times * wanted).square() / (times * wanted))[wanted > 0].sum() < 32  # chi^2, 11 degrees of freedom: p > 0.001
+    assert ((counts - times * wanted).square() / (times * wanted))[
+        wanted > 0
+    ].sum() < 32  # chi^2, 11 degrees of freedom: p > 0.001
 
 
 def test_settings_of_the_model_hold_unless_the_options_say_otherwise() -> None:
@@ -78,8 +124,16 @@ def test_settings_of_the_model_hold_unless_the_options_say_otherwise() -> None:
     try:
         model.generation_config.update(max_new_tokens=3, do_sample=True, temperature=1.5)
         own = answers(model)
-        assert own == answers(model, do_sample=True, temperature=1.5, max_new_tokens=3) != answers(model, do_sample=False)
-        assert max(map(len, own)) <= 3 < max(map(len, answers(model, max_new_tokens=6, do_sample=False)))
+        assert (
+            own
+            == answers(model, do_sample=True, temperature=1.5, max_new_tokens=3)
+            != answers(model, do_sample=False)
+        )
+        assert (
+            max(map(len, own))
+            <= 3
+            < max(map(len, answers(model, max_new_tokens=6, do_sample=False)))
+        )
     finally:
         model.generation_config.update(max_new_tokens=None, do_sample=None, temperature=None)
 
@@ -87,14 +141,18 @@ def test_settings_of_the_model_hold_unless_the_options_say_otherwise() -> None:
 def test_a_prompt_without_room_is_an_error_or_cut() -> None:
     gpt2, bart = model_of("gpt2"), model_of("bart")  # of 64 positions
     full = [k % 50 + 10 for k in range(64)]
-    with pytest.raises(ConfigError, match=r"'p0' leaves no room in the model's 64 positions[\s\S]*shorten it to 63"):
+    with pytest.raises(
+        ConfigError, match=r"'p0' leaves no room in the model's 64 positions[\s\S]*shorten it to 63"
+    ):
         answers(gpt2, [full], ["p0"])
     with pytest.raises(ConfigError, match="shorten it to 64"):
         answers(bart, [[*full, 5]], ["p0"])
     kept = {"max_new_tokens": 8, "truncate": True}
     assert answers(gpt2, [full], ["p0"], **kept) == answers(gpt2, [full[8:]], ["p0"], **kept)
     assert answers(bart, [[*full, 5]], ["p0"], **kept) == answers(bart, [full], ["p0"], **kept)
-    tight, roomy = answers(gpt2, [full[:62], full[:4]], KEYS[:2], max_new_tokens=8, min_new_tokens=8)
+    tight, roomy = answers(
+        gpt2, [full[:62], full[:4]], KEYS[:2], max_new_tokens=8, min_new_tokens=8
+    )
     assert (len(tight), len(roomy)) == (2, 8), "what is beside a long prompt is not cut short"
 
 
@@ -110,8 +168,13 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
     from hfscale.engine.engine import Engine, construction
     from tests.engine.tiny import tiny_config
 
-    split_all = {"stage3_param_persistence_threshold": 0}  # else DeepSpeed keeps what is as small as this model whole on every rank
-    config, rank = tiny_config(stage, world_size=2, extra={"zero_optimization": split_all}), torch_dist.get_rank()
+    split_all = {
+        "stage3_param_persistence_threshold": 0
+    }  # else DeepSpeed keeps what is as small as this model whole on every rank
+    config, rank = (
+        tiny_config(stage, world_size=2, extra={"zero_optimization": split_all}),
+        torch_dist.get_rank(),
+    )
     model = model_of.__wrapped__(family)
     state = model.state_dict()
     if stage == 3:
@@ -126,11 +189,15 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     prompts, keys = (PROMPTS[:4], KEYS[:4]) if rank == 0 else (PROMPTS[4:], KEYS[4:])
     with engine.eval_mode():
-        got = [answers(engine, prompts, keys, max_new_tokens=3 + 9 * rank, **options)
-               for options in ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 1.5})]
+        got = [
+            answers(engine, prompts, keys, max_new_tokens=3 + 9 * rank, **options)
+            for options in ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 1.5})
+        ]
         got.append(answers(engine, prompts if rank else [], keys if rank else [], max_new_tokens=5))
-        tight = [[*range(10, 70 - k)] for k in range(3)] if rank == 0 else [[7]]  # three rooms on one rank, one on the other
-        got.append(answers(engine, tight, KEYS[:len(tight)], max_new_tokens=7))
+        tight = (
+            [[*range(10, 70 - k)] for k in range(3)] if rank == 0 else [[7]]
+        )  # three rooms on one rank, one on the other
+        got.append(answers(engine, tight, KEYS[: len(tight)], max_new_tokens=7))
     engine.close()
     return got
 
@@ -140,7 +207,9 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
 def test_zero_3_gives_the_answers_of_one_process_and_never_hangs(family: str) -> None:
     first, second = run_ranks(on_ranks, 2, 3, family)
     model = model_of(family)
-    for number, options in enumerate(({}, {"num_beams": 2}, {"do_sample": True, "temperature": 1.5})):
+    for number, options in enumerate(
+        ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 1.5})
+    ):
         assert first[number] == answers(model, PROMPTS[:4], KEYS[:4], max_new_tokens=3, **options)
         assert second[number] == answers(model, PROMPTS[4:], KEYS[4:], max_new_tokens=12, **options)
     assert (first[3], second[3]) == ([], answers(model, PROMPTS[4:], KEYS[4:], max_new_tokens=5))
@@ -148,7 +217,9 @@ def test_zero_3_gives_the_answers_of_one_process_and_never_hangs(family: str) ->
 
 
 @pytest.mark.parametrize("how", [{"do_sample": True}, {"do_sample": False}])
-def test_settings_of_drawing_do_not_make_transformers_warn(how: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_settings_of_drawing_do_not_make_transformers_warn(
+    how: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     from transformers.generation.configuration_utils import logger
 
     said: list[str] = []

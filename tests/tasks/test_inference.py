@@ -1,4 +1,5 @@
 """Masks, hidden states and continuations: what transformers' pipelines answer on the same model and texts, in batches of any lengths."""
+
 from __future__ import annotations
 
 from typing import Any
@@ -12,12 +13,22 @@ from hfscale.stream.examples import BadExample
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict
 
-TEXTS = ["The old [MASK] ran", "河水[MASK]地流过古老的桥。", "The [MASK] of the [MASK]", "def [MASK](river):"]
+TEXTS = [
+    "The old [MASK] ran",
+    "河水[MASK]地流过古老的桥。",
+    "The [MASK] of the [MASK]",
+    "def [MASK](river):",
+]
 
 
 def answers(task: Any, model: Any, texts: list[str]) -> list[Any]:
     role = next(iter(task.columns))
-    return [answer["prediction"] for answer in predict(task, model, [{"id": str(n), role: text} for n, text in enumerate(texts)])]
+    return [
+        answer["prediction"]
+        for answer in predict(
+            task, model, [{"id": str(n), role: text} for n, text in enumerate(texts)]
+        )
+    ]
 
 
 def rounded(value: Any) -> Any:
@@ -32,7 +43,10 @@ def rounded(value: Any) -> Any:
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_masks_are_filled_as_in_transformers(kind: str) -> None:
     task, model = load("fill_mask", tokenizer(kind), family="bert", seq_len=64, top_k=3)
-    theirs = [pipeline(task.pipeline, model=model, tokenizer=tokenizer(kind), top_k=3)(text) for text in TEXTS]
+    theirs = [
+        pipeline(task.pipeline, model=model, tokenizer=tokenizer(kind), top_k=3)(text)
+        for text in TEXTS
+    ]
     assert answers(task, model, TEXTS) == rounded(theirs)
     with pytest.raises(BadExample, match=r"no \[MASK\]"):
         task.features({"id": "0", "text": "nothing"})
@@ -49,8 +63,15 @@ def test_hidden_states_are_those_of_transformers() -> None:
 def test_texts_go_on_as_in_transformers(family: str) -> None:
     how = {"max_new_tokens": 9, "num_beams": 2, "do_sample": False}
     wide = {"initializer_range": 0.2}
-    task, model = load("text_generation", tokenizer(), family=family, seq_len=64, model=wide, generation=how)
-    texts = ["The old", "河水慢慢地流过", "def unbelievable(", "The river ran unbelievably slowly under the"]
+    task, model = load(
+        "text_generation", tokenizer(), family=family, seq_len=64, model=wide, generation=how
+    )
+    texts = [
+        "The old",
+        "河水慢慢地流过",
+        "def unbelievable(",
+        "The river ran unbelievably slowly under the",
+    ]
     use = pipeline(task.pipeline, model=model, tokenizer=tokenizer(), return_full_text=False, **how)
     got = answers(task, model, texts)
     assert got == [use(text)[0]["generated_text"] for text in texts] and len(set(got)) == 4

@@ -1,4 +1,5 @@
 """Instruction tuning: what is an answer, packed rows that change nothing, a toy that answers, alike in transformers' pipeline."""
+
 from __future__ import annotations
 
 import random
@@ -17,50 +18,108 @@ from hfscale.tasks.instruction import pack
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
 
-TALK = [{"role": role, "content": content} for role, content in (
-    ("system", "Be brief."), ("user", "the river?"), ("assistant", "slow 河水"), ("user", "城里?"), ("assistant", "古老的桥"))]
-EXAMPLES = [{"id": "0", "messages": TALK}, {"id": "1", "prompt": "the town?", "response": "old"},
-            {"id": "2", "prompt": "桥?", "response": "在城里"}]
-CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
-          "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
+TALK = [
+    {"role": role, "content": content}
+    for role, content in (
+        ("system", "Be brief."),
+        ("user", "the river?"),
+        ("assistant", "slow 河水"),
+        ("user", "城里?"),
+        ("assistant", "古老的桥"),
+    )
+]
+EXAMPLES = [
+    {"id": "0", "messages": TALK},
+    {"id": "1", "prompt": "the town?", "response": "old"},
+    {"id": "2", "prompt": "桥?", "response": "在城里"},
+]
+CHATML = (
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
 
 
-@pytest.mark.parametrize(("template", "answers"), [
-    (None, ["slow 河水</s>", "古老的桥</s>"]), (CHATML, ["slow 河水<|im_end|>\n", "古老的桥<|im_end|>\n"])])
+@pytest.mark.parametrize(
+    ("template", "answers"),
+    [
+        (None, ["slow 河水</s>", "古老的桥</s>"]),
+        (CHATML, ["slow 河水<|im_end|>\n", "古老的桥<|im_end|>\n"]),
+    ],
+)
 def test_only_answers_are_learnt(template: str | None, answers: list[str]) -> None:
-    task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=400, chat_template=template, model={"n_positions": 400})
+    task, _ = load(
+        "instruction",
+        tokenizer(),
+        family="gpt2",
+        seq_len=400,
+        chat_template=template,
+        model={"n_positions": 400},
+    )
     (feature,) = task.features(EXAMPLES[0])
-    assert {n == label for n, label in zip(feature["input_ids"], feature["labels"], strict=True) if label != IGNORE_INDEX} == {True}
+    assert {
+        n == label
+        for n, label in zip(feature["input_ids"], feature["labels"], strict=True)
+        if label != IGNORE_INDEX
+    } == {True}
     asked = [label != IGNORE_INDEX for label in feature["labels"]]
     runs = [k for k in range(1, len(asked)) if asked[k] != asked[k - 1]]
     runs += [len(asked)] * (len(runs) % 2)
-    assert [tokenizer().decode(feature["input_ids"][a:b]) for a, b in zip(runs[::2], runs[1::2], strict=True)] == answers
-    assert tokenizer().decode(feature["input_ids"][:runs[2]]) == tokenizer().decode(feature["prompt"])
+    assert [
+        tokenizer().decode(feature["input_ids"][a:b])
+        for a, b in zip(runs[::2], runs[1::2], strict=True)
+    ] == answers
+    assert tokenizer().decode(feature["input_ids"][: runs[2]]) == tokenizer().decode(
+        feature["prompt"]
+    )
 
 
 def test_packing_changes_nothing_but_the_number_of_rows() -> None:
     losses = {}
     for packed in (False, True):
-        task, model = load("instruction", tokenizer(), family="llama", seq_len=200, packed=packed, model={"max_position_embeddings": 256})
+        task, model = load(
+            "instruction",
+            tokenizer(),
+            family="llama",
+            seq_len=200,
+            packed=packed,
+            model={"max_position_embeddings": 256},
+        )
         task.check(model, device="cpu")
         batch = task.collate(rows_of(task, EXAMPLES))
-        assert len(batch.inputs["input_ids"]) == (2 if packed else 3), "the two short examples share a row"
+        assert len(batch.inputs["input_ids"]) == (2 if packed else 3), (
+            "the two short examples share a row"
+        )
         losses[packed] = task.loss(model, batch)["answers"]
     assert losses[True].tolist() == pytest.approx(losses[False].tolist(), rel=1e-5)
     alone = []
     for example in EXAMPLES:
         (feature,) = task.features(example)
         logits = model(input_ids=torch.tensor([feature["input_ids"]])).logits[0, :-1]
-        alone.append(F.cross_entropy(logits, torch.tensor(feature["labels"][1:]), reduction="sum").item())
+        alone.append(
+            F.cross_entropy(logits, torch.tensor(feature["labels"][1:]), reduction="sum").item()
+        )
     assert losses[True].tolist() == pytest.approx(alone, rel=1e-5)
-    assert [row.tolist()[0] for row in batch.rows()] == [task.features(e)[0]["input_ids"] for e in EXAMPLES], "the digest knows no packing"
+    assert [row.tolist()[0] for row in batch.rows()] == [
+        task.features(e)[0]["input_ids"] for e in EXAMPLES
+    ], "the digest knows no packing"
     filled = task.collate(rows_of(task, EXAMPLES, fillers=1))
-    assert task.loss(model, filled)["answers"].tolist() == pytest.approx([*alone[:2], 0.0], rel=1e-5)
-    assert task.counts([filled])["answers"] == task.counts([batch])["answers"] - len(tokenizer()("在城里</s>")["input_ids"])
+    assert task.loss(model, filled)["answers"].tolist() == pytest.approx(
+        [*alone[:2], 0.0], rel=1e-5
+    )
+    assert task.counts([filled])["answers"] == task.counts([batch])["answers"] - len(
+        tokenizer()("在城里</s>")["input_ids"]
+    )
 
 
 def test_a_prediction_without_an_answer_to_compare_with_is_the_text_alone() -> None:
-    task, model = load("instruction", tokenizer(), family="gpt2", seq_len=400, model={"n_positions": 400}, generation={"max_new_tokens": 2})
+    task, model = load(
+        "instruction",
+        tokenizer(),
+        family="gpt2",
+        seq_len=400,
+        model={"n_positions": 400},
+        generation={"max_new_tokens": 2},
+    )
     asked = {"id": "0", "messages": TALK[:-1]}
     assert [*predict(task, model, [asked])[0]] == ["prediction"]
     assert [*predict(task, model, EXAMPLES[:1])[0]] == ["prediction", "nats", "tokens"]
@@ -78,8 +137,13 @@ def test_every_example_is_packed_once() -> None:
 def test_a_toy_answers_as_its_export_does_in_transformers(tmp_path: Path) -> None:
     numbers = list("一二三四五六七八九十")
     words = words_tokenizer(" ".join(["<|user|>", "<|assistant|>", "after", *numbers]))
-    toy = [{"id": str(k), "prompt": f"after {numbers[k]}", "response": numbers[(k + 1) % 10]} for k in range(10)]
-    task, model = load("instruction", words, family="gpt2", seq_len=24, generation={"max_new_tokens": 4})
+    toy = [
+        {"id": str(k), "prompt": f"after {numbers[k]}", "response": numbers[(k + 1) % 10]}
+        for k in range(10)
+    ]
+    task, model = load(
+        "instruction", words, family="gpt2", seq_len=24, generation={"max_new_tokens": 4}
+    )
     train(task, model.train(), toy, steps=100, batch=20, lr=6e-3)
     got = predict(task, model.eval(), toy)
     assert [answer["prediction"].strip() for answer in got] == [e["response"] for e in toy]
@@ -88,15 +152,24 @@ def test_a_toy_answers_as_its_export_does_in_transformers(tmp_path: Path) -> Non
     model.save_pretrained(tmp_path)
     words.save_pretrained(tmp_path)
     chat = pipeline(task.pipeline, str(tmp_path))
-    assert (chat.model.generation_config.do_sample, chat.model.generation_config.max_new_tokens) == (False, 4), "not the pipeline's own"
-    theirs = [chat([{"role": "user", "content": e["prompt"]}])[0]["generated_text"][-1]["content"] for e in toy]
+    assert (
+        chat.model.generation_config.do_sample,
+        chat.model.generation_config.max_new_tokens,
+    ) == (False, 4), "not the pipeline's own"
+    theirs = [
+        chat([{"role": "user", "content": e["prompt"]}])[0]["generated_text"][-1]["content"]
+        for e in toy
+    ]
     assert theirs == [answer["prediction"] for answer in got]
 
     with torch.no_grad():
         loss, judged = task.judge(model, task.collate(rows_of(task, toy)), rows_of(task, toy))
     scores = task.score(judged, toy)
     assert scores.keys() == task.metrics
-    assert scores["loss"] == pytest.approx(loss["answers"].sum().item() / 20) and scores["perplexity"] < 1.5
+    assert (
+        scores["loss"] == pytest.approx(loss["answers"].sum().item() / 20)
+        and scores["perplexity"] < 1.5
+    )
     whole = [{**answer, **known} for answer, known in zip(got, judged, strict=True)]
     assert task.score(whole, toy)["rougeL"] == 1.0
 
@@ -110,9 +183,13 @@ def test_an_encoder_and_documents_that_leak_are_refused() -> None:
 
 def test_what_cannot_be_learnt_from() -> None:
     task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=16)
-    for bad, why in (({}, "nobody asks"), ({"prompt": "a", "response": ""}, "text of the assistant is empty"),
-                     ({"messages": ["a"]}, "not a list of"), ({"messages": TALK[:1]}, "nobody asks"),
-                     ({"prompt": "a" * 99, "response": "b"}, "within the first 16 tokens")):
+    for bad, why in (
+        ({}, "nobody asks"),
+        ({"prompt": "a", "response": ""}, "text of the assistant is empty"),
+        ({"messages": ["a"]}, "not a list of"),
+        ({"messages": TALK[:1]}, "nobody asks"),
+        ({"prompt": "a" * 99, "response": "b"}, "within the first 16 tokens"),
+    ):
         with pytest.raises(BadExample, match=why):
             task.features({"id": "0", **bad})
     question = {"id": "0", "messages": TALK[:2]}
@@ -120,7 +197,10 @@ def test_what_cannot_be_learnt_from() -> None:
     with pytest.raises(BadExample, match="no answer"):
         task.answered_features(question)
     forgets = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] + ';' }}{% endif %}{% endfor %}"
-    for template, why in ((forgets, "writes an answer differently"), ("{{ raise_exception('no') }}", "refuses the conversation: no")):
+    for template, why in (
+        (forgets, "writes an answer differently"),
+        ("{{ raise_exception('no') }}", "refuses the conversation: no"),
+    ):
         task, _ = load("instruction", tokenizer(), family="gpt2", chat_template=template)
         with pytest.raises(BadExample, match=why):
             task.features(EXAMPLES[0])

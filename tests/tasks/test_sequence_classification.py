@@ -1,4 +1,5 @@
 """Sequence classification on a bare tiny model: targets, losses done by hand, predictions."""
+
 from __future__ import annotations
 
 import math
@@ -18,9 +19,13 @@ WORDS = ["[PAD]", "[UNK]", "[SEP]", "good", "bad", "film", "book"]
 
 
 def words_tokenizer() -> PreTrainedTokenizerFast:
-    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
+    backend = Tokenizer(
+        models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]")
+    )
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="[PAD]", unk_token="[UNK]", sep_token="[SEP]"
+    )
 
 
 def make(examples, **options):
@@ -33,17 +38,33 @@ def make(examples, **options):
 def rows_of(task, examples) -> Examples:
     features = [feature for example in examples for feature in task.features(example)]
     n = len(features)
-    return Examples(features, torch.ones(n, dtype=torch.bool), torch.zeros(n, dtype=torch.int16), torch.arange(n))
+    return Examples(
+        features,
+        torch.ones(n, dtype=torch.bool),
+        torch.zeros(n, dtype=torch.int16),
+        torch.arange(n),
+    )
 
 
 def model_of(task):
     torch.manual_seed(0)
-    return BertForSequenceClassification(BertConfig(
-        vocab_size=len(WORDS), hidden_size=8, num_hidden_layers=1, num_attention_heads=2, intermediate_size=8,
-        **task.model_overrides())).eval()
+    return BertForSequenceClassification(
+        BertConfig(
+            vocab_size=len(WORDS),
+            hidden_size=8,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=8,
+            **task.model_overrides(),
+        )
+    ).eval()
 
 
-ONE = [{"id": "0", "text": "good film", "label": "+"}, {"id": "1", "text": "bad", "label": "-"}, {"id": "2", "text": "good", "label": "+"}]
+ONE = [
+    {"id": "0", "text": "good film", "label": "+"},
+    {"id": "1", "text": "bad", "label": "-"},
+    {"id": "2", "text": "good", "label": "+"},
+]
 
 
 def test_a_single_label():
@@ -56,57 +77,109 @@ def test_a_single_label():
     model = model_of(task)
     losses, outputs = task.judge(model, batch, rows)
     weights = {"+": 3 / (2 * 2), "-": 3 / (2 * 1)}
-    by_hand = [-weights[e["label"]] * math.log(o["scores"][e["label"]]) for e, o in zip(ONE, outputs, strict=True)]
+    by_hand = [
+        -weights[e["label"]] * math.log(o["scores"][e["label"]])
+        for e, o in zip(ONE, outputs, strict=True)
+    ]
     assert losses["classification"].tolist() == pytest.approx(by_hand, rel=1e-5)
     assert outputs == task.predict(model, batch, rows)
     assert model.config.id2label == {0: "+", 1: "-"}
     scores = task.score([{"prediction": label} for label in "+++"], ONE)
     assert scores.keys() <= task.metrics
-    assert scores == pytest.approx({"accuracy": 2 / 3, "f1": 0.0, "f1_macro": 0.4, "f1_micro": 2 / 3, "mcc": 0.0})  # f1: of "-", the last
+    assert scores == pytest.approx(
+        {"accuracy": 2 / 3, "f1": 0.0, "f1_macro": 0.4, "f1_micro": 2 / 3, "mcc": 0.0}
+    )  # f1: of "-", the last
 
 
 def test_several_labels_and_numbers():
-    several = [{"id": "0", "text": "good film", "label": "a, b"}, {"id": "1", "text": "bad", "label": "b"}]
+    several = [
+        {"id": "0", "text": "good film", "label": "a, b"},
+        {"id": "1", "text": "bad", "label": "b"},
+    ]
     task = make(several, separator=",")
     batch = task.collate(rows_of(task, several))
     scores = task.score([{"prediction": ["a"]}, {"prediction": ["b"]}], several)
     assert scores.keys() <= task.metrics
     assert scores == pytest.approx({"accuracy": 0.5, "f1_micro": 0.8, "f1_macro": 5 / 6})
-    assert task.problem == "multi_label_classification" and batch.labels_BT.tolist() == [[1, 1], [0, 1]]
-    assert task.loss(model_of(task), batch)["classification"].tolist() == pytest.approx([math.log(2)] * 2, abs=0.05)
+    assert task.problem == "multi_label_classification" and batch.labels_BT.tolist() == [
+        [1, 1],
+        [0, 1],
+    ]
+    assert task.loss(model_of(task), batch)["classification"].tolist() == pytest.approx(
+        [math.log(2)] * 2, abs=0.05
+    )
 
-    numbers = [{"id": "0", "text": "good", "pair": "film", "label": 2.5}, {"id": "1", "text": "bad", "label": 1}]
+    numbers = [
+        {"id": "0", "text": "good", "pair": "film", "label": 2.5},
+        {"id": "1", "text": "bad", "label": 1},
+    ]
     task = make(numbers)
     batch, model = task.collate(rows_of(task, numbers)), model_of(task)
-    predicted = [output["prediction"] for output in task.predict(model, batch, rows_of(task, numbers))]
-    assert task.score([{"prediction": 2.0}, {"prediction": 1.0}], numbers) == pytest.approx({"pearson": 1.0, "spearman": 1.0, "mse": 0.125})
-    assert task.loss(model, batch)["classification"].tolist() == pytest.approx([(predicted[0] - 2.5) ** 2, (predicted[1] - 1) ** 2])
+    predicted = [
+        output["prediction"] for output in task.predict(model, batch, rows_of(task, numbers))
+    ]
+    assert task.score([{"prediction": 2.0}, {"prediction": 1.0}], numbers) == pytest.approx(
+        {"pearson": 1.0, "spearman": 1.0, "mse": 0.125}
+    )
+    assert task.loss(model, batch)["classification"].tolist() == pytest.approx(
+        [(predicted[0] - 2.5) ** 2, (predicted[1] - 1) ** 2]
+    )
 
 
-@pytest.mark.parametrize(("labels", "problem"), [
-    ([2.5, 3.0, 1], "regression"), ([1.0, 0.0, float("nan")], "single_label_classification"), ([0.5, float("nan")], "regression"),
-    (["2.5", "3.0", "1"], "regression"), ([1, 2, 5.0], "single_label_classification"),
-    (["1.5", "2", "good"], "single_label_classification"), (["good", "inf", "nan"], "single_label_classification"),
-    ([["a"], []], "multi_label_classification")])
+@pytest.mark.parametrize(
+    ("labels", "problem"),
+    [
+        ([2.5, 3.0, 1], "regression"),
+        ([1.0, 0.0, float("nan")], "single_label_classification"),
+        ([0.5, float("nan")], "regression"),
+        (["2.5", "3.0", "1"], "regression"),
+        ([1, 2, 5.0], "single_label_classification"),
+        (["1.5", "2", "good"], "single_label_classification"),
+        (["good", "inf", "nan"], "single_label_classification"),
+        ([["a"], []], "multi_label_classification"),
+    ],
+)
 def test_labels_say_what_the_problem_is(labels, problem):
-    assert make([{"id": str(n), "text": "good", "label": label} for n, label in enumerate(labels)]).problem == problem
+    assert (
+        make(
+            [{"id": str(n), "text": "good", "label": label} for n, label in enumerate(labels)]
+        ).problem
+        == problem
+    )
 
 
-@pytest.mark.parametrize(("example", "problem"), [
-    ({"text": " "}, "empty"), ({"text": "good", "label": "++"}, r"not in the set"), ({"text": 3}, "not text"),
-    ({"text": "good", "pair": 5}, "pair is not text"), *(({"text": "good", "label": label}, "not in the set") for label in (
-        float("nan"), {"a": 1})), *(({"text": "good", "label": label}, "there is no label") for label in (None, ""))])
+@pytest.mark.parametrize(
+    ("example", "problem"),
+    [
+        ({"text": " "}, "empty"),
+        ({"text": "good", "label": "++"}, r"not in the set"),
+        ({"text": 3}, "not text"),
+        ({"text": "good", "pair": 5}, "pair is not text"),
+        *(
+            ({"text": "good", "label": label}, "not in the set")
+            for label in (float("nan"), {"a": 1})
+        ),
+        *(({"text": "good", "label": label}, "there is no label") for label in (None, "")),
+    ],
+)
 def test_bad_examples(example, problem):
     with pytest.raises(BadExample, match=problem):
         make(ONE).features({"id": "7", **example})
 
 
 def test_labels_are_names_however_they_are_written():
-    texts = [{"id": str(n), "text": "good", "label": label} for n, label in enumerate((1, "1", 1.0, 0, None, float("nan"), "x", ["y", {}]))]
+    texts = [
+        {"id": str(n), "text": "good", "label": label}
+        for n, label in enumerate((1, "1", 1.0, 0, None, float("nan"), "x", ["y", {}]))
+    ]
     assert all_labels(example["label"] for example in texts) == ["0", "1", "x", "y"]
-    assert all_labels(["10", "2", "-1", 0, "two", "nan"]) == ["-1", "0", "2", "10", "nan", "two"], "csv has numbers as texts"
+    assert all_labels(["10", "2", "-1", 0, "two", "nan"]) == ["-1", "0", "2", "10", "nan", "two"], (
+        "csv has numbers as texts"
+    )
     task = make(texts[:4])
-    assert task.labels == ["0", "1"] and [task.features(example)[0]["labels"] for example in texts[:4]] == [1, 1, 1, 0]
+    assert task.labels == ["0", "1"] and [
+        task.features(example)[0]["labels"] for example in texts[:4]
+    ] == [1, 1, 1, 0]
     assert task.score([{"prediction": "1"}] * 3, texts[:3])["accuracy"] == 1.0
     for label in ("nan", float("inf"), None):
         with pytest.raises(BadExample, match="not a number"):
@@ -121,10 +194,19 @@ def test_numbers_count_from_0_where_labels_have_names():
     """As data sets of the hub have them: a model's own names for 0, 1, ..."""
     numbered = [{**example, "label": n % 2} for n, example in enumerate(ONE)]
     task = make(numbered, labels=["bad", "good"], class_weights="balanced")
-    assert [task.features(example)[0]["labels"] for example in numbered] == [n % 2 for n in range(len(ONE))]
+    assert [task.features(example)[0]["labels"] for example in numbered] == [
+        n % 2 for n in range(len(ONE))
+    ]
     assert sum(task.setting.facts["counts"]) == len(ONE) and all(task.setting.facts["counts"])
-    assert task.score([{"prediction": ("bad", "good")[n % 2]} for n in range(len(ONE))], numbered)["accuracy"] == 1.0
-    stars = make([{**example, "label": n % 2 + 1} for n, example in enumerate(ONE)], labels=["1", "2"])
+    assert (
+        task.score([{"prediction": ("bad", "good")[n % 2]} for n in range(len(ONE))], numbered)[
+            "accuracy"
+        ]
+        == 1.0
+    )
+    stars = make(
+        [{**example, "label": n % 2 + 1} for n, example in enumerate(ONE)], labels=["1", "2"]
+    )
     for strict, label in ((task, 2), (task, -1), (stars, 0)):
         with pytest.raises(BadExample, match="not in the set"):
             strict.features({"id": "0", "text": "good", "label": label})
@@ -139,12 +221,19 @@ def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():
     task = make(ONE)
     right = [example["label"] for example in ONE]
     assert task.measure([{"prediction": label} for label in right], ONE).notes == {}
-    measure = task.measure([{"prediction": "meh"}, *({"prediction": label} for label in right[1:])], ONE)
+    measure = task.measure(
+        [{"prediction": "meh"}, *({"prediction": label} for label in right[1:])], ONE
+    )
     assert measure.notes["unknown labels"].startswith("1, such as 'meh'")
     assert measure.scores()["accuracy"] == pytest.approx(1 - 1 / len(ONE))
-    several = [{"id": "0", "text": "good", "label": ["a", "b"]}, {"id": "1", "text": "good", "label": ["a"]}]
+    several = [
+        {"id": "0", "text": "good", "label": ["a", "b"]},
+        {"id": "1", "text": "good", "label": ["a"]},
+    ]
     measure = make(several).measure([{"prediction": ["a", "b"]}, {"prediction": "a"}], several)
-    assert measure.notes == {} and measure.scores()["accuracy"] == 1.0, "a text is one label, not its letters"
+    assert measure.notes == {} and measure.scores()["accuracy"] == 1.0, (
+        "a text is one label, not its letters"
+    )
 
 
 def test_a_long_text_is_cut_and_says_so():

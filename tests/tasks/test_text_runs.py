@@ -1,4 +1,5 @@
 """A fine-tuning that generates while it validates, on two ranks at ZeRO 3; run, export and transformers' pipeline answer alike."""
+
 from __future__ import annotations
 
 import json
@@ -34,7 +35,11 @@ def finetune(values: dict[str, Any]) -> list[dict[str, Any]]:
     trainer.run()
     trainer.close()
     log = config.run_dir / "metrics.jsonl"
-    return [json.loads(line) for line in log.read_text("utf-8").splitlines()] if World.from_environment().rank == 0 else []
+    return (
+        [json.loads(line) for line in log.read_text("utf-8").splitlines()]
+        if World.from_environment().rank == 0
+        else []
+    )
 
 
 @pytest.fixture(scope="module")
@@ -42,15 +47,46 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of translation; its config lies in its directory, as a launcher leaves it."""
     folder = tmp_path_factory.mktemp("texts")
     words = tokenizer()
-    T5ForConditionalGeneration(T5Config(vocab_size=len(words), d_model=32, num_layers=2, num_heads=2, d_ff=48, d_kv=16, dropout_rate=0.0,
-                                        pad_token_id=0, eos_token_id=1, initializer_factor=0.3)).save_pretrained(folder / "t5")
+    T5ForConditionalGeneration(
+        T5Config(
+            vocab_size=len(words),
+            d_model=32,
+            num_layers=2,
+            num_heads=2,
+            d_ff=48,
+            d_kv=16,
+            dropout_rate=0.0,
+            pad_token_id=0,
+            eos_token_id=1,
+            initializer_factor=0.3,
+        )
+    ).save_pretrained(folder / "t5")
     words.save_pretrained(folder / "t5")
-    values = task_values(folder, "translation", model={"pretrained": str(folder / "t5")},
-                         data={"train": str(write_jsonl(folder / "pairs.jsonl", toy(60))), "max_length": 16, "validate_every_steps": 25},
-                         task={"name": "translation", "options": {"prefix": "translate: ", "max_target_length": 5, "label_smoothing": 0.1,
-                                                                  "generation": {"num_beams": 2}}},
-                         train={"steps": 25, "global_batch": 32, "micro_batch": 16}, optim={"lr": 2e-2},
-                         engine={"zero_stage": 3, "extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}}})
+    values = task_values(
+        folder,
+        "translation",
+        model={"pretrained": str(folder / "t5")},
+        data={
+            "train": str(write_jsonl(folder / "pairs.jsonl", toy(60))),
+            "max_length": 16,
+            "validate_every_steps": 25,
+        },
+        task={
+            "name": "translation",
+            "options": {
+                "prefix": "translate: ",
+                "max_target_length": 5,
+                "label_smoothing": 0.1,
+                "generation": {"num_beams": 2},
+            },
+        },
+        train={"steps": 25, "global_batch": 32, "micro_batch": 16},
+        optim={"lr": 2e-2},
+        engine={
+            "zero_stage": 3,
+            "extra": {"zero_optimization": {"stage3_param_persistence_threshold": 0}},
+        },
+    )
     records, _ = run_ranks(finetune, 2, values)
     run_dir = folder / "runs" / "translation"
     (run_dir / "config.yaml").write_text(json.dumps(values), "utf-8")
@@ -61,19 +97,46 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None:
     export.run(str(run), tmp_path / "export")
     asked = toy(30, seed=1)
-    data = write_jsonl(tmp_path / "asked.jsonl", [{"id": e["id"], "source": e["source"]} for e in asked])
+    data = write_jsonl(
+        tmp_path / "asked.jsonl", [{"id": e["id"], "source": e["source"]} for e in asked]
+    )
     answers = {}
-    for name, model in (("run", run), ("export", tmp_path / "export")):  # the export says what task it is for, and how
-        config = settle(str(model), task=None, data=str(data), out=tmp_path / f"{name}.jsonl", overrides=["predict.batch=7"])
+    for name, model in (
+        ("run", run),
+        ("export", tmp_path / "export"),
+    ):  # the export says what task it is for, and how
+        config = settle(
+            str(model),
+            task=None,
+            data=str(data),
+            out=tmp_path / f"{name}.jsonl",
+            overrides=["predict.batch=7"],
+        )
         predict.prepare(config)
         assert predict.run(config, World(), StopRequest())
         predict.join(config)
-        answers[name] = [json.loads(line)["prediction"] for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()]
+        answers[name] = [
+            json.loads(line)["prediction"]
+            for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()
+        ]
     translate = pipeline("translation", str(tmp_path / "export"), trust_remote_code=True)
-    assert answers["run"] == answers["export"] == [answer["translation_text"] for answer in translate([e["source"] for e in asked])]
+    assert (
+        answers["run"]
+        == answers["export"]
+        == [answer["translation_text"] for answer in translate([e["source"] for e in asked])]
+    )
     assert len(set(answers["run"])) > 1
-    split = ["engine.zero_stage=3", "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}", "predict.batch=7"]
-    for model in (run, tmp_path / "export"):  # two ranks hold a half each; the second has no prompts of its own
+    split = [
+        "engine.zero_stage=3",
+        "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
+        "predict.batch=7",
+    ]
+    for model in (
+        run,
+        tmp_path / "export",
+    ):  # two ranks hold a half each; the second has no prompts of its own
         out = tmp_path / f"split-{model.name}.jsonl"
         predict_command(str(model), split, data=str(data), out=out, procs=2)
-        assert [json.loads(line)["prediction"] for line in out.read_text("utf-8").splitlines()] == answers["run"]
+        assert [
+            json.loads(line)["prediction"] for line in out.read_text("utf-8").splitlines()
+        ] == answers["run"]

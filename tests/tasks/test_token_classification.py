@@ -1,4 +1,5 @@
 """Token classification: alignment, windows, the loss by hand, equality with transformers' pipeline, and a toy problem learnt."""
+
 from __future__ import annotations
 
 import pytest
@@ -10,8 +11,16 @@ from hfscale.stream.examples import BadExample
 from tests.tasks.kit import answers, bert, learn, make_task, marking_tokenizer, rows_of
 
 EXAMPLES = [
-    {"id": "0", "words": ["The", "old", "river", "ran", "slowly"], "tags": ["O", "B-AGE", "B-LOC", "O", "O"]},
-    {"id": "1", "words": list("河水流过古老的桥"), "tags": ["B-LOC", "I-LOC", "O", "O", "B-AGE", "I-AGE", "O", "B-LOC"]},
+    {
+        "id": "0",
+        "words": ["The", "old", "river", "ran", "slowly"],
+        "tags": ["O", "B-AGE", "B-LOC", "O", "O"],
+    },
+    {
+        "id": "1",
+        "words": list("河水流过古老的桥"),
+        "tags": ["B-LOC", "I-LOC", "O", "O", "B-AGE", "I-AGE", "O", "B-LOC"],
+    },
     {"id": "2", "words": ["unbelievable", "bridges"], "tags": ["O", "B-LOC"]},
 ]
 
@@ -29,7 +38,9 @@ def test_the_first_token_of_each_word_is_asked(kind):
         assert feature["words"] == list(range(len(example["words"])))
         assert [task.labels[n] for n in feature["labels"]] == example["tags"]
         ends = [*feature["positions"][1:], len(feature["input_ids"]) - 1]
-        pieces = [feature["input_ids"][a:b] for a, b in zip(feature["positions"], ends, strict=True)]
+        pieces = [
+            feature["input_ids"][a:b] for a, b in zip(feature["positions"], ends, strict=True)
+        ]
         read = [task.setting.tokenizer.decode(piece).strip().replace(" ", "") for piece in pieces]
         assert read == [word.lower() if kind == "wordpiece" else word for word in example["words"]]
 
@@ -40,7 +51,9 @@ def test_words_are_tokenized_as_in_running_text():
     words = ["The", "old,", "unbelievable", "river", "河", "ran."]
     running = task.setting.tokenizer(text)["input_ids"]
     assert task.features({"id": "0", "text": text})[0]["input_ids"] == running
-    no_space = task.setting.tokenizer(text.replace(" 河 ", "河"))["input_ids"]  # Chinese words have none between them
+    no_space = task.setting.tokenizer(text.replace(" 河 ", "河"))[
+        "input_ids"
+    ]  # Chinese words have none between them
     assert task.features({"id": "0", "words": words})[0]["input_ids"] == no_space
     assert task.features({"id": "0", "words": " ".join(words)})[0]["input_ids"] == no_space
 
@@ -48,11 +61,19 @@ def test_words_are_tokenized_as_in_running_text():
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe"])
 def test_long_sentences_are_windows_that_judge_every_word_once(kind):
     task = task_of(kind, seq_len=16)
-    long = {"id": "0", "words": ["river", "unbelievable", "河"] * 12, "tags": ["B-LOC", "O", "O"] * 12}
+    long = {
+        "id": "0",
+        "words": ["river", "unbelievable", "河"] * 12,
+        "tags": ["B-LOC", "O", "O"] * 12,
+    }
     features = task.features(long)
     assert len(features) > 3 and max(len(feature["input_ids"]) for feature in features) <= 16
     assert sorted(word for feature in features for word in feature["words"]) == list(range(36))
-    asked = {word: task.labels[n] for feature in features for word, n in zip(feature["words"], feature["labels"], strict=True)}
+    asked = {
+        word: task.labels[n]
+        for feature in features
+        for word, n in zip(feature["words"], feature["labels"], strict=True)
+    }
     assert [asked[word] for word in range(36)] == long["tags"]
     assert task.counts([task.collate(rows_of(task, [long]))]) == {"token_classification": 36}
 
@@ -65,11 +86,16 @@ def test_the_loss_by_hand_and_fillers():
     losses, _ = task.judge(model, batch, rows_of(task, EXAMPLES))
     probabilities = model(**batch.inputs).logits.log_softmax(-1)
     for b, feature in enumerate(rows_of(task, EXAMPLES).features[:2]):
-        by_hand = -sum(probabilities[b, at, label] for at, label in zip(feature["positions"], feature["labels"], strict=True))
+        by_hand = -sum(
+            probabilities[b, at, label]
+            for at, label in zip(feature["positions"], feature["labels"], strict=True)
+        )
         assert losses["token_classification"][b].item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert losses["token_classification"][2] == 0
     alone = task.loss(model, task.collate(rows_of(task, EXAMPLES[:1])))["token_classification"][0]
-    assert alone.item() == pytest.approx(losses["token_classification"][0].item(), rel=1e-5)  # padding changes nothing
+    assert alone.item() == pytest.approx(
+        losses["token_classification"][0].item(), rel=1e-5
+    )  # padding changes nothing
 
 
 def test_it_learns_and_finds_entities_in_text_as_the_pipeline_does():
@@ -82,12 +108,25 @@ def test_it_learns_and_finds_entities_in_text_as_the_pipeline_does():
     assert scores.scores()["f1"] == 1.0 and scores.intervals()["f1"] == (1.0, 1.0)
 
     texts = ["The old river ran slowly", "河水流过古老的桥。", "unbelievable bridges, the old 河水"]
-    pipe = pipeline("token-classification", model=model, tokenizer=task.setting.tokenizer, aggregation_strategy="first")
-    for text, ours in zip(texts, answers(task, model, [{"id": "0", "text": text} for text in texts]), strict=True):
+    pipe = pipeline(
+        "token-classification",
+        model=model,
+        tokenizer=task.setting.tokenizer,
+        aggregation_strategy="first",
+    )
+    for text, ours in zip(
+        texts, answers(task, model, [{"id": "0", "text": text} for text in texts]), strict=True
+    ):
         theirs = pipe(text)
-        assert [(e["type"], e["start"], e["end"]) for e in ours["entities"]] == [(e["entity_group"], e["start"], e["end"]) for e in theirs]
-        assert [e["score"] for e in ours["entities"]] == pytest.approx([float(e["score"]) for e in theirs], abs=1e-5)
-        assert [text[e["start"] : e["end"]] for e in ours["entities"]] == [e["text"] for e in ours["entities"]]
+        assert [(e["type"], e["start"], e["end"]) for e in ours["entities"]] == [
+            (e["entity_group"], e["start"], e["end"]) for e in theirs
+        ]
+        assert [e["score"] for e in ours["entities"]] == pytest.approx(
+            [float(e["score"]) for e in theirs], abs=1e-5
+        )
+        assert [text[e["start"] : e["end"]] for e in ours["entities"]] == [
+            e["text"] for e in ours["entities"]
+        ]
     assert [e["text"] for e in ours["entities"]][:1] == ["bridges"]
 
 
@@ -95,18 +134,46 @@ def test_tags_that_are_not_entities_and_numbers():
     tagged = [{"id": "0", "words": "old river", "tags": "ADJ NOUN"}]
     task = make_task("token_classification", tagged, tokenizer=marking_tokenizer("wordpiece"))
     assert task.score([{"prediction": ["ADJ", "ADJ"]}], tagged) == {"accuracy": 0.5}
-    numbered = make_task("token_classification", tagged, tokenizer=marking_tokenizer("wordpiece"), labels=["O", "B-X"])
-    assert numbered.features({"id": "0", "words": ["old", "river"], "tags": [1, 0]})[0]["labels"] == [1, 0]
-    assert numbered.features({"id": "0", "words": "old river", "tags": "1 0"})[0]["labels"] == [1, 0], "as csv has them"
+    numbered = make_task(
+        "token_classification",
+        tagged,
+        tokenizer=marking_tokenizer("wordpiece"),
+        labels=["O", "B-X"],
+    )
+    assert numbered.features({"id": "0", "words": ["old", "river"], "tags": [1, 0]})[0][
+        "labels"
+    ] == [1, 0]
+    assert numbered.features({"id": "0", "words": "old river", "tags": "1 0"})[0]["labels"] == [
+        1,
+        0,
+    ], "as csv has them"
     with pytest.raises(BadExample, match="give their names in order"):
-        make_task("token_classification", [{"id": "0", "words": ["a"], "tags": [3]}], tokenizer=None)
+        make_task(
+            "token_classification", [{"id": "0", "words": ["a"], "tags": [3]}], tokenizer=None
+        )
 
 
-@pytest.mark.parametrize(("example", "problem"), [
-    ({"words": ["a", "b"], "tags": ["O"]}, "2 words and 1 tags"), ({"words": ["a"], "tags": ["B-LOK"]}, "did you mean B-LOC"),
-    ({"words": []}, "no words"), ({"text": " \n"}, "no words"), ({"text": None}, "no words"),
-    ({"text": 5}, "not text"), ({"words": 5}, "neither a list"), *(({"words": ["a"], "tags": tags}, problem) for tags, problem in (
-        (None, "neither a list"), ([None], "not in the set"), ([-1], "not in the set"), ([["O"]], "not in the set")))])
+@pytest.mark.parametrize(
+    ("example", "problem"),
+    [
+        ({"words": ["a", "b"], "tags": ["O"]}, "2 words and 1 tags"),
+        ({"words": ["a"], "tags": ["B-LOK"]}, "did you mean B-LOC"),
+        ({"words": []}, "no words"),
+        ({"text": " \n"}, "no words"),
+        ({"text": None}, "no words"),
+        ({"text": 5}, "not text"),
+        ({"words": 5}, "neither a list"),
+        *(
+            ({"words": ["a"], "tags": tags}, problem)
+            for tags, problem in (
+                (None, "neither a list"),
+                ([None], "not in the set"),
+                ([-1], "not in the set"),
+                ([["O"]], "not in the set"),
+            )
+        ),
+    ],
+)
 def test_bad_examples(example, problem):
     with pytest.raises(BadExample, match=problem):
         task_of().features({"id": "7", **example})

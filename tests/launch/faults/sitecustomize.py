@@ -3,6 +3,7 @@
 FAULT: "raise" in the loop, "loader exits" (its thread ends the interpreter), "loader sleeps", "slow".
 FAULT_NODE: on this node in every attempt.
 """
+
 import os
 import sys
 import threading
@@ -12,10 +13,16 @@ if {"hfscale.worker", "submitit.core._submit"} & {*sys.orig_argv}:
     import hfscale.dist.agree
     from hfscale.stream.loader import Stream
 
-    first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and not os.path.exists(f"{os.path.dirname(sys.orig_argv[-1])}/hangs/1")
+    first = os.environ.get("SLURM_RESTART_COUNT", "0") == "0" and not os.path.exists(
+        f"{os.path.dirname(sys.orig_argv[-1])}/hangs/1"
+    )
     rank = int(os.environ.get("RANK") or os.environ.get("SLURM_PROCID", "0"))
     node = os.environ.get("FAULT_NODE")
-    mine = os.environ.get("SLURMD_NODENAME") == node if node else first and rank == int(os.environ.get("FAULT_RANK", "1"))
+    mine = (
+        os.environ.get("SLURMD_NODENAME") == node
+        if node
+        else first and rank == int(os.environ.get("FAULT_RANK", "1"))
+    )
     fault, left = os.environ.get("FAULT", "") if mine else "", int(os.environ.get("AT", "4"))
     agree, take = hfscale.dist.agree.agree, Stream.take
 

@@ -1,4 +1,5 @@
 """A planted fault, for test_prove: with this folder in PYTHONPATH a rank that resumes forgets Adam's first moment."""
+
 import sys
 
 if "hfscale.worker" in sys.orig_argv:
