@@ -2,6 +2,7 @@
 
 Counts, flags and digests are summed as int64, which wraps modulo 2^64: just what the batch digest wants.
 """
+
 from __future__ import annotations
 
 import socket
@@ -30,11 +31,19 @@ class Agreed:
 def agree(*, counts: Mapping[str, int], stop: bool, due: bool, failed: bool, digest: int) -> Agreed:
     """Return the sums over all ranks, in one collective of a few dozen bytes."""
     names = sorted(counts)
-    facts = torch.tensor([stop, due, failed, digest, *(counts[name] for name in names)], dtype=torch.int64)
+    facts = torch.tensor(
+        [stop, due, failed, digest, *(counts[name] for name in names)], dtype=torch.int64
+    )
     if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
         torch_dist.all_reduce(facts, group=host_group())
     stops, dues, failures, total, *sums = facts.tolist()
-    return Agreed(counts=dict(zip(names, sums, strict=True)), stop=stops > 0, due=dues > 0, failed=failures > 0, digest=total)
+    return Agreed(
+        counts=dict(zip(names, sums, strict=True)),
+        stop=stops > 0,
+        due=dues > 0,
+        failed=failures > 0,
+        digest=total,
+    )
 
 
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
@@ -64,8 +73,12 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
     for rank, (host, theirs) in enumerate(everyone):
         for key, digest in everyone[0][1].items():
             if theirs[key] != digest:
-                raise DataError("the ranks would train on different data", where=key, remedy="give every node the same files",
-                                value=f"{digest[:12]} on rank 0 ({everyone[0][0]}), {theirs[key][:12]} on rank {rank} ({host})")
+                raise DataError(
+                    "the ranks would train on different data",
+                    where=key,
+                    remedy="give every node the same files",
+                    value=f"{digest[:12]} on rank 0 ({everyone[0][0]}), {theirs[key][:12]} on rank {rank} ({host})",
+                )
 
 
 def from_rank_0(value: Any) -> Any:

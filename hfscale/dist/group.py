@@ -1,4 +1,5 @@
 """The process group of a job: NCCL between GPUs, gloo between CPUs, and always a gloo group for small host-side facts."""
+
 from __future__ import annotations
 
 import os
@@ -13,7 +14,9 @@ import torch.distributed as torch_dist
 from hfscale.dist.world import World, free_port
 from hfscale.errors import ConfigError
 
-TIMEOUT = timedelta(minutes=60)  # above the longest checkpoint write; hangs are found by their heartbeats, sooner
+TIMEOUT = timedelta(
+    minutes=60
+)  # above the longest checkpoint write; hangs are found by their heartbeats, sooner
 
 _host_group: torch_dist.ProcessGroup | None = None
 
@@ -42,18 +45,33 @@ def start(world: World) -> torch.device:
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         if world.local_rank >= torch.cuda.device_count():
-            raise ConfigError("more ranks on this node than GPUs", where="LOCAL_RANK", value=world.local_rank,
-                              remedy=f"start at most {torch.cuda.device_count()} ranks here (--procs)")
+            raise ConfigError(
+                "more ranks on this node than GPUs",
+                where="LOCAL_RANK",
+                value=world.local_rank,
+                remedy=f"start at most {torch.cuda.device_count()} ranks here (--procs)",
+            )
         torch.cuda.set_device(device)
     try:
-        torch_dist.init_process_group("nccl" if on_gpu else "gloo", rank=world.rank, world_size=world.world_size, timeout=TIMEOUT,
-                                      init_method=f"tcp://{world.master_addr}:{world.master_port}", device_id=device if on_gpu else None)
+        torch_dist.init_process_group(
+            "nccl" if on_gpu else "gloo",
+            rank=world.rank,
+            world_size=world.world_size,
+            timeout=TIMEOUT,
+            init_method=f"tcp://{world.master_addr}:{world.master_port}",
+            device_id=device if on_gpu else None,
+        )
     except (RuntimeError, ValueError, torch_dist.DistError) as error:
         if "EADDRINUSE" not in str(error) and "in use" not in str(error):
             raise
-        raise ConfigError("the port of the rendezvous is in use", where=f"{world.master_addr}:{world.master_port}",
-                          remedy="choose another MASTER_PORT, or let the launcher choose a free one") from error
-    _host_group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
+        raise ConfigError(
+            "the port of the rendezvous is in use",
+            where=f"{world.master_addr}:{world.master_port}",
+            remedy="choose another MASTER_PORT, or let the launcher choose a free one",
+        ) from error
+    _host_group = (
+        torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
+    )
     return device
 
 
@@ -91,5 +109,7 @@ def shutdown() -> None:
         return
     barrier()
     _host_group = None
-    with suppress(RuntimeError):  # the peer may have closed its end first; the barrier above is what mattered
+    with suppress(
+        RuntimeError
+    ):  # the peer may have closed its end first; the barrier above is what mattered
         torch_dist.destroy_process_group()

@@ -1,11 +1,15 @@
 """A request to stop, from a signal: a flag that the loop reads at the next step boundary, never an action of its own."""
+
 from __future__ import annotations
 
 import signal
 from collections.abc import Iterable
 from types import FrameType
 
-WARNINGS = (signal.SIGUSR1, signal.SIGUSR2)  # Slurm's --signal ahead of a limit, as our scripts and as submitit ask for it
+WARNINGS = (
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+)  # Slurm's --signal ahead of a limit, as our scripts and as submitit ask for it
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # Ctrl-C; a launcher or Slurm
 
 

@@ -3,6 +3,7 @@
 Every launcher starts ranks with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...); srun's
 SLURM_* ones are understood too, and a process with neither is a world of one.
 """
+
 from __future__ import annotations
 
 import os
@@ -38,21 +39,46 @@ class World:
         """
         if "RANK" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1:  # a batch script has the other variables too, and is no rank
-            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_NTASKS_PER_NODE")
+        elif (
+            int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+        ):  # a batch script has the other variables too, and is no rank
+            names = (
+                "SLURM_PROCID",
+                "SLURM_STEP_NUM_TASKS",
+                "SLURM_LOCALID",
+                "SLURM_NTASKS_PER_NODE",
+            )
         else:
             return cls()
-        rank, world_size, local_rank, local_world_size = (int(env.get(name, default)) for name, default in zip(names, "0101", strict=True))
+        rank, world_size, local_rank, local_world_size = (
+            int(env.get(name, default)) for name, default in zip(names, "0101", strict=True)
+        )
         if not 0 <= rank < world_size or "MASTER_PORT" not in env:
-            raise ConfigError("the environment names no place in the world", where="environment",
-                              value={name: env.get(name) for name in (*names, "MASTER_ADDR", "MASTER_PORT")},
-                              remedy="start the job with `hfscale`, torchrun or srun, which set these variables")
-        return cls(rank, world_size, local_rank, local_world_size, env.get("MASTER_ADDR", "127.0.0.1"), int(env["MASTER_PORT"]))
+            raise ConfigError(
+                "the environment names no place in the world",
+                where="environment",
+                value={name: env.get(name) for name in (*names, "MASTER_ADDR", "MASTER_PORT")},
+                remedy="start the job with `hfscale`, torchrun or srun, which set these variables",
+            )
+        return cls(
+            rank,
+            world_size,
+            local_rank,
+            local_world_size,
+            env.get("MASTER_ADDR", "127.0.0.1"),
+            int(env["MASTER_PORT"]),
+        )
 
     def export(self) -> dict[str, str]:
         """Return the variables that DeepSpeed and torch expect of this place."""
-        return {"RANK": str(self.rank), "WORLD_SIZE": str(self.world_size), "LOCAL_RANK": str(self.local_rank),
-                "LOCAL_WORLD_SIZE": str(self.local_world_size), "MASTER_ADDR": self.master_addr, "MASTER_PORT": str(self.master_port)}
+        return {
+            "RANK": str(self.rank),
+            "WORLD_SIZE": str(self.world_size),
+            "LOCAL_RANK": str(self.local_rank),
+            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "MASTER_ADDR": self.master_addr,
+            "MASTER_PORT": str(self.master_port),
+        }
 
 
 @dataclass(frozen=True)
@@ -73,11 +99,19 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
     """Return the Slurm job around this process, or None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
-    gpus = int(env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2])  # the second in salloc's shell
-    return Allocation(env["SLURM_JOB_ID"], env.get("SLURM_JOB_NODELIST", ""), nodes=int(env.get("SLURM_JOB_NUM_NODES", "1")),
-                      gpus_per_node=gpus, tasks_per_node=int(env.get("SLURM_NTASKS_PER_NODE", gpus or 1)),
-                      restarts=int(env.get("SLURM_RESTART_COUNT", "0")), rank=int(env.get("SLURM_PROCID", "0")),
-                      array_id=f"{env.get('SLURM_ARRAY_JOB_ID', '')}_{env.get('SLURM_ARRAY_TASK_ID', '')}")
+    gpus = int(
+        env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2]
+    )  # the second in salloc's shell
+    return Allocation(
+        env["SLURM_JOB_ID"],
+        env.get("SLURM_JOB_NODELIST", ""),
+        nodes=int(env.get("SLURM_JOB_NUM_NODES", "1")),
+        gpus_per_node=gpus,
+        tasks_per_node=int(env.get("SLURM_NTASKS_PER_NODE", gpus or 1)),
+        restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
+        rank=int(env.get("SLURM_PROCID", "0")),
+        array_id=f"{env.get('SLURM_ARRAY_JOB_ID', '')}_{env.get('SLURM_ARRAY_TASK_ID', '')}",
+    )
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:

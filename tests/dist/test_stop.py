@@ -1,4 +1,5 @@
 """A signal sets a flag and nothing else."""
+
 import os
 import signal
 
