@@ -92,3 +92,12 @@ def nearest(name: str, known: Iterable[str]) -> str:
     if not known:
         return "there are none"
     return f"did you mean {' or '.join(close)}?" if close else f"valid names: {', '.join(known)}"
+
+
+# gloo and NCCL, of a rank that died: the one that says so is not the cause
+LOST_PEER = ("by peer", "remote process exited", "peer closed")
+
+
+def lost_peer(error: BaseException) -> bool:
+    """Return whether an error says no more than that another rank has ended."""
+    return any(words in str(error) for words in LOST_PEER)

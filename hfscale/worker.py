@@ -21,16 +21,12 @@ from hfscale.config.load import load_config
 from hfscale.config.schema import Section
 from hfscale.dist.stop import WARNINGS, StopRequest
 from hfscale.dist.world import Allocation, World, allocation, node_name
-from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError, exit_code
+from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError, exit_code, lost_peer
 from hfscale.monitor.heartbeat import watching
+from hfscale.packages import refuse_wrong_versions
 
 JOB = "job"  # in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
 EXIT_CODE = "exit_code"  # in the run directory of a Slurm job: code and rank of the first that did not end well
-LOST_PEER = (
-    "by peer",
-    "remote process exited",
-    "peer closed",
-)  # gloo and NCCL, of a rank that died: this one is not the cause
 # the section of a config that names the job -> its module
 JOBS = {
     "predict": "hfscale.jobs.predict",
@@ -62,6 +58,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
         os.environ.setdefault(
             "DS_ACCELERATOR", "cpu"
         )  # else DeepSpeed prints on stdout that it found none
+    refuse_wrong_versions()
     job = job_of(config)
     with watching(
         config_path.parent,
@@ -93,7 +90,7 @@ def _refuse_second_job(file: Path, here: Allocation) -> None:
 
 def main() -> None:
     """Run one rank and end its process."""
-    config_path, lost_peer = Path(sys.argv[1]), False
+    config_path, peer_ended = Path(sys.argv[1]), False
 
     def tell(code: int, rank: int) -> None:  # srun gives the code of those it kills then
         with suppress(OSError), open(config_path.parent / EXIT_CODE, "x") as file:
@@ -109,9 +106,9 @@ def main() -> None:
         known = exit_code(error)
         if known is None:
             traceback.print_exc()
-        lost_peer = known is None and any(words in str(error) for words in LOST_PEER)
-        code = known or (EXIT_HUNG if lost_peer else 1)
-    if code and not lost_peer and (job := allocation()):
+        peer_ended = known is None and lost_peer(error)
+        code = known or (EXIT_HUNG if peer_ended else 1)
+    if code and not peer_ended and (job := allocation()):
         tell(code, job.rank)
     sys.stdout.flush()
     sys.stderr.flush()

@@ -16,6 +16,7 @@ from hfscale.config.load import Loaded, load_config
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
+from hfscale.packages import refuse_wrong_versions
 from hfscale.shards.tables import table_files
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
@@ -75,6 +76,7 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
     Raises:
         UserError: for what the engine refuses on this device, data or a tokenizer that is not there, sources that do not fit together.
     """
+    refuse_wrong_versions()
     deepspeed_config(config, device_type=device_type)
     if (
         config.tokenizer

@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module imports from lower floors, and from its own package; errors.py is under everything
-    {"errors", "registry", "log", "hub"},
+    {"errors", "registry", "log", "hub", "packages"},
     {"config", "shards", "tokenizer", "encoding", "dist", "monitor", "metrics"},
     {"corpus", "stream", "models", "engine"},
     {"objectives", "checkpoint"},
@@ -114,8 +114,8 @@ def test_sizes():
     wrong = []
     for path in MODULES:
         lines = path.read_text().count("\n")
-        if lines > 480:
-            wrong.append(f"{relative(path)} has {lines} lines (480)")
+        if lines > 500:
+            wrong.append(f"{relative(path)} has {lines} lines (500)")
         for node in ast.walk(TREES[path]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1

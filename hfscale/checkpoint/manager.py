@@ -53,6 +53,7 @@ class CheckpointManager:
         rank: int,
         world_size: int,
         clock: Callable[[], float] = time.monotonic,
+        quiet: bool = False,
     ) -> None:
         self.folder, self._config, self._rank, self._world_size, self._clock = (
             folder,
@@ -61,6 +62,7 @@ class CheckpointManager:
             world_size,
             clock,
         )
+        self._say = logger.debug if quiet else logger.info
         self._saved_at = clock()
         self._buffers: list[
             Tensor
@@ -128,8 +130,17 @@ class CheckpointManager:
         return self._failure
 
     # ---------------------------------------------------------------------------------------------- save
-    def save(self, engine: Engine, state: dict[str, Any], *, step: int) -> None:
+    def save(
+        self,
+        engine: Engine,
+        state: dict[str, Any],
+        *,
+        step: int,
+        probe_inputs: Mapping[str, Tensor] | None = None,
+    ) -> None:
         """Save the engine and ``state`` (JSON) as the checkpoint of ``step``; with ``async`` it is committed behind.
+
+        ``probe_inputs`` are what the model is asked for the checkpoint's probe, by default a row of text.
 
         Raises:
             CheckpointError: on all ranks, if the disk lacks room or the previous save failed; older checkpoints stay.
@@ -147,7 +158,7 @@ class CheckpointManager:
             layout.STATE: json.dumps(about, indent=1).encode(),
             layout.CONFIG: engine.module.config.to_json_string().encode(),
         }
-        if probe := make_probe(engine):
+        if probe := make_probe(engine, probe_inputs):
             if not probe.logits.isfinite().all():
                 raise UnhealthyError(
                     "the model's logits are not finite; nothing was saved, older checkpoints are untouched"
@@ -269,7 +280,7 @@ class CheckpointManager:
                     if reused and self._config.async_
                     else ""
                 )
-                logger.info(
+                self._say(
                     f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, "
                     f"writing took {self.write_s:.2f} s"
                 )
@@ -319,7 +330,7 @@ class CheckpointManager:
             engine.load_scalars(state["engine"])
             engine.after_load()
             self._best = state.get("best")
-            logger.info(
+            self._say(
                 f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO {state.get('zero_stage')}: "
                 f"{time.monotonic() - began:.1f} s, peak memory of this rank {peak_memory_gib(engine.device):.2f} GiB"
             )

@@ -1,11 +1,13 @@
-"""A few numbers of the live engine's output on fixed tokens, stored in each checkpoint: an export must give the same.
+"""A few numbers of the live engine's output on fixed inputs, stored in each checkpoint: an export must give the same.
 
-Whatever a model gives, a number a token or a label, two ends of an answer or hidden states, is laid out flat. Legend: T tokens, K numbers.
+The inputs are those that the objective names, whatever a model takes. Of what it gives, a number a token or a label, two ends of
+an answer or hidden states, some numbers are kept. Legend: K numbers.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,65 +17,56 @@ from torch import Tensor
 
 from hfscale.checkpoint import layout
 from hfscale.errors import CheckpointError
+from hfscale.models.call import call, live, probe_row, row_inputs
 
 if TYPE_CHECKING:  # an export needs no DeepSpeed
     from hfscale.engine.engine import Engine
 
-TOKENS, KEPT = 32, 512  # at most, of each output
+KEPT = 512  # numbers of each output, at most
 OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
+INPUT = "input."  # before the name of an input in the file; a file of version 0.1 has just ``ids``
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What went in, and what of the output is kept."""
+    """What went in, by keyword, and what of the output is kept."""
 
-    ids_1T: Tensor  # int64: one row, since some heads take several only with a padding token
-    logits: Tensor  # (K), fp32
+    inputs: Mapping[str, Tensor]
+    logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (K), fp32
 
     def ask(self, model: Any, *, device: torch.device) -> Tensor | None:
-        """Return what the probe keeps of the output of ``model`` (with a ``config``, or an engine): (K), fp32, on the CPU.
+        """Return what the probe keeps of the output of ``model`` (bare, or an engine): (K), fp32, on the CPU.
 
-        An encoder-decoder gets the tokens on both sides. None: the model gives nothing that is known here.
+        None: the model gives nothing that is known here.
         """
-        ids = self.ids_1T.to(device)
-        both = (
-            {"decoder_input_ids": ids}
-            if getattr(getattr(model, "module", model).config, "is_encoder_decoder", False)
-            else {}
-        )
-        output = model(
-            input_ids=ids, attention_mask=torch.ones_like(ids), **both
-        )  # without one transformers warns of padding
-        flat = [
-            found.flatten()
-            for name in OUTPUTS
-            if (found := getattr(output, name, None)) is not None
-        ]
-        spread = [
-            numbers[
-                torch.linspace(
-                    0, len(numbers) - 1, min(KEPT, len(numbers)), dtype=torch.float64
-                ).long()
-            ]
-            for numbers in flat
-        ]
-        return torch.cat(spread).cpu().float() if spread else None
+        inputs = self.inputs
+        if "ids" in inputs:  # of version 0.1
+            inputs = row_inputs(inputs["ids"], live(model).config)
+        output = call(model, **{name: tensor.to(device) for name, tensor in inputs.items()})
+        given = [getattr(output, name, None) for name in OUTPUTS]
+        kept = [_spread(tensor.flatten()) for tensor in given if tensor is not None]
+        return torch.cat(kept).cpu().float() if kept else None
 
     def to_bytes(self) -> bytes:
-        return save({"ids": self.ids_1T, "logits": self.logits})
+        named = {f"{INPUT}{name}": tensor.contiguous() for name, tensor in self.inputs.items()}
+        return save({**named, "logits": self.logits})
 
 
-def make_probe(engine: Engine) -> Probe | None:
-    """Return the engine's output on the fixed tokens. Collective. None for a model without a vocabulary or an output that is known here."""
-    config = getattr(engine.module, "config", None)
-    vocab_size = getattr(config, "vocab_size", None)
-    if vocab_size is None:
+def _spread(numbers: Tensor) -> Tensor:
+    """Return up to ``KEPT`` of the numbers, evenly spread."""
+    count = min(KEPT, len(numbers))
+    return numbers[torch.linspace(0, len(numbers) - 1, count, dtype=torch.float64).long()]
+
+
+def make_probe(engine: Engine, inputs: Mapping[str, Tensor] | None = None) -> Probe | None:
+    """Return the engine's output on ``inputs``, by default a row of text. Collective.
+
+    None for a model without a vocabulary, or with an output that is not known here.
+    """
+    inputs = inputs or probe_row(getattr(engine.module, "config", None))
+    if inputs is None:
         return None
-    tokens = min(TOKENS, getattr(config, "max_position_embeddings", None) or TOKENS)
-    ids = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
-    if isinstance(end := getattr(config, "eos_token_id", None), int) and end < vocab_size:
-        ids[:, -1] = end  # BART and T5 classify by its state
-    empty = Probe(ids, torch.empty(0))
+    empty = Probe({name: tensor.clone() for name, tensor in inputs.items()})  # none shares memory
     with engine.eval_mode():
         logits = empty.ask(engine, device=engine.device)
     return None if logits is None else replace(empty, logits=logits)
@@ -93,4 +86,5 @@ def read_probe(checkpoint: Path) -> Probe:
             remedy="export a checkpoint of a model that gives logits or hidden states",
         )
     tensors = load_file(path)
-    return Probe(tensors["ids"], tensors["logits"])
+    logits = tensors.pop("logits")
+    return Probe({name.removeprefix(INPUT): tensor for name, tensor in tensors.items()}, logits)

@@ -134,14 +134,32 @@ def _mixture_problems(data: Data) -> Iterator[tuple[str, str]]:
             )
 
 
-def notices(config: TrainConfig) -> list[str]:
-    """Return what is allowed but probably not meant."""
-    said = []
-    if config.train.steps is not None and config.schedule.warmup_steps >= config.train.steps:
+MANY_EPOCHS = (
+    4.5  # Muennighoff et al. 2023: up to 4 passes over the same text are nearly as good as new text
+)
+
+
+def notices(config: TrainConfig, *, rows: int = 0, length: Length | None = None) -> list[str]:
+    """Return what is allowed but probably not meant.
+
+    ``rows`` (of an epoch) and ``length`` are not known before the data was read, where the config does not say steps or tokens.
+    """
+    train, said = config.train, list[str]()
+    if length is None and train.epochs is None:
+        length = run_length(train, rows=0, seq_len=config.data.seq_len)
+    if length and config.schedule.warmup_steps >= length.steps:
+        asked = next(name for name in ("steps", "epochs", "tokens") if getattr(train, name))
         said.append(
-            f"schedule.warmup_steps={config.schedule.warmup_steps} is not below train.steps={config.train.steps}: "
-            "the learning rate never gets to optim.lr"
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is not below the {length.steps} steps of "
+            f"train.{asked}={getattr(train, asked)}: the learning rate never gets to optim.lr"
         )
+    if length and rows and isinstance(config.data, Data):
+        epochs = (length.steps + length.shift) * train.global_batch / rows
+        if epochs > MANY_EPOCHS:
+            said.append(
+                f"the run goes {epochs:,.1f} times over the same {rows:,} rows: past about 4 epochs repeated text "
+                "teaches little; build more data, or train for fewer steps"
+            )
     if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
         said.append(
             f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in less memory)"
@@ -196,12 +214,30 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
     )
 
 
-def total_steps(train: Train, *, rows: int, seq_len: int) -> int:
-    """Return the steps of a run over ``rows`` rows an epoch: the whole steps that cover ``train.epochs`` or ``train.tokens``."""
+@dataclass(frozen=True)
+class Length:
+    """Where a run ends: at step ``steps``.
+
+    ``shift`` is how many steps of the present global batch its rows come to at any step, less the steps that they were:
+    0 unless a run goes on with another batch. ``steps + shift`` is the whole run in steps of the present batch.
+    """
+
+    steps: int
+    shift: float = 0.0
+
+
+def run_length(
+    train: Train, *, rows: int, seq_len: int, step: int = 0, consumed_rows: int = 0
+) -> Length:
+    """Return the length of a run over ``rows`` rows an epoch that stands at ``step``: what was done, and what is left.
+
+    Left are the whole steps that cover the rest of ``train.epochs`` or ``train.tokens``, whatever batches came before.
+    """
     if train.steps is not None:
-        return train.steps
+        return Length(train.steps)
     wanted_rows = train.tokens / seq_len if train.tokens is not None else (train.epochs or 0) * rows
-    return max(1, math.ceil(wanted_rows / train.global_batch - 1e-9))
+    left = max(0, math.ceil((wanted_rows - consumed_rows) / train.global_batch - 1e-9))
+    return Length(max(1, step + left), consumed_rows / train.global_batch - step)
 
 
 def _divisors(number: int) -> list[int]:

@@ -165,7 +165,8 @@ class Model(Section):
     architecture: str | None = None
     config: dict[str, Any] = {}
     pretrained: PathOrHubName | None = None
-    attention: Literal["sdpa", "eager", "flash_attention_2"] = "sdpa"
+    # auto: sdpa where the architecture has it, else eager
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
     trust_remote_code: bool = False
     freeze: list[
         re.Pattern[str]

@@ -12,10 +12,13 @@ import math
 from hfscale.config.schema import Schedule
 
 
-def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedule) -> float:
+def learning_rate(
+    step: int, *, peak: float, total_steps: int, schedule: Schedule, shift: float = 0.0
+) -> float:
     """Return the learning rate of update ``step`` (1 .. ``total_steps``; later steps keep the end value).
 
-    Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to ``min_ratio * peak``.
+    Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to ``min_ratio * peak``. Where the
+    global batch changed on the way, ``shift`` (``config.rules.Length``) makes the shape go on by the rows that were seen.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, not {step}")
@@ -23,13 +26,14 @@ def learning_rate(step: int, *, peak: float, total_steps: int, schedule: Schedul
         return peak * step / schedule.warmup_steps
     if schedule.name == "constant":
         return peak
-    decay_steps = total_steps - schedule.warmup_steps
+    whole, at = total_steps + shift, step + shift
+    decay_steps = whole - schedule.warmup_steps
     if schedule.name == "wsd":
-        decay_steps = min(decay_steps, round(schedule.decay_fraction * total_steps))
+        decay_steps = min(decay_steps, round(schedule.decay_fraction * whole))
     if decay_steps <= 0:
         return peak
     progress = min(
-        1.0, max(0.0, (step - (total_steps - decay_steps)) / decay_steps)
+        1.0, max(0.0, (at - (whole - decay_steps)) / decay_steps)
     )  # 0 at the peak, 1 at the end
     falling = (
         0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress

@@ -7,14 +7,16 @@ from __future__ import annotations
 
 from functools import partial
 from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import PreTrainedTokenizerFast
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import open_weights, verify_together
-from hfscale.config.rules import solve_batch, total_steps
+from hfscale.config.rules import run_length, solve_batch
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.agree import from_rank_0, same_on_all_ranks
 from hfscale.dist.group import device_name
@@ -23,10 +25,12 @@ from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.jobs.adapters import Beside
+from hfscale.jobs.check import say_notices
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
 from hfscale.jobs.origin import model_needs, pretrained_folder, warn_of_tokenizer
+from hfscale.jobs.rehearsal import rehearse
 from hfscale.log import logger
-from hfscale.models.build import build_model
+from hfscale.models.build import accepted, build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
@@ -73,7 +77,7 @@ def build_trainer(
     flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=parameters)
     engine = Engine.create(model, config=config, device=device)
     with engine.eval_mode():
-        objective.check(engine, device=device)
+        accepted(partial(objective.check, engine, device=device), config.model)
 
     checkpoints = CheckpointManager(
         config.run_dir / "checkpoints",
@@ -82,40 +86,34 @@ def build_trainer(
         world_size=world.world_size,
     )
     saved = checkpoints.load_latest(engine)
+    begin(engine, folder, beside, material.tokenizer, saved=saved)
     origin = saved.get("pretrained") if saved else folder and str(folder)
-    if saved and beside:
-        beside.check(saved)
-    if folder is not None and (saved is None or beside):
-        logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
-        warn_of_tokenizer(folder, material.tokenizer)
-        reader = beside.reader if beside else open_weights(folder, check=verify_together)
-        load_pretrained(
-            engine,
-            reader,
-            beside.match
-            if beside
-            else tell(match(engine.module, reader, labels=labels_of(folder))),
-        )
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
-    state = (
-        TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0))
-        if saved
-        else TrainState()
+    state = TrainState()
+    if saved:
+        state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0))
+    length = run_length(
+        train,
+        rows=material.rows,
+        seq_len=data.seq_len,
+        step=state.step,
+        consumed_rows=stream.state().consumed_rows,
     )
-    steps = total_steps(train, rows=material.rows, seq_len=data.seq_len)
-    nothing_left = (
-        "; nothing is left to do, train.steps (or epochs, tokens) says how far"
-        if state.step >= steps
-        else ""
-    )
-    logger.info(
-        f"resumed at step {state.step} of {steps}{nothing_left}"
-        if saved
-        else f"starting at step 0 of {steps}"
-    )
+    steps = length.steps
+    if world.rank == 0:
+        say_notices(config, rows=material.rows, length=length)
+    if saved is None:
+        logger.info(f"starting at step 0 of {steps}")
+    else:
+        left = (
+            ""
+            if state.step < steps
+            else "; nothing is left to do, train.steps (or epochs, tokens) says how far"
+        )
+        logger.info(f"resumed at step {state.step} of {steps}{left}")
 
     peak = peak_flops(device, precision=config.engine.precision)
-    return Trainer(
+    trainer = Trainer(
         engine=engine,
         stream=stream,
         objective=objective,
@@ -124,7 +122,11 @@ def build_trainer(
         stop=(stop or StopRequest()).listen(),
         throughput=Throughput(flops_per_token=flops, peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(
-            step, peak=config.optim.lr, total_steps=steps, schedule=config.schedule
+            step,
+            peak=config.optim.lr,
+            total_steps=steps,
+            schedule=config.schedule,
+            shift=length.shift,
         ),
         describe=describe(config, material, world, device)
         | {"pretrained": origin}
@@ -148,6 +150,31 @@ def build_trainer(
         if world.rank == 0
         else None,
     )
+    if saved is None:
+        rehearse(trainer, config)
+    return trainer
+
+
+def begin(
+    engine: Engine,
+    folder: Path | None,
+    beside: Beside | None,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    saved: dict[str, Any] | None,
+) -> None:
+    """Give the engine the pretrained weights that are not in its checkpoint: all of ``folder``, or those adapters stand beside."""
+    if saved and beside:
+        beside.check(saved)
+    if folder is None or (saved and not beside):
+        return
+    logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
+    warn_of_tokenizer(folder, tokenizer)
+    if beside:
+        load_pretrained(engine, beside.reader, beside.match)
+        return
+    reader = open_weights(folder, check=verify_together)
+    load_pretrained(engine, reader, tell(match(engine.module, reader, labels=labels_of(folder))))
 
 
 def describe(

@@ -8,12 +8,14 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import open_weights
+from hfscale.config.rules import Length, notices, run_length
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
 from hfscale.errors import ConfigError, nearest
 from hfscale.jobs.material import open_material
 from hfscale.jobs.origin import model_needs, pretrained_folder, skeleton, warn_of_tokenizer
-from hfscale.models.build import OFFSET_POSITIONS, check_head, check_model_config
+from hfscale.log import logger
+from hfscale.models.build import OFFSET_POSITIONS, accepted, check_head, check_model_config
 from hfscale.models.trained import choose_trained
 from hfscale.objectives.draws import lacking
 
@@ -47,22 +49,24 @@ def check(config: TrainConfig) -> None:
     ):
         why = f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own"
         raise lacking(material.tokenizer, why, add="pad='<pad>'")
-    if (
-        config.model.freeze
-        or config.model.lora
-        or (folder and not layout.newest_state(config.run_dir))
-    ):
-        shape = skeleton(config, model_config, objective.auto_model)
-        choose_trained(shape, config.model)
-        if folder and not layout.newest_state(config.run_dir):
-            tell(
-                match(
-                    shape,
-                    open_weights(folder, check=partial(verify, up_to=SMALL)),
-                    labels=labels_of(folder),
-                )
-            )
-            warn_of_tokenizer(folder, material.tokenizer)
+    if material.rows or config.train.epochs is None:
+        length = run_length(config.train, rows=material.rows, seq_len=config.data.seq_len)
+        say_notices(config, rows=material.rows, length=length)
+    begins = folder and not layout.newest_state(config.run_dir)
+    shape = accepted(partial(skeleton, config, model_config, objective.auto_model), config.model)
+    choose_trained(shape, config.model)
+    if folder and begins:
+        reader = open_weights(folder, check=partial(verify, up_to=SMALL))
+        tell(match(shape, reader, labels=labels_of(folder)))
+        warn_of_tokenizer(folder, material.tokenizer)
+
+
+def say_notices(config: TrainConfig, *, rows: int, length: Length) -> None:
+    """Log what is allowed but probably not meant, and could not be known before the data was read."""
+    known = notices(config)
+    for line in notices(config, rows=rows, length=length):
+        if line not in known:
+            logger.info(f"notice: {line}")
 
 
 def parameters(config: TrainConfig) -> int:

@@ -46,6 +46,9 @@ class TokenMaterial:
         self._parts = [
             open_rows(source.shards, config, self.tokenizer) for source in config.data.sources
         ]
+        raw = any(part.raw for part in self._parts)
+        # of an epoch; 0: not known before raw text is tokenized
+        self.rows = 0 if raw else sum(int(part.shard_rows.sum()) for part in self._parts)
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Objective:
         """Return the objective; without ``model_config`` it can say what model it wants."""
@@ -88,7 +91,7 @@ class TokenMaterial:
         config, data, world = self._config, self._config.data, self._world
         global_batch = config.train.global_batch
         rows, self._order = open_mixture(config, self._parts, saved=saved)
-        self.rows, self.names = self._order.rows, self._order.names
+        self.names = self._order.names
         for part in self._parts if world.rank == 0 else ():
             part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
         position = StreamState.from_dict(saved["stream"]) if saved else None

@@ -28,7 +28,7 @@ from hfscale.jobs.asked import objective_of
 from hfscale.jobs.material import run_config
 from hfscale.jobs.origin import DTYPES, model_needs, skeleton
 from hfscale.models.build import check_head, check_model_config, construct, longest_row
-from hfscale.models.init import float_buffers_to_fp32
+from hfscale.models.init import restore_buffers
 from hfscale.objectives.base import Objective, Setting, check_options
 from hfscale.tasks.base import Task, task_class
 from hfscale.tokenizer import load_tokenizer, quiet
@@ -169,7 +169,7 @@ def _filled(
             trust_remote_code=trust_remote_code,
             context=context,
         )
-        float_buffers_to_fp32(model)
+        restore_buffers(model)
         model.tie_weights()
         return model
 

@@ -87,7 +87,7 @@ def skeleton(
     """Return the model on the meta device: shapes and ties, no numbers."""
     wanted = config.model.attention
     available = (
-        "sdpa" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
+        "auto" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
     )
     model = construct(
         model_config,

@@ -11,8 +11,10 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import Model
-from hfscale.errors import ConfigError, UserError, nearest
+from hfscale.errors import ConfigError, UserError, lost_peer, nearest
 from hfscale.hub import local_folder
+from hfscale.log import logger
+from hfscale.models.config_keys import checked_values, known_keys
 
 if TYPE_CHECKING:
     import torch
@@ -99,12 +101,12 @@ def check_model_config(
         )
     else:
         config_class = CONFIG_MAPPING[model.architecture]
-        known = _accepted(lambda: _known_keys(config_class), model)
-        _check_keys(model.config, known, model.architecture)
+        known = accepted(lambda: known_keys(config_class), model)
+        values = checked_values(model.config, known, architecture=model.architecture)
         defaults = {"vocab_size": vocab_size} | {
             key: value for key, value in (overrides or {}).items() if key in known
         }
-        config = _accepted(lambda: config_class(**(defaults | model.config)), model)
+        config = accepted(lambda: config_class(**(defaults | values)), model)
     if (
         config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None
     ):  # T5's config has no such key
@@ -168,7 +170,7 @@ def build_model(
 
     config = check_model_config(model, vocab_size=vocab_size, seq_len=seq_len, overrides=overrides)
     check_head(config, auto_model)
-    built = _accepted(
+    built = accepted(
         lambda: construct(
             config,
             auto_model,
@@ -179,6 +181,9 @@ def build_model(
         ),
         model,
     )
+    chosen = built.config._attn_implementation
+    if model.attention == "auto" and chosen != "sdpa":
+        logger.info(f"attention: {chosen}, since {config.model_type} has no sdpa")
     untouched = initialize(built, seed=seed, gather=gather)
     with no_init_weights(), context():
         choose_trained(built, model)
@@ -202,13 +207,22 @@ def construct(
     trust_remote_code: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PreTrainedModel:
-    """Return the model of ``config`` with nothing in its weights yet; ``context`` as in ``build_model``."""
+    """Return the model of ``config`` with nothing in its weights yet; ``context`` as in ``build_model``.
+
+    ``attention`` auto, or None: sdpa where the architecture has it, else eager, as transformers chooses.
+    """
     import transformers
     from transformers.initialization import no_init_weights
 
+    kind = getattr(transformers, auto_model)
+    # imported here: ZeRO 3's context takes the decorators off classes that are first imported inside it
+    kind._model_mapping.get(type(config), None)
     with no_init_weights(), context():
-        return getattr(transformers, auto_model).from_config(
-            config, dtype=dtype, attn_implementation=attention, trust_remote_code=trust_remote_code
+        return kind.from_config(
+            config,
+            dtype=dtype,
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=trust_remote_code,
         )
 
 
@@ -226,48 +240,40 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
             value=model.pretrained,
             remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})",
         ) from error
-    _check_keys(model.config, _known_keys(type(config)) | set(vars(config)), config.model_type)
-    for key, value in model.config.items():
+    known = known_keys(type(config)) | set(vars(config))
+    values = checked_values(model.config, known, architecture=config.model_type)
+    for key, value in values.items():
         setattr(config, key, value)
     return config
 
 
-def _known_keys(config_class: Any) -> set[str]:
-    return (
-        {key for key in config_class().to_dict() if not key.startswith("_")}
-        | set(config_class.attribute_map)
-        | {"num_labels"}
-    )
+def accepted(make: Callable[[], Any], model: Model) -> Any:
+    """Return ``make()``; what transformers says against the user's values becomes a ConfigError.
 
-
-def _check_keys(values: Mapping[str, Any], known: set[str], architecture: str | None) -> None:
-    unknown = sorted(set(values) - known)
-    if unknown:
-        offers = "; ".join(f"{key}: {nearest(key, known)}" for key in unknown)
-        raise ConfigError(
-            f"{architecture} has no such config key",
-            where="model.config",
-            value=unknown,
-            remedy=offers,
-        )
-
-
-def _accepted(make: Callable[[], Any], model: Model) -> Any:
-    """Return ``make()``; what transformers says against the user's values becomes a ConfigError."""
+    The end of another rank is no fault of the config, and passes.
+    """
     try:
         return make()
     except UserError:
         raise
     except Exception as error:  # whatever an architecture does with impossible sizes: divide by zero, run out of memory, ...
-        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-        remedy = (
-            "set model.attention=eager"
-            if "ttention" in reason
-            else "see the architecture's page in the transformers documentation"
-        )
+        if lost_peer(error):
+            raise
+        text = " ".join(str(error).split())
         name = model.architecture or model.pretrained
+        if "attn_implementation" in text or "scaled_dot_product_attention" in text:
+            raise ConfigError(
+                f"{name} has no such attention",
+                where="model.attention",
+                value=model.attention,
+                remedy="set model.attention=auto: sdpa where there is one, else eager",
+            ) from error
         raise ConfigError(
-            f"{name}: {reason}", where="model", value=model.config, remedy=remedy
+            f"{name}: {type(error).__name__}: {text[:300]}",
+            where="model",
+            value=model.config,
+            remedy="see the architecture's page in the transformers documentation: "
+            "which sizes must divide which, and which keys go together",
         ) from error
 
 

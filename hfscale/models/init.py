@@ -13,13 +13,14 @@ import hashlib
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from copy import deepcopy
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import Parameter
 from transformers import PreTrainedModel
-from transformers.initialization import guard_torch_init_functions
+from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from hfscale.errors import ConfigError
 
@@ -36,7 +37,7 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
     Raises:
         ConfigError: for an architecture whose initialization reaches parameters that the walk does not gather.
     """
-    float_buffers_to_fp32(model)
+    restore_buffers(model)
     undrawn = set(model.parameters())
     with torch.no_grad(), guard_torch_init_functions(), torch.random.fork_rng(devices=[]):
         for path, module, owner in _children_first("", model, model):
@@ -132,12 +133,19 @@ def _fp32_on_cpu(params: list[Parameter], undrawn: set[Parameter]) -> Iterator[N
         p.data = home
 
 
-def float_buffers_to_fp32(model: nn.Module) -> None:
-    """Make float buffers (rotary frequencies) fp32, as in a plain fp32 build: ZeRO 3's context makes them in 16 bits."""
-    for module in model.modules():
+def restore_buffers(model: PreTrainedModel) -> None:
+    """Give float buffers (rotary frequencies) the precision that a plain fp32 build gives them.
+
+    A build in 16 bits, or in ZeRO 3's context, makes all of them alike. Where the architecture itself chose 16 bits
+    (recurrent_gemma's ``normalizer``) an export is loaded with them so.
+    """
+    with torch.device("meta"), no_init_weights():
+        plain = dict(type(model)(deepcopy(model.config)).named_buffers())
+    for path, module in model.named_modules():
         for name, buffer in list(module.named_buffers(recurse=False)):
-            if buffer.is_floating_point():
-                setattr(module, name, buffer.float())
+            built = plain.get(f"{path}.{name}" if path else name)
+            if buffer.is_floating_point() and built is not None:
+                setattr(module, name, buffer.to(built.dtype))
 
 
 def _seed(seed: int, path: str) -> int:

@@ -20,8 +20,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hfscale.config.schema import Named, Section
+from hfscale.dist.agree import sum_over_ranks
 from hfscale.errors import ConfigError, nearest
+from hfscale.models.call import call, probe_row
+from hfscale.models.router import balancing
 from hfscale.objectives.cross_entropy import token_losses
+from hfscale.objectives.draws import random_state
 from hfscale.objectives.isolation import check_apart, keep_apart, movement
 from hfscale.registry import load_plugin
 
@@ -37,9 +41,9 @@ OBJECTIVES: dict[str, str] = {
     "contrastive": "hfscale.objectives.contrastive:Contrastive",
 }
 
-Model = Callable[
-    ..., Any
-]  # the engine, or a bare model: called with keywords, returns an output with ``.logits``
+# the engine, or a bare model: called with keywords, returns an output with ``.logits``
+Model = Callable[..., Any]
+ROUTER = "router"  # the term of a mixture of experts that keeps its experts in balance
 
 
 @dataclass(frozen=True)
@@ -119,19 +123,24 @@ class Objective:
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting
         self._sums: dict[str, Tensor] = {}
+        self._balancing = balancing(setting.model_config, self.auto_model)
 
     def weights(self) -> dict[str, float]:
-        """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only."""
-        return {self.term: 1.0}
+        """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only.
+
+        A mixture of experts has the term ``router`` beside: in training, never in a held-out loss.
+        """
+        router = {ROUTER: self._balancing.coefficient} if self._balancing else {}
+        return {self.term: 1.0, **router}
 
     def validated(self) -> set[str]:
         """Return the names of what a validation can give."""
-        trained = {term for term, weight in self.weights().items() if weight}
+        trained = {term for term, weight in self.weights().items() if weight} - {ROUTER}
         parts = {f"loss_{term}" for term in trained} if len(trained) > 1 else set()
         return {
             "loss",
             *parts,
-            *(self.weights().keys() - trained),
+            *(self.weights().keys() - trained - {ROUTER}),
             *(["perplexity"] if self.token_loss else []),
         }
 
@@ -150,7 +159,7 @@ class Objective:
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
         if batch.document_ids_BT is None:
-            return model(**batch.inputs, use_cache=False).logits
+            return call(model, **batch.inputs).logits
         assert self.setting.model_config is not None, "documents are kept apart in a model"
         return keep_apart(
             model,
@@ -159,6 +168,13 @@ class Objective:
             config=self.setting.model_config,
             causal=self.causal,
         )
+
+    def probe_inputs(self, config: Any) -> dict[str, Tensor] | None:
+        """Return fixed inputs of a model with ``config``, by keyword, on the CPU: an export must answer them as the engine did.
+
+        By default one row of text; for a model that takes something else, one example of that. None: nothing is compared.
+        """
+        return probe_row(config)
 
     def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[..., Tensor]:
         """Return the function (``ids_BT``, ``document_ids_BT`` if they are kept apart) -> ``logits_BTV`` of the live model, for probes."""
@@ -230,7 +246,10 @@ class Objective:
         """
         totals = dict.fromkeys(self.weights(), 0)
         for batch in batches:
-            for term, count_B in batch.counts.items():
+            counts = dict(batch.counts)
+            if self._balancing:
+                counts[ROUTER] = self._routed(batch).sum(1)
+            for term, count_B in counts.items():
                 apart = self._by_source(count_B, batch).tolist()
                 totals[term] += sum(apart)
                 if self.setting.sources > 1:
@@ -252,15 +271,60 @@ class Objective:
         By default one micro-batch after the other. What was measured is there for ``take_sums`` at the end of the step.
         """
         self._sums = {}
-        for batch in batches:
-            sums = self.loss(model, batch)
+        balanced = self._balancing is not None and torch.is_grad_enabled()
+        for batch, sums in (
+            self._balanced(model, list(batches), global_counts[ROUTER])
+            if balanced
+            else ((batch, self.loss(model, batch)) for batch in batches)
+        ):
             self.record(sums, batch)
             scales = {
                 term: weight * world_size / max(1, global_counts[term])
                 for term, weight in self.weights().items()
-                if weight
+                if weight and term in sums
             }
             yield torch.stack([scale * sums[term].sum() for term, scale in scales.items()]).sum()
+
+    def _balanced(
+        self, model: Model, batches: list[Batch], tokens: int
+    ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Yield each micro-batch with its sums, the routers' among them; ``tokens`` are those of the global step.
+
+        How often each expert is chosen in the whole step must be known before the first backward. A step of one micro-batch
+        a rank knows it after its forward; one of several goes through them once before, with the same random numbers.
+        """
+        states, chosen_E = [], torch.zeros(())
+        if len(batches) > 1:
+            with torch.no_grad():
+                for batch in batches:
+                    states.append(random_state())
+                    chosen_E = chosen_E + self._heard(model, batch)[1]
+            chosen_E = sum_over_ranks(chosen_E)
+        for number, batch in enumerate(batches):
+            if states:
+                random_state(states[number])
+            sums, own_E, probability_BE = self._heard(model, batch)
+            if not states:
+                chosen_E = sum_over_ranks(own_E)
+            frequency_E = (chosen_E / max(1, tokens)).to(probability_BE)
+            sums[ROUTER] = len(frequency_E) * (probability_BE @ frequency_E)
+            yield batch, sums
+
+    def _heard(self, model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return ``loss`` of a micro-batch, and of its routers ``chosen_E`` (on the CPU) and ``probability_BE``."""
+        assert self._balancing is not None, "there are routers"
+        with self._balancing.listening(model) as logits:
+            sums = self.loss(model, batch)
+        weight_BT = self._routed(batch)
+        chosen_E, probability_BE = self._balancing.parts(model, logits, weight_BT)
+        return sums, chosen_E.cpu().double(), probability_BE
+
+    def _routed(self, batch: Batch) -> Tensor:
+        """Return ``weight_BT`` (0 or 1) of the tokens that count for the routers: no padding, and no row that asks nothing."""
+        ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
+        weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        asked_B = batch.counts[self.term] > 0
+        return weight_BT * asked_B.to(weight_BT.device)[:, None]
 
     def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
         """Add the ``{term: sums_B}`` of ``batch`` to what ``take_sums`` returns; without waiting for the device."""

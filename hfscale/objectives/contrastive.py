@@ -27,10 +27,11 @@ from torch import Tensor
 from hfscale.config.schema import Section
 from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
+from hfscale.models.call import call
 from hfscale.models.pooling import Pooling, pool
 from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.objectives.draws import row_generators, special_id
+from hfscale.objectives.draws import random_state, row_generators, special_id
 from hfscale.objectives.mlm import MaskedLM, MaskingOptions
 
 if TYPE_CHECKING:
@@ -186,10 +187,10 @@ class Contrastive(Objective):
         """Return the unit vectors ``z_VnH`` (fp32) of every view."""
         ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"]
         if self._mlm is None:
-            hidden_BTH = model(input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
+            hidden_BTH = call(model, input_ids=ids_BT, attention_mask=mask_BT).last_hidden_state
         else:
-            hidden_BTH = model(
-                input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
+            hidden_BTH = call(
+                model, input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
             ).hidden_states[-1]
         pooled_BH = F.normalize(pool(hidden_BTH, mask_BT, self.options.pooling), dim=-1)
         return pooled_BH.view(-1, len(batch.position_B), pooled_BH.shape[-1])
@@ -208,7 +209,7 @@ class Contrastive(Objective):
         states, parts = [], []
         with torch.no_grad():
             for batch in batches:
-                states.append(_random_state())
+                states.append(random_state())
                 parts.append(self.embed(model, batch))
         own_VnH = torch.cat(parts, dim=1).requires_grad_()
         valid_n = torch.cat([batch.counts["contrastive"] for batch in batches]).to(own_VnH.device)
@@ -222,10 +223,11 @@ class Contrastive(Objective):
             n = part.shape[1]
             self.record({term: values_n[at : at + n] for term, values_n in sums.items()}, batch)
             if torch.is_grad_enabled() or self._mlm:
-                _random_state(state)
+                random_state(state)
                 scalar = (self.embed(model, batch) * grad_VnH[:, at : at + n]).sum()
                 if self._mlm:
-                    out = model(
+                    out = call(
+                        model,
                         input_ids=batch.inputs["masked_ids"],
                         attention_mask=batch.inputs["attention_mask"][:n],
                     )
@@ -306,15 +308,3 @@ class Contrastive(Objective):
                 value=f"{self.options.pooling}, {config.model_type}",
                 remedy="set it to last or mean, or choose an encoder",
             )
-
-
-def _random_state(state: list[Tensor] | None = None) -> list[Tensor]:
-    """Return the state of torch's generators in use, after setting it to ``state`` if one is given."""
-    if state is not None:
-        torch.set_rng_state(state[0])
-        for cuda in state[1:]:
-            torch.cuda.set_rng_state(cuda)
-    return [
-        torch.get_rng_state(),
-        *([torch.cuda.get_rng_state()] if torch.cuda.is_initialized() else []),
-    ]

@@ -8,6 +8,7 @@ from shlex import quote
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from hfscale.errors import ConfigError
@@ -20,6 +21,21 @@ def row_generators(seed: int, position_B: Tensor) -> Iterator[np.random.Generato
     """
     for position in position_B.tolist():
         yield np.random.Generator(np.random.Philox(key=[seed, position % 2**64]))
+
+
+def random_state(state: list[Tensor] | None = None) -> list[Tensor]:
+    """Return the state of torch's generators in use, after setting it to ``state`` if one is given.
+
+    So a second pass over a micro-batch draws the dropout of the first.
+    """
+    if state is not None:
+        torch.set_rng_state(state[0])
+        for cuda in state[1:]:
+            torch.cuda.set_rng_state(cuda)
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_initialized():
+        states.append(torch.cuda.get_rng_state())
+    return states
 
 
 def special_id(tokenizer: Any, role: str, *, why: str) -> int:

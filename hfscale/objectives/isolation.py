@@ -15,6 +15,7 @@ from torch import Tensor
 
 from hfscale.errors import ConfigError
 from hfscale.models.build import first_position
+from hfscale.models.call import call, live
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -34,14 +35,12 @@ def keep_apart(
         config._attn_implementation == "flash_attention_2"
     ):  # knows packed documents in one flat row only
         flat = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
-        return model(**flat, position_ids=positions_BT.reshape(1, -1), use_cache=False).logits.view(
+        return call(model, **flat, position_ids=positions_BT.reshape(1, -1)).logits.view(
             *document_ids_BT.shape, -1
         )
-    dtype = getattr(
-        model, "module", model
-    ).dtype  # an engine shows its model; masks must have the precision it computes in
+    dtype = live(model).dtype  # masks must have the precision that it computes in
     masks = attention_masks(document_ids_BT, dtype=dtype, config=config, causal=causal)
-    return model(**inputs, position_ids=positions_BT, attention_mask=masks, use_cache=False).logits
+    return call(model, **inputs, position_ids=positions_BT, attention_mask=masks).logits
 
 
 def attention_masks(
@@ -135,8 +134,8 @@ def check_apart(
             leak,
             where="data.cross_document: false",
             value=f"{config.model_type} with attention {config._attn_implementation}",
-            remedy="set model.attention=sdpa, "
-            "choose an architecture that takes position ids and a mask, or set data.cross_document=true",
+            remedy="set data.cross_document=true, or choose an architecture that takes position ids and a mask"
+            " (gpt2, llama, mistral, bert, modernbert with model.attention=sdpa)",
         )
 
 

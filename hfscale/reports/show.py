@@ -9,7 +9,7 @@ from typing import Any
 
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
-from hfscale.config.rules import notices, solve_batch, total_steps
+from hfscale.config.rules import notices, run_length, solve_batch
 from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import DataError
 from hfscale.shards.manifest import TEXT, Manifest
@@ -86,7 +86,8 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
     rows, unknown = _rows(config)
     if rows or train.epochs is None:
-        steps = total_steps(train, rows=rows, seq_len=seq_len)
+        length = run_length(train, rows=rows, seq_len=seq_len)
+        steps = length.steps
         facts.append(("steps", f"{steps:,}"))
         facts.append(("tokens", f"{steps * train.global_batch * seq_len:,}"))
     else:
@@ -97,7 +98,8 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
         else f"not known before {unknown}"
     )
     facts.append(("epochs", epochs))
-    return [*facts, *(("notice", line) for line in notices(config))]
+    said = notices(config, rows=rows, length=length if rows or train.epochs is None else None)
+    return [*facts, *(("notice", line) for line in said)]
 
 
 def _rows(config: TrainConfig) -> tuple[int, str]:

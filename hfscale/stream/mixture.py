@@ -23,7 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hfscale.config.rules import nearest_text, total_steps
+from hfscale.config.rules import Length, nearest_text, run_length
 from hfscale.config.schema import RunConfig, Source
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.manifest import Manifest
@@ -334,33 +334,22 @@ def open_mixture(
     ]
 
     step, consumed = (saved["step"], state.consumed_rows) if saved and state else (0, 0)
-    steps = total_steps(train, rows=sum(order.rows for order in orders), seq_len=data.seq_len)
-    weights = {name: given[name][0].weight for name in names}
-    stages = [(0, list(weights.values()))]
-    last = 0
-    for number, stage in enumerate(data.stages):
-        begin = round(stage.at * steps) if isinstance(stage.at, float) else stage.at
-        if begin <= last:
-            raise ConfigError(
-                "a stage must begin after the one before it",
-                where=f"data.stages.{number}.at",
-                value=f"step {begin}",
-                remedy=f"of {steps} steps, give one after {last}",
-            )
-        weights, last = weights | stage.weights, begin
-        stages.append((consumed + (begin - step) * train.global_batch, list(weights.values())))
-    for number, (_, values) in enumerate(stages):
-        for name, weight, count in zip(
-            names, values, share(values, data.block, [None] * len(names)), strict=True
-        ):
-            if weight > 0 and count == 0:
-                raise ConfigError(
-                    f"the weight of {name} is too small: it gives no row in a block of {data.block}",
-                    value=weight,
-                    where=f"data.stages.{number - 1}.weights" if number else "data.sources",
-                    remedy="give a larger weight or data.block, or weight 0",
-                )
-
+    length = run_length(
+        train,
+        rows=sum(order.rows for order in orders),
+        seq_len=data.seq_len,
+        step=step,
+        consumed_rows=consumed,
+    )
+    steps = length.steps
+    stages = _stages(
+        config,
+        names,
+        [given[name][0].weight for name in names],
+        length,
+        step=step,
+        consumed=consumed,
+    )
     caps = [
         None if (most := given[name][0].max_epochs) is None else int(most * order.rows)
         for name, order in zip(names, orders)
@@ -386,6 +375,49 @@ def open_mixture(
         end=end,
         raw=raw,
     )
+
+
+def _stages(
+    config: RunConfig,
+    names: Sequence[str],
+    first: Sequence[float],
+    length: Length,
+    *,
+    step: int,
+    consumed: int,
+) -> list[tuple[int, list[float]]]:
+    """Return the row at which each stage begins, and the weight of each source (``names``) from there on; ``first`` are the first.
+
+    Raises:
+        ConfigError: if a stage comes out of order, or a weight gives no row in a block.
+    """
+    data, global_batch = config.data, config.train.global_batch
+    weights = dict(zip(names, first, strict=True))
+    stages, last = [(0, list(first))], 0.0
+    for number, stage in enumerate(data.stages):
+        at: float = stage.at
+        if isinstance(stage.at, float):  # of the rows of the whole run
+            at = round(stage.at * (length.steps + length.shift)) - length.shift
+        if at <= last:
+            raise ConfigError(
+                "a stage must begin after the one before it",
+                where=f"data.stages.{number}.at",
+                value=f"step {at:g}",
+                remedy=f"of {length.steps} steps, give one after {last:g}",
+            )
+        weights, last = weights | stage.weights, at
+        stages.append((consumed + round((at - step) * global_batch), list(weights.values())))
+    for number, (_, values) in enumerate(stages):
+        rows = share(values, data.block, [None] * len(names))
+        for name, weight, count in zip(names, values, rows, strict=True):
+            if weight > 0 and count == 0:
+                raise ConfigError(
+                    f"the weight of {name} is too small: it gives no row in a block of {data.block}",
+                    value=weight,
+                    where=f"data.stages.{number - 1}.weights" if number else "data.sources",
+                    remedy="give a larger weight or data.block, or weight 0",
+                )
+    return stages
 
 
 def _lanes_of_text(

@@ -215,10 +215,6 @@ class Task(Objective):
             )
         return {**made, "truncated": truncated}
 
-    def logits(self, model: Model, batch: Batch) -> Tensor:
-        """Return the logits of the head."""
-        return model(**batch.inputs).logits
-
     def inputs(self, rows: Examples) -> dict[str, Tensor]:
         """Return what the tokenizer gave, padded; but no types of tokens for a model that knows none."""
         config = self.setting.model_config

@@ -22,6 +22,7 @@ from hfscale.config.schema import Section
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.squad import best_threshold, squad
+from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.stream.examples import BadExample, Examples
@@ -166,7 +167,7 @@ class ExtractiveQA(Task):
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """Return the scores of start and end, (B, 2, T) in fp32, -inf at padding."""
-        output = model(**batch.inputs)
+        output = call(model, **batch.inputs)
         assert batch.lengths_B is not None
         padding_BT = torch.arange(batch.input_ids.shape[1]) >= batch.lengths_B[:, None]
         logits_B2T = torch.stack([output.start_logits, output.end_logits], 1).float()

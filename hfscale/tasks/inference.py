@@ -12,6 +12,7 @@ import torch
 
 from hfscale.config.schema import Positive, Section
 from hfscale.errors import ConfigError
+from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import TASKS, Example, Feature, Task, check_text
@@ -73,7 +74,7 @@ class FillMask(Inference):
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the candidates, the likeliest first, as the pipeline does: a list; of several masks, a list for each."""
         tokenizer, mask, outputs = self.setting.tokenizer, self.setting.tokenizer.mask_token_id, []
-        for row, logits_TV in zip(rows.features, model(**batch.inputs).logits.float(), strict=True):
+        for row, logits_TV in zip(rows.features, self.logits(model, batch).float(), strict=True):
             ids, masks = (
                 row["input_ids"],
                 [at for at, token in enumerate(row["input_ids"]) if token == mask],
@@ -108,7 +109,7 @@ class FeatureExtraction(Inference):
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the hidden states of each text's tokens, special ones included."""
         assert batch.lengths_B is not None
-        hidden_BTH = model(**batch.inputs).last_hidden_state.float()
+        hidden_BTH = call(model, **batch.inputs).last_hidden_state.float()
         return [
             {"prediction": hidden_TH[: len(row["input_ids"])].tolist()}
             for hidden_TH, row in zip(hidden_BTH, rows.features, strict=True)

@@ -234,21 +234,30 @@ class Trainer:
             self.log.close()
         self.engine.close()
 
-    def _save(self) -> None:
-        beat("save")
-        state = {
+    def snapshot(self) -> dict[str, Any]:
+        """Return what a checkpoint of this moment says of the run, beside the engine's state (JSON)."""
+        figures = {
+            key: value
+            for key, value in self.record.items()
+            if key == "step" or "loss" in key or key.startswith("validation_")
+        }
+        return {
             **self.describe,
             "step": self.state.step,
             "tokens_seen": self.state.tokens_seen,
             SKIPPED: self.state.skipped_rows,
             "stream": self.stream.state().to_dict(),
-            "metrics": {
-                key: value
-                for key, value in self.record.items()
-                if key == "step" or "loss" in key or key.startswith("validation_")
-            },
+            "metrics": figures,
         }
-        self.checkpoints.save(self.engine, state, step=self.state.step)
+
+    def _save(self) -> None:
+        beat("save")
+        self.checkpoints.save(
+            self.engine,
+            self.snapshot(),
+            step=self.state.step,
+            probe_inputs=self.objective.probe_inputs(self.engine.module.config),
+        )
 
 
 def seeded(

@@ -150,7 +150,7 @@ def test_what_a_checkpoint_holds(tmp_path):
     assert (
         probe.logits.shape == (512,)
         and probe.logits.isfinite().all()
-        and probe.ids_1T.shape == (1, 16)
+        and probe.inputs["input_ids"].shape == (1, 16)
     )
     assert len(result["end"]) == 28
 

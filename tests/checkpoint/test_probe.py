@@ -73,7 +73,6 @@ def test_a_probe_that_ends_with_padding_does_not_make_transformers_warn(
     model.config.pad_token_id = 2
     monkeypatch.setattr(transformers.modeling_utils.logger, "warning_once", said.append)
     assert (
-        Probe(torch.tensor([[5, 6, 2]]), torch.empty(0)).ask(model, device=torch.device("cpu"))
-        is not None
+        Probe({"ids": torch.tensor([[5, 6, 2]])}).ask(model, device=torch.device("cpu")) is not None
     )
     assert not said

@@ -8,11 +8,12 @@ import pytest
 
 from hfscale.config.rules import (
     Difference,
+    Length,
     notices,
     problems,
     resume_differences,
+    run_length,
     solve_batch,
-    total_steps,
 )
 from hfscale.config.schema import Best, RunConfig, Train
 from hfscale.errors import ConfigError
@@ -141,18 +142,53 @@ def test_a_batch_that_does_not_divide_offers_values_that_do(
         assert offer in str(caught.value)
 
 
-def test_length_of_a_run():
-    def steps(**length: float) -> int:
-        return total_steps(
-            Train(**{"global_batch": 8, "micro_batch": 2} | length), rows=100, seq_len=32
-        )  # type: ignore[arg-type]
+def length(*, step: int = 0, consumed_rows: int = 0, **train: float) -> Length:
+    section = Train(**{"global_batch": 8, "micro_batch": 2} | train)  # type: ignore[arg-type]
+    return run_length(section, rows=100, seq_len=32, step=step, consumed_rows=consumed_rows)
 
-    assert steps(steps=7) == 7
-    assert steps(epochs=2) == 25
-    assert steps(epochs=1) == 13, "the step that straddles the end counts"
-    assert steps(tokens=8 * 32 * 5) == 5
-    assert steps(tokens=1) == 1
-    assert steps(epochs=0.08) == 1
+
+def test_length_of_a_run():
+    assert length(steps=7).steps == 7
+    assert length(epochs=2).steps == 25
+    assert length(epochs=1).steps == 13, "the step that straddles the end counts"
+    assert length(tokens=8 * 32 * 5).steps == 5
+    assert length(tokens=1).steps == 1
+    assert length(epochs=0.08).steps == 1
+
+
+def test_a_run_that_goes_on_with_another_batch_ends_where_it_was_to_end():
+    """What is done counts: 6,400 tokens are 200 rows, of which 64 were read in 8 steps of 8."""
+    again = length(tokens=6400, step=8, consumed_rows=64)
+    assert again == length(tokens=6400) == Length(25)
+    wider = length(tokens=6400, step=8, consumed_rows=64, global_batch=16)
+    assert wider == Length(8 + 9, shift=-4)  # 136 rows are left
+    assert length(epochs=2, step=8, consumed_rows=64, global_batch=4) == Length(8 + 34, shift=8)
+    assert length(epochs=0.5, step=8, consumed_rows=64) == Length(8), "nothing is left"
+    assert length(steps=20, step=8, consumed_rows=64, global_batch=16) == Length(20)
+
+
+def test_a_warmup_longer_than_the_run_is_said_however_its_length_is_given():
+    def said(train: dict[str, Any], **known: Any) -> str:
+        warm = config(train=train, schedule={"warmup_steps": 20})
+        return " ".join(notices(warm, **known))
+
+    batch = {"global_batch": 8, "micro_batch": 2, "steps": None}
+    assert "not below the 5 steps of train.steps=5" in said({**batch, "steps": 5})
+    tokens = 5 * 8 * config().data.seq_len
+    assert f"not below the 5 steps of train.tokens={tokens}" in said({**batch, "tokens": tokens})
+    epochs = {**batch, "epochs": 1.0}
+    assert said(epochs) == "", "how many steps that is, only the data say"
+    assert "not below the 13 steps of train.epochs=1.0" in said(epochs, length=Length(13))
+    assert "warmup" not in said({**batch, "steps": 21})
+
+
+def test_many_passes_over_little_text_are_said():
+    def said(steps: int) -> str:
+        train = {"global_batch": 8, "micro_batch": 2, "steps": steps}
+        return " ".join(notices(config(train=train), rows=100, length=Length(steps)))
+
+    assert said(50) == ""
+    assert "80.0 times over the same 100 rows" in said(1000)
 
 
 @pytest.mark.parametrize(

@@ -149,7 +149,7 @@ def test_documents_that_leak_are_refused(
     monkeypatch.setattr(model, "forward", lambda attention_mask=None, **inputs: whole(attention_mask=None if attention_mask is None else
                         torch.ones(attention_mask.shape[::3][0], 32, dtype=torch.long), **inputs))  # fmt: skip
     objective_for(model).check(model, device="cpu")  # nothing to keep apart
-    with pytest.raises(ConfigError, match=r"documents leak.*(?s:.*)model\.attention=sdpa"):
+    with pytest.raises(ConfigError, match=r"documents leak(?s:.*)data\.cross_document=true"):
         objective_for(model, cross_document=False).check(model, device="cpu")
 
 

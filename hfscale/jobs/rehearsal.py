@@ -1,0 +1,114 @@
+"""Before step 1 of a new run: one save, one load and one export of the live engine, so that no run trains what it cannot keep.
+
+A model that can be trained is not yet one that can be saved (bamba and xlstm fail in a forward that is not the training's), nor
+one that transformers loads as it was trained (a buffer of another precision, a row that loading sets to zero). That would be
+found at the first save, after hours. Models whose checkpoint is too large to write in seconds are asked for their probe alone.
+"""
+
+from __future__ import annotations
+
+import shutil
+from copy import deepcopy
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from transformers.utils.logging import disable_progress_bar
+
+from hfscale.checkpoint import layout
+from hfscale.checkpoint.export import write_weights
+from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.probe import make_probe
+from hfscale.checkpoint.weights import open_weights
+from hfscale.config.schema import Checkpoint, TrainConfig
+from hfscale.dist.agree import from_rank_0, sum_over_ranks
+from hfscale.dist.group import barrier
+from hfscale.errors import CheckpointError, ConfigError, UserError, lost_peer
+from hfscale.jobs.export import prove
+from hfscale.jobs.opening import RunModel
+from hfscale.jobs.origin import skeleton
+from hfscale.training.loop import Trainer
+
+FOLDER = "rehearsal"  # in the run directory, while it lasts
+WRITTEN_BYTES = 2**30  # a larger checkpoint is not written for a trial
+
+
+def rehearse(trainer: Trainer, config: TrainConfig) -> None:
+    """Return if this run can be saved, resumed and exported; the engine is as it was. Collective.
+
+    Raises:
+        UserError: on every rank, with what cannot be done.
+    """
+    engine, folder = trainer.engine, config.run_dir / FOLDER
+    inputs = trainer.objective.probe_inputs(engine.module.config)
+    try:
+        before = make_probe(engine, inputs)
+    except UserError:
+        raise
+    except Exception as error:  # whatever an architecture does with inputs that it does not take
+        if lost_peer(error):
+            raise
+        raise ConfigError(
+            f"the model does not answer: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
+            where="model.config",
+            value=config.model.config,
+            remedy="the sizes may not fit together; or choose another architecture",
+        ) from error
+    own = sum(t.nbytes for part in engine.fragments() for t in part.tensors.values())
+    if before is None or int(sum_over_ranks(torch.tensor(own))) > WRITTEN_BYTES:
+        return
+    if engine.rank == 0:
+        shutil.rmtree(folder, ignore_errors=True)
+    barrier()
+    try:
+        checkpoints = CheckpointManager(
+            folder,
+            config=Checkpoint(async_=False),
+            rank=engine.rank,
+            world_size=engine.world_size,
+            quiet=True,
+        )
+        checkpoints.save(engine, trainer.snapshot(), step=0, probe_inputs=inputs)
+        checkpoints.load_latest(engine)
+        after = make_probe(engine, inputs)
+        if after is None or not torch.equal(after.logits, before.logits):
+            raise CheckpointError(
+                "the model answers otherwise once it was saved and loaded",
+                where="rehearsal before step 1",
+                remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: report it",
+            )
+        problem = _export(trainer, config, folder / layout.step_name(0)) if engine.rank == 0 else ""
+        if problem := from_rank_0(problem):
+            raise CheckpointError(
+                "this model cannot be exported as it would be trained; nothing was trained",
+                where="rehearsal before step 1",
+                value=problem,
+                remedy="choose another architecture or other values in model.config",
+            )
+    finally:
+        if engine.rank == 0:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path) -> str:
+    """Return why transformers does not give the engine's logits for an export of ``checkpoint``, or nothing. On rank 0 only."""
+    disable_progress_bar()
+    objective, live = trainer.objective, trainer.engine.module.config
+    source = RunModel(
+        config,
+        objective,
+        checkpoint,
+        skeleton(config, deepcopy(live), objective.auto_model),
+        open_weights(checkpoint),
+        objective.setting.tokenizer,
+    )
+    try:
+        with TemporaryDirectory(dir=checkpoint.parent) as name:
+            write_weights(source.reader, source.skeleton, Path(name))
+            source.skeleton.config.save_pretrained(name)
+            prove(source, Path(name))
+    except UserError as error:
+        return str(error)
+    except Exception as error:  # whatever transformers does with what it has written itself
+        return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    return ""
