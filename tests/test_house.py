@@ -10,6 +10,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from packaging.requirements import Requirement
+from packaging.version import Version
+
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module imports from lower floors, and from its own package; errors.py is under everything
     {"errors", "registry", "log", "hub", "packages"},
@@ -172,6 +175,20 @@ def test_only_the_engine_imports_deepspeed():
     ] == []
 
 
+def test_a_model_is_called_in_one_place():
+    """Objectives, tasks and probes ask a model by ``models/call.py``, so that all of them ask alike."""
+    rooms = {"objectives", "tasks", "checkpoint", "training"}
+    wrong = []
+    for path in MODULES:
+        if not path.is_relative_to(ROOT / "hfscale") or room(path) not in rooms:
+            continue
+        for node in ast.walk(TREES[path]):
+            called = isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+            if called and node.func.id in ("model", "engine"):
+                wrong.append(f"{relative(path)}:{node.lineno} {ast.unparse(node)[:60]}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_world_is_read_in_one_file():
     """RANK, SLURM_PROCID and the like are read from the environment in dist/world.py alone."""
     wrong = []
@@ -272,6 +289,21 @@ def test_every_requirement_is_pinned():
         if "==" in line
     }
     assert (always | extras) - pinned <= {"flash-attn"}  # builds against the user's own CUDA
+
+
+def test_the_lowest_versions_are_those_of_setup_cfg():
+    """tests/lowest.sh runs with the lower end of every range."""
+    setup = configparser.ConfigParser()
+    setup.read(ROOT / "setup.cfg")
+    wanted = map(Requirement, filter(None, setup["options"]["install_requires"].split("\n")))
+    asked = {one.name: one.specifier for one in wanted if one.name != "torch"}
+    lines = (ROOT / "tests" / "lowest.txt").read_text().splitlines()
+    lowest = dict(line.split("==") for line in lines if "==" in line)
+    assert lowest.keys() == asked.keys()
+    for name, specifier in asked.items():
+        [bound] = [one.version for one in specifier if one.operator == ">="]
+        assert specifier.contains(lowest[name]), f"{name} {lowest[name]} is out of {specifier}"
+        assert Version(lowest[name]) == Version(bound), f"{name}: {lowest[name]} is not {bound}"
 
 
 def tracked_text() -> list[Path]:

@@ -102,7 +102,9 @@ def check_model_config(
     else:
         config_class = CONFIG_MAPPING[model.architecture]
         known = accepted(lambda: known_keys(config_class), model)
-        values = checked_values(model.config, known, architecture=model.architecture)
+        values = checked_values(
+            model.config, known, architecture=model.architecture, like=config_class()
+        )
         defaults = {"vocab_size": vocab_size} | {
             key: value for key, value in (overrides or {}).items() if key in known
         }
@@ -241,7 +243,7 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
             remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})",
         ) from error
     known = known_keys(type(config)) | set(vars(config))
-    values = checked_values(model.config, known, architecture=config.model_type)
+    values = checked_values(model.config, known, architecture=config.model_type, like=config)
     for key, value in values.items():
         setattr(config, key, value)
     return config

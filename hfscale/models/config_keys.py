@@ -57,9 +57,9 @@ def _read_by_its_code(config_class: Any) -> frozenset[str]:
 
 
 def checked_values(
-    values: Mapping[str, Any], known: set[str], *, architecture: str
+    values: Mapping[str, Any], known: set[str], *, architecture: str, like: Any
 ) -> dict[str, Any]:
-    """Return ``values`` without metadata.
+    """Return ``values`` without metadata; a whole number becomes a float where ``like``, a config, has one.
 
     Raises:
         ConfigError: for a key that the architecture does not know, with the nearest ones, and for another architecture's config.
@@ -71,7 +71,7 @@ def checked_values(
             value=values["model_type"],
             remedy=f"set model.architecture={values['model_type']}, or take the key out",
         )
-    kept = {key: value for key, value in values.items() if key in known or key not in METADATA}
+    kept = {key: value for key, value in values.items() if key not in METADATA - known}
     if unknown := sorted(set(kept) - known):
         offers = "; ".join(f"{key}: {nearest(key, known)}" for key in unknown)
         raise ConfigError(
@@ -80,4 +80,7 @@ def checked_values(
             value=unknown,
             remedy=offers,
         )
+    for key, value in kept.items():
+        if type(value) is int and isinstance(getattr(like, key, None), float):
+            kept[key] = float(value)  # transformers takes no 0 for 0.0
     return kept

@@ -34,7 +34,7 @@ class MetricsLog:
     def __init__(
         self, run_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool
     ) -> None:
-        self.total_steps = total_steps
+        self.run_dir, self.total_steps = run_dir, total_steps
         path = run_dir / "metrics.jsonl"
         self.attempt = _repair(path) + 1
         # One unbuffered write a record: a kill can tear at most the last line, and the next start removes a torn one.

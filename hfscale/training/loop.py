@@ -21,6 +21,7 @@ from hfscale.engine.engine import Engine, StepStats
 from hfscale.errors import CheckpointError, DataError, UnhealthyError
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import beat
+from hfscale.monitor.spikes import Spikes
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
@@ -74,6 +75,7 @@ class Trainer:
     )
     log: MetricsLog | None = None  # rank 0 only
     state: TrainState = field(default_factory=TrainState)
+    spikes: Spikes = field(default_factory=Spikes)
     record: dict[str, Any] = field(
         default_factory=dict
     )  # of the last step that was logged; the same on all ranks but for times
@@ -95,6 +97,7 @@ class Trainer:
                         f"step {self.state.step + 1}: {error}; the newest checkpoint is older"
                     ) from error
             last = self.state.step == self.total_steps
+            self._look_for_spike(stats)
             self._observe(agreed, stats)
             best = self.record.get("step") == self.state.step and self.checkpoints.improves(
                 self.record
@@ -184,6 +187,15 @@ class Trainer:
         return self.validate_every is not None and (
             step % self.validate_every == 0 or step == self.total_steps
         )
+
+    def _look_for_spike(self, stats: StepStats) -> None:
+        """Say so if this step's gradient is far above the usual; rank 0 alone."""
+        if self.log is None:
+            return
+        notice = self.spikes.look(self.state.step, stats.grad_norm)
+        if notice:
+            texts = f"hfscale batch {self.log.run_dir} --step {self.state.step}"
+            logger.info(f"notice: {notice}; its texts: {texts}")
 
     def _observe(self, agreed: Agreed, stats: StepStats) -> None:
         """Log this step. Every rank takes part in the sums; only rank 0 writes."""

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
@@ -76,3 +77,45 @@ def test_a_probe_that_ends_with_padding_does_not_make_transformers_warn(
         Probe({"ids": torch.tensor([[5, 6, 2]])}).ask(model, device=torch.device("cpu")) is not None
     )
     assert not said
+
+
+def choices(folder: Path) -> tuple[list[int], bool]:
+    """Save a model that takes (B, C, T), and return the shape that was asked and whether a bare model answers it alike."""
+    torch.manual_seed(0)
+    kind = transformers.BertForMultipleChoice
+    config = transformers.BertConfig(vocab_size=VOCAB, **FAMILIES["bert"][1].config)
+    engine = Engine.create(
+        kind(config), config=tiny_config(3, world_size=1), device=torch.device("cpu")
+    )
+    inputs = {"input_ids": torch.randint(VOCAB, (1, 3, 8))}
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=0, world_size=1)
+    checkpoints.save(engine, {"step": 1}, step=1, probe_inputs=inputs)
+    checkpoints.wait()
+    engine.close()
+    probe, other = read_probe(folder / "step-00000001"), kind(config).eval()
+    load = open_weights(folder / "step-00000001")
+    with torch.no_grad():
+        for name, weight in other.named_parameters():
+            weight.copy_(load.read(name))
+        answer = probe.ask(other, device=torch.device("cpu"))
+    assert answer is not None
+    return list(probe.inputs["input_ids"].shape), torch.allclose(answer, probe.logits, atol=1e-6)
+
+
+@pytest.mark.slow
+def test_the_inputs_are_those_that_the_model_takes(tmp_path: Path) -> None:
+    assert run_ranks(choices, 1, tmp_path) == [([1, 3, 8], True)]
+
+
+def test_a_probe_of_version_0_1_is_read(tmp_path: Path) -> None:
+    """Its file has the ids of one row of text, and nothing else that went in."""
+    model = build("t5", None, 1).eval()
+    ids = torch.tensor([[5, 6, 7]])
+    with torch.no_grad():
+        logits = model(input_ids=ids, decoder_input_ids=ids, use_cache=False).logits.flatten()
+    kept = logits[torch.linspace(0, len(logits) - 1, 512, dtype=torch.float64).long()]
+    save_file({"ids": ids, "logits": kept}, tmp_path / "probe.safetensors")
+    probe = read_probe(tmp_path)
+    with torch.no_grad():
+        answer = probe.ask(model, device=torch.device("cpu"))
+    assert answer is not None and torch.allclose(answer, probe.logits, atol=1e-6)

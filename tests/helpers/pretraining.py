@@ -18,6 +18,7 @@ _BERT = {
 }
 _OFF = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 _GPT2_OFF = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+_EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
 TOKENS = {"mask_token": "<mask>", "cls_token": "<s>", "pad_token": "<pad>"}
 
 # name -> (objective, architecture, its config, learning rate). T5's ReLU has a kink: at 1e-2 a unit within rounding of 0 was once on for
@@ -25,6 +26,7 @@ TOKENS = {"mask_token": "<mask>", "cls_token": "<s>", "pad_token": "<pad>"}
 PRETRAINING: dict[str, tuple[dict[str, Any], str, dict[str, Any], float]] = {
     "gpt2": ({"name": "clm"}, "gpt2", {**GPT2["config"], **_GPT2_OFF}, 1e-2),
     "llama": ({"name": "clm"}, "llama", {**LLAMA["config"]}, 1e-2),
+    "mixtral": ({"name": "clm"}, "mixtral", {**LLAMA["config"], **_EXPERTS}, 1e-2),
     "bert": ({"name": "mlm", "options": {"units": "word"}}, "bert", {**_BERT, **_OFF}, 1e-2),
     "roberta": (
         {"name": "mlm"},

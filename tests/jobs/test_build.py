@@ -16,6 +16,8 @@ from hfscale.errors import CheckpointError
 from hfscale.jobs.check import check
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
+from tests.helpers.ranks import run_ranks
+from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
 
@@ -69,6 +71,27 @@ def test_a_run_goes_on_from_another_runs_weights_and_then_from_its_own(
     shutil.rmtree(source)  # a run that has saved needs its source no more
     hfscale("pretrain", path, "--procs", 1, "train.steps=3")
     assert len(losses(tmp_path / "second")) == 3
+
+
+def test_a_run_of_tokens_goes_on_with_another_batch_to_its_end(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """80 rows in steps of 8; after 4 of them in steps of 16, which are 3: none is left out, and the rate goes on falling."""
+
+    def records(rows: int, batch: int) -> list[dict[str, Any]]:
+        tokens = rows * 32
+        lengths = {"steps": None, "tokens": tokens, "global_batch": batch, "micro_batch": 8}
+        sections = {"train": lengths, "schedule": {"name": "linear", "warmup_steps": 0}}
+        return run_ranks(train, 1, run_values(corpus, tmp_path, "run", **sections))[0]
+
+    first = records(32, 8)
+    assert [record["step"] for record in first] == [1, 2, 3, 4]
+    wider = records(80, 16)
+    assert [record["step"] for record in wider] == [5, 6, 7]
+    assert wider[-1]["tokens_seen"] == 80 * 32
+    peak = run_values(corpus, tmp_path, "run")["optim"]["lr"]
+    falling = [1 - 0.9 * rows / 80 for rows in (48, 64, 80)]  # rows seen, of the run's 80
+    assert [record["lr"] / peak for record in wider] == pytest.approx(falling)
 
 
 def test_a_run_without_a_checkpoint_is_refused_as_a_source(corpus: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_sizes_that_cannot_be_built_are_the_users_error() -> None:
 @pytest.mark.parametrize(("model", "auto_model", "says"), [
     ({"architecture": "gpt2", "config": {**TINY, "n_head": 5}}, "AutoModelForCausalLM", "divisible"),
     ({"architecture": "t5"}, "AutoModelForCausalLM", "AutoModelForCausalLM"),
-    ({"architecture": "bloom"}, "AutoModelForCausalLM", "model.attention=eager"),
+    ({"architecture": "bloom", "attention": "sdpa"}, "AutoModelForCausalLM", "model.attention=auto"),
 ])  # fmt: skip
 def test_what_transformers_refuses_is_a_config_error(
     model: dict[str, Any], auto_model: str, says: str
