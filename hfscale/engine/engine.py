@@ -31,6 +31,7 @@ from hfscale.engine.groups import param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.errors import ConfigError, UnhealthyError
 
+BLOCK = 1024  # elements that are added up in the gradient's own precision
 LOSS_SCALE_STATE = (
     "cur_scale",
     "cur_iter",
@@ -176,9 +177,7 @@ class Engine:
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
         params = [param for group in adamw.param_groups for param in group["params"]]
-        norm = torch.nn.utils.get_total_norm(
-            [param.grad for param in params if param.grad is not None]
-        )
+        norm = _norm([param.grad for param in params if param.grad is not None])
         if self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(params, self._clip_norm, norm)
         return norm.item()
@@ -281,6 +280,16 @@ def join_process_group() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message="`torch.distributed.*is deprecated"
     )  # DeepSpeed's calls
+
+
+def _norm(gradients: list[Tensor]) -> Tensor:
+    """Return the L2 norm of all of them. A CPU adds a tensor up in fp32 one by one (0.5 % off at 66 M elements), so in blocks here."""
+    norms = []
+    for gradient in (whole.flatten() for whole in gradients):
+        in_blocks = gradient.numel() // BLOCK * BLOCK
+        norms.append(torch.linalg.vector_norm(gradient[:in_blocks].view(-1, BLOCK), dim=1))
+        norms.append(torch.linalg.vector_norm(gradient[in_blocks:], keepdim=True))
+    return torch.cat(norms).double().square().sum().sqrt().float()
 
 
 @contextmanager

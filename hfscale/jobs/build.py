@@ -94,7 +94,7 @@ def build_trainer(
             reader,
             beside.match
             if beside
-            else tell(match(engine.module, reader, labels=labels_of(folder))),
+            else tell(match(engine.module, reader, labels=labels_of(folder)), engine.module),
         )
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = (

@@ -60,7 +60,8 @@ def check(config: TrainConfig) -> None:
                     shape,
                     open_weights(folder, check=partial(verify, up_to=SMALL)),
                     labels=labels_of(folder),
-                )
+                ),
+                shape,
             )
             warn_of_tokenizer(folder, material.tokenizer)
 
