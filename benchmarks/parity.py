@@ -5,7 +5,10 @@
 Each kind of tests/helpers/pretraining.py trains for 10 steps on a small corpus (made here by the commands of the README), without dropout,
 with clipping: once in one process with the whole batch at once, then in every other cut, documents apart where the family can.
 The first loss stands beside the theoretical one: ln V where all tokens are equally likely; ln V + 1/2 for T5, whose first logits have
-variance 1; ln N for N texts whose embeddings do not tell them apart. About 10 minutes on four cores.
+variance 1; ln N for N texts whose embeddings do not tell them apart.
+
+In bf16: how far is the gradient of a step from a float64 sum of the same bf16 micro-gradients, over 1 to 256 of them? (``--bf16``: only
+this, under a heading of its own.) About 10 minutes on four cores.
 """
 
 from __future__ import annotations
@@ -20,12 +23,14 @@ from typing import Any
 
 from benchmarks.common import machine, record, table, verdict
 from hfscale.tokenizer import load_tokenizer, vocabulary_size
+from tests.engine.tiny import accumulation_error
 from tests.helpers.corpus import make_corpus
 from tests.helpers.pretraining import PRETRAINING, pretraining
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
 BATCH, LIMIT = 16, 1e-5
+MICRO_BATCHES = (1, 8, 64, 256)
 UNSAFE: dict[
     str, tuple[object, int]
 ] = {  # value, ZeRO stage: of what config/rules.py refuses because it changes numbers without a word
@@ -47,7 +52,12 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--steps", type=int, default=10)
-    steps = parser.parse_args().steps
+    parser.add_argument("--bf16", action="store_true", help="only the accumulation in bf16")
+    args = parser.parse_args()
+    accumulation()
+    if args.bf16:
+        return
+    steps = args.steps
     began = time.perf_counter()
     where = machine("torch", "deepspeed", "transformers")
     with tempfile.TemporaryDirectory() as folder:
@@ -80,6 +90,25 @@ def main() -> None:
         f"First losses are equal at every stage and world size to the same difference. {time.perf_counter() - began:.0f} s.\n\n"
         "Options of DeepSpeed that `engine.extra` refuses, since they change the losses of GPT-2 on 2 ranks in fp32 without a word:\n\n"
         f"{table(['option', 'largest difference'], moved)}",
+    )
+
+
+def accumulation() -> None:
+    """Record the errors of gradients that are added up over micro-batches in bf16."""
+    began = time.perf_counter()
+    rows = []
+    for ranks in (1, 2):
+        for stage in range(4):
+            errors = [run_ranks(accumulation_error, ranks, stage, n)[0] for n in MICRO_BATCHES]
+            rows.append([f"{stage}", f"{ranks}", *(f"{error:.1e}" for error in errors)])
+            print(*rows[-1], sep="  ", flush=True)
+    record(
+        "accumulation",
+        f"{machine('torch', 'deepspeed', 'transformers')}\n\n"
+        f"{table(['ZeRO', 'ranks', *(f'{n} micro-batches' for n in MICRO_BATCHES)], rows)}\n\n"
+        "The distance of a step's gradient in bf16 from a float64 sum of the same bf16 micro-gradients, relative to it. Every stage adds "
+        "up in fp32 (0 runs as 1), over micro-batches and over ranks. "
+        f"{time.perf_counter() - began:.0f} s.",
     )
 
 

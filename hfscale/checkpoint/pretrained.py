@@ -137,8 +137,8 @@ def _renamed(there: Mapping[int, str], here: Any) -> bool:
     return bool(there) and there != here and not numbers
 
 
-def tell(found: Match) -> Match:
-    """Return ``found``, after naming in the log what did not match."""
+def tell(found: Match, model: PreTrainedModel) -> Match:
+    """Return ``found``, after naming in the log what did not match, and what of it ``model`` will never train."""
     _say(
         [name for name in found.missing if ".lora_" not in name],
         "parameters of the model are not among the pretrained weights and start fresh",
@@ -149,6 +149,12 @@ def tell(found: Match) -> Match:
         "tensors grow from {} to {} ids; each new one starts as the mean of the old ones".format(
             *found.rows
         ),
+    )
+    parameters = dict(model.named_parameters())
+    _say(
+        [name for name in found.grown if name in parameters and not parameters[name].requires_grad],
+        f"tensors with new ids are frozen, so these {found.rows[1] - found.rows[0]} tokens keep the mean and are never learned "
+        "(train them without model.lora and model.freeze first, or use tokens that the base knows)",
     )
     return found
 

@@ -65,8 +65,11 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
         "fp16": {"enabled": engine.precision == "fp16"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device
     }
-    if engine.precision != "fp32" and stage >= 2:  # at stage 1 it would switch to another optimizer
+    if (
+        engine.precision != "fp32"
+    ):  # gradients are made in 16 bit, but added up in 32: here and over ranks
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
+        derived["communication_data_type"] = "fp32"
     return _merged(derived, engine.extra, where="engine.extra")
 
 

@@ -1,5 +1,8 @@
 """What AdamW does to each parameter: which decay, and with which share of the learning rate.
 
+Decay pulls towards zero what multiplies inputs: matrices, convolutions, embeddings. What shifts, scales or keeps time (norms, biases,
+states of a recurrence) is left alone, however many dimensions it has.
+
 Layer-wise learning-rate decay: Howard & Ruder 2018 (ULMFiT, "discriminative fine-tuning"); Clark et al. 2020 (ELECTRA).
 """
 
@@ -9,17 +12,28 @@ import re
 from typing import Any
 
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from hfscale.config.schema import Optim
 from hfscale.errors import ConfigError
 
+NORM = re.compile(r"norm", re.IGNORECASE)  # in the name of a module's class
+# in a parameter's own name: biases (of experts and heads, too), states of Mamba and RWKV, factors of layers
+VECTOR = re.compile(
+    r"(^|_)bias(_|$)|^(A_log|D|dt_bias)$|^time_(mix|decay|first|maa)|(^|_)(scale|gamma|lambda\d?)(_|$)"
+)
+EMBEDDING = re.compile(
+    r"emb", re.IGNORECASE
+)  # in a name: norms and projections beside embeddings, as well
+LAST = re.compile(
+    r"(^|\.)(final_|ln_f|norm_f|project_out|lm_head)"
+)  # in a name: after all layers, wherever a class lists it
+PRODUCTS = (nn.Linear, nn.Bilinear, nn.Embedding, Conv1D, nn.modules.conv._ConvNd)
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the first number in a name is that of a layer in its stack
 
 
 def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Return AdamW's groups: matrices decay, vectors (norms, biases) do not; ``lr_share`` is what a group gets of the learning rate.
-
-    Shapes are the unpartitioned ones.
+    """Return AdamW's groups: ``weight_decay`` as ``decays`` says; ``lr_share`` is what a group gets of the learning rate.
 
     Raises:
         ConfigError: if nothing is trained, or ``layer_decay`` finds no layers.
@@ -28,7 +42,8 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     depths = _depths(model) if optim.layer_decay < 1 else {}
     for name, param in model.named_parameters():
         if param.requires_grad:
-            decay = optim.weight_decay if len(getattr(param, "ds_shape", param.shape)) >= 2 else 0.0
+            owner = model.get_submodule(name.rpartition(".")[0])
+            decay = optim.weight_decay if decays(owner, name, param) else 0.0
             depth = depths.get(name, 0)
             group = groups.setdefault(
                 (-depth, -decay),
@@ -42,10 +57,22 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
     return [groups[key] for key in sorted(groups)]
 
 
+def decays(owner: nn.Module, name: str, param: nn.Parameter) -> bool:
+    """Return whether weight decay is for ``param``, which is ``owner``'s own, by what it is. Shapes are the unpartitioned ones."""
+    shape = getattr(param, "ds_shape", param.shape)
+    if len(shape) < 2 or getattr(param, "_no_weight_decay", False):
+        return False
+    if NORM.search(type(owner).__name__) or VECTOR.search(name.rpartition(".")[2]):
+        return False
+    # a matrix with one row (the head of a regression) is a matrix; a parameter by itself of (1, 1, H) is a vector
+    return isinstance(owner, PRODUCTS) or sum(size > 1 for size in shape) >= 2
+
+
 def _depths(model: nn.Module) -> dict[str, int]:
     """Return how many layers lie above each parameter's: 0 of the head, 1 of the last layer, the most of embeddings.
 
-    Encoder and decoder are stacks of their own. What comes before the first stack, in the order of the model's modules, is an embedding.
+    Encoder and decoder are stacks of their own. What has no number is an embedding or comes last if its name or its module says so;
+    else by its place: what a class lists before its first stack is an embedding.
     """
     layers = {
         name: (found[1], int(found[2]))
@@ -63,16 +90,23 @@ def _depths(model: nn.Module) -> dict[str, int]:
         stack: 1 + max(number for other, number in layers.values() if other == stack)
         for stack, _ in layers.values()
     }
+    lowest = 1 + max(sizes.values())
     embeddings = {
         f"{path}.weight"
         for path, module in model.named_modules()
         if isinstance(module, nn.Embedding)
     }
-    depths, above = dict[str, int](), 1 + max(sizes.values())
-    for name, _ in model.named_parameters():
+    output = getattr(model, "get_output_embeddings", lambda: None)()
+    heads = set(output.parameters()) if isinstance(output, nn.Module) else set()
+    depths, above = dict[str, int](), lowest
+    for name, param in model.named_parameters():
         if name in layers:
             stack, number = layers[name]
             depths[name], above = sizes[stack] - number, 0
+        elif name in embeddings:
+            depths[name] = lowest
+        elif param in heads or LAST.search(name):
+            depths[name] = 0
         else:
-            depths[name] = 1 + max(sizes.values()) if name in embeddings else above
+            depths[name] = lowest if EMBEDDING.search(name) else above
     return depths

@@ -33,7 +33,7 @@ class Beside:
             ):  # a run of somebody else's; one of our own never prunes what adapters need
                 layout.pin(folder.parent, layout.step_of(folder), pinned=True)
         self.reader = open_weights(folder, check=verify_together)
-        self.match = tell(match(model, self.reader, labels=labels_of(folder)))
+        self.match = tell(match(model, self.reader, labels=labels_of(folder)), model)
         for name in self.match.missing:
             model.get_parameter(name).requires_grad_(True)
         files = (

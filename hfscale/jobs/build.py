@@ -174,7 +174,8 @@ def begin(
         load_pretrained(engine, beside.reader, beside.match)
         return
     reader = open_weights(folder, check=verify_together)
-    load_pretrained(engine, reader, tell(match(engine.module, reader, labels=labels_of(folder))))
+    found = match(engine.module, reader, labels=labels_of(folder))
+    load_pretrained(engine, reader, tell(found, engine.module))
 
 
 def describe(

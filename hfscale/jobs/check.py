@@ -57,7 +57,7 @@ def check(config: TrainConfig) -> None:
     choose_trained(shape, config.model)
     if folder and begins:
         reader = open_weights(folder, check=partial(verify, up_to=SMALL))
-        tell(match(shape, reader, labels=labels_of(folder)))
+        tell(match(shape, reader, labels=labels_of(folder)), shape)
         warn_of_tokenizer(folder, material.tokenizer)
 
 

@@ -186,6 +186,7 @@ def build_model(
     chosen = built.config._attn_implementation
     if model.attention == "auto" and chosen != "sdpa":
         logger.info(f"attention: {chosen}, since {config.model_type} has no sdpa")
+    _train_every_token(built, overrides or {})
     untouched = initialize(built, seed=seed, gather=gather)
     with no_init_weights(), context():
         choose_trained(built, model)
@@ -198,6 +199,25 @@ def build_model(
             remedy="start from pretrained weights (model.pretrained), or choose another architecture",
         )
     return built.train()
+
+
+def _train_every_token(model: PreTrainedModel, special: Mapping[str, Any]) -> None:
+    """Let embeddings train the row of padding where the padding token stands in texts, too: as their end, say.
+
+    An embedding gives its ``padding_idx`` no gradient. The config keeps its value, by which padding is found.
+    """
+    import torch
+
+    used: set[Any] = set()
+    for role in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
+        for value in (special.get(role), getattr(model.config, role, None)):
+            used.update(value if isinstance(value, list) else [value])
+    used.discard(None)
+    for module in model.modules():
+        if not isinstance(module, torch.nn.Embedding) or module.padding_idx not in used:
+            continue
+        if module.num_embeddings >= model.config.vocab_size:  # of words, not positions
+            module.padding_idx = None
 
 
 def construct(

@@ -60,7 +60,8 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                     and callable(reset := getattr(module, "reset_parameters", None))
                 ):
                     reset()  # a torch module that the architecture leaves to torch (openai-gpt's norms)
-            if gather and any(p._version != version for p, version in far.items()):
+            reached = [p for p, version in far.items() if p._version != version]
+            if any(hasattr(p, "ds_id") for p in reached):  # it is in parts
                 raise ConfigError(
                     f"the first weights of {path or 'the model'} reach deeper than its direct children, where ZeRO 3 has only parts",
                     where="engine.zero_stage",

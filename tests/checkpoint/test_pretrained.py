@@ -62,7 +62,7 @@ def loaded(
         config=tiny_config(stage, world_size=torch.distributed.get_world_size()),
         device=torch.device("cpu"),
     )
-    found = tell(match(engine.module, DictReader(weights)))
+    found = tell(match(engine.module, DictReader(weights)), engine.module)
     load_pretrained(engine, DictReader(weights), found)
     with gathered(
         engine.module.parameters()
@@ -122,7 +122,7 @@ def test_a_headless_model_fills_all_but_the_head(caplog: pytest.LogCaptureFixtur
     assert found.missing and all(name.startswith("cls.") for name in found.missing)
     assert found.unexpected == ("pooler.dense.bias", "pooler.dense.weight")
     logging.getLogger("hfscale").propagate = True
-    tell(match(model, DictReader(source.state_dict())))
+    tell(match(model, DictReader(source.state_dict())), model)
     assert (
         "start fresh: cls.predictions.bias" in caplog.text
         and "no place in the model and are not read: pooler.dense" in caplog.text
@@ -273,10 +273,21 @@ def test_the_head_of_another_set_of_labels_starts_fresh(caplog: pytest.LogCaptur
     five, two = (
         BertForSequenceClassification(BertConfig(num_labels=labels, **small)) for labels in (5, 2)
     )
-    found = tell(match(two, DictReader(dict(five.state_dict()))))
+    found = tell(match(two, DictReader(dict(five.state_dict()))), two)
     assert (
         found.missing == ("classifier.weight", "classifier.bias")
         and "start fresh: classifier.weight" in caplog.text
     )
     with pytest.raises(CheckpointError, match="do not fit"):
         match(two, DictReader({**five.state_dict(), "bert.pooler.dense.weight": torch.zeros(9, 8)}))
+
+
+def test_new_ids_that_are_never_trained_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    source, model = build("gpt2", 1), build("gpt2", 2, VOCAB + 3)
+    logging.getLogger("hfscale").propagate = True
+    found = match(model, DictReader(source.state_dict()))
+    tell(found, model)
+    assert "are frozen" not in caplog.text
+    model.requires_grad_(False)
+    tell(found, model)
+    assert "so these 3 tokens keep the mean and are never learned" in caplog.text

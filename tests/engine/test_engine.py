@@ -5,10 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.engine import Engine, _norm, construction, gathered
 from hfscale.engine.fragments import tied
 from hfscale.errors import ConfigError, UnhealthyError
 from tests.engine.tiny import (
+    accumulation_error,
     full_state,
     logits,
     rate,
@@ -95,6 +96,19 @@ def test_bf16_follows_fp32(reference):
         result = run_ranks(train, 2, stage, "bf16", steps=5)[0]
         assert result["losses"] == pytest.approx(reference["losses"][:5], abs=0.03)
         assert {tensors["weight"].dtype for tensors in result["state"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_micro_batches_of_16_bit_are_added_up_in_fp32(stage):
+    assert run_ranks(accumulation_error, 1, stage, 16)[0] < 1e-6
+
+
+def test_the_norm_of_a_large_gradient_is_exact_at_stage_0():
+    gradients = [
+        torch.randn(number, generator=torch.Generator().manual_seed(1)) for number in (2**23 + 7, 3)
+    ]
+    right = torch.cat(gradients).double().norm().item()
+    assert _norm(gradients).item() == pytest.approx(right, rel=1e-6)
 
 
 def decay_groups(stage: int) -> list[tuple[float, int]]:

@@ -155,3 +155,36 @@ def same(a: dict[str, dict[str, torch.Tensor]], b: dict[str, dict[str, torch.Ten
 
 def tree(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))
+
+
+def accumulation_error(stage: int, micro_batches: int) -> float:
+    """Return how far the gradient of a bf16 step is from a float64 sum of the same bf16 micro-gradients, relative to it."""
+    config = tiny_config(
+        stage, "bf16", world_size=torch_dist.get_world_size(), accumulation=1, clip_norm=0
+    )
+    engine = tiny_engine(config)
+    rng = torch.Generator().manual_seed(7)
+    ids = torch.randint(VOCAB, (engine.world_size, micro_batches, 1, TOKENS), generator=rng)
+    for row in ids[engine.rank]:
+        engine.backward(_mean_loss(engine, row) / micro_batches)
+    engine.step(0.0)
+    moments = full_state(engine)
+    engine.close()
+    alone = tiny_model().bfloat16()
+    totals = {
+        name: torch.zeros(p.shape, dtype=torch.float64) for name, p in alone.named_parameters()
+    }
+    for row in ids.flatten(0, 1):
+        alone.zero_grad()
+        (_mean_loss(alone, row) / micro_batches).backward()
+        for name, param in alone.named_parameters():
+            totals[name] += param.grad.double() / len(ids)
+    beta = config.optim.betas[0]
+    seen = torch.cat([moments[name]["exp_avg"].double() / (1 - beta) for name in totals])
+    right = torch.cat([total.flatten() for total in totals.values()])
+    return ((seen - right).norm() / right.norm()).item()
+
+
+def _mean_loss(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    logits = model(input_ids=ids).logits[0, :-1].float()
+    return F.cross_entropy(logits, ids[0, 1:])

@@ -115,3 +115,27 @@ def test_a_pretrained_folder_gives_the_config(tmp_path: Path) -> None:
     assert (config.n_embd, config.resid_pdrop) == (32, 0.0)
     with pytest.raises(ConfigError, match="resid_pdrop"):
         check(pretrained=str(tmp_path), config={"resid_drop": 0.0})
+
+
+@pytest.mark.parametrize(("pad", "trained"), [(2, True), (5, False)])
+def test_a_padding_token_that_stands_in_texts_is_trained(pad: int, trained: bool) -> None:
+    config = {
+        "hidden_size": 8,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "eos_token_id": [2, 3],
+        "pad_token_id": pad,
+        "tie_word_embeddings": False,
+    }
+    model = build_model(
+        Model(architecture="llama", config=config),
+        auto_model="AutoModelForCausalLM",
+        vocab_size=VOCAB,
+        seq_len=32,
+        seed=0,
+    )
+    ids = torch.tensor([[2, 5, 7, 9]])
+    model(input_ids=ids, labels=ids).loss.backward()
+    assert bool(model.model.embed_tokens.weight.grad[pad].any()) == trained
+    assert model.config.pad_token_id == pad
