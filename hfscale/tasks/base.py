@@ -243,7 +243,7 @@ class Task(Objective):
         labels: Tensor,
         counts: dict[str, Tensor],
     ) -> Batch:
-        """Return the batch, whose digest is that of the rows' ``input_ids`` without padding; fillers count nothing."""
+        """Return the batch, whose tokens are the rows' ``input_ids`` without padding; fillers count nothing."""
         return Batch(
             inputs=inputs,
             labels_BT=labels,
