@@ -27,6 +27,7 @@ from hfscale.corpus.ledger import BuildUnderWay, Ledger, Mark, open_ledger
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import DIGEST_BYTES, Counts, Document, Side, assign, check_sides
 from hfscale.dist.world import available_cores
+from hfscale.encoding import VERSION as ENCODING
 from hfscale.encoding import encode_documents
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
@@ -93,7 +94,11 @@ class _Build:
         )
         self._sides: list[Side] = ["train", "validation"] if config.split.validation else ["train"]
         self._dtype = np.dtype("<u2" if self._info.vocab_size <= 2**16 else "<u4")
-        self._source = {**self.corpus.describe(), "split": config.split.model_dump()}
+        self._source = {
+            **self.corpus.describe(),
+            "split": config.split.model_dump(),
+            "encoding": ENCODING,
+        }
         self._chunk_tokens = max(1, round(shards.chunk_mb * 1e6 / self._dtype.itemsize))
         self._shard_chunks = max(1, round(shards.shard_mb / shards.chunk_mb))
         check_sides(config, self._sides)
@@ -114,6 +119,7 @@ class _Build:
             "source": self.corpus.describe(),
             "split": self._config.split.model_dump(),
             "tokenizer": asdict(self._info),
+            "encoding": ENCODING,
             "shards": {
                 "name": shards.name,
                 "dtype": self._dtype.name,
@@ -121,9 +127,10 @@ class _Build:
                 "shard_chunks": self._shard_chunks,
             },
         }
-        with open_ledger(folder, plan) as ledger:
+        finished = self.finished(folder)
+        with open_ledger(folder, plan, finished=finished) as ledger:
             folders, counts = {side: folder / side for side in self._sides}, Counts()
-            if self.finished(folder):
+            if finished or self.finished(folder):
                 return {side: Manifest.load(path) for side, path in folders.items()}
             sides = {
                 side: _Side(

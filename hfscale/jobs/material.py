@@ -96,7 +96,12 @@ class TokenMaterial:
             rows = TextRows(
                 rows,
                 self._order,
-                open_encoders(config, self.tokenizer, local_ranks=world.local_world_size),
+                open_encoders(
+                    config,
+                    self.tokenizer,
+                    local_ranks=world.local_world_size,
+                    forged=position is not None and position.text == 1,
+                ),
                 state=position,
                 global_batch=global_batch,
                 rank=world.rank,

@@ -90,11 +90,16 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     )  # it knows the weights of earlier attempts
     tokenizer, positions = load_tokenizer(config.tokenizer.path), np.arange(start, stop)
     if order.raw:  # its lanes are walked from the nearest checkpoint on
-        saved = newest_state(run_dir, before=step)
+        saved, newest = newest_state(run_dir, before=step), newest_state(run_dir)
+        older = (
+            StreamState.from_dict(newest["stream"]).text == 1
+            if newest
+            else "digest_version" not in next(iter(logged.values()))
+        )
         data = TextRows(
             data,
             order,
-            open_encoders(config, tokenizer),
+            open_encoders(config, tokenizer, forged=older),
             global_batch=config.train.global_batch,
             state=StreamState.from_dict(saved["stream"]) if saved else None,
         )

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from hfscale.config.finetune import Examples
+from hfscale.encoding import NotText
 from hfscale.errors import ConfigError, DataError, counted, nearest
 from hfscale.log import logger, progress_bar
 from hfscale.shards.files import locked
@@ -30,7 +31,7 @@ from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
 SHOWN = 3  # bad examples that a report names
-VERSION = 3  # of what is cached
+VERSION = 4  # of what is cached
 MISSING = object()  # None is a cell that is empty
 
 
@@ -348,7 +349,7 @@ class LabelledData:
                         raise BadExample(
                             f"it is longer than data.max_length={self.data.max_length} tokens"
                         )
-                except BadExample as error:
+                except (BadExample, NotText) as error:
                     report["bad"] += 1
                     report["shown"] = [*report["shown"], f"{example['id']}: {error}"][:SHOWN]
                     continue

@@ -16,7 +16,7 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -30,6 +30,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hfscale.config.schema import Named, Section
+from hfscale.encoding import text_alone
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.registry import load_plugin
@@ -206,13 +207,19 @@ class Task(Objective):
         )
 
     def encode(self, text: str, pair: str | None = None) -> Feature:
-        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first)."""
-        made = self.setting.tokenizer(text, pair)
-        truncated = len(made["input_ids"]) > self.setting.seq_len
+        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first).
+
+        Control tokens that a text spells are text; so they are wherever a task encodes one, with ``text_alone`` or ``Quoted``.
+        """
+        with text_alone(self.setting.tokenizer, text, pair):
+            return self.cut(partial(self.setting.tokenizer, text, pair))
+
+    def cut(self, encoded: Callable[..., Any]) -> Feature:
+        """Return what ``encoded(**how)`` gives, cut to ``seq_len``."""
+        made, longest = encoded(), self.setting.seq_len
+        truncated = len(made["input_ids"]) > longest
         if truncated:
-            made = self.setting.tokenizer(
-                text, pair, truncation=True, max_length=self.setting.seq_len
-            )
+            made = encoded(truncation=True, max_length=longest)
         return {**made, "truncated": truncated}
 
     def logits(self, model: Model, batch: Batch) -> Tensor:

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.encoding import text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.squad import best_threshold, squad
@@ -140,7 +141,8 @@ class ExtractiveQA(Task):
         for role, text in asked.items():
             check_text(role, text)
         span = self._span(example) if "answers" in example else None
-        made = windows(self.setting.tokenizer, self.how, **asked)
+        with text_alone(self.setting.tokenizer, *asked.values()):
+            made = windows(self.setting.tokenizer, self.how, **asked)
         if not made:
             raise BadExample("the tokenizer makes nothing of the context")
         return [

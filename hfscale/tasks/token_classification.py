@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.encoding import text_alone
 from hfscale.errors import DataError, nearest
 from hfscale.metrics.entities import entities, entity_f1
 from hfscale.metrics.measure import Measure
@@ -96,14 +97,16 @@ class TokenClassification(Task):
         words, spaced, _ = _words(example)
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
-        made = self.setting.tokenizer(
-            [" " * space + word for word, space in zip(words, spaced, strict=True)],
-            is_split_into_words=True,
-            truncation=True,
-            max_length=length,
-            stride=length // 4,
-            return_overflowing_tokens=True,
-        )
+        parts = [" " * space + word for word, space in zip(words, spaced, strict=True)]
+        with text_alone(self.setting.tokenizer, *parts):
+            made = self.setting.tokenizer(
+                parts,
+                is_split_into_words=True,
+                truncation=True,
+                max_length=length,
+                stride=length // 4,
+                return_overflowing_tokens=True,
+            )
         best: dict[
             int, tuple[int, int, int]
         ] = {}  # word -> tokens to the nearer end of the window, window, position
