@@ -90,6 +90,8 @@ class Ledger:
                 {"plan": None}
             ]
             for line in lines:
+                if "seen" in line:
+                    continue  # what was read and left out: for people
                 self.shards[line["side"]].append(ShardEntry(**line["shard"]))
                 self.marks[line["side"]] = Mark(**line["mark"])
             there = begun["plan"]
@@ -126,6 +128,10 @@ class Ledger:
         """Return once it is on disk that ``shard`` is."""
         self.shards[side].append(shard)
         self._append({"side": side, "shard": asdict(shard), "mark": asdict(mark)})
+
+    def finish(self, seen: dict[str, Any]) -> None:
+        """Return once it is on disk what was read and what was left out."""
+        self._append({"seen": seen})
 
     def _append(self, line: dict[str, Any]) -> None:
         try:
