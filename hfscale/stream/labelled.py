@@ -144,15 +144,21 @@ def is_text(value: str) -> bool:
 
 def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
     """Return a number in [0, 1) that depends on what the example asks alone: the same question is always in the same split."""
-    asked = {
-        role: value
-        for role, value in sorted(example.items())
-        if role != "id" and role not in roles.answers
-    }
+    question = getattr(roles, "question", None)  # of a task; it may be a part of the roles alone
+    asked = question(example) if question else all_but_answers(example, roles)
     digest = hashlib.blake2b(
         json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8
     ).digest()
     return int.from_bytes(digest, "little") / 2**64
+
+
+def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> dict[str, Any]:
+    """Return what an example asks, where every role that is no answer says a part of it; a role that is empty says nothing."""
+    return {
+        role: value
+        for role, value in sorted(example.items())
+        if role != "id" and role not in roles.answers and value not in (None, "")
+    }
 
 
 @dataclass

@@ -35,6 +35,7 @@ from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
+from hfscale.stream.labelled import all_but_answers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -122,6 +123,12 @@ class Task(Objective):
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
         """Return the facts as the config of a model that was fine-tuned for this task, by anybody, says them."""
         return {}
+
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return what identifies the question that ``example`` asks, as JSON: a share of the examples that is held out is chosen by it,
+        so that equal questions are never in two splits, whatever their answers. By default all roles but the answers."""
+        return all_but_answers(example, cls)
 
     def model_overrides(self) -> dict[str, Any]:
         """Return values that the model's config must have: ``num_labels``, ``id2label``, ... They are exported with it."""

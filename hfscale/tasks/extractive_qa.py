@@ -103,6 +103,11 @@ class ExtractiveQA(Task):
         """Return what a model of ours says; of others' models, that there always is an answer."""
         return {"no_answer": getattr(config, "question_answering", {}).get("no_answer", False)}
 
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return question and context: where the answer begins is a part of the answer."""
+        return {role: example.get(role) for role in ("question", "context")}
+
     @property
     def no_answer(self) -> bool:
         """Whether the answer may be that there is none."""

@@ -85,6 +85,19 @@ class Instruction(Task, CausalLM):
                 or DEFAULT_TEMPLATE.replace("END", end)
             )
 
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return what the user says first, in either form: conversations that begin alike are in one split."""
+        messages = example.get("messages")
+        turns = messages if isinstance(messages, list) else []
+        asked = [
+            turn.get("content")
+            for turn in turns
+            if isinstance(turn, dict) and turn.get("role") == "user"
+        ]
+        first = asked[0] if asked else example.get("prompt") or messages
+        return {"prompt": first.strip() if isinstance(first, str) else first}
+
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature: ``input_ids``, ``labels`` of the same tokens where there are answers, and ``prompt`` of the last one."""
