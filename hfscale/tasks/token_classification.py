@@ -27,7 +27,16 @@ from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, named
+from hfscale.tasks.base import (
+    MODEL_INPUTS,
+    Example,
+    Feature,
+    Labels,
+    Task,
+    all_labels,
+    known_labels,
+    named,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -81,7 +90,7 @@ class TokenClassification(Task):
 
     @property
     def labels(self) -> list[str]:
-        return self.setting.facts["labels"]
+        return known_labels(self.setting.facts["labels"], self.options.labels)
 
     def model_overrides(self) -> dict[str, Any]:
         """Return the tags, and the padding id."""
@@ -135,7 +144,8 @@ class TokenClassification(Task):
         return features
 
     def _targets(self, example: Example, words: int) -> list[int]:
-        tags = [named(tag, self.labels) for tag in _listed(example["tags"])]
+        numbered = self.options.labels or self.labels  # how the data count them
+        tags = [named(tag, numbered) for tag in _listed(example["tags"])]
         if len(tags) != words:
             raise BadExample(f"there are {words} words and {len(tags)} tags")
         if unknown := set(tags) - {*self.labels}:
