@@ -121,7 +121,11 @@ def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, A
     """Return ``vocab_size``, ``bytes_per_token``, ``unknown`` (a share of the tokens) and ``vocabulary_used`` (of the ids) of ``texts``."""
     used: set[int] = set()
     tokens = unknown = 0
-    for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # text that spells a control token is text
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    backend.encode_special_tokens = False
+    for encoding in encodings:
         tokens += len(encoding.ids)
         used.update(encoding.ids)
         unknown += (
