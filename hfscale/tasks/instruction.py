@@ -14,6 +14,7 @@ Shape legend: B examples, R <= B packed rows, T tokens of a row (the longest exa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
@@ -34,6 +35,7 @@ from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
 from hfscale.tasks.generation import Generation, check_prompt, written
 from hfscale.tokenizer import end_of_document_id
 
+SIGN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ ('' if loop.first else '\\n') + '<|' + message['role'] + '|>\\n' + message['content'] }}
@@ -193,6 +195,14 @@ class Instruction(Task, CausalLM):
     def _quoted(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Quoted]:
         """Return the messages as they go into the template: control tokens that they spell are marked, so that none is made of them."""
         quoted = Quoted(self.setting.tokenizer, *_texts(messages))
+        signs = {sign for text in _texts(messages) for sign in SIGN.findall(text)}
+        if signs := {sign for sign in signs if quoted.quote(sign) == sign}:  # no special tokens
+            bare = [{**message, "content": "x"} for message in messages]
+            skeleton = self._render(bare) + self._render(bare[:1], prompt=True)
+            if forged := [sign for sign in sorted(signs) if sign in skeleton]:
+                raise BadExample(
+                    f"it spells {forged[0]}, with which the chat template parts the turns as plain text"
+                )
         if not quoted.mark:
             return messages, quoted
         marked = _each_text(messages, quoted.quote)
