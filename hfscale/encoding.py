@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 from weakref import WeakKeyDictionary
 
@@ -151,16 +152,9 @@ class ControlTokens:
     @contextmanager
     def kept_out(self, backend: Tokenizer, *, mark: str = "") -> Iterator[None]:
         """Let no piece of the vocabulary of ``backend`` be one of them inside, and take ``mark`` out of the text."""
-        from tokenizers import Regex, normalizers, pre_tokenizers
+        from tokenizers import normalizers, pre_tokenizers
 
-        normalizer, pre_tokenizer = backend.normalizer, backend.pre_tokenizer
-        forms = {form for token in self._contents.values() for form in self._forms(token)}
-        splits = "|".join(
-            f"{re.escape(form[0])}(?={re.escape(form[1:])})"
-            for form in sorted(forms)
-            if len(form) > 1
-        )
-        split = pre_tokenizers.Split(Regex(splits or "(?!)"), "isolated")
+        normalizer, pre_tokenizer, split = backend.normalizer, backend.pre_tokenizer, self._split
         backend.pre_tokenizer = (
             pre_tokenizers.Sequence([pre_tokenizer, split]) if pre_tokenizer else split
         )
@@ -173,6 +167,19 @@ class ControlTokens:
             yield
         finally:
             backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
+
+    @cached_property
+    def _split(self) -> Any:
+        """What cuts the first character off from each of them."""
+        from tokenizers import Regex, pre_tokenizers
+
+        forms = {form for token in self._contents.values() for form in self._forms(token)}
+        splits = "|".join(
+            f"{re.escape(form[0])}(?={re.escape(form[1:])})"
+            for form in sorted(forms)
+            if len(form) > 1
+        )
+        return pre_tokenizers.Split(Regex(splits or "(?!)"), "isolated")
 
     def _forms(self, token: str) -> set[str]:
         """Return how a token may look where words are cut into pieces: normalized, with marks for spaces, or byte by byte."""

@@ -21,7 +21,7 @@ from hfscale.shards.counts import Counts
 from hfscale.shards.listing import files_below, split_glob
 from hfscale.shards.raw import texts_of
 from hfscale.shards.tables import READERS, Rows, hub_dataset
-from hfscale.shards.text_files import open_source, packing_of
+from hfscale.shards.text_files import BYTE_ORDERS, open_source, packing_of
 
 ROW_FACTOR = 16  # a row may be so many times as long as a document: it is held as a whole
 
@@ -117,7 +117,8 @@ class Corpus:
                     yield piece.decode("utf-8" if start else "utf-8-sig")
                 except UnicodeDecodeError:
                     counts.documents += 1
-                    counts.leave_out("undecodable", self._at)
+                    utf_16 = not start and piece[:2] in BYTE_ORDERS
+                    counts.leave_out("undecodable", self._at + " (UTF-16)" * utf_16)
             if not size:
                 self._at = name
                 yield ""

@@ -100,7 +100,9 @@ def _csv(file: Path, column: str | None, most: int = HUGE, *, delimiter: str = "
         first = next(lines, "")
         if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel says it so
             delimiter, first = first[4], next(lines, "")
-        elif delimiter not in first:
+        if not first.endswith("\r"):  # then `\r` ends no line: it is a part of a cell, or a mistake
+            lines = _to_line_feeds(lines, file, most)
+        if delimiter not in first:
             delimiter = next((sign for sign in ";\t" if sign in first), delimiter)
         rows = csv.DictReader(
             chain([first] if first else [], lines), delimiter=delimiter, strict=True
@@ -122,6 +124,20 @@ def _csv(file: Path, column: str | None, most: int = HUGE, *, delimiter: str = "
                 where=f"{file}:{rows.line_num + 1}",
                 remedy="a header line, commas (or semicolons, or tabs), quotes that close, UTF-8",
             ) from None
+
+
+def _to_line_feeds(lines: Iterator[str], file: Path, most: int) -> Iterator[str]:
+    """Yield the lines with those that end in ``\\r`` alone joined to what follows."""
+    held = ""
+    for line in lines:
+        held += line
+        if len(held) > most:
+            raise too_large(file, len(held), most)
+        if not line.endswith("\r"):
+            yield held
+            held = ""
+    if held:
+        yield held
 
 
 def _parquet(file: Path, column: str | None, most: int = HUGE) -> Rows:

@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -200,6 +201,22 @@ def interrupted(corpus: Path, out: str) -> CorpusConfig:
     ledger = folder / "shards" / "ledger.jsonl"
     ledger.write_bytes(b"".join(ledger.read_bytes().splitlines(keepends=True)[:4]))
     return settings
+
+
+@pytest.mark.usefixtures("built")
+def test_a_build_of_an_older_encoding_is_found_finished_and_never_mixed(corpus: Path) -> None:
+    """Until then text that spelled a control token became one: such shards stay, and none are added to them."""
+    settings = config(corpus, "older")
+    shutil.copytree(corpus / "shards", settings.shards.path)
+    first, *others = (settings.shards.path / "ledger.jsonl").read_text().splitlines(keepends=True)
+    plan = json.loads(first)["plan"]
+    assert plan.pop("encoding") == 2
+    older = json.dumps({"plan": plan}) + "\n" + "".join(others)
+    (settings.shards.path / "ledger.jsonl").write_text(older)
+    assert build_shards(settings)["train"].documents > 0
+    (settings.shards.path / "train" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="encoding: there None, now 2"):
+        build_shards(settings)
 
 
 @pytest.mark.parametrize("which", ["first", "cut"])

@@ -56,6 +56,7 @@ def test_json_over_several_lines_is_read(tmp_path: Path, indent: int | None) -> 
         ("a.csv", "text,label\n好的,真的\n".encode("gb18030"), r"GB18030[\s\S]*iconv -f gb18030"),
         ("a.csv", b"text,label,text\na,b,c\n", r"two columns have one name[\s\S]*'text'"),
         ("a.jsonl", b'{"label": 1, "label": 2}\n', r"the key 'label' is there twice"),
+        ("a.csv", b"text,label\nx\ry,b\n", r"not a readable csv row[\s\S]*a.csv:2"),
         ("a.csv", b"PK\x03\x04....", r"packed \(zip\)"),
         ("a.csv", b"\x28\xb5\x2f\xfd...", r"packed \(zstd\)"),
         ("a.csv", b"PAR1....", r"a parquet file"),
