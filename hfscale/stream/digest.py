@@ -20,24 +20,31 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
+    from torch import Tensor
+
     from hfscale.stream.examples import Examples
     from hfscale.stream.rows import Rows
 
 VERSION = 2
 
 
-def batch_digest(micro_batches: Iterable[Rows | Examples]) -> int:
-    """Return the digest of the micro-batches as they leave the stream, as a signed int64.
-
-    A sum of the ranks' digests in int64 (all-reduce; it wraps) is the digest of the global batch.
-    """
+def step_digest(micro_batches: Iterable[Rows | Examples]) -> int:
+    """Return the digest of micro-batches as they leave the stream, as a signed int64."""
     total = sum(
         digest_features(micro.features)
         if hasattr(micro, "features")
         else digest_rows(micro.ids_BL.numpy())
         for micro in micro_batches
     )
-    return (total + 2**63) % 2**64 - 2**63
+    return _signed(total)
+
+
+def batch_digest(ids: Iterable[Tensor]) -> int:
+    """Return the digest of the rows of (B, L + 1) id tensors, as a signed int64.
+
+    A sum of the ranks' digests in int64 (all-reduce; it wraps) is the digest of the global batch.
+    """
+    return _signed(sum(digest_rows(ids_BL.detach().cpu().numpy()) for ids_BL in ids))
 
 
 def digest_rows(ids_BL: np.ndarray) -> int:
@@ -58,3 +65,7 @@ def digest_features(features: Iterable[Mapping[str, Any]]) -> int:
 def _sum(rows: Iterable[Any]) -> int:
     digests = (hashlib.blake2b(row, digest_size=8).digest() for row in rows)
     return sum(int.from_bytes(digest, "little") for digest in digests) % 2**64
+
+
+def _signed(number: int) -> int:
+    return (number + 2**63) % 2**64 - 2**63

@@ -25,7 +25,7 @@ from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
 from hfscale.stream.digest import VERSION as DIGEST_VERSION
-from hfscale.stream.digest import batch_digest
+from hfscale.stream.digest import step_digest
 from hfscale.stream.examples import ExampleStream
 from hfscale.stream.loader import Stream
 from hfscale.training.evaluator import Evaluator, TaskEvaluator, global_losses
@@ -141,7 +141,7 @@ class Trainer:
             stop=self.stop.requested,
             due=self.checkpoints.due(step + 1),
             failed=self.checkpoints.failed() is not None,
-            digest=batch_digest(rows) if self._logged(step + 1) else 0,
+            digest=step_digest(rows) if self._logged(step + 1) else 0,
         )
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
