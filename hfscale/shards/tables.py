@@ -55,7 +55,8 @@ def _jsonl(file: Path, column: str | None, most: int = HUGE) -> Rows:
                 yield where, json.loads(text.rstrip(), object_pairs_hook=distinct_keys)
             except (ValueError, RecursionError) as error:
                 if number == 1 and (whole := _over_lines(file, most)) is not None:
-                    yield str(file), whole
+                    members = whole if isinstance(whole, list) else [whole]
+                    yield from ((f"{file}, row {n}", row) for n, row in enumerate(members))
                     return
                 raise _not_json(error, line, where) from None
 

@@ -8,8 +8,10 @@ from typing import Any
 
 import pytest
 
+from hfscale.config.schema import TextSource
+from hfscale.corpus.source import open_corpus
 from hfscale.errors import DataError
-from hfscale.shards.tables import table_files, table_rows
+from hfscale.shards.tables import hub_dataset, table_files, table_rows
 
 ROWS = [{"text": "好的", "label": "a"}, {"text": 'x, "y"', "label": "b"}]
 HEADED = "text;label\n好的;a\nplain;b\n"
@@ -47,6 +49,9 @@ def test_json_over_several_lines_is_read(tmp_path: Path, indent: int | None) -> 
     (tmp_path / "list.json").write_text(json.dumps(ROWS, indent=indent), "utf-8")
     (tmp_path / "squad.json").write_text(json.dumps(squad, indent=indent), "utf-8")
     assert rows(tmp_path / "list.json") == ROWS
+    if indent:
+        source = TextSource(format="jsonl", path=str(tmp_path / "list.json"))
+        assert list(open_corpus(source).documents()) == [row["text"] for row in ROWS]
     assert rows(tmp_path / "squad.json") == [{"context": "c", "question": "q", "answers": []}]
 
 
@@ -95,8 +100,9 @@ def test_numbers_of_classes_get_their_names(tmp_path: Path) -> None:
         {"text": "b", "label": None, "tags": []},
     ]
     data.save_to_disk(str(tmp_path / "disk"))
-    with pytest.raises(DataError, match=r"save_to_disk[\s\S]*to_parquet"):
-        rows(tmp_path / "disk")
+    for read in (rows, lambda path: hub_dataset(str(path), subset=None, split="train")):
+        with pytest.raises(DataError, match=r"save_to_disk[\s\S]*to_parquet"):
+            read(tmp_path / "disk")
 
 
 def test_folders_follow_links_and_leave_a_readme_out(tmp_path: Path) -> None:
