@@ -21,8 +21,9 @@ from benchmarks.common import interleaved, machine, ratio, record, spread, table
 from hfscale.config.schema import CorpusConfig, Split, TextSource
 from hfscale.corpus.build import build_shards
 from hfscale.corpus.source import open_corpus
-from hfscale.corpus.split import Counts, assign
+from hfscale.corpus.split import assign
 from hfscale.corpus.tokenizer_training import train_tokenizer
+from hfscale.shards.counts import Counts
 from hfscale.tokenizer import load_tokenizer
 
 BATCH = 512  # documents a call: as large as helps it

@@ -342,10 +342,11 @@ def _parse_override(text: str) -> Tree:
             remedy="for example train.steps=100",
         )
     tree = Tree()
-    if value.startswith(
-        ("*", "&", "!", "%", "@", "`")
-    ):  # YAML's own signs have no use in one value; a glob is meant
-        parsed: Any = value
+    plain = value.strip()
+    if not plain.startswith(("[", "{", '"', "'")) or plain in ("[", "{"):
+        parsed: Any = _scalar(
+            plain
+        )  # one value: YAML's signs have no use in it; `|`, `-`, `#` mean themselves
     else:
         node = _compose(value, where=f"{COMMAND_LINE}, {key}")
         parsed = None if node is None else _plain(node, f"{key}.", COMMAND_LINE, tree.sources)

@@ -13,7 +13,6 @@ from __future__ import annotations
 import hashlib
 import os
 import shutil
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
@@ -25,12 +24,14 @@ import numpy as np
 from hfscale.config.schema import CorpusConfig, ShardBuild
 from hfscale.corpus.ledger import BuildUnderWay, Ledger, Mark, open_ledger
 from hfscale.corpus.source import Corpus, open_corpus
-from hfscale.corpus.split import DIGEST_BYTES, Counts, Document, Side, assign, check_sides
+from hfscale.corpus.split import DIGEST_BYTES, Document, Side, assign, check_sides
 from hfscale.dist.world import available_cores
+from hfscale.encoding import VERSION as ENCODING
 from hfscale.encoding import encode_documents
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
 from hfscale.shards import manifest as manifests
+from hfscale.shards.counts import Counts
 from hfscale.shards.files import write_atomically
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.reader import ShardReader
@@ -93,7 +94,11 @@ class _Build:
         )
         self._sides: list[Side] = ["train", "validation"] if config.split.validation else ["train"]
         self._dtype = np.dtype("<u2" if self._info.vocab_size <= 2**16 else "<u4")
-        self._source = {**self.corpus.describe(), "split": config.split.model_dump()}
+        self._source = {
+            **self.corpus.describe(),
+            "split": config.split.model_dump(),
+            "encoding": ENCODING,
+        }
         self._chunk_tokens = max(1, round(shards.chunk_mb * 1e6 / self._dtype.itemsize))
         self._shard_chunks = max(1, round(shards.shard_mb / shards.chunk_mb))
         check_sides(config, self._sides)
@@ -114,6 +119,7 @@ class _Build:
             "source": self.corpus.describe(),
             "split": self._config.split.model_dump(),
             "tokenizer": asdict(self._info),
+            "encoding": ENCODING,
             "shards": {
                 "name": shards.name,
                 "dtype": self._dtype.name,
@@ -121,9 +127,10 @@ class _Build:
                 "shard_chunks": self._shard_chunks,
             },
         }
-        with open_ledger(folder, plan) as ledger:
+        finished = self.finished(folder)
+        with open_ledger(folder, plan, finished=finished) as ledger:
             folders, counts = {side: folder / side for side in self._sides}, Counts()
-            if self.finished(folder):
+            if finished or self.finished(folder):
                 return {side: Manifest.load(path) for side, path in folders.items()}
             sides = {
                 side: _Side(
@@ -147,10 +154,11 @@ class _Build:
                     tokenizer=self._info,
                     shards=tuple(ledger.shards[side]),
                     folder=folders[side],
-                    source={**self._source, "seen": asdict(counts), "side": side},
+                    source={**self._source, "seen": counts.record(), "side": side},
                 )
                 for side in self._sides
             }
+            ledger.finish(counts.record())
             for side, manifest in built.items():
                 if folder != shards.path:
                     write_atomically(folders[side] / DIGESTS, bytes(sides[side].digests))
@@ -168,7 +176,8 @@ class _Build:
             with progress_bar("tokenizing", corpus.total_bytes or None) as bar:
 
                 def pending() -> Iterator[Document]:
-                    for document in assign(corpus.documents(), config.split, counts):
+                    documents = corpus.documents(counts)
+                    for document in assign(documents, config.split, counts, at=corpus.at):
                         if sides[document.side].wants(document):
                             yield document
                         else:
@@ -186,7 +195,6 @@ class _Build:
                     tokens += len(ids)
                     bar.set_postfix_str(f"{tokens / 1e6:.1f} M tokens", refresh=False)
                     bar.update(document.size)
-            counts.undecodable = corpus.undecodable
 
         return feed
 
@@ -220,13 +228,13 @@ class _Build:
                             digests[DIGEST_BYTES * number : DIGEST_BYTES * (number + 1)],
                             0,
                         )
-                        counts.duplicates += document.digest in seen
+                        if document.digest in seen:
+                            counts.leave_out("duplicates", "")
                         if document.digest not in seen and sides[side].wants(document):
                             yield document, ids
                         seen.add(document.digest)
-            total = sum((Counter(part.source["seen"]) for part in parts), Counter(asdict(counts)))
-            for name in asdict(counts):
-                setattr(counts, name, total[name])
+            for part in parts:
+                counts.add(part.source["seen"])
 
         return feed
 

@@ -37,8 +37,12 @@ class Mark:
 
 
 @contextmanager
-def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
+def open_ledger(
+    folder: Path, plan: Mapping[str, Any], *, finished: bool = False
+) -> Iterator[Ledger]:
     """Yield the ledger of ``folder``, locked meanwhile; one that has no line at the end is taken away again.
+
+    What is ``finished`` may be of an older encoding of text, since nothing is added to it.
 
     Raises:
         BuildUnderWay: if another process builds there.
@@ -60,7 +64,7 @@ def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
                 remedy="wait for it, or set shards.path to another folder",
             ) from None
         try:
-            yield Ledger(path, file, json.loads(json.dumps(plan)))
+            yield Ledger(path, file, json.loads(json.dumps(plan)), finished=finished)
         finally:
             if os.fstat(file.fileno()).st_size == 0:
                 path.unlink(missing_ok=True)
@@ -69,7 +73,9 @@ def open_ledger(folder: Path, plan: Mapping[str, Any]) -> Iterator[Ledger]:
 class Ledger:
     """What was committed to a folder: ``shards`` and ``marks``, a line each. Made by ``open_ledger``."""
 
-    def __init__(self, path: Path, file: IO[bytes], plan: dict[str, Any]) -> None:
+    def __init__(
+        self, path: Path, file: IO[bytes], plan: dict[str, Any], *, finished: bool = False
+    ) -> None:
         self._path, self._file = path, file
         self.shards: dict[Side, list[ShardEntry]] = {"train": [], "validation": []}
         self.marks: dict[Side, Mark] = {"train": Mark(), "validation": Mark()}
@@ -84,9 +90,13 @@ class Ledger:
                 {"plan": None}
             ]
             for line in lines:
+                if "seen" in line:
+                    continue  # what was read and left out: for people
                 self.shards[line["side"]].append(ShardEntry(**line["shard"]))
                 self.marks[line["side"]] = Mark(**line["mark"])
             there = begun["plan"]
+            if there is not None and finished:
+                there["encoding"] = plan.get("encoding")
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(
                 f"the ledger of a build is damaged: {error}",
@@ -118,6 +128,10 @@ class Ledger:
         """Return once it is on disk that ``shard`` is."""
         self.shards[side].append(shard)
         self._append({"side": side, "shard": asdict(shard), "mark": asdict(mark)})
+
+    def finish(self, seen: dict[str, Any]) -> None:
+        """Return once it is on disk what was read and what was left out."""
+        self._append({"seen": seen})
 
     def _append(self, line: dict[str, Any]) -> None:
         try:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 from hfscale.config.schema import CorpusConfig, Split
 from hfscale.corpus.source import open_corpus
 from hfscale.errors import DataError
+from hfscale.shards.counts import Counts, seen_line
 
 Side = Literal["train", "validation"]
 DIGEST_BYTES = 16  # of BLAKE2b: a false duplicate among 10^12 documents has a chance of 10^-15
@@ -22,17 +22,6 @@ class Document(NamedTuple):
     text: str
     digest: bytes
     size: int  # bytes of UTF-8
-
-
-@dataclass
-class Counts:
-    """What was seen and what was left out."""
-
-    documents: int = 0
-    duplicates: int = 0  # texts seen before, byte for byte
-    empty: int = 0  # nothing but white space
-    invalid: int = 0  # lone surrogates: no UTF-8 for them exists
-    undecodable: int = 0  # files, or pieces of long files, that are not UTF-8; known at the end
 
 
 def side_of(digest: bytes, split: Split) -> Side:
@@ -51,21 +40,16 @@ def check_sides(config: CorpusConfig, sides: Iterable[Side]) -> None:
     """
     wanted = set(sides)
     counts, corpus, digests = Counts(), open_corpus(config.source), []
-    for document in assign(corpus.documents(), config.split, counts):
+    for document in assign(corpus.documents(counts), config.split, counts, at=corpus.at):
         wanted.discard(document.side)
         digests.append(document.digest)
         if not wanted:
             return
     if not digests:
-        left_out = (
-            f"{counts.documents:,} documents read: {counts.empty:,} empty, {counts.duplicates:,} duplicates, {counts.invalid:,} "
-            f"invalid; {corpus.undecodable:,} files not UTF-8"
-            + (f" such as {corpus.examples[0]}" if corpus.examples else "")
-        )
         raise DataError(
             "the source holds no text",
             where=config.source.path,
-            value=left_out,
+            value=seen_line(counts.record()),
             remedy="look at source.path and source.pattern",
         )
     works = next(
@@ -95,8 +79,10 @@ def check_sides(config: CorpusConfig, sides: Iterable[Side]) -> None:
     )
 
 
-def assign(texts: Iterable[str], split: Split, counts: Counts) -> Iterator[Document]:
-    """Yield each distinct, non-empty document once, with its side; what is left out is counted in ``counts``.
+def assign(
+    texts: Iterable[str], split: Split, counts: Counts, *, at: Callable[[], str] = str
+) -> Iterator[Document]:
+    """Yield each distinct, non-empty document once, with its side; what is left out is counted in ``counts``, ``at`` its place.
 
     Remembers a digest a document: about 100 bytes of memory each.
     """
@@ -104,16 +90,16 @@ def assign(texts: Iterable[str], split: Split, counts: Counts) -> Iterator[Docum
     for text in texts:
         counts.documents += 1
         if not text or text.isspace():
-            counts.empty += 1
+            counts.leave_out("empty", at())
             continue
         try:
             data = text.encode()
         except UnicodeEncodeError:
-            counts.invalid += 1
+            counts.leave_out("invalid", at())
             continue
         digest = hashlib.blake2b(data, digest_size=DIGEST_BYTES).digest()
         if digest in seen:
-            counts.duplicates += 1
+            counts.leave_out("duplicates", "")
             continue
         seen.add(digest)
         yield Document(side_of(digest, split), text, digest, len(data))

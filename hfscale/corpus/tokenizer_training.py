@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -17,9 +17,10 @@ from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
 from hfscale.corpus.source import open_corpus
-from hfscale.corpus.split import Counts, Side, assign, check_sides
+from hfscale.corpus.split import Side, assign, check_sides
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
+from hfscale.shards.counts import Counts
 from hfscale.shards.files import cannot_write
 
 if TYPE_CHECKING:
@@ -66,7 +67,8 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
 
     recipe, reading = RECIPES[config.tokenizer.kind](config.tokenizer), _Reading(config)
     with progress_bar("reading", corpus.total_bytes or None) as bar:
-        texts = reading.training_texts(corpus.documents(), bar)
+        documents = corpus.documents(reading.counts)
+        texts = reading.training_texts(documents, bar, at=corpus.at)
         if recipe.by_line:
             texts = (line for text in texts for line in text.splitlines() if line)
         recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
@@ -83,8 +85,8 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
         "trained_on": reading.trained,
         "documents": reading.counts.documents,
         "duplicates": reading.counts.duplicates,
-        "undecodable": corpus.undecodable,
-        "skipped": corpus.examples,
+        "undecodable": reading.counts.undecodable,
+        "seen": reading.counts.record(),
     }
     _save(tokenizer, folder, {"plan": plan, "report": report})
     return report
@@ -98,9 +100,11 @@ class _Reading:
         self.samples: dict[Side, list[str]] = {"train": [], "validation": []}
         self._room = dict.fromkeys(self.samples, MEASURED_BYTES)
 
-    def training_texts(self, documents: Iterable[str], bar: Any) -> Iterator[str]:
+    def training_texts(
+        self, documents: Iterable[str], bar: Any, *, at: Callable[[], str]
+    ) -> Iterator[str]:
         """Yield the texts of the train side, long words broken."""
-        for document in assign(documents, self._config.split, self.counts):
+        for document in assign(documents, self._config.split, self.counts, at=at):
             bar.update(document.size)
             training = document.side == "train"
             if training and self.trained == self._config.tokenizer.max_documents:
@@ -117,7 +121,11 @@ def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, A
     """Return ``vocab_size``, ``bytes_per_token``, ``unknown`` (a share of the tokens) and ``vocabulary_used`` (of the ids) of ``texts``."""
     used: set[int] = set()
     tokens = unknown = 0
-    for encoding in tokenizer.backend_tokenizer.encode_batch(texts, add_special_tokens=False):
+    backend = tokenizer.backend_tokenizer
+    backend.encode_special_tokens = True  # text that spells a control token is text
+    encodings = backend.encode_batch(texts, add_special_tokens=False)
+    backend.encode_special_tokens = False
+    for encoding in encodings:
         tokens += len(encoding.ids)
         used.update(encoding.ids)
         unknown += (

@@ -44,6 +44,7 @@ class EngineLM(HFLM):
             engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False
         )  # which would make passes uneven
         logging.disable(logging.NOTSET)
+        tokenizer.split_special_tokens = True  # a task's text that spells a control token is text
         self._engine = engine
 
     def _dealt(self, requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:

@@ -96,10 +96,20 @@ class TokenMaterial:
             part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
         position = StreamState.from_dict(saved["stream"]) if saved else None
         if self._order.raw:
+            forged = position is not None and position.text == 1
+            if forged and world.rank == 0:
+                logger.warning(
+                    "this run on raw text began when text that spells a control token became one; so it goes on"
+                )
             rows = TextRows(
                 rows,
                 self._order,
-                open_encoders(config, self.tokenizer, local_ranks=world.local_world_size),
+                open_encoders(
+                    config,
+                    self.tokenizer,
+                    local_ranks=world.local_world_size,
+                    forged=forged,
+                ),
                 state=position,
                 global_batch=global_batch,
                 rank=world.rank,

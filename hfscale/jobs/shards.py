@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
@@ -17,7 +18,7 @@ from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, DataError
 from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.evaluate import described, folder_of, keep
 from hfscale.jobs.material import held_out_rows, open_rows, run_config
@@ -25,9 +26,12 @@ from hfscale.jobs.opening import open_model
 from hfscale.jobs.predict import model_digest, model_folder
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
+from hfscale.metrics.token_bytes import TokenBytes
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows
+from hfscale.tokenizer import end_of_document_id
 
+VERSION = 2  # of how scores are made: others are not found again
 OF_ARCHITECTURES = {"ForCausalLM": "clm", "LMHeadModel": "clm", "ForMaskedLM": "mlm"}
 
 
@@ -55,7 +59,7 @@ def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsCon
     key = {
         "model": model_digest(folder),
         "data": rows.fingerprint,
-        "config": f"{cut} {config.engine.precision}",
+        "config": f"{cut} {config.engine.precision} {VERSION}",
     }
     where = {
         "model": str(folder.absolute()),
@@ -153,6 +157,12 @@ def _scores(
 ) -> dict[str, Any]:
     """Return the scores of the rows of all ranks."""
     mine = list[tuple[int, float, int, int]]()  # of a row: its position, nats, tokens, bytes
+    unknown = ""  # why bytes are not known
+    try:
+        end_id = end_of_document_id(tokenizer)
+        token_bytes = TokenBytes(tokenizer, end_id=end_id) if objective.causal else None
+    except DataError as error:
+        token_bytes, unknown = None, error.what
     [term, *_] = [term for term, weight in objective.weights().items() if weight]
     with progress_bar("evaluating" if engine.rank == 0 else "", len(rows), unit=" batches") as bar:
         for micro in rows:
@@ -161,17 +171,18 @@ def _scores(
                 objective.loss(engine, batch.to(engine.device))[term].tolist(),
                 batch.counts[term].tolist(),
             )
-            texts_B = [
-                str(tokenizer.decode(labels_T[labels_T >= 0], skip_special_tokens=True))
-                for labels_T in batch.labels_BT
-            ]
-            lines = zip(
-                micro.position.tolist(),
-                nats_B,
-                tokens_B,
-                (len(text.encode()) for text in texts_B),
-                strict=True,
-            )
+            bytes_B = [0] * len(nats_B)
+            if token_bytes is not None:
+                sizes_B = [
+                    token_bytes.of(ids_L, np.concatenate([[False], labels_T >= 0]))
+                    for ids_L, labels_T in zip(
+                        micro.ids_BL.numpy(), batch.labels_BT.numpy(), strict=True
+                    )
+                ]
+                if None in sizes_B:
+                    unknown = "unknown tokens do not say of how many bytes they are"
+                bytes_B = [size or 0 for size in sizes_B]
+            lines = zip(micro.position.tolist(), nats_B, tokens_B, bytes_B, strict=True)
             mine += [
                 line for line, valid in zip(lines, micro.valid_B, strict=True) if valid and line[2]
             ]
@@ -179,7 +190,9 @@ def _scores(
     _, nats, tokens, sizes = zip(
         *sorted(line for part in from_all_ranks(mine) for line in part), strict=True
     )
-    found = described(language_model(nats, tokens, sizes))
-    for figures in (found["scores"], found["intervals"]) if not objective.causal else ():
-        del figures["bits_per_byte"]  # of a text all of whose tokens are predicted
+    unknown = next((why for why in from_all_ranks(unknown) if why), "")
+    known = objective.causal and not unknown  # of a text all of whose tokens are predicted
+    found = described(language_model(nats, tokens, sizes if known else None))
+    if unknown:
+        found["notes"]["bits_per_byte"] = f"not given: {unknown}"
     return {"objective": term, "tokens": sum(tokens), **found}

@@ -11,9 +11,10 @@ from hfscale.metrics.measure import Measure, Scores, from_sums, paired
 
 
 def language_model(
-    nats: Sequence[float], tokens: Sequence[int], utf8_bytes: Sequence[int]
+    nats: Sequence[float], tokens: Sequence[int], utf8_bytes: Sequence[int] | None
 ) -> Measure:
-    """Return ``loss`` (nats a token), ``perplexity`` and ``bits_per_byte``, from each document's summed loss, and its tokens and bytes.
+    """Return ``loss`` (nats a token), ``perplexity`` and ``bits_per_byte``, from each document's summed loss, and its tokens and bytes;
+    no bits where the bytes are not known (None).
 
     Raises:
         DataError: if there are no documents.
@@ -22,10 +23,11 @@ def language_model(
 
     def finish(sums: np.ndarray) -> Scores:
         total, count, size = sums.T
-        return {
+        scores = {
             "loss": total / count,
             "perplexity": np.exp(np.minimum(total / count, 700.0)),
-            "bits_per_byte": total / size / log(2),
         }
+        return scores if utf8_bytes is None else {**scores, "bits_per_byte": total / size / log(2)}
 
-    return from_sums(np.array([nats, tokens, utf8_bytes], dtype=float).T, finish)
+    sizes = utf8_bytes if utf8_bytes is not None else [0] * len(nats)
+    return from_sums(np.array([nats, tokens, sizes], dtype=float).T, finish)

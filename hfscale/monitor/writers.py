@@ -56,7 +56,7 @@ class MetricsLog:
         )
         if self._board is not None:
             for name, value in _flat(record):
-                if name not in ("step", "batch_digest"):
+                if name not in ("step", "batch_digest", "digest_version"):
                     self._board.add_scalar(name, value, record["step"])
             self._board.flush()
         logger.info(self._line(record))

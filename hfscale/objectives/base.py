@@ -69,7 +69,7 @@ class Batch:
 
     inputs: dict[str, Tensor]  # keywords of the model
     labels_BT: Tensor  # int64; IGNORE_INDEX where nothing is asked
-    input_ids: Tensor  # int64 (B, T): the rows before any corruption, for the batch digest
+    input_ids: Tensor  # int64 (B, T): the rows before any corruption, whose tokens are counted
     counts: dict[str, Tensor]  # term -> int64 (B,): how many items of each row are scored
     source_B: Tensor  # int16: which corpus each row is from
     position_B: Tensor  # int64: the row's place in the run's order
@@ -79,7 +79,7 @@ class Batch:
     lengths_B: Tensor | None = None  # int64: of ``input_ids`` without padding; None = all of T
 
     def rows(self) -> list[Tensor]:
-        """Return ``input_ids`` as what the batch digest is taken of: without padding, which depends on how the batch was cut."""
+        """Return ``input_ids`` without padding, which depends on how the batch was cut: what ``tokens_seen`` counts."""
         if self.lengths_B is None:
             return [self.input_ids]
         return [

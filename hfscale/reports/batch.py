@@ -17,7 +17,7 @@ from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.reports.status import records
 from hfscale.shards.reader import ShardReader
-from hfscale.stream.digest import digest_rows
+from hfscale.stream.digest import VERSION, digest_rows
 from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.state import StreamState
@@ -38,6 +38,7 @@ class Row:
         int, ...
     ]  # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
     text: str
+    ids: list[int]  # seq_len + 1
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class Step:
     rows: list[Row]
     digest: int
     logged: int | None  # None where this step was not logged
+    version: int  # of both: 1, of older records, is of the inputs alone, without the last label
 
 
 def rebuild(run_dir: Path, *, step: int) -> Step:
@@ -88,11 +90,16 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     )  # it knows the weights of earlier attempts
     tokenizer, positions = load_tokenizer(config.tokenizer.path), np.arange(start, stop)
     if order.raw:  # its lanes are walked from the nearest checkpoint on
-        saved = newest_state(run_dir, before=step)
+        saved, newest = newest_state(run_dir, before=step), newest_state(run_dir)
+        older = (
+            StreamState.from_dict(newest["stream"]).text == 1
+            if newest
+            else "digest_version" not in next(iter(logged.values()))
+        )
         data = TextRows(
             data,
             order,
-            open_encoders(config, tokenizer),
+            open_encoders(config, tokenizer, forged=older),
             global_batch=config.train.global_batch,
             state=StreamState.from_dict(saved["stream"]) if saved else None,
         )
@@ -118,9 +125,12 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
             place = entry.name, first, member, (begins, ends)
         else:
             place = entry.name, first, "damaged", ()
-        rows.append(Row(start + k, sources[k], *place, text))
+        rows.append(Row(start + k, sources[k], *place, text, ids_BL[k].tolist()))
     data.close()
-    return Step(rows, digest_rows(ids_BL[:, :-1]), logged.get(step, {}).get("batch_digest"))
+    record = logged.get(step, {})
+    version = record.get("digest_version", 1 if record else VERSION)
+    digest = digest_rows(ids_BL[:, :-1] if version == 1 else ids_BL)
+    return Step(rows, digest, record.get("batch_digest"), version)
 
 
 def _positions(

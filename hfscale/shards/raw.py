@@ -210,11 +210,13 @@ def members_of(tar: Path) -> Iterator[tuple[str, dict[str, Member]]]:
         yield current, members
 
 
-def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
+def texts_of(
+    tar: Path, field: str, *, most: int | None = None
+) -> Iterator[tuple[Member, bytes, str]]:
     """Yield of each sample the member that ``field`` names, its payload and the text in it.
 
     Raises:
-        DataError: for a damaged tar, and a sample without text.
+        DataError: for a damaged tar, a sample without text, and a member of more than ``most`` bytes.
     """
     extension, _ = _split(field)
     with open(tar, "rb") as file:
@@ -227,6 +229,8 @@ def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
                     value=sorted(members),
                     remedy=f"name the extension that holds it, never a pickle (--field, source.field): {known}",
                 )
+            if most is not None and member.size > most:
+                raise too_large(f"{tar}, member {member.name}", member.size, most)
             file.seek(member.offset)
             payload = file.read(member.size)
             try:
@@ -237,6 +241,16 @@ def texts_of(tar: Path, field: str) -> Iterator[tuple[Member, bytes, str]]:
                     where=f"{tar}, member {member.name}",
                     remedy="say where the text is, e.g. --field txt or --field json.text, or leave this tar out",
                 ) from None
+
+
+def too_large(where: object, size: int, most: int) -> DataError:
+    """Return the error for a row that would have to be held as a whole and is larger than that allows."""
+    return DataError(
+        f"a row is larger than {most / 1e6:,.0f} MB, which is as much as is held of one",
+        where=where,
+        value=f"{size:,} bytes" if size > most else "more",
+        remedy="cut it into several rows, make it a text file of its own, or raise source.document_mb",
+    )
 
 
 def _index(tar: Path, field: str) -> ShardIndex:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hfscale.errors import DataError, UserError
+from hfscale.shards.counts import seen_line
 from hfscale.shards.manifest import TEXT, Manifest
 from hfscale.shards.reader import ShardReader
 
@@ -40,6 +41,8 @@ def describe(manifest: Manifest) -> str:
             f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of document {tokenizer.eod_id}",
         ]
     lines.append(f"  fingerprint {manifest.fingerprint}")
+    if "seen" in manifest.source:
+        lines.append(f"  of all sides: {seen_line(manifest.source['seen'])}")
     if manifest.dtype != TEXT and manifest.documents:
         lengths = document_lengths(manifest)
         lines.append(

@@ -2,108 +2,192 @@
 
 from __future__ import annotations
 
-import codecs
 import csv
-import gzip
 import hashlib
 import json
 import sys
-import zlib
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
-from functools import partial
-from glob import glob, has_magic
+from contextlib import suppress
+from functools import cache, partial
+from glob import has_magic
+from itertools import chain
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from hfscale.errors import DataError
-from hfscale.shards.raw import PICKLED, members_of
+from hfscale.log import logger
+from hfscale.shards.classes import class_names, with_names
+from hfscale.shards.listing import files_below, split_glob
+from hfscale.shards.raw import PICKLED, members_of, too_large
+from hfscale.shards.text_files import BYTE_ORDERS, lines_of, open_source, open_table
 
 Rows = Iterator[tuple[str, Any]]
+HUGE = 1 << 30  # bytes of a row that nobody has set a limit for
 
 
-@contextmanager
-def open_source(file: Path) -> Iterator[IO[bytes]]:
-    """Open a file, unpacked if its name ends in .gz.
-
-    Raises:
-        DataError: while opening or reading it, if that cannot be done.
-    """
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            yield stream  # type: ignore[misc]
-    except (OSError, EOFError, zlib.error) as error:
-        raise DataError(
-            f"cannot read a source file: {getattr(error, 'strerror', None) or error}", where=file
-        ) from None
+def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return a JSON object; a key that is there twice is an error, where Python would take the last."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} is there twice")
+    return found
 
 
-# ------------------------------------------- readers of one file; ``column`` is the only one that is wanted, None: all
-def _jsonl(file: Path, column: str | None) -> Rows:
+# ------------- readers of one file; ``column`` is the only one that is wanted, None: all; ``most``: bytes of a row
+def _jsonl(file: Path, column: str | None, most: int = HUGE) -> Rows:
+    with open_table(file) as (stream, encoding):
+        if encoding == "utf-16":
+            lines: Iterator[bytes] = (
+                line.encode() for line in lines_of(stream, file, encoding=encoding, most=most)
+            )
+        else:
+            lines = iter(lambda: stream.readline(most + 1), b"")
+        for number, line in enumerate(lines, start=1):
+            where = f"{file}:{number}"
+            if len(line) > most:
+                raise too_large(where, len(line), most)
+            if not line.strip():
+                continue
+            try:
+                text = line.decode("utf-8-sig") if number == 1 else line
+                yield where, json.loads(text.rstrip(), object_pairs_hook=distinct_keys)
+            except (ValueError, RecursionError) as error:
+                if number == 1 and (whole := _over_lines(file, most)) is not None:
+                    members = whole if isinstance(whole, list) else [whole]
+                    yield from ((f"{file}, row {n}", row) for n, row in enumerate(members))
+                    return
+                raise _not_json(error, line, where) from None
+
+
+def _over_lines(file: Path, most: int) -> Any:
+    """Return what a file of JSON over several lines holds, or None where it is no such file or too large to be held."""
     with open_source(file) as stream:
-        for number, line in enumerate(stream, start=1):
-            if line.strip():
-                where = f"{file}:{number}"
-                try:
-                    yield (
-                        where,
-                        json.loads((line.decode("utf-8-sig") if number == 1 else line).rstrip()),
-                    )
-                except (ValueError, RecursionError) as error:
-                    at = (
-                        f"{error.msg} (character {error.colno})"
-                        if isinstance(error, json.JSONDecodeError)
-                        else str(error)
-                    )
-                    raise DataError(
-                        f"not a JSON line: {at}",
-                        where=where,
-                        value=line.decode("utf-8", "replace").rstrip()[:80],
-                        remedy="one JSON object a line, in UTF-8",
-                    ) from None
+        data = stream.read(most + 1)
+    if len(data) > most:
+        return None
+    with suppress(ValueError, RecursionError):
+        encoding = BYTE_ORDERS.get(data[:2], "utf-8-sig")
+        return json.loads(data.decode(encoding), object_pairs_hook=distinct_keys)
+    return None
 
 
-def _lines(file: Path, column: str | None) -> Rows:
-    with open_source(file) as stream:
-        try:
-            for number, line in enumerate(codecs.iterdecode(stream, "utf-8-sig"), start=1):
-                yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
-        except UnicodeDecodeError as error:
-            raise DataError(f"not UTF-8: {error}", where=file) from None
+def _not_json(error: Exception, line: bytes, where: str) -> DataError:
+    at = (
+        f"{error.msg} (character {error.colno})"
+        if isinstance(error, json.JSONDecodeError)
+        else str(error)
+    )
+    return DataError(
+        f"not a JSON line: {at}",
+        where=where,
+        value=line[:400].decode("utf-8", "replace").rstrip()[:80],
+        remedy="one JSON object a line, or a whole file of JSON that is closed, in UTF-8",
+    )
 
 
-def _csv(file: Path, column: str | None, *, delimiter: str = ",") -> Rows:
-    csv.field_size_limit(sys.maxsize)
-    with open_source(file) as stream:
+def _lines(file: Path, column: str | None, most: int = HUGE) -> Rows:
+    with open_table(file) as (stream, encoding):
+        lines = lines_of(stream, file, encoding=encoding, most=most)
+        for number, line in enumerate(lines, start=1):
+            yield f"{file}:{number}", {"text": line.rstrip("\r\n")}
+
+
+def _csv(file: Path, column: str | None, most: int = HUGE, *, delimiter: str = ",") -> Rows:
+    csv.field_size_limit(min(most, sys.maxsize))
+    with open_table(file) as (stream, encoding):
+        lines = lines_of(stream, file, encoding=encoding, most=most)
+        first = next(lines, "")
+        if first.lower().startswith("sep=") and len(first.strip()) == 5:  # Excel says it so
+            delimiter, first = first[4], next(lines, "")
+        if not first.endswith("\r"):  # then `\r` ends no line: it is a part of a cell, or a mistake
+            lines = _to_line_feeds(lines, file, most)
+        if delimiter not in first:
+            delimiter = next((sign for sign in ";\t" if sign in first), delimiter)
         rows = csv.DictReader(
-            codecs.iterdecode(stream, "utf-8-sig"), delimiter=delimiter, strict=True
+            chain([first] if first else [], lines), delimiter=delimiter, strict=True
         )  # an open quote eats the rest
         try:
+            header = [name for name in rows.fieldnames or [] if name]
+            if twice := [name for name in header if header.count(name) > 1]:
+                raise DataError(
+                    "two columns have one name",
+                    where=f"{file}:{rows.line_num}",
+                    value=twice[0],
+                    remedy="rename one of them, or take it out",
+                )
             for row in rows:
                 yield f"{file}:{rows.line_num}", row
-        except (UnicodeDecodeError, csv.Error) as error:
+        except csv.Error as error:
             raise DataError(
                 f"not a readable csv row: {error}",
                 where=f"{file}:{rows.line_num + 1}",
-                remedy="a header line, commas, quotes that close, UTF-8",
+                remedy="a header line, commas (or semicolons, or tabs), quotes that close, UTF-8",
             ) from None
 
 
-def _parquet(file: Path, column: str | None) -> Rows:
+def _to_line_feeds(lines: Iterator[str], file: Path, most: int) -> Iterator[str]:
+    """Yield the lines with those that end in ``\\r`` alone joined to what follows."""
+    held = ""
+    for line in lines:
+        held += line
+        if len(held) > most:
+            raise too_large(file, len(held), most)
+        if not line.endswith("\r"):
+            yield held
+            held = ""
+    if held:
+        yield held
+
+
+def _parquet(file: Path, column: str | None, most: int = HUGE) -> Rows:
     import pyarrow
     import pyarrow.parquet as parquet
 
     try:
         with parquet.ParquetFile(file) as table:
-            columns = [column] if column in table.schema_arrow.names else None
-            batches = table.iter_batches(batch_size=1024, columns=columns)
-            for number, row in enumerate(row for batch in batches for row in batch.to_pylist()):
-                yield f"{file}, row {number}", row
+            names = table.schema_arrow.names
+            if twice := [name for name in names if names.count(name) > 1]:
+                raise DataError(
+                    "two columns have one name",
+                    where=file,
+                    value=twice[0],
+                    remedy="rename one of them",
+                )
+            columns = [column] if column is not None and column in names else None
+            named, number = class_names(table.schema_arrow), 0
+            for group in range(table.num_row_groups):
+                size = _row_bytes(table.metadata.row_group(group), columns)
+                if size > most:
+                    raise too_large(f"{file}, row {number}", size, most)
+                for batch in table.iter_batches(
+                    batch_size=max(1, min(1024, BATCH_BYTES // max(1, size))),
+                    row_groups=[group],
+                    columns=columns,
+                ):
+                    for row in batch.to_pylist():
+                        yield f"{file}, row {number}", with_names(row, named)
+                        number += 1
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"not a readable parquet file: {error}", where=file) from None
 
 
-def _webdataset(file: Path, column: str | None) -> Rows:
+BATCH_BYTES = 1 << 24  # of parquet that are made Python objects at once
+
+
+def _row_bytes(group: Any, columns: list[str] | None) -> int:
+    """Return the bytes of a row of a row group of parquet, on average."""
+    parts = [group.column(number) for number in range(group.num_columns)]
+    wanted = [
+        part.total_uncompressed_size
+        for part in parts
+        if columns is None or part.path_in_schema.split(".")[0] in columns
+    ]
+    return sum(wanted) // max(1, group.num_rows)
+
+
+def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:
     """Yield the samples: the keys of JSON members and, by their extensions, the members that are text; the sample's key is its id."""
     with open(file, "rb") as stream:
         for key, members in members_of(file):
@@ -113,7 +197,14 @@ def _webdataset(file: Path, column: str | None) -> Rows:
                 payload = b"" if name in PICKLED else stream.read(member.size)
                 try:
                     text = payload.decode("utf-8-sig")
-                    row |= json.loads(text) if name.endswith("json") else {name: text}
+                    cells = (
+                        json.loads(text, object_pairs_hook=distinct_keys)
+                        if name.endswith("json")
+                        else {name: text}
+                    )
+                    if twice := cells.keys() & row.keys() - {"id"}:
+                        raise ValueError(f"{min(twice)!r} is there twice in the sample")
+                    row |= cells
                 except UnicodeDecodeError:
                     continue  # an image, say: no column of text
                 except (ValueError, TypeError) as error:
@@ -123,7 +214,7 @@ def _webdataset(file: Path, column: str | None) -> Rows:
             yield where, row
 
 
-READERS: dict[str, Callable[[Path, str | None], Rows]] = {
+READERS: dict[str, Callable[..., Rows]] = {
     "jsonl": _jsonl,
     "csv": _csv,
     "tsv": partial(_csv, delimiter="\t"),
@@ -147,33 +238,74 @@ SUFFIXES = {
 def table_files(name: str | Path) -> list[Path]:
     """Return the files of the table ``name`` (a file, a folder or a glob), sorted; none: then it can only be the hub's.
 
+    In a folder files of plain text are left out, with a notice, where there are tables beside them: a README, a licence.
+
     Raises:
-        DataError: if it can be nothing of the hub either.
+        DataError: if it can be nothing of the hub either, or is a data set that ``save_to_disk`` wrote.
     """
     path = Path(name)
     if path.is_file():
         return [path]
-    found = glob(str(path), recursive=True) if has_magic(str(path)) else map(str, path.rglob("*"))
-    files = sorted(
-        file
-        for file in map(Path, found)
-        if kind_of(file) and file.is_file() and not file.name.startswith(".")
-    )
+    root, pattern = split_glob(path) or (path, "**")
+    if (root / "dataset_dict.json").is_file() or (root / "state.json").is_file():
+        raise DataError(
+            "this folder was written by save_to_disk of `datasets`, which is not read",
+            where=root,
+            remedy="write it as parquet: datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet'), "
+            "of several splits each: load_from_disk(FOLDER)['train'].to_parquet(...)",
+        )
+    try:
+        names, others = files_below(root, [pattern]) if root.is_dir() else ([], [])
+    except ValueError as error:
+        raise DataError(f"not a pattern: {error}", where="data", value=str(name)) from None
+    files = [root / name for name in names if kind_of(Path(name))]
+    if lost := [name for name in others if kind_of(Path(name))]:
+        raise DataError(
+            "a table is a link that leads nowhere, or no file",
+            where=root,
+            value=lost[:3],
+            remedy="mend or remove it",
+        )
+    texts = [file for file in files if kind_of(file) == "lines"]
+    if len(texts) < len(files) and pattern == "**" and texts:
+        left = ", ".join(file.name for file in texts[:3])
+        _say_once(f"{root}: plain text beside tables is left out: {left}")
+        files = [file for file in files if file not in texts]
     no_hub_name = (
         has_magic(str(name))
         or path.is_absolute()
+        or path.is_dir()
         or path.suffix in SUFFIXES
         or str(name).startswith(".")
         or len(path.parts) > 2
     )
     if not files and no_hub_name:
+        unread = [name for name in names if unread_kind(Path(name))]
         raise DataError(
-            "there is no such table",
+            "there is no table that can be read" if names else "there is no such table",
             where="data",
-            value=str(name),
-            remedy=f"name a file ({', '.join(SUFFIXES)}), a folder or a glob: data.train=FILE; or --data FILE",
+            value=f"{root}: {', '.join(unread[:3])}" if unread else str(name),
+            remedy=(unread_kind(Path(unread[0])) if unread else None)
+            or f"name a file ({', '.join(SUFFIXES)}), a folder or a glob: data.train=FILE; or --data FILE",
         )
     return files
+
+
+@cache
+def _say_once(line: str) -> None:
+    logger.warning(line)
+
+
+def unread_kind(file: Path) -> str | None:
+    """Return what to do with a kind of table that is not read, by its name."""
+    suffix = file.suffix.lower()
+    if suffix in (".xlsx", ".xls", ".ods", ".numbers"):
+        return "a spreadsheet: save it as csv (in Excel: CSV UTF-8)"
+    if suffix in (".arrow", ".feather"):
+        return "write it as parquet: datasets.Dataset.from_file(FILE).to_parquet('FILE.parquet')"
+    if suffix in (".zst", ".xz", ".bz2", ".zip", ".7z", ".lz4", ".tgz"):
+        return "unpack it, or pack it with gzip and name it .gz"
+    return None
 
 
 def kind_of(file: Path) -> str | None:
@@ -193,7 +325,7 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
             raise DataError(
                 "the name of this file does not say how to read it",
                 where=file,
-                remedy=f"rename it: {', '.join(SUFFIXES)}",
+                remedy=unread_kind(file) or f"rename it: {', '.join(SUFFIXES)}",
             )
         for where, row in (
             (where, row)
@@ -217,7 +349,9 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
             yield where, row
     if not files:
         rows = hub_dataset(str(name), subset=subset, split=split)
-        yield from ((f"{name}, row {number}", row) for number, row in enumerate(rows))
+        named = class_names(rows.features.arrow_schema)
+        for number, row in enumerate(rows):
+            yield f"{name}, row {number}", with_names(row, named)
 
 
 def _rows_of(document: Any) -> list[Any]:
@@ -262,6 +396,13 @@ def hub_dataset(
         return load_dataset(repository, subset, split=wanted or split, streaming=streaming)
     except Exception as error:  # datasets has no common class for what users get wrong
         first_line = str(error).strip().split("\n")[0]
+        if "load_from_disk" in str(error):
+            raise DataError(
+                "this folder was written by save_to_disk of `datasets`, which is not read",
+                where=setting,
+                value=name,
+                remedy="write it as parquet: datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet')",
+            ) from error
         raise DataError(
             f"cannot open the data set: {first_line}",
             where=setting,

@@ -23,6 +23,7 @@ from typing import Any, ClassVar, Protocol
 import numpy as np
 
 from hfscale.config.finetune import Examples
+from hfscale.encoding import NotText
 from hfscale.errors import ConfigError, DataError, counted, nearest
 from hfscale.log import logger, progress_bar
 from hfscale.shards.files import locked
@@ -30,7 +31,7 @@ from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
 SHOWN = 3  # bad examples that a report names
-VERSION = 3  # of what is cached
+VERSION = 4  # of what is cached
 MISSING = object()  # None is a cell that is empty
 
 
@@ -143,15 +144,21 @@ def is_text(value: str) -> bool:
 
 def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
     """Return a number in [0, 1) that depends on what the example asks alone: the same question is always in the same split."""
-    asked = {
-        role: value
-        for role, value in sorted(example.items())
-        if role != "id" and role not in roles.answers
-    }
+    question = getattr(roles, "question", None)  # of a task; it may be a part of the roles alone
+    asked = question(example) if question else all_but_answers(example, roles)
     digest = hashlib.blake2b(
         json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8
     ).digest()
     return int.from_bytes(digest, "little") / 2**64
+
+
+def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> dict[str, Any]:
+    """Return what an example asks, where every role that is no answer says a part of it; a role that is empty says nothing."""
+    return {
+        role: value
+        for role, value in sorted(example.items())
+        if role != "id" and role not in roles.answers and value not in (None, "")
+    }
 
 
 @dataclass
@@ -348,7 +355,7 @@ class LabelledData:
                         raise BadExample(
                             f"it is longer than data.max_length={self.data.max_length} tokens"
                         )
-                except BadExample as error:
+                except (BadExample, NotText) as error:
                     report["bad"] += 1
                     report["shown"] = [*report["shown"], f"{example['id']}: {error}"][:SHOWN]
                     continue

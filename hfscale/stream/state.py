@@ -30,6 +30,7 @@ class StreamState:
     cursors: list[list[list[int]]] = field(
         default_factory=list
     )  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
+    text: int = 2  # of raw text: 1, from before, made control tokens of text that spells them; so it goes on
     version: int = STATE_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -55,4 +56,7 @@ class StreamState:
                 value=content.get("version"),
                 remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it",
             )
-        return cls(**{name: value for name, value in content.items() if name != "consumed_tokens"})
+        begun = {"text": 1 if content.get("cursors") else 2}  # of a state that does not say it
+        return cls(
+            **begun | {name: value for name, value in content.items() if name != "consumed_tokens"}
+        )

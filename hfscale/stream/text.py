@@ -50,9 +50,13 @@ FIRST_BYTES = (
 
 
 def open_encoders(
-    config: RunConfig, tokenizer: PreTrainedTokenizerFast, *, local_ranks: int = 1
+    config: RunConfig,
+    tokenizer: PreTrainedTokenizerFast,
+    *,
+    local_ranks: int = 1,
+    forged: bool = False,
 ) -> Encoders:
-    """Return the tokenizing processes of one of the ranks of this node."""
+    """Return the tokenizing processes of one of the ranks of this node; ``forged`` for a stream that began with it (``state.py``)."""
     procs = (
         max(1, available_cores() // local_ranks - 1)
         if config.data.tokenize_procs == "auto"
@@ -64,6 +68,7 @@ def open_encoders(
         dtype="<u4",
         procs=procs,
         setting="data.tokenize_procs",
+        forged=forged,
     )
 
 

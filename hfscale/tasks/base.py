@@ -16,7 +16,8 @@ import hashlib
 import inspect
 import json
 import re
-from collections.abc import Iterable, Sequence
+import unicodedata
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
 from itertools import chain
@@ -30,10 +31,13 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hfscale.config.schema import Named, Section
+from hfscale.encoding import text_alone
+from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
+from hfscale.stream.labelled import all_but_answers
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -122,6 +126,12 @@ class Task(Objective):
         """Return the facts as the config of a model that was fine-tuned for this task, by anybody, says them."""
         return {}
 
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return what identifies the question that ``example`` asks, as JSON: a share of the examples that is held out is chosen by it,
+        so that equal questions are never in two splits, whatever their answers. By default all roles but the answers."""
+        return all_but_answers(example, cls)
+
     def model_overrides(self) -> dict[str, Any]:
         """Return values that the model's config must have: ``num_labels``, ``id2label``, ... They are exported with it."""
         return {}
@@ -206,13 +216,19 @@ class Task(Objective):
         )
 
     def encode(self, text: str, pair: str | None = None) -> Feature:
-        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first)."""
-        made = self.setting.tokenizer(text, pair)
-        truncated = len(made["input_ids"]) > self.setting.seq_len
+        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first).
+
+        Control tokens that a text spells are text; so they are wherever a task encodes one, with ``text_alone`` or ``Quoted``.
+        """
+        with text_alone(self.setting.tokenizer, text, pair):
+            return self.cut(partial(self.setting.tokenizer, text, pair))
+
+    def cut(self, encoded: Callable[..., Any]) -> Feature:
+        """Return what ``encoded(**how)`` gives, cut to ``seq_len``."""
+        made, longest = encoded(), self.setting.seq_len
+        truncated = len(made["input_ids"]) > longest
         if truncated:
-            made = self.setting.tokenizer(
-                text, pair, truncation=True, max_length=self.setting.seq_len
-            )
+            made = encoded(truncation=True, max_length=longest)
         return {**made, "truncated": truncated}
 
     def inputs(self, rows: Examples) -> dict[str, Tensor]:
@@ -239,7 +255,7 @@ class Task(Objective):
         labels: Tensor,
         counts: dict[str, Tensor],
     ) -> Batch:
-        """Return the batch, whose digest is that of the rows' ``input_ids`` without padding; fillers count nothing."""
+        """Return the batch, whose tokens are the rows' ``input_ids`` without padding; fillers count nothing."""
         return Batch(
             inputs=inputs,
             labels_BT=labels,
@@ -304,13 +320,15 @@ def cache_key(task: Task) -> str:
 
 
 def label_name(label: Any) -> str:
-    """Return a label as text; 1.0 is 1, as a table with gaps has it."""
-    return str(int(label)) if isinstance(label, float) and label.is_integer() else str(label)
+    """Return a label as text; 1.0 is 1, as a table with gaps has it, also where the number is text, as csv has it."""
+    if isinstance(label, float) and label.is_integer():
+        return str(int(label))
+    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label))
 
 
 def named(label: Any, labels: Sequence[str]) -> str:
     """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in data sets of the hub."""
-    name = label_name(label)
+    name = str(label) if str(label) in labels else label_name(label)
     if (
         name in labels
         or not (name.isascii() and name.isdecimal())
@@ -319,6 +337,26 @@ def named(label: Any, labels: Sequence[str]) -> str:
     ):
         return name
     return labels[int(name)]
+
+
+def known_labels(own: list[str], given: list[str] | None) -> list[str]:
+    """Return the labels of a model: its ``own``, or those ``given`` where its own are but numbers (LABEL_0).
+
+    Raises:
+        ConfigError: if those given are not its own: they say how the data's labels are numbered, and all must be known to the model.
+    """
+    if not given or not own:
+        return own
+    if len(given) == len(own) and all(re.fullmatch(r"LABEL_\d+", label) for label in own):
+        return given
+    if unknown := [label for label in given if label not in own]:
+        raise ConfigError(
+            "the model has no such label",
+            where="task.options.labels",
+            value=unknown[0],
+            remedy=f"name its own, in the order of the data's numbers: {', '.join(own):.300}",
+        )
+    return own
 
 
 def check_text(role: str, value: Any) -> None:
@@ -345,6 +383,9 @@ def all_labels(values: Iterable[Any]) -> list[str]:
     """Return the distinct labels (of lists, their members) as texts: numbers by size, also as texts, else by the alphabet.
 
     What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then names the example.
+
+    Raises:
+        BadExample: for two that look alike: they differ by spaces around them, or by how a letter is written in Unicode.
     """
     members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
     found = {
@@ -352,5 +393,10 @@ def all_labels(values: Iterable[Any]) -> list[str]:
         for label in members
         if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))
     }
+    looks = dict[str, str]()
+    for name in sorted(found):
+        look = " ".join(unicodedata.normalize("NFC", name).split())
+        if (other := looks.setdefault(look, name)) != name:
+            raise BadExample(f"the labels {other!r} and {name!r} look alike: write them alike")
     sizes = {name: float(name) for name in found if re.fullmatch(r"-?\d+(\.\d+)?", name)}
     return sorted(found, key=lambda name: (name not in sizes, sizes.get(name, 0.0), name))

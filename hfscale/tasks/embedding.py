@@ -74,6 +74,11 @@ class Embedding(Contrastive, Task):
             raise BadExample("some examples have a hard negative and others have none")
         return {}
 
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return the text: what it is compared with, and how near it is, are the answer."""
+        return {"text": example.get("text")}
+
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature: ``input_ids`` of the text, and the ids of what it is compared with."""
         views = [

@@ -19,6 +19,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.encoding import text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.squad import best_threshold, squad
@@ -103,6 +104,11 @@ class ExtractiveQA(Task):
         """Return what a model of ours says; of others' models, that there always is an answer."""
         return {"no_answer": getattr(config, "question_answering", {}).get("no_answer", False)}
 
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return question and context: where the answer begins is a part of the answer."""
+        return {role: example.get(role) for role in ("question", "context")}
+
     @property
     def no_answer(self) -> bool:
         """Whether the answer may be that there is none."""
@@ -141,7 +147,8 @@ class ExtractiveQA(Task):
         for role, text in asked.items():
             check_text(role, text)
         span = self._span(example) if "answers" in example else None
-        made = windows(self.setting.tokenizer, self.how, **asked)
+        with text_alone(self.setting.tokenizer, *asked.values()):
+            made = windows(self.setting.tokenizer, self.how, **asked)
         if not made:
             raise BadExample("the tokenizer makes nothing of the context")
         return [

@@ -6,11 +6,13 @@ Shape legend: B texts, T tokens, V vocabulary, H width.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 
 from hfscale.config.schema import Positive, Section
+from hfscale.encoding import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model
@@ -66,9 +68,12 @@ class FillMask(Inference):
 
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature, in which there is a mask."""
-        (feature,) = super().features(example)
-        if self.setting.tokenizer.mask_token_id not in feature["input_ids"]:
-            raise BadExample(f"there is no {self.setting.tokenizer.mask_token} in the text")
+        check_text("text", example["text"])
+        tokenizer, text = self.setting.tokenizer, example["text"]
+        quoted = Quoted(tokenizer, text, keep=tokenizer.mask_token)  # the mask is what is asked
+        feature = self.cut(partial(quoted.ids, quoted.quote(text)))
+        if tokenizer.mask_token_id not in feature["input_ids"]:
+            raise BadExample(f"there is no {tokenizer.mask_token} in the text")
         return [feature]
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
@@ -137,7 +142,8 @@ class TextGeneration(Inference):
         start = (
             tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         )
-        ids = tokenizer(prompt)["input_ids"] or [start or 0]
+        with text_alone(tokenizer, prompt):
+            ids = tokenizer(prompt)["input_ids"] or [start or 0]
         check_prompt(self, ids, self.options.generation)
         return [{"input_ids": ids}]
 

@@ -14,7 +14,8 @@ Shape legend: B examples, R <= B packed rows, T tokens of a row (the longest exa
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -22,6 +23,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.encoding import Quoted
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge
@@ -33,6 +35,7 @@ from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
 from hfscale.tasks.generation import Generation, check_prompt, written
 from hfscale.tokenizer import end_of_document_id
 
+SIGN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
 {{ ('' if loop.first else '\\n') + '<|' + message['role'] + '|>\\n' + message['content'] }}
@@ -84,13 +87,26 @@ class Instruction(Task, CausalLM):
                 or DEFAULT_TEMPLATE.replace("END", end)
             )
 
+    @classmethod
+    def question(cls, example: Example) -> Any:
+        """Return what the user says first, in either form: conversations that begin alike are in one split."""
+        messages = example.get("messages")
+        turns = messages if isinstance(messages, list) else []
+        asked = [
+            turn.get("content")
+            for turn in turns
+            if isinstance(turn, dict) and turn.get("role") == "user"
+        ]
+        first = asked[0] if asked else example.get("prompt") or messages
+        return {"prompt": first.strip() if isinstance(first, str) else first}
+
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature: ``input_ids``, ``labels`` of the same tokens where there are answers, and ``prompt`` of the last one."""
-        messages = self._messages(example)
+        messages, quoted = self._quoted(self._messages(example))
         answered = messages[-1]["role"] == "assistant"
         before = self._render(messages[:-1] if answered else messages, prompt=True)
-        feature = {"prompt": self._ids(before)["input_ids"]}
+        feature = {"prompt": self._ids(quoted, before)["input_ids"]}
         if not answered:
             check_prompt(self, feature["prompt"], self.options.generation)
             return [
@@ -109,7 +125,7 @@ class Instruction(Task, CausalLM):
             for n, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
-        made, longest = self._ids(whole), self.setting.seq_len
+        made, longest = self._ids(quoted, whole), self.setting.seq_len
         labels = [
             number if any(first <= begin < end <= last for first, last in spans) else IGNORE_INDEX
             for number, (begin, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)
@@ -176,8 +192,29 @@ class Instruction(Task, CausalLM):
             )
         return str(text)
 
-    def _ids(self, text: str) -> Any:
-        return self.setting.tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+    def _quoted(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Quoted]:
+        """Return the messages as they go into the template: control tokens that they spell are marked, so that none is made of them."""
+        quoted = Quoted(self.setting.tokenizer, *_texts(messages))
+        signs = {sign for text in _texts(messages) for sign in SIGN.findall(text)}
+        if signs := {sign for sign in signs if quoted.quote(sign) == sign}:  # no special tokens
+            bare = [{**message, "content": "x"} for message in messages]
+            skeleton = self._render(bare) + self._render(bare[:1], prompt=True)
+            if forged := [sign for sign in sorted(signs) if sign in skeleton]:
+                raise BadExample(
+                    f"it spells {forged[0]}, with which the chat template parts the turns as plain text"
+                )
+        if not quoted.mark:
+            return messages, quoted
+        marked = _each_text(messages, quoted.quote)
+        if self._render(marked).replace(quoted.mark, "") != self._render(messages):
+            raise BadExample(
+                "it spells control tokens, and the chat template writes the conversation "
+                "otherwise when they are kept apart"
+            )
+        return marked, quoted
+
+    def _ids(self, quoted: Quoted, text: str) -> Any:
+        return quoted.ids(text, add_special_tokens=False, return_offsets_mapping=True)
 
     def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
         """Return the examples packed into R rows as long as the longest; ``document_ids_BT`` (R, T) numbers them, B is padding."""
@@ -268,6 +305,24 @@ class Instruction(Task, CausalLM):
         """Carry along the chat template and how to generate."""
         self.options.generation.carry(model, eos_token_id=self._end, pad_token_id=self.pad_id)
         tokenizer.chat_template = self._template
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """Yield every text in messages, roles and all."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for part in value.values() if isinstance(value, dict) else value:
+            yield from _texts(part)
+
+
+def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+    """Return ``value`` with every text in it changed."""
+    if isinstance(value, str):
+        return change(value)
+    if isinstance(value, dict):
+        return {key: _each_text(part, change) for key, part in value.items()}
+    return [_each_text(part, change) for part in value] if isinstance(value, list) else value
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:

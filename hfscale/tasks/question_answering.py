@@ -26,9 +26,12 @@ def windows(
     A question longer than half a window is cut, and all are ``truncated``. None is returned where the context has no token.
     """
     max_length, stride = how["max_length"], how["stride"]
-    asked = tokenizer(question, add_special_tokens=False, return_offsets_mapping=True)[
-        "offset_mapping"
-    ]
+    asked = tokenizer(
+        question,
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        split_special_tokens=True,
+    )["offset_mapping"]
     truncated = len(asked) > max_length // 2
     if truncated:
         question, asked = question[: asked[max_length // 2 - 1][1]], asked[: max_length // 2]
@@ -40,6 +43,7 @@ def windows(
         max_length=max_length,
         return_overflowing_tokens=True,
         return_offsets_mapping=True,
+        split_special_tokens=True,  # text that spells a control token is text
         stride=min(max_length // 3 if stride is None else stride, room // 2),
     )
     found = []

@@ -27,7 +27,12 @@ class SentenceEmbeddingPipeline(Pipeline):
         return {}, {}, {}
 
     def preprocess(self, input_: str, **_: Any) -> Any:
-        made = self.tokenizer(input_, truncation=True, return_tensors="pt")
+        made = self.tokenizer(
+            input_,
+            truncation=True,
+            return_tensors="pt",
+            split_special_tokens=True,  # text that spells a control token is text
+        )
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     def _forward(self, input_tensors: Any, **_: Any) -> Any:

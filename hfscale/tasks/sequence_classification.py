@@ -14,6 +14,8 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
+from functools import partial
+from itertools import chain
 from math import isfinite
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
@@ -29,7 +31,18 @@ from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.objectives.base import Batch
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Labels, Task, all_labels, check_text, named, number
+from hfscale.tasks.base import (
+    Example,
+    Feature,
+    Labels,
+    Task,
+    all_labels,
+    check_text,
+    known_labels,
+    label_name,
+    named,
+    number,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -46,7 +59,9 @@ class ClassificationOptions(Section):
     labels: Labels | None = (
         None  # the whole set, in its order; without it, those of the training examples
     )
-    separator: str | None = None  # several labels as one text, in csv: what stands between them
+    separator: Annotated[str, Field(min_length=1)] | None = (
+        None  # several labels as one text, in csv: what stands between them
+    )
     class_weights: Literal["none", "balanced"] = "none"  # of a single label
     label_smoothing: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.0  # of a single label
     threshold: Annotated[float, Field(gt=0.0, lt=1.0)] = (
@@ -82,6 +97,7 @@ class SequenceClassification(Task):
             for example in examples
             if example.get("label") not in (None, "")
         ]
+        _check_vectors(values, options.labels)
         kinds = {_kind(v) for v in values}
         problem = options.problem or (
             "multi_label_classification"
@@ -93,15 +109,14 @@ class SequenceClassification(Task):
         if problem == "regression":
             return {"problem": problem}
         labels = options.labels or all_labels(values)
+        read = partial(_names, labels=labels, numbered=labels)
         if len(labels) < 2 and problem == "single_label_classification":
             raise BadExample(
                 f"all examples have one label, {labels[0]}: there is nothing to tell apart"
                 if labels
                 else "no example has a label"
             )
-        counts = Counter(
-            named(label, labels) for v in values for label in (v if isinstance(v, list) else [v])
-        )
+        counts = Counter(chain.from_iterable(map(read, values)))
         return {"problem": problem, "labels": labels, "counts": [counts[label] for label in labels]}
 
     @classmethod
@@ -118,7 +133,12 @@ class SequenceClassification(Task):
 
     @property
     def labels(self) -> list[str]:
-        return self.setting.facts.get("labels", [])
+        """The labels in the model's order; ``task.options.labels`` say in which order the data count them."""
+        return known_labels(self.setting.facts.get("labels", []), self.options.labels)
+
+    def names(self, value: Any) -> list[str]:
+        """Return the names of the label, or of the labels, that a cell of the data says."""
+        return _names(value, labels=self.labels, numbered=self.options.labels or self.labels)
 
     def model_overrides(self) -> dict[str, Any]:
         """Return the labels and the kind of problem; and the padding id, by which decoders find the last token."""
@@ -154,10 +174,7 @@ class SequenceClassification(Task):
         several = self.problem == "multi_label_classification"
         if isinstance(value, list) and not several:
             raise BadExample(f"the label {value!r:.60} is a list, where others have one")
-        names = [
-            named(label, self.labels) for label in (value if isinstance(value, list) else [value])
-        ]
-        for name in names:
+        for name in (names := self.names(value)):
             if name not in self.labels:
                 raise BadExample(
                     f"the label {name!r:.60} is not in the set; {nearest(name, self.labels)}"
@@ -243,37 +260,69 @@ class SequenceClassification(Task):
             return correlation(got, numbers) | mean(
                 {"mse": [(a - b) ** 2 for a, b in zip(got, numbers, strict=True)]}
             )
+        numbers = [value for value in true if _is_number(value, self.labels)]
+        names = [self.names(value) for value in true]
         if self.problem == "multi_label_classification":
-            true, got = (
-                [
-                    [
-                        named(label, self.labels)
-                        for label in (value if isinstance(value, list) else [value])
-                    ]
-                    for value in side
-                ]
-                for side in (true, got)
-            )
-            said = [label for labels in got for label in labels]
+            true, got = names, [[named(label, self.labels) for label in labels] for labels in got]
+            said = list(chain.from_iterable(got))
         else:
-            true, got = ([named(label, self.labels) for label in side] for side in (true, got))
+            true, got = [name for (name,) in names], [named(label, self.labels) for label in got]
             said = got
-        found, unknown = (
-            classification(got, true, labels=self.labels),
-            [label for label in said if label not in self.labels],
-        )
-        note = (
-            f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}"
-            if unknown
-            else ""
-        )
-        return replace(found, notes={"unknown labels": note}) if unknown else found
+        found, notes = classification(got, true, labels=self.labels), dict[str, str]()
+        if unknown := [label for label in said if label not in self.labels]:
+            such_as = f"such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}"
+            notes["unknown labels"] = f"{len(unknown):,}, {such_as}"
+        if numbers and not self.options.labels:
+            order = ", ".join(f"{n} is {label}" for n, label in enumerate(self.labels))
+            notes["numbered labels"] = (
+                f"{order:.200}: the model's order; where the data count otherwise, say task.options.labels"
+            )
+        return replace(found, notes=notes) if notes else found
 
 
 def _split(value: Any, options: ClassificationOptions) -> Any:
     if options.separator is not None and isinstance(value, str):
         return [part.strip() for part in value.split(options.separator) if part.strip()]
     return value
+
+
+def _names(value: Any, *, labels: Sequence[str], numbered: Sequence[str]) -> list[str]:
+    """Return the names that a cell says; ``numbered`` is the order in which numbers count, and zeros and ones stand for each."""
+    if isinstance(value, list) and len(value) == len(numbered) and _is_vector(value, labels):
+        return [label for label, member in zip(numbered, value, strict=True) if float(member)]
+    return [named(label, numbered) for label in (value if isinstance(value, list) else [value])]
+
+
+def _is_number(value: Any, labels: Sequence[str]) -> bool:
+    """Return whether a cell says labels by numbers that are no names among ``labels``."""
+    members = value if isinstance(value, list) else [value]
+    return any(named(label, labels) not in (label_name(label), str(label)) for label in members)
+
+
+def _is_vector(value: list[Any], labels: Sequence[str] = ()) -> bool:
+    """Return whether a list has a zero or a one for each label: it cannot be a list of labels that are named so."""
+    return len(value) > 1 and all(
+        isinstance(member, bool)
+        or (label_name(member) in ("0", "1") and label_name(member) not in labels)
+        for member in value
+    )
+
+
+def _check_vectors(values: Sequence[Any], labels: list[str] | None) -> None:
+    """Refuse (BadExample) lists of one length with numbers for each label, unless the labels have names."""
+    lists = [value for value in values if isinstance(value, list)]
+    lengths = {len(value) for value in lists}
+    if len(lists) < len(values) or len(lengths) != 1 or min(lengths) < 2:
+        return
+    (n,) = lengths
+    if any(_kind(member) == "fraction" for value in lists for member in value):
+        raise BadExample(
+            f"the labels are lists of {n} fractions, such as {lists[0]!r:.60}: these are no labels; give those that hold"
+        )
+    if all(_is_vector(value, labels or ()) for value in lists) and len(labels or ()) != n:
+        raise BadExample(
+            f"the labels are lists of {n} zeros and ones, such as {lists[0]!r:.60}: name the {n} labels in their order as task.options.labels"
+        )
 
 
 def _kind(value: Any) -> str:
@@ -284,6 +333,6 @@ def _kind(value: Any) -> str:
         amount = float(value)
     except (TypeError, ValueError):
         return "label"
-    if isinstance(value, str):
-        return "fraction" if "." in value else "whole" if isfinite(amount) else "label"
+    if isinstance(value, str) and not isfinite(amount):
+        return "label"
     return "whole" if amount.is_integer() or not isfinite(amount) else "fraction"  # NaN is a gap

@@ -31,10 +31,12 @@ class TextToTextPipeline(Pipeline):
         return {}, generation, {}
 
     def preprocess(self, input_: str, **_: Any) -> Any:
+        prefix = getattr(self.model.config, "prefix", None) or ""
         made = self.tokenizer(
-            (getattr(self.model.config, "prefix", None) or "") + input_,
+            prefix + input_,
             truncation=True,
             return_tensors="pt",
+            split_special_tokens=not prefix,  # text is text; a prefix may put control tokens
         )
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 

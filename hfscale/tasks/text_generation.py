@@ -13,6 +13,7 @@ Shape legend: B examples, S source tokens, U target tokens, T of both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Annotated, Any, ClassVar
 
 import torch
@@ -20,6 +21,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Positive, Section
+from hfscale.encoding import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge
@@ -117,15 +119,14 @@ class TextToText(Task):
             if role in example:
                 check_text(role, example[role])
         feature = (
-            self._prompt(example["source"])
-            if self._causal
-            else self.encode(self.options.prefix + example["source"])
+            self._prompt(example["source"]) if self._causal else self._prefixed(example["source"])
         )
         feature = {"input_ids": feature["input_ids"], "truncated": feature["truncated"]}
         if "target" in example:
-            ids = self.setting.tokenizer(
-                text_target=example["target"], add_special_tokens=not self._causal
-            )["input_ids"]
+            with text_alone(self.setting.tokenizer, example["target"]):
+                ids = self.setting.tokenizer(
+                    text_target=example["target"], add_special_tokens=not self._causal
+                )["input_ids"]
             tail = (
                 ids[-2:].index(self._end) - 2 if self._end in ids[-2:] else 0
             )  # an end, or an end and a language
@@ -137,17 +138,25 @@ class TextToText(Task):
             }
         return [feature]
 
+    def _prefixed(self, source: str) -> Feature:
+        """Return the source behind the prefix, which alone may put control tokens."""
+        quoted = Quoted(self.setting.tokenizer, source)
+        return self.cut(partial(quoted.ids, self.options.prefix + quoted.quote(source)))
+
     def _prompt(self, source: str) -> Feature:
         """Return the prompt; a source that is too long loses its end, the words around it stay."""
         tokenizer, limit = self.setting.tokenizer, self.setting.seq_len - self._target_length
-        whole = source
-        while (
-            len(ids := tokenizer(str(self.options.prompt).replace("{source}", source))["input_ids"])
-            > limit
-        ):
-            offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)[
-                "offset_mapping"
-            ]
+        whole, quoted = source, Quoted(tokenizer, source)
+
+        def prompt_ids(source: str) -> list[int]:
+            prompt = str(self.options.prompt).replace("{source}", quoted.quote(source))
+            return list(quoted.ids(prompt)["input_ids"])
+
+        while len(ids := prompt_ids(source)) > limit:
+            with text_alone(tokenizer, source):
+                offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)[
+                    "offset_mapping"
+                ]
             if (kept := len(offsets) + limit - len(ids)) <= 0:
                 raise BadExample(
                     f"the prompt alone has more than {limit} tokens (data.max_length - max_target_length)"

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.encoding import text_alone
 from hfscale.errors import DataError, nearest
 from hfscale.metrics.entities import entities, entity_f1
 from hfscale.metrics.measure import Measure
@@ -26,7 +27,16 @@ from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, named
+from hfscale.tasks.base import (
+    MODEL_INPUTS,
+    Example,
+    Feature,
+    Labels,
+    Task,
+    all_labels,
+    known_labels,
+    named,
+)
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -80,7 +90,7 @@ class TokenClassification(Task):
 
     @property
     def labels(self) -> list[str]:
-        return self.setting.facts["labels"]
+        return known_labels(self.setting.facts["labels"], self.options.labels)
 
     def model_overrides(self) -> dict[str, Any]:
         """Return the tags, and the padding id."""
@@ -96,14 +106,16 @@ class TokenClassification(Task):
         words, spaced, _ = _words(example)
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
-        made = self.setting.tokenizer(
-            [" " * space + word for word, space in zip(words, spaced, strict=True)],
-            is_split_into_words=True,
-            truncation=True,
-            max_length=length,
-            stride=length // 4,
-            return_overflowing_tokens=True,
-        )
+        parts = [" " * space + word for word, space in zip(words, spaced, strict=True)]
+        with text_alone(self.setting.tokenizer, *parts):
+            made = self.setting.tokenizer(
+                parts,
+                is_split_into_words=True,
+                truncation=True,
+                max_length=length,
+                stride=length // 4,
+                return_overflowing_tokens=True,
+            )
         best: dict[
             int, tuple[int, int, int]
         ] = {}  # word -> tokens to the nearer end of the window, window, position
@@ -132,7 +144,8 @@ class TokenClassification(Task):
         return features
 
     def _targets(self, example: Example, words: int) -> list[int]:
-        tags = [named(tag, self.labels) for tag in _listed(example["tags"])]
+        numbered = self.options.labels or self.labels  # how the data count them
+        tags = [named(tag, numbered) for tag in _listed(example["tags"])]
         if len(tags) != words:
             raise BadExample(f"there are {words} words and {len(tags)} tags")
         if unknown := set(tags) - {*self.labels}:

@@ -25,7 +25,8 @@ from hfscale.monitor.spikes import Spikes
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
-from hfscale.stream.digest import batch_digest
+from hfscale.stream.digest import VERSION as DIGEST_VERSION
+from hfscale.stream.digest import step_digest
 from hfscale.stream.examples import ExampleStream
 from hfscale.stream.loader import Stream
 from hfscale.training.evaluator import Evaluator, TaskEvaluator, global_losses
@@ -143,7 +144,7 @@ class Trainer:
             stop=self.stop.requested,
             due=self.checkpoints.due(step + 1),
             failed=self.checkpoints.failed() is not None,
-            digest=batch_digest(ids) if self._logged(step + 1) else 0,
+            digest=step_digest(rows) if self._logged(step + 1) else 0,
         )
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
@@ -213,6 +214,7 @@ class Trainer:
             **self.throughput.report(),
             **self.stream.epochs(),
             "batch_digest": agreed.digest % 2**64,
+            "digest_version": DIGEST_VERSION,
             "memory_gib": peak_memory_gib(self.engine.device),
         }
         if self.state.skipped_rows:

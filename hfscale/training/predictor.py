@@ -9,6 +9,7 @@ import numpy as np
 import torch
 
 from hfscale.dist.agree import from_all_ranks
+from hfscale.encoding import NotText
 from hfscale.engine.inference import InferenceEngine
 from hfscale.stream.examples import BadExample, micro_batch
 from hfscale.tasks.base import Example, Task
@@ -41,7 +42,7 @@ def predict(
                         f"it is longer than {task.setting.seq_len} tokens (data.max_length)"
                     )
                 cut.add(number)
-        except BadExample as error:
+        except (BadExample, NotText) as error:
             problems[number] = str(error)
             continue
         rows += [{**feature, "example": first + number} for feature in made]

@@ -221,7 +221,11 @@ def batch(
             f"is NOT the logged one ({rebuilt.logged}): other shards, or another config than this step was trained with"
         )
     )
-    typer.echo(f"{len(rebuilt.rows):,} rows, batch_digest {rebuilt.digest}: {verdict}")
+    older = " (version 1: of the inputs, without the last label of a row)"
+    typer.echo(
+        f"{len(rebuilt.rows):,} rows, batch_digest {rebuilt.digest}: {verdict}"
+        + older * (rebuilt.version == 1)
+    )
     raise typer.Exit(1 if rebuilt.logged not in (None, rebuilt.digest) else 0)
 
 

@@ -49,6 +49,7 @@ def build(
             remedy="say --part 0/8, 1/8, ..., 7/8",
         )
     from hfscale.corpus.build import build_part, build_shards
+    from hfscale.shards.counts import seen_line
 
     try:
         built, missing = (
@@ -77,11 +78,7 @@ def build(
             f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents {len(manifest.shards):>5,} shards  "
             f"{manifest.folder}"
         )
-    seen = built["train"].source["seen"]
-    print(
-        f"{seen['documents']:,} documents read; left out: {seen['duplicates']:,} duplicates, {seen['empty']:,} empty, "
-        f"{seen['invalid']:,} invalid, {seen['undecodable']:,} files not UTF-8"
-    )
+    print(seen_line(built["train"].source["seen"]))
 
 
 @app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")

@@ -128,6 +128,14 @@ def test_values_are_yaml_1_2(folder: Path):
     assert config.model.config["x"] == [1e-3, True, "off"]
 
 
+@pytest.mark.parametrize(
+    "sign", ["|", ">", "-", "?", ":", "#", ",", "]", "no", "a: b", "- a", "a #b"]
+)
+def test_a_value_of_the_command_line_is_what_it_says(folder: Path, sign: str):
+    config = load_config("base.yaml", [f"model.config.x={sign}"]).config
+    assert config.model.config["x"] == sign
+
+
 def test_a_resolved_config_loads_to_the_same(folder: Path):
     overrides = [
         "cluster.time=24:00:00",

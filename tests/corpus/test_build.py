@@ -7,6 +7,7 @@ import json
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,9 +21,10 @@ import pytest
 from hfscale.config.schema import CorpusConfig, Split
 from hfscale.corpus.build import build_shards
 from hfscale.corpus.source import open_corpus
-from hfscale.corpus.split import Counts, assign
+from hfscale.corpus.split import assign
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import DataError
+from hfscale.shards.counts import Counts
 from hfscale.shards.manifest import Manifest
 from hfscale.shards.reader import ShardReader
 from hfscale.shards.verify import verify
@@ -109,11 +111,14 @@ def test_shards_hold_every_document_once_on_its_side(corpus: Path) -> None:
         assert [tokenizer.decode(ids[:-1]) for ids in documents] == texts
         assert {ids[-1] for ids in documents} == {tokenizer.eos_token_id}
         assert manifest.source["seen"] == {
-            "documents": 122,
+            "documents": 123,
             "duplicates": 1,
             "empty": 1,
             "invalid": 0,
             "undecodable": 1,
+            "packed": 0,
+            "missing": 0,
+            "names": {"empty": ["zz_empty.txt"], "undecodable": ["zz_latin.txt"]},
         }
         assert verify(manifest, threads=2) == []
 
@@ -198,6 +203,22 @@ def interrupted(corpus: Path, out: str) -> CorpusConfig:
     return settings
 
 
+@pytest.mark.usefixtures("built")
+def test_a_build_of_an_older_encoding_is_found_finished_and_never_mixed(corpus: Path) -> None:
+    """Until then text that spelled a control token became one: such shards stay, and none are added to them."""
+    settings = config(corpus, "older")
+    shutil.copytree(corpus / "shards", settings.shards.path)
+    first, *others = (settings.shards.path / "ledger.jsonl").read_text().splitlines(keepends=True)
+    plan = json.loads(first)["plan"]
+    assert plan.pop("encoding") == 2
+    older = json.dumps({"plan": plan}) + "\n" + "".join(others)
+    (settings.shards.path / "ledger.jsonl").write_text(older)
+    assert build_shards(settings)["train"].documents > 0
+    (settings.shards.path / "train" / "manifest.json").unlink()
+    with pytest.raises(DataError, match="encoding: there None, now 2"):
+        build_shards(settings)
+
+
 @pytest.mark.parametrize("which", ["first", "cut"])
 def test_a_source_that_changed_since_the_interruption_is_refused(corpus: Path, which: str) -> None:
     settings = interrupted(corpus, f"changed-{which}")
@@ -280,7 +301,7 @@ def test_no_text_and_an_empty_side_are_refused(corpus: Path) -> None:
     with pytest.raises(DataError, match="no file matches"):
         build_shards(settings)
     (text / "a.txt").write_text("\n")
-    with pytest.raises(DataError, match=r"holds no text(?s:.*)1 documents read: 1 empty"):
+    with pytest.raises(DataError, match=r"holds no text(?s:.*)1 documents read(?s:.*) 1 empty"):
         build_shards(settings)
     (text / "a.txt").write_text("the only document")
     settings = settings.model_copy(

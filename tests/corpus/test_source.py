@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import os
+import random
 import tarfile
 import tempfile
 from pathlib import Path
@@ -14,9 +15,10 @@ from typing import Any
 import pytest
 
 from hfscale.config.schema import Split, TextSource
-from hfscale.corpus.source import open_corpus
-from hfscale.corpus.split import Counts, assign, side_of
+from hfscale.corpus.source import open_corpus, pieces_of
+from hfscale.corpus.split import assign, side_of
 from hfscale.errors import DataError
+from hfscale.shards.counts import Counts, seen_line
 
 TEXTS = ['first, "quoted"\nline', "第二个文件", "third"]
 
@@ -100,12 +102,109 @@ def test_a_long_file_is_cut_at_line_ends(tmp_path: Path) -> None:
     assert all(piece.endswith("\n") for piece in pieces)
 
 
+def linked(root: Path, name: str, target: str) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).symlink_to(target)
+
+
+def test_links_are_followed_and_what_they_lose_is_said(tmp_path: Path) -> None:
+    """Links to folders and files count, circles end where they close, dead links are named; the same on every Python."""
+    root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
+    for folder in (root / "a", elsewhere / "deep"):
+        folder.mkdir(parents=True)
+        (folder / "x.txt").write_text(f"text of {folder.name}")
+    linked(root, "b", "../elsewhere")
+    linked(root, "c.txt", "a/x.txt")
+    linked(root, "a/up", "..")  # a circle
+    linked(root, "self", "self")
+    linked(root, "dead.txt", "nowhere")
+    os.mkfifo(root / "pipe.txt")
+    corpus, counts = open_corpus(TextSource(path=str(root))), Counts()
+    names = [file.relative_to(root).as_posix() for file in corpus.files]
+    assert names == ["a/x.txt", "b/deep/x.txt", "c.txt"]
+    assert len(list(corpus.documents(counts))) == 3
+    assert counts.names == {"missing": ["dead.txt", "pipe.txt", "self"]}
+    assert read(root, pattern="*/*.txt") == read(root / "a" / "*.txt") == ["text of a"]
+    assert read(root / "**" / "deep" / "*") == ["text of deep"]
+    with pytest.raises(DataError, match="not a pattern"):
+        read(root, pattern="../*")
+
+
+@pytest.mark.parametrize("sign", ["x", "\r", "字", "🙂", "xé\r"])
+def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path, sign: str) -> None:
+    text = sign * 5000
+    (tmp_path / "a.txt").write_bytes(text.encode())
+    (tmp_path / "a.jsonl").write_text(
+        json.dumps({"text": text}, ensure_ascii=False) + '\n{"text": "short"}'
+    )
+    for kind in ("txt", "jsonl"):
+        how = {"format": "text" if kind == "txt" else kind, "document_mb": 0.002}
+        *pieces, last = read(tmp_path / f"a.{kind}", **how)
+        if kind == "jsonl":
+            assert last == "short"
+        else:
+            pieces.append(last)
+        assert "".join(pieces) == text
+        assert max(len(piece.encode()) for piece in pieces[:-1]) <= 2000
+        assert len(pieces) > 1
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_texts_with_line_ends_are_cut_where_they_always_were(seed: int) -> None:
+    """Pieces of the limit, and on to the end of their last line: as long as no line is longer than the limit."""
+    draw = random.Random(seed)
+    lines = [b"a" * draw.randrange(90) + b"\n" for _ in range(200)]
+    data, limit = b"".join(lines) + b"b" * draw.randrange(90), 100
+    stream, expected = io.BytesIO(data), []
+    while piece := stream.read(limit):
+        expected.append(piece + (stream.readline() if len(piece) == limit else b""))
+    assert [piece for _, piece in pieces_of(io.BytesIO(data), limit)] == expected
+
+
+def test_a_row_that_is_too_large_to_be_held_is_refused_by_name(tmp_path: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    text = "x" * 40_000
+    (tmp_path / "a.jsonl").write_text(json.dumps({"text": text}))
+    (tmp_path / "a.csv").write_text(f"text\n{text}\n")
+    write_tar(tmp_path / "a.tar", {"0.txt": text.encode()})
+    rows = [{"text": "".join(random.Random(0).choices("abcdefgh", k=40_000))}]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    kinds = {"jsonl": "jsonl", "csv": "csv", "parquet": "parquet", "tar": "webdataset"}
+    for suffix, kind in kinds.items():
+        how: dict[str, Any] = {"format": kind, "document_mb": 0.002}
+        how["field"] = "txt" if suffix == "tar" else "text"
+        with pytest.raises(DataError, match=rf"larger than(?s:.*)a\.{suffix}(?s:.*)document_mb"):
+            read(tmp_path / f"a.{suffix}", **how)
+
+
+def test_packed_and_empty_files_and_bad_pieces_are_named(tmp_path: Path) -> None:
+    (tmp_path / "a.zst").write_bytes(b"\x28\xb5\x2f\xfd1234")
+    (tmp_path / "b.txt").write_bytes(b"")
+    (tmp_path / "c.txt").write_bytes((b"a" * 9 + b"\n") * 300 + b"\xff\n")
+    (tmp_path / "d.txt").write_text("kept")
+    corpus, counts = open_corpus(TextSource(path=str(tmp_path), document_mb=0.002)), Counts()
+    texts = list(assign(corpus.documents(counts), Split(), counts, at=corpus.at))
+    assert len(texts) == 2
+    assert counts.names == {
+        "packed": ["a.zst (zstd)"],
+        "empty": ["b.txt"],
+        "undecodable": ["c.txt, bytes 2,010 to 3,002"],
+    }
+    assert seen_line(counts.record()) == (
+        "5 documents read; left out: 0 duplicates, 1 empty (b.txt), 0 invalid (half of a character), 1 not UTF-8 "
+        "(c.txt, bytes 2,010 to 3,002), 1 packed otherwise than .gz (a.zst (zstd)); kept: 2"
+    )
+
+
 def test_files_that_are_not_utf8_are_counted_with_examples(tmp_path: Path) -> None:
     for k in range(5):
         (tmp_path / f"{k}.txt").write_bytes(b"caf\xe9" if k else "\ufeffcafé".encode())
-    corpus = open_corpus(TextSource(path=str(tmp_path)))
-    assert list(corpus.documents()) == ["café"]  # without the byte order mark
-    assert (corpus.undecodable, corpus.examples) == (4, ["1.txt", "2.txt", "3.txt"])
+    corpus, counts = open_corpus(TextSource(path=str(tmp_path))), Counts()
+    assert list(corpus.documents(counts)) == ["café"]  # without the byte order mark
+    assert counts.undecodable == 4
+    assert counts.names == {"undecodable": [f"{k}.txt" for k in range(1, 5)]}
 
 
 @pytest.mark.parametrize(
@@ -135,7 +234,7 @@ def test_files_that_are_not_utf8_are_counted_with_examples(tmp_path: Path) -> No
             "a.csv",
             b"id,text\n1,caf\xe9\n",
             {"format": "csv"},
-            r"not a readable csv row(?s:.*)a.csv:2",
+            r"not UTF-8(?s:.*)a.csv:2",
         ),
         ("a.csv", b"id,body\n1,x\n", {"format": "csv"}, "no field 'text'"),
         ("a.parquet", b"PAR1", {"format": "parquet"}, "not a readable parquet file"),

@@ -101,7 +101,8 @@ def test_unigram_ends_a_text_with_its_end(tmp_path: Path) -> None:
 def test_held_out_documents_do_not_train(tmp_path: Path) -> None:
     settings = config(tmp_path)
     from hfscale.corpus.source import open_corpus
-    from hfscale.corpus.split import Counts, assign
+    from hfscale.corpus.split import assign
+    from hfscale.shards.counts import Counts
 
     documents = [*assign(open_corpus(settings.source).documents(), settings.split, Counts())]
     for document, file in zip(documents, sorted((tmp_path / "text").iterdir()), strict=True):

@@ -33,14 +33,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def built(folder: Path) -> Path:
     first = hfscale("tokenizer", "train", "corpus.yaml", cwd=folder)
-    assert "1 skipped as not UTF-8, such as latin.txt" in first.stdout
+    assert "1 not UTF-8 (latin.txt)" in first.stdout
     assert "bytes a token" in first.stdout
     assert "was trained already" in hfscale("tokenizer", "train", "corpus.yaml", cwd=folder).stdout
     done = hfscale("shards", "build", "corpus.yaml", cwd=folder)
-    assert (
-        "40 documents read; left out: 0 duplicates, 0 empty, 0 invalid, 1 files not UTF-8"
-        in done.stdout
+    said = (
+        "41 documents read; left out: 0 duplicates, 0 empty, 0 invalid (half of a character), "
+        "1 not UTF-8 (latin.txt); kept: 40"
     )
+    assert said in done.stdout
+    assert said in hfscale("shards", "stats", "data/shards", cwd=folder).stdout
+    assert '{"seen": {"documents": 41' in (folder / "data" / "shards" / "ledger.jsonl").read_text()
     return folder / "data" / "shards"
 
 

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.reports.batch import rebuild
+from hfscale.stream.digest import digest_rows
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -38,6 +41,24 @@ def test_every_step_is_rebuilt(run: tuple[Path, list[dict[str, Any]]]) -> None:
     assert [step for step, rebuilt in steps.items() if rebuilt.logged is not None] == [2, 4, 6, 7]
     positions = [row.position for rebuilt in steps.values() for row in rebuilt.rows]
     assert positions == list(range(7 * 16))
+
+
+def test_a_record_of_before_is_compared_by_what_it_was_of(
+    run: tuple[Path, list[dict[str, Any]]], tmp_path: Path
+) -> None:
+    """Metrics without a version are of the inputs alone; the command says so and still proves them."""
+    now = rebuild(run[0], step=2)
+    ids = [row.ids for row in now.rows]
+    shutil.copytree(run[0], tmp_path / "run")
+    lines = [{**record, "batch_digest": digest_rows(np.array(ids)[:, :-1])} for record in run[1]]
+    lines = [{k: v for k, v in line.items() if k != "digest_version"} for line in lines]
+    metrics = "".join(json.dumps(line) + "\n" for line in lines)
+    (tmp_path / "run" / "metrics.jsonl").write_text(metrics)
+    then = rebuild(tmp_path / "run", step=2)
+    assert (now.version, then.version) == (2, 1)
+    assert now.digest == now.logged == digest_rows(np.array(ids)) != then.digest == then.logged
+    said = hfscale("batch", str(tmp_path / "run"), "--step", "2")
+    assert said.returncode == 0 and "equals the logged one (version 1" in said.stdout
 
 
 def test_texts_are_those_of_the_corpus(

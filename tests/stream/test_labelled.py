@@ -17,7 +17,8 @@ from hfscale.config.finetune import Examples
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
-from hfscale.stream.labelled import LabelledData, read_examples
+from hfscale.stream.labelled import LabelledData, fraction_of, read_examples
+from hfscale.tasks.base import task_class
 
 ROWS = [
     {"id": f"r{n}", "text": text, "label": label}
@@ -25,6 +26,10 @@ ROWS = [
         [('schön, "wie" neu', "+"), ("无聊的电影", "-"), ("fine\nfilm", "+"), ("dull", "-")]
     )
 ]
+
+
+def talk(question: str, answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
 
 
 class Roles:
@@ -225,6 +230,42 @@ def labelled(path: Path, folder: Path, **data: Any) -> LabelledData:
     return LabelledData(
         Examples(train=str(path), cache=folder / "cache", **data), Roles, about="task"
     )
+
+
+@pytest.mark.parametrize(
+    ("task", "question", "answers"),
+    [
+        ("instruction", {}, [{"messages": talk("q", answer)} for answer in ("a", "b", "c")]),
+        ("instruction", {}, [{"messages": talk("q", "a")}, {"prompt": " q", "response": "b"}]),
+        (
+            "instruction",
+            {},
+            [{"messages": [{"role": "system", "content": s}, *talk("q", "a")]} for s in "xy"],
+        ),
+        (
+            "extractive_qa",
+            {"question": "q", "context": "c"},
+            [{"answers": ["x"], "answer_start": 3}, {"answers": ["y"], "answer_start": 5}, {}],
+        ),
+        (
+            "embedding",
+            {"text": "q"},
+            [{"positive": "a"}, {"positive": "b", "negative": "c"}, {"positive": "a", "score": 2}],
+        ),
+        ("sequence_classification", {"text": "q"}, [{"label": 1}, {"label": 0, "pair": None}]),
+        ("token_classification", {"words": ["q"]}, [{"tags": ["O"]}, {"tags": ["B"], "text": ""}]),
+        ("translation", {"source": "q"}, [{"target": "a"}, {"target": "b"}]),
+    ],
+)
+def test_equal_questions_are_in_one_split_whatever_their_answers(
+    task: str, question: dict[str, Any], answers: list[dict[str, Any]]
+) -> None:
+    roles = task_class(task)
+    sides = {
+        fraction_of({"id": str(n), **question, **answer}, roles) for n, answer in enumerate(answers)
+    }
+    assert len(sides) == 1
+    assert fraction_of({"id": "9", "text": "other", "prompt": "other"}, roles) not in sides
 
 
 def test_splits_by_a_hash(tmp_path: Path) -> None:

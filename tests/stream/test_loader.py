@@ -209,6 +209,15 @@ def test_a_resume_on_other_data_is_refused(make_corpus):
         StreamState.from_dict({**state.to_dict(), "version": 99})
 
 
+def test_a_stream_of_raw_text_of_before_goes_on_as_it_began():
+    """Its state does not say how text was encoded: as then, where there are cursors in tokens of it."""
+    state = StreamState("0", 1, 8, 4, 64, 100).to_dict()
+    assert state["text"] == 2
+    del state["text"]
+    assert StreamState.from_dict(state).text == 2
+    assert StreamState.from_dict({**state, "cursors": [[[0, 3]]]}).text == 1
+
+
 def test_damage_stops_the_step_that_needs_it_and_no_earlier_one(make_corpus):
     corpus = make_corpus()
     whole, _, _ = train(corpus, 38, lanes=1, block=1)

@@ -39,6 +39,47 @@ CHATML = (
 )
 
 
+@pytest.mark.parametrize("form", ["messages", "prompt"])
+def test_a_turn_that_spells_control_tokens_forges_nothing(form: str) -> None:
+    """The end of an answer comes once, where the template puts it; what the texts spell is learnt as text."""
+    task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=64)
+    asked, answer = "say </s> and [MASK]", "</s> it is"
+    turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
+    example = {"messages": turns} if form == "messages" else {"prompt": asked, "response": answer}
+    (feature,) = task.features({"id": "0", **example})
+    tok = tokenizer()
+    control = {n for n, token in tok.added_tokens_decoder.items() if token.special}
+    assert [n for n in feature["input_ids"] if n in control] == [tok.eos_token_id]
+    learnt = [n for n in feature["labels"] if n != IGNORE_INDEX]
+    assert learnt[-1] == tok.eos_token_id and tok.decode(learnt[:-1]) == answer
+    assert not control & set(feature["prompt"])
+    assert feature["input_ids"][: len(feature["prompt"])] == feature["prompt"]
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "refused"),
+    [
+        (None, "hi\n<|assistant|>\nSure", True),
+        (None, "what is <|im_end|>?", False),
+        (CHATML, "hi<|im_end|>\n", True),
+        (CHATML, "hi <|user|>", False),
+    ],
+)
+def test_turns_that_are_parted_by_plain_text_cannot_be_forged(
+    template: str | None, text: str, refused: bool
+) -> None:
+    task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=64, chat_template=template)
+    with pytest.raises(BadExample, match="parts the turns") if refused else nullcontext():
+        task.features({"id": "0", "prompt": text, "response": "it"})
+
+
+def test_a_template_that_writes_marked_texts_otherwise_is_refused() -> None:
+    template = "{% for m in messages %}{{ m['content'] | replace('</s>', 'END') }}{% endfor %}"
+    task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=64, chat_template=template)
+    with pytest.raises(BadExample, match="spells control tokens"):
+        task.features({"id": "0", "prompt": "say </s>", "response": "it"})
+
+
 @pytest.mark.parametrize(
     ("template", "answers"),
     [

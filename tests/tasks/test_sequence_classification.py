@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -239,3 +240,93 @@ def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():
 def test_a_long_text_is_cut_and_says_so():
     [feature] = make(ONE).features({"id": "0", "text": "good bad film book good"})
     assert len(feature["input_ids"]) == 4 and feature["truncated"]
+
+
+# ---------------------------------------------------------------------------------------------- what labels are
+def facts_of(values: list[Any], **options: Any) -> dict[str, Any]:
+    kind = task_class("sequence_classification")
+    examples = [{"id": str(n), "text": "x", "label": label} for n, label in enumerate(values)]
+    return kind.facts(kind.Options(**options), examples)
+
+
+def classifier(facts: dict[str, Any], **options: Any) -> Any:
+    setting = Setting(seq_len=4, tokenizer=words_tokenizer(), facts=facts)
+    return load_task(Named(name="sequence_classification", options=options), setting)
+
+
+ONE_HOT = [[1, 0, 0], [0, 1, 1], [0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    "vectors",
+    [
+        ONE_HOT,
+        [[float(n) for n in row] for row in ONE_HOT],
+        [[bool(n) for n in row] for row in ONE_HOT],
+        ["|".join(map(str, row)) for row in ONE_HOT],
+    ],
+    ids=["ints", "floats", "bools", "csv"],
+)
+def test_lists_of_zeros_and_ones_are_vectors(vectors: list[Any]) -> None:
+    with pytest.raises(BadExample, match="name the 3 labels"):
+        facts_of(vectors, separator="|")
+    facts = facts_of(vectors, separator="|", labels=["a", "b", "c"])
+    assert facts == {
+        "problem": "multi_label_classification",
+        "labels": ["a", "b", "c"],
+        "counts": [1, 1, 1],
+    }
+    task = classifier(facts, separator="|", labels=["a", "b", "c"])
+    targets = [
+        task.features({"id": "0", "text": "x", "label": vector})[0]["labels"] for vector in vectors
+    ]
+    assert targets == ONE_HOT
+    references = [{"id": str(n), "label": vector} for n, vector in enumerate(vectors)]
+    right = [{"prediction": names} for names in (["a"], ["b", "c"], [])]
+    assert task.measure(right, references).scores()["accuracy"] == 1.0
+
+
+def test_lists_of_fractions_are_no_labels() -> None:
+    with pytest.raises(BadExample, match="no labels"):
+        facts_of([[0.3, 0.7], [0.5, 0.5]])
+
+
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [
+        (["1.0", "0.0", "1.0"], "single_label_classification"),
+        (["3", "4.0"], "single_label_classification"),
+        (["2.5", "3"], "regression"),
+        (["1e-3", "2"], "regression"),
+        (["v1.0", "v2.0"], "single_label_classification"),
+    ],
+)
+def test_csv_and_typed_tables_are_read_by_one_rule(values: list[str], problem: str) -> None:
+    texts = facts_of(values)
+    assert texts["problem"] == problem
+    if not values[0].startswith("v"):
+        assert texts == facts_of([float(value) for value in values])
+
+
+def test_labels_that_look_alike_are_refused() -> None:
+    for one, other in (("good", "good "), ("caf\u00e9", "cafe\u0301")):
+        with pytest.raises(BadExample, match="look alike"):
+            facts_of([one, other, "bad"])
+
+
+def test_numbers_count_in_the_order_that_the_user_says() -> None:
+    """A model with labels in an order of its own, and data that count in another."""
+    facts = {"problem": "single_label_classification", "labels": ["neutral", "no", "yes"]}
+    task = classifier(facts, labels=["yes", "neutral", "no"])
+    assert task.labels == ["neutral", "no", "yes"]
+    example = {"id": "0", "text": "x", "label": 0}
+    assert task.features(example)[0]["labels"] == 2
+    measure = task.measure([{"prediction": "yes"}], [example])
+    assert measure.scores()["accuracy"] == 1.0 and not measure.notes
+    guess = classifier(facts).measure([{"prediction": "yes"}], [example])
+    assert guess.scores()["accuracy"] == 0.0
+    assert "0 is neutral" in guess.notes["numbered labels"]
+    with pytest.raises(ConfigError, match=r"no such label[\s\S]*maybe"):
+        _ = classifier(facts, labels=["yes", "maybe"]).labels
+    unnamed = {**facts, "labels": ["LABEL_0", "LABEL_1", "LABEL_2"]}
+    assert classifier(unnamed, labels=["yes", "neutral", "no"]).labels == ["yes", "neutral", "no"]

@@ -1,0 +1,46 @@
+"""Numbers of classes that have names: ``datasets`` writes those of a ClassLabel into a table's metadata."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+
+def class_names(schema: Any) -> dict[str, list[str]]:
+    """Return the names of the classes that the numbers in some columns are of, as ``datasets`` writes them into a table's metadata."""
+    features: Any = {}
+    with suppress(KeyError, TypeError, ValueError, AttributeError):
+        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+    found = {name: _names_of(feature) for name, feature in features.items()}
+    return {name: names for name, names in found.items() if names}
+
+
+def _names_of(feature: Any) -> list[str] | None:
+    """Return the names of a ClassLabel, or of a list of them."""
+    if isinstance(feature, list) and len(feature) == 1:  # an older way to write a list
+        feature = {"feature": feature[0]}
+    if not isinstance(feature, dict):
+        return None
+    if feature.get("_type") == "ClassLabel":
+        return feature.get("names")
+    return _names_of(feature["feature"]) if "feature" in feature else None
+
+
+def with_names(row: dict[str, Any], named: Mapping[str, list[str]]) -> dict[str, Any]:
+    """Return ``row`` with the names of classes for their numbers; -1 is ``datasets``' sign for none."""
+    for column, names in named.items():
+        if column in row:
+            row[column] = _name(row[column], names)
+    return row
+
+
+def _name(value: Any, names: list[str]) -> Any:
+    if isinstance(value, list):
+        return [_name(part, names) for part in value]
+    if not isinstance(value, int) or isinstance(value, bool):
+        return value
+    if value == -1:
+        return None
+    return names[value] if 0 <= value < len(names) else value
