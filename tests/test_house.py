@@ -160,7 +160,9 @@ def test_no_default_is_a_section_with_values_of_its_own():
             if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
                 continue
             calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
-            made = {name for n in calls for name in sections if name in ast.unparse(n.func).split(".")}
+            made = {
+                name for n in calls for name in sections if name in ast.unparse(n.func).split(".")
+            }
             if made and not any(ast.unparse(node.value) == f"{name}()" for name in made):
                 wrong.append(f"{relative(path)}:{node.lineno} {ast.unparse(node)}")
     assert not wrong, "\n".join(wrong)

@@ -27,9 +27,11 @@ from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.jobs.asked import auto_model_of
-from hfscale.jobs.evaluate import folder_of, keep
+from hfscale.jobs.evaluate import caution, folder_of, keep
 from hfscale.jobs.opening import open_model
+from hfscale.metrics.measure import Proportion
 
+PROPORTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 of each example
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
@@ -171,13 +173,18 @@ def _scores(made: dict[str, Any]) -> dict[str, Any]:
         for key, value in figures.items()
         if "_stderr" in key
     }
+    intervals = {key: (scores[key] - half, scores[key] + half) for key, half in errors.items()}
+    for key in errors.keys() & scores.keys():
+        task, _, metric = key.rpartition("/")
+        if metric.split(",")[0] in PROPORTIONS and task in made["n-samples"]:
+            asked = made["n-samples"][task]["effective"]
+            intervals[key] = Proportion(scores[key] * asked, asked).interval()
+    examples = sum(count["effective"] for count in made["n-samples"].values())
     return {
         "task": "lm_eval",
         "versions": made["versions"],
-        "examples": sum(count["effective"] for count in made["n-samples"].values()),
+        "examples": examples,
         "scores": scores,
-        "intervals": {
-            key: [scores[key] - half, scores[key] + half] for key, half in errors.items()
-        },
-        "notes": {},
+        "intervals": {key: [*ends] for key, ends in intervals.items() if ends[0] < ends[1]},
+        "notes": caution(examples),
     }

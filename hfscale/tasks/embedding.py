@@ -151,7 +151,10 @@ class Embedding(Contrastive, Task):
             "recall_at_10": better_N < 10,
             "mrr": 1 / (1 + better_N),
         }
-        return mean({name: value.tolist() for name, value in values.items()})
+        return mean(
+            {name: value.tolist() for name, value in values.items()},
+            proportions=["accuracy", "recall_at_10"],
+        )
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the pooling, and the pipeline that does it."""

@@ -2,9 +2,10 @@
 
     loss = - sum over words of log softmax(z of the word's first token)_tag  /  number of words
 
-A sentence is words with a tag each (``O``, ``B-PER``, ``I-PER``, ...), or for prediction also a text, which is cut into words: runs of
-letters and digits, single characters of scripts without spaces, single marks. Each word is tokenized with the space before it, as in
-running text. Long sentences are read in overlapping windows, and every word is judged once, where it has most context.
+A sentence is words with a tag each: ``O``, ``B-PER``, ``I-PER``, ... in any of the usual schemes, or any other set. For prediction it
+may be a text, which is cut into words: runs of letters and digits, single characters of scripts without spaces, single marks. Each
+word is tokenized with the space before it, as in running text. Long sentences are read in overlapping windows, and every word is
+judged once, where it has most context.
 Shape legend: B windows, T tokens, C tags.
 Source: Devlin et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for it).
 """
@@ -12,6 +13,7 @@ Source: Devlin et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -20,7 +22,7 @@ from torch import Tensor
 
 from hfscale.config.schema import Section
 from hfscale.errors import DataError, nearest
-from hfscale.metrics.entities import entities, entity_f1
+from hfscale.metrics.entities import OUTSIDE, entities, entity_f1, parts_entities, tag_accuracy
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
@@ -30,8 +32,6 @@ from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-OUTSIDE = "O"
 
 
 class TokenOptions(Section):
@@ -71,7 +71,12 @@ class TokenClassification(Task):
             raise BadExample(
                 f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels"
             )
-        return {"labels": options.labels or sorted(found, key=lambda label: label != OUTSIDE)}
+        labels = options.labels or sorted(found, key=lambda label: label != OUTSIDE)
+        try:
+            parts_entities(labels)
+        except DataError as error:
+            raise BadExample(f"{error.what}: {error.value}; {error.remedy}") from None
+        return {"labels": labels}
 
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -170,7 +175,7 @@ class TokenClassification(Task):
         ]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the ``prediction``, a tag a word; of a text also its ``words``, and ``entities`` with their places in it."""
+        """Return the ``prediction``, a tag a word; of a text also its ``words``, and of tags that part entities these, with their places in it."""
         words, _, places = _words(example)
         tags, scores = (
             [OUTSIDE] * len(words),
@@ -183,10 +188,11 @@ class TokenClassification(Task):
                 tags[word], scores[word] = tag, score
         if not places:
             return {"prediction": tags}
+        found = {"prediction": tags, "words": words}
+        if not self._entities:
+            return found
         ends = [place + len(word) for place, word in zip(places, words, strict=True)]
-        return {
-            "prediction": tags,
-            "words": words,
+        return found | {
             "entities": [
                 {
                     "type": kind,
@@ -196,13 +202,24 @@ class TokenClassification(Task):
                     "score": sum(scores[first:last]) / (last - first),
                 }
                 for kind, first, last in entities(tags)
-            ],
+            ]
         }
+
+    @property
+    def _entities(self) -> bool:
+        """Whether what an entity is can be said of these tags."""
+        with suppress(DataError):  # scores are refused, tags are right all the same
+            return parts_entities(self.labels)
+        return False
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags are not ``B-`` and ``I-``."""
+        """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags part no entities.
+
+        Raises:
+            DataError: for tags of a scheme that is not known, and predictions of other words.
+        """
         true = [
             [self.labels[n] for n in self._targets(example, len(_words(example)[0]))]
             for example in references
@@ -215,12 +232,10 @@ class TokenClassification(Task):
                     remedy="give one for each word",
                     value=f"{len(prediction['prediction'])} tags, {len(tags)} words",
                 )
-        measure = entity_f1([prediction["prediction"] for prediction in predictions], true)
-        if any(label[:2] in ("B-", "I-") for label in self.labels):
-            return measure
-        return Measure(
-            measure.examples, lambda weights: {"accuracy": measure.of(weights)["accuracy"]}
-        )
+        given = [prediction["prediction"] for prediction in predictions]
+        if parts_entities(self.labels):
+            return entity_f1(given, true)
+        return tag_accuracy(given, true)
 
 
 def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
