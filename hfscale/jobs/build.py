@@ -24,7 +24,7 @@ from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.jobs.adapters import Beside
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
-from hfscale.jobs.origin import model_needs, pretrained_folder, warn_of_tokenizer
+from hfscale.jobs.origin import generate_as, model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.log import logger
 from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
@@ -60,6 +60,7 @@ def build_trainer(
         context=partial(construction, config, device_type=device.type),
         **model_needs(config, material.tokenizer, folder, also=material.needs),
     )
+    generate_as(model, folder)
     objective = material.objective(model.config)
     beside = (
         Beside(model, config.model.lora, folder, rank=world.rank)

@@ -8,7 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
@@ -41,6 +46,12 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
         return own
     theirs = layout.checkpoint_of(name)
     return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
+
+
+def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
+    """Let ``model`` generate as its source ``folder`` says, where it does: its config.json knows nothing of that."""
+    if folder and model.can_generate() and (folder / layout.GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -105,7 +105,7 @@ def test_it_learns_and_finds_entities_in_text_as_the_pipeline_does():
     predicted = answers(task, model, EXAMPLES)
     assert [p["prediction"] for p in predicted] == [e["tags"] for e in EXAMPLES]
     scores = task.measure(predicted, EXAMPLES)
-    assert scores.scores()["f1"] == 1.0 and scores.intervals()["f1"] == (1.0, 1.0)
+    assert scores.scores()["f1"] == 1.0
 
     texts = ["The old river ran slowly", "河水流过古老的桥。", "unbelievable bridges, the old 河水"]
     pipe = pipeline(
