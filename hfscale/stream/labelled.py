@@ -30,7 +30,7 @@ from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
 
 SHOWN = 3  # bad examples that a report names
-VERSION = 3  # of what is cached
+VERSION = 4  # of what is cached
 MISSING = object()  # None is a cell that is empty
 
 
@@ -293,6 +293,8 @@ class LabelledData:
             share = report["truncated"] / report["examples"]
             say += f"; {report['truncated']:,} ({share:.1%}) were cut to data.max_length={self.data.max_length} tokens"
         logger.info(say)
+        for why, count in report["unlearnt"].items():
+            logger.warning(f"{split}: {counted(count, 'example')} cannot be learnt from: {why}")
         if report["bad"] and self.data.on_error == "stop":
             raise DataError(
                 f"{report['bad']:,} examples of {split} cannot be used",
@@ -304,7 +306,8 @@ class LabelledData:
             logger.warning(
                 f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}"
             )
-        if not report["features"]:
+        useless = split == "train" and sum(report["unlearnt"].values()) == report["examples"]
+        if not report["features"] or useless:
             few = (
                 f"; data.{split} is a share of the texts that differ, and these are few"
                 if split in self._parts
@@ -313,7 +316,7 @@ class LabelledData:
             raise DataError(
                 f"no example of {split} is left",
                 where=where,
-                value=report["shown"] or report["examples"],
+                value=report["shown"] or [*report["unlearnt"]] or report["examples"],
                 remedy=f"give more or other examples{few}",
             )
         return made
@@ -331,6 +334,7 @@ class LabelledData:
             "examples": 0,
             "features": 0,
             "truncated": 0,
+            "unlearnt": {},
             "bad": 0,
             "shown": [],
         }
@@ -344,6 +348,7 @@ class LabelledData:
                 try:
                     made = list(features(example))
                     cut = [feature.pop("truncated", False) for feature in made]
+                    useless = {feature.pop("unlearnt", "") for feature in made} - {""}
                     if any(cut) and self.data.too_long == "refuse":
                         raise BadExample(
                             f"it is longer than data.max_length={self.data.max_length} tokens"
@@ -368,6 +373,8 @@ class LabelledData:
                     }
                 )
                 report["truncated"] += any(cut)
+                for why in useless:
+                    report["unlearnt"][why] = report["unlearnt"].get(why, 0) + 1
                 report["features"] += len(made)
                 report["examples"] += 1
             for writer in (rows, examples) if report["features"] else ():

@@ -181,7 +181,8 @@ class SequenceClassification(Task):
         )
 
     def row_losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        """Return each row's loss."""
+        """Return each row's loss; smoothed and weighted while training, plain where it is told or compared."""
+        learning = torch.is_grad_enabled()
         logits_BC, valid_B = logits_BC.float(), batch.counts[self.term].to(logits_BC.device)
         if self.problem == "regression":
             return (logits_BC.squeeze(1) - batch.labels_BT).square() * valid_B
@@ -196,10 +197,10 @@ class SequenceClassification(Task):
             logits_BC,
             batch.labels_BT,
             reduction="none",
-            label_smoothing=self.options.label_smoothing,
+            label_smoothing=self.options.label_smoothing if learning else 0.0,
         )
         counts = self.setting.facts.get("counts")
-        if self.options.class_weights == "balanced" and counts:
+        if learning and self.options.class_weights == "balanced" and counts:
             weights_C = torch.tensor(
                 [sum(counts) / (len(counts) * max(1, n)) for n in counts], device=logits_BC.device
             )

@@ -29,6 +29,7 @@ from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Labels, Task, all_labels, named
+from hfscale.tasks.question_answering import parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -104,35 +105,43 @@ class TokenClassification(Task):
         made = self.setting.tokenizer(
             [" " * space + word for word, space in zip(words, spaced, strict=True)],
             is_split_into_words=True,
-            truncation=True,
-            max_length=length,
-            stride=length // 4,
-            return_overflowing_tokens=True,
+            truncation=False,
+            verbose=False,
         )
+        of = made.word_ids(0)
+        own = [n for n, word in enumerate(of) if word is not None]
+        if not own:
+            raise BadExample("there are no words: neither in words nor in text")
+        first, last = own[0], own[-1] + 1
+        room = max(1, length - first - (len(of) - last))
+        windows = [
+            [*range(first), *(first + n for n in part), *range(last, len(of))]
+            for part in parts(len(own), room=room, stride=length // 4)
+        ]
+        begins = {of[n]: n for n in reversed(own)}  # of each word its first token
         best: dict[
             int, tuple[int, int, int]
         ] = {}  # word -> tokens to the nearer end of the window, window, position
-        for window in range(len(made["input_ids"])):
-            ids = made.word_ids(window)
-            for position, (before, word) in enumerate(pairwise([None, *ids])):
-                if word is not None and word != before:
-                    best[word] = max(
-                        best.get(word, (-1, 0, 0)),
-                        (min(position, len(ids) - position), window, position),
-                    )
-        if not best:
-            raise BadExample("there are no words: neither in words nor in text")
+        for window, tokens in enumerate(windows):
+            for position, n in enumerate(tokens):
+                if begins.get(word := of[n]) == n:
+                    near = min(position, len(tokens) - position)
+                    best[word] = max(best.get(word, (-1, 0, 0)), (near, window, position))
         features = []
         for window in sorted(
             {window for _, window, _ in best.values()}
         ):  # one may be left without a word of its own
-            own = {word: position for word, (_, place, position) in best.items() if place == window}
-            feature = {name: made[name][window] for name in MODEL_INPUTS if name in made}
-            feature |= {"words": list(own), "positions": list(own.values())}
+            judged = {word: at for word, (_, place, at) in best.items() if place == window}
+            feature = {
+                name: [made[name][n] for n in windows[window]]
+                for name in MODEL_INPUTS
+                if name in made
+            }
+            feature |= {"words": list(judged), "positions": list(judged.values())}
             features.append(
                 feature
                 if targets is None
-                else {**feature, "labels": [targets[word] for word in own]}
+                else {**feature, "labels": [targets[word] for word in judged]}
             )
         return features
 

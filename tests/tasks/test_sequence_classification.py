@@ -91,6 +91,18 @@ def test_a_single_label():
     )  # f1: of "-", the last
 
 
+def test_a_validation_loss_is_plain():
+    """Neither smoothed nor weighted: else runs of other options could not be compared, nor tasks."""
+    task = make(ONE, class_weights="balanced", label_smoothing=0.3)
+    rows = rows_of(task, ONE)
+    model, batch = model_of(task), task.collate(rows)
+    with torch.no_grad():
+        losses, outputs = task.judge(model, batch, rows)
+    plain = [-math.log(o["scores"][e["label"]]) for e, o in zip(ONE, outputs, strict=True)]
+    assert losses["classification"].tolist() == pytest.approx(plain, rel=1e-5)
+    assert task.loss(model, batch)["classification"].tolist() != pytest.approx(plain, rel=1e-2)
+
+
 def test_several_labels_and_numbers():
     several = [
         {"id": "0", "text": "good film", "label": "a, b"},
