@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import open_weights, verify_together
@@ -85,7 +86,7 @@ def build_trainer(
     saved = checkpoints.load_latest(engine)
     origin = saved.get("pretrained") if saved else folder and str(folder)
     if saved and beside:
-        beside.check(saved)
+        check_base(saved["adapters"], where=config.run_dir)
     if folder is not None and (saved is None or beside):
         logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")
         warn_of_tokenizer(folder, material.tokenizer)

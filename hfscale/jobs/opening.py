@@ -184,7 +184,7 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
     """Return the model that predicts, and its task.
 
     Raises:
-        UserError: if there is no such model, or it has no head for the task.
+        UserError: if there is no such model, it has no head for the task, or training would refuse it.
     """
     kind, length = task_class(config.task.name), config.data.max_length
     options = check_options(kind.Options, config.task.options, where="task.options")
@@ -199,7 +199,7 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
             value=length,
             remedy=f"data.max_length={longest} or less",
         )
-    return opened.engine, kind(
+    task = kind(
         options,
         Setting(
             seq_len=length,
@@ -208,6 +208,8 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
             facts=opened.facts or kind.known(model_config),
         ),
     )
+    task.check(opened.engine, device=opened.engine.device)
+    return opened.engine, task
 
 
 def framed(

@@ -17,6 +17,7 @@ from transformers import (
 from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.weights import checked
 from hfscale.config.schema import TrainConfig
@@ -40,7 +41,10 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
     if (name := config.model.pretrained) is None:
         return None
     if config.model.lora and (state := layout.newest_state(config.run_dir)):
-        return Path(state["adapters"]["folder"])  # which the run does not save
+        base = Path(state["adapters"]["folder"])  # which the run does not save
+        if not base.is_dir():
+            check_base(state["adapters"], where=config.run_dir)
+        return base
     saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
     if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
         return own
