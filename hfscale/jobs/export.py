@@ -25,6 +25,7 @@ from hfscale.config.load import to_yaml
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
+from hfscale.jobs.asked import tell_of_best
 from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.objectives.base import Objective
@@ -69,6 +70,7 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             where=name,
             remedy="name a run directory, or a folder in its checkpoints/",
         )
+    tell_of_best(name, source.checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(
         prefix=f".{out.name}.", dir=out.parent

@@ -263,12 +263,14 @@ class SequenceClassification(Task):
             classification(got, true, labels=self.labels),
             [label for label in said if label not in self.labels],
         )
-        note = (
-            f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}"
-            if unknown
-            else ""
-        )
-        return replace(found, notes={"unknown labels": note}) if unknown else found
+        notes = {}
+        if unknown:
+            notes["unknown labels"] = (
+                f"{len(unknown):,}, such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}"
+            )
+        if "f1" in found.scores():
+            notes["f1"] = f"of {self.labels[1]!r}, the second label"
+        return replace(found, notes=notes)
 
 
 def _split(value: Any, options: ClassificationOptions) -> Any:

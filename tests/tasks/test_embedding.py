@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -165,6 +166,23 @@ def test_equal_texts_are_no_negatives_of_each_other() -> None:
     assert measure.scores()["accuracy"] == measure.scores()["mrr"] == 1.0
     assert measure.notes["repeated"].startswith("3 texts and 3 positives differ")
     assert task.facts_of_training(task.options, references) == {"repeated": 2}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_an_export_says_to_sentence_transformers_how_it_pools(pooling: str) -> None:
+    """Its vectors are then ours to all digits (tried with 5.1); without these files it takes the mean, and no unit vectors."""
+    task, model, _ = embedding(pooling=pooling)
+    files = {path: json.loads(text) for path, text in task.files(model.config).items()}
+    assert [module["type"].rpartition(".")[2] for module in files["modules.json"]] == [
+        "Transformer",
+        "Pooling",
+        "Normalize",
+    ]
+    chosen = [key for key, value in files["1_Pooling/config.json"].items() if value is True]
+    names = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+    assert chosen == [f"pooling_mode_{names[pooling]}"]
+    assert files["1_Pooling/config.json"]["word_embedding_dimension"] == model.config.hidden_size
+    assert files["sentence_bert_config.json"]["max_seq_length"] == task.setting.seq_len
 
 
 def test_the_key_of_a_text_knows_no_padding() -> None:

@@ -232,7 +232,9 @@ def test_a_reference_without_a_label_is_refused():
 def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():
     task = make(ONE)
     right = [example["label"] for example in ONE]
-    assert task.measure([{"prediction": label} for label in right], ONE).notes == {}
+    assert task.measure([{"prediction": label} for label in right], ONE).notes == {
+        "f1": "of '-', the second label"
+    }
     measure = task.measure(
         [{"prediction": "meh"}, *({"prediction": label} for label in right[1:])], ONE
     )
