@@ -61,6 +61,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
+def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write ``tokenizer`` as both transformers 5 and 4 read it: of 5's own class the name, and lists of special tokens, are not known to 4."""
+    tokenizer.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    said = json.loads(file.read_text("utf-8"))
+    if said.get("tokenizer_class") == "TokenizersBackend":
+        said["tokenizer_class"] = "PreTrainedTokenizerFast"
+    said["model_input_names"] = tokenizer.model_input_names
+    if isinstance(more := said.get("extra_special_tokens"), list):
+        del said["extra_special_tokens"]
+        said["additional_special_tokens"] = more
+    file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
     """Return the SHA-256 (hex) of what turns text into ids, of a tokenizer or of the folder or hub name it is in.
 

@@ -148,6 +148,29 @@ def test_no_work_at_import():
     assert not wrong, "\n".join(wrong)
 
 
+def test_no_default_is_a_section_with_values_of_its_own():
+    """``optim: Optim = Optim(lr=5e-5)`` is lost as soon as one key of it is said: a subclass has the defaults."""
+    classes = [n for tree in TREES.values() for n in ast.walk(tree) if isinstance(n, ast.ClassDef)]
+    sections, size = {"Section"}, 0
+    while len(sections) > size:
+        size = len(sections)
+        sections |= {n.name for n in classes if sections & {ast.unparse(b) for b in n.bases}}
+    assert {"Optim", "FinetuneOptim", "Generation"} <= sections
+    wrong = []
+    for path, tree in TREES.items():
+        bodies = [tree.body, *(n.body for n in ast.walk(tree) if isinstance(n, ast.ClassDef))]
+        for node in (statement for body in bodies for statement in body):
+            if not isinstance(node, ast.Assign | ast.AnnAssign) or node.value is None:
+                continue
+            calls = [n for n in ast.walk(node.value) if isinstance(n, ast.Call)]
+            made = {
+                name for n in calls for name in sections if name in ast.unparse(n.func).split(".")
+            }
+            if made and not any(ast.unparse(node.value) == f"{name}()" for name in made):
+                wrong.append(f"{relative(path)}:{node.lineno} {ast.unparse(node)}")
+    assert not wrong, "\n".join(wrong)
+
+
 def test_the_command_line_and_config_load_no_slow_library():
     names = [
         relative(p).removesuffix(".py").replace("/", ".")

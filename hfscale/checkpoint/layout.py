@@ -24,6 +24,7 @@ MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
 CONFIG = "config.json"  # the model's, as transformers reads it
+GENERATION = "generation_config.json"  # and how it generates, if it does
 ENGINE = "engine"
 RECORDS = "records"  # inside a partial checkpoint: what each rank has written
 REJECTED = "rejected"

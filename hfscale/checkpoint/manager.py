@@ -158,6 +158,8 @@ class CheckpointManager:
             layout.STATE: json.dumps(about, indent=1).encode(),
             layout.CONFIG: engine.module.config.to_json_string().encode(),
         }
+        if how := getattr(engine.module, "generation_config", None):
+            small[layout.GENERATION] = how.to_json_string().encode()
         if probe := make_probe(engine, probe_inputs):
             if not probe.logits.isfinite().all():
                 raise UnhealthyError(

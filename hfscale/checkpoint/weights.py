@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.dist.agree import from_all_ranks
@@ -105,13 +106,14 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
     ``check`` says what is wrong with a checkpoint.
 
     Raises:
-        CheckpointError: if there are none, or a checkpoint does not match its manifest.
+        CheckpointError: if there are none, a checkpoint does not match its manifest, or the base of its adapters has changed.
     """
     if checkpoint := layout.checkpoint_of(path):
         saved, state = CheckpointWeights(checkpoint, check=check), layout.state_of(checkpoint)
-        return (
-            MergedWeights(saved, check=check, **state["adapters"]) if "adapters" in state else saved
-        )
+        if "adapters" not in state:
+            return saved
+        check_base(state["adapters"], where=checkpoint)
+        return MergedWeights(saved, check=check, **state["adapters"])
     if not Path(path).is_dir():
         raise CheckpointError(
             "there is no such folder",

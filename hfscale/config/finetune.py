@@ -8,6 +8,7 @@ from pydantic import Field
 
 from hfscale.config.schema import (
     AbsolutePath,
+    Decay,
     HeldOut,
     Named,
     Optim,
@@ -48,6 +49,14 @@ class Examples(Section):
         return self.max_length
 
 
+class FinetuneOptim(Optim):
+    """AdamW as weights that know something are trained (Devlin et al. 2019, BERT, appendix A.3)."""
+
+    lr: Annotated[float, Field(gt=0)] = 5e-5
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    weight_decay: Annotated[float, Field(ge=0)] = 0.01
+
+
 class FinetuneConfig(TrainConfig):
     """A whole run of fine-tuning; without ``tokenizer`` the pretrained model's own."""
 
@@ -55,4 +64,4 @@ class FinetuneConfig(TrainConfig):
     tokenizer: Tokenizer | None = None
     data: Examples
     task: Named
-    optim: Optim = Optim(lr=5e-5, betas=(0.9, 0.999), weight_decay=0.01)
+    optim: FinetuneOptim = FinetuneOptim()

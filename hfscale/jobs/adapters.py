@@ -13,14 +13,23 @@ from safetensors.torch import save_file
 from transformers import PreTrainedModel
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.base import identity
 from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
 from hfscale.config.schema import Lora
-from hfscale.dist.agree import from_rank_0
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import ConfigError
 from hfscale.jobs.opening import RunModel
 from hfscale.models.trained import transposed
-from hfscale.shards.files import file_digest
+from hfscale.tasks.base import Task
+
+KINDS = {  # what peft calls them: its Auto classes and transformers' then find the model
+    "AutoModelForCausalLM": "CAUSAL_LM",
+    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
+    "AutoModelForSequenceClassification": "SEQ_CLS",
+    "AutoModelForTokenClassification": "TOKEN_CLS",
+    "AutoModelForQuestionAnswering": "QUESTION_ANS",
+    "AutoModel": "FEATURE_EXTRACTION",
+}
 
 
 class Beside:
@@ -36,36 +45,16 @@ class Beside:
         self.match = tell(match(model, self.reader, labels=labels_of(folder)), model)
         for name in self.match.missing:
             model.get_parameter(name).requires_grad_(True)
-        files = (
-            [folder / layout.MANIFEST]
-            if (folder / layout.MANIFEST).is_file()
-            else sorted(folder.glob("*.safetensors"))
-        )
-        digests = from_rank_0({file.name: file_digest(file) for file in files} if rank == 0 else {})
         # what every checkpoint says of the weights that are not in it
         self.about = {
             "adapters": {
                 "folder": str(folder),
-                "digests": digests,
+                **identity(folder),
                 "scale": lora.alpha / lora.r,
                 "match": asdict(self.match),
                 "targets": transposed(model),
             }
         }
-
-    def check(self, saved: dict[str, Any]) -> None:
-        """Return if the weights are those that the adapters were trained beside.
-
-        Raises:
-            CheckpointError: on all ranks, if they have changed.
-        """
-        if (was := saved["adapters"]["digests"]) != (now := self.about["adapters"]["digests"]):
-            raise CheckpointError(
-                "the weights that the adapters stand beside have changed",
-                where=saved["adapters"]["folder"],
-                value=sorted(dict(was.items() ^ now.items())),
-                remedy="give them back, or begin another run.name",
-            )
 
 
 def write_adapter(source: RunModel, folder: Path) -> None:
@@ -94,7 +83,8 @@ def write_adapter(source: RunModel, folder: Path) -> None:
         modules_to_save=sorted(set(whole.values())) or None,
         fan_in_fan_out=any(reader.targets.values()),
         inference_mode=True,
-        base_model_name_or_path=reader.folder,
+        task_type=KINDS.get(source.objective.auto_model),
+        base_model_name_or_path=lora_base(source),
     ).save_pretrained(str(folder))
     tensors = {name: reader.read(name) for name in whole} | {
         f"{module}.lora_{side}.weight": reader.saved.read(f"{module}.lora_{side}.default.weight")
@@ -118,13 +108,24 @@ def load_adapter(source: RunModel, folder: Path) -> Any:
         return PeftModel.from_pretrained(replace(source, reader=base).engine().module, str(folder))
 
 
-def use_adapter(source: RunModel, folder: Path) -> str:
+def lora_base(source: RunModel) -> str:
+    """Return the base as the user said it: a name of the hub, not where this machine keeps it; or the path of its weights."""
+    said, reader = source.config.model.pretrained, source.reader
+    assert said is not None and isinstance(reader, MergedWeights)
+    return reader.folder if Path(said).is_absolute() else said
+
+
+def use_adapter(source: RunModel, folder: Path | str) -> str:
     """Return lines of Python that use an adapter. Its base may have to be exported first."""
-    kind, base = source.objective.auto_model, source.reader.folder  # type: ignore[attr-defined]
+    kind, base = source.objective.auto_model, lora_base(source)
     first = (
         f"# first: hfscale export {base} BASE\n" if (Path(base) / layout.MANIFEST).is_file() else ""
     )
+    needs = source.objective.model_overrides() if isinstance(source.objective, Task) else {}
+    said = "".join(
+        f", {key}={value!r}" for key, value in {**needs, **source.config.model.config}.items()
+    )
     return f"""{first}from peft import PeftModel
-from transformers import AutoConfig, {kind}
-base = {kind}.from_pretrained("{"BASE" if first else base}", config=AutoConfig.from_pretrained("{folder}"))
+from transformers import {kind}
+base = {kind}.from_pretrained("{"BASE" if first else base}"{said})
 model = PeftModel.from_pretrained(base, "{folder}")"""

@@ -16,6 +16,7 @@ from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
 from hfscale.jobs.material import run_config, tokenizer_folder
+from hfscale.log import logger
 from hfscale.models.build import longest_row
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tasks.base import TASKS, load_task, task_class
@@ -49,6 +50,17 @@ def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
         return load_task(config.task, setting)
     assert isinstance(config, RunConfig)
     return load_objective(config.objective, setting)
+
+
+def tell_of_best(name: str, checkpoint: Path) -> None:
+    """Say so where a run's name stands for its newest checkpoint, and an older one was better."""
+    best = layout.state_of(checkpoint).get("best") or {}
+    named = "@" in name or Path(name).absolute() == checkpoint.absolute()
+    if not named and best.get("step", layout.step_of(checkpoint)) != layout.step_of(checkpoint):
+        logger.info(
+            f"this is the newest checkpoint, of step {layout.step_of(checkpoint)}; the best by {best['metric']} is "
+            f"{name}@best, of step {best['step']}"
+        )
 
 
 def auto_model_of(name: str) -> str:
@@ -112,6 +124,7 @@ def settle(
     }
     suggested, checkpoint = None, None if name is None else layout.checkpoint_of(name)
     if checkpoint:
+        tell_of_best(str(name), checkpoint)
         values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
         trained: Any = run_config(checkpoint)
         suggested = (

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import open_weights, verify_together
@@ -27,7 +28,7 @@ from hfscale.engine.schedule import learning_rate
 from hfscale.jobs.adapters import Beside
 from hfscale.jobs.check import say_notices
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
-from hfscale.jobs.origin import model_needs, pretrained_folder, warn_of_tokenizer
+from hfscale.jobs.origin import generate_as, model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.jobs.rehearsal import rehearse
 from hfscale.log import logger
 from hfscale.models.build import accepted, build_model
@@ -64,6 +65,7 @@ def build_trainer(
         context=partial(construction, config, device_type=device.type),
         **model_needs(config, material.tokenizer, folder, also=material.needs),
     )
+    generate_as(model, folder)
     objective = material.objective(model.config)
     beside = (
         Beside(model, config.model.lora, folder, rank=world.rank)
@@ -86,7 +88,7 @@ def build_trainer(
         world_size=world.world_size,
     )
     saved = checkpoints.load_latest(engine)
-    begin(engine, folder, beside, material.tokenizer, saved=saved)
+    begin(engine, folder, beside, material.tokenizer, saved=saved, run_dir=config.run_dir)
     origin = saved.get("pretrained") if saved else folder and str(folder)
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState()
@@ -162,10 +164,11 @@ def begin(
     tokenizer: PreTrainedTokenizerFast,
     *,
     saved: dict[str, Any] | None,
+    run_dir: Path,
 ) -> None:
     """Give the engine the pretrained weights that are not in its checkpoint: all of ``folder``, or those adapters stand beside."""
     if saved and beside:
-        beside.check(saved)
+        check_base(saved["adapters"], where=run_dir)
     if folder is None or (saved and not beside):
         return
     logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")

@@ -22,6 +22,7 @@ from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
 from hfscale.errors import DataError, counted
 from hfscale.jobs.asked import model_and_tokenizer
+from hfscale.jobs.material import FEW
 from hfscale.jobs.predict import examples_of, key_of
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options
@@ -128,15 +129,24 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
 
 def described(measure: Measure) -> dict[str, Any]:
     """Return what ``scores.json`` says of a measure; what is not a number is null."""
+    scores, notes = measure.scores(), dict(measure.notes)
     intervals = {
         name: [*ends] for name, ends in measure.intervals().items() if all(map(isfinite, ends))
     }
+    if alike := [name for name in scores if name not in intervals and isfinite(scores[name])]:
+        notes["no interval"] = f"{', '.join(alike)}: no other draw of these examples moves it"
     return {
         "examples": measure.examples,
-        "scores": _defined(measure.scores()),
+        "scores": _defined(scores),
         "intervals": intervals,
-        "notes": measure.notes,
+        "notes": notes | caution(measure.examples),
     }
+
+
+def caution(examples: int) -> dict[str, str]:
+    """Return the note on scores of a handful of examples, if they are of no more."""
+    said = f"{counted(examples, 'example')}: as many others may well score otherwise"
+    return {"few": said} if examples < FEW else {}
 
 
 def _defined(scores: dict[str, float]) -> dict[str, float | None]:

@@ -6,6 +6,7 @@ Every checkpoint carries the live engine's logits on a small probe batch, so the
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.export import compare_logits, write_weights
@@ -23,10 +25,12 @@ from hfscale.config.load import to_yaml
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError
 from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
+from hfscale.jobs.asked import tell_of_best
 from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.objectives.base import Objective
 from hfscale.tasks.base import Task
+from hfscale.tokenizer import save_tokenizer
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
 SAME_DEVICE = {
@@ -66,6 +70,7 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             where=name,
             remedy="name a run directory, or a folder in its checkpoints/",
         )
+    tell_of_best(name, source.checkpoint)
     out.parent.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(
         prefix=f".{out.name}.", dir=out.parent
@@ -91,24 +96,42 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
                 "max_length": config.data.max_length,
             }
             source.objective.finish(source.skeleton, source.tokenizer)
-            if source.objective.code:
+            if source.objective.code and not adapter:
                 shutil.copy(str(import_module(source.objective.code).__file__), partial)
         source.skeleton.config.architectures = [
             type(source.skeleton).__name__
         ]  # by which others, and we, know what it is for
-        source.skeleton.config.save_pretrained(partial)
+        if not adapter:  # transformers takes a folder with a config.json for a whole model
+            source.skeleton.config.save_pretrained(partial)
+            _write_files(source.objective.files(source.skeleton.config), partial)
         if source.skeleton.can_generate():
             source.skeleton.generation_config.save_pretrained(partial)
-        framed(source.tokenizer, source.objective.frame, source.skeleton.config).save_pretrained(
-            partial
-        )
+        tokenizer = framed(source.tokenizer, source.objective.frame, source.skeleton.config)
+        save_tokenizer(_padding(tokenizer, source.skeleton), partial)
         difference = prove(source, partial, adapter=adapter)
-        (partial / "README.md").write_text(card(source, difference), "utf-8")
+        (partial / "README.md").write_text(card(source, difference, adapter=adapter), "utf-8")
         partial.rename(out)
     logger.info(
         f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to {difference:.1e}"
     )
     return use_adapter(source, out) if adapter else usage(source.objective, out)
+
+
+def _write_files(files: dict[str, str], folder: Path) -> None:
+    for path, text in files.items():
+        (folder / path).parent.mkdir(exist_ok=True)
+        (folder / path).write_text(text, "utf-8")
+
+
+def _padding(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> PreTrainedTokenizerFast:
+    """Return the tokenizer with the token that the model takes for padding, without which pipelines take one text at a time."""
+    known = [model.config.pad_token_id]
+    if model.can_generate():
+        known += [model.generation_config.pad_token_id, tokenizer.eos_token_id]
+    pad_id = next((id_ for id_ in known if id_ is not None), None)
+    if tokenizer.pad_token is None and pad_id is not None:
+        tokenizer.pad_token = tokenizer.convert_ids_to_tokens(pad_id)
+    return tokenizer
 
 
 def usage(objective: Objective, folder: Path | str) -> str:
@@ -157,6 +180,9 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
         )
     )
     model.to(device).eval()
+    known = replace(source.objective.setting, model_config=model.config)
+    source.objective.setting = known
+    source.objective.check(model, device=device)  # as training and predicting with it would
     probe = read_probe(source.checkpoint)
     with torch.no_grad():
         got = probe.ask(model, device=device)
@@ -170,7 +196,15 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     )
 
 
-def card(source: RunModel, difference: float) -> str:
+def _started_from(source: RunModel) -> str | None:
+    """Return what the user said: a name of the hub as it is, not where this machine keeps it; of a path what was found there."""
+    said = source.config.model.pretrained
+    if said is None or not Path(said).is_absolute():
+        return said
+    return layout.state_of(source.checkpoint).get("pretrained") or said
+
+
+def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
     """Return the model card: the run's facts, and how to use the model."""
     at, finetuned = layout.state_of(source.checkpoint), isinstance(source.config, FinetuneConfig)
     config: Any = source.config
@@ -181,7 +215,7 @@ def card(source: RunModel, difference: float) -> str:
     )
     rows = {
         "architecture": f"{source.skeleton.config.model_type}, {sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
-        "started from": at.get("pretrained") or "new weights",
+        "started from": _started_from(source) or "new weights",
         "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens",
         "data": f"{data}; fingerprint `{at['data_fingerprint'][:16]}`, tokenizer `{at['tokenizer_digest'][:16]}`",
         "figures": ", ".join(
@@ -200,8 +234,11 @@ def card(source: RunModel, difference: float) -> str:
         if hasattr(config, name)
     )
     table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    base = config.model.pretrained
+    hub = f"\nbase_model: {base}" if base and not Path(base).is_absolute() else ""
+    place = "PATH_OF_THIS_FOLDER"
     return f"""---
-library_name: transformers
+library_name: {"peft" if adapter else "transformers"}{hub}
 tags: [hfscale]
 ---
 # {config.run.name}
@@ -211,7 +248,7 @@ tags: [hfscale]
 {table}
 
 ```python
-{usage(source.objective, "PATH_OF_THIS_FOLDER")}
+{use_adapter(source, place) if adapter else usage(source.objective, place)}
 ```
 
 How it was trained:

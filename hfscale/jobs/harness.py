@@ -27,9 +27,14 @@ from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.jobs.asked import auto_model_of
-from hfscale.jobs.evaluate import folder_of, keep
+from hfscale.jobs.evaluate import caution, folder_of, keep
 from hfscale.jobs.opening import open_model
+from hfscale.metrics.measure import Proportion
+from hfscale.objectives.base import Setting
+from hfscale.objectives.clm import CausalLM
 
+PROPORTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 of each example
+PROBED = 16  # tokens, of which the later are changed to see whether the earlier notice
 WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
@@ -133,7 +138,11 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
     """Return True when the scores are kept, with 95 % intervals. A stop saves nothing."""
     wanted = config.harness
     with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
-        opened = open_model(wanted.model, auto_model_of(wanted.model), config.engine)
+        kind = auto_model_of(wanted.model)
+        opened = open_model(wanted.model, kind, config.engine)
+        if kind == CausalLM.auto_model:  # one that sees the future would be told the answers
+            setting = Setting(seq_len=PROBED, model_config=opened.engine.module.config)
+            CausalLM(CausalLM.Options(), setting).check(opened.engine, device=opened.engine.device)
         model = EngineLM(opened.engine, opened.tokenizer, wanted.batch)
         try:
             made: Any = simple_evaluate(
@@ -172,13 +181,18 @@ def _scores(made: dict[str, Any]) -> dict[str, Any]:
         for key, value in figures.items()
         if "_stderr" in key
     }
+    intervals = {key: (scores[key] - half, scores[key] + half) for key, half in errors.items()}
+    for key in errors.keys() & scores.keys():
+        task, _, metric = key.rpartition("/")
+        if metric.split(",")[0] in PROPORTIONS and task in made["n-samples"]:
+            asked = made["n-samples"][task]["effective"]
+            intervals[key] = Proportion(scores[key] * asked, asked).interval()
+    examples = sum(count["effective"] for count in made["n-samples"].values())
     return {
         "task": "lm_eval",
         "versions": made["versions"],
-        "examples": sum(count["effective"] for count in made["n-samples"].values()),
+        "examples": examples,
         "scores": scores,
-        "intervals": {
-            key: [scores[key] - half, scores[key] + half] for key, half in errors.items()
-        },
-        "notes": {},
+        "intervals": {key: [*ends] for key, ends in intervals.items() if ends[0] < ends[1]},
+        "notes": caution(examples),
     }

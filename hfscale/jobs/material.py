@@ -20,7 +20,7 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import World
-from hfscale.errors import DataError
+from hfscale.errors import DataError, counted
 from hfscale.log import logger
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
@@ -34,6 +34,7 @@ from hfscale.tasks.base import Task, cache_key, code_digest, load_task, task_cla
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
 from hfscale.training.evaluator import Evaluator, TaskEvaluator
 
+FEW = 50  # examples, below which a score says little
 TOKENIZER = "tokenizer"  # in the run directory of a fine-tuning, whatever becomes of the model that it began with
 
 
@@ -167,6 +168,10 @@ class ExampleMaterial:
             if config.data.validation
             else None
         )
+        if self._validation and (count := self._validation.report["examples"]) < FEW:
+            logger.warning(
+                f"validation: {counted(count, 'example')}: scores of so few say little, and keep_best follows chance"
+            )
         self.rows, self.names = len(self._train.lengths), ("train",)
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Task:

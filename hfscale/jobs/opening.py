@@ -26,7 +26,7 @@ from hfscale.errors import CheckpointError, ConfigError
 from hfscale.hub import local_folder
 from hfscale.jobs.asked import objective_of
 from hfscale.jobs.material import run_config
-from hfscale.jobs.origin import DTYPES, model_needs, skeleton
+from hfscale.jobs.origin import DTYPES, generate_as, model_needs, skeleton
 from hfscale.models.build import check_head, check_model_config, construct, longest_row
 from hfscale.models.init import restore_buffers
 from hfscale.objectives.base import Objective, Setting, check_options
@@ -54,7 +54,7 @@ class RunModel:
             auto_model or self.objective.auto_model,
             self.reader,
             how,
-            where=str(self.checkpoint),
+            folder=self.checkpoint,
             precision=how.precision or self.config.engine.precision,
             attention=self.skeleton.config._attn_implementation,
             trust_remote_code=self.config.model.trust_remote_code,
@@ -77,14 +77,9 @@ def open_run(name: str) -> RunModel | None:
     objective = objective_of(config, checkpoint)
     tokenizer = objective.setting.tokenizer
     model_config = check_model_config(**model_needs(config, tokenizer, checkpoint))
-    return RunModel(
-        config,
-        objective,
-        checkpoint,
-        skeleton(config, model_config, objective.auto_model),
-        reader,
-        tokenizer,
-    )
+    shapes = skeleton(config, model_config, objective.auto_model)
+    generate_as(shapes, checkpoint)
+    return RunModel(config, objective, checkpoint, shapes, reader, tokenizer)
 
 
 @dataclass(frozen=True)
@@ -127,7 +122,7 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
         if how.zero_stage == 3:
             check_head(config, auto_model)
             engine = _filled(
-                config, auto_model, open_weights(folder), how, where=name, precision=precision
+                config, auto_model, open_weights(folder), how, folder=folder, precision=precision
             )
             return Opened(engine, load_tokenizer(folder), {})
         with quiet():  # its report of what is missing; we say it
@@ -153,7 +148,7 @@ def _filled(
     reader: WeightsReader,
     how: Inference,
     *,
-    where: str,
+    folder: Path,
     precision: str,
     attention: str | None = None,
     trust_remote_code: bool = False,
@@ -174,9 +169,10 @@ def _filled(
         return model
 
     engine = InferenceEngine.create(build, how=how, precision=precision, device=default_device())
+    generate_as(engine.module, folder)
     found = match(engine.module, reader)
     if found.missing and auto_model != "AutoModel":
-        raise _no_head(auto_model, where, found.missing[:4])
+        raise _no_head(auto_model, str(folder), found.missing[:4])
     for fragment in engine.fragments():
         if fragment.name in found.missing:  # BERT's pooler, say, on which no hidden state depends
             fragment.tensors["weight"].zero_()
@@ -188,7 +184,7 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
     """Return the model that predicts, and its task.
 
     Raises:
-        UserError: if there is no such model, or it has no head for the task.
+        UserError: if there is no such model, it has no head for the task, or training would refuse it.
     """
     kind, length = task_class(config.task.name), config.data.max_length
     options = check_options(kind.Options, config.task.options, where="task.options")
@@ -203,7 +199,7 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
             value=length,
             remedy=f"data.max_length={longest} or less",
         )
-    return opened.engine, kind(
+    task = kind(
         options,
         Setting(
             seq_len=length,
@@ -212,6 +208,8 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
             facts=opened.facts or kind.known(model_config),
         ),
     )
+    task.check(opened.engine, device=opened.engine.device)
+    return opened.engine, task
 
 
 def framed(
@@ -235,9 +233,11 @@ def framed(
         {"eos_token": tokenizer.eos_token or tokenizer.sep_token},
     )
     has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
-    if not frame and tokenizer("a")["input_ids"] != bare:
+    puts, own = tokenizer("a")["input_ids"], tokenizer.backend_tokenizer.post_processor
+    ends_itself = bool(frame) and frame[-1] is None and puts[-1:] != bare[-1:]
+    if not frame and puts != bare:
         tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
-    elif any(has) and tokenizer("a")["input_ids"] == bare:
+    elif any(has) and (puts == bare or ends_itself):
         before, after = (f"{token} " if token else "" for token in has)
         around = processors.TemplateProcessing(
             single=f"{before}$A {after}".strip(),
@@ -246,9 +246,8 @@ def framed(
                 (token, tokenizer.convert_tokens_to_ids(token)) for token in has if token
             ],
         )
-        own = tokenizer.backend_tokenizer.post_processor
         tokenizer.backend_tokenizer.post_processor = (
-            processors.Sequence([own, around]) if own else around
+            processors.Sequence([own, around]) if own and not ends_itself else around
         )
     return tokenizer
 

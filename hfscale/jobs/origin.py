@@ -8,10 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 from transformers.utils import is_flash_attn_2_available
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.weights import checked
 from hfscale.config.schema import TrainConfig
@@ -35,12 +41,21 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
     if (name := config.model.pretrained) is None:
         return None
     if config.model.lora and (state := layout.newest_state(config.run_dir)):
-        return Path(state["adapters"]["folder"])  # which the run does not save
+        base = Path(state["adapters"]["folder"])  # which the run does not save
+        if not base.is_dir():
+            check_base(state["adapters"], where=config.run_dir)
+        return base
     saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
     if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
         return own
     theirs = layout.checkpoint_of(name)
     return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
+
+
+def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
+    """Let ``model`` generate as its source ``folder`` says, where it does: its config.json knows nothing of that."""
+    if folder and model.can_generate() and (folder / layout.GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
 
 
 def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.base import changed
 from hfscale.config.inference import PredictConfig
 from hfscale.dist import group
 from hfscale.dist.agree import from_all_ranks
@@ -77,7 +78,7 @@ def model_folder(name: str) -> Path:
 
 
 def model_digest(folder: Path) -> str:
-    """Return what names the content of a model's folder: another model in the same place is another one."""
+    """Return what names the content of a model's folder, and of the base of its adapters: another model in the same place is another one."""
     model = hashlib.blake2b(digest_size=16)
     for file in sorted(
         file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED
@@ -90,6 +91,8 @@ def model_digest(folder: Path) -> str:
             if large
             else file.read_bytes()
         )
+    if (folder / layout.STATE).is_file() and (beside := layout.state_of(folder).get("adapters")):
+        model.update(changed(Path(beside["folder"])).encode())
     return model.hexdigest()
 
 

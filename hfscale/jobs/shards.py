@@ -139,6 +139,7 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
             config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine
         ).engine
         objective = _objective(config, tokenizer, engine.module.config)
+        objective.check(engine, device=engine.device)  # what training refuses is not scored either
         count = config.data.validation.rows if config.data.validation else None
         scored = held_out_rows(config.data.sources[0].shards, config, objective, world, count=count)
         found = _scores(objective, engine, scored, tokenizer)

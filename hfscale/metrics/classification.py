@@ -7,10 +7,11 @@ Source of the MCC of more than two labels: Gorodkin 2004, Comparing two K-catego
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from hfscale.metrics.measure import Measure, Scores, from_sums, paired, ratio
+from hfscale.metrics.measure import Measure, Proportion, Scores, from_sums, paired, ratio
 
 
 def f1(both: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
@@ -69,4 +70,6 @@ def classification(
             {"f1": f1(both[:, 1], predicted[:, 1], true[:, 1])} if single and C == 2 else {}
         )
 
-    return from_sums(rows, finish)
+    share = Proportion(float(rows[:, -2].sum()), N)
+    shares = {"accuracy": share, **({"f1_micro": share} if single else {})}  # which are the same
+    return replace(from_sums(rows, finish), proportions=shares)

@@ -1,27 +1,84 @@
 """Entities in tags, and their F1: as seqeval's default mode, which is conlleval's. Scores are in [0, 1].
 
-seqeval itself is not asked: its package no longer installs with today's setuptools, and the bootstrap needs counts a sentence.
+Tags of other schemes are made ``B I E S O`` before anything: BMES, BILOU and BMEWO have other letters for the same places. seqeval
+itself is not asked: the bootstrap needs counts a sentence.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from hfscale.errors import DataError
 from hfscale.metrics.classification import f1, mean_f1
 from hfscale.metrics.measure import Measure, Scores, from_sums, paired, ratio
 
+OUTSIDE = "O"
+PLACES = {  # in an entity: begin, inside, end, or all of it
+    **{letter: letter for letter in "BIES"},
+    **{"M": "I", "L": "E", "U": "S", "W": "S"},  # middle, last, unit, whole
+}
+_TAG = re.compile(r"([A-Za-z])(?:[-_](.+))?")  # a place, and a type unless all are of one
+_BEHIND = re.compile(r".+[-_][BI]")  # PER-B
+
+
+def parts_entities(labels: Iterable[str]) -> bool:
+    """Return whether tags of this set part texts into entities; False: they are parts of speech, or the like.
+
+    Raises:
+        DataError: if they do, but in no scheme that is known here: what is an entity would be a guess.
+    """
+    tags = sorted({*labels} - {OUTSIDE})
+    if {"B", "I"} & {*tags} and PLACES.keys() >= {*tags}:
+        return True
+    typed = [tag for tag in tags if len(tag) > 1 and _TAG.fullmatch(tag)]
+    alike = [tag for tag in tags if _BEHIND.fullmatch(tag) or (tag in typed and tag[0] in "BIbi")]
+    if not alike and not (typed and typed == tags and OUTSIDE in {*labels}):
+        return False
+    known = [tag for tag in tags if tag[0] in PLACES and _TAG.fullmatch(tag)]
+    if strange := sorted({*tags} - {*known}):
+        raise DataError(
+            "these tags are of no scheme that is known, so nobody can say what an entity is",
+            where="tags",
+            value=strange[:5],
+            remedy="write them as O and B-TYPE, I-TYPE (or as BIOES, BMES, BILOU), or bare B, I, O",
+        )
+    return True
+
+
+def placed(tag: str) -> str:
+    """Return a tag of any known scheme as ``O``, or ``B-TYPE`` with B, I, E or S.
+
+    Raises:
+        DataError: if it is of none.
+    """
+    if tag == OUTSIDE:
+        return tag
+    if (match := _TAG.fullmatch(tag)) is None or match[1] not in PLACES:
+        raise DataError(
+            "a tag is of no scheme that is known",
+            where="tags",
+            value=tag,
+            remedy="write it as O, B-TYPE or I-TYPE",
+        )
+    return f"{PLACES[match[1]]}-{match[2] or '_'}"
+
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return (type, first, one past the last) of each entity in ``O``, ``B-TYPE``, ``I-TYPE`` tags; an ``I-`` may begin one."""
+    """Return (type, first, one past the last) of each entity in tags of a known scheme; an ``I-`` may begin one.
+
+    Raises:
+        DataError: as ``placed``.
+    """
     found: list[tuple[str, int, int]] = []
-    before = "O"
-    for place, tag in enumerate(tags):
-        if tag != "O":
+    before = OUTSIDE
+    for at, tag in enumerate(map(placed, tags)):
+        if tag != OUTSIDE:
             goes_on = tag[0] in "IE" and before[0] in "BI" and before[1:] == tag[1:]
-            first = found.pop()[1] if goes_on else place
-            found.append((tag[2:] or "_", first, place + 1))
+            first = found.pop()[1] if goes_on else at
+            found.append((tag[2:], first, at + 1))
         before = tag
     return found
 
@@ -59,3 +116,17 @@ def entity_f1(predictions: Sequence[Sequence[str]], references: Sequence[Sequenc
         }
 
     return from_sums(rows, finish)
+
+
+def tag_accuracy(
+    predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]
+) -> Measure:
+    """Return the ``accuracy`` of tags that part no entities. An example is a sentence.
+
+    Raises:
+        DataError: if there are no sentences.
+    """
+    paired(predictions, references)
+    pairs = zip(predictions, references, strict=True)
+    rows = [[sum(map(str.__eq__, tags, true)), len(true)] for tags, true in pairs]
+    return from_sums(rows, lambda sums: {"accuracy": ratio(sums[:, 0], sums[:, 1])})

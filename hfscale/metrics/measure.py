@@ -4,13 +4,19 @@ The bootstrap asks what the scores would be for other draws of as many examples.
 example is in it. So a ``Measure`` is a function from weights to scores, vectorised over draws; the plain scores are those of all
 weights 1. Most metrics, corpus metrics such as BLEU among them, are a function of sums over examples, and a thousand draws cost one
 matrix product. Shape legend: N examples, R draws, K sums.
-Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sec. 13.3 (percentile intervals).
+
+Where all examples agree, all draws do, and the bootstrap would promise what five of five right do not hold. So the intervals of plain
+proportions of examples are Wilson's, and of other scores that no draw moves there is none.
+Sources: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sec. 13.3 (percentile intervals); Wilson 1927, Probable inference,
+the law of succession, and statistical inference.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import nan, sqrt
+from statistics import NormalDist
 
 import numpy as np
 
@@ -18,6 +24,24 @@ from hfscale.errors import DataError
 
 Scores = dict[str, np.ndarray]
 NUMBERS_IN_FLIGHT = 1 << 22  # weights held at a time: 32 MiB
+
+
+@dataclass(frozen=True)
+class Proportion:
+    """So many right of so many examples; ``scale`` times that is the score."""
+
+    right: float
+    asked: float
+    scale: float = 1.0
+
+    def interval(self, *, confidence: float = 0.95) -> tuple[float, float]:
+        """Return Wilson's interval of the score; NaN of none asked."""
+        if not self.asked:
+            return nan, nan
+        z, n, p = NormalDist().inv_cdf((1 + confidence) / 2), self.asked, self.right / self.asked
+        middle = (p + z**2 / (2 * n)) / (1 + z**2 / n)
+        half = z * sqrt(p * (1 - p) / n + z**2 / (4 * n**2)) / (1 + z**2 / n)
+        return self.scale * max(0.0, middle - half), self.scale * min(1.0, middle + half)
 
 
 @dataclass(frozen=True)
@@ -29,6 +53,9 @@ class Measure:
     notes: dict[str, str] = field(
         default_factory=dict
     )  # what a reader must know to compare: sacreBLEU's signature
+    proportions: dict[str, Proportion] = field(
+        default_factory=dict
+    )  # of the scores that are shares of examples
 
     def scores(self) -> dict[str, float]:
         """Return ``{name: score}``."""
@@ -40,7 +67,10 @@ class Measure:
     def intervals(
         self, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Return ``{name: (low, high)}``: the percentile bootstrap over examples; equal for equal ``seed``."""
+        """Return ``{name: (low, high)}``: Wilson's of proportions, else the percentile bootstrap over examples; equal for equal ``seed``.
+
+        NaN where no draw moves a score: that says nothing about it.
+        """
         rng, N = np.random.default_rng(seed), self.examples
         parts: list[Scores] = []
         for begin in range(0, draws, step := max(1, NUMBERS_IN_FLIGHT // N)):
@@ -54,7 +84,13 @@ class Measure:
             name: np.nanquantile(np.concatenate([part[name] for part in parts]), tails)
             for name in self.scores()
         }
-        return {name: (float(low), float(high)) for name, (low, high) in ends.items()}
+        found = {
+            name: (float(low), float(high)) if low < high else (nan, nan)
+            for name, (low, high) in ends.items()
+        }
+        return found | {
+            name: share.interval(confidence=confidence) for name, share in self.proportions.items()
+        }
 
     def __or__(self, other: Measure) -> Measure:
         """Return both measures, of the same examples, as one."""
@@ -63,6 +99,7 @@ class Measure:
             self.examples,
             lambda weights: self.of(weights) | other.of(weights),
             self.notes | other.notes,
+            self.proportions | other.proportions,
         )
 
     def _of(self, weights_RN: np.ndarray) -> Scores:
@@ -80,14 +117,16 @@ def from_sums(
     return Measure(len(table_NK), lambda weights_RN: finish(weights_RN @ table_NK), notes)
 
 
-def mean(values: dict[str, Sequence[float]]) -> Measure:
-    """Return the means of values of each example."""
+def mean(values: dict[str, Sequence[float]], *, proportions: Sequence[str] = ()) -> Measure:
+    """Return the means of values of each example; those of ``proportions`` are 0 or 1."""
     names = list(values)
     rows_NK = np.array([values[name] for name in names], dtype=float).T
-    return from_sums(
+    made = from_sums(
         np.c_[rows_NK, np.ones(len(rows_NK))],
         lambda sums: {name: sums[:, k] / sums[:, -1] for k, name in enumerate(names)},
     )
+    shares = {name: Proportion(float(np.sum(values[name])), len(rows_NK)) for name in proportions}
+    return replace(made, proportions=shares)
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

@@ -12,10 +12,11 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from hfscale.metrics.measure import Measure, Scores, from_sums, paired
+from hfscale.metrics.measure import Measure, Proportion, Scores, from_sums, paired
 
 _BY_CHARACTER = re.compile(
     r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
@@ -90,7 +91,12 @@ def squad(
             ).items()
         }
 
-    return from_sums(rows, finish)
+    exact, _, has, has_exact, _, none_exact, n = np.sum(np.asarray(rows, dtype=float), axis=0)
+    shares = {"exact_match": Proportion(exact, n, scale=100)}
+    if both:
+        shares["has_answer_exact_match"] = Proportion(has_exact, has, scale=100)
+        shares["no_answer_accuracy"] = Proportion(none_exact, n - has, scale=100)
+    return replace(from_sums(rows, finish), proportions=shares)
 
 
 def best_threshold(

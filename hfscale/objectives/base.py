@@ -239,6 +239,10 @@ class Objective:
             )
         self.check_documents(model, device=device)
 
+    def files(self, config: PretrainedConfig) -> dict[str, str]:
+        """Return what else lies in an export of a model of ``config``, for other libraries: ``{path: text}``."""
+        return {}
+
     def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
         """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}`` where there are several sources.
 

@@ -14,6 +14,7 @@ alone); Izacard et al. 2022, Contriever, sec. 3.1 (independent crops of a docume
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Annotated, Literal
@@ -35,6 +36,8 @@ from hfscale.objectives.draws import random_state, row_generators, special_id
 from hfscale.objectives.mlm import MaskedLM, MaskingOptions
 
 if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
     from hfscale.stream.rows import Rows
 
 Length = Annotated[float, Field(gt=0, le=1)]
@@ -207,6 +210,7 @@ class Contrastive(Objective):
         self._sums = {}
         batches = list(batches)
         states, parts = [], []
+        keys_Vn = torch.cat([text_keys(batch) for batch in batches], dim=1)
         with torch.no_grad():
             for batch in batches:
                 states.append(random_state())
@@ -214,7 +218,7 @@ class Contrastive(Objective):
         own_VnH = torch.cat(parts, dim=1).requires_grad_()
         valid_n = torch.cat([batch.counts["contrastive"] for batch in batches]).to(own_VnH.device)
         with torch.enable_grad():
-            loss, sums = self.compare(own_VnH, valid_n)
+            loss, sums = self.compare(own_VnH, valid_n, keys_Vn)
             (grad_VnH,) = torch.autograd.grad(
                 loss * (world_size / max(1, global_counts["contrastive"])), own_VnH
             )
@@ -239,10 +243,13 @@ class Contrastive(Objective):
                 yield scalar
             at += n
 
-    def compare(self, own_VnH: Tensor, valid_n: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    def compare(
+        self, own_VnH: Tensor, valid_n: Tensor, keys_Vn: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the InfoNCE sum over the texts of all ranks, with gradient to ``own_VnH``, and this rank's ``{term: values_n}``.
 
-        The first view asks, the second answers; further views (hard negatives) are candidates beside all answers.
+        The first view asks, the second answers; further views (hard negatives) are candidates beside all answers. No candidate is
+        a text that equals the one that asks or its answer, nor the answer of an equal text: ``keys_Vn`` says which are equal; without it none are.
         """
         others, first = gather_from_ranks(
             own_VnH.detach().transpose(0, 1).contiguous()
@@ -254,10 +261,14 @@ class Contrastive(Objective):
             [others[:first].transpose(0, 1), own_VnH, others[first + n :].transpose(0, 1)], dim=1
         )
         anchors_NH, positives_NH = all_VNH[:2]
-        wrong_C = ~valid_N.repeat(len(all_VNH) - 1)  # C: candidates, N of each view but the first
+        wrong_NC = ~valid_N.repeat(len(all_VNH) - 1)[
+            None
+        ]  # C: candidates, N of each view but the first
+        if keys_Vn is not None:
+            wrong_NC = wrong_NC | _no_negatives(gather_from_ranks(keys_Vn.T.contiguous())[0].T)
         scores_NC = (
             anchors_NH @ all_VNH[1:].flatten(0, 1).T / self.options.temperature
-        ).masked_fill(wrong_C, float("-inf"))
+        ).masked_fill(wrong_NC, float("-inf"))
         target_N = torch.arange(len(valid_N), device=valid_N.device)
         nll_N = F.cross_entropy(scores_NC[valid_N], target_N[valid_N], reduction="none")
         with torch.no_grad():
@@ -271,6 +282,32 @@ class Contrastive(Objective):
                 "uniformity": near_NN.sum(1) / max(1, int(valid_N.sum()) - 1),
             }
         return nll_N.sum(), {term: values_n * valid_n for term, values_n in sums.items()}
+
+    def files(self, config: PretrainedConfig) -> dict[str, str]:
+        """Return what sentence-transformers reads of a folder, so that its vectors are those of the training: pooled alike, of length 1."""
+        home = "sentence_transformers.models"
+        modules = [
+            {"idx": n, "name": str(n), "path": path, "type": f"{home}.{kind}"}
+            for n, (path, kind) in enumerate(
+                [("", "Transformer"), ("1_Pooling", "Pooling"), ("2_Normalize", "Normalize")]
+            )
+        ]
+        pooling = {"word_embedding_dimension": config.hidden_size} | {
+            f"pooling_mode_{theirs}": self.options.pooling == ours
+            for ours, theirs in (
+                ("cls", "cls_token"),
+                ("mean", "mean_tokens"),
+                ("last", "lasttoken"),
+            )
+        }
+        reads = {"max_seq_length": self.setting.seq_len, "do_lower_case": False}
+        return {
+            "modules.json": json.dumps(modules, indent=1),
+            "sentence_bert_config.json": json.dumps(reads),
+            "config_sentence_transformers.json": json.dumps({"similarity_fn_name": "cosine"}),
+            "1_Pooling/config.json": json.dumps(pooling, indent=1),
+            "2_Normalize/config.json": "{}",
+        }
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse a model whose embedding does not depend on the text: the first token of a model that sees only the past.
@@ -308,3 +345,28 @@ class Contrastive(Objective):
                 value=f"{self.options.pooling}, {config.model_type}",
                 remedy="set it to last or mean, or choose an encoder",
             )
+
+
+def text_keys(batch: Batch) -> Tensor:
+    """Return a number a view and text (V, n), equal for equal texts: a polynomial of the ids modulo 2^64, whatever the padding."""
+    ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"]
+    odd = torch.randint(
+        -(2**62), 2**62, (ids_BT.shape[1],), generator=torch.Generator().manual_seed(0)
+    )
+    return (
+        ((ids_BT + 1) * mask_BT * (2 * odd + 1).to(ids_BT.device))
+        .sum(1)
+        .view(-1, len(batch.position_B))
+    )
+
+
+def _no_negatives(keys_VN: Tensor) -> Tensor:
+    """Return (N, C) which candidates are right, or the very text that asks, beside the text's own answer."""
+    asks_N, answers_N, N = keys_VN[0], keys_VN[1], keys_VN.shape[1]
+    candidates_C = keys_VN[1:].flatten()
+    answer_NC, alike_NN = candidates_C == answers_N[:, None], asks_N == asks_N[:, None]
+    if alike_NN.sum() > N:  # an answer of an equal text is right as well
+        answer_NC = alike_NN.float() @ answer_NC.float() > 0
+    right_NC = answer_NC | (candidates_C == asks_N[:, None])
+    right_NC[:, :N].fill_diagonal_(False)
+    return right_NC

@@ -300,6 +300,8 @@ class LabelledData:
             share = report["truncated"] / report["examples"]
             say += f"; {report['truncated']:,} ({share:.1%}) were cut to data.max_length={self.data.max_length} tokens"
         logger.info(say)
+        for why, count in report["unlearnt"].items():
+            logger.warning(f"{split}: {counted(count, 'example')} cannot be learnt from: {why}")
         if report["bad"] and self.data.on_error == "stop":
             raise DataError(
                 f"{report['bad']:,} examples of {split} cannot be used",
@@ -311,7 +313,8 @@ class LabelledData:
             logger.warning(
                 f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}"
             )
-        if not report["features"]:
+        useless = split == "train" and sum(report["unlearnt"].values()) == report["examples"]
+        if not report["features"] or useless:
             few = (
                 f"; data.{split} is a share of the texts that differ, and these are few"
                 if split in self._parts
@@ -320,7 +323,7 @@ class LabelledData:
             raise DataError(
                 f"no example of {split} is left",
                 where=where,
-                value=report["shown"] or report["examples"],
+                value=report["shown"] or [*report["unlearnt"]] or report["examples"],
                 remedy=f"give more or other examples{few}",
             )
         return made
@@ -338,6 +341,7 @@ class LabelledData:
             "examples": 0,
             "features": 0,
             "truncated": 0,
+            "unlearnt": {},
             "bad": 0,
             "shown": [],
         }
@@ -351,6 +355,7 @@ class LabelledData:
                 try:
                     made = list(features(example))
                     cut = [feature.pop("truncated", False) for feature in made]
+                    useless = {feature.pop("unlearnt", "") for feature in made} - {""}
                     if any(cut) and self.data.too_long == "refuse":
                         raise BadExample(
                             f"it is longer than data.max_length={self.data.max_length} tokens"
@@ -375,6 +380,8 @@ class LabelledData:
                     }
                 )
                 report["truncated"] += any(cut)
+                for why in useless:
+                    report["unlearnt"][why] = report["unlearnt"].get(why, 0) + 1
                 report["features"] += len(made)
                 report["examples"] += 1
             for writer in (rows, examples) if report["features"] else ():

@@ -296,8 +296,13 @@ def load_task(named: Named, setting: Setting) -> Task:
 
 
 def code_digest(kind: type[Task]) -> str:
-    """Return the digest of the file that a task is written in: what was made by other code is not found in a cache."""
-    return hashlib.blake2b(Path(inspect.getfile(kind)).read_bytes(), digest_size=8).hexdigest()
+    """Return the digest of the code of a task, of what tasks share, and of the metrics: what was made by other code is not found in a cache."""
+    rooms = Path(__file__).parent, Path(__file__).parents[1] / "metrics"
+    files = {Path(inspect.getfile(kind)), *(file for room in rooms for file in room.glob("*.py"))}
+    code = hashlib.blake2b(digest_size=8)
+    for file in sorted(files):
+        code.update(file.read_bytes())
+    return code.hexdigest()
 
 
 def cache_key(task: Task) -> str:

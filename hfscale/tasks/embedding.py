@@ -9,6 +9,7 @@ Shape legend: B examples, V views of each (text, positive, negative), H width, N
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, ClassVar
 
 import numpy as np
@@ -21,12 +22,11 @@ from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling
 from hfscale.objectives.base import Batch, Model, Objective, Setting
-from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions
+from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions, text_keys
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text, number, pad_rows
 
 VIEWS = ("text", "positive", "negative")
-BLOCK = 1024  # queries that are compared with all candidates at a time
 
 
 class EmbeddingOptions(Section):
@@ -61,18 +61,26 @@ class Embedding(Contrastive, Task):
 
     @classmethod
     def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
-        """Refuse training examples that cannot be compared with each other."""
-        kinds = {
-            (example.get("negative") is not None, example.get("score") is not None)
-            for example in examples
-        }
+        """Return how many examples repeat a text or a positive, which then are no negatives of each other.
+
+        Raises:
+            BadExample: for examples that cannot be compared with each other.
+        """
+        kinds, seen = set[tuple[bool, bool]](), {"text": set[int](), "positive": set[int]()}
+        again = 0  # of examples: their text, or their positive, was there before
+        for example in examples:
+            kinds.add((example.get("negative") is not None, example.get("score") is not None))
+            keys = {view: hash(str(example.get(view))) for view in seen}
+            again += any(keys[view] in seen[view] for view in seen)
+            for view, key in keys.items():
+                seen[view].add(key)
         if any(scored for _, scored in kinds):
             raise BadExample(
                 "pairs with a score are for evaluation: train on pairs that belong together"
             )
         if len(kinds) > 1:
             raise BadExample("some examples have a hard negative and others have none")
-        return {}
+        return {"repeated": again} if again else {}
 
     @classmethod
     def question(cls, example: Example) -> Any:
@@ -125,38 +133,52 @@ class Embedding(Contrastive, Task):
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return the losses among the examples of this micro-batch on all ranks, and the vectors, of one pass."""
         z_VBH = self.embed(model, batch)
-        return self.compare(z_VBH, batch.counts["contrastive"].to(z_VBH.device))[1], _outputs(z_VBH)
+        valid_B = batch.counts["contrastive"].to(z_VBH.device)
+        return self.compare(z_VBH, valid_B, text_keys(batch))[1], _outputs(z_VBH)
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
         """Return ``pearson`` and ``spearman`` of the cosines with the scores; without scores ``accuracy``, ``recall_at_10``, ``mrr``.
 
-        These are of finding an example's positive among those of all examples.
+        These are of finding a positive of an example's text among the distinct positives of all examples.
         """
         texts_NH, positives_NH = (
             np.array([p[name] for p in predictions]) for name in ("prediction", "positive")
         )
-        cosines_N = (texts_NH * positives_NH).sum(1)
         if all(reference.get("score") is not None for reference in references):
+            cosines_N = (texts_NH * positives_NH).sum(1)
             return correlation(
                 cosines_N.tolist(), [float(reference["score"]) for reference in references]
             )
-        better_N = np.concatenate(
-            [
-                (
-                    texts_NH[at : at + BLOCK] @ positives_NH.T
-                    > cosines_N[at : at + BLOCK, None] + 1e-6
-                ).sum(1)
-                for at in range(0, len(texts_NH), BLOCK)
-            ]
-        )  # a positive that occurs twice is found twice
+        first, column = list[int](), dict[Any, int]()  # of each distinct positive
+        right = dict[Any, set[int]]()  # text -> its positives
+        for n, reference in enumerate(references):
+            answer = reference.get("positive", n)
+            if answer not in column:
+                column[answer] = len(first)
+                first.append(n)
+            right.setdefault(reference.get("text", n), set()).add(column[answer])
+        candidates_CH = positives_NH[first]
+        better = list[int]()
+        for n, text_H in enumerate(texts_NH):
+            cosines_C = candidates_CH @ text_H
+            best = cosines_C[[*right[references[n].get("text", n)]]].max()
+            better.append(int((cosines_C > best + 1e-6).sum()))
+        better_N = np.array(better)
         values = {
             "accuracy": better_N < 1,
             "recall_at_10": better_N < 10,
             "mrr": 1 / (1 + better_N),
         }
-        return mean({name: value.tolist() for name, value in values.items()})
+        found = mean(
+            {name: value.tolist() for name, value in values.items()},
+            proportions=["accuracy", "recall_at_10"],
+        )
+        if len(first) == len(references) == len(right):
+            return found
+        note = f"{len(right):,} texts and {len(first):,} positives differ; any positive of a text is right"
+        return replace(found, notes={"repeated": note})
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the pooling, and the pipeline that does it."""

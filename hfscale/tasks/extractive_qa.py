@@ -3,8 +3,9 @@
     loss = - sum over windows of (log softmax(start)_s + log softmax(end)_e) / 2  /  number of windows
 
 A context too long for the model is read in overlapping windows. Where a window does not hold the answer, (s, e) is its first token:
-"nothing here". A span scores start + end; the answer is the best of all windows, and it is none where the first token's score, the
-lowest of all windows, exceeds it by more than a threshold. Padding is left out of the softmax, so how a batch is cut changes nothing.
+"nothing here". An answer that no window holds whole teaches nothing, and is counted; it is scored like any other. A span scores
+start + end; the answer is the best of all windows, and it is none where the first token's score, the lowest of all windows, exceeds it
+by more than a threshold. Padding is left out of the softmax, so how a batch is cut changes nothing.
 Shape legend: B windows, T tokens. Sources: Devlin et al. 2019, BERT, sec. 4.2 and 4.3; the postprocessing of transformers' run_qa.py.
 """
 
@@ -25,7 +26,7 @@ from hfscale.metrics.measure import Measure
 from hfscale.metrics.squad import best_threshold, squad
 from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model, Setting
-from hfscale.objectives.cross_entropy import token_losses
+from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text
 from hfscale.tasks.question_answering import best_spans, choose, windows
@@ -33,6 +34,8 @@ from hfscale.tasks.question_answering import best_spans, choose, windows
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
+NOTHING_HERE = [0, 0]  # the tokens at which "none" starts and ends
+CUT = "no window holds the answer whole (data.max_length, task.options.stride)"
 SHORTEST = 16  # tokens of a window: less leaves no room for a question, a context and their overlap
 
 
@@ -151,10 +154,13 @@ class ExtractiveQA(Task):
             made = windows(self.setting.tokenizer, self.how, **asked)
         if not made:
             raise BadExample("the tokenizer makes nothing of the context")
-        return [
-            window if span is None else {**window, "labels": _label(window, *span)}
-            for window in made
-        ]
+        if span is None:
+            return made
+        labels = [_label(window, *span) for window in made]
+        if span[0] >= 0 and max(labels) == NOTHING_HERE:
+            # "none" would be the wrong lesson: the answer is there, in two windows
+            return [{**window, "labels": [IGNORE_INDEX] * 2, "unlearnt": CUT} for window in made]
+        return [{**window, "labels": label} for window, label in zip(made, labels, strict=True)]
 
     def _span(self, example: Example) -> tuple[int, int]:
         """Return the characters of the first answer that is in the context where it should be, else anywhere; (-1, -1) for no answer."""
@@ -168,8 +174,8 @@ class ExtractiveQA(Task):
 
     def collate(self, rows: Examples) -> Batch:
         """Return the padded windows, and labels (B, 2): the tokens at which the answer starts and ends."""
-        labels = torch.tensor([row.get("labels", (0, 0)) for row in rows.features])
-        counts = {self.term: torch.tensor(["labels" in row for row in rows.features]).long()}
+        labels = torch.tensor([row.get("labels", [IGNORE_INDEX] * 2) for row in rows.features])
+        counts = {self.term: (labels[:, 0] != IGNORE_INDEX).long()}
         return self.batch(rows, inputs=self.inputs(rows), labels=labels, counts=counts)
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
@@ -259,5 +265,5 @@ def _label(window: Feature, start: int, end: int) -> list[int]:
     begins, ends = window["begins"], window["ends"]
     own = [n for n, begin in enumerate(begins) if begin >= 0]
     if start < 0 or begins[own[0]] > start or ends[own[-1]] < end:
-        return [0, 0]
+        return NOTHING_HERE
     return [next(n for n in own if ends[n] > start), max(n for n in own if begins[n] < end)]

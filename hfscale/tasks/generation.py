@@ -1,5 +1,7 @@
 """Batched generation by transformers' ``generate``, for every task that answers in text, at any ZeRO stage.
 
+What is generated follows, in this order, the options of the user, the model's own generation_config.json, and what the task knows. An
+answer ends with any of the model's own end tokens, or of those that the task teaches.
 An answer depends on its own prompt, the settings and, where tokens are drawn, on (seed, key of the prompt): never on the prompts
 beside it, the rank or what was generated before. So a prediction that was interrupted goes on as if it had not been.
 
@@ -8,10 +10,12 @@ Shape legend: B prompts, T tokens of the longest of them, V vocabulary. Decoders
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from copy import deepcopy
+from dataclasses import dataclass
+from functools import cache
 from hashlib import blake2b
-from itertools import groupby
 from typing import Annotated, Any
 
 import numpy as np
@@ -20,22 +24,64 @@ import torch.distributed as torch_dist
 from pydantic import Field
 from torch import Tensor
 from transformers import (
+    EpsilonLogitsWarper,
+    EtaLogitsWarper,
     GenerationConfig,
     LogitsProcessor,
+    MinPLogitsWarper,
     PretrainedConfig,
     TemperatureLogitsWarper,
+    TopHLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
+    TypicalLogitsWarper,
 )
 
 from hfscale.config.schema import Positive, Section
 from hfscale.dist.agree import gather_from_ranks
 from hfscale.errors import ConfigError
+from hfscale.log import logger
 from hfscale.models.build import longest_row
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Task, pad_rows
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
+UNFOLLOWED = (  # settings of transformers that give another number of answers, or depend on the clock
+    "num_return_sequences",
+    "return_dict_in_generate",
+    "output_scores",
+    "output_logits",
+    "output_attentions",
+    "output_hidden_states",
+    "max_time",
+)
+OF_DRAWING = (
+    "temperature",
+    "top_h",
+    "top_k",
+    "top_p",
+    "min_p",
+    "typical_p",
+    "epsilon_cutoff",
+    "eta_cutoff",
+)
+HARMLESS = {  # settings that look at no id of a prompt
+    *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams"),
+    *("length_penalty", "early_stopping", "do_sample", "use_cache", "disable_compile"),
+    *("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"),
+    *("cache_implementation", "cache_config", "max_cache_len", "low_memory", "prefill_chunk_size"),
+    *("transformers_version", "_from_model_config", "suppress_tokens", "remove_invalid_values"),
+}
+NEUTRAL = {
+    "repetition_penalty": (1.0,),
+    "encoder_repetition_penalty": (1.0,),
+    "guidance_scale": (1.0,),
+    "num_beam_groups": (1,),
+}
+OF_ONES_OWN_TEXT = {  # of an encoder-decoder: these look at what was written, which has no padding before it
+    *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
+    *("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"),
+}
 
 
 class Generation(Section):
@@ -60,15 +106,57 @@ class Generation(Section):
         """Return what was set, as keywords of a GenerationConfig."""
         return self.model_dump(exclude_none=True, exclude={"seed", "truncate"})
 
-    def carry(self, model: Any, **settings: Any) -> None:
-        """Put these and other ``settings`` into the generation_config.json that is saved with ``model``."""
-        own: GenerationConfig = model.generation_config
-        said = {
-            "do_sample": bool(own.do_sample),
-            "max_new_tokens": own.max_new_tokens or NEW_TOKENS,
-        }  # pipelines have other defaults
-        own.update(**said | settings | self.settings())
+    def carry(
+        self, model: Any, *, ends: Sequence[int], limit: int, pad_id: int, **settings: Any
+    ) -> None:
+        """Put what ``resolve`` says into the generation_config.json that is saved with ``model``."""
+        own = resolve(model, self, ends=ends, limit=limit, settings=settings)
+        own.do_sample = bool(own.do_sample)  # pipelines have other defaults
+        own.pad_token_id = pad_id
         own._from_model_config = False  # else transformers may make it anew from config.json
+        model.generation_config = own
+
+
+def resolve(
+    model: Any,
+    options: Generation,
+    *,
+    ends: Sequence[int],
+    limit: int = NEW_TOKENS,
+    settings: Mapping[str, Any] | None = None,
+) -> GenerationConfig:
+    """Return how ``model`` generates: ``options``, then ``settings`` (of the task, said by the user), then as it says itself.
+
+    Where nobody says how many tokens, they are ``limit``. ``ends`` (ids) end an answer as the model's own do.
+    """
+    own: GenerationConfig = deepcopy(model.generation_config)
+    said = {**(settings or {}), **options.settings()}
+    if "max_new_tokens" in said:
+        own.max_length = None
+    elif own.max_new_tokens is None and own.max_length is None:
+        own.max_new_tokens = limit
+    if "min_new_tokens" in said:
+        own.min_length = None
+    for name, value in said.items():
+        setattr(own, name, value)  # update() would warn of what is set for drawing
+    known = [id_ for id_ in _listed(own.eos_token_id) if id_ < model.config.vocab_size]
+    both = [*dict.fromkeys([*ends, *known])]
+    own.eos_token_id = both[0] if len(both) == 1 else both or None
+    return own
+
+
+def _listed(ids: int | list[int] | None) -> list[int]:
+    return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """A prompt that fits the model, and how many tokens may and must follow."""
+
+    ids: list[int]
+    most: int
+    least: int
+    alike: int  # prompts are padded to one another where this is equal
 
 
 @torch.no_grad()
@@ -79,9 +167,11 @@ def generate(
     *,
     keys: Sequence[str],
     pad_id: int,
+    ends: Sequence[int] = (),
+    limit: int = NEW_TOKENS,
     **settings: Any,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt (ids), padding included; ``settings`` (an eos, a forced bos, ...) go over the model's own.
+    """Return the new ids of each prompt (ids) up to its end token, which is left out; what is set as ``resolve`` says.
 
     ``model`` is an engine or a bare model in evaluation mode. Under ZeRO 3 on several ranks all must call, with any number of prompts:
     a rank that has finished goes on until the last has.
@@ -90,18 +180,61 @@ def generate(
         ConfigError: for a prompt that leaves no room in the model's positions, unless ``options.truncate``.
     """
     model = getattr(model, "module", model)
-    config: GenerationConfig = deepcopy(model.generation_config)
-    for name, value in (
-        {"max_new_tokens": config.max_new_tokens or NEW_TOKENS} | settings | options.settings()
-    ).items():
-        setattr(
-            config, name, value
-        )  # update() would warn of what is set for drawing where none is done
-    config.max_length, config.pad_token_id = None, pad_id
-    drawn, config.do_sample = config.do_sample and deepcopy(config), False
-    config.temperature = config.top_k = config.top_p = (
-        None  # of drawing alone: transformers would warn of them
+    config = resolve(model, options, ends=ends, limit=limit, settings=settings)
+    stops = {*_listed(config.eos_token_id)}
+    drawn, config = _of_one_answer(config, pad_id)
+    encoder = bool(model.config.is_encoder_decoder)
+    if encoder and config.decoder_start_token_id is None:
+        config.decoder_start_token_id = decoder_start(model.config, pad_id)
+    apart = _reads_padding(model, config)
+    asked = [
+        _fit(prompt, model.config, config, key=key, truncate=options.truncate, apart=apart)
+        for prompt, key in zip(prompts, keys, strict=True)
+    ]
+    order = sorted(range(len(prompts)), key=lambda row: (len(asked[row].ids), row))
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for row in order:
+        one = asked[row]
+        groups.setdefault((one.most, one.least, one.alike), []).append(row)
+    passes = [(most, least, rows) for (most, least, _), rows in groups.items()]
+    synced = (
+        torch_dist.is_initialized()
+        and torch_dist.get_world_size() > 1
+        and any(hasattr(p, "ds_id") for p in model.parameters())
     )
+    if synced:
+        count = int(gather_from_ranks(torch.tensor([len(passes)], device=model.device))[0].max())
+        passes += [(1, 0, [])] * (count - len(passes))
+    answers: list[list[int]] = [[]] * len(prompts)
+    for most, least, rows in passes:
+        ids_BT, mask_BT = pad_rows(
+            [asked[row].ids for row in rows] or [[0]], pad_id, left=not encoder
+        )
+        config.max_length, config.max_new_tokens = None, most
+        config.min_length, config.min_new_tokens = None, least
+        draws = [_Draw(drawn, options.seed, [keys[row] for row in rows])] if drawn and rows else []
+        with _generating_as(model, config):
+            out_BT = model.generate(
+                ids_BT.to(model.device),
+                attention_mask=mask_BT.to(model.device),
+                logits_processor=draws,
+                synced_gpus=synced,
+            )
+        new_BT = out_BT[:, 1 if encoder else ids_BT.shape[1] :].tolist()
+        for row, ids in zip(rows, new_BT, strict=bool(rows)):
+            answers[row] = ids[: next((n for n, id_ in enumerate(ids) if id_ in stops), len(ids))]
+    return answers
+
+
+def _of_one_answer(
+    config: GenerationConfig, pad_id: int
+) -> tuple[GenerationConfig | None, GenerationConfig]:
+    """Return how tokens are drawn, if they are, and the rest of ``config``, for one answer a prompt.
+
+    Raises:
+        ConfigError: where tokens are both drawn and found by beam search.
+    """
+    drawn = deepcopy(config) if config.do_sample else None
     if drawn and (config.num_beams or 1) > 1:
         raise ConfigError(
             "tokens are drawn, or found by beam search, not both",
@@ -109,49 +242,44 @@ def generate(
             value=True,
             remedy="set do_sample=false or num_beams=1",
         )
-    if encoder := model.config.is_encoder_decoder:
-        config.decoder_start_token_id = decoder_start(model.config, pad_id)
-    fitted, rooms = (
-        zip(
-            *(
-                _fit(
-                    prompt, model.config, config.max_new_tokens, key=key, truncate=options.truncate
-                )
-                for prompt, key in zip(prompts, keys, strict=True)
-            ),
-            strict=True,
-        )
-        if prompts
-        else ((), ())
+    for name in UNFOLLOWED:
+        if getattr(config, name) not in (None, False, 1):
+            say_once(f"generation: {name}={getattr(config, name)} of the model is not followed")
+        setattr(config, name, None)
+    config.stop_strings = None  # ``written`` cuts the text
+    for name in OF_DRAWING:  # transformers would warn of them
+        setattr(config, name, None)
+    config.do_sample, config.pad_token_id = False, pad_id
+    return drawn, config
+
+
+@contextmanager
+def _generating_as(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Let ``model`` have this generation_config inside: what a config that is given leaves open is filled from the model's own."""
+    own, model.generation_config = model.generation_config, config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _reads_padding(model: Any, config: GenerationConfig) -> bool:
+    """Return whether an answer could depend on how its prompt is padded: no setting that looks at the ids is known not to.
+
+    A model with a state of its own takes padding in.
+    """
+    harmless = HARMLESS | (OF_ONES_OWN_TEXT if model.config.is_encoder_decoder else set())
+    return bool(getattr(model, "_is_stateful", False)) or any(
+        value not in (None, False, *NEUTRAL.get(name, ()))
+        for name, value in config.to_dict().items()
+        if name not in harmless
     )
-    order = sorted(range(len(prompts)), key=lambda row: len(fitted[row]))
-    groups = [(room, list(rows)) for room, rows in groupby(order, key=lambda row: rooms[row])]
-    synced = (
-        torch_dist.is_initialized()
-        and torch_dist.get_world_size() > 1
-        and any(hasattr(p, "ds_id") for p in model.parameters())
-    )
-    if synced:
-        most = int(gather_from_ranks(torch.tensor([len(groups)], device=model.device))[0].max())
-        groups += [(1, [])] * (most - len(groups))
-    answers: list[list[int]] = [[]] * len(prompts)
-    for room, rows in groups:
-        ids_BT, mask_BT = pad_rows([fitted[row] for row in rows] or [[0]], pad_id, left=not encoder)
-        config.max_new_tokens = room
-        config.min_new_tokens = min(config.min_new_tokens or 0, room)
-        draws = [_Draw(drawn, options.seed, [keys[row] for row in rows])] if drawn and rows else []
-        out_BT = model.generate(
-            ids_BT.to(model.device),
-            attention_mask=mask_BT.to(model.device),
-            generation_config=config,
-            logits_processor=draws,
-            synced_gpus=synced,
-        )
-        for row, ids in zip(
-            rows, out_BT[:, 1 if encoder else ids_BT.shape[1] :].tolist(), strict=False
-        ):
-            answers[row] = ids
-    return answers
+
+
+@cache
+def say_once(text: str) -> None:
+    """Log a warning that would come with each batch."""
+    logger.warning(text)
 
 
 def written(
@@ -161,9 +289,13 @@ def written(
     *,
     options: Generation,
     of: str = "input_ids",
+    strings: Sequence[str] = (),
     **settings: Any,
 ) -> list[str]:
-    """Return the text that ``model`` writes for each row: to the ids under ``of``, drawn if at all by the number of its example."""
+    """Return the text that ``model`` writes for each row: to the ids under ``of``, drawn if at all by the number of its example.
+
+    It ends before any of ``strings``, and those that the model says itself.
+    """
     keys = [str(row.get("example", number)) for number, row in enumerate(rows.features)]
     answers = generate(
         model,
@@ -173,7 +305,23 @@ def written(
         pad_id=task.pad_id,
         **settings,
     )
-    return [task.setting.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    own = getattr(model, "module", model).generation_config.stop_strings or ()
+    stops = [*strings, *([own] if isinstance(own, str) else own)]
+    texts = [task.setting.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
+    return [text[: min((text.find(s) for s in stops if s in text), default=None)] for text in texts]
+
+
+def prompt_ids(tokenizer: Any, text: str, *, encode: Callable[..., Any] | None = None) -> list[int]:
+    """Return the ids of a text that is gone on with: where the tokenizer puts a token before texts this is there, but none after.
+
+    Of those before only the beginning of a text stays: [CLS] is the other half of a frame. ``encode`` is the tokenizer, or
+    what takes its place for texts of others in a template.
+    """
+    encode = encode or tokenizer
+    whole = list(encode(text)["input_ids"])
+    bare = list(encode(text, add_special_tokens=False)["input_ids"])
+    begin = [tokenizer.bos_token_id]
+    return begin + bare if whole[:1] == begin and bare[:1] != begin else bare
 
 
 def decoder_start(config: PretrainedConfig | None, pad_id: int) -> int:
@@ -208,25 +356,38 @@ def check_prompt(task: Task, ids: Sequence[int], options: Generation) -> None:
 
 
 def _fit(
-    prompt: list[int], config: Any, new_tokens: int, *, key: str, truncate: bool
-) -> tuple[list[int], int]:
-    """Return the prompt, cut if that is allowed and needed, and how many tokens may follow."""
-    if (longest := longest_prompt(config)) is None:
-        return prompt, new_tokens
-    positions = longest + (not config.is_encoder_decoder)
-    new_tokens = min(new_tokens, positions - 1)
-    if len(prompt) > longest:
-        if not truncate:
-            raise ConfigError(
-                f"prompt {key!r} leaves no room in the model's {positions} positions",
-                where=f"prompt {key}",
-                value=f"{len(prompt)} tokens",
-                remedy=f"shorten it to {longest} tokens or fewer, or set generation.truncate",
-            )
-        prompt = prompt[:longest] if config.is_encoder_decoder else prompt[new_tokens - positions :]
-    return prompt, new_tokens if config.is_encoder_decoder else min(
-        new_tokens, positions - len(prompt)
-    )
+    prompt: list[int],
+    config: PretrainedConfig,
+    how: GenerationConfig,
+    *,
+    key: str,
+    truncate: bool,
+    apart: bool,
+) -> _Asked:
+    """Return the prompt, cut if that is allowed and needed, and how many tokens may and must follow."""
+    encoder, longest = config.is_encoder_decoder, longest_prompt(config)
+    before = 1 if encoder else len(prompt)  # lengths count what the decoder has seen
+    most = how.max_new_tokens or (how.max_length or 0) - before
+    if most < 1:
+        say_once(f"generation: max_length={how.max_length} of the model has no room for prompts")
+        most = NEW_TOKENS
+    if longest is not None:
+        positions = longest + (not encoder)
+        most = min(most, positions - 1)
+        if len(prompt) > longest:
+            if not truncate:
+                raise ConfigError(
+                    f"prompt {key!r} leaves no room in the model's {positions} positions",
+                    where=f"prompt {key}",
+                    value=f"{len(prompt)} tokens",
+                    remedy=f"shorten it to {longest} tokens or fewer, or set generation.truncate",
+                )
+            prompt = prompt[:longest] if encoder else prompt[most - positions :]
+        most = most if encoder else min(most, positions - len(prompt))
+    least = max(how.min_new_tokens or 0, (how.min_length or 0) - before)
+    if least > most:
+        say_once(f"generation: at least {least} new tokens are wanted, and there may be {most}")
+    return _Asked(prompt, most, min(least, most), len(prompt) if apart else 0)
 
 
 class _Draw(LogitsProcessor):
@@ -239,13 +400,18 @@ class _Draw(LogitsProcessor):
         self._draws = [
             np.random.Generator(np.random.Philox(key=[seed, number])) for number in numbers
         ]
-        self._warpers: list[LogitsProcessor] = [
-            TemperatureLogitsWarper(float(config.temperature or 1.0))
+        top_k = 50 if config.top_k is None else config.top_k  # transformers' default
+        chosen = [  # in its order
+            (TemperatureLogitsWarper, float(config.temperature or 1.0), True),
+            (TopHLogitsWarper, config.top_h, config.top_h is not None),
+            (TopKLogitsWarper, top_k, top_k),
+            (TopPLogitsWarper, config.top_p, (config.top_p or 1.0) < 1.0),
+            (MinPLogitsWarper, config.min_p, config.min_p is not None),
+            (TypicalLogitsWarper, config.typical_p, (config.typical_p or 1.0) < 1.0),
+            (EpsilonLogitsWarper, config.epsilon_cutoff, config.epsilon_cutoff),
+            (EtaLogitsWarper, config.eta_cutoff, config.eta_cutoff),
         ]
-        if top_k := 50 if config.top_k is None else config.top_k:  # transformers' default
-            self._warpers.append(TopKLogitsWarper(top_k))
-        if (config.top_p or 1.0) < 1.0:
-            self._warpers.append(TopPLogitsWarper(config.top_p))
+        self._warpers: list[Any] = [kind(value) for kind, value, wanted in chosen if wanted]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for warp in self._warpers:

@@ -18,7 +18,7 @@ from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import TASKS, Example, Feature, Task, check_text
-from hfscale.tasks.generation import Generation, check_prompt, written
+from hfscale.tasks.generation import Generation, check_prompt, prompt_ids, written
 
 
 class Inference(Task):
@@ -143,7 +143,7 @@ class TextGeneration(Inference):
             tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
         )
         with text_alone(tokenizer, prompt):
-            ids = tokenizer(prompt)["input_ids"] or [start or 0]
+            ids = prompt_ids(tokenizer, prompt) or [start or 0]
         check_prompt(self, ids, self.options.generation)
         return [{"input_ids": ids}]
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
@@ -32,7 +33,7 @@ from hfscale.objectives.clm import CausalLM
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
-from hfscale.tasks.generation import Generation, check_prompt, written
+from hfscale.tasks.generation import NEW_TOKENS, Generation, check_prompt, say_once, written
 from hfscale.tokenizer import end_of_document_id
 
 SIGN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
@@ -42,6 +43,9 @@ DEFAULT_TEMPLATE = """\
 {%- if message['role'] == 'assistant' %}{{ END }}{% endif %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"""
+
+
+MARK = "an-answer"  # stands for one, where a template is asked how it ends
 
 
 class InstructionOptions(Section):
@@ -79,13 +83,10 @@ class Instruction(Task, CausalLM):
         assert isinstance(options, InstructionOptions)
         super().__init__(options, replace(setting, cross_document=not options.packed))
         if tokenizer := setting.tokenizer:  # there is none where predictions are scored
-            self._end = end_of_document_id(tokenizer)
-            end = repr(tokenizer.convert_ids_to_tokens(self._end))
-            self._template = (
-                options.chat_template
-                or tokenizer.chat_template
-                or DEFAULT_TEMPLATE.replace("END", end)
-            )
+            self._template = options.chat_template or tokenizer.chat_template
+            if not self._template:
+                end = tokenizer.convert_ids_to_tokens(end_of_document_id(tokenizer))
+                self._template = DEFAULT_TEMPLATE.replace("END", repr(end))
 
     @classmethod
     def question(cls, example: Example) -> Any:
@@ -102,7 +103,7 @@ class Instruction(Task, CausalLM):
 
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
-        """Return the one feature: ``input_ids``, ``labels`` of the same tokens where there are answers, and ``prompt`` of the last one."""
+        """Return the one feature: ``input_ids``, ``prompt`` of the last answer; where there are answers ``labels`` and the ``bytes`` they are of."""
         messages, quoted = self._quoted(self._messages(example))
         answered = messages[-1]["role"] == "assistant"
         before = self._render(messages[:-1] if answered else messages, prompt=True)
@@ -121,16 +122,24 @@ class Instruction(Task, CausalLM):
             (
                 len(self._render(messages[:n], prompt=True, of=whole)),
                 len(self._render(messages[: n + 1], of=whole)),
+                message["content"],
             )
             for n, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
         made, longest = self._ids(quoted, whole), self.setting.seq_len
+        places = made["offset_mapping"]
         labels = [
-            number if any(first <= begin < end <= last for first, last in spans) else IGNORE_INDEX
-            for number, (begin, end) in zip(made["input_ids"], made["offset_mapping"], strict=True)
+            number
+            if any(first <= begin < end <= last for first, last, _ in spans)
+            else IGNORE_INDEX
+            for number, (begin, end) in zip(made["input_ids"], places, strict=True)
         ]
-        if all(label == IGNORE_INDEX for label in labels[:longest]):
+        read = len(whole)
+        if len(labels) > longest:
+            read, kept = _cut(places, longest)
+            labels[kept:] = [IGNORE_INDEX] * (len(labels) - kept)
+        if all(label == IGNORE_INDEX for label in labels):
             raise BadExample(f"no answer within the first {longest} tokens (data.max_length)")
         check_prompt(self, feature["prompt"], self.options.generation)
         return [
@@ -138,6 +147,10 @@ class Instruction(Task, CausalLM):
                 **feature,
                 "input_ids": made["input_ids"][:longest],
                 "labels": labels[:longest],
+                "bytes": sum(
+                    _scored_bytes(whole, read, span=(first, last), content=said, mark=quoted.mark)
+                    for first, last, said in spans
+                ),
                 "truncated": len(labels) > longest,
             }
         ]
@@ -216,6 +229,28 @@ class Instruction(Task, CausalLM):
     def _ids(self, quoted: Quoted, text: str) -> Any:
         return quoted.ids(text, add_special_tokens=False, return_offsets_mapping=True)
 
+    @cached_property
+    def _ends(self) -> tuple[list[int], list[str]]:
+        """With what the template ends an answer: ids of tokens, or where there is no such token texts."""
+        asked = [{"role": "user", "content": "question"}]
+        whole = self._render([*asked, {"role": "assistant", "content": MARK}])
+        after = whole.rpartition(MARK)[2]
+        tokenizer = self.setting.tokenizer
+        special = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
+        ids = [
+            id_
+            for id_ in Quoted(tokenizer).ids(after, add_special_tokens=False)["input_ids"]
+            if id_ in special
+        ][:1]
+        if ids or not whole.count(MARK):
+            return ids, []
+        text = after.strip()
+        say_once(
+            "the chat template ends an answer with no token of its own: "
+            + (f"answers are cut at {text!r}" if text else "they go on until the model's own end")
+        )
+        return [], [text] if text else []
+
     def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
         """Return the examples packed into R rows as long as the longest; ``document_ids_BT`` (R, T) numbers them, B is padding."""
         lengths = [len(row["input_ids"]) for row in rows.features]
@@ -259,12 +294,14 @@ class Instruction(Task, CausalLM):
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
         """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there, if any."""
-        texts = written(
-            self, model, rows, of="prompt", options=self.options.generation, eos_token_id=self._end
-        )
+        ends, strings = self._ends
+        options = self.options.generation
+        texts = written(self, model, rows, of="prompt", options=options, ends=ends, strings=strings)
         return [
             {"prediction": text, **(known if known["tokens"] else {})}
-            for text, known in zip(texts, self._known(self.loss(model, batch), batch), strict=True)
+            for text, known in zip(
+                texts, self._known(self.loss(model, batch), batch, rows), strict=True
+            )
         ]
 
     def judge(
@@ -272,13 +309,17 @@ class Instruction(Task, CausalLM):
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
         """Return the loss, and outputs without an answer: to write one for every example takes longer than to train on it."""
         loss = self.loss(model, batch)
-        return loss, self._known(loss, batch)
+        return loss, self._known(loss, batch, rows)
 
-    def _known(self, loss: dict[str, Tensor], batch: Batch) -> list[dict[str, Any]]:
+    def _known(self, loss: dict[str, Tensor], batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+        """Return the nats of the answers of each row, and of how many tokens and bytes they are: of what was read, if it was cut."""
         return [
-            {"nats": nats, "tokens": n}
-            for nats, n in zip(
-                loss["answers"].tolist(), batch.counts["answers"].tolist(), strict=True
+            {"nats": nats, "tokens": n, "bytes": row.get("bytes", 0)}
+            for nats, n, row in zip(
+                loss["answers"].tolist(),
+                batch.counts["answers"].tolist(),
+                rows.features,
+                strict=True,
             )
         ]
 
@@ -286,24 +327,21 @@ class Instruction(Task, CausalLM):
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
         """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the generated ones, where they were."""
-        answers = [
-            [m["content"] for m in self._messages(r) if m["role"] == "assistant"]
-            for r in references
-        ]
         known = language_model(
             [p["nats"] for p in predictions],
             [p["tokens"] for p in predictions],
-            [sum(len(text.encode()) for text in texts) for texts in answers],
+            [p["bytes"] for p in predictions],
         )
         if not all("prediction" in p for p in predictions):
             return known
-        return known | rouge(
-            [p["prediction"].strip() for p in predictions], [texts[-1] for texts in answers]
-        )
+        answers = [self._messages(reference)[-1]["content"] for reference in references]
+        return known | rouge([p["prediction"].strip() for p in predictions], answers)
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the chat template and how to generate."""
-        self.options.generation.carry(model, eos_token_id=self._end, pad_token_id=self.pad_id)
+        self.options.generation.carry(
+            model, ends=self._ends[0], limit=NEW_TOKENS, pad_id=self.pad_id
+        )
         tokenizer.chat_template = self._template
 
 
@@ -323,6 +361,28 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {key: _each_text(part, change) for key, part in value.items()}
     return [_each_text(part, change) for part in value] if isinstance(value, list) else value
+
+
+def _cut(places: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:
+    """Return how many characters, and tokens, are read of a text that is cut after ``longest`` tokens: none of half a character."""
+    kept = longest
+    while kept and places[kept - 1][1] > places[longest][0]:
+        kept -= 1  # a token of bytes, with the rest of its character behind the cut
+    return (places[kept - 1][1] if kept else 0), kept
+
+
+def _scored_bytes(whole: str, read: int, *, span: tuple[int, int], content: str, mark: str) -> int:
+    """Return how many bytes of an answer are among the first ``read`` characters.
+
+    What the template puts behind it is no text of it, nor is the ``mark`` in what spells a control token.
+    """
+    first, last = span
+    for said in (content, content.strip()):  # templates strip
+        if (at := whole.find(said, first, last)) >= 0:
+            first, last = at, at + len(said)
+            break
+    text = whole[first : min(last, read)]
+    return len((text.replace(mark, "") if mark else text).encode())
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:

@@ -35,32 +35,44 @@ def windows(
     truncated = len(asked) > max_length // 2
     if truncated:
         question, asked = question[: asked[max_length // 2 - 1][1]], asked[: max_length // 2]
-    room = max_length - len(asked) - tokenizer.num_special_tokens_to_add(pair=True)
+    # not by the tokenizer's own overflow: some versions of tokenizers lose what overflows
     made = tokenizer(
         question,
         context,
-        truncation="only_second",
-        max_length=max_length,
-        return_overflowing_tokens=True,
+        truncation=False,
         return_offsets_mapping=True,
         split_special_tokens=True,  # text that spells a control token is text
-        stride=min(max_length // 3 if stride is None else stride, room // 2),
+        verbose=False,
     )
+    sides, offsets = made.sequence_ids(0), made["offset_mapping"]
+    own = [n for n, side in enumerate(sides) if side == 1]
+    if not own:
+        return []
+    first, last = own[0], own[-1] + 1
+    room = max(1, max_length - first - (len(sides) - last))
     found = []
-    for window, offsets in enumerate(made["offset_mapping"]):
+    for part in parts(len(own), room=room, stride=max_length // 3 if stride is None else stride):
+        tokens = [*range(first), *(first + n for n in part), *range(last, len(sides))]
         places = [
-            place if side == 1 and context[slice(*place)].strip() else (-1, -1)
-            for place, side in zip(offsets, made.sequence_ids(window), strict=True)
+            offsets[n] if sides[n] == 1 and context[slice(*offsets[n])].strip() else (-1, -1)
+            for n in tokens
         ]
         found.append(
             {
-                **{name: made[name][window] for name in INPUTS if name in made},
+                **{name: [made[name][n] for n in tokens] for name in INPUTS if name in made},
                 "truncated": truncated,
                 "begins": [begin for begin, _ in places],
                 "ends": [end for _, end in places],
             }
         )
     return [window for window in found if max(window["begins"]) >= 0]
+
+
+def parts(tokens: int, *, room: int, stride: int) -> list[range]:
+    """Return which of so many ``tokens`` each window holds: at most ``room``, ``stride`` of them shared, half of them at most."""
+    stride = min(stride, room // 2)
+    starts = range(0, max(1, tokens - stride), room - stride)
+    return [range(start, min(start + room, tokens)) for start in starts]
 
 
 def best_spans(

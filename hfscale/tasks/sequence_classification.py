@@ -198,7 +198,8 @@ class SequenceClassification(Task):
         )
 
     def row_losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        """Return each row's loss."""
+        """Return each row's loss; smoothed and weighted while training, plain where it is told or compared."""
+        learning = torch.is_grad_enabled()
         logits_BC, valid_B = logits_BC.float(), batch.counts[self.term].to(logits_BC.device)
         if self.problem == "regression":
             return (logits_BC.squeeze(1) - batch.labels_BT).square() * valid_B
@@ -213,10 +214,10 @@ class SequenceClassification(Task):
             logits_BC,
             batch.labels_BT,
             reduction="none",
-            label_smoothing=self.options.label_smoothing,
+            label_smoothing=self.options.label_smoothing if learning else 0.0,
         )
         counts = self.setting.facts.get("counts")
-        if self.options.class_weights == "balanced" and counts:
+        if learning and self.options.class_weights == "balanced" and counts:
             weights_C = torch.tensor(
                 [sum(counts) / (len(counts) * max(1, n)) for n in counts], device=logits_BC.device
             )
@@ -277,6 +278,8 @@ class SequenceClassification(Task):
             notes["numbered labels"] = (
                 f"{order:.200}: the model's order; where the data count otherwise, say task.options.labels"
             )
+        if "f1" in found.scores():
+            notes["f1"] = f"of {self.labels[1]!r}, the second label"
         return replace(found, notes=notes) if notes else found
 
 

@@ -30,7 +30,7 @@ from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
-from hfscale.tasks.generation import Generation, decoder_start, written
+from hfscale.tasks.generation import Generation, decoder_start, prompt_ids, written
 from hfscale.tokenizer import end_of_document_id
 
 
@@ -85,10 +85,14 @@ class TextToText(Task):
             return
         self._start: int | None = None  # of the decoder; None: the model's
         self._end = end_of_document_id(setting.tokenizer)
-        self._generation: dict[str, Any] = {
-            "max_new_tokens": self._target_length,
-            "eos_token_id": self._end,
-        }
+        if self._causal:  # a prompt ends with no mark: it goes on
+            begins = prompt_ids(setting.tokenizer, "a")[:1] == [setting.tokenizer.bos_token_id]
+            self.frame = ("bos_token", None) if begins else ()
+        # what only a user says; where nobody does, the model's own setting, or else the longest target
+        self._said: dict[str, Any] = (
+            {"max_new_tokens": self._target_length} if options.max_target_length else {}
+        )
+        self._generation: dict[str, Any] = {"ends": [self._end], "limit": self._target_length}
         for side, code in (
             ("src_lang", options.source_language),
             ("tgt_lang", options.target_language),
@@ -108,9 +112,9 @@ class TextToText(Task):
             )
         setattr(tokenizer, side, code)
         if side == "tgt_lang" and tokenizer(text_target="a")["input_ids"][0] == number:
-            self._generation["forced_bos_token_id"] = number
+            self._said["forced_bos_token_id"] = number
         elif side == "tgt_lang":  # mBART-25 has it behind the text, and begins with it
-            self._start = self._generation["decoder_start_token_id"] = number
+            self._start = self._said["decoder_start_token_id"] = number
 
     # ------------------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
@@ -148,11 +152,11 @@ class TextToText(Task):
         tokenizer, limit = self.setting.tokenizer, self.setting.seq_len - self._target_length
         whole, quoted = source, Quoted(tokenizer, source)
 
-        def prompt_ids(source: str) -> list[int]:
+        def ids_of(source: str) -> list[int]:
             prompt = str(self.options.prompt).replace("{source}", quoted.quote(source))
-            return list(quoted.ids(prompt)["input_ids"])
+            return prompt_ids(tokenizer, prompt, encode=quoted.ids)
 
-        while len(ids := prompt_ids(source)) > limit:
+        while len(ids := ids_of(source)) > limit:
             with text_alone(tokenizer, source):
                 offsets = tokenizer(source, add_special_tokens=False, return_offsets_mapping=True)[
                     "offset_mapping"
@@ -208,7 +212,12 @@ class TextToText(Task):
         return [
             {"prediction": text}
             for text in written(
-                self, model, rows, options=self.options.generation, **self._generation
+                self,
+                model,
+                rows,
+                options=self.options.generation,
+                **self._generation,
+                **self._said,
             )
         ]
 
@@ -220,17 +229,13 @@ class TextToText(Task):
 
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along how to generate, the prefix or the prompt (as a chat template), and the pipeline that transformers 5 dropped."""
-        self.options.generation.carry(model, **self._generation, pad_token_id=self.pad_id)
+        self.options.generation.carry(model, pad_id=self.pad_id, **self._generation, **self._said)
         tokenizer.model_max_length = self.setting.seq_len
         if self._causal:
             before, after = str(self.options.prompt).split("{source}", 1)
-            bos = (
-                tokenizer.bos_token
-                if tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
-                else ""
-            )
+            bos = tokenizer.bos_token if self.frame else ""
             tokenizer.chat_template = (
-                f"{{{{ {(bos or '') + before!r} + messages[-1]['content'] + {after!r} }}}}"
+                f"{{{{ {bos + before!r} + messages[-1]['content'] + {after!r} }}}}"
             )
             return
         if model.generation_config.decoder_start_token_id is None:

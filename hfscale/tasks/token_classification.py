@@ -2,9 +2,10 @@
 
     loss = - sum over words of log softmax(z of the word's first token)_tag  /  number of words
 
-A sentence is words with a tag each (``O``, ``B-PER``, ``I-PER``, ...), or for prediction also a text, which is cut into words: runs of
-letters and digits, single characters of scripts without spaces, single marks. Each word is tokenized with the space before it, as in
-running text. Long sentences are read in overlapping windows, and every word is judged once, where it has most context.
+A sentence is words with a tag each: ``O``, ``B-PER``, ``I-PER``, ... in any of the usual schemes, or any other set. For prediction it
+may be a text, which is cut into words: runs of letters and digits, single characters of scripts without spaces, single marks. Each
+word is tokenized with the space before it, as in running text. Long sentences are read in overlapping windows, and every word is
+judged once, where it has most context.
 Shape legend: B windows, T tokens, C tags.
 Source: Devlin et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for it).
 """
@@ -12,6 +13,7 @@ Source: Devlin et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +23,7 @@ from torch import Tensor
 from hfscale.config.schema import Section
 from hfscale.encoding import text_alone
 from hfscale.errors import DataError, nearest
-from hfscale.metrics.entities import entities, entity_f1
+from hfscale.metrics.entities import OUTSIDE, entities, entity_f1, parts_entities, tag_accuracy
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
@@ -37,11 +39,10 @@ from hfscale.tasks.base import (
     known_labels,
     named,
 )
+from hfscale.tasks.question_answering import parts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-OUTSIDE = "O"
 
 
 class TokenOptions(Section):
@@ -81,7 +82,12 @@ class TokenClassification(Task):
             raise BadExample(
                 f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels"
             )
-        return {"labels": options.labels or sorted(found, key=lambda label: label != OUTSIDE)}
+        labels = options.labels or sorted(found, key=lambda label: label != OUTSIDE)
+        try:
+            parts_entities(labels)
+        except DataError as error:
+            raise BadExample(f"{error.what}: {error.value}; {error.remedy}") from None
+        return {"labels": labels}
 
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
@@ -106,40 +112,45 @@ class TokenClassification(Task):
         words, spaced, _ = _words(example)
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
-        parts = [" " * space + word for word, space in zip(words, spaced, strict=True)]
-        with text_alone(self.setting.tokenizer, *parts):
+        spelled = [" " * space + word for word, space in zip(words, spaced, strict=True)]
+        with text_alone(self.setting.tokenizer, *spelled):
             made = self.setting.tokenizer(
-                parts,
-                is_split_into_words=True,
-                truncation=True,
-                max_length=length,
-                stride=length // 4,
-                return_overflowing_tokens=True,
+                spelled, is_split_into_words=True, truncation=False, verbose=False
             )
+        of = made.word_ids(0)
+        own = [n for n, word in enumerate(of) if word is not None]
+        if not own:
+            raise BadExample("there are no words: neither in words nor in text")
+        first, last = own[0], own[-1] + 1
+        room = max(1, length - first - (len(of) - last))
+        windows = [
+            [*range(first), *(first + n for n in part), *range(last, len(of))]
+            for part in parts(len(own), room=room, stride=length // 4)
+        ]
+        begins = {of[n]: n for n in reversed(own)}  # of each word its first token
         best: dict[
             int, tuple[int, int, int]
         ] = {}  # word -> tokens to the nearer end of the window, window, position
-        for window in range(len(made["input_ids"])):
-            ids = made.word_ids(window)
-            for position, (before, word) in enumerate(pairwise([None, *ids])):
-                if word is not None and word != before:
-                    best[word] = max(
-                        best.get(word, (-1, 0, 0)),
-                        (min(position, len(ids) - position), window, position),
-                    )
-        if not best:
-            raise BadExample("there are no words: neither in words nor in text")
+        for window, tokens in enumerate(windows):
+            for position, n in enumerate(tokens):
+                if begins.get(word := of[n]) == n:
+                    near = min(position, len(tokens) - position)
+                    best[word] = max(best.get(word, (-1, 0, 0)), (near, window, position))
         features = []
         for window in sorted(
             {window for _, window, _ in best.values()}
         ):  # one may be left without a word of its own
-            own = {word: position for word, (_, place, position) in best.items() if place == window}
-            feature = {name: made[name][window] for name in MODEL_INPUTS if name in made}
-            feature |= {"words": list(own), "positions": list(own.values())}
+            judged = {word: at for word, (_, place, at) in best.items() if place == window}
+            feature = {
+                name: [made[name][n] for n in windows[window]]
+                for name in MODEL_INPUTS
+                if name in made
+            }
+            feature |= {"words": list(judged), "positions": list(judged.values())}
             features.append(
                 feature
                 if targets is None
-                else {**feature, "labels": [targets[word] for word in own]}
+                else {**feature, "labels": [targets[word] for word in judged]}
             )
         return features
 
@@ -183,7 +194,7 @@ class TokenClassification(Task):
         ]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the ``prediction``, a tag a word; of a text also its ``words``, and ``entities`` with their places in it."""
+        """Return the ``prediction``, a tag a word; of a text also its ``words``, and of tags that part entities these, with their places in it."""
         words, _, places = _words(example)
         tags, scores = (
             [OUTSIDE] * len(words),
@@ -196,10 +207,11 @@ class TokenClassification(Task):
                 tags[word], scores[word] = tag, score
         if not places:
             return {"prediction": tags}
+        found = {"prediction": tags, "words": words}
+        if not self._entities:
+            return found
         ends = [place + len(word) for place, word in zip(places, words, strict=True)]
-        return {
-            "prediction": tags,
-            "words": words,
+        return found | {
             "entities": [
                 {
                     "type": kind,
@@ -209,13 +221,24 @@ class TokenClassification(Task):
                     "score": sum(scores[first:last]) / (last - first),
                 }
                 for kind, first, last in entities(tags)
-            ],
+            ]
         }
+
+    @property
+    def _entities(self) -> bool:
+        """Whether what an entity is can be said of these tags."""
+        with suppress(DataError):  # scores are refused, tags are right all the same
+            return parts_entities(self.labels)
+        return False
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags are not ``B-`` and ``I-``."""
+        """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags part no entities.
+
+        Raises:
+            DataError: for tags of a scheme that is not known, and predictions of other words.
+        """
         true = [
             [self.labels[n] for n in self._targets(example, len(_words(example)[0]))]
             for example in references
@@ -228,12 +251,10 @@ class TokenClassification(Task):
                     remedy="give one for each word",
                     value=f"{len(prediction['prediction'])} tags, {len(tags)} words",
                 )
-        measure = entity_f1([prediction["prediction"] for prediction in predictions], true)
-        if any(label[:2] in ("B-", "I-") for label in self.labels):
-            return measure
-        return Measure(
-            measure.examples, lambda weights: {"accuracy": measure.of(weights)["accuracy"]}
-        )
+        given = [prediction["prediction"] for prediction in predictions]
+        if parts_entities(self.labels):
+            return entity_f1(given, true)
+        return tag_accuracy(given, true)
 
 
 def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:

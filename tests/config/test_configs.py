@@ -32,6 +32,12 @@ def test_it_loads_and_its_model_is_one(path: Path, tmp_path: Path):
         check_model_config(config.model, vocab_size=4096, seq_len=config.data.seq_len)
 
 
+@pytest.mark.parametrize("said", [[], ["optim.lr=1e-3"], ["optim={eps: 1e-6}"]])
+def test_fine_tuning_keeps_its_defaults_whatever_key_is_said(said: list[str]):
+    optim = load_config(ROOT / "configs/finetune/sentiment.yaml", said).config.optim
+    assert (optim.betas, optim.weight_decay) == ((0.9, 0.999), 0.01)
+
+
 def test_there_are_few():
     assert 10 < len(FILES) < 30
 

@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 from hfscale.checkpoint.export import untied, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.weights import CheckpointWeights
-from hfscale.config.schema import Checkpoint, CorpusConfig, RunConfig
+from hfscale.config.schema import Checkpoint, CorpusConfig, RunConfig, Section
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError, DataError
@@ -26,6 +26,7 @@ from hfscale.jobs import export, origin
 from hfscale.jobs.opening import RunModel, open_run
 from hfscale.jobs.origin import model_needs
 from hfscale.models.build import build_model, check_model_config
+from hfscale.objectives.base import Objective, Setting
 from hfscale.tokenizer import load_tokenizer
 from launch.commands.predict import predict
 from tests.engine.tiny import tiny_config
@@ -211,7 +212,10 @@ def test_every_kind_of_model_has_a_probe_and_an_export(
     out.mkdir()
     config = tiny_config(stage)
     skeleton = origin.skeleton(config, AutoConfig.from_pretrained(checkpoint), FAMILIES[family][0])
-    source = RunModel(config, None, checkpoint, skeleton, CheckpointWeights(checkpoint), None)  # type: ignore[arg-type]
+    objective = Objective(Section(), Setting(seq_len=16))
+    objective.auto_model = FAMILIES[family][0]
+    reader = CheckpointWeights(checkpoint)
+    source = RunModel(config, objective, checkpoint, skeleton, reader, None)  # type: ignore[arg-type]
     write_weights(source.reader, skeleton, out)
     skeleton.config.save_pretrained(out)
     assert export.prove(source, out) < 1e-6

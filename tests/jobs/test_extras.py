@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,10 @@ from hfscale.config.load import to_yaml
 from hfscale.config.rules import problems
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.jobs import export
+from hfscale.jobs.asked import settle
 from hfscale.jobs.check import check
+from hfscale.jobs.origin import pretrained_folder
+from hfscale.jobs.predict import model_digest, predict_texts
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -132,6 +136,14 @@ def test_adapters_are_merged_or_exported_alone(folder: Path) -> None:
     with torch.no_grad():
         theirs = PeftModel.from_pretrained(base, folder / "alone").eval()(input_ids=ids).logits
         assert torch.allclose(merged(input_ids=ids).logits, theirs, atol=1e-5)
+        names: dict[str, Any] = {}
+        exec(said, names)  # as it is printed
+        assert torch.allclose(names["model"].eval()(input_ids=ids).logits, theirs, atol=1e-6)
+    about = json.loads((folder / "alone" / "adapter_config.json").read_text())
+    assert about["task_type"] == "SEQ_CLS"
+    assert about["base_model_name_or_path"] == str(folder / "encoder")
+    assert not (folder / "alone" / "config.json").exists(), "or it would be taken for a model"
+    assert "PeftModel.from_pretrained" in (folder / "alone" / "README.md").read_text()
     with pytest.raises(ConfigError, match="no adapters"):
         export.run(str(folder / "runs" / "frozen-3"), folder / "none", adapter=True)
 
@@ -168,7 +180,21 @@ def test_another_base_is_refused(folder: Path) -> None:
         model={"pretrained": str(folder / "other"), "lora": {}},
         train={"steps": 1},
     )
-    make_encoder(folder / "other")  # drawn anew
+    moved, sized = newest(folder, "moved"), model_digest(newest(folder, "moved"))
+    open_weights(moved)
+    make_encoder(folder / "other")  # drawn anew, and of the same size
+    assert model_digest(moved) != sized, "or scores of the old base would be found for the new one"
+    for use in (
+        lambda: open_weights(moved),
+        lambda: export.run(str(moved), folder / "moved-merged"),
+        lambda: export.run(str(moved), folder / "moved-alone", adapter=True),
+        lambda: predict_texts(
+            settle(str(moved), task=None, data="x.jsonl", out=folder / "x", overrides=[]),
+            {"id": "0", "text": "a film"},
+        ),
+    ):
+        with pytest.raises(CheckpointError, match=r"(?s)have changed.*other.*base of .*moved"):
+            use()
     values = task_values(
         folder,
         "moved",
@@ -176,6 +202,13 @@ def test_another_base_is_refused(folder: Path) -> None:
         engine={"zero_stage": 0},
     )
     assert all("model.safetensors" in said for said in run_ranks(refused, 2, values))
+    begun = task_values(folder, "on", model={"pretrained": str(folder / "runs" / "moved")})
+    assert all("base of" in said for said in run_ranks(refused, 2, begun))
+    shutil.rmtree(folder / "other")
+    with pytest.raises(CheckpointError, match=r"(?s)are gone.*other.*base of .*moved"):
+        open_weights(moved)
+    with pytest.raises(CheckpointError, match=r"(?s)are gone.*base of .*moved"):
+        pretrained_folder(FinetuneConfig.model_validate(values))
 
 
 def test_patience_ends_a_run_for_good(folder: Path) -> None:

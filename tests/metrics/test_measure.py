@@ -11,6 +11,7 @@ from hfscale.errors import DataError
 from hfscale.metrics.classification import classification
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
+from hfscale.metrics.squad import squad
 from hfscale.metrics.translation import translation
 
 RNG = random.Random(5)
@@ -46,6 +47,17 @@ def test_intervals_are_those_of_theory_and_seeded():
     assert measure.intervals(seed=3) == {"accuracy": (low, high)} != measure.intervals(seed=4)
     narrow = measure.intervals(seed=3, confidence=0.5)["accuracy"]
     assert low < narrow[0] < 0.2 < narrow[1] < high
+
+
+def test_five_of_five_are_not_all():
+    """Wilson by hand: 5 / (5 + 1.96 ** 2) = 0.5655; no draw moves the other scores, so there is no interval."""
+    found = classification(["a", "b", "a", "b", "a"], ["a", "b", "a", "b", "a"]).intervals()
+    assert found["accuracy"] == found["f1_micro"] == pytest.approx((0.5655, 1.0), abs=1e-4)
+    assert np.isnan(found["f1_macro"]).all()
+    none = mean({"accuracy": [0, 0, 0]}, proportions=["accuracy"]).intervals()["accuracy"]
+    assert none == pytest.approx((0.0, 0.5615), abs=1e-4)
+    exact = squad(["x", "y"], [["x"], ["z"]]).intervals()["exact_match"]
+    assert exact == pytest.approx((9.45, 90.55), abs=0.01), "in percent"
 
 
 def test_draws_in_parts_are_draws(monkeypatch):

@@ -315,6 +315,7 @@ def test_prepared_once_and_by_content(tmp_path: Path) -> None:
         "examples": 2,
         "features": 2,
         "truncated": 1,
+        "unlearnt": {},
         "bad": 1,
         "shown": ["1: it is bad"],
     }

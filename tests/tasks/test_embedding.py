@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import random
 import shutil
 from pathlib import Path
@@ -17,6 +18,7 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.schema import Named
 from hfscale.errors import DataError
 from hfscale.jobs.check import check
+from hfscale.objectives.contrastive import text_keys
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import sentence_embedding
 from hfscale.tasks.base import load_task
@@ -138,6 +140,58 @@ def test_scores() -> None:
     )
     assert task.score(predictions[:1] * 5, [{}] * 5)["accuracy"] == 1.0, (
         "equal positives are all right"
+    )
+
+
+def test_equal_texts_are_no_negatives_of_each_other() -> None:
+    """Each positive twice, perfect vectors: the loss is 0 (it was ln 2), and every answer of a question is right."""
+    task, _, _ = embedding()
+    pairs = [("a", "x"), ("b", "y"), ("c", "x"), ("a", "z")]
+    axes = {"x": 0, "y": 1, "z": 2}
+    ids = {name: n for n, name in enumerate("abcxyz")}
+    answers = F.one_hot(torch.tensor([axes[p] for _, p in pairs]), 3).float()
+    views_VNH = torch.stack([answers, answers])
+    views_VNH[0, [0, 3]] = F.normalize(torch.tensor([1.0, 0.0, 1.0]), dim=0)  # a: as near to x as z
+    keys_VN = torch.tensor([[ids[text] for text, _ in pairs], [ids[p] for _, p in pairs]])
+    loss, sums = task.compare(views_VNH, torch.ones(4), keys_VN)
+    assert loss.item() == pytest.approx(0.0, abs=1e-5)
+    assert sums["retrieval_accuracy"].tolist() == [1.0] * 4
+    predictions = [
+        {"prediction": text.tolist(), "positive": positive.tolist()}
+        for text, positive in views_VNH.transpose(0, 1)
+    ]
+    predictions[0]["prediction"] = [0.6, 0.0, 0.8]  # z, which is an answer to a as well
+    references = [{"text": text, "positive": positive} for text, positive in pairs]
+    measure = task.measure(predictions, references)
+    assert measure.scores()["accuracy"] == measure.scores()["mrr"] == 1.0
+    assert measure.notes["repeated"].startswith("3 texts and 3 positives differ")
+    assert task.facts_of_training(task.options, references) == {"repeated": 2}
+
+
+@pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
+def test_an_export_says_to_sentence_transformers_how_it_pools(pooling: str) -> None:
+    """Its vectors are then ours to all digits (tried with 5.1); without these files it takes the mean, and no unit vectors."""
+    task, model, _ = embedding(pooling=pooling)
+    files = {path: json.loads(text) for path, text in task.files(model.config).items()}
+    assert [module["type"].rpartition(".")[2] for module in files["modules.json"]] == [
+        "Transformer",
+        "Pooling",
+        "Normalize",
+    ]
+    chosen = [key for key, value in files["1_Pooling/config.json"].items() if value is True]
+    names = {"cls": "cls_token", "mean": "mean_tokens", "last": "lasttoken"}
+    assert chosen == [f"pooling_mode_{names[pooling]}"]
+    assert files["1_Pooling/config.json"]["word_embedding_dimension"] == model.config.hidden_size
+    assert files["sentence_bert_config.json"]["max_seq_length"] == task.setting.seq_len
+
+
+def test_the_key_of_a_text_knows_no_padding() -> None:
+    task, _, _ = embedding()
+    alone = text_keys(task.collate(rows_of(task, PAIRS[:1])))
+    beside = text_keys(task.collate(rows_of(task, [PAIRS[0], *PAIRS[1:], PAIRS[0]])))
+    assert alone[:, 0].tolist() == beside[:, 0].tolist() == beside[:, -1].tolist()
+    assert len({*beside[:, :-1].flatten().tolist()}) == len(
+        {text for pair in PAIRS for role, text in pair.items() if role != "id"}
     )
 
 

@@ -12,7 +12,7 @@ from transformers import BertForQuestionAnswering, pipeline
 
 from hfscale.errors import ConfigError
 from hfscale.stream.examples import BadExample
-from hfscale.tasks import question_answering
+from hfscale.tasks import extractive_qa, question_answering
 from tests.tasks.kit import answers, bert, learn, make_task, marking_tokenizer, rows_of
 
 EN = "The old river ran slowly under the unbelievable bridges of the town."
@@ -97,6 +97,43 @@ def test_windows_overlap_and_cover_the_context(kind):
     labels = [feature["labels"] for feature in features]
     assert [0, 0] in labels and any(label != [0, 0] for label in labels)
     assert task.counts([task.collate(rows_of(task, [example]))]) == {"extractive_qa": len(features)}
+
+
+def test_an_answer_that_no_window_holds_whole_teaches_nothing():
+    """It was taught "none" in every window, though it is there; it is scored like any other."""
+    task = task_of(seq_len=32, stride=4)
+    example = {**EXAMPLES[1], "context": "river " * 40, "answers": "river " * 24 + "river"}
+    features = task.features(example)
+    assert len(features) > 1 and {f["unlearnt"] for f in features} == {extractive_qa.CUT}
+    batch = task.collate(rows_of(task, [example]))
+    assert task.counts([batch]) == {"extractive_qa": 0}
+    model = bert(task, BertForQuestionAnswering)
+    assert task.loss(model, batch)["extractive_qa"].tolist() == [0.0] * len(features)
+    assert answers(task, model, [example])[0]["prediction"]
+    held = task.features({**example, "answers": "river river"})
+    assert any(f["labels"] != [0, 0] for f in held) and "unlearnt" not in held[0]
+
+
+@pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
+@pytest.mark.parametrize(("seq_len", "stride"), [(32, 8), (40, 0), (64, 24)])
+def test_windows_are_those_that_the_tokenizer_would_cut(kind: str, seq_len: int, stride: int):
+    """A version of tokenizers that loses what overflows (0.23.1) loses nothing here: cut by hand, of one whole encoding."""
+    tokenizer = marking_tokenizer(kind)
+    how = {"max_length": seq_len, "stride": stride}
+    for context in (EN, ZH * 5, EN * 4 + ZH):
+        made = question_answering.windows(tokenizer, how, question="What ran?", context=context)
+        theirs = tokenizer(
+            "What ran?",
+            context,
+            truncation="only_second",
+            max_length=seq_len,
+            stride=stride,
+            return_overflowing_tokens=True,
+        )
+        assert [window["input_ids"] for window in made] == theirs["input_ids"]
+        assert [window.get("token_type_ids") for window in made] == theirs.get(
+            "token_type_ids", [None] * len(made)
+        )
 
 
 def test_white_space_is_no_answer():

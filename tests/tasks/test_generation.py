@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from copy import deepcopy
 from functools import cache
 from typing import Any
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
+from transformers import GPT2Config
 
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError
+from hfscale.jobs.opening import framed
 from hfscale.models.build import build_model
-from hfscale.tasks.generation import Generation, generate
+from hfscale.tasks.generation import Generation, generate, prompt_ids, resolve
 from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, SPECIAL_IDS, VOCAB
+from tests.tasks.toys import load, words_tokenizer
 
 PROMPTS = [[5, 6, 7], [9], [30, 31, 32, 33, 34, 35, 36, 37], [5, 6, 8], [200, 201]]
 KEYS = [f"p{number}" for number in range(len(PROMPTS))]
@@ -136,6 +143,100 @@ def test_settings_of_the_model_hold_unless_the_options_say_otherwise() -> None:
         )
     finally:
         model.generation_config.update(max_new_tokens=None, do_sample=None, temperature=None)
+
+
+@contextmanager
+def own(model: Any, **settings: Any) -> Iterator[None]:
+    """Let the model's own generation_config.json say this."""
+    before, model.generation_config = model.generation_config, deepcopy(model.generation_config)
+    model.generation_config.update(**settings)
+    try:
+        yield
+    finally:
+        model.generation_config = before
+
+
+def alone(model: Any, prompt: list[int]) -> list[int]:
+    """Return what transformers answers to one prompt, by the model's own settings, end token and all."""
+    with torch.no_grad():
+        out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)))
+    return out[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "bart"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"max_length": 20, "min_length": 15},
+        {"max_new_tokens": 9, "min_length": 6, "num_beams": 2, "num_return_sequences": 2},
+        {"max_new_tokens": 9, "forced_bos_token_id": 7, "repetition_penalty": 1.7},
+    ],
+)
+def test_lengths_and_what_else_the_model_says_are_followed(
+    family: str, settings: dict[str, Any]
+) -> None:
+    """With an end token that comes at once: the likeliest of each first answer."""
+    model = model_of(family)
+    ends = [answers(model, max_new_tokens=3)[row][0] for row in (0, 2)]
+    with own(model, **settings, eos_token_id=[1, *ends], pad_token_id=2, do_sample=False):
+        got = generate(model, PROMPTS, Generation(), keys=KEYS, pad_id=2)
+        for prompt, answer in zip(PROMPTS, got, strict=True):
+            wanted = alone(model, prompt)
+            stop = next((n for n, i in enumerate(wanted) if i in (1, *ends)), len(wanted))
+            assert answer == wanted[:stop]
+        if "min_length" in settings:
+            short = answers(model, max_new_tokens=9, min_new_tokens=0)
+            assert [] in short, "what the user says goes over it"
+
+
+@pytest.mark.parametrize("ngram", [1, 2])
+def test_no_setting_reads_the_padding_of_a_batch(ngram: int) -> None:
+    """Padded with the end token, which then must not be taken for one that was written already."""
+    model = model_of("gpt2")
+    with own(model, no_repeat_ngram_size=ngram, max_new_tokens=12, eos_token_id=None):
+        likely = [answers(model)[row][2] for row in range(len(PROMPTS))]
+        for end in likely:
+            with own(model, eos_token_id=end):
+                got = generate(model, PROMPTS, Generation(), keys=KEYS, pad_id=end)
+                each = [
+                    generate(model, [p], Generation(), keys=[k], pad_id=end)[0]
+                    for p, k in zip(PROMPTS, KEYS, strict=True)
+                ]
+                assert got == each
+
+
+def test_an_answer_ends_with_the_tokens_of_the_model_and_of_the_task() -> None:
+    model = model_of("gpt2")
+    how = Generation(max_new_tokens=8, no_repeat_ngram_size=1)  # so that each token comes once
+    [first] = generate(model, [[9]], how, keys=["p"], pad_id=2)
+    with own(model, eos_token_id=[first[5], 1, 10**6]):
+        config = resolve(model, Generation(), ends=[first[3]])
+        assert config.eos_token_id == [first[3], first[5], 1], "an id of another model is none here"
+        assert config.max_new_tokens == 64
+        for ends, wanted in (([], first[:5]), ([first[3]], first[:3])):
+            assert generate(model, [[9]], how, keys=["p"], pad_id=2, ends=ends) == [wanted]
+
+
+def test_a_prompt_goes_on_where_a_tokenizer_would_end_it() -> None:
+    """[CLS] text [SEP], text </s>, <s> text </s>: between a prompt and its answer stands no end."""
+    words = words_tokenizer("a b", bos_token="<s>", cls_token="[CLS]", sep_token="[SEP]")
+    ids = {t: words.convert_tokens_to_ids(t) for t in ("<s>", "</s>", "[CLS]", "[SEP]")}
+    bare = words("a b")["input_ids"]
+    for frame, wanted in {
+        "[CLS] $A [SEP]": bare,
+        "$A </s>": bare,
+        "<s> $A </s>": [ids["<s>"], *bare],
+        "$A": bare,
+    }.items():
+        words.backend_tokenizer.post_processor = TemplateProcessing(
+            single=frame, special_tokens=list(ids.items())
+        )
+        assert prompt_ids(words, "a b") == wanted
+        task, _ = load("translation", words, family="gpt2", prompt="{source} a", seq_len=12)
+        (feature,) = task.features({"id": "0", "source": "b", "target": "a"})
+        assert feature["input_ids"][-2:] == bare[::-1] and feature["labels"] == [bare[0], 1]
+        exported = framed(deepcopy(words), task.frame, GPT2Config())
+        assert exported("a b")["input_ids"] == wanted
 
 
 def test_a_prompt_without_room_is_an_error_or_cut() -> None:

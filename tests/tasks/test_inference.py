@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from transformers import pipeline
+from transformers import BertConfig, BertLMHeadModel, pipeline
 
 from hfscale.errors import ConfigError
+from hfscale.jobs.asked import settle
+from hfscale.jobs.opening import open_task
 from hfscale.stream.examples import BadExample
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict
@@ -88,6 +91,20 @@ def test_one_prompt_without_room_does_not_stop_the_others(name: str) -> None:
         task.features(long)
     task, _ = load(name, tokenizer(), family="gpt2", generation={"truncate": True})
     assert task.features(long)
+
+
+def test_an_encoder_is_not_asked_as_a_causal_model(tmp_path: Path) -> None:
+    """What training refuses is refused by prediction, evaluation and the harness: a BERT sees what it is to say."""
+    words, how = tokenizer(), {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = BertConfig(vocab_size=len(words), intermediate_size=16, **how)
+    BertLMHeadModel(config).save_pretrained(tmp_path)
+    words.save_pretrained(tmp_path)
+    asked: Any = {"task": None, "data": "x.jsonl", "out": tmp_path / "x", "overrides": []}
+    for task in ("text_generation", "instruction", "translation"):
+        prompt = ['prompt="{source} ="'] if task == "translation" else []
+        said = asked | {"task": task, "overrides": ["data.max_length=16", *prompt]}
+        with pytest.raises(ConfigError, match="sees the future"):
+            open_task(settle(str(tmp_path), **said))
 
 
 def test_there_is_nothing_to_train() -> None:

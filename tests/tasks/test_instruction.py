@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import random
 from contextlib import nullcontext
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -37,6 +39,9 @@ CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
+
+
+CUT: dict[str, Any] = {"family": "gpt2", "model": {"n_positions": 400}}
 
 
 @pytest.mark.parametrize("form", ["messages", "prompt"])
@@ -163,7 +168,58 @@ def test_a_prediction_without_an_answer_to_compare_with_is_the_text_alone() -> N
     )
     asked = {"id": "0", "messages": TALK[:-1]}
     assert [*predict(task, model, [asked])[0]] == ["prediction"]
-    assert [*predict(task, model, EXAMPLES[:1])[0]] == ["prediction", "nats", "tokens"]
+    assert [*predict(task, model, EXAMPLES[:1])[0]] == ["prediction", "nats", "tokens", "bytes"]
+
+
+@pytest.mark.parametrize("longest", [400, 44, 43, 42, 41, 36])
+def test_bits_a_byte_are_of_the_bytes_that_were_scored(longest: int) -> None:
+    """Of an answer that is cut, nats and bytes of what was read: each letter a token, each character of Chinese three."""
+    prompt, answer = "a?", "slow old 古老的桥在城里" * 2
+    task, model = load("instruction", tokenizer(), seq_len=longest, **CUT)
+    example = {"id": "0", "prompt": prompt, "response": answer}
+    rows = rows_of(task, [example])
+    (row,) = rows.features
+    scored = [label for label in row["labels"] if label != IGNORE_INDEX]
+    text = tokenizer().decode(scored).removesuffix("</s>")
+    assert "\ufffd" not in text and answer.startswith(text), "no half of a character is scored"
+    with torch.no_grad():
+        loss, judged = task.judge(model, task.collate(rows), rows)
+    bits = loss["answers"].item() / math.log(2) / len(text.encode())
+    assert task.score(judged, [example])["bits_per_byte"] == pytest.approx(bits, rel=1e-6)
+    assert (text == answer) == (longest == 400)
+
+
+def test_answers_of_earlier_turns_that_were_cut_away_count_no_bytes() -> None:
+    task, _ = load("instruction", tokenizer(), seq_len=400, **CUT)
+    (whole,) = task.features(EXAMPLES[0])
+    assert whole["bytes"] == len("slow 河水古老的桥".encode())
+    read = len(whole["prompt"]) - 5
+    task, _ = load("instruction", tokenizer(), seq_len=read, **CUT)
+    (cut,) = task.features(EXAMPLES[0])
+    assert cut["bytes"] == len("slow 河水".encode())
+
+
+def test_an_answer_ends_with_what_the_template_taught(caplog: pytest.LogCaptureFixture) -> None:
+    """ChatML ends turns with a token of its own, which is not the tokenizer's end of a text."""
+    words = words_tokenizer("<|im_start|> user assistant after 一 二")
+    words.add_special_tokens({"additional_special_tokens": ["<|im_end|>"]})
+    end = words.convert_tokens_to_ids("<|im_end|>")
+    toy = [{"id": "0", "prompt": "after 一", "response": "二"}]
+    how = {"family": "gpt2", "seq_len": 24, "generation": {"max_new_tokens": 8}}
+    task, model = load("instruction", words, chat_template=CHATML, **how)
+    model.generation_config.update(eos_token_id=[1, 3], temperature=0.7)
+    train(task, model.train(), toy, steps=40, batch=2, lr=1e-2)
+    assert predict(task, model.eval(), toy)[0]["prediction"].strip() == "二"
+    task.finish(model, words)
+    assert model.generation_config.eos_token_id == [end, 1, 3], "and the model's own"
+    assert model.generation_config.temperature == 0.7
+    plain = "{% for m in messages %}{{ m['content'] + ' STOP ' }}{% endfor %}"
+    task, _ = load("instruction", words, chat_template=plain, **how)
+    assert task._ends == ([], ["STOP"])
+    assert "no token of its own: answers are cut at 'STOP'" in caplog.text
+    words.chat_template = None
+    task, _ = load("instruction", words, **how)
+    assert task._ends == ([words.eos_token_id], [])
 
 
 def test_every_example_is_packed_once() -> None:

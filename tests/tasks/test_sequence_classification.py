@@ -92,6 +92,18 @@ def test_a_single_label():
     )  # f1: of "-", the last
 
 
+def test_a_validation_loss_is_plain():
+    """Neither smoothed nor weighted: else runs of other options could not be compared, nor tasks."""
+    task = make(ONE, class_weights="balanced", label_smoothing=0.3)
+    rows = rows_of(task, ONE)
+    model, batch = model_of(task), task.collate(rows)
+    with torch.no_grad():
+        losses, outputs = task.judge(model, batch, rows)
+    plain = [-math.log(o["scores"][e["label"]]) for e, o in zip(ONE, outputs, strict=True)]
+    assert losses["classification"].tolist() == pytest.approx(plain, rel=1e-5)
+    assert task.loss(model, batch)["classification"].tolist() != pytest.approx(plain, rel=1e-2)
+
+
 def test_several_labels_and_numbers():
     several = [
         {"id": "0", "text": "good film", "label": "a, b"},
@@ -221,7 +233,9 @@ def test_a_reference_without_a_label_is_refused():
 def test_labels_of_other_predictions_that_are_in_no_set_are_counted_and_shown():
     task = make(ONE)
     right = [example["label"] for example in ONE]
-    assert task.measure([{"prediction": label} for label in right], ONE).notes == {}
+    assert task.measure([{"prediction": label} for label in right], ONE).notes == {
+        "f1": "of '-', the second label"
+    }
     measure = task.measure(
         [{"prediction": "meh"}, *({"prediction": label} for label in right[1:])], ONE
     )
