@@ -116,8 +116,9 @@ class ControlTokens:
 
     def within(self, ids: np.ndarray | list[int], text: str) -> str | None:
         """Return one of them that is among the ``ids`` of ``text``, or None; the unknown token is what it says, unless ``text`` spells it."""
-        ids = np.asarray(ids, np.int64)
-        for number in np.unique(ids[self._table[ids]]).tolist():
+        ids = np.asarray(ids, None if len(ids) else np.int64)
+        special = self._table[ids]
+        for number in np.unique(ids[special]).tolist() if special.any() else ():
             content = self._contents[number]
             if content != self._unknown or content in text:
                 return content
