@@ -105,7 +105,9 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             source.skeleton.config.save_pretrained(partial)
             _write_files(source.objective.files(source.skeleton.config), partial)
         if source.skeleton.can_generate():
-            source.skeleton.generation_config.save_pretrained(partial)
+            # not by save_pretrained: it refuses what published models say (a temperature without do_sample)
+            how = source.skeleton.generation_config.to_json_string()
+            (partial / layout.GENERATION).write_text(how, "utf-8")
         tokenizer = framed(source.tokenizer, source.objective.frame, source.skeleton.config)
         save_tokenizer(_padding(tokenizer, source.skeleton), partial)
         difference = prove(source, partial, adapter=adapter)

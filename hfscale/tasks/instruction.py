@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -232,8 +233,10 @@ class Instruction(Task, CausalLM):
     @cached_property
     def _ends(self) -> tuple[list[int], list[str]]:
         """With what the template ends an answer: ids of tokens, or where there is no such token texts."""
-        asked = [{"role": "user", "content": "question"}]
-        whole = self._render([*asked, {"role": "assistant", "content": MARK}])
+        whole, answer = "", {"role": "assistant", "content": MARK}
+        for roles in (["user"], ["system", "user"]):  # some templates want more than a question
+            with suppress(BadExample):
+                whole = self._render([*({"role": r, "content": r} for r in roles), answer])
         after = whole.rpartition(MARK)[2]
         tokenizer = self.setting.tokenizer
         special = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
@@ -242,9 +245,9 @@ class Instruction(Task, CausalLM):
             for id_ in Quoted(tokenizer).ids(after, add_special_tokens=False)["input_ids"]
             if id_ in special
         ][:1]
-        if ids or not whole.count(MARK):
+        if ids:
             return ids, []
-        text = after.strip()
+        text = after.strip() if MARK in whole else ""
         say_once(
             "the chat template ends an answer with no token of its own: "
             + (f"answers are cut at {text!r}" if text else "they go on until the model's own end")

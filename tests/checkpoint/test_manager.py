@@ -140,6 +140,7 @@ def test_what_a_checkpoint_holds(tmp_path):
         "engine/rank-00001.safetensors",
         "state.json",
         "config.json",
+        "generation_config.json",
         "probe.safetensors",
         "manifest.json",
     }

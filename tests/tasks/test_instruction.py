@@ -217,6 +217,13 @@ def test_an_answer_ends_with_what_the_template_taught(caplog: pytest.LogCaptureF
     task, _ = load("instruction", words, chat_template=plain, **how)
     assert task._ends == ([], ["STOP"])
     assert "no token of its own: answers are cut at 'STOP'" in caplog.text
+    wants = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
+    )
+    task, _ = load("instruction", words, chat_template=wants, **how)
+    assert task._ends == ([end], []), "of a template that wants a system message"
+    task, _ = load("instruction", words, chat_template="{{ raise_exception('no') }}", **how)
+    assert task._ends == ([], []), "what is wrong with it is said of each example"
     words.chat_template = None
     task, _ = load("instruction", words, **how)
     assert task._ends == ([words.eos_token_id], [])

@@ -61,6 +61,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             initializer_factor=0.3,
         )
     ).save_pretrained(folder / "t5")
+    file = folder / "t5" / "generation_config.json"  # also what transformers itself would not save
+    own = {"length_penalty": 1.5, "temperature": 0.9, "eos_token_id": [2, 1]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | own))
     words.save_pretrained(folder / "t5")
     values = task_values(
         folder,
@@ -96,6 +99,10 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None:
     export.run(str(run), tmp_path / "export")
+    for folder in (tmp_path / "export", sorted((run / "checkpoints").glob("step-*"))[-1]):
+        own = json.loads((folder / "generation_config.json").read_text())
+        assert (own["length_penalty"], own["temperature"]) == (1.5, 0.9), "of the pretrained model"
+        assert sorted(own["eos_token_id"]) == [1, 2]
     asked = toy(30, seed=1)
     data = write_jsonl(
         tmp_path / "asked.jsonl", [{"id": e["id"], "source": e["source"]} for e in asked]
