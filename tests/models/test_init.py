@@ -145,7 +145,9 @@ def test_an_architecture_that_reaches_too_deep_is_refused_when_partitioned() -> 
                                       num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)  # fmt: skip
     with no_init_weights():
         model = SwitchTransformersForConditionalGeneration(config)
-    initialize(model, seed=0, gather=lambda params: nullcontext())  # whole parameters: any depth will do
+    initialize(
+        model, seed=0, gather=lambda params: nullcontext()
+    )  # whole parameters: any depth will do
     for param in model.parameters():
         param.ds_id = 0  # as at ZeRO 3
     with pytest.raises(ConfigError, match="deeper"):
