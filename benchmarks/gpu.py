@@ -131,8 +131,10 @@ def prepare(folder: Path, model: Model, *, tokens: int) -> tuple[int, float]:
     config = AutoConfig.for_model(model.architecture, **model.shape, bos_token_id=0, eos_token_id=0)
     config.save_pretrained(folder / "model")
     with torch.device("meta"):
-        parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    return parameters, flops_per_token(config, seq_len=model.seq_len, parameters=parameters)
+        built = AutoModelForCausalLM.from_config(config)
+    built.tie_weights()
+    parameters = sum(p.numel() for p in built.parameters())
+    return parameters, flops_per_token(built, seq_len=model.seq_len)
 
 
 def measure(

@@ -18,7 +18,7 @@ from hfscale.errors import ConfigError, nearest
 UNSAFE = {
     "communication_data_type": "gradients would be summed in fewer bits: losses move by 4e-4 within 10 steps",
     "torch_autocast": "the model would compute in other precisions than engine.precision says: losses move by 2e-3 within 10 steps",
-    "data_types": "gradients would be accumulated in fewer bits, by another optimizer of DeepSpeed: losses move by 5e-3 within 10 steps",
+    "data_types": "gradients would be accumulated in fewer bits: losses move by 5e-3 within 10 steps",
     "optimizer": "DeepSpeed ignores it: `optim` is the optimizer",
     "scheduler": "`schedule` sets the learning rate of each step, whatever DeepSpeed's scheduler says",
     "sequence_parallel_size": "DeepSpeed ignores it here: every rank has rows of its own",

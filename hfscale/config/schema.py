@@ -182,7 +182,7 @@ class Named(Section):
 
 
 class Optim(Section):
-    """AdamW (Loshchilov & Hutter 2019). Norms, biases and other vectors are not decayed."""
+    """AdamW (Loshchilov & Hutter 2019). Norms, biases, states and other vectors are not decayed."""
 
     name: Literal["adamw"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4

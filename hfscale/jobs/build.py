@@ -73,10 +73,7 @@ def build_trainer(
         else None
     )
 
-    parameters = sum(
-        getattr(p, "ds_numel", p.numel()) for p in model.parameters()
-    )  # ds_numel: of the whole, at ZeRO 3
-    flops = flops_per_token(model.config, seq_len=data.seq_len, parameters=parameters)
+    flops = flops_per_token(model, seq_len=data.seq_len)
     engine = Engine.create(model, config=config, device=device)
     with engine.eval_mode():
         accepted(partial(objective.check, engine, device=device), config.model)
