@@ -107,8 +107,8 @@ def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any 
     """Return a stream of one rank over the tars of a kind."""
     from hfscale.config.schema import RunConfig
     from hfscale.stream.loader import Stream
-    from hfscale.stream.mixture import open_mixture
     from hfscale.stream.rows import TokenRows
+    from hfscale.stream.sources import open_mixture
     from hfscale.stream.state import StreamState
     from hfscale.stream.text import TextRows, open_encoders
 

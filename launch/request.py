@@ -18,8 +18,8 @@ from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
 from hfscale.packages import refuse_wrong_versions
 from hfscale.shards.tables import table_files
-from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.sources import open_mixture
 
 LAUNCHERS = {
     "local": "launch.local:launch",

@@ -26,8 +26,8 @@ from hfscale.objectives.base import Objective, Setting, check_options, load_obje
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 from hfscale.stream.labelled import LabelledData
 from hfscale.stream.loader import EvaluationRows, Stream
-from hfscale.stream.mixture import kept_manifest, open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.sources import kept_manifest, open_mixture
 from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tasks.base import Task, cache_key, code_digest, load_task, task_class

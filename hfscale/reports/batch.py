@@ -18,8 +18,8 @@ from hfscale.errors import DataError
 from hfscale.reports.status import records
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import VERSION, digest_rows
-from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.sources import open_mixture
 from hfscale.stream.state import StreamState
 from hfscale.stream.text import TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer

@@ -16,9 +16,10 @@ from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError, DataError
 from hfscale.stream.digest import batch_digest
 from hfscale.stream.loader import Stream
-from hfscale.stream.mixture import Mixture, Phase, open_mixture, plan, share
+from hfscale.stream.mixture import Mixture, Phase, plan, share
 from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.sources import open_mixture
 from hfscale.stream.state import StreamState
 
 SEQ = 32

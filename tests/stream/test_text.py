@@ -26,8 +26,8 @@ from hfscale.errors import ConfigError, DataError
 from hfscale.shards.raw import index_tars
 from hfscale.stream import ahead, text
 from hfscale.stream.loader import EvaluationRows, Stream
-from hfscale.stream.mixture import open_mixture
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.sources import open_mixture
 from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows
 from hfscale.tokenizer import load_tokenizer

@@ -1,0 +1,243 @@
+"""The sources of a config opened as one: their rows joined, and the order of them, also where a checkpoint left off.
+
+What a run has read cannot change: sources keep the numbers that they had, and new weights begin at the end of a block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hfscale.config.rules import Length, nearest_text, run_length
+from hfscale.config.schema import RunConfig, Source
+from hfscale.errors import ConfigError, DataError
+from hfscale.shards.manifest import Manifest
+from hfscale.stream.mixture import ALONE, Mixture, Phase, plan, share
+from hfscale.stream.order import AUTO_LANES, Order, key_of
+from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import StreamState
+
+_SOURCES = 3  # purpose of a key; order.py and mixture.py have the others
+
+
+def open_mixture(
+    config: RunConfig, parts: Sequence[TokenRows], *, saved: Mapping[str, Any] | None = None
+) -> tuple[TokenRows, Mixture]:
+    """Return the rows of ``data.sources`` (``parts``, in the order of the config) joined, and their order.
+
+    ``saved`` is the state of the checkpoint that the run goes on from. Sources keep the numbers that they had there; new ones follow.
+
+    Raises:
+        ConfigError: if a weight is too small for the block, a stage comes out of order, or the sources do not last for the run.
+        DataError: if a source of the checkpoint is gone or has other data.
+    """
+    data, train = config.data, config.train
+    state = StreamState.from_dict(saved["stream"]) if saved else None
+    given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
+    if (
+        len(
+            dtypes := {
+                part.manifest.dtype: name for name, (_, part) in given.items() if not part.raw
+            }
+        )
+        > 1
+    ):
+        raise DataError(
+            "the sources have ids of unlike dtypes",
+            where="data.sources",
+            value=dtypes,
+            remedy="one tokenizer gives one dtype: build the shards again with the run's",
+        )
+    names = list(
+        dict.fromkeys(
+            [
+                *_known(
+                    state,
+                    {name: part.manifest for name, (_, part) in given.items()},
+                    config.run_dir,
+                ),
+                *given,
+            ]
+        )
+    )
+    rows = TokenRows.joined([given[name][1] for name in names])
+    raw = [number for number, name in enumerate(names) if given[name][1].raw]
+    lanes = (
+        _lanes_of_text(config, [given[names[number]] for number in raw], state)
+        if raw
+        else data.lanes
+    )
+    orders = [
+        Order(
+            given[name][1].shard_rows,
+            seed=config.run.seed
+            if number == 0
+            else int(key_of(config.run.seed, number, _SOURCES)[0]),
+            lanes=lanes if number in raw else data.lanes,
+            block=data.block,
+        )
+        for number, name in enumerate(names)
+    ]
+
+    step, consumed = (saved["step"], state.consumed_rows) if saved and state else (0, 0)
+    length = run_length(
+        train,
+        rows=sum(order.rows for order in orders),
+        seq_len=data.seq_len,
+        step=step,
+        consumed_rows=consumed,
+    )
+    steps = length.steps
+    stages = _stages(
+        config,
+        names,
+        [given[name][0].weight for name in names],
+        length,
+        step=step,
+        consumed=consumed,
+    )
+    caps = [
+        None if (most := given[name][0].max_epochs) is None else int(most * order.rows)
+        for name, order in zip(names, orders)
+    ]
+    past = [Phase(begin, tuple(counts)) for begin, counts in state.phases] if state else []
+    phases, end = plan(
+        stages,
+        block=data.block if len(names) > 1 else 1,
+        caps=caps,
+        consumed=consumed,
+        past=past or [ALONE],
+    )  # a run of one source can turn into a mixture at any row
+    if end is not None and consumed + (steps - step) * train.global_batch > end:
+        raise ConfigError(
+            f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
+            where="data.sources",
+            remedy="give more epochs or more data, or fewer train.steps",
+        )
+    return rows, Mixture(
+        orders,
+        fingerprints={name: given[name][1].fingerprint for name in names},
+        phases=phases,
+        end=end,
+        raw=raw,
+    )
+
+
+def _stages(
+    config: RunConfig,
+    names: Sequence[str],
+    first: Sequence[float],
+    length: Length,
+    *,
+    step: int,
+    consumed: int,
+) -> list[tuple[int, list[float]]]:
+    """Return the row at which each stage begins, and the weight of each source (``names``) from there on; ``first`` are the first.
+
+    Raises:
+        ConfigError: if a stage comes out of order, or a weight gives no row in a block.
+    """
+    data, global_batch = config.data, config.train.global_batch
+    weights = dict(zip(names, first, strict=True))
+    stages, last = [(0, list(first))], 0.0
+    for number, stage in enumerate(data.stages):
+        at: float = stage.at
+        if isinstance(stage.at, float):  # of the rows of the whole run
+            at = round(stage.at * (length.steps + length.shift)) - length.shift
+        if at <= last:
+            raise ConfigError(
+                "a stage must begin after the one before it",
+                where=f"data.stages.{number}.at",
+                value=f"step {at:g}",
+                remedy=f"of {length.steps} steps, give one after {last:g}",
+            )
+        weights, last = weights | stage.weights, at
+        stages.append((consumed + round((at - step) * global_batch), list(weights.values())))
+    for number, (_, values) in enumerate(stages):
+        rows = share(values, data.block, [None] * len(names))
+        for name, weight, count in zip(names, values, rows, strict=True):
+            if weight > 0 and count == 0:
+                raise ConfigError(
+                    f"the weight of {name} is too small: it gives no row in a block of {data.block}",
+                    value=weight,
+                    where=f"data.stages.{number - 1}.weights" if number else "data.sources",
+                    remedy="give a larger weight or data.block, or weight 0",
+                )
+    return stages
+
+
+def _lanes_of_text(
+    config: RunConfig, sources: Sequence[tuple[Source, TokenRows]], state: StreamState | None
+) -> int:
+    """Return the lanes of a run that reads raw text.
+
+    Raises:
+        ConfigError: if they do not divide the global batch, a source has no sample for each, or the run's length is given in epochs.
+    """
+    epochs = [
+        f"max_epochs of source {source.name}"
+        for source, _ in sources
+        if source.max_epochs is not None
+    ]
+    if config.train.epochs is not None or epochs:
+        raise ConfigError(
+            "how many rows raw text has is not known before it is tokenized",
+            where=[*epochs, "train.epochs"][0],
+            remedy="give train.steps or train.tokens and no max_epochs, or make token shards: `hfscale shards build CONFIG`",
+        )
+    batch, lanes = (
+        config.train.global_batch,
+        state.lanes if state is not None else config.data.lanes,
+    )
+    samples = int(min(rows.shard_rows.sum() for _, rows in sources))
+    fit = [n for n in range(1, min(batch, samples) + 1) if batch % n == 0]
+    if lanes == "auto":
+        return max(n for n in fit if n <= AUTO_LANES)
+    if lanes not in fit:
+        where, value = ("data.lanes", lanes) if state is None else ("train.global_batch", batch)
+        near = fit if state is None else [batch // lanes * lanes, -(-batch // lanes) * lanes]
+        raise ConfigError(
+            "raw text needs lanes that divide the global batch, and a sample of each source for each lane",
+            where=where,
+            value=f"{lanes} lanes, global batch {batch}, {samples:,} samples",
+            remedy=f"{where}={nearest_text(near, value)}",
+        )
+    return lanes
+
+
+def kept_manifest(run_dir: Path, fingerprint: str) -> Path:
+    """Return the folder where a run keeps a copy of a source's manifest, to say what has changed if it is resumed on other data."""
+    return run_dir / "data" / fingerprint[:12]
+
+
+def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Path) -> list[str]:
+    """Return the names of the sources that a checkpoint has seen, in its order, after checking that they are here and the same."""
+    if state is None:
+        return []
+    of_one = next(
+        (name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint),
+        next(iter(given)),
+    )  # any name
+    seen = {name: print_ for name, (print_, _) in state.sources.items()} or {
+        of_one: state.fingerprint
+    }
+    for name, print_ in seen.items():
+        if name not in given:
+            raise DataError(
+                f"source {name} of the checkpoint is gone",
+                where="data.sources",
+                value=[*given],
+                remedy="give it back; weight 0 stops reading a source",
+            )
+        if not (now := given[name]).fingerprint.startswith(print_):
+            kept = kept_manifest(run_dir, print_)
+            raise DataError(
+                f"source {name} of the checkpoint has other data",
+                where=f"data.sources, {now.folder}",
+                value=Manifest.load(kept).changes(now)
+                if kept.is_dir()
+                else f"{print_[:12]} then, {now.fingerprint[:12]} now",
+                remedy="give back the data as it was; other data take a source of their own",
+            )
+    return list(seen)
