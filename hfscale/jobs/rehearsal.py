@@ -79,7 +79,9 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
                 where="rehearsal before step 1",
                 remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: report it",
             )
-        problem = _export(trainer, config, folder / layout.step_name(0)) if engine.rank == 0 else ""
+        saved = folder / layout.step_name(0)
+        reader = open_weights(saved)  # all ranks: of adapters it asks for the weights beside them
+        problem = _export(trainer, config, saved, reader) if engine.rank == 0 else ""
         if problem := from_rank_0(problem):
             raise CheckpointError(
                 "this model cannot be exported as it would be trained; nothing was trained",
@@ -92,7 +94,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path) -> str:
+def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path, reader: WeightsReader) -> str:
     """Return why transformers does not give the engine's logits for an export of ``checkpoint``, or nothing. On rank 0 only."""
     disable_progress_bar()
     objective, live = trainer.objective, trainer.engine.module.config
@@ -101,7 +103,7 @@ def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path) -> str:
         objective,
         checkpoint,
         skeleton(config, deepcopy(live), objective.auto_model),
-        open_weights(checkpoint),
+        reader,
         objective.setting.tokenizer,
     )
     try:
