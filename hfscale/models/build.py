@@ -35,6 +35,10 @@ OFFSET_POSITIONS = {
 }
 
 
+# whose table of positions has a row for the padding id and begins behind it; how many rows it has beside those of the config
+PADDED_POSITIONS = {"m2m_100": 2, "nllb-moe": 2, "prophetnet": 0, "xglm": 2}
+
+
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
     """Return the config values of a tokenizer's special ids, for ``overrides``. A decoder starts with the padding token, as T5's does.
 
@@ -63,14 +67,19 @@ def first_position(config: PretrainedConfig) -> int:
     )  # MPNet's is written into its code
 
 
+def _reserved(config: PretrainedConfig) -> int:
+    """Return how many of the model's positions no token of a row can have."""
+    if config.model_type in PADDED_POSITIONS:
+        return max(0, (config.pad_token_id or 0) + 1 - PADDED_POSITIONS[config.model_type])
+    return first_position(config)
+
+
 def longest_row(config: PretrainedConfig) -> int | None:
     """Return how many tokens a row may have; None: positions are relative (T5, XLNet), and there is no limit."""
     positions = getattr(
         config, config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None
     )
-    return (
-        positions - first_position(config) if isinstance(positions, int) and positions > 0 else None
-    )
+    return positions - _reserved(config) if isinstance(positions, int) and positions > 0 else None
 
 
 def check_model_config(
@@ -307,7 +316,7 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
             value=config.vocab_size,
             remedy=f"omit it, or set at least {vocab_size} (a multiple of 64 is faster on GPUs)",
         )
-    longest, taken = longest_row(config), first_position(config)
+    longest, taken = longest_row(config), _reserved(config)
     if longest is not None and seq_len > longest:
         key = config.attribute_map.get("max_position_embeddings", "max_position_embeddings")
         smaller = (
@@ -315,9 +324,8 @@ def _check_room(config: PretrainedConfig, *, vocab_size: int, seq_len: int) -> N
             if longest > 1
             else ""
         )
-        why = (
-            f" ({config.model_type} counts them from its padding id, {taken - 1})" if taken else ""
-        )
+        padding = taken - 1 if config.model_type == "mpnet" else config.pad_token_id
+        why = f" ({config.model_type} counts them from its padding id, {padding})" if taken else ""
         raise ConfigError(
             f"rows of {seq_len} tokens need more than the model's {longest + taken} positions{why}",
             value=seq_len,

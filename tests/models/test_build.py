@@ -63,6 +63,25 @@ def test_the_vocabulary_is_the_tokenizers_unless_the_config_has_room_for_more() 
     assert check(architecture="gpt2", config={"vocab_size": 384}).vocab_size == 384
 
 
+@pytest.mark.parametrize(("positions", "refused"), [(127, True), (128, False), (20, True)])
+def test_a_table_of_positions_that_begins_behind_the_padding_id(
+    positions: int, refused: bool
+) -> None:
+    """M2M-100 adds two rows to its table of sinusoids; before, an IndexError said nothing of the padding id."""
+    model = Model(architecture="m2m_100", config={"max_position_embeddings": positions})
+
+    def made() -> Any:
+        return check_model_config(
+            model, vocab_size=VOCAB, seq_len=32, overrides={"pad_token_id": 97}
+        )
+
+    if refused:
+        with pytest.raises(ConfigError, match=r"from its padding id, 97[\s\S]*embeddings=128"):
+            made()
+    else:
+        assert made().pad_token_id == 97
+
+
 def test_relative_positions_have_no_limit() -> None:
     assert (
         check_model_config(Model(architecture="t5"), vocab_size=VOCAB, seq_len=100_000).model_type
