@@ -80,17 +80,24 @@ def test_a_writer_that_fails_ends_the_run_at_the_next_step(corpus: Path, tmp_pat
         train={"steps": 400},
         checkpoint={"every_steps": 3, "every_minutes": None},
     )
+    unable = "a checkpoint could not be written"
     said = run_ranks(on_a_full_disk, 2, values)
-    assert all(
-        "a checkpoint could not be written" in message and "run the same command again" in message
-        for message in said
+    assert all(unable in message for message in said)
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "", (
+        "the rehearsal found it before step 1"
     )
+
+    run_ranks(train, 2, {**values, "train": {**values["train"], "steps": 1}})
+    said = run_ranks(on_a_full_disk, 2, values)
+    assert all(unable in message and "run the same command again" in message for message in said)
     steps = [
         json.loads(line)["step"]
         for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()
     ]
     assert 3 <= steps[-1] < 60, "soon after the save of step 3"
-    assert layout.committed(tmp_path / "run/checkpoints") == []
+    assert [path.name for path in layout.committed(tmp_path / "run/checkpoints")] == [
+        "step-00000001"
+    ]
 
 
 @pytest.fixture(scope="module")
