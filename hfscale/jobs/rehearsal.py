@@ -21,7 +21,7 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.export import untied, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.probe import make_probe
-from hfscale.checkpoint.weights import WeightsReader, open_weights
+from hfscale.checkpoint.weights import WeightsReader, open_weights, verify_together
 from hfscale.config.schema import Checkpoint, TrainConfig
 from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import barrier
@@ -79,7 +79,9 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
                 where="rehearsal before step 1",
                 remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: report it",
             )
-        problem = _export(trainer, config, folder / layout.step_name(0)) if engine.rank == 0 else ""
+        saved = folder / layout.step_name(0)
+        reader = open_weights(saved, check=verify_together)  # by all: they check a base together
+        problem = _export(trainer, config, saved, reader) if engine.rank == 0 else ""
         if problem := from_rank_0(problem):
             raise CheckpointError(
                 "this model cannot be exported as it would be trained; nothing was trained",
@@ -92,7 +94,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path) -> str:
+def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path, reader: WeightsReader) -> str:
     """Return why transformers does not give the engine's logits for an export of ``checkpoint``, or nothing. On rank 0 only."""
     disable_progress_bar()
     objective, live = trainer.objective, trainer.engine.module.config
@@ -101,7 +103,7 @@ def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path) -> str:
         objective,
         checkpoint,
         skeleton(config, deepcopy(live), objective.auto_model),
-        open_weights(checkpoint),
+        reader,
         objective.setting.tokenizer,
     )
     try:
@@ -142,7 +144,8 @@ def _changed_by_loading(source: RunModel, folder: Path) -> str:
     write_weights(raised, source.skeleton, folder)
     source.skeleton.config.save_pretrained(folder)
     dtype = source.skeleton.dtype
-    loaded = untied(type(source.skeleton).from_pretrained(folder, dtype=dtype))
+    kind = type(source.skeleton)
+    loaded = untied(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True))
     changed = [
         name
         for name, tensor in loaded.items()
