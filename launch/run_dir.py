@@ -26,7 +26,7 @@ from hfscale.config import permission
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import Difference, differences, resume_differences
 from hfscale.config.schema import TrainConfig
-from hfscale.dist.secret import make_secret
+from hfscale.dist.secret import SECRET, make_secret
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
 from hfscale.log import logger
@@ -61,6 +61,7 @@ def compare(config: TrainConfig) -> list[str]:
             LOCK,
             JOB,
             RESTARTS,
+            SECRET,
         }  # what a job that has just begun has written, or an early kill leaves
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(

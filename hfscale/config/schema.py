@@ -163,7 +163,8 @@ class Data(Section):
         "auto"  # of each rank, for sources of raw text; auto: its share of the cores
     )
     cache: Cache = Cache()
-    allow_pipe: bool = False  # shards of pipe:COMMAND {} run that command
+    # shards of pipe:COMMAND {} run that command; counts on the command line alone (config/permission.py)
+    allow_pipe: bool = False
 
     @property
     def remote(self) -> dict[str, Any]:
@@ -190,7 +191,7 @@ class Model(Section):
     pretrained: PathOrHubName | None = None
     # auto: sdpa where the architecture has it, else eager
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # counts on the command line alone, as data.allow_pipe
     freeze: list[
         re.Pattern[str]
     ] = []  # parameters in whose names one of these is found keep their first values
