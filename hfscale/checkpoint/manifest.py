@@ -20,7 +20,7 @@ SMALL = (
     2**20
 )  # bytes: more than any file has that says what a checkpoint is (config, state), less than weights worth the name
 SMALL_FILES = (layout.STATE, layout.CONFIG, layout.GENERATION, layout.PROBE)  # that are read
-ALWAYS = (layout.STATE, layout.CONFIG, layout.rank_file(0))  # in every checkpoint
+ALWAYS = (layout.STATE, layout.rank_file(0))  # in every checkpoint
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
 from hfscale.config.rules import notices, run_length, solve_batch
 from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
-from hfscale.errors import DataError
+from hfscale.errors import DataError, shown
 from hfscale.shards.manifest import PIPE, TEXT, Manifest
 
 
@@ -131,6 +131,7 @@ def _text(value: Any) -> str:
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return the rows as lines with aligned columns; one long value does not push the others away."""
+    rows = [tuple(map(shown, row)) for row in rows]
     widths = [min(48, max(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

@@ -159,7 +159,7 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
         ]
         lines.insert(1, ("job", ", ".join(words)))
     for name, value in lines:
-        typer.echo(f"{name:<16}{value}")
+        typer.echo(shown(f"{name:<16}{value}"))
 
 
 def logs(
