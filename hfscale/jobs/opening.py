@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -273,5 +274,5 @@ def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
         f"this model has no head for the task: it is not one of {wanted}",
         where=name,
         value=value,
-        remedy=f"fine-tune it for the task first: hfscale finetune CONFIG model.pretrained={name}{pretrained}",
+        remedy=f"fine-tune it for the task first: hfscale finetune CONFIG {shlex.quote(f'model.pretrained={name}')}{pretrained}",
     )

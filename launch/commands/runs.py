@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -182,7 +183,9 @@ def logs(
     files = [*jobs, *folder.glob("rank-0.log")]
     if not files:
         raise CheckpointError(
-            "this run has no log yet", where=folder, remedy=f"see where it is: hfscale status {run}"
+            "this run has no log yet",
+            where=folder,
+            remedy=f"see where it is: hfscale status {shlex.quote(run)}",
         )
     os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)])
 
