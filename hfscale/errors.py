@@ -7,6 +7,8 @@ Anything else that escapes is a defect of ours and keeps its traceback.
 from __future__ import annotations
 
 import errno
+import json
+import re
 import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
@@ -20,21 +22,43 @@ EXIT_HUNG = 77  # ranks hung (who is to blame is written down), or lost one anot
 _UNSET = object()
 
 
+PASSWORD = re.compile(r"(?<=//)[^/@\s]*:[^/@\s]+(?=@)")  # and the name before it, of a URL
+
+
+def shown(text: str, *, lines: bool = False) -> str:
+    """Return ``text``, in which others may have a say, for a terminal or a log.
+
+    What would move a cursor, or write from right to left, is spelled out; passwords of URLs are not. With ``lines`` it may have
+    several, of which the later are indented: none looks like a line of ours.
+    """
+    text = PASSWORD.sub("***", text)
+    kept = "\n\t" if lines else "\t"
+    text = "".join(
+        char if char.isprintable() or char in kept else ascii(char)[1:-1] for char in text
+    )
+    return re.sub(r"\n(?!  )", "\n  ", text)
+
+
+def literal(text: object) -> str:
+    """Return ``text`` as a Python literal (and YAML's, and JSON's for what can be printed), whatever is in it."""
+    return shown(json.dumps(str(text), ensure_ascii=False))
+
+
 class UserError(Exception):
     """What went wrong, where, the value that was found, and what to do about it."""
 
     def __init__(
         self, what: str, *, where: object = "", value: object = _UNSET, remedy: str = ""
     ) -> None:
-        self.what, self.where, self.remedy = what, str(where), remedy
+        self.what, self.where, self.remedy = shown(what, lines=True), shown(str(where)), remedy
         self.value = None if value is _UNSET else value
-        lines = [what]
+        lines = [self.what]
         if self.where:
             lines.append(f"  where:  {self.where}")
         if value is not _UNSET:
-            lines.append(f"  value:  {value!r}")
+            lines.append(f"  value:  {shown(repr(value))}")
         if remedy:
-            lines.append(f"  remedy: {remedy}")
+            lines.append(f"  remedy: {shown(remedy, lines=True)}")
         super().__init__("\n".join(lines))
 
 

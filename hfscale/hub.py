@@ -9,6 +9,11 @@ from hfscale.errors import ConfigError
 SMALL, WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"], ["*.safetensors"]
 
 
+def foreign_code(error: Exception) -> bool:
+    """Return whether transformers refused a folder because it brings code of its own."""
+    return "trust_remote_code" in str(error)
+
+
 def local_folder(
     name: str | Path, *, where: str, weights: bool = False, remedy: str = "give a folder"
 ) -> Path:

@@ -10,6 +10,8 @@ import logging
 import sys
 from typing import Any
 
+from hfscale.errors import shown
+
 LINE_S = (
     30.0  # between lines of progress where no bar can be drawn: in a log, and of several processes
 )
@@ -21,9 +23,7 @@ def setup(*, rank: int = 0) -> None:
     """Send ``logger``'s lines to this process's stderr; calling it again replaces the handler."""
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(
-        logging.Formatter(
-            "%(asctime)s " + (f"[rank {rank}] " if rank else "") + "%(message)s", "%H:%M:%S"
-        )
+        _Shown("%(asctime)s " + (f"[rank {rank}] " if rank else "") + "%(message)s", "%H:%M:%S")
     )
     logger.handlers[:] = [handler]
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
@@ -60,6 +60,13 @@ def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
         dynamic_ncols=True,
         **lines,
     )
+
+
+class _Shown(logging.Formatter):
+    """Names and messages of others are part of a line, and never one of their own."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return shown(super().format(record), lines=True)
 
 
 class _Lines(io.StringIO):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,7 +47,7 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
         raise DataError("the tokenizer's folder is empty", where=path, remedy=remedy)
     try:
         with quiet():  # its advice about other models' configs is not about the tokenizer
-            tokenizer = AutoTokenizer.from_pretrained(str(folder))
+            tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
     except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for the same thing
         first_line = str(error).strip().split("\n")[0]
         raise DataError(
@@ -61,9 +63,25 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
+def save_files(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write ``tokenizer`` into ``folder``.
+
+    Raises:
+        OSError: if it cannot be written; the library in Rust has an error of its own for a full disk.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except OSError:
+        raise
+    except Exception as error:
+        if found := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        raise
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write ``tokenizer`` as both transformers 5 and 4 read it: of 5's own class the name, and lists of special tokens, are not known to 4."""
-    tokenizer.save_pretrained(folder)
+    save_files(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     said = json.loads(file.read_text("utf-8"))
     if said.get("tokenizer_class") == "TokenizersBackend":

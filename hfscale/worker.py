@@ -19,6 +19,7 @@ from typing import Any
 from hfscale import log
 from hfscale.config.load import load_config
 from hfscale.config.schema import Section
+from hfscale.dist.secret import known_secret
 from hfscale.dist.stop import WARNINGS, StopRequest
 from hfscale.dist.world import Allocation, World, allocation, node_name
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError, exit_code, lost_peer
@@ -49,9 +50,9 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     )  # before the slow imports: Slurm's signal would end a process that does not listen
     import torch
 
-    world = World.from_environment()
+    world = World.from_environment().sharing(known_secret(config_path.parent))
     log.setup(rank=world.rank)
-    config = load_config(config_path).config
+    config = load_config(config_path, decided=True).config
     if world.rank == 0 and (here := allocation()):
         _refuse_second_job(config_path.parent / JOB, here)
     if not torch.cuda.is_available():

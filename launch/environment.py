@@ -15,6 +15,7 @@ from typing import Any
 from hfscale.shards.files import write_atomically
 
 MAX_PATCH_BYTES = 16 * 2**20
+OURS = ("hfscale", "launch")  # no other file: site.sh may hold passwords
 CODE = Path(__file__).resolve().parents[1]
 
 
@@ -49,7 +50,7 @@ def code(root: Path, run_dir: Path) -> dict[str, Any]:
         return found  # not a checkout, or installed inside one of somebody else's
     found["revision"] = revision.decode().strip()
     new = (
-        (git("ls-files", "--others", "--exclude-standard", "-z", "hfscale", "launch") or b"")
+        (git("ls-files", "--others", "--exclude-standard", "-z", *OURS) or b"")
         .decode()
         .split("\0")[:-1]
     )
@@ -57,7 +58,7 @@ def code(root: Path, run_dir: Path) -> dict[str, Any]:
         git("diff", "--no-index", "--binary", "/dev/null", file, codes=(0, 1)) or b""
         for file in new
     )
-    patch = b"".join([git("diff", "--binary", "--relative", "HEAD") or b"", *added])
+    patch = b"".join([git("diff", "--binary", "--relative", "HEAD", "--", *OURS) or b"", *added])
     if len(patch) > MAX_PATCH_BYTES:
         found["patch"] = f"not kept: {len(patch):,} bytes"
     elif patch:

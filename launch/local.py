@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -15,7 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ import typer
 from hfscale.config.load import to_yaml
 from hfscale.config.rules import BatchPlan, notices, solve_batch
 from hfscale.config.schema import Section
+from hfscale.dist.secret import make_secret
 from hfscale.dist.stop import StopRequest
-from hfscale.dist.world import World, allocation, available_cores, free_port
+from hfscale.dist.world import World, allocation, available_cores, listen
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from hfscale.shards.files import write_atomically
 from hfscale.worker import job_of
 from launch import run_dir
+from launch.interpreter import python
 from launch.queue import hold
 from launch.request import Request, check
 
@@ -64,7 +67,7 @@ def launch(request: Request) -> int:
     said = [*notices(config), *run_dir.compare(config)]
     check(config, device_type="cuda" if gpus else "cpu")
     try:
-        port = free_port(request.port or 0)
+        listener = listen(request.port or 0)  # ours from now on: nobody can take the port
     except OSError as error:
         raise ConfigError(
             f"the port cannot be used: {error.strerror}",
@@ -80,9 +83,10 @@ def launch(request: Request) -> int:
         )  # takes seconds: who starts the ranks lets them do it
 
         check_parts(config)
-        print(_plan(request, config.run_dir, batch, port))
+        print(_plan(request, config.run_dir, batch, listener.getsockname()[1]))
+        listener.close()
         return EXIT_DONE
-    with run_dir.locked(config.run_dir):
+    with listener, run_dir.locked(config.run_dir):
         if here := allocation():
             hold(config.run_dir, here.job_id)  # the lock may not reach the other nodes
         before = run_dir.before_attempt(config.run_dir)
@@ -93,20 +97,19 @@ def launch(request: Request) -> int:
         if config.metrics.tensorboard:
             logger.info(tensorboard_line(config.run_dir))
         code = run_ranks(
-            [sys.executable, "-m", request.worker, str(file)],
+            python(request.worker, file),
             procs=procs,
-            port=port,
+            listener=listener,
             logs=config.run_dir / "logs",
         )
         run_dir.restore_if_refused(config.run_dir, before, code=code)
+    place = shlex.quote(str(config.run_dir))
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(
-            f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}"
+            f"stopped; the same command goes on, and so does: hfscale {config.verb} {place}"
         )
     if code == EXIT_DONE:
-        logger.info(
-            f"done; hfscale evaluate {config.run_dir} scores it; predict and export take it as well"
-        )
+        logger.info(f"done; hfscale evaluate {place} scores it; predict and export take it as well")
     return code
 
 
@@ -122,12 +125,14 @@ def start(config: Section, file: Path, *, procs: int) -> None:
     if procs == 1:
         code = EXIT_DONE if job_of(config).run(config, World(), StopRequest()) else EXIT_STOPPED
     else:
-        code = run_ranks(
-            [sys.executable, "-m", "hfscale.worker", str(file)],
-            procs=procs,
-            port=free_port(),
-            logs=file.parent / "logs",
-        )
+        make_secret(file.parent)
+        with listen() as listener:
+            code = run_ranks(
+                python("hfscale.worker", file),
+                procs=procs,
+                listener=listener,
+                logs=file.parent / "logs",
+            )
     if code == EXIT_STOPPED:
         logger.info("stopped; run the same command again")
     if code:
@@ -146,7 +151,7 @@ def gpu_count() -> int:
 
 def tensorboard_line(path: Path) -> str:
     """Return the command that shows a run's curves, and the tunnel to it when this is a remote machine."""
-    line = f"curves: tensorboard --logdir {path / 'tensorboard'}"
+    line = f"curves: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line
@@ -158,17 +163,8 @@ def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
     for rank in range(procs):
         place = World(rank, procs, rank, procs, master_port=port).export()
-        lines.append(
-            " ".join(
-                [
-                    *(f"{name}={value}" for name, value in place.items()),
-                    sys.executable,
-                    "-m",
-                    request.worker,
-                    str(config),
-                ]
-            )
-        )
+        command = shlex.join([sys.executable, "-m", request.worker, str(config)])
+        lines.append(" ".join([*(f"{name}={value}" for name, value in place.items()), command]))
     return "\n".join(lines)
 
 
@@ -193,16 +189,21 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
 
 
-def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> int:
-    """Return the exit code of ``procs`` processes of ``command``. Each has its log; rank 0's goes to the console as well."""
+def run_ranks(command: Sequence[str], *, procs: int, listener: socket.socket, logs: Path) -> int:
+    """Return the exit code of ``procs`` processes of ``command``, which meet where ``listener`` listens: it is rank 0's then.
+
+    Each has its log; rank 0's goes to the console as well.
+    """
     logs.mkdir(exist_ok=True)
+    port, handle = listener.getsockname()[1], listener.fileno()
     ranks: list[Rank] = []
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                ranks.append(
-                    _start(command, World(number, procs, number, procs, master_port=port), logs)
-                )
+                place = World(number, procs, number, procs, master_port=port)
+                place = replace(place, listen_fd=None if number else handle)
+                ranks.append(_start(command, place, logs))
+                listener.close()  # who knocks after rank 0 has gone hears so
                 if asked:
                     ranks[-1].process.terminate()
             failed = _watch(ranks)
@@ -261,6 +262,7 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
             stderr=err,
             start_new_session=True,
             preexec_fn=die_with_launcher,
+            pass_fds=[] if world.listen_fd is None else [world.listen_fd],
         )
     for pipe in (tee.stdin for tee in tees if tee.stdin):
         pipe.close()

@@ -3,12 +3,13 @@
 RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in environment.json
 RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of values, changes
 RUN_DIR/environment-*.patch  what the code had in it beside its commit
+RUN_DIR/secret            by which the ranks know each other; nobody else can read it
 RUN_DIR/lock              held by the launcher (or job) that works here
 """
 
 from __future__ import annotations
 
-import fcntl
+import io
 import json
 import os
 import shutil
@@ -21,13 +22,16 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.checkpoint import layout
+from hfscale.config import permission
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import Difference, differences, resume_differences
 from hfscale.config.schema import TrainConfig
+from hfscale.dist.secret import SECRET, make_secret
 from hfscale.dist.world import allocation
-from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
+from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
+from hfscale.log import logger
 from hfscale.monitor.heartbeat import FOLDER
-from hfscale.shards.files import write_atomically
+from hfscale.shards.files import lock_now, open_lock, write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.environment import describe
 from launch.queue import JOB, refuse_holder
@@ -57,6 +61,7 @@ def compare(config: TrainConfig) -> list[str]:
             LOCK,
             JOB,
             RESTARTS,
+            SECRET,
         }  # what a job that has just begun has written, or an early kill leaves
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(
@@ -94,9 +99,11 @@ def locked(path: Path) -> Iterator[None]:
         CheckpointError: if a run is at work there; it names that one.
         ConfigError: if the directory cannot be made.
     """
+    if (path / LOCK).is_symlink():
+        _refuse_links(path)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        file = open(path / LOCK, "a+", encoding="utf-8")
+        file = io.TextIOWrapper(open_lock(path / LOCK), encoding="utf-8", errors="replace")
     except OSError as error:
         raise ConfigError(
             f"cannot make the run directory: {error.strerror}",
@@ -104,16 +111,14 @@ def locked(path: Path) -> Iterator[None]:
             remedy="choose another run.root",
         ) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            file.seek(0)
+        _refuse_links(path)
+        if not lock_now(file, path / LOCK):
             raise CheckpointError(
                 "another job is at work in this run directory",
                 where=path,
                 value=file.read().strip() or "unknown",
                 remedy="wait for it, stop it, or start this one under another run.name",
-            ) from None
+            )
         file.truncate(0)
         refuse_holder(path)
         print(
@@ -123,6 +128,23 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _refuse_links(path: Path) -> None:
+    """Return if no file that a run writes to is a link: a stranger's run directory would write to files of its new user.
+
+    Raises:
+        CheckpointError: naming the first.
+    """
+    for folder in (path, path / "logs"):
+        for entry in os.scandir(folder) if folder.is_dir() else ():
+            if entry.is_symlink() and not entry.is_dir():
+                raise CheckpointError(
+                    "a file of this run directory is a link, which the run would write through",
+                    where=entry.path,
+                    value=os.readlink(entry.path),
+                    remedy="put the file itself there, or remove the link",
+                )
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
@@ -152,7 +174,23 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
         path / ENVIRONMENT, text.encode()
     )  # first, so that a replaced value is on record
     write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
+    make_secret(path)
+    _note_permission(path, loaded.config)
     return path / CONFIG
+
+
+def _note_permission(path: Path, config: TrainConfig) -> None:
+    """Note in the user's home what this attempt may run, so that the run goes on without its being said again."""
+    if permission.asked(config):
+        file, note = permission.note_of(path, config)
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            write_atomically(file, json.dumps(note).encode(), private=True)
+        except (OSError, DataError):
+            logger.info(
+                f"notice: {file.parent} cannot be written: say {' '.join(f'{key}=true' for key in permission.asked(config))} "
+                "again when this run goes on"
+            )
 
 
 def before_attempt(path: Path) -> tuple[bytes | None, int]:

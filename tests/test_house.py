@@ -246,6 +246,24 @@ def test_nothing_pickled_is_opened_outside_the_engine():
     assert not wrong, "\n".join(wrong)
 
 
+def test_ranks_say_json_to_each_other():
+    """Collectives of objects open pickles of whoever came in as a rank."""
+    pickling = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
+    wrong = [
+        f"{relative(p)}:{line} imports {name}"
+        for p in MODULES
+        for line, name in imports(p)
+        if name.split(".")[0] in pickling or name.startswith("torch.distributed.rpc")
+    ]
+    wrong += [
+        f"{relative(p)}:{node.lineno} {ast.unparse(node)}"
+        for p in MODULES
+        for node in ast.walk(TREES[p])
+        if isinstance(node, ast.Attribute) and re.search(r"_object(_list|s)?$", node.attr)
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_error_is_swallowed():
     handlers = [
         (p, n) for p in MODULES for n in ast.walk(TREES[p]) if isinstance(n, ast.ExceptHandler)

@@ -2,6 +2,7 @@
 
 step-00001000          committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
 step-00001000.partial  being written, or left by a kill; never read, cleared by the next save
+                       or a link to one that somebody moved to another disk: read alike, never pruned
 step-00001000.old      being deleted; never read
 rejected/              what failed verification, kept for inspection, never loaded
 """
@@ -9,6 +10,7 @@ rejected/              what failed verification, kept for inspection, never load
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Iterator
@@ -43,6 +45,22 @@ def step_of(checkpoint: Path) -> int:
 
 def rank_file(rank: int) -> str:
     return f"{ENGINE}/rank-{rank:05}.safetensors"
+
+
+def run_of(checkpoint: Path) -> Path:
+    """Return the run directory that a checkpoint is in, by its name: a checkpoint that was moved to another disk may be a link there.
+
+    Raises:
+        CheckpointError: if it is named by another place, where its run is not known.
+    """
+    checkpoint = Path(os.path.abspath(checkpoint))
+    if checkpoint.parent.name != FOLDER:
+        raise CheckpointError(
+            "this checkpoint lies outside of a run directory, which says what it is of",
+            where=checkpoint,
+            remedy=f"name it as RUN/{FOLDER}/{checkpoint.name}, where it may be a link",
+        )
+    return checkpoint.parents[1]
 
 
 def state_of(checkpoint: Path) -> dict[str, Any]:
@@ -135,7 +153,9 @@ def reject(checkpoint: Path) -> Path:
 def clear_leftovers(folder: Path) -> None:
     """Remove what a kill left half written or half deleted."""
     for path in folder.iterdir():
-        if path.name.startswith("step-") and path.suffix == PARTIAL:
+        if path.name.startswith("step-") and path.suffix in (PARTIAL, OLD) and path.is_symlink():
+            path.unlink()  # what it leads to is not ours
+        elif path.name.startswith("step-") and path.suffix == PARTIAL:
             shutil.rmtree(path)
         elif path.name.startswith("step-") and path.suffix == OLD:
             _discard(path)
@@ -155,6 +175,8 @@ def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
             yield f"best {best['metric']} {best['value']:.6g}"
         if (path / PINNED).exists():
             yield "pinned"
+        if path.is_symlink():  # it lies elsewhere: taking the link away would free nothing
+            yield "link"
 
     return {path: list(reasons(path)) for path in found}
 

@@ -319,7 +319,8 @@ class CheckpointManager:
         Raises:
             CheckpointError: if there are checkpoints, but none is intact, or the newest is of another model or format.
         """
-        found = from_rank_0(layout.candidates(self.folder))
+        names = from_rank_0([path.name for path in layout.candidates(self.folder)])
+        found = [self.folder / name for name in names]
         for checkpoint in reversed(found):
             began = time.monotonic()
             if problems := verify_together(checkpoint):

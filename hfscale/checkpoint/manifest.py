@@ -19,6 +19,8 @@ VERSION = 1
 SMALL = (
     2**20
 )  # bytes: more than any file has that says what a checkpoint is (config, state), less than weights worth the name
+SMALL_FILES = (layout.STATE, layout.CONFIG, layout.GENERATION, layout.PROBE)  # that are read
+ALWAYS = (layout.STATE, layout.rank_file(0))  # in every checkpoint
 
 
 @dataclass(frozen=True)
@@ -89,6 +91,10 @@ def read_manifest(checkpoint: Path) -> list[Entry]:
         )
     if layout.step_name(step) != checkpoint.name:
         raise ValueError(f"{layout.MANIFEST} is that of step {step}")
+    # who re-makes a manifest may leave a name out, and its file would be believed unread
+    names = {entry.path for entry in files}
+    if lacking := [name for name in ALWAYS if name not in names]:
+        raise ValueError(f"{layout.MANIFEST} does not list {', '.join(lacking)}")
     return files
 
 
@@ -124,9 +130,10 @@ def verify(
         f"{layout.ENGINE}/{file.name}"
         for file in (checkpoint / layout.ENGINE).glob("*.safetensors")
     }  # all are read
+    small = {name for name in SMALL_FILES if (checkpoint / name).is_file()}
     strangers = [
         f"{path} is not of this checkpoint"
-        for path in sorted(files - {entry.path for entry in entries})
+        for path in sorted((files | small) - {entry.path for entry in entries})
     ]
     with ThreadPoolExecutor(4) as pool:
         found = pool.map(

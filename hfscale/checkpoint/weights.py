@@ -23,6 +23,7 @@ from hfscale.errors import CheckpointError
 
 BASE, BLOCK_ROWS = ".base_layer.", 4096  # what stands in the name of a matrix that has an adapter
 Check = Callable[[Path], list[str]]
+ADAPTER = "adapter_config.json"  # of peft
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
 
 
@@ -237,10 +238,27 @@ class MergedWeights(WeightsReader):
         return self.read(name).reshape(-1)[start : start + numel]
 
 
+def refuse_adapter(folder: Path) -> None:
+    """Return if ``folder`` holds a model, and no adapter.
+
+    Raises:
+        CheckpointError: if it does: some readers would add it, and some would not.
+    """
+    if (folder / ADAPTER).is_file():
+        raise CheckpointError(
+            "this folder holds an adapter, which is not a model",
+            where=folder,
+            value=ADAPTER,
+            remedy="merge it into its base (hfscale export RUN OUT without --adapter, or peft's merge_and_unload); "
+            f"if the weights here are whole without it, take {ADAPTER} away",
+        )
+
+
 class FolderWeights(WeightsReader):
     """The safetensors of a transformers folder, one file or several."""
 
     def __init__(self, folder: Path) -> None:
+        refuse_adapter(folder)
         try:
             if (folder / INDEX).is_file():
                 where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))[

@@ -16,11 +16,11 @@ from typing import Any, Generic, TypeVar, get_args, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hfscale.config import rules
+from hfscale.config import permission, rules
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import RunConfig, Section, TrainConfig
-from hfscale.errors import ConfigError, counted, nearest
+from hfscale.errors import PASSWORD, ConfigError, counted, nearest, shown
 
 COMMAND_LINE = "command line"
 DEFAULT = "default"
@@ -133,37 +133,56 @@ class Tree:
 
 # -------------------------------------------------------------------------------------------------- public
 @overload
-def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Loaded[TrainConfig]: ...
+def load_config(
+    path: Path | str, overrides: Sequence[str] = (), *, decided: bool = False
+) -> Loaded[TrainConfig]: ...
 @overload
 def load_config(
     path: Path | str, overrides: Sequence[str] = (), *, schema: type[S]
 ) -> Loaded[S]: ...
 def load_config(
-    path: Path | str, overrides: Sequence[str] = (), *, schema: type[Any] | None = None
+    path: Path | str,
+    overrides: Sequence[str] = (),
+    *,
+    schema: type[Any] | None = None,
+    decided: bool = False,
 ) -> Loaded[Any]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
 
-    Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them does.
+    Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them does. What it permits to code of
+    others counts only as ``config/permission.py`` says; ``decided``: a launcher of ours wrote it, and has settled that.
 
     Raises:
         ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
     """
-    return _validated(read_tree(path, overrides), path, schema)
+    return _validated(read_tree(path, overrides), path, schema, decided=decided)
 
 
 def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: type[S]) -> S:
-    """Return the config of ``values`` with ``overrides`` on top.
+    """Return the config of ``values``, which no file says, with ``overrides`` on top.
 
     Raises:
         ConfigError: as ``load_config``.
     """
-    return _validated(_with(Tree(values), overrides), COMMAND_LINE, schema).config
+    tree = _with(Tree(values), overrides)
+    return _validated(tree, COMMAND_LINE, schema, decided=True).config
 
 
-def _validated(tree: Tree, path: Path | str, schema: type[Any] | None) -> Loaded[Any]:
+def _validated(
+    tree: Tree, path: Path | str, schema: type[Any] | None, *, decided: bool = False
+) -> Loaded[Any]:
     schema = schema or next(
         (kind for section, kind in KINDS.items() if section in tree.values), RunConfig
     )
+    for key, value in flatten(tree.values):
+        if isinstance(value, str) and PASSWORD.search(value):
+            loaded: Loaded[Any] = Loaded(None, tree.sources)
+            where = loaded.source(key, default=str(path))
+            raise ConfigError(
+                "a password stands in a URL: it would go into config.yaml and the logs",
+                where=f"{where}: {key}",  # without the value
+                remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take it out of the URL",
+            )
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:
@@ -171,6 +190,12 @@ def _validated(tree: Tree, path: Path | str, schema: type[Any] | None) -> Loaded
     problems = rules.problems(config) if isinstance(config, TrainConfig) else []
     if problems:
         raise _report(path, tree, problems)
+    if isinstance(config, TrainConfig) and not decided:
+        said = {key for key in permission.KEYS if tree.sources.get(key) == COMMAND_LINE}
+        wanted, config = config, permission.settled(config, said=said, home=Path(path).parent)
+        for key in permission.asked(wanted) - permission.asked(config):
+            where = tree.sources.get(key, str(path))
+            tree.sources[key] = f"{where} says true, which only the command line can"
     return Loaded(config, tree.sources)
 
 
@@ -267,7 +292,8 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
     if node is not None:
         if not isinstance(node, yaml.MappingNode):
             raise ConfigError(
-                "a config is a mapping of sections", where=f"{label}:1", value=text[:60]
+                "a config is a mapping of sections, and this file is not one",
+                where=f"{label}:1",  # without what it says: that may be a secret
             )
         own.values = _plain(node, "", label, own.sources)
     bases = own.values.pop("extends", None) or []
@@ -421,7 +447,10 @@ def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> Co
     """Return one error that lists all problems in the order of their lines."""
     loaded: Loaded[Any] = Loaded(None, tree.sources)
     lines = sorted(
-        (f"{loaded.source(key, default=str(path))}: {key}: {message}" for key, message in problems),
+        (
+            shown(f"{loaded.source(key, default=str(path))}: {key}: {message}")
+            for key, message in problems
+        ),
         key=lambda line: [
             int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)
         ],

@@ -12,7 +12,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
 
 def _absolute(path: Path) -> Path:
@@ -54,6 +54,20 @@ Table = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_
 HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
+def _mistaken(written: Any, made: Any) -> str | None:
+    """Return what should have been written, where a truth value was taken for something else or the other way round."""
+    if isinstance(made, bool) and not isinstance(written, bool):
+        return "true or false"
+    if isinstance(written, bool) and not isinstance(made, bool):
+        return "something else than true or false"
+    pairs: list[tuple[Any, Any]] = []
+    if isinstance(written, dict) and isinstance(made, dict):
+        pairs = [(written[key], made[key]) for key in written.keys() & made.keys()]
+    elif isinstance(written, list | tuple) and isinstance(made, list | tuple):
+        pairs = [*zip(written, made)]
+    return next((wanted for pair in pairs if (wanted := _mistaken(*pair)) is not None), None)
+
+
 class Section(BaseModel):
     """A section of a config: immutable, and strict about unknown keys."""
 
@@ -64,6 +78,15 @@ class Section(BaseModel):
         protected_namespaces=(),
         allow_inf_nan=False,
     )
+
+    @field_validator("*", mode="wrap")
+    @classmethod
+    def _true_is_no_number(cls, value: Any, handler: Any) -> Any:
+        """``train.steps: true`` is not one step, and ``compile: 1`` or ``"no"`` is neither true nor false."""
+        made = handler(value)
+        if (wanted := _mistaken(value, made)) is not None:
+            raise ValueError(f"should be {wanted}")
+        return made
 
 
 # ---------------------------------------------------------------------------------------------------- a run
@@ -140,7 +163,8 @@ class Data(Section):
         "auto"  # of each rank, for sources of raw text; auto: its share of the cores
     )
     cache: Cache = Cache()
-    allow_pipe: bool = False  # shards of pipe:COMMAND {} run that command
+    # shards of pipe:COMMAND {} run that command; counts on the command line alone (config/permission.py)
+    allow_pipe: bool = False
 
     @property
     def remote(self) -> dict[str, Any]:
@@ -167,7 +191,7 @@ class Model(Section):
     pretrained: PathOrHubName | None = None
     # auto: sdpa where the architecture has it, else eager
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
-    trust_remote_code: bool = False
+    trust_remote_code: bool = False  # counts on the command line alone, as data.allow_pipe
     freeze: list[
         re.Pattern[str]
     ] = []  # parameters in whose names one of these is found keep their first values

@@ -5,7 +5,6 @@ A build that was killed continues from it. It also keeps two builds out of one f
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
@@ -17,7 +16,7 @@ from typing import IO, Any
 from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
-from hfscale.shards.files import cannot_write, sync
+from hfscale.shards.files import cannot_write, lock_now, sync
 from hfscale.shards.manifest import ShardEntry
 
 FILE_NAME = "ledger.jsonl"
@@ -55,14 +54,12 @@ def open_ledger(
     except OSError as error:
         raise cannot_write(path, error) from None
     with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+        if not lock_now(file, path):
             raise BuildUnderWay(
                 "another build is writing here",
                 where=folder,
                 remedy="wait for it, or set shards.path to another folder",
-            ) from None
+            )
         try:
             yield Ledger(path, file, json.loads(json.dumps(plan)), finished=finished)
         finally:

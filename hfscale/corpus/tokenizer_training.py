@@ -12,16 +12,16 @@ import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
-from hfscale.corpus.source import open_corpus
+from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Side, assign, check_sides
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
 from hfscale.shards.counts import Counts
-from hfscale.shards.files import cannot_write
+from hfscale.shards.files import whole_folder
+from hfscale.tokenizer import save_files
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -63,6 +63,14 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     if folder.exists():
         return _report_of(folder, plan)
     check_sides(config, ["train"])
+    with whole_folder(folder) as partial:  # from here on: two at once would both train for hours
+        return _train(config, corpus, plan, partial)
+
+
+def _train(
+    config: CorpusConfig, corpus: Corpus, plan: dict[str, Any], partial: Path
+) -> dict[str, Any]:
+    """Return the report of the tokenizer that is now in ``partial``."""
     from transformers import PreTrainedTokenizerFast  # slow to import
 
     recipe, reading = RECIPES[config.tokenizer.kind](config.tokenizer), _Reading(config)
@@ -88,7 +96,9 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
         "undecodable": reading.counts.undecodable,
         "seen": reading.counts.record(),
     }
-    _save(tokenizer, folder, {"plan": plan, "report": report})
+    save_files(tokenizer, partial)
+    text = json.dumps({"plan": plan, "report": report}, indent=1, ensure_ascii=False)
+    (partial / REPORT_NAME).write_text(text + "\n", "utf-8")
     return report
 
 
@@ -228,20 +238,6 @@ def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
         "special_tokens": special + extra,
         "show_progress": sys.stderr.isatty(),
     }
-
-
-def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, Any]) -> None:
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
-            partial = Path(scratch) / folder.name
-            tokenizer.save_pretrained(partial)
-            (partial / REPORT_NAME).write_text(
-                json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8"
-            )
-            partial.rename(folder)
-    except OSError as error:
-        raise cannot_write(folder, error) from error
 
 
 def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:

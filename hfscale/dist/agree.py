@@ -14,6 +14,7 @@ import torch
 import torch.distributed as torch_dist
 
 from hfscale.dist.group import host_group
+from hfscale.dist.rendezvous import exchange
 from hfscale.errors import DataError
 
 
@@ -55,12 +56,8 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def from_all_ranks(value: Any) -> list[Any]:
-    """Return every rank's ``value`` (anything that pickles), on every rank."""
-    values = [value]
-    if torch_dist.is_initialized():
-        values *= torch_dist.get_world_size()
-        torch_dist.all_gather_object(values, value, group=host_group())
-    return values
+    """Return every rank's ``value``, on every rank, as JSON has it: keys are texts, a tuple is a list. No pickle is opened."""
+    return exchange(value, host_group())
 
 
 def same_on_all_ranks(digests: Mapping[str, str]) -> None:
@@ -69,7 +66,7 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
     Raises:
         DataError: on every rank, if one has other files than rank 0.
     """
-    everyone = from_all_ranks((socket.gethostname(), digests))
+    everyone = from_all_ranks([socket.gethostname(), dict(digests)])
     for rank, (host, theirs) in enumerate(everyone):
         for key, digest in everyone[0][1].items():
             if theirs[key] != digest:
@@ -82,7 +79,7 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
 
 
 def from_rank_0(value: Any) -> Any:
-    """Return rank 0's ``value`` (anything that pickles) on every rank."""
+    """Return rank 0's ``value`` on every rank, as ``from_all_ranks`` has it."""
     return from_all_ranks(value)[0]
 
 

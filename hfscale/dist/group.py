@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as torch_dist
 
-from hfscale.dist.world import World, free_port
+from hfscale.dist.rendezvous import loopback_interface, open_store, prove, taken
+from hfscale.dist.world import World
 from hfscale.errors import ConfigError
 
 TIMEOUT = timedelta(
@@ -35,12 +35,9 @@ def start(world: World) -> torch.device:
     """Join the group and return this rank's device.
 
     Raises:
-        ConfigError: if the rendezvous cannot be reached, or its port is taken.
+        ConfigError: if the rendezvous cannot be reached, its port is taken, or a rank does not know the secret.
     """
     global _host_group
-    if not world.master_port:
-        world = replace(world, master_port=free_port())
-    os.environ.update(world.export())  # DeepSpeed reads them itself
     on_gpu = torch.cuda.is_available()
     device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
@@ -52,26 +49,28 @@ def start(world: World) -> torch.device:
                 remedy=f"start at most {torch.cuda.device_count()} ranks here (--procs)",
             )
         torch.cuda.set_device(device)
+    if world.on_loopback and (interface := loopback_interface()):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it listens on the host's own
     try:
+        store, world = open_store(world, TIMEOUT)
+        os.environ.update(world.export())  # DeepSpeed reads them itself
         torch_dist.init_process_group(
             "nccl" if on_gpu else "gloo",
+            store=store,
             rank=world.rank,
             world_size=world.world_size,
             timeout=TIMEOUT,
-            init_method=f"tcp://{world.master_addr}:{world.master_port}",
             device_id=device if on_gpu else None,
         )
-    except (RuntimeError, ValueError, torch_dist.DistError) as error:
+    except (OSError, RuntimeError, ValueError, torch_dist.DistError) as error:
         if "EADDRINUSE" not in str(error) and "in use" not in str(error):
             raise
-        raise ConfigError(
-            "the port of the rendezvous is in use",
-            where=f"{world.master_addr}:{world.master_port}",
-            remedy="choose another MASTER_PORT, or let the launcher choose a free one",
-        ) from error
+        raise taken(world) from error
     _host_group = (
         torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
     )
+    if world.secret:
+        prove(world, _host_group)
     return device
 
 

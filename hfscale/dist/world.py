@@ -11,12 +11,14 @@ import secrets
 import socket
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 
 from hfscale.errors import ConfigError
 
 PORTS = range(12_000, 30_000)
+LISTEN_FD = "HFSCALE_LISTEN_FD"  # of rank 0: the socket that its launcher listens on for it
+LOOPBACK = ("127.0.0.1", "localhost")
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,21 @@ class World:
     local_world_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0  # 0: a world of one picks a free port
+    listen_fd: int | None = None  # rank 0: an open socket that listens there already
+    secret: str = field(default="", repr=False)  # what every rank of the job knows, and nobody else
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether all ranks are on this machine, and say so."""
+        return self.master_addr in LOOPBACK
+
+    def sharing(self, secret: str) -> World:
+        """Return the same place in a world whose ranks prove to each other that they know ``secret``."""
+        return replace(self, secret=secret)
+
+    def at(self, port: int) -> World:
+        """Return the same place in a world that meets at ``port``."""
+        return replace(self, master_port=port)
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
@@ -67,6 +84,7 @@ class World:
             local_world_size,
             env.get("MASTER_ADDR", "127.0.0.1"),
             int(env["MASTER_PORT"]),
+            int(env[LISTEN_FD]) if LISTEN_FD in env and rank == 0 else None,
         )
 
     def export(self) -> dict[str, str]:
@@ -78,6 +96,7 @@ class World:
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
+            **({} if self.listen_fd is None else {LISTEN_FD: str(self.listen_fd)}),
         }
 
 
@@ -117,6 +136,23 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
 def node_name(env: Mapping[str, str] = os.environ) -> str:
     """Return this machine's name, as Slurm knows it where it has one there."""
     return env.get("SLURMD_NODENAME") or socket.gethostname()
+
+
+def listen(port: int = 0) -> socket.socket:
+    """Return a socket that listens on the loopback alone, at ``port`` or any free one: it is ours from now on, until it is closed.
+
+    Raises:
+        OSError: if ``port`` is taken.
+    """
+    listener = socket.socket()
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(("127.0.0.1", port))
+        listener.listen(1024)
+    except OSError:
+        listener.close()
+        raise
+    return listener
 
 
 def free_port(port: int = 0) -> int:

@@ -5,8 +5,59 @@ from __future__ import annotations
 from typing import Any
 
 from hfscale.config.inference import Inference
+from hfscale.config.rules import UNSAFE
 from hfscale.config.schema import Engine, TrainConfig
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, nearest
+
+# What `engine.extra` may say: the keys of DeepSpeed that have an effect here, by section. It ignores any other key without a word,
+# and its own checkpoints, data loaders, pipelines and schedules are not used.
+KNOWN: dict[str, set[str] | None] = {
+    "zero_optimization": {
+        *("contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"),
+        *("use_multi_rank_bucket_allreduce", "allgather_partitions", "allgather_bucket_size"),
+        *("sub_group_size", "round_robin_gradients", "parameter_alignment", "leaf_module"),
+        *("memory_efficient_linear", "override_module_apply", "log_trace_cache_warnings"),
+        *("enable_sanity_checks", "ignore_unused_parameters", "compute_grad_norm"),
+        *("zero_hpz_partition_size", "zero_quantized_weights", "zero_quantized_gradients"),
+        *("zero_quantized_nontrainable_weights", "stage3_max_live_parameters"),
+        *("stage3_max_reuse_distance", "stage3_prefetch_bucket_size"),
+        *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold"),
+        *("stage3_module_granularity_threshold", "stage3_use_all_reduce_for_fetch_params"),
+        *("stage3_allgather_sequential", "offload_optimizer", "offload_param", "stage"),
+    },
+    "zero_optimization.offload_optimizer": {
+        *("device", "nvme_path", "buffer_count", "pin_memory", "pipeline_read", "pipeline_write"),
+        *("fast_init", "ratio"),
+    },
+    "zero_optimization.offload_param": {
+        *("device", "nvme_path", "buffer_count", "buffer_size", "max_in_cpu", "pin_memory"),
+    },
+    "fp16": {
+        *("enabled", "auto_cast", "loss_scale", "initial_scale_power", "loss_scale_window"),
+        *("hysteresis", "consecutive_hysteresis", "min_loss_scale"),
+    },
+    "bf16": {"enabled", "check_grad_overflow", "immediate_grad_update"},
+    "timers": {"throughput"},
+    "timers.throughput": {"enabled", "synchronized"},
+    "comms_logger": {"enabled", "prof_all", "prof_ops", "verbose", "debug"},
+    "flops_profiler": {
+        *("enabled", "recompute_fwd_factor", "profile_step", "module_depth", "top_modules"),
+        *("detailed", "output_file"),
+    },
+    "aio": {
+        *("block_size", "queue_depth", "intra_op_parallelism", "single_submit"),
+        *("overlap_events", "use_gds"),
+    },
+    "tensorboard": {"enabled", "output_path", "job_name"},
+    "wandb": {"enabled", "group", "team", "project"},
+    "csv_monitor": {"enabled", "output_path", "job_name"},
+} | dict.fromkeys(
+    (
+        *("steps_per_print", "dump_state", "disable_python_gc", "disable_allgather", "log_level"),
+        *("prescale_gradients", "gradient_predivide_factor", "wall_clock_breakdown"),
+        *("memory_breakdown", "zero_allow_untested_optimizer"),
+    )
+)
 
 
 def running_stage(engine: Engine) -> int:
@@ -70,6 +121,7 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
     ):  # gradients are made in 16 bit, but added up in 32: here and over ranks
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["communication_data_type"] = "fp32"
+    _refuse_unknown(engine.extra, derived)
     return _merged(derived, engine.extra, where="engine.extra")
 
 
@@ -92,6 +144,7 @@ def inference_config(engine: Inference, *, precision: str, device_type: str) -> 
         "fp16": {"enabled": precision == "fp16"},
         "timers": {"throughput": {"enabled": False}},
     }
+    _refuse_unknown(engine.extra, derived)
     return _merged(derived, engine.extra, where="engine.extra")
 
 
@@ -103,6 +156,34 @@ def _check_precision(precision: str, device_type: str) -> None:
             value="fp16",
             remedy="engine.precision=bf16 or fp32",
         )
+
+
+def _refuse_unknown(extra: dict[str, Any], derived: dict[str, Any], section: str = "") -> None:
+    """Return if DeepSpeed would not ignore a key of ``extra``.
+
+    Raises:
+        ConfigError: with the nearest one that it knows.
+    """
+    top = {name for name in KNOWN if "." not in name}
+    known = (KNOWN[section] if section else top | derived.keys() | UNSAFE.keys()) or set()
+    for key, value in extra.items():
+        name = f"{section}.{key}" if section else key
+        if key not in known:
+            raise ConfigError(
+                "DeepSpeed would ignore this key here, or has none of that name",
+                where=f"engine.extra.{name}",
+                value=value,
+                remedy=nearest(key, known),
+            )
+        if KNOWN.get(name) and not isinstance(value, dict) and name not in derived:
+            raise ConfigError(
+                "DeepSpeed has a section of that name",
+                where=f"engine.extra.{name}",
+                value=value,
+                remedy=f"its keys: {', '.join(sorted(KNOWN[name] or ()))}",
+            )
+        if KNOWN.get(name) and isinstance(value, dict):
+            _refuse_unknown(value, {}, name)
 
 
 def _merged(derived: dict[str, Any], extra: dict[str, Any], *, where: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import warnings
 from contextlib import suppress
 from copy import copy
@@ -17,7 +18,7 @@ from hfscale.checkpoint.base import identity
 from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
 from hfscale.config.schema import Lora
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, literal, shown
 from hfscale.jobs.opening import RunModel
 from hfscale.models.trained import transposed
 from hfscale.tasks.base import Task
@@ -118,14 +119,15 @@ def lora_base(source: RunModel) -> str:
 def use_adapter(source: RunModel, folder: Path | str) -> str:
     """Return lines of Python that use an adapter. Its base may have to be exported first."""
     kind, base = source.objective.auto_model, lora_base(source)
-    first = (
-        f"# first: hfscale export {base} BASE\n" if (Path(base) / layout.MANIFEST).is_file() else ""
-    )
+    export = f"# first: hfscale export {shown(shlex.quote(base))} BASE\n"
+    first = export if (Path(base) / layout.MANIFEST).is_file() else ""
     needs = source.objective.model_overrides() if isinstance(source.objective, Task) else {}
     said = "".join(
-        f", {key}={value!r}" for key, value in {**needs, **source.config.model.config}.items()
+        f", {key}={value!r}"
+        for key, value in {**needs, **source.config.model.config}.items()
+        if key.isidentifier()
     )
     return f"""{first}from peft import PeftModel
 from transformers import {kind}
-base = {kind}.from_pretrained("{"BASE" if first else base}"{said})
-model = PeftModel.from_pretrained(base, "{folder}")"""
+base = {kind}.from_pretrained({literal("BASE" if first else base)}{said})
+model = PeftModel.from_pretrained(base, {literal(folder)})"""

@@ -14,7 +14,7 @@ from hfscale.config.inference import PredictConfig
 from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
-from hfscale.hub import local_folder
+from hfscale.hub import foreign_code, local_folder
 from hfscale.jobs.material import run_config, tokenizer_folder
 from hfscale.log import logger
 from hfscale.models.build import longest_row
@@ -71,18 +71,31 @@ def auto_model_of(name: str) -> str:
     return next((kind for end, kind in CLASSES.items() if architecture.endswith(end)), architecture)
 
 
+def brings_code(name: str) -> CheckpointError:
+    """Return the error to raise for a MODEL that only code of its own can open."""
+    return CheckpointError(
+        "this model brings code of its own, which is not run",
+        where=name,
+        remedy="name a model that transformers knows itself; training from it: "
+        "model.pretrained=FOLDER model.trust_remote_code=true",
+    )
+
+
 def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
     """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
     if checkpoint := layout.checkpoint_of(name):
-        return AutoConfig.from_pretrained(checkpoint), load_tokenizer(
-            tokenizer_folder(run_config(checkpoint), None)
-        )
+        run = run_config(checkpoint)
+        trusted = run.model.trust_remote_code
+        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trusted)
+        return config, load_tokenizer(tokenizer_folder(run, None))
     folder = local_folder(
         name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder"
     )
     try:
-        return AutoConfig.from_pretrained(folder), load_tokenizer(folder)
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder)
     except (OSError, ValueError) as error:
+        if foreign_code(error):
+            raise brings_code(name) from error
         raise CheckpointError(
             "no model here",
             where=name,

@@ -53,7 +53,9 @@ def build_trainer(
     )
     logger.info(batch.equation)
 
-    folder = from_rank_0(pretrained_folder(config))  # its run may save at this moment
+    found = pretrained_folder(config)
+    place = from_rank_0(found and str(found))  # its run may save at this moment
+    folder = place and Path(place)
     material = open_material(config, world, folder)
     same_on_all_ranks(
         {"tokenizer.path": tokenizer_digest(material.tokenizer), **material.digests()}

@@ -39,7 +39,7 @@ def folder_of(name: str, what: str, key: dict[str, str]) -> Path:
     short = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
     if (checkpoint := layout.checkpoint_of(name)) is None:
         return Path(FOLDER).absolute() / what / f"{Path(name).name}-{short}"
-    return checkpoint.resolve().parents[1] / FOLDER / what / f"{checkpoint.name}-{short}"
+    return layout.run_of(checkpoint) / FOLDER / what / f"{checkpoint.name}-{short}"
 
 
 def with_folder(config: PredictConfig) -> PredictConfig:
@@ -163,7 +163,7 @@ def keep(folder: Path, model: str, found: dict[str, Any]) -> None:
     if checkpoint := layout.checkpoint_of(model):
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(checkpoint.resolve().parents[1] / "tensorboard" / FOLDER)) as board:
+        with SummaryWriter(str(layout.run_of(checkpoint) / "tensorboard" / FOLDER)) as board:
             for name, value in flatten(found["scores"]):
                 with suppress(TypeError):  # null
                     board.add_scalar(

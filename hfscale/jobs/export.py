@@ -5,11 +5,11 @@ Every checkpoint carries the live engine's logits on a small probe batch, so the
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from textwrap import indent
 from typing import Any
 
@@ -23,12 +23,13 @@ from hfscale.checkpoint.probe import read_probe
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import to_yaml
 from hfscale.dist.group import default_device, device_name
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, literal, shown
 from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
 from hfscale.jobs.asked import tell_of_best
 from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.objectives.base import Objective
+from hfscale.shards.files import whole_folder
 from hfscale.tasks.base import Task
 from hfscale.tokenizer import save_tokenizer
 
@@ -71,12 +72,7 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             remedy="name a run directory, or a folder in its checkpoints/",
         )
     tell_of_best(name, source.checkpoint)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(
-        prefix=f".{out.name}.", dir=out.parent
-    ) as scratch:  # a name of our own, removed whatever happens
-        partial = Path(scratch) / "model"
-        partial.mkdir()
+    with whole_folder(out) as partial:
         try:
             if adapter:
                 write_adapter(source, partial)
@@ -112,7 +108,6 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
         save_tokenizer(_padding(tokenizer, source.skeleton), partial)
         difference = prove(source, partial, adapter=adapter)
         (partial / "README.md").write_text(card(source, difference, adapter=adapter), "utf-8")
-        partial.rename(out)
     logger.info(
         f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to {difference:.1e}"
     )
@@ -139,22 +134,23 @@ def _padding(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> PreT
 def usage(objective: Objective, folder: Path | str) -> str:
     """Return lines of Python that use the model in ``folder``."""
     task, mark = objective.pipeline, objective.setting.tokenizer.mask_token or "<extra_id_0>"
+    place, marked = literal(folder), literal(f"Once upon a {mark}")
     if task is None:
         return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
-tokenizer, model = AutoTokenizer.from_pretrained("{folder}"), {model}.from_pretrained("{folder}")
-print(tokenizer.batch_decode(model.generate(tokenizer("Once upon a {mark}", return_tensors="pt").input_ids, max_new_tokens=40)))"""
+tokenizer, model = AutoTokenizer.from_pretrained({place}), {model}.from_pretrained({place})
+print(tokenizer.batch_decode(model.generate(tokenizer({marked}, return_tensors="pt").input_ids, max_new_tokens=40)))"""
     chats = isinstance(objective, Task) and objective.setting.tokenizer.chat_template
     chat = '[{"role": "user", "content": "Once upon a time"}]' if chats else '"Once upon a time"'
     text = {
         "text-generation": f"{chat}, max_new_tokens=40",
-        "fill-mask": f'"Once upon a {mark}"',
+        "fill-mask": marked,
         "question-answering": 'question="Who wrote it?", context="Ada wrote it."',
     }.get(task, '"Once upon a time"')
     trusted = (
         ", trust_remote_code=True" if getattr(objective, "code", None) else ""
     )  # of one file, which lies in the folder
     return f"""from transformers import pipeline
-use = pipeline("{task}", model="{folder}"{trusted})
+use = pipeline("{task}", model={place}{trusted})
 print(use({text}))"""
 
 
@@ -178,7 +174,10 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
         load_adapter(source, folder)
         if adapter
         else type(source.skeleton).from_pretrained(
-            folder, dtype=source.skeleton.dtype, attn_implementation=attention
+            folder,
+            dtype=source.skeleton.dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
         )
     )
     model.to(device).eval()
@@ -219,7 +218,7 @@ def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
         "architecture": f"{source.skeleton.config.model_type}, {sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
         "started from": _started_from(source) or "new weights",
         "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens",
-        "data": f"{data}; fingerprint `{at['data_fingerprint'][:16]}`, tokenizer `{at['tokenizer_digest'][:16]}`",
+        "data": f"{data}; fingerprint {at['data_fingerprint'][:16]}, tokenizer {at['tokenizer_digest'][:16]}",
         "figures": ", ".join(
             f"{key} {value:,.6g}"
             for key, value in at["metrics"].items()
@@ -235,10 +234,11 @@ def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
         for name in TRAINED
         if hasattr(config, name)
     )
-    table = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
+    table = "\n".join(f"| {key} | {_cell(value)} |" for key, value in rows.items())
     base = config.model.pretrained
-    hub = f"\nbase_model: {base}" if base and not Path(base).is_absolute() else ""
+    hub = f"\nbase_model: {literal(base)}" if base and not Path(base).is_absolute() else ""
     place = "PATH_OF_THIS_FOLDER"
+    used = use_adapter(source, place) if adapter else usage(source.objective, place)
     return f"""---
 library_name: {"peft" if adapter else "transformers"}{hub}
 tags: [hfscale]
@@ -249,11 +249,19 @@ tags: [hfscale]
 |---|---|
 {table}
 
-```python
-{use_adapter(source, place) if adapter else usage(source.objective, place)}
-```
+{_block("python", used)}
 
 How it was trained:
-```yaml
-{trained}```
+{_block("yaml", trained.rstrip())}
 """
+
+
+def _cell(text: str) -> str:
+    """Return ``text`` for a cell of a Markdown table: a name that somebody else chose neither leaves it nor becomes a link or HTML."""
+    return re.sub(r"([\\|`\[\]*_])", r"\\\1", shown(text)).replace("<", "&lt;")
+
+
+def _block(language: str, text: str) -> str:
+    """Return ``text`` as a block of code that nothing in it can end."""
+    fence = "`" * max([3, *(len(run) + 1 for run in re.findall("`{3,}", text))])
+    return f"{fence}{language}\n{text}\n{fence}"

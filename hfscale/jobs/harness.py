@@ -62,10 +62,11 @@ class EngineLM(HFLM):
     def _loglikelihood_tokens(
         self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
     ) -> Any:
-        return self._dealt(
+        answers = self._dealt(
             [*requests],
             lambda some: HFLM._loglikelihood_tokens(self, some, disable_tqdm=disable_tqdm),
         )
+        return [tuple(answer) for answer in answers]
 
     def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
         settings = [str(request.args[1]) for request in requests]

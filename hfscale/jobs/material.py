@@ -272,7 +272,7 @@ def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str
 
 def run_config(checkpoint: Path) -> TrainConfig:
     """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
-    run_dir = checkpoint.resolve().parents[1]
+    run_dir = layout.run_of(checkpoint)
     moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
     return load_config(run_dir / "config.yaml", moved).config
 

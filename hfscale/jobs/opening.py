@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -17,14 +18,19 @@ from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.pretrained import load_pretrained, match
-from hfscale.checkpoint.weights import WeightsReader, open_weights, verify_together
+from hfscale.checkpoint.weights import (
+    WeightsReader,
+    open_weights,
+    refuse_adapter,
+    verify_together,
+)
 from hfscale.config.inference import Inference, PredictConfig
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import CheckpointError, ConfigError
-from hfscale.hub import local_folder
-from hfscale.jobs.asked import objective_of
+from hfscale.hub import foreign_code, local_folder
+from hfscale.jobs.asked import brings_code, objective_of
 from hfscale.jobs.material import run_config
 from hfscale.jobs.origin import DTYPES, generate_as, model_needs, skeleton
 from hfscale.models.build import check_head, check_model_config, construct, longest_row
@@ -114,7 +120,8 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
         remedy="name a run, a checkpoint, an export, a transformers folder",
     )
     try:
-        config = AutoConfig.from_pretrained(folder)
+        refuse_adapter(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         saved = next(
             (precision for precision, dtype in DTYPES.items() if dtype == config.dtype), "fp32"
         )
@@ -127,9 +134,15 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
             return Opened(engine, load_tokenizer(folder), {})
         with quiet():  # its report of what is missing; we say it
             model, found = getattr(transformers, auto_model).from_pretrained(
-                folder, dtype=DTYPES[precision], output_loading_info=True
+                folder,
+                dtype=DTYPES[precision],
+                output_loading_info=True,
+                use_safetensors=True,
+                trust_remote_code=False,
             )
     except (OSError, ValueError, SafetensorError) as error:
+        if foreign_code(error):
+            raise brings_code(name) from error
         raise CheckpointError(
             "no model for this task here",
             where=name,
@@ -261,5 +274,5 @@ def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
         f"this model has no head for the task: it is not one of {wanted}",
         where=name,
         value=value,
-        remedy=f"fine-tune it for the task first: hfscale finetune CONFIG model.pretrained={name}{pretrained}",
+        remedy=f"fine-tune it for the task first: hfscale finetune CONFIG {shlex.quote(f'model.pretrained={name}')}{pretrained}",
     )

@@ -31,7 +31,7 @@ from hfscale.errors import DataError, counted
 from hfscale.hub import local_folder
 from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
-from hfscale.shards.files import cannot_write, publish, sync, write_atomically
+from hfscale.shards.files import cannot_write, whole, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
 from hfscale.training.predictor import predict
@@ -231,9 +231,9 @@ def _predict_chunks(
 def join(config: PredictConfig) -> int:
     """Return how many predictions are now in OUT, which appears whole."""
     out, parts = config.predict.out, parts_of(config.predict.out)
-    bad, cut, count, whole = list[bytes](), 0, 0, parts / "whole"
+    bad, cut, count = list[bytes](), 0, 0
     total, size = _begun(parts)
-    with open(whole, "wb") as file:
+    with whole(out) as file:
         for number in range(-(-total // size)):
             content = _chunk(parts, number).read_bytes()
             if (lines := content.count(b"\n")) != (wanted := min(size, total - number * size)):
@@ -247,9 +247,6 @@ def join(config: PredictConfig) -> int:
             bad += [line for line in content.splitlines() if PROBLEM in line]
             cut += content.count(TRUNCATED)
             file.write(content)
-        file.flush()
-        sync(file.fileno())
-    publish(whole, out)
     shutil.rmtree(parts)
     if bad:
         shown = "; ".join("{id}: {problem}".format(**json.loads(line)) for line in bad[:SHOWN])

@@ -21,7 +21,7 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.export import untied, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.probe import make_probe
-from hfscale.checkpoint.weights import WeightsReader, open_weights
+from hfscale.checkpoint.weights import WeightsReader, open_weights, verify_together
 from hfscale.config.schema import Checkpoint, TrainConfig
 from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import barrier
@@ -80,7 +80,9 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
                 remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: report it",
             )
         saved = folder / layout.step_name(0)
-        reader = open_weights(saved)  # all ranks: of adapters it asks for the weights beside them
+        reader = open_weights(
+            saved, check=verify_together
+        )  # all ranks: of adapters it asks for the base
         problem = _export(trainer, config, saved, reader) if engine.rank == 0 else ""
         if problem := from_rank_0(problem):
             raise CheckpointError(
@@ -144,7 +146,8 @@ def _changed_by_loading(source: RunModel, folder: Path) -> str:
     write_weights(raised, source.skeleton, folder)
     source.skeleton.config.save_pretrained(folder)
     dtype = source.skeleton.dtype
-    loaded = untied(type(source.skeleton).from_pretrained(folder, dtype=dtype))
+    kind = type(source.skeleton)
+    loaded = untied(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True))
     changed = [
         name
         for name, tensor in loaded.items()

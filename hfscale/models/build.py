@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError, UserError, lost_peer, nearest
-from hfscale.hub import local_folder
+from hfscale.hub import foreign_code, local_folder
 from hfscale.log import logger
 from hfscale.models.config_keys import checked_values, known_keys
 
@@ -265,6 +265,13 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
     try:
         config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
     except (OSError, ValueError) as error:
+        if foreign_code(error):
+            raise ConfigError(
+                "this model brings code of its own, which needs permission",
+                where="model.pretrained",
+                value=model.pretrained,
+                remedy="if you trust it, say model.trust_remote_code=true on the command line: no file can permit what it brings",
+            ) from error
         raise ConfigError(
             "no pretrained model here",
             where="model.pretrained",

@@ -6,6 +6,7 @@ and TensorBoard drops what the earlier attempt wrote for the steps that are repe
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from datetime import timedelta
@@ -51,9 +52,11 @@ class MetricsLog:
             name: None if isinstance(value, float) and not isfinite(value) else value
             for name, value in record.items()
         }
-        self._file.write(
-            json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n"
-        )
+        line = json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n"
+        begins = self._file.seek(0, os.SEEK_END)
+        if self._file.write(line) != len(line):  # a disk that is nearly full takes a part
+            self._file.truncate(begins)  # or the next record would be glued to it
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file.name))
         if self._board is not None:
             for name, value in _flat(record):
                 if name not in ("step", "batch_digest", "digest_version"):

@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from hfscale.errors import UserError
+from hfscale.errors import UserError, shown
 
 MARK = "hfscale-doctor "  # begins a finding on a rank's stdout
 STATES = ("ok", "warn", "fail")
@@ -119,7 +119,7 @@ def table(findings: Sequence[Finding]) -> str:
     return "\n".join(
         f"{one.state:<6}{one.check:<{width}}  "
         + (f"{', '.join(one.nodes)}: " if one.nodes else "")
-        + one.said
+        + shown(one.said, lines=True)
         + (f"\n{'':{width + 8}}-> {one.remedy}" if one.remedy else "")
         for one in findings
     )

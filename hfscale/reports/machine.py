@@ -32,6 +32,7 @@ import torch.distributed as torch_dist
 from packaging.requirements import Requirement
 
 from hfscale.dist import group
+from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.world import World, node_name
 from hfscale.engine.ops import compatible_ops
 from hfscale.errors import DataError
@@ -270,10 +271,7 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
         "rendezvous", "ok", f"{world.world_size} ranks at {world.master_addr}:{world.master_port}"
     )
     if world.world_size > 1:
-        tensor, times = (
-            torch.ones(2**25 if device.type == "cuda" else 2**22, device=device),
-            [0.0] * world.world_size,
-        )
+        tensor = torch.ones(2**25 if device.type == "cuda" else 2**22, device=device)
         took = _seconds(
             lambda: (torch_dist.all_reduce(tensor), float(tensor[0])), 5
         )  # the second waits for the first
@@ -287,7 +285,7 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
             least=4.0 if device.type == "cuda" else 0.0,
         )
         group.barrier()
-        torch_dist.all_gather_object(times, time.time(), group=group.host_group())
+        times = from_all_ranks(time.time())
         off = round(abs(times[world.rank] - times[0]), 2)
         yield Finding(
             "clocks",

@@ -11,8 +11,8 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
 from hfscale.config.rules import notices, run_length, solve_batch
 from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
-from hfscale.errors import DataError
-from hfscale.shards.manifest import TEXT, Manifest
+from hfscale.errors import DataError, shown
+from hfscale.shards.manifest import PIPE, TEXT, Manifest
 
 
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
@@ -104,6 +104,10 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
 
 def _rows(config: TrainConfig) -> tuple[int, str]:
     """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than it predicts."""
+    if far := [
+        s.shards for s in config.data.sources if "://" in s.shards or s.shards.startswith(PIPE)
+    ]:
+        return 0, f"{', '.join(far)} is fetched, which looking does not do"
     try:
         manifests = [
             Manifest.load(source.shards, **config.data.remote) for source in config.data.sources
@@ -127,6 +131,7 @@ def _text(value: Any) -> str:
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
     """Return the rows as lines with aligned columns; one long value does not push the others away."""
+    rows = [tuple(map(shown, row)) for row in rows]
     widths = [min(48, max(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
     return [
         "  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip()

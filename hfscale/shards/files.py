@@ -1,27 +1,116 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed."""
+"""Files that are either whole or absent: written under a temporary name, synced, renamed. And locks, by which two writers take turns.
+
+A temporary name is random and new, and never a link: what another user or process has put there is neither followed nor shared.
+"""
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import hashlib
 import os
+import re
+import secrets
+import shutil
+import socket
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
 from hfscale.errors import DataError
 
 BLOCK = 1 << 24  # bytes read at once
+STALE_S = 3600.0  # after which a temporary file that nobody has written to is one that a kill left
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
+_swept: set[Path] = set()
 
 
 @contextmanager
 def locked(path: Path) -> Iterator[IO[bytes]]:
-    """Hold the file ``path``, made if need be, against other processes. The kernel lets go when this one ends, however it ends."""
+    """Hold the file ``path``, made if need be, against other processes. The kernel lets go when this one ends, however it ends.
+
+    Raises:
+        DataError: if the file system knows no locks.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+b") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with open_lock(path) as file:
+        _flock(file, fcntl.LOCK_EX, path)
         yield file
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Be the only process that makes ``path``: another one is refused, not waited for. The lock lies beside it, and goes at the end.
+
+    Raises:
+        DataError: if one makes it; or the file system knows no locks.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    name = path.with_name(f".{path.name[:200]}.lock")
+    file = open_lock(name)
+    while not (held := lock_now(file, name)) or not _is(file, name):
+        if held:  # who held it has just taken the file away
+            file.close()
+            file = open_lock(name)
+            continue
+        with file:
+            holder = file.read(200).decode(errors="replace").strip()
+        raise DataError(
+            "another process is making this at the moment",
+            where=path,
+            value=holder or "unknown",
+            remedy="wait for it, or name another place",
+        )
+    with file:
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
+        file.flush()
+        try:
+            yield
+        finally:
+            name.unlink(missing_ok=True)
+
+
+def _is(file: IO[bytes], path: Path) -> bool:
+    """Return whether ``path`` is still the name of the open ``file``."""
+    try:
+        return os.path.samestat(os.fstat(file.fileno()), os.stat(path, follow_symlinks=False))
+    except FileNotFoundError:
+        return False
+
+
+def open_lock(path: Path) -> IO[bytes]:
+    """Return the file ``path``, made if need be, to read and write; a link is not followed."""
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+    return open(path, "r+b", opener=lambda name, _: os.open(name, flags, 0o666))
+
+
+def lock_now(file: IO[bytes] | IO[str], path: Path) -> bool:
+    """Return whether this process now holds ``file``, which is ``path``; False: another one does.
+
+    Raises:
+        DataError: if the file system knows no locks.
+    """
+    try:
+        _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _flock(file: IO[bytes] | IO[str], how: int, path: Path) -> None:
+    try:
+        fcntl.flock(file, how)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
+            raise BlockingIOError(*error.args) from None
+        raise DataError(
+            f"this file system has no locks (flock): {error.strerror}",
+            where=path,
+            remedy="mount it with locks (Lustre: -o flock; NFS: with lockd, not nolock), or choose another folder",
+        ) from None
 
 
 def file_digest(path: Path) -> str:
@@ -33,22 +122,92 @@ def file_digest(path: Path) -> str:
     return digest.hexdigest()
 
 
-def write_atomically(path: Path, data: bytes | memoryview) -> None:
+@contextmanager
+def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
+    """Give a file to write to that is ``path`` afterwards, on disk; an error or a crash leaves what was there before.
+
+    ``private``: nobody but its user can read it.
+
+    Raises:
+        DataError: if there is no room for it.
+    """
+    _sweep(path.parent)
+    temporary = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.tmp")
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    try:
+        with _said(path, always=True):
+            handle = os.open(temporary, flags, 0o600 if private else 0o666)
+            with os.fdopen(handle, "wb") as file:
+                yield file
+                file.flush()
+                sync(file.fileno())
+            publish(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # it has its own name by now, or is of no use
+
+
+def write_atomically(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
     """Return once ``path`` holds ``data`` on disk; a crash leaves the old file or the new one, never a part.
 
     Raises:
         DataError: if there is no room for it.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    with whole(path, private=private) as file:
+        file.write(data)
+
+
+@contextmanager
+def whole_folder(path: Path) -> Iterator[Path]:
+    """Give a new folder to fill that is ``path`` afterwards. One process at a time; what a killed one has left is removed first.
+
+    Raises:
+        DataError: if ``path`` exists, another process is making it, or there is no room.
+    """
+    with alone(path):
+        for left in path.parent.iterdir():
+            if re.fullmatch(re.escape(f".{path.name[:200]}.") + r"[0-9a-f]{16}\.new", left.name):
+                shutil.rmtree(left)
+        partial = path.with_name(f".{path.name[:200]}.{secrets.token_hex(8)}.new")
+        try:
+            with _said(path, always=True):
+                partial.mkdir()
+            with _said(path, always=False):  # it may also read
+                yield partial
+            if os.path.lexists(path):
+                raise DataError(
+                    "this folder exists already; nothing was written",
+                    where=path,
+                    remedy="name another folder, or remove it",
+                )
+            with _said(path, always=True):
+                os.rename(partial, path)
+                sync_folder(path.parent)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)  # its own name by now, or of no use
+
+
+@contextmanager
+def _said(path: Path, *, always: bool) -> Iterator[None]:
+    """Turn the system's errors inside into ones that say what could not be written; else only those of a full disk."""
     try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            sync(file.fileno())
+        yield
     except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise cannot_write(path, error) from error
-    publish(temporary, path)
+        if always or error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS):
+            raise cannot_write(path, error) from error
+        raise
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written in ``folder``; looked for once a process."""
+    if folder in _swept:
+        return
+    _swept.add(folder)
+    with suppress(OSError), os.scandir(folder) as entries:
+        for entry in entries:
+            if _TEMPORARY.fullmatch(entry.name):
+                with suppress(OSError):  # another process was faster
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_S:
+                        os.unlink(entry.path)
 
 
 def publish(temporary: Path, final: Path) -> None:

@@ -25,6 +25,7 @@ MEMBER = np.dtype(
         ("checksum", "<u8"),  # XXH3-64 of the payload
     ]
 )
+NPY_HEAD = 128  # bytes of the .npy header of a vector
 _HEAD = len(MAGIC) + 32 + 8
 
 
@@ -44,6 +45,20 @@ class ShardIndex:
     def tokens(self) -> np.ndarray:
         """The members that hold token ids, one a chunk."""
         return self.members[1::2]
+
+    def problem(self, tar_bytes: int) -> str:
+        """Return what cannot be true of the index of a token shard of so many bytes, or nothing: what it counts is there to be read."""
+        ends, tokens, size = self.ends, self.tokens, np.uint64(tar_bytes)
+        if len(ends) != len(tokens):
+            return "the index has a chunk without its tokens"
+        counts = [self.members[name] for name in ("offset", "bytes", "tokens", "documents")]
+        if any((count > size).any() for count in counts):
+            return "the index counts more than the shard has bytes"  # and so sums do not wrap
+        if (self.members["offset"] + self.members["bytes"] > size).any():
+            return "a member of the index ends after the shard"
+        if (ends["bytes"] != NPY_HEAD + 4 * ends["documents"]).any():
+            return "the index counts other documents than the chunks hold ends"
+        return ""
 
     def save(self, path: Path) -> None:
         """Return once the index is on disk, whole or not at all."""
@@ -75,5 +90,15 @@ class ShardIndex:
             or xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") != checksum
         ):
             raise DataError("the index of a shard is damaged", where=path, remedy=remedy)
+        members = len(body) - _HEAD
+        if (
+            members < 0
+            or members != int.from_bytes(body[_HEAD - 8 : _HEAD], "little") * MEMBER.itemsize
+        ):
+            raise DataError(
+                "the index of a shard does not have as many members as it says",
+                where=path,
+                remedy=remedy,
+            )
         digest = body[len(MAGIC) : len(MAGIC) + 32].hex()
         return cls(tar_digest=digest, members=np.frombuffer(body, MEMBER, offset=_HEAD))

@@ -59,6 +59,8 @@ class ShardReader:
             raise self._damage(
                 f"the shard has {len(self._map):,} bytes, its manifest says {entry.bytes:,}"
             )
+        if problem := index.problem(entry.bytes):
+            raise self._damage(problem)
         self._ends, self._tokens = index.ends, index.tokens
         self._starts: list[int] = [
             0,

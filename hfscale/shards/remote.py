@@ -14,6 +14,7 @@ import fcntl
 import hashlib
 import os
 import random
+import re
 import shlex
 import subprocess
 import threading
@@ -24,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO, Any
 
-from hfscale.errors import ConfigError, DataError
+from hfscale.errors import PASSWORD, ConfigError, DataError
 from hfscale.log import logger
 from hfscale.shards.files import file_digest, locked, publish, sync, write_atomically
 from hfscale.shards.index import ShardIndex
@@ -35,6 +36,7 @@ BLOCK, LEAST_BLOCK = (
     2**18,
 )  # bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
 BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2
+SHARD_NAME = re.compile(r"\w[\w.\-]*\.tar", re.ASCII)
 INDEX_SHARE = 0.05  # of a shard, at most: 40 bytes for each member, which takes at least 1024
 
 
@@ -61,6 +63,12 @@ class Remote:
             (base, last) if last.endswith(".json") else (f"{base}/{last}", FILE_NAME)
         )
         self._fs: Any = None
+        if PASSWORD.search(url):
+            raise ConfigError(
+                "a password stands in a URL: it would go into the logs",
+                where="shards",
+                remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take it out of the URL",
+            )
         if url.startswith(PIPE):
             self._base, self._manifest = url[len(PIPE) :], FILE_NAME
             if not allow_pipe:
@@ -68,7 +76,7 @@ class Remote:
                     "this source runs a command, which needs permission",
                     where="shards",
                     value=self._base,
-                    remedy="set data.allow_pipe=true in the config of the run, if you trust it",
+                    remedy="if you trust it, say data.allow_pipe=true on the command line: no file can permit what it brings",
                 )
         else:
             from fsspec.core import url_to_fs  # slow to import
@@ -131,9 +139,9 @@ class Remote:
                     value=self.limit / 1e9,
                     remedy=f"{shard.name} takes up to {need:,} bytes, the cache has {self.limit:,}; see docs/data.md",
                 )
-            if "/" in shard.name or not shard.name.endswith(".tar"):
+            if not SHARD_NAME.fullmatch(shard.name):  # it becomes part of a URL, or of a command
                 raise DataError(
-                    "a remote shard must be a .tar beside its manifest",
+                    "a remote shard must be a .tar beside its manifest, with a name of letters, digits and . _ -",
                     where=self._place(self._manifest),
                     value=shard.name,
                 )

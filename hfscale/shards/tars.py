@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfscale.errors import DataError
+from hfscale.shards.files import BLOCK
 
 PICKLED = {
     "pkl",
@@ -45,9 +46,15 @@ def walk(path: Path) -> Iterator[Member]:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 # an empty tar stays at offset 0, from where Python 3.10 would seek to -1
                 while tar.offset and (info := tar.next()) is not None:  # type: ignore[attr-defined]
+                    if info.issparse() or info.type == tarfile.GNUTYPE_SPARSE:
+                        raise DataError(
+                            f"member {info.name!r} at offset {info.offset:,} is sparse: its bytes are not stored as they are",
+                            where=path,
+                            remedy="pack the files again without tar's -S (--sparse)",
+                        )
                     if info.offset_data + info.size > size:
                         raise DataError(
-                            f"the tar is cut short inside member {info.name} at offset {info.offset_data:,}",
+                            f"the tar is cut short inside member {info.name!r} at offset {info.offset_data:,}",
                             where=path,
                             remedy=remedy,
                         )
@@ -69,6 +76,13 @@ def walk(path: Path) -> Iterator[Member]:
                 where=path,
                 remedy=remedy,
             )
+        while block := file.read(BLOCK):
+            if block.strip(b"\0"):
+                raise DataError(
+                    f"more follows after the end of the tar, which is at offset {end:,}: another tar, or garbage",
+                    where=path,
+                    remedy="keep each tar in a file of its own, or join them with tar --concatenate",
+                )
 
 
 def name_at(path: Path, offset: int) -> str:

@@ -67,6 +67,9 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
         return
     if index.tar_digest != entry.digest:
         yield "the index belongs to another shard"
+    if manifest.dtype != TEXT and (problem := index.problem(entry.bytes)):
+        yield problem
+        return
     data = np.memmap(path, np.uint8, "r")
     payloads = [
         data[offset : offset + size] for offset, size in index.members[["offset", "bytes"]].tolist()

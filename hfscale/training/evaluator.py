@@ -85,7 +85,7 @@ class TaskEvaluator:
         )
         losses = global_losses(task, dict(zip(sorted(counts), totals, strict=True)))
         gathered = {
-            number: output for part in from_all_ranks(outputs) for number, output in part.items()
+            number: output for part in from_all_ranks([*outputs.items()]) for number, output in part
         }
         return losses | from_rank_0(self._score(gathered) if self._examples else None)
 

@@ -7,6 +7,7 @@ weights once, and only then advances. What observes a step (metrics, validation)
 from __future__ import annotations
 
 import hashlib
+import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import count
@@ -195,7 +196,7 @@ class Trainer:
             return
         notice = self.spikes.look(self.state.step, stats.grad_norm)
         if notice:
-            texts = f"hfscale batch {self.log.run_dir} --step {self.state.step}"
+            texts = f"hfscale batch {shlex.quote(str(self.log.run_dir))} --step {self.state.step}"
             logger.info(f"notice: {notice}; its texts: {texts}")
 
     def _observe(self, agreed: Agreed, stats: StepStats) -> None:

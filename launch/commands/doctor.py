@@ -1,6 +1,6 @@
 """`hfscale doctor`: one process a rank looks at its node and measures it; what they found becomes a table.
 
-On this machine torchrun starts the ranks; inside an allocation they are one step of srun, with what slurm/site.sh sets.
+On this machine they are plain processes; inside an allocation they are one step of srun, with what slurm/site.sh sets.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
@@ -19,11 +20,22 @@ from typing import Annotated, Any
 
 import typer
 
+from hfscale.config.permission import grant
 from hfscale.config.schema import RunConfig, TrainConfig
-from hfscale.dist.world import Allocation, allocation, available_cores, job_port, node_name
+from hfscale.dist.world import (
+    LISTEN_FD,
+    Allocation,
+    World,
+    allocation,
+    available_cores,
+    job_port,
+    listen,
+    node_name,
+)
 from hfscale.errors import UserError
 from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, table
 from launch import slurm
+from launch.interpreter import python
 from launch.local import gpu_count
 from launch.queue import client, has_slurm
 from launch.request import Request
@@ -34,7 +46,6 @@ TIMEOUT_S, KILL_S, SLURM_S = (
     5.0,
 )  # for the ranks; for them to end after that; for Slurm to answer
 RANK = "hfscale.reports.machine"
-TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
 STEP = """source slurm/site.sh
 exec srun --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
 """
@@ -65,6 +76,7 @@ def doctor(
     The exit code is 1 if anything failed. Nodes that a job should leave out are named.
     Examples: hfscale doctor; hfscale doctor configs/pretrain/gpt2_small.yaml; hfscale doctor runs/first --json
     """
+    grant(overrides or ())
     wanted = Request(config, tuple(overrides or ())).load().config if config else None
     here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
     names = (
@@ -159,6 +171,20 @@ def _procs(here: Allocation | None) -> int:
     return here.nodes * here.tasks_per_node if here else gpu_count() or min(2, available_cores())
 
 
+def _await(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
+    """Return when all have ended, or were asked to (srun ends its ranks), and have had some time for it."""
+    until = time.monotonic() + TIMEOUT_S
+    try:
+        for rank in ranks:
+            rank.wait(max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        for rank in ranks:
+            rank.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            for rank in ranks:
+                rank.wait(KILL_S)
+
+
 def _measure(
     place: Path, task: dict[str, Any], here: Allocation | None, names: Sequence[str]
 ) -> Iterator[Finding]:
@@ -182,29 +208,39 @@ def _measure(
             "MASTER_PORT": str(job_port(here.job_id)),
             "HFSCALE_PYTHON": sys.executable,
         }
+        places = [env]
     else:
-        command = [sys.executable, *TORCHRUN, f"--nproc-per-node={procs}", "-m", RANK, text]
-        env = {"OMP_NUM_THREADS": str(max(1, available_cores() // procs))}
+        command, listener = python(RANK, text), listen()
+        port, threads = listener.getsockname()[1], str(max(1, available_cores() // procs))
+        places = [
+            World(rank, procs, rank, procs, master_port=port).export()
+            | {"OMP_NUM_THREADS": threads}
+            for rank in range(procs)
+        ]
+        places[0] |= {LISTEN_FD: str(listener.fileno())}
     with (
         tempfile.TemporaryDirectory() as folder
     ):  # a pipe would be held by ranks that nothing can end
         out, err = (Path(folder, name) for name in ("out", "err"))
-        ranks = subprocess.Popen(
-            command,
-            cwd=slurm.ROOT,
-            env=os.environ | env,
-            stdin=subprocess.DEVNULL,
-            stdout=out.open("w"),
-            stderr=err.open("w"),
-        )
+        ranks = [
+            subprocess.Popen(
+                command,
+                cwd=slurm.ROOT,
+                env=os.environ | env,
+                stdin=subprocess.DEVNULL,
+                stdout=out.open("a"),  # a line is one write, and goes to the end
+                stderr=err.open("a"),
+                pass_fds=[int(env[LISTEN_FD])] if LISTEN_FD in env else [],
+            )
+            for env in places
+        ]
+        if here is None:
+            listener.close()
         try:
-            ranks.wait(TIMEOUT_S)
-        except subprocess.TimeoutExpired:
-            ranks.terminate()  # srun and torchrun end the ranks
-            with suppress(subprocess.TimeoutExpired):
-                ranks.wait(KILL_S)
+            _await(ranks)
         finally:
-            ranks.kill()
+            for rank in ranks:
+                rank.kill()
             with suppress(OSError):
                 token.unlink()
         said, why = (

@@ -9,7 +9,9 @@ from typing import Annotated, Any
 
 import typer
 
+from hfscale.config import permission
 from hfscale.errors import CheckpointError, ConfigError
+from hfscale.shards.files import alone
 from launch.commands.predict import Overrides, Procs, make
 
 
@@ -66,6 +68,7 @@ def evaluate(
     said, asked = list(overrides or ()), _pairs(task or [], data or [])
     if model is None or "=" in model:
         said, model = ([model] if model else []) + said, None
+    permission.grant(said)
     if predictions:
         typer.echo(job.table([_rescored(model, asked, predictions, said)]))
         return
@@ -133,7 +136,8 @@ def _rescored(
             where="command line",
             remedy="name MODEL, or one --task and one --data",
         )
-    config = settle(model, task=task, data=data, out=Path("-"), overrides=said, answers=True)
+    rest, _ = permission.split(said)
+    config = settle(model, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
     return {"model": str(predictions), **job.score(config, predictions, model=model is not None)}
 
 
@@ -146,17 +150,20 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
 
     if task is None and is_pretraining(name, data):
         on_shards = settle_shards(name, data, said)
-        if not (on_shards.evaluate.out / job.SCORES).is_file():
-            start(on_shards, on_shards.evaluate.out / "config.yaml", procs=procs)
+        with alone(on_shards.evaluate.out):
+            if not (on_shards.evaluate.out / job.SCORES).is_file():
+                start(on_shards, on_shards.evaluate.out / "config.yaml", procs=procs)
         return on_shards.evaluate.out
+    rest, _ = permission.split(said)
     config = job.with_folder(
-        settle(name, task=task, data=data, out=Path("-"), overrides=said, answers=True)
+        settle(name, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
     )
     home = config.predict.out.parent
-    if not (home / job.SCORES).is_file():
-        if not config.predict.out.is_file():
-            make(config, procs=procs)
-        job.keep(home, name, job.score(config, config.predict.out))
+    with alone(home):
+        if not (home / job.SCORES).is_file():
+            if not config.predict.out.is_file():
+                make(config, procs=procs)
+            job.keep(home, name, job.score(config, config.predict.out))
     return home
 
 
@@ -174,6 +181,7 @@ def _on_harness(
         ) from error
     from launch.local import start
 
-    config = settle(name, tasks.split(","), folder, said)
-    start(config, config.harness.out / "config.yaml", procs=procs)
+    config = settle(name, tasks.split(","), folder, permission.split(said)[0])
+    with alone(config.harness.out):
+        start(config, config.harness.out / "config.yaml", procs=procs)
     return config.harness.out

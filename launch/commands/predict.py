@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfscale.errors import ConfigError
+from hfscale.shards.files import alone
 
 if TYPE_CHECKING:
     from hfscale.config.inference import PredictConfig
@@ -82,13 +83,14 @@ def predict(
             where="command line",
             remedy="--data FILE [--out FILE], or --text T, or --question Q --context C",
         )
+    from hfscale.config.permission import grant
     from hfscale.jobs.asked import settle
     from hfscale.jobs.predict import predict_texts
     from hfscale.stream.labelled import is_text
     from hfscale.tasks.base import task_class
 
     config = settle(
-        model, task=task, data=data or "-", out=out or Path("-"), overrides=overrides or ()
+        model, task=task, data=data or "-", out=out or Path("-"), overrides=grant(overrides or ())
     )
     if data is None:
         kind = task_class(config.task.name)
@@ -136,5 +138,6 @@ def make(config: PredictConfig, *, procs: int) -> int:
     from hfscale.jobs import predict as job
     from launch.local import start
 
-    start(config, job.prepare(config), procs=procs)
-    return job.join(config)
+    with alone(config.predict.out):
+        start(config, job.prepare(config), procs=procs)
+        return job.join(config)

@@ -11,7 +11,6 @@ import random
 import shutil
 import signal
 import subprocess
-import sys
 import tempfile
 import time
 from contextlib import suppress
@@ -27,6 +26,7 @@ from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
 from hfscale.reports.status import last_record, records
 from hfscale.shards.files import write_atomically
+from launch.interpreter import python
 from launch.request import Request
 
 app = typer.Typer(
@@ -83,17 +83,15 @@ def resume(
     home = Path(
         tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root)
     )
-    command = [
-        sys.executable,
-        "-m",
+    command = python(
         "launch.cli",
         "pretrain",
         config,
         *(overrides or ()),
         *ours,
         f"run.root={home}",
-        *(["--procs", str(procs)] if procs else []),
-    ]
+        *(["--procs", procs] if procs else []),
+    )
     twin, run, out = home / "twin", home / "killed", out or home.with_name(f"{home.name}.json")
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import os
+import shlex
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, ConfigError, shown
 
 Source = Annotated[
     str,
@@ -35,6 +36,31 @@ Port = Annotated[
 DryRun = Annotated[
     bool, typer.Option("--dry-run", help="Check everything, print what would run, write nothing.")
 ]
+Permissions = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="data.allow_pipe=true model.trust_remote_code=true",
+        help="Let commands, or code of the model, run that the run's config names.",
+        show_default=False,
+    ),
+]
+
+
+def _permit(permissions: list[str] | None) -> None:
+    """Let run what the command line says may run; nothing else is asked of this verb.
+
+    Raises:
+        ConfigError: if something is.
+    """
+    from hfscale.config.permission import KEYS, grant
+
+    if other := grant(permissions or ()):
+        raise ConfigError(
+            "only permissions can be given here",
+            where="command line",
+            value=other[0],
+            remedy=" or ".join(f"{key}=true" for key in KEYS),
+        )
 
 
 def pretrain(
@@ -51,9 +77,11 @@ def pretrain(
     hfscale pretrain configs/pretrain/gpt2_small.yaml run.name=first --procs 8;
     hfscale pretrain runs/first train.steps=200000
     """
+    from hfscale.config.permission import grant
     from hfscale.registry import load_plugin
     from launch.request import LAUNCHERS, Request
 
+    grant(overrides or ())  # to the ranks, and to the job that Slurm starts
     request = Request(
         config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run
     )
@@ -132,7 +160,7 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
         ]
         lines.insert(1, ("job", ", ".join(words)))
     for name, value in lines:
-        typer.echo(f"{name:<16}{value}")
+        typer.echo(shown(f"{name:<16}{value}"))
 
 
 def logs(
@@ -155,7 +183,9 @@ def logs(
     files = [*jobs, *folder.glob("rank-0.log")]
     if not files:
         raise CheckpointError(
-            "this run has no log yet", where=folder, remedy=f"see where it is: hfscale status {run}"
+            "this run has no log yet",
+            where=folder,
+            remedy=f"see where it is: hfscale status {shlex.quote(run)}",
         )
     os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)])
 
@@ -195,6 +225,7 @@ def show(
 def batch(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
     step: Annotated[int, typer.Option(help="Which optimizer step, counted from 1.")],
+    permissions: Permissions = None,
     full: Annotated[
         bool, typer.Option("--full", help="Print each text whole, not its first 200 characters.")
     ] = False,
@@ -205,11 +236,14 @@ def batch(
     """
     from hfscale.reports.batch import rebuild
 
+    _permit(permissions)
     rebuilt = rebuild(run, step=step)
     for row in rebuilt.rows:
         documents = "-".join(map(str, dict.fromkeys(row.documents)))
         typer.echo(
-            f"row {row.position:,}  {row.source}  {row.shard}  tokens from {row.start:,}  {row.member}  documents {documents}"
+            shown(
+                f"row {row.position:,}  {row.source}  {row.shard}  tokens from {row.start:,}  {row.member}  documents {documents}"
+            )
         )
         typer.echo("    " + (row.text if full else row.text[:200]).replace("\n", "\n    "))
     verdict = (
@@ -295,6 +329,7 @@ def export(
     out: Annotated[
         Path, typer.Argument(metavar="OUT", help="The folder to make; it must not exist.")
     ],
+    permissions: Permissions = None,
     adapter: Annotated[
         bool,
         typer.Option(
@@ -308,4 +343,5 @@ def export(
     """
     from hfscale.jobs.export import run
 
+    _permit(permissions)
     typer.echo(run(model, out, adapter=adapter))

@@ -7,7 +7,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from hfscale.errors import ConfigError, DataError
+from hfscale.errors import ConfigError, DataError, shown
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -238,4 +238,4 @@ def cat(
         )
         found = ((title, str(decode(ids))) for title, ids in pieces)
     for title, text in found:
-        print(f"--- {title}", text, sep="\n")
+        print(f"--- {shown(title)}", text, sep="\n")

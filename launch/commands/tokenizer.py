@@ -68,7 +68,8 @@ def add(
 ) -> None:
     """Add special tokens that an objective needs. The ids of text stay the same, so shards that were built stay good."""
     from hfscale.errors import ConfigError, nearest
-    from hfscale.tokenizer import extended
+    from hfscale.shards.files import whole_folder
+    from hfscale.tokenizer import extended, save_files
 
     roles = dict(token.partition("=")[::2] for token in tokens)
     for role, token in roles.items():
@@ -90,5 +91,6 @@ def add(
     tokenizer = extended(
         path, roles={f"{role}_token": token for role, token in roles.items()}, sentinels=count
     )
-    tokenizer.save_pretrained(out)
+    with whole_folder(out) as partial:
+        save_files(tokenizer, partial)
     print(f"{len(tokenizer):,} ids  {out}")

@@ -14,6 +14,7 @@ def checkpoint(tmp_path):
         write_file(folder, f"engine/rank-0000{n}.safetensors", [b"ab" * 1000, memoryview(b"c" * n)])
         for n in range(3)
     ]
+    entries += [write_file(folder, name, [b"{}"]) for name in ("state.json", "config.json")]
     write_manifest(folder, entries, step=7)
     return folder
 
@@ -21,14 +22,28 @@ def checkpoint(tmp_path):
 def test_what_was_written_verifies(checkpoint):
     assert verify(checkpoint) == []
     assert [(entry.path, entry.bytes) for entry in read_manifest(checkpoint)] == [
-        (f"engine/rank-0000{n}.safetensors", 2000 + n) for n in range(3)
+        ("config.json", 2),
+        *((f"engine/rank-0000{n}.safetensors", 2000 + n) for n in range(3)),
+        ("state.json", 2),
     ]
 
 
 def test_every_part_is_checked_by_somebody(checkpoint):
     (checkpoint / "engine/rank-00001.safetensors").unlink()
     found = [verify(checkpoint, part=rank, parts=2) for rank in range(2)]
-    assert found == [[], ["engine/rank-00001.safetensors is missing"]]
+    assert found == [["engine/rank-00001.safetensors is missing"], []]
+
+
+@pytest.mark.parametrize(
+    "name", ["state.json", "config.json", "engine/rank-00000.safetensors", "probe.safetensors"]
+)
+def test_what_is_read_is_listed(checkpoint, name):
+    """Whoever makes a manifest again may leave a name out: its file would be believed unread."""
+    entries = [entry for entry in read_manifest(checkpoint) if entry.path != name]
+    (checkpoint / "probe.safetensors").write_bytes(b"")
+    write_manifest(checkpoint, entries, step=7)
+    [*problems] = verify(checkpoint)
+    assert any(name in problem for problem in problems), problems
 
 
 def test_each_single_flipped_bit_of_the_manifest_is_found_or_harmless(checkpoint):

@@ -11,21 +11,20 @@ A fork takes milliseconds where a new process takes seconds. Ranks that are kill
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfscale.dist.world import World
+from hfscale.dist.world import World, listen
 from tests.helpers.ranks import ROOT, _address
 
 PR_SET_PDEATHSIG = 1
@@ -62,26 +61,15 @@ class Forks:
         )
         os.close(said)
         self._heard = os.fdopen(heard)
-        self._next_port = 37 * self.process.pid  # other tests are at work as well
         self.said: list[list[Any]] = []  # by the ranks of the last start
 
     def start(self, function: Callable[..., Any], world_size: int, *args: Any) -> list[int]:
         """Return the process ids of new ranks that call ``function(*args)``."""
         assert self.process.stdin is not None
-        self.process.stdin.write(
-            json.dumps([_address(function), world_size, self._port(), args]) + "\n"
-        )
+        self.process.stdin.write(json.dumps([_address(function), world_size, args]) + "\n")
         self.process.stdin.flush()
         self.said.clear()
         return self.line("ranks")
-
-    def _port(self) -> int:
-        """Return a free port below those that the system gives to connections: with hundreds of starts, one of those is soon taken."""
-        while True:
-            self._next_port = 20_000 + (self._next_port + 1) % 12_000
-            with socket.socket() as probe, contextlib.suppress(OSError):
-                probe.bind(("127.0.0.1", self._next_port))
-                return self._next_port
 
     def line(self, word: str) -> list[Any]:
         """Return what was said with ``word``; what comes before it is passed over."""
@@ -125,10 +113,11 @@ def main() -> None:
     tiny_model()
     server = os.getpid()
     for line in sys.stdin:
-        address, world_size, port, args = json.loads(line)
+        address, world_size, args = json.loads(line)
         module, _, name = address.partition(":")
         function = getattr(import_module(module), name)
-        pids = []
+        pids, listener = [], listen()
+        port, handle = listener.getsockname()[1], listener.fileno()
         for rank in range(world_size):
             pid = os.fork()
             if pid == 0:
@@ -136,7 +125,10 @@ def main() -> None:
                 if os.getppid() != server:
                     os._exit(1)
                 try:
-                    group.start(World(rank, world_size, rank, world_size, "127.0.0.1", port))
+                    if rank:
+                        listener.close()
+                    place = World(rank, world_size, rank, world_size, "127.0.0.1", port)
+                    group.start(place if rank else replace(place, listen_fd=handle))
                     say("returned", function(*args))
                     group.shutdown()
                     os._exit(0)
@@ -144,6 +136,7 @@ def main() -> None:
                     traceback.print_exc()
                     os._exit(1)
             pids.append(pid)
+        listener.close()  # it is rank 0's
         say("ranks", *pids)
         say("gone", *(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 

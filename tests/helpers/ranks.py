@@ -29,7 +29,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 from pathlib import Path
 from typing import Any
 
-from hfscale.dist.world import free_port
+from hfscale.dist.world import LISTEN_FD, listen
 
 ROOT = Path(__file__).resolve().parents[2]
 STACKS_TIMEOUT_S = 20.0
@@ -98,7 +98,7 @@ class RankGroup:
         self._starts = [0] * world_size  # where each log's part of the current call begins
         self.pipes: list[Connection] = []
         self.processes: list[subprocess.Popen[bytes]] = []
-        port = str(free_port())
+        listener = listen()
         for rank, log in enumerate(self.logs):
             here, there = Pipe()
             world = {
@@ -107,7 +107,8 @@ class RankGroup:
                 "WORLD_SIZE": str(world_size),
                 "LOCAL_WORLD_SIZE": str(world_size),
                 "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": port,
+                "MASTER_PORT": str(listener.getsockname()[1]),
+                LISTEN_FD: str(listener.fileno()),
                 "OMP_NUM_THREADS": "1",
                 "CUDA_VISIBLE_DEVICES": "",
                 "PYTHONPATH": os.pathsep.join(
@@ -123,11 +124,12 @@ class RankGroup:
                     stdout=log,
                     stderr=log,
                     stdin=subprocess.DEVNULL,
-                    pass_fds=[there.fileno()],
+                    pass_fds=[there.fileno(), *([] if rank else [listener.fileno()])],
                 )
             )
             there.close()
             self.pipes.append(here)
+        listener.close()  # it is rank 0's
         try:
             self._collect(START_TIMEOUT_S)
         except BaseException:

@@ -41,7 +41,7 @@ def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
     run.mkdir()
     (root / "launch" / "cli.py").write_text("old = 1\n")
     (root / "hfscale" / "gone.py").write_text("x\n")
-    (root / "binary").write_bytes(b"\0\1")
+    (root / "hfscale" / "binary").write_bytes(b"\0\1")
     (outer / "other").write_text("not ours")
     git("init", "-q", cwd=outer)
     assert code(root, run) == {"revision": None, "patch": None}, (
@@ -56,7 +56,7 @@ def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
     (root / "launch" / "cli.py").write_text("new = 2  # 你好\n")
     (root / "hfscale" / "gone.py").unlink()
     (root / "hfscale" / "new file.py").write_text("y\n")
-    (root / "binary").write_bytes(b"\0\2")
+    (root / "hfscale" / "binary").write_bytes(b"\0\2")
     (outer / "other").write_text("changed, and not ours")
     found = code(root, run)
     assert found["revision"] == head
@@ -68,6 +68,22 @@ def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
     assert [file.name for file in run.iterdir()] == [found["patch"]], (
         "the same changes are kept once"
     )
+
+
+def test_the_patch_is_of_our_code_alone(tmp_path: Path):
+    """slurm/site.sh, where docs send tokens and proxies, does not end in a run directory that others read."""
+    for name in ("launch/cli.py", "slurm/site.sh", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("1\n")
+    git("init", "-q", cwd=tmp_path)
+    git("add", ".", cwd=tmp_path)
+    git("commit", "-qm", "all", cwd=tmp_path)
+    (tmp_path / "slurm" / "site.sh").write_text("export HF_TOKEN=SECRET\n")
+    (tmp_path / "README.md").write_text("SECRET\n")
+    assert code(tmp_path, tmp_path)["patch"] is None
+    (tmp_path / "launch" / "cli.py").write_text("2\n")
+    patch = (tmp_path / code(tmp_path, tmp_path)["patch"]).read_text()
+    assert "launch/cli.py" in patch and "SECRET" not in patch
 
 
 def test_a_patch_beyond_the_limit_is_named_and_not_kept(tmp_path: Path):

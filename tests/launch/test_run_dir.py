@@ -198,3 +198,18 @@ def test_missing_shards_are_named_before_ranks_start(folder: Path):
         UserError, match=r"1 files of the shards are missing[\s\S]*shard-000000.idx"
     ):
         check(Request("config.yaml").load().config, device_type="cpu")
+
+
+@pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "environment.json", "logs/rank-1.log"])
+def test_a_run_does_not_write_through_links(folder: Path, name: str):
+    """A stranger's run directory would write to files of its new user."""
+    (folder / "victim").write_text("mine")
+    path = folder / "runs" / "first" / name
+    path.parent.mkdir(parents=True)
+    path.symlink_to(folder / "victim")
+    with (
+        pytest.raises(CheckpointError, match="is a link"),
+        run_dir.locked(folder / "runs" / "first"),
+    ):
+        pass
+    assert (folder / "victim").read_text() == "mine"

@@ -1,6 +1,9 @@
 """metrics.jsonl survives a kill, counts attempts, and TensorBoard shows one value a step."""
 
+import errno
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -72,3 +75,30 @@ def test_tensorboard_shows_one_value_a_step(tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
     assert "source_loss/web" in events.Tags()["scalars"] and "mfu" not in events.Tags()["scalars"]
+
+
+def test_a_record_that_a_full_disk_takes_a_part_of_is_taken_back(tmp_path):
+    """With room again the next record would be glued to it, and both be lost to every reader."""
+    code = """
+import json, resource, signal, sys
+from pathlib import Path
+from hfscale.monitor.writers import MetricsLog
+from tests.monitor.test_writers import RECORD
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+log = MetricsLog(Path(sys.argv[1]), first_step=1, total_steps=9, tensorboard=False)
+log.write({"step": 1, **RECORD})
+size, most = log._file.tell(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, most))
+try:
+    log.write({"step": 2, **RECORD})
+except OSError as error:
+    print(error.errno)
+resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+log.write({"step": 3, **RECORD})
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+    )
+    assert done.stdout == f"{errno.ENOSPC}\n"
+    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 3]

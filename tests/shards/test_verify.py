@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import io
 import math
+import subprocess
 import sys
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
 
 from hfscale.errors import DataError, UserError
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.raw import index_tars
+from hfscale.shards.reader import ShardReader
 from hfscale.shards.stats import describe, document_lengths, draw, histogram, unigram_entropy
 from hfscale.shards.verify import manifests_at, verify
 from hfscale.shards.writer import ShardWriter
@@ -212,3 +215,69 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="index"):
         index({"a.txt": b"x"})
     assert (tmp_path / "x.idx").read_bytes() == b"of another program"
+
+
+@pytest.mark.parametrize(
+    ("name", "member", "value", "said"),
+    [
+        ("documents", 0, 0, "other documents than"),
+        ("documents", 0, 2**62, "more than the shard has bytes"),  # times four it is nothing
+        ("tokens", 1, 2**63, "more than the shard has bytes"),  # twice that is nothing
+        ("bytes", 1, 2**20, "more than the shard has bytes"),
+        ("offset", 1, -1, "ends after the shard"),  # the last byte
+    ],
+)
+def test_an_index_counts_what_is_there(
+    tmp_path: Path, name: str, member: int, value: int, said: str
+) -> None:
+    """With a good checksum, as one who makes an index himself has it: it is neither read nor called good."""
+    manifest = make(tmp_path, DOCUMENTS)
+    [entry, *_] = manifest.shards
+    path = tmp_path / entry.index_name
+    index = ShardIndex.load(path)
+    members = index.members.copy()
+    members[name][member] = value if value >= 0 else entry.bytes + value
+    ShardIndex(index.tar_digest, members).save(path)
+    assert any(said in line for line in verify(manifest, threads=1, advance=lambda _: None))
+    with pytest.raises(DataError, match=said):
+        ShardReader(tmp_path, entry, dtype=manifest.numpy_dtype)
+
+
+def test_an_index_has_the_members_that_it_says(tmp_path: Path) -> None:
+    manifest = make(tmp_path, DOCUMENTS)
+    path = tmp_path / manifest.shards[0].index_name
+    body = bytearray(path.read_bytes()[:-8])
+    body[40] += 1  # the count
+    path.write_bytes(body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
+    with pytest.raises(DataError, match="as many members"):
+        ShardIndex.load(path)
+
+
+@pytest.mark.parametrize("form", ["gnu", "posix"])
+def test_a_sparse_member_is_refused_by_name(tmp_path: Path, form: str) -> None:
+    """Its bytes are not stored as they are: its text would be that of the members after it."""
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.write(b"begin")
+        file.truncate(2**20)
+        file.seek(2**20)
+        file.write(b"end")
+    (tmp_path / "b.txt").write_text("another text")
+    tar = tmp_path / "x.tar"
+    pack = ["tar", f"--format={form}", "-S", "-cf", str(tar), "-C", str(tmp_path), "a.txt", "b.txt"]
+    subprocess.run(pack, check=True)
+    if tar.stat().st_size > 2**19:
+        pytest.skip("this file system has no holes")
+    with pytest.raises(DataError, match="'.*a.txt'.* is sparse"):
+        index_tars([tar], folder=tmp_path / "out", field="txt", threads=1)
+
+
+@pytest.mark.parametrize("more", ["a tar", "garbage"])
+def test_what_follows_the_end_of_a_tar_is_not_lost_without_a_word(
+    tmp_path: Path, more: str
+) -> None:
+    first = write_tar(tmp_path / "a.tar", {"a.txt": b"one"})
+    second = write_tar(tmp_path / "b.tar", {"b.txt": b"two"})
+    added = second.read_bytes() if more == "a tar" else b"\0" * 700 + b"x"
+    first.write_bytes(first.read_bytes() + added)
+    with pytest.raises(DataError, match="more follows after the end of the tar"):
+        index_tars([first], folder=tmp_path / "out", field="txt", threads=1)
