@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -20,6 +21,7 @@ from hfscale.corpus.source import open_corpus
 from hfscale.corpus.split import Side, assign, check_sides
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
+from hfscale.records import Damaged, Record, parse, read_file
 from hfscale.shards.counts import Counts
 from hfscale.shards.files import cannot_write
 
@@ -90,6 +92,13 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
     }
     _save(tokenizer, folder, {"plan": plan, "report": report})
     return report
+
+
+class _Kept(Record):
+    """What lies beside a trained tokenizer: what was asked for, and the report."""
+
+    plan: dict[str, Any]
+    report: dict[str, Any]
 
 
 class _Reading:
@@ -246,10 +255,9 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, An
 
 def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Return the report in ``folder`` if it is of the same training."""
-    try:
-        there = json.loads((folder / REPORT_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
-        there = {}
+    there: dict[str, Any] = {}
+    with suppress(OSError, Damaged):
+        there = parse(_Kept, read_file(folder / REPORT_NAME)).as_dict()
     if differing := [key for key in plan if there.get("plan", {}).get(key) != plan[key]]:
         raise DataError(
             f"there is something else already ({', '.join(differing)} differ)"

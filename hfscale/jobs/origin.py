@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -63,7 +62,7 @@ def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     state, theirs = folder / layout.STATE, None
     if state.is_file() or (folder / "tokenizer.json").is_file():
         theirs = (
-            json.loads(state.read_text("utf-8"))["tokenizer_digest"]
+            layout.state_of(folder).get("tokenizer_digest")
             if state.is_file()
             else tokenizer_digest(folder)
         )

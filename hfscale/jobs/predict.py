@@ -17,7 +17,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import changed
@@ -31,6 +33,7 @@ from hfscale.errors import DataError, counted
 from hfscale.hub import local_folder
 from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
+from hfscale.records import Count, Record, load, parse, read_file
 from hfscale.shards.files import cannot_write, publish, sync, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
@@ -44,6 +47,14 @@ SHOWN = 3  # problems that a message tells
 CHUNK = (
     512  # examples: batched by length among themselves, and the most that a kill costs a process
 )
+
+
+class _Asked(Record):
+    """What half-made predictions are of."""
+
+    key: dict[str, str]
+    examples: Count
+    chunk: Annotated[int, Field(gt=0, lt=2**31)]
 
 
 def parts_of(out: Path) -> Path:
@@ -89,7 +100,7 @@ def model_digest(folder: Path) -> str:
         model.update(
             f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
             if large
-            else file.read_bytes()
+            else read_file(file)
         )
     if (folder / layout.STATE).is_file() and (beside := layout.state_of(folder).get("adapters")):
         model.update(changed(Path(beside["folder"])).encode())
@@ -235,7 +246,7 @@ def join(config: PredictConfig) -> int:
     total, size = _begun(parts)
     with open(whole, "wb") as file:
         for number in range(-(-total // size)):
-            content = _chunk(parts, number).read_bytes()
+            content = read_file(_chunk(parts, number), most=1 << 34)
             if (lines := content.count(b"\n")) != (wanted := min(size, total - number * size)):
                 raise DataError(
                     "this part of the predictions was changed",
@@ -252,7 +263,9 @@ def join(config: PredictConfig) -> int:
     publish(whole, out)
     shutil.rmtree(parts)
     if bad:
-        shown = "; ".join("{id}: {problem}".format(**json.loads(line)) for line in bad[:SHOWN])
+        shown = "; ".join(
+            "{id}: {problem}".format(**parse(dict[str, Any], line)) for line in bad[:SHOWN]
+        )
         logger.warning(
             f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a prediction, such as {shown}"
         )
@@ -287,14 +300,8 @@ def _begun(parts: Path) -> tuple[int, int]:
 
 
 def _key(parts: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((parts / "key.json").read_text("utf-8")))
-    except ValueError:
-        raise DataError(
-            "these half-made predictions are damaged",
-            where=parts / "key.json",
-            remedy="remove their folder",
-        ) from None
+    what = "the record of half-made predictions"
+    return load(parts / "key.json", _Asked, what=what, remedy="remove that folder").as_dict()
 
 
 def _chunk(parts: Path, number: int) -> Path:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO
 
 from hfscale.errors import DataError
+from hfscale.records import open_file
 
 BLOCK = 1 << 24  # bytes read at once
 
@@ -27,7 +28,7 @@ def locked(path: Path) -> Iterator[IO[bytes]]:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
