@@ -40,7 +40,7 @@ from benchmarks.common import machine, record, table
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import make_corpus, run_values
 
-LIMIT_S, MEMORY_BYTES = 60.0, 12 << 30  # of one input
+LIMIT_S, MEMORY_BYTES = 60.0, 32 << 30  # of one input
 TRACEBACK = "Traceback (most recent call last)"
 Act = Callable[
     [], object
@@ -52,6 +52,15 @@ Random = random.Random
 def make_base(home: Path) -> Path:
     """Return a folder with shards, raw tars, tables, a run of four steps, its export and its scores."""
     base = make_corpus(home / "base")
+    add_files(base)
+    hfscale("pretrain", "run.yaml", "--procs", 1, cwd=base)
+    hfscale("export", "runs/r", "export", cwd=base)
+    hfscale("evaluate", "runs/r", cwd=base)
+    return base
+
+
+def add_files(base: Path) -> None:
+    """Put a config of a run, tables and a tar of raw text beside a corpus."""
     values = run_values(base, base / "runs", "r")
     values["checkpoint"] = {"every_steps": 2, "keep_last": 2}
     values["train"] = {"steps": 4, "global_batch": 4, "micro_batch": 4}
@@ -62,10 +71,16 @@ def make_base(home: Path) -> Path:
         "rows": 4,
     }
     (base / "run.yaml").write_text(yaml.safe_dump(values))
-    hfscale("pretrain", "run.yaml", "--procs", 1, cwd=base)
-    hfscale("export", "runs/r", "export", cwd=base)
-    hfscale("evaluate", "runs/r", cwd=base)
-    rows = [{"id": str(n), "prompt": f"def f{n}", "text": f"x = {n}"} for n in range(4)]
+    rows = [
+        {
+            "id": str(n),
+            "prompt": f"def f{n}",
+            "text": f"x = {n}",
+            "label": f"l{n % 2}",
+            "prediction": f"l{n % 2}",
+        }
+        for n in range(4)
+    ]
     (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (base / "rows.csv").write_text("id,prompt\n" + "".join(f"{n},def f{n}\n" for n in range(4)))
     with tarfile.open(base / "raw.tar", "w", format=tarfile.GNU_FORMAT) as tar:
@@ -74,7 +89,6 @@ def make_base(home: Path) -> Path:
                 info = tarfile.TarInfo(name)
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    return base
 
 
 def tokens_of(folder: Path) -> str:
@@ -301,9 +315,7 @@ def on_yaml(rng: Random, home: Path) -> Act:
         replaced(rng, file)
     if name == "corpus.yaml":
         return command("shards", "build", name, "shards.path=new", "shards.procs=1")
-    return command(
-        *rng.choice([("show", name), ("pretrain", name, "--dry-run"), ("doctor", name, "--help")])
-    )
+    return command(*rng.choice([("show", name), ("pretrain", name, "--dry-run", "--procs", "1")]))
 
 
 def on_overrides(rng: Random, home: Path) -> Act:
@@ -335,7 +347,7 @@ def on_overrides(rng: Random, home: Path) -> Act:
         "http://x/ y",
     ]
     words = [f"{rng.choice(keys)}={rng.choice(texts)}" for _ in range(rng.choice([1, 1, 2]))]
-    verb = rng.choice([("show",), ("pretrain", "--dry-run")])
+    verb = rng.choice([("show",), ("pretrain", "--dry-run", "--procs", "1")])
     return command(verb[0], "run.yaml", *words, *verb[1:])
 
 
@@ -390,8 +402,8 @@ def on_names(rng: Random, home: Path) -> Act:
                 ("shards", "cat", name),
                 ("shards", "index", name),
                 ("tokenizer", "add", name, "out", "mask=<m>"),
-                ("pretrain", name, "--dry-run"),
-                ("finetune", name, "--dry-run"),
+                ("pretrain", name, "--dry-run", "--procs", "1"),
+                ("finetune", name, "--dry-run", "--procs", "1"),
             ]
         )
     )
@@ -554,18 +566,17 @@ def on_export(rng: Random, home: Path) -> Act:
     ]
     names += ["generation_config.json", "model.safetensors"]
     file = folder / rng.choice(names)
-    if file.suffix == ".json":
+    if file.name == "config.json" and rng.random() < 0.2:
+        config = json.loads(file.read_text())
+        sizes = ["n_layer", "n_head", "vocab_size", "n_positions", "num_labels", "n_embd"]
+        config[rng.choice(sizes)] = 10**9
+        file.write_text(json.dumps(config))
+    elif file.suffix == ".json":
         bend_json(rng, file)
     elif rng.random() < 0.2:
         replaced(rng, file)
     else:
         bend_header(rng, file)
-    if rng.random() < 0.1 and file.is_file() and file.name == "config.json":
-        config = json.loads((home / ".." / "base" / "export" / "config.json").read_text())
-        config[
-            rng.choice(["n_layer", "n_head", "vocab_size", "n_positions", "num_labels", "n_embd"])
-        ] = 10**9
-        file.write_text(json.dumps(config))
     return command(
         *rng.choice(
             [
@@ -576,10 +587,12 @@ def on_export(rng: Random, home: Path) -> Act:
                     "pretrain",
                     "run.yaml",
                     "--dry-run",
+                    "--procs",
+                    "1",
                     "model.pretrained=export",
                     "model.architecture=null",
                 ),
-                ("pretrain", "run.yaml", "--dry-run", "tokenizer.path=export"),
+                ("pretrain", "run.yaml", "--dry-run", "--procs", "1", "tokenizer.path=export"),
                 ("tokenizer", "add", "export", "out", "mask=<m>"),
             ]
         )
@@ -613,7 +626,13 @@ def on_records(rng: Random, home: Path) -> Act:
         return read_run(rng)
     bend_json(rng, run / which)
     return command(
-        *rng.choice([("status", "runs/r"), ("pretrain", "runs/r", "--dry-run"), ("show", "runs/r")])
+        *rng.choice(
+            [
+                ("status", "runs/r"),
+                ("pretrain", "runs/r", "--dry-run", "--procs", "1"),
+                ("show", "runs/r"),
+            ]
+        )
     )
 
 
@@ -685,7 +704,7 @@ def on_table(rng: Random, home: Path) -> Act:
         replaced(rng, file)
     if rng.random() < 0.3:
         return command(
-            "evaluate", "--task", "text_generation", "--data", name, "--predictions", name
+            "evaluate", "--task", "sequence_classification", "--data", name, "--predictions", name
         )
     return command("predict", "export", "--data", name, "generation.max_new_tokens=1")
 
@@ -742,7 +761,7 @@ def on_environment(rng: Random, home: Path) -> Act:
 
         def shown() -> None:
             os.environ.update(os_environ)
-            command("pretrain", "run.yaml", "--dry-run")()
+            command("pretrain", "run.yaml", "--dry-run", "--procs", "1")()
 
         return shown
     return act
@@ -905,11 +924,13 @@ def run(
                     f"{name}:{number} {outcome.kind} ({outcome.code}): {last[0][:200]}"
                 )
                 print(tally.bad[-1], flush=True)
+        print(f"{name}: {dict(tally.kinds)}, slowest {tally.slowest_s:.1f} s", flush=True)
     return tallies
 
 
 def warm_up() -> None:
     """Import what the commands need, once, before anything is forked."""
+    os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here asks the hub
     for name in WARM:
         import_module(name)
 

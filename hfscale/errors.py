@@ -16,6 +16,7 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
 EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
 EXIT_HUNG = 77  # ranks hung (who is to blame is written down), or lost one another; may be requeued or rerun
+EXIT_INTERRUPTED = 130  # Ctrl-C, and nothing was kept: 128 + SIGINT, as shells say it
 
 _UNSET = object()
 

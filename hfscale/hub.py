@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
@@ -80,6 +81,36 @@ def local_folder(
             value=str(name),
             remedy=f"{remedy}, or a hub name that can be fetched or is in the cache ({reason})",
         ) from error
+
+
+@contextmanager
+def asked_once(name: str) -> Iterator[None]:
+    """Ask the hub for the data set ``name``, for ten seconds; where it does not answer, only the cache is looked at inside.
+
+    A client that is not told so asks for minutes on a network that swallows packets.
+
+    Raises:
+        Exception: of the hub, if it answers that there is no such thing.
+    """
+    import datasets.config as data
+    import huggingface_hub.constants as hub
+    from huggingface_hub import HfApi
+    from huggingface_hub.errors import HfHubHTTPError
+
+    silent = hub.HF_HUB_OFFLINE
+    if not silent:
+        try:
+            HfApi().dataset_info(name, timeout=10)
+        except HfHubHTTPError:
+            raise
+        except Exception:  # of the transport
+            silent = True
+    before = hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE
+    hub.HF_HUB_OFFLINE = data.HF_HUB_OFFLINE = silent
+    try:
+        yield
+    finally:
+        hub.HF_HUB_OFFLINE, data.HF_HUB_OFFLINE = before
 
 
 def checked_files(folder: Path) -> Path:

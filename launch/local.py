@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,6 +197,13 @@ class Rank:
 def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> int:
     """Return the exit code of ``procs`` processes of ``command``. Each has its log; rank 0's goes to the console as well."""
     logs.mkdir(exist_ok=True)
+    if shutil.which("tee") is None:
+        raise ConfigError(
+            "there is no `tee`, which copies what rank 0 says to its log",
+            where="environment, PATH",
+            value=os.environ.get("PATH", ""),
+            remedy="add the folder that holds it, /usr/bin as a rule",
+        )
     ranks: list[Rank] = []
     try:
         with _forwarding(ranks) as asked:

@@ -15,7 +15,7 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parents[1]
 FLOORS = [  # a module imports from lower floors, and from its own package; errors.py is under everything
-    {"errors", "registry", "log", "records", "packages"},
+    {"errors", "registry", "log", "records", "packages", "deadline"},
     {"hub"},
     {"config", "shards", "tokenizer", "encoding", "dist", "monitor", "metrics"},
     {"corpus", "stream", "models", "engine"},

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
 from hfscale.corpus.source import open_corpus
 from hfscale.corpus.split import Side, assign, check_sides
+from hfscale.dist.stop import ended_by_ctrl_c
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
 from hfscale.records import Damaged, Record, parse, read_file
@@ -73,7 +74,8 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
         texts = reading.training_texts(documents, bar, at=corpus.at)
         if recipe.by_line:
             texts = (line for text in texts for line in text.splitlines() if line)
-        recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
+        with ended_by_ctrl_c("interrupted: no tokenizer was made"):
+            recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=recipe.tokenizer,
         clean_up_tokenization_spaces=False,
@@ -249,7 +251,9 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, An
                 json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8"
             )
             partial.rename(folder)
-    except OSError as error:
+    except Exception as error:
+        if not isinstance(error, OSError) and type(error) is not Exception:  # Rust's
+            raise
         raise cannot_write(folder, error) from error
 
 

@@ -6,18 +6,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig, TrainConfig
-from hfscale.errors import CheckpointError, ConfigError
-from hfscale.hub import local_folder
+from hfscale.errors import ConfigError
+from hfscale.hub import checked_files, local_folder
 from hfscale.jobs.material import run_config, tokenizer_folder
 from hfscale.log import logger
-from hfscale.models.build import longest_row
+from hfscale.models.build import longest_row, read_config
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tasks.base import TASKS, load_task, task_class
 from hfscale.tokenizer import load_tokenizer
@@ -74,21 +74,12 @@ def auto_model_of(name: str) -> str:
 def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
     """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
     if checkpoint := layout.checkpoint_of(name):
-        return AutoConfig.from_pretrained(checkpoint), load_tokenizer(
-            tokenizer_folder(run_config(checkpoint), None)
-        )
+        tokenizer = load_tokenizer(tokenizer_folder(run_config(checkpoint), None))
+        return read_config(checked_files(checkpoint), where="MODEL"), tokenizer
     folder = local_folder(
         name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder"
     )
-    try:
-        return AutoConfig.from_pretrained(folder), load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            "no model here",
-            where=name,
-            value=str(error).splitlines()[0],
-            remedy="name a run, a checkpoint, an export, or a transformers folder",
-        ) from error
+    return read_config(folder, where="MODEL"), load_tokenizer(folder)
 
 
 def is_pretraining(name: str, data: str | None) -> bool:

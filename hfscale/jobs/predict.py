@@ -25,7 +25,6 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import changed
 from hfscale.config.inference import PredictConfig
 from hfscale.dist import group
-from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
@@ -37,7 +36,7 @@ from hfscale.records import Count, Record, load, parse, read_file
 from hfscale.shards.files import cannot_write, publish, sync, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
-from hfscale.training.predictor import predict
+from hfscale.training.predictor import predict, stopped
 
 PROBLEM, TRUNCATED = (
     b'"prediction": null, "problem": ',
@@ -174,7 +173,8 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     left = [number for number in range(-(-total // size)) if not _chunk(parts, number).exists()]
     if not left:
         return True
-    stop.listen()
+    alone = world.world_size == 1  # a launcher speaks for its ranks
+    stop.listen(say="stopping after this batch: what is whole is kept" if alone else None)
     with group.joined(world, needed=config.engine.zero_stage == 3):
         engine, task = open_task(config)
         done = _predict_chunks(config, engine, task, left=left, world=world, stop=stop)
@@ -218,7 +218,10 @@ def _predict_chunks(
                 first=first,
                 refuse_long=config.data.too_long == "refuse",
                 answers=config.predict.answers,
+                stop=stop,
             )
+            if made is None:
+                return False
             if (
                 config.predict.answers
                 and config.data.on_error == "stop"
@@ -234,7 +237,7 @@ def _predict_chunks(
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
                 write_atomically(_chunk(parts, mine[turn]), lines.encode())
             bar.update(len(chunk))
-            if any(from_all_ranks(stop.requested)) if engine.together else stop.requested:
+            if turn + 1 < rounds and stopped(stop, together=engine.together):
                 return False
     return True
 
@@ -284,7 +287,7 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
     """
     with group.joined(World(), needed=config.engine.zero_stage == 3):
         engine, task = open_task(config)
-        (made,) = predict(task, engine, [example], batch=1)
+        [made] = predict(task, engine, [example], batch=1) or []
         engine.close()
     if "problem" in made:
         raise DataError(

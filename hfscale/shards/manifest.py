@@ -67,13 +67,28 @@ class _Version(Record):
     version: int
 
 
+class _Seen(Record):
+    """What a build has read and left out (``counts.py``): numbers, and some names."""
+
+    __pydantic_extra__: dict[str, Count]
+    documents: Count
+    names: dict[str, list[str]] = {}
+
+
+class _Source(Record):
+    """Where the text came from."""
+
+    field: str | None = None
+    seen: _Seen | None = None
+
+
 class _File(Record):
     """The file of this version."""
 
     version: Literal[1]
     dtype: str
     tokenizer: TokenizerInfo | None
-    source: dict[str, Any]
+    source: _Source
     shards: tuple[ShardEntry, ...]
 
 
@@ -130,7 +145,7 @@ class Manifest:
         manifest = cls(
             dtype=file.dtype,
             tokenizer=file.tokenizer,
-            source=file.source,
+            source=file.source.as_dict(),
             shards=file.shards,
             folder=path.parent,
         )

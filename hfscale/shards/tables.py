@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from glob import has_magic
 from itertools import chain
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.errors import DataError
+from hfscale.hub import asked_once
 from hfscale.log import logger
 from hfscale.records import open_file
 from hfscale.shards.classes import class_names, with_names
@@ -394,7 +395,8 @@ def hub_dataset(
 
     repository, _, wanted = name.partition(":")
     try:
-        return load_dataset(repository, subset, split=wanted or split, streaming=streaming)
+        with asked_once(repository) if not Path(repository).exists() else nullcontext():
+            return load_dataset(repository, subset, split=wanted or split, streaming=streaming)
     except Exception as error:  # datasets has no common class for what users get wrong
         first_line = str(error).strip().split("\n")[0]
         if "load_from_disk" in str(error):
