@@ -18,6 +18,7 @@ EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
 EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
 EXIT_HUNG = 77  # ranks hung (who is to blame is written down), or lost one another; may be requeued or rerun
+EXIT_INTERRUPTED = 130  # Ctrl-C, and nothing was kept: 128 + SIGINT, as shells say it
 
 _UNSET = object()
 
@@ -74,6 +75,20 @@ class CheckpointError(UserError):
     """A checkpoint or run directory that cannot be used as asked."""
 
 
+USERS_MATTER = {  # of the system's errors: what to do about them
+    **dict.fromkeys(
+        (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM),
+        "make room or choose another folder, then run the same command again",
+    ),
+    **dict.fromkeys((errno.ENAMETOOLONG, errno.ELOOP), "give a shorter path, without such links"),
+    **dict.fromkeys(
+        (errno.ENOTDIR, errno.EISDIR), "name a folder where one is wanted, else a file"
+    ),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "raise the limit: ulimit -n 4096"),
+    **dict.fromkeys((errno.EIO, errno.ESTALE), "look at the disk, then run the same command again"),
+}
+
+
 class UnhealthyError(Exception):
     """Training produced numbers that must not be saved or trained on (exit code 76)."""
 
@@ -81,19 +96,19 @@ class UnhealthyError(Exception):
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code for an error that is not a defect of ours, after printing it; None for a defect.
 
-    Of the system's errors, no space, no permission and a read-only disk are the user's.
+    Of the system's errors those of ``USERS_MATTER`` are the user's.
     """
-    if isinstance(error, OSError) and error.errno in (
-        errno.ENOSPC,
-        errno.EDQUOT,
-        errno.EROFS,
-        errno.EACCES,
-        errno.EPERM,
-    ):
+    if isinstance(error, OSError) and (remedy := USERS_MATTER.get(error.errno or 0)):
         error = UserError(
             f"cannot read or write: {error.strerror}",
             where=error.filename or "",
-            remedy="make room or choose another folder, then run the same command again",
+            remedy=remedy,
+        )
+    if isinstance(error, MemoryError):
+        error = UserError(
+            "memory ran out",
+            value=str(error) or "MemoryError",
+            remedy="give this process more, or less to hold at once: shorter rows, a smaller batch",
         )
     if isinstance(error, (UserError, UnhealthyError)):
         print(

@@ -9,15 +9,34 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+from pydantic import Field
 
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
+from hfscale.records import Record, load, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 FILE_NAME = "tokenizer.json"
+REMEDY = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one)"
+
+
+class AddedToken(Record):
+    """A token beside the vocabulary, as ``tokenizer.json`` has it."""
+
+    id: Annotated[int, Field(ge=0, lt=2**32)]
+    content: str
+    special: bool
+
+
+class TokenizerFile(Record):
+    """``tokenizer.json``, as far as it is looked at here; the rest is for ``tokenizers``."""
+
+    model: dict[str, Any]
+    added_tokens: list[AddedToken] = []
 
 
 @contextmanager
@@ -41,14 +60,20 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     """
     from transformers import AutoTokenizer
 
-    remedy = "give a folder with tokenizer.json (`hfscale tokenizer train CONFIG` makes one)"
+    remedy = REMEDY
     folder = local_folder(path, where="tokenizer.path", remedy=remedy)
     if not any(folder.iterdir()):
         raise DataError("the tokenizer's folder is empty", where=path, remedy=remedy)
+    if (folder / FILE_NAME).exists():
+        load(folder / FILE_NAME, TokenizerFile, what="the tokenizer", remedy=remedy)
     try:
         with quiet():  # its advice about other models' configs is not about the tokenizer
             tokenizer = AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False)
-    except Exception as error:  # transformers raises OSError, ValueError, KeyError, TypeError, ... for the same thing
+    except (
+        BaseException
+    ) as error:  # transformers raises OSError, KeyError, TypeError, ... for the same thing
+        if not (isinstance(error, Exception) or is_panic(error)):
+            raise
         first_line = str(error).strip().split("\n")[0]
         raise DataError(
             f"cannot load a tokenizer: {first_line}", where=path, remedy=remedy
@@ -99,19 +124,13 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
     Saving, loading and using a tokenizer (padding, truncation) do not change it, nor do special tokens that are added (the ids of text
     stay what they are), nor fields that newer versions of ``tokenizers`` add with a false or null default.
     """
-    if isinstance(tokenizer, (str, Path)):
-        file = Path(tokenizer) / FILE_NAME
-        content = (
-            file.read_text("utf-8")
-            if file.is_file()
-            else load_tokenizer(tokenizer).backend_tokenizer.to_str()
-        )
+    if isinstance(tokenizer, (str, Path)) and (Path(tokenizer) / FILE_NAME).is_file():
+        file = load(Path(tokenizer) / FILE_NAME, TokenizerFile, what=FILE_NAME, remedy=REMEDY)
     else:
-        content = tokenizer.backend_tokenizer.to_str()
-    try:
-        parsed = json.loads(content)
-    except ValueError as error:
-        raise DataError(f"{FILE_NAME} is not JSON: {error}", where=tokenizer) from None
+        if isinstance(tokenizer, (str, Path)):
+            tokenizer = load_tokenizer(tokenizer)
+        file = parse(TokenizerFile, tokenizer.backend_tokenizer.to_str())
+    parsed = file.as_dict()
     ordinary = [token for token in parsed.get("added_tokens", []) if not token["special"]]
     canonical = _prune(
         {
@@ -128,6 +147,11 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
     return hashlib.sha256(
         json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     ).hexdigest()
+
+
+def is_panic(error: BaseException) -> bool:
+    """Return whether ``error`` is the end of Rust code, which is no ``Exception`` to Python."""
+    return type(error).__name__ == "PanicException"
 
 
 def extended(

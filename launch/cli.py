@@ -5,6 +5,7 @@ A verb is a function of its name in `launch/commands/VERB.py`, or in `runs.py` b
 
 from __future__ import annotations
 
+import io
 import sys
 from importlib import import_module
 from importlib.util import find_spec
@@ -14,7 +15,8 @@ import typer
 from typer.core import TyperGroup
 
 from hfscale import log
-from hfscale.errors import UserError, exit_code, nearest
+from hfscale.errors import EXIT_INTERRUPTED, UserError, exit_code, nearest
+from launch.interrupt import Interrupted, listen
 
 VERBS = {  # a verb is listed when it works
     "tokenizer": "Train a tokenizer on your text.",
@@ -73,7 +75,8 @@ app = typer.Typer(
 
 @app.callback(
     epilog="hfscale VERB --help explains a verb. Exit codes: 0 done, 2 a mistake to mend, 75 stopped and saved (run it again), "
-    "76 unhealthy numbers, 77 hung (run it again)."
+    "76 unhealthy numbers, 77 hung (run it again), 130 interrupted by Ctrl-C (nothing was kept). "
+    "Ctrl-C stops training, shards build and predict --out in order (75); once more kills."
 )
 def _hfscale() -> None:
     """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume exactly."""
@@ -82,8 +85,14 @@ def _hfscale() -> None:
 
 def main() -> None:
     """Run one command line and end the process; a user's mistake is one screen on stderr and exit code 2."""
+    listen()
+    for stream in (sys.stdout, sys.stderr):  # names of files need not be text
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         app(prog_name="hfscale")
+    except Interrupted:
+        sys.exit(EXIT_INTERRUPTED)
     except Exception as error:
         if (code := exit_code(error)) is None:
             raise

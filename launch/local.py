@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -195,6 +196,13 @@ def run_ranks(command: Sequence[str], *, procs: int, listener: socket.socket, lo
     Each has its log; rank 0's goes to the console as well.
     """
     logs.mkdir(exist_ok=True)
+    if shutil.which("tee") is None:
+        raise ConfigError(
+            "there is no `tee`, which copies what rank 0 says to its log",
+            where="environment, PATH",
+            value=os.environ.get("PATH", ""),
+            remedy="add the folder that holds it, /usr/bin as a rule",
+        )
     port, handle = listener.getsockname()[1], listener.fileno()
     ranks: list[Rank] = []
     try:

@@ -31,6 +31,7 @@ from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import FOLDER
+from hfscale.records import load
 from hfscale.shards.files import lock_now, open_lock, write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.environment import describe
@@ -231,14 +232,13 @@ def attempts(path: Path) -> list[dict[str, Any]]:
     file = path / ENVIRONMENT
     if not file.is_file():
         return []
-    try:
-        return list(json.loads(file.read_text("utf-8")))
-    except ValueError as error:
-        raise CheckpointError(
-            f"the record of earlier attempts is damaged: {error}",
-            where=file,
-            remedy="restore it, or move it away: the run itself does not need it",
-        ) from None
+    return load(
+        file,
+        list[dict[str, Any]],
+        what="the record of earlier attempts",
+        remedy="restore it, or move it away: the run itself does not need it",
+        error=CheckpointError,
+    )
 
 
 def _logged_bytes(path: Path) -> int:

@@ -9,7 +9,6 @@ rejected/              what failed verification, kept for inspection, never load
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.config.schema import Checkpoint
-from hfscale.errors import CheckpointError
+from hfscale.errors import CheckpointError, UserError
+from hfscale.records import Count, Record, load
 
 FOLDER = "checkpoints"  # of a run directory
 MANIFEST = "manifest.json"
@@ -63,9 +63,68 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.parents[1]
 
 
+class Best(Record):
+    """The best validation yet of a metric."""
+
+    metric: str
+    step: Count
+    value: float
+    stale: Count = 0
+
+
+class Match(Record):
+    """Where the weights of adapters' base come from (``weights.Match``)."""
+
+    sources: dict[str, str]
+    missing: list[str]
+    unexpected: list[str]
+    grown: list[str]
+    rows: list[Count]
+
+
+class Adapters(Record):
+    """What adapters stand beside (``jobs/adapters.py``)."""
+
+    folder: str
+    scale: float
+    match: Match
+    targets: dict[str, bool]
+    sizes: dict[str, Count] = {}
+    digests: dict[str, str]
+
+
+class State(Record):
+    """What a checkpoint says of itself. What only some versions or some runs say has a default."""
+
+    step: Count
+    tokens_seen: Count = 0
+    skipped_rows: Count = 0
+    device: str = ""
+    world_size: Count = 0
+    zero_stage: Count = 0
+    precision: str = ""
+    tokenizer_digest: str = ""
+    data_fingerprint: str = ""
+    pretrained: str | None = None
+    engine: dict[str, Any] = {}
+    stream: dict[str, Any] = {}
+    tied: dict[str, str] = {}
+    metrics: dict[str, Any] = {}
+    facts: dict[str, Any] = {}
+    versions: dict[str, str] = {}
+    best: Best | None = None
+    adapters: Adapters | None = None
+
+
 def state_of(checkpoint: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself."""
-    return dict(json.loads((checkpoint / STATE).read_text("utf-8")))
+    """Return what a checkpoint says of itself.
+
+    Raises:
+        CheckpointError: if that cannot be read, or is not of its shape.
+    """
+    what, remedy = "the state of a checkpoint", "name another checkpoint of the run"
+    path = checkpoint / STATE
+    return load(path, State, what=what, remedy=remedy, error=CheckpointError).as_dict()
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -92,9 +151,7 @@ def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] 
 
 def _newest(found: list[Path]) -> dict[str, Any] | None:
     for checkpoint in reversed(found):
-        with suppress(
-            OSError, ValueError
-        ):  # damaged: a job that loads says so, and falls back as this does
+        with suppress(UserError):  # damaged: a job that loads says so, and falls back as this does
             return state_of(checkpoint)
     return None
 
@@ -143,7 +200,14 @@ def _chosen(folder: Path, which: str) -> Path:
 def reject(checkpoint: Path) -> Path:
     """Return where a checkpoint now lies that must not be loaded: under ``rejected/``, whole."""
     home = checkpoint.parent / REJECTED
-    home.mkdir(exist_ok=True)
+    try:
+        home.mkdir(exist_ok=True)
+    except FileExistsError:
+        raise CheckpointError(
+            "damaged checkpoints are moved here, and it is a file",
+            where=home,
+            remedy="move it away, then run the same command again",
+        ) from None
     names = [checkpoint.name, *(f"{checkpoint.name}-{number}" for number in range(2, 10_000))]
     target = next(home / name for name in names if not (home / name).exists())
     checkpoint.rename(target)

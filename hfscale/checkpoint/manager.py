@@ -36,6 +36,7 @@ from hfscale.engine.fragments import Fragment, tied
 from hfscale.errors import CheckpointError, ConfigError, UnhealthyError, nearest
 from hfscale.log import logger
 from hfscale.monitor.throughput import peak_memory_gib
+from hfscale.records import parse, read_file
 from hfscale.shards.files import sync_folder
 
 POLL_S = 0.02
@@ -297,7 +298,7 @@ class CheckpointManager:
         while not all(record.exists() for record in records):
             if self._gave_up.wait(POLL_S):
                 raise RuntimeError("another rank could not write its part")
-        entries = [Entry(**json.loads(record.read_text())) for record in records]
+        entries = [parse(Entry, read_file(record)) for record in records]
         shutil.rmtree(partial / layout.RECORDS)
         write_manifest(partial, own + entries, step=step)
         sync_folder(partial)

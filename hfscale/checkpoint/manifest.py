@@ -10,9 +10,13 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Annotated
+
+from pydantic import Field
 
 from hfscale.checkpoint import layout
 from hfscale.errors import CheckpointError
+from hfscale.records import STRICT, Count, Record, Sha256, parse, read_file
 from hfscale.shards.files import file_digest
 
 VERSION = 1
@@ -23,13 +27,26 @@ SMALL_FILES = (layout.STATE, layout.CONFIG, layout.GENERATION, layout.PROBE)  # 
 ALWAYS = (layout.STATE, layout.rank_file(0))  # in every checkpoint
 
 
+# stays in the checkpoint, whatever system reads it
+FilePath = Annotated[str, Field(min_length=1, max_length=1024, pattern=r"^[\w\-.]+(/[\w\-.]+)*$")]
+
+
 @dataclass(frozen=True)
 class Entry:
     """A file, by its path in the checkpoint."""
 
-    path: str
-    bytes: int
-    sha256: str
+    __pydantic_config__ = STRICT
+
+    path: FilePath
+    bytes: Count
+    sha256: Sha256
+
+
+class _File(Record):
+    version: Annotated[int, Field(ge=1)]
+    step: Count
+    files: list[Entry]
+    sha256: Sha256
 
 
 def write_file(folder: Path, path: str, chunks: Iterable[memoryview | bytes]) -> Entry:
@@ -67,35 +84,31 @@ def read_manifest(checkpoint: Path) -> list[Entry]:
         ValueError: if it is missing, damaged or edited; says how.
     """
     try:
-        read = json.loads((checkpoint / layout.MANIFEST).read_bytes())
-        digest = read.pop("sha256")
-        version, step, files = (
-            read["version"],
-            read["step"],
-            [Entry(**entry) for entry in read["files"]],
-        )
+        read = parse(_File, read_file(checkpoint / layout.MANIFEST))
     except FileNotFoundError:
         raise ValueError(
             f"{layout.MANIFEST} is missing: the checkpoint was never committed, or copied in part"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError):
-        raise ValueError(f"{layout.MANIFEST} is not readable") from None
-    if digest != _digest(read):
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{layout.MANIFEST} is not readable: {_reason(error)}") from None
+    if outside := [entry.path for entry in read.files if ".." in entry.path.split("/")]:
+        raise ValueError(f"{layout.MANIFEST} names a file outside of the checkpoint: {outside[0]}")
+    if read.sha256 != _digest(read.model_dump(exclude={"sha256"})):
         raise ValueError(f"{layout.MANIFEST} was changed after it was written")
-    if version > VERSION:
+    if read.version > VERSION:
         raise CheckpointError(
             "a newer version of hfscale wrote this checkpoint",
             where=checkpoint,
-            value=version,
+            value=read.version,
             remedy=f"update hfscale: this one knows format {VERSION}",
         )
-    if layout.step_name(step) != checkpoint.name:
-        raise ValueError(f"{layout.MANIFEST} is that of step {step}")
+    if layout.step_name(read.step) != checkpoint.name:
+        raise ValueError(f"{layout.MANIFEST} is that of step {read.step}")
     # who re-makes a manifest may leave a name out, and its file would be believed unread
-    names = {entry.path for entry in files}
+    names = {entry.path for entry in read.files}
     if lacking := [name for name in ALWAYS if name not in names]:
         raise ValueError(f"{layout.MANIFEST} does not list {', '.join(lacking)}")
-    return files
+    return read.files
 
 
 def problem_with(checkpoint: Path, entry: Entry, *, digest: bool) -> str | None:
@@ -107,11 +120,8 @@ def problem_with(checkpoint: Path, entry: Entry, *, digest: bool) -> str | None:
             return f"{entry.path} has {size} bytes instead of {entry.bytes}"
         good = not digest or file_digest(path) == entry.sha256
     except OSError as error:
-        return (
-            f"{entry.path} is missing"
-            if isinstance(error, FileNotFoundError)
-            else f"{entry.path}: {error.strerror}"
-        )
+        missing = isinstance(error, FileNotFoundError)
+        return f"{entry.path} is missing" if missing else f"{entry.path}: {_reason(error)}"
     return None if good else f"{entry.path} does not have the digest it was written with"
 
 
@@ -141,6 +151,10 @@ def verify(
             entries[part::parts],
         )
         return strangers + [problem for problem in found if problem]
+
+
+def _reason(error: OSError | ValueError) -> str:
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _digest(body: object) -> str:

@@ -7,7 +7,6 @@ largest of these ranges. Names in files differ from a model's by the base model'
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,9 @@ from transformers import PreTrainedModel
 from hfscale.checkpoint.weights import BASE, Match, WeightsReader
 from hfscale.engine.fragments import tied
 from hfscale.errors import CheckpointError
+from hfscale.hub import ModelConfig
 from hfscale.log import logger
+from hfscale.records import load
 
 if TYPE_CHECKING:  # a login node matches names without DeepSpeed
     from hfscale.engine.engine import Engine
@@ -30,8 +31,8 @@ NAMED = 20  # tensors that a message names
 
 def labels_of(folder: Path) -> dict[int, str]:
     """Return what the outputs of the model in ``folder`` are called; nothing, where it does not say."""
-    names = json.loads((folder / "config.json").read_text("utf-8")).get("id2label") or {}
-    return {int(number): name for number, name in names.items()}
+    read = load(folder / "config.json", ModelConfig, what="the model's config")
+    return {int(number): name for number, name in (read.id2label or {}).items()}
 
 
 def match(

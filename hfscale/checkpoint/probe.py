@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import Tensor
 
@@ -85,6 +86,11 @@ def read_probe(checkpoint: Path) -> Probe:
             where=path,
             remedy="export a checkpoint of a model that gives logits or hidden states",
         )
-    tensors = load_file(path)
-    logits = tensors.pop("logits")
+    try:
+        tensors = load_file(path)
+        logits = tensors.pop("logits")
+    except (SafetensorError, KeyError) as error:
+        raise CheckpointError(
+            "the output to compare with is damaged", where=path, value=str(error).splitlines()[0]
+        ) from None
     return Probe({name.removeprefix(INPUT): tensor for name, tensor in tensors.items()}, logits)

@@ -7,6 +7,7 @@ The shapes of the whole tensors are in the file's metadata. Which rank wrote a r
 from __future__ import annotations
 
 import json
+import math
 import re
 import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,12 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from hfscale.checkpoint import layout
 from hfscale.engine.fragments import Fragment
 from hfscale.errors import CheckpointError
+from hfscale.records import Count, Damaged, open_file, parse
 
 DTYPE_NAMES = {
     torch.float64: "F64",
@@ -94,15 +96,22 @@ class FragmentReader:
             tuple[str, str], list[tuple[int, int, Any, str]]
         ] = {}  # (name, kind) -> (start, stop, file, key)
         for path in sorted((checkpoint / layout.ENGINE).glob("rank-*.safetensors")):
-            file = self._files.enter_context(safe_open(path, framework="pt"))
-            self.shapes |= {
-                name: tuple(shape) for name, shape in json.loads(file.metadata()["shapes"]).items()
-            }
+            file = self._files.enter_context(_fragments_in(path))
+            shapes = _shapes(file, path)
+            self.shapes |= shapes
             for key in file.keys():  # noqa: SIM118  (not a dict)
                 match = KEY.fullmatch(key)
-                assert match, f"{path} holds {key}"
-                place = (int(match["start"]), int(match["stop"]), file, key)
-                self._ranges.setdefault((match["name"], match["kind"]), []).append(place)
+                start, stop = (int(match["start"]), int(match["stop"])) if match else (0, -1)
+                whole = math.prod(shapes.get(match["name"], (0,))) if match else 0
+                if (
+                    not match
+                    or not start <= stop <= whole
+                    or file.get_slice(key).get_shape() != [stop - start]
+                ):
+                    raise _damaged(path, f"{key} is no range of one of its tensors")
+                self._ranges.setdefault((match["name"], match["kind"]), []).append(
+                    (start, stop, file, key)
+                )
         for places in self._ranges.values():
             places.sort(key=lambda place: place[:2])
 
@@ -137,6 +146,39 @@ class FragmentReader:
 
     def close(self) -> None:
         self._files.close()
+
+
+def tensors_in(path: Path) -> Any:
+    """Return a safetensors file, opened (a context, as ``safe_open``), if it is a regular file: a pipe would never answer.
+
+    Raises:
+        OSError, SafetensorError: if it cannot be opened, or its header does not fit it.
+    """
+    open_file(path).close()
+    return safe_open(path, framework="pt")
+
+
+def _fragments_in(path: Path) -> Any:
+    try:
+        return tensors_in(path)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, str(error).splitlines()[0]) from None
+
+
+def _shapes(file: Any, path: Path) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the whole tensors of which ``file`` has parts."""
+    try:
+        return parse(dict[str, tuple[Count, ...]], (file.metadata() or {}).get("shapes", ""))
+    except Damaged as error:
+        raise _damaged(path, f"metadata, shapes: {error}") from None
+
+
+def _damaged(path: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"a file of the checkpoint is damaged: {what}",
+        where=path,
+        remedy="name an older checkpoint of the run; `hfscale checkpoints RUN --verify` lists what is wrong",
+    )
 
 
 def load_fragments(reader: FragmentReader, fragments: Sequence[Fragment]) -> None:

@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol
 
 import torch
 import torch.distributed as torch_dist
-from safetensors import SafetensorError, safe_open
+from pydantic import Field
+from safetensors import SafetensorError
 from torch import Tensor
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
-from hfscale.checkpoint.store import FragmentReader
+from hfscale.checkpoint.store import FragmentReader, tensors_in
 from hfscale.dist.agree import from_all_ranks
 from hfscale.errors import CheckpointError
+from hfscale.records import Record, load
 
 BASE, BLOCK_ROWS = ".base_layer.", 4096  # what stands in the name of a matrix that has an adapter
 Check = Callable[[Path], list[str]]
 ADAPTER = "adapter_config.json"  # of peft
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
+
+
+class _Index(Record):
+    weight_map: dict[str, Annotated[str, Field(pattern=r"^[\w\-.]+\.safetensors$")]]
 
 
 class WeightsReader(Protocol):
@@ -261,11 +266,9 @@ class FolderWeights(WeightsReader):
         refuse_adapter(folder)
         try:
             if (folder / INDEX).is_file():
-                where: dict[str, str] = json.loads((folder / INDEX).read_text("utf-8"))[
-                    "weight_map"
-                ]
+                where = load(folder / INDEX, _Index, what="the index of the weights").weight_map
             elif (folder / SINGLE).is_file():
-                with safe_open(folder / SINGLE, framework="pt") as file:
+                with tensors_in(folder / SINGLE) as file:
                     where = dict.fromkeys(file.keys(), SINGLE)
             else:
                 raise CheckpointError(
@@ -274,10 +277,7 @@ class FolderWeights(WeightsReader):
                     value=sorted(p.name for p in folder.glob("*"))[:10],
                     remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened",
                 )
-            opened = {
-                name: safe_open(folder / name, framework="pt")
-                for name in sorted(set(where.values()))
-            }
+            opened = {name: tensors_in(folder / name) for name in sorted(set(where.values()))}
             self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
             for name in where:
                 self.shape(name)

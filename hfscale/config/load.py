@@ -21,7 +21,10 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import RunConfig, Section, TrainConfig
 from hfscale.errors import PASSWORD, ConfigError, counted, nearest, shown
+from hfscale.records import is_name, read_file
 
+LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # libyaml's is there in most installations
+CONFIG_BYTES, NODES, DEPTH = 1 << 20, 100_000, 50  # the most that a config has of each
 COMMAND_LINE = "command line"
 DEFAULT = "default"
 CHOICES = {
@@ -183,6 +186,9 @@ def _validated(
                 where=f"{where}: {key}",  # without the value
                 remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take it out of the URL",
             )
+    texts = [(ascii(key)[1:-1], _unprintable(key, value)) for key, value in flatten(tree.values)]
+    if unprintable := [(key, what) for key, what in texts if what]:
+        raise _report(path, tree, unprintable)
     try:
         config = schema.model_validate(tree.values)
     except ValidationError as error:
@@ -259,7 +265,8 @@ class _Dumper(yaml.SafeDumper):
 
 def _compose(text: str, *, where: str) -> yaml.Node | None:
     try:
-        return yaml.compose(text, Loader=yaml.BaseLoader)
+        _refuse_large(text, where)
+        return yaml.compose(text, Loader=LOADER)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None) or getattr(error, "context_mark", None)
         where = f"{where}:{mark.line + 1}" if mark else where
@@ -270,8 +277,44 @@ def _compose(text: str, *, where: str) -> yaml.Node | None:
         ) from None
 
 
+def _refuse_large(text: str, where: str) -> None:
+    """Return if the YAML ``text`` is one that a person may have written: not too deep, not too many values once anchors are followed.
+
+    Raises:
+        ConfigError: if it is not, or an anchor holds itself.
+    """
+    sizes: dict[str, float] = {}  # of what an anchor names, in nodes
+    open_nodes: list[tuple[str | None, float]] = []  # anchor, and nodes before it
+    total = 0.0
+    for event in yaml.parse(text, Loader=LOADER):
+        line = f"{where}:{event.start_mark.line + 1}" if event.start_mark else where
+        problem, anchor = "", getattr(event, "anchor", None)
+        if isinstance(event, yaml.AliasEvent):
+            total += sizes.get(str(anchor), 1.0)
+            if anchor in [name for name, _ in open_nodes]:
+                problem = f"the anchor {anchor} holds itself"
+        elif isinstance(event, yaml.NodeEvent):
+            total += 1
+            if isinstance(event, yaml.CollectionStartEvent):
+                open_nodes.append((anchor, total - 1))
+            elif anchor:
+                sizes[anchor] = 1.0
+        elif isinstance(event, yaml.CollectionEndEvent):
+            name, before = open_nodes.pop()
+            if name:
+                sizes[name] = total - before
+        if len(open_nodes) > DEPTH:
+            problem = f"it is nested deeper than {DEPTH} levels"
+        elif total > NODES:
+            problem = f"it says more than {NODES:,} things, anchors followed"
+        if problem:
+            raise ConfigError(f"this is no config: {problem}", where=line)
+
+
 def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
     """Return the tree of a file, laid over the trees of what it extends."""
+    if not is_name(path):
+        raise ConfigError("this can be no file", where="command line", value=ascii(str(path)))
     if path.resolve() in chain:
         raise ConfigError(
             "configs extend each other in a circle",
@@ -279,7 +322,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
             remedy="take one `extends` out",
         )
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_file(path, most=CONFIG_BYTES).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         beside = [p.name for p in path.parent.glob("*.yaml")] if path.parent.is_dir() else []
         raise ConfigError(
@@ -305,8 +348,8 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
         )
     tree = Tree()
     for base in bases:
-        file = path.parent / Path(base).expanduser()
-        if not file.is_file():
+        file = path.parent / os.path.expanduser(base)
+        if not (is_name(file) and file.is_file()):
             raise ConfigError(
                 f"no such file to extend: {base}",
                 where=where,
@@ -381,6 +424,22 @@ def _parse_override(text: str) -> Tree:
         parsed = {part: parsed}
     tree.values = parsed  # type: ignore[assignment]
     return tree
+
+
+def _unprintable(key: str, value: Any) -> str:
+    """Return what is wrong with a key and its value as text, "" if nothing is: no system takes NUL or half a character."""
+    for text in (key, value):
+        if isinstance(text, str) and ("\0" in text or not _is_utf8(text)):
+            return f"{text!a:.80}: holds NUL or half a character (a surrogate)"
+    return ""
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # -------------------------------------------------------------------------------------------------- errors

@@ -14,9 +14,16 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from hfscale.records import is_name
+
 
 def _absolute(path: Path) -> Path:
-    return Path(os.path.abspath(path.expanduser()))
+    if not is_name(path):
+        raise ValueError("a part of the path is longer than 255 bytes, or no text")
+    try:
+        return Path(os.path.abspath(path.expanduser()))
+    except RuntimeError:
+        raise ValueError(f"there is no home folder of {path.parts[0]}") from None
 
 
 def _absolute_unless_url(path: str) -> str:
@@ -25,6 +32,8 @@ def _absolute_unless_url(path: str) -> str:
 
 def _absolute_unless_hub_name(path: str) -> str:
     """A folder that exists (or a run with its checkpoint, RUN@best), or no spelling of the hub's, is a path; ``org/name`` stays."""
+    if not is_name(path):
+        raise ValueError("a part of it is longer than 255 bytes, or no text")
     is_path = (
         path.startswith((".", "/", "~"))
         or path.count("/") > 1
@@ -42,10 +51,11 @@ def _absolute_unless_hub_data(name: str) -> str:
     )
 
 
-Positive = Annotated[int, Field(gt=0)]
+Positive = Annotated[int, Field(gt=0, lt=2**53)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
-FileName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$")]
+# short enough for what is put around it: .NAME.parts, step-00001000.partial
+FileName = Annotated[str, Field(pattern=r"^[\w][\w.\-]*$", max_length=200)]
 AbsolutePath = Annotated[Path, AfterValidator(_absolute)]
 LocalPath = Annotated[AbsolutePath, Field(validate_default=True)]
 PathOrUrl = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_url)]
@@ -232,7 +242,7 @@ class Train(Section):
     """How long and how wide. Exactly one of ``steps``, ``epochs``, ``tokens``; accumulation is derived."""
 
     steps: Positive | None = None
-    epochs: Annotated[float, Field(gt=0)] | None = None
+    epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
     tokens: Positive | None = None
     global_batch: Positive
     micro_batch: Positive

@@ -16,6 +16,7 @@ from typing import IO, Any
 from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
+from hfscale.records import STRICT, Count, Damaged, Record, parse
 from hfscale.shards.files import cannot_write, lock_now, sync
 from hfscale.shards.manifest import ShardEntry
 
@@ -30,9 +31,25 @@ class BuildUnderWay(DataError):
 class Mark:
     """Where a side's stream of documents stands when a shard is whole: the resume point."""
 
-    documents: int = 0  # whole documents before it
-    offset: int = 0  # tokens of the next document before it
+    __pydantic_config__ = STRICT
+
+    documents: Count = 0  # whole documents before it
+    offset: Count = 0  # tokens of the next document before it
     digest: str = ""  # of those documents' digests, and the next one's if it is cut: is the source still the same?
+
+
+class _Begun(Record):
+    """The first line: what is built."""
+
+    plan: dict[str, Any] | None
+
+
+class _Line(Record):
+    """Another line: a shard, or what was seen in all."""
+
+    side: Side = "train"
+    shard: ShardEntry | None = None
+    mark: Mark | None = None
 
 
 @contextmanager
@@ -83,18 +100,15 @@ class Ledger:
             whole
         )  # what follows is the last line of a killed build; its shard is written again
         try:
-            begun, *lines = [json.loads(line) for line in content[:whole].splitlines()] or [
-                {"plan": None}
-            ]
-            for line in lines:
-                if "seen" in line:
-                    continue  # what was read and left out: for people
-                self.shards[line["side"]].append(ShardEntry(**line["shard"]))
-                self.marks[line["side"]] = Mark(**line["mark"])
-            there = begun["plan"]
+            first, *lines = content[:whole].splitlines() or [b'{"plan": null}']
+            for line in (parse(_Line, line) for line in lines):
+                if line.shard and line.mark:  # else what was read and left out: for people
+                    self.shards[line.side].append(line.shard)
+                    self.marks[line.side] = line.mark
+            there = parse(_Begun, first).plan
             if there is not None and finished:
                 there["encoding"] = plan.get("encoding")
-        except (ValueError, KeyError, TypeError) as error:
+        except Damaged as error:
             raise DataError(
                 f"the ledger of a build is damaged: {error}",
                 where=path,

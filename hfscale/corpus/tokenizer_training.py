@@ -10,6 +10,7 @@ import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,8 +18,10 @@ from typing import TYPE_CHECKING, Any
 from hfscale.config.schema import CorpusConfig, TokenizerTraining
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Side, assign, check_sides
+from hfscale.dist.stop import ended_by_ctrl_c
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
+from hfscale.records import Damaged, Record, parse, read_file
 from hfscale.shards.counts import Counts
 from hfscale.shards.files import whole_folder
 from hfscale.tokenizer import save_files
@@ -79,7 +82,8 @@ def _train(
         texts = reading.training_texts(documents, bar, at=corpus.at)
         if recipe.by_line:
             texts = (line for text in texts for line in text.splitlines() if line)
-        recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
+        with ended_by_ctrl_c("interrupted: no tokenizer was made"):
+            recipe.tokenizer.train_from_iterator(texts, recipe.trainer)
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=recipe.tokenizer,
         clean_up_tokenization_spaces=False,
@@ -100,6 +104,13 @@ def _train(
     text = json.dumps({"plan": plan, "report": report}, indent=1, ensure_ascii=False)
     (partial / REPORT_NAME).write_text(text + "\n", "utf-8")
     return report
+
+
+class _Kept(Record):
+    """What lies beside a trained tokenizer: what was asked for, and the report."""
+
+    plan: dict[str, Any]
+    report: dict[str, Any]
 
 
 class _Reading:
@@ -242,10 +253,9 @@ def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
 
 def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
     """Return the report in ``folder`` if it is of the same training."""
-    try:
-        there = json.loads((folder / REPORT_NAME).read_text("utf-8"))
-    except (OSError, ValueError):
-        there = {}
+    there: dict[str, Any] = {}
+    with suppress(OSError, Damaged):
+        there = parse(_Kept, read_file(folder / REPORT_NAME)).as_dict()
     if differing := [key for key in plan if there.get("plan", {}).get(key) != plan[key]]:
         raise DataError(
             f"there is something else already ({', '.join(differing)} differ)"

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import signal
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from types import FrameType
+
+from hfscale.errors import EXIT_INTERRUPTED
 
 WARNINGS = (
     signal.SIGUSR1,
@@ -13,21 +18,56 @@ WARNINGS = (
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # Ctrl-C; a launcher or Slurm
 
 
+@contextmanager
+def ended_by_ctrl_c(say: str) -> Iterator[None]:
+    """Let Ctrl-C end the process inside, at once and with the line ``say``, although the main thread is in native code.
+
+    Such code hears no signal until it returns. For work that has nothing on disk before it is done.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    heard, told = os.pipe()
+    os.set_blocking(told, False)
+    before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while numbers := os.read(heard, 64):
+            if signal.SIGINT in numbers:
+                os.write(2, f"\n{say}\n".encode())
+                os._exit(EXIT_INTERRUPTED)
+        os.close(heard)
+
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(told)
+
+
 class StopRequest:
     """Set by the first signal. All ranks save and leave together, so nothing is done inside the handler."""
 
     def __init__(self) -> None:
         self.reason: str | None = None
+        self._say: str | None = None
 
     @property
     def requested(self) -> bool:
         return self.reason is not None
 
-    def listen(self, signals: Iterable[signal.Signals] = SIGNALS) -> StopRequest:
-        """Return self, with handlers installed for ``signals``."""
+    def listen(
+        self, signals: Iterable[signal.Signals] = SIGNALS, *, say: str | None = None
+    ) -> StopRequest:
+        """Return self, with handlers installed for ``signals``. Where a person presses Ctrl-C, ``say`` is the line that answers."""
+        self._say = say
         for number in signals:
             signal.signal(number, self._on_signal)
         return self
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
         self.reason = signal.Signals(number).name
+        if self._say and number == signal.SIGINT:
+            os.write(2, f"\n{self._say}; Ctrl-C again kills\n".encode())  # past locks and buffers
+            signal.signal(signal.SIGINT, signal.SIG_DFL)

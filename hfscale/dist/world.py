@@ -57,7 +57,7 @@ class World:
         if "RANK" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         elif (
-            int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+            _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1
         ):  # a batch script has the other variables too, and is no rank
             names = (
                 "SLURM_PROCID",
@@ -68,7 +68,7 @@ class World:
         else:
             return cls()
         rank, world_size, local_rank, local_world_size = (
-            int(env.get(name, default)) for name, default in zip(names, "0101", strict=True)
+            _number(env, name, default) for name, default in zip(names, "0101", strict=True)
         )
         if not 0 <= rank < world_size or "MASTER_PORT" not in env:
             raise ConfigError(
@@ -83,8 +83,8 @@ class World:
             local_rank,
             local_world_size,
             env.get("MASTER_ADDR", "127.0.0.1"),
-            int(env["MASTER_PORT"]),
-            int(env[LISTEN_FD]) if LISTEN_FD in env and rank == 0 else None,
+            _number(env, "MASTER_PORT", "", most=65_535),
+            _number(env, LISTEN_FD, "") if LISTEN_FD in env and rank == 0 else None,
         )
 
     def export(self) -> dict[str, str]:
@@ -118,19 +118,36 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
     """Return the Slurm job around this process, or None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
-    gpus = int(
-        env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2]
-    )  # the second in salloc's shell
+    own = "SLURM_GPUS_ON_NODE" if env.get("SLURM_GPUS_ON_NODE") else "SLURM_GPUS_PER_NODE"
+    gpus = _number(env, own, "0")  # the second in salloc's shell
     return Allocation(
         env["SLURM_JOB_ID"],
         env.get("SLURM_JOB_NODELIST", ""),
-        nodes=int(env.get("SLURM_JOB_NUM_NODES", "1")),
+        nodes=_number(env, "SLURM_JOB_NUM_NODES", "1"),
         gpus_per_node=gpus,
-        tasks_per_node=int(env.get("SLURM_NTASKS_PER_NODE", gpus or 1)),
-        restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
-        rank=int(env.get("SLURM_PROCID", "0")),
+        tasks_per_node=_number(env, "SLURM_NTASKS_PER_NODE", str(gpus or 1)),
+        restarts=_number(env, "SLURM_RESTART_COUNT", "0"),
+        rank=_number(env, "SLURM_PROCID", "0"),
         array_id=f"{env.get('SLURM_ARRAY_JOB_ID', '')}_{env.get('SLURM_ARRAY_TASK_ID', '')}",
     )
+
+
+def _number(env: Mapping[str, str], name: str, default: str, *, most: int = 2**31) -> int:
+    """Return the whole number that a variable says; of ``gpu:a100:4`` the 4.
+
+    Raises:
+        ConfigError: if it says none, or one beyond ``most``.
+    """
+    text = env.get(name, default)
+    digits = text.strip().rpartition(":")[2]
+    if not (digits.isascii() and digits.isdigit() and len(digits) < 19 and int(digits) <= most):
+        raise ConfigError(
+            "a variable of the environment is no such number",
+            where=f"environment, {name}",
+            value=text[:80],
+            remedy=f"unset {name}, or start the job with `hfscale`, torchrun or srun, which set it",
+        )
+    return int(digits)
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, PretrainedConfig, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
@@ -14,10 +14,10 @@ from hfscale.config.inference import PredictConfig
 from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.errors import CheckpointError, ConfigError
-from hfscale.hub import foreign_code, local_folder
+from hfscale.hub import checked_files, local_folder
 from hfscale.jobs.material import run_config, tokenizer_folder
 from hfscale.log import logger
-from hfscale.models.build import longest_row
+from hfscale.models.build import longest_row, read_config
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tasks.base import TASKS, load_task, task_class
 from hfscale.tokenizer import load_tokenizer
@@ -85,23 +85,16 @@ def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenize
     """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
     if checkpoint := layout.checkpoint_of(name):
         run = run_config(checkpoint)
-        trusted = run.model.trust_remote_code
-        config = AutoConfig.from_pretrained(checkpoint, trust_remote_code=trusted)
+        config = read_config(
+            checked_files(checkpoint),
+            where="MODEL",
+            trust_remote_code=run.model.trust_remote_code,
+        )
         return config, load_tokenizer(tokenizer_folder(run, None))
     folder = local_folder(
         name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder"
     )
-    try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False), load_tokenizer(folder)
-    except (OSError, ValueError) as error:
-        if foreign_code(error):
-            raise brings_code(name) from error
-        raise CheckpointError(
-            "no model here",
-            where=name,
-            value=str(error).splitlines()[0],
-            remedy="name a run, a checkpoint, an export, or a transformers folder",
-        ) from error
+    return read_config(folder, where="MODEL"), load_tokenizer(folder)
 
 
 def is_pretraining(name: str, data: str | None) -> bool:

@@ -12,6 +12,7 @@ import torch
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import device_name
 from hfscale.dist.world import World
+from hfscale.records import load
 from hfscale.shards.files import write_atomically
 
 DRIVER = Path("/proc/driver/nvidia/version")
@@ -25,7 +26,9 @@ def record_ranks(
     file = run_dir / "environment.json"
     if world.rank:
         return
-    attempts = json.loads(file.read_text("utf-8")) if file.is_file() else []
+    attempts = (
+        load(file, list[dict[str, Any]], what="the record of attempts") if file.is_file() else []
+    )
     if not attempts or "ranks" in attempts[-1]:
         attempts.append({})
     attempts[-1] |= {

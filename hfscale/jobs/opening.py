@@ -11,9 +11,8 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from tokenizers import processors
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale.checkpoint import layout
@@ -25,15 +24,23 @@ from hfscale.checkpoint.weights import (
     verify_together,
 )
 from hfscale.config.inference import Inference, PredictConfig
-from hfscale.config.schema import TrainConfig
+from hfscale.config.schema import Model, TrainConfig
 from hfscale.dist.group import default_device
 from hfscale.engine.inference import InferenceEngine
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import CheckpointError, ConfigError, UserError, lost_peer
 from hfscale.hub import foreign_code, local_folder
 from hfscale.jobs.asked import brings_code, objective_of
 from hfscale.jobs.material import run_config
 from hfscale.jobs.origin import DTYPES, generate_as, model_needs, skeleton
-from hfscale.models.build import check_head, check_model_config, construct, longest_row
+from hfscale.models.build import (
+    accepted,
+    check_head,
+    check_model_config,
+    construct,
+    first_line,
+    longest_row,
+    read_config,
+)
 from hfscale.models.init import restore_buffers
 from hfscale.objectives.base import Objective, Setting, check_options
 from hfscale.tasks.base import Task, task_class
@@ -121,7 +128,7 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
     )
     try:
         refuse_adapter(folder)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        config = read_config(folder, where="MODEL")
         saved = next(
             (precision for precision, dtype in DTYPES.items() if dtype == config.dtype), "fp32"
         )
@@ -140,13 +147,17 @@ def open_model(name: str, auto_model: str, how: Inference) -> Opened:
                 use_safetensors=True,
                 trust_remote_code=False,
             )
-    except (OSError, ValueError, SafetensorError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever an architecture says of sizes and weights that do not fit
+        if lost_peer(error):
+            raise
         if foreign_code(error):
             raise brings_code(name) from error
         raise CheckpointError(
             "no model for this task here",
             where=name,
-            value=str(error).splitlines()[0],
+            value=first_line(error),
             remedy=f"name a run, a checkpoint, an export, or a folder that {auto_model} loads",
         ) from error
     if auto_model != "AutoModel" and found["missing_keys"]:
@@ -169,13 +180,16 @@ def _filled(
     """Return the model of ``config`` with the weights of ``reader``, of which each rank reads what it holds."""
 
     def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
-        model = construct(
-            config,
-            auto_model,
-            dtype=DTYPES[precision],
-            attention=attention,
-            trust_remote_code=trust_remote_code,
-            context=context,
+        model = accepted(
+            lambda: construct(
+                config,
+                auto_model,
+                dtype=DTYPES[precision],
+                attention=attention,
+                trust_remote_code=trust_remote_code,
+                context=context,
+            ),
+            Model(pretrained=str(folder)),
         )
         restore_buffers(model)
         model.tie_weights()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,11 @@ from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.weights import checked
 from hfscale.config.schema import TrainConfig
+from hfscale.errors import ConfigError
 from hfscale.hub import local_folder
 from hfscale.log import logger
-from hfscale.models.build import construct, special_ids
+from hfscale.models.build import accepted, construct, first_line, special_ids
+from hfscale.records import load
 from hfscale.tokenizer import tokenizer_digest, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,7 +56,14 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
 def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
     """Let ``model`` generate as its source ``folder`` says, where it does: its config.json knows nothing of that."""
     if folder and model.can_generate() and (folder / layout.GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(folder)
+        file = folder / layout.GENERATION
+        load(file, dict[str, Any], what="how the model generates")
+        try:
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+        except Exception as error:  # transformers' own checks of values
+            raise ConfigError(
+                "how the model generates cannot be read", where=file, value=first_line(error)
+            ) from error
 
 
 def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -63,7 +71,7 @@ def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     state, theirs = folder / layout.STATE, None
     if state.is_file() or (folder / "tokenizer.json").is_file():
         theirs = (
-            json.loads(state.read_text("utf-8"))["tokenizer_digest"]
+            layout.state_of(folder).get("tokenizer_digest")
             if state.is_file()
             else tokenizer_digest(folder)
         )
@@ -104,13 +112,16 @@ def skeleton(
     available = (
         "auto" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
     )
-    model = construct(
-        model_config,
-        auto_model,
-        dtype=DTYPES[config.engine.precision],
-        attention=available,
-        trust_remote_code=config.model.trust_remote_code,
-        context=lambda: torch.device("meta"),
+    model = accepted(
+        lambda: construct(
+            model_config,
+            auto_model,
+            dtype=DTYPES[config.engine.precision],
+            attention=available,
+            trust_remote_code=config.model.trust_remote_code,
+            context=lambda: torch.device("meta"),
+        ),
+        config.model,
     )
     model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
     return model

@@ -17,13 +17,14 @@ import shutil
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import changed
 from hfscale.config.inference import PredictConfig
 from hfscale.dist import group
-from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
@@ -31,10 +32,11 @@ from hfscale.errors import DataError, counted
 from hfscale.hub import local_folder
 from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
+from hfscale.records import Count, Record, load, parse, read_file
 from hfscale.shards.files import cannot_write, whole, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
-from hfscale.training.predictor import predict
+from hfscale.training.predictor import predict, stopped
 
 PROBLEM, TRUNCATED = (
     b'"prediction": null, "problem": ',
@@ -44,6 +46,14 @@ SHOWN = 3  # problems that a message tells
 CHUNK = (
     512  # examples: batched by length among themselves, and the most that a kill costs a process
 )
+
+
+class _Asked(Record):
+    """What half-made predictions are of."""
+
+    key: dict[str, str]
+    examples: Count
+    chunk: Annotated[int, Field(gt=0, lt=2**31)]
 
 
 def parts_of(out: Path) -> Path:
@@ -89,7 +99,7 @@ def model_digest(folder: Path) -> str:
         model.update(
             f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
             if large
-            else file.read_bytes()
+            else read_file(file)
         )
     if (folder / layout.STATE).is_file() and (beside := layout.state_of(folder).get("adapters")):
         model.update(changed(Path(beside["folder"])).encode())
@@ -163,7 +173,8 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     left = [number for number in range(-(-total // size)) if not _chunk(parts, number).exists()]
     if not left:
         return True
-    stop.listen()
+    alone = world.world_size == 1  # a launcher speaks for its ranks
+    stop.listen(say="stopping after this batch: what is whole is kept" if alone else None)
     with group.joined(world, needed=config.engine.zero_stage == 3):
         engine, task = open_task(config)
         done = _predict_chunks(config, engine, task, left=left, world=world, stop=stop)
@@ -207,7 +218,10 @@ def _predict_chunks(
                 first=first,
                 refuse_long=config.data.too_long == "refuse",
                 answers=config.predict.answers,
+                stop=stop,
             )
+            if made is None:
+                return False
             if (
                 config.predict.answers
                 and config.data.on_error == "stop"
@@ -223,7 +237,7 @@ def _predict_chunks(
                 lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
                 write_atomically(_chunk(parts, mine[turn]), lines.encode())
             bar.update(len(chunk))
-            if any(from_all_ranks(stop.requested)) if engine.together else stop.requested:
+            if turn + 1 < rounds and stopped(stop, together=engine.together):
                 return False
     return True
 
@@ -235,7 +249,7 @@ def join(config: PredictConfig) -> int:
     total, size = _begun(parts)
     with whole(out) as file:
         for number in range(-(-total // size)):
-            content = _chunk(parts, number).read_bytes()
+            content = read_file(_chunk(parts, number), most=1 << 34)
             if (lines := content.count(b"\n")) != (wanted := min(size, total - number * size)):
                 raise DataError(
                     "this part of the predictions was changed",
@@ -249,7 +263,9 @@ def join(config: PredictConfig) -> int:
             file.write(content)
     shutil.rmtree(parts)
     if bad:
-        shown = "; ".join("{id}: {problem}".format(**json.loads(line)) for line in bad[:SHOWN])
+        shown = "; ".join(
+            "{id}: {problem}".format(**parse(dict[str, Any], line)) for line in bad[:SHOWN]
+        )
         logger.warning(
             f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a prediction, such as {shown}"
         )
@@ -268,7 +284,7 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
     """
     with group.joined(World(), needed=config.engine.zero_stage == 3):
         engine, task = open_task(config)
-        (made,) = predict(task, engine, [example], batch=1)
+        [made] = predict(task, engine, [example], batch=1) or []
         engine.close()
     if "problem" in made:
         raise DataError(
@@ -284,14 +300,8 @@ def _begun(parts: Path) -> tuple[int, int]:
 
 
 def _key(parts: Path) -> dict[str, Any]:
-    try:
-        return dict(json.loads((parts / "key.json").read_text("utf-8")))
-    except ValueError:
-        raise DataError(
-            "these half-made predictions are damaged",
-            where=parts / "key.json",
-            remedy="remove their folder",
-        ) from None
+    what = "the record of half-made predictions"
+    return load(parts / "key.json", _Asked, what=what, remedy="remove that folder").as_dict()
 
 
 def _chunk(parts: Path, number: int) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hfscale.config.schema import Model
@@ -257,27 +258,46 @@ def construct(
         )
 
 
-def _pretrained_config(model: Model) -> PretrainedConfig:
+def read_config(folder: Path, *, where: str, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Return the config of transformers in ``folder``.
+
+    Raises:
+        ConfigError: if there is none, or its values are impossible; ``where`` says who named the folder.
+    """
     from transformers import AutoConfig
 
-    assert model.pretrained is not None
-    folder = local_folder(str(model.pretrained), where="model.pretrained")
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=model.trust_remote_code)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+    except Exception as error:  # each architecture has its own
         if foreign_code(error):
             raise ConfigError(
                 "this model brings code of its own, which needs permission",
-                where="model.pretrained",
-                value=model.pretrained,
-                remedy="if you trust it, say model.trust_remote_code=true on the command line: no file can permit what it brings",
+                where=where,
+                value=str(folder),
+                remedy="name a model that transformers knows itself; or, to train from it: if you trust it, say "
+                "model.trust_remote_code=true on the command line: no file can permit what it brings",
             ) from error
         raise ConfigError(
-            "no pretrained model here",
-            where="model.pretrained",
-            value=model.pretrained,
-            remedy=f"give a folder that transformers loads, with its config.json ({str(error).splitlines()[0]})",
+            "no model here",
+            where=where,
+            value=str(folder),
+            remedy=f"give a folder that transformers loads, with its config.json ({first_line(error)})",
         ) from error
+
+
+def first_line(error: BaseException) -> str:
+    """Return what another library's error says, in a line; its kind, where that is nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    kind = type(error).__name__
+    return f"{kind}: {lines[0][:300]}" if lines else kind
+
+
+def _pretrained_config(model: Model) -> PretrainedConfig:
+    assert model.pretrained is not None
+    folder = local_folder(str(model.pretrained), where="model.pretrained")
+    config = read_config(
+        folder, where="model.pretrained", trust_remote_code=model.trust_remote_code
+    )
     known = known_keys(type(config)) | set(vars(config))
     values = checked_values(model.config, known, architecture=config.model_type, like=config)
     for key, value in values.items():

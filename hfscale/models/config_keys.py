@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.errors import ConfigError, nearest
+from hfscale.hub import refuse_huge
 
 READ = re.compile(
     r"\bconfig\.([a-z]\w*)"  # config.head_dim, self.config.head_dim
@@ -71,6 +72,7 @@ def checked_values(
             value=values["model_type"],
             remedy=f"set model.architecture={values['model_type']}, or take the key out",
         )
+    refuse_huge(values, where="model.config")
     kept = {key: value for key, value in values.items() if key not in METADATA - known}
     if unknown := sorted(set(kept) - known):
         offers = "; ".join(f"{key}: {nearest(key, known)}" for key in unknown)

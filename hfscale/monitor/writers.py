@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
+from hfscale.records import Count, Damaged, Record, parse, read_file
 
 CONSOLE = (
     ("loss", "{:.4f}"),
@@ -91,18 +92,22 @@ class MetricsLog:
         return "  ".join(parts)
 
 
+class _Line(Record):
+    attempt: Count
+
+
 def _repair(path: Path) -> int:
     """Return the last attempt that ``path`` records (0 if none), after cutting off a line that a kill left torn."""
     if not path.exists():
         return 0
-    content = path.read_bytes()
+    content = read_file(path, most=1 << 34)
     whole = content.rfind(b"\n") + 1
     if whole < len(content):
         os.truncate(path, whole)
     last = content[:whole].rstrip(b"\n").rpartition(b"\n")[2]
     try:
-        return int(json.loads(last)["attempt"]) if last else 0
-    except (ValueError, TypeError, KeyError):
+        return parse(_Line, last).attempt if last else 0
+    except Damaged:
         raise CheckpointError(
             "the last line of the run's metrics is damaged",
             where=path,

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from hfscale.errors import DataError
+from hfscale.records import open_file
 from hfscale.shards.manifest import Manifest
 from hfscale.shards.raw import read_text, samples_of
 from hfscale.shards.reader import ShardReader
@@ -126,7 +127,7 @@ def samples(
         with manifest.local(entry):
             members = samples_of(manifest.folder, entry)
         names = {member.offset: member.name for member in walk(path)}
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for number, member in zip(numbers, members, strict=True):
                 name = names.get(int(member["offset"]), "(not in the tar)")
                 if number in wanted and found < count and key in (None, base_plus_ext(name)[0]):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
@@ -71,9 +70,9 @@ def _describe(path: Path, reasons: list[str]) -> str:
         else f"{hours / 24:.0f} days"
     )
     try:
-        state = json.loads((path / layout.STATE).read_text("utf-8"))
+        state = layout.state_of(path)
         facts = f"{state['tokens_seen']:>16,} tokens  ZeRO {state['zero_stage']} {state['precision']} on {state['world_size']} ranks"
-    except (OSError, ValueError, KeyError, TypeError):
+    except (CheckpointError, KeyError):
         facts = f"{layout.STATE} cannot be read"
     why = ", ".join(reasons) or "nothing keeps it: goes at the next pruning"
     return f"{path.name}  {saved.isoformat(' ', 'minutes')} ({age} ago)  {size / 1e6:>10,.1f} MB  {facts}  [{why}]"

@@ -14,9 +14,9 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
-import yaml
-
+from hfscale.config.load import read_tree
 from hfscale.errors import DataError
+from hfscale.metrics.kept import read_scores
 from hfscale.reports.status import records
 from hfscale.shards.files import cannot_write
 from hfscale.shards.stats import picture
@@ -38,9 +38,7 @@ def find(sources: Sequence[Path]) -> list[Line]:
     ] = {}  # (what was scored, config) -> the newest line of each run
     for source in sources:
         config = (
-            yaml.safe_load((source / "config.yaml").read_text("utf-8"))
-            if (source / "config.yaml").is_file()
-            else {}
+            read_tree(source / "config.yaml").values if (source / "config.yaml").is_file() else {}
         )
         lines = [*_evaluations(source), *_validations(source, config)]
         if not lines:
@@ -88,7 +86,7 @@ def _validations(run: Path, config: dict[str, Any]) -> Iterator[tuple[str, Line]
         record for record in records(run) if any(name.startswith(PREFIX) for name in record)
     ]
     chosen = []
-    if best := (config.get("checkpoint") or {}).get("keep_best"):
+    if best := _section(_section(config, "checkpoint"), "keep_best"):
         choose = min if best["mode"] == "min" else max
         scored = [record for record in validated if record.get(best["metric"]) is not None]
         chosen = (
@@ -104,10 +102,15 @@ def _validations(run: Path, config: dict[str, Any]) -> Iterator[tuple[str, Line]
             what,
             {
                 "name": f"{run} {what}, step {record['step']}",
-                "task": (config.get("task") or {}).get("name"),
+                "task": _section(config, "task").get("name"),
                 **scores,
             },
         )
+
+
+def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
+    found = config.get(name)
+    return found if isinstance(found, dict) else {}
 
 
 def _mean(what: str, lines: Sequence[Line]) -> Line:
@@ -127,27 +130,19 @@ def _mean(what: str, lines: Sequence[Line]) -> Line:
 
 
 def _evaluation(file: Path) -> Line:
-    try:
-        content = json.loads(file.read_text("utf-8"))
-        ends = {
-            name + end: value
-            for name, pair in content["intervals"].items()
-            for end, value in zip((LOW, HIGH), pair, strict=True)
-        }
-        model = content["model"].removeprefix(f"{Path.cwd()}/")
-        return {
-            "name": f"{model} {file.resolve().parent.parent.name}",
-            "task": content.get("task"),
-            **content["scores"],
-            **ends,
-        }
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise DataError(
-            "not a file of scores",
-            where=file,
-            value=str(error)[:80],
-            remedy="name a scores.json that evaluate kept",
-        ) from None
+    content = read_scores(file)
+    ends = {
+        name + end: value
+        for name, pair in content["intervals"].items()
+        for end, value in zip((LOW, HIGH), pair, strict=True)
+    }
+    model = content["model"].removeprefix(f"{Path.cwd()}/")
+    return {
+        "name": f"{model} {file.resolve().parent.parent.name}",
+        "task": content["task"],
+        **content["scores"],
+        **ends,
+    }
 
 
 def _names(found: Sequence[Line]) -> list[str]:

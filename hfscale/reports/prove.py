@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ def observe(run_dir: Path) -> Evidence:
         for name in LOGGED:
             seen.setdefault(record["step"], {}).setdefault(name, []).append(record[name])
     for checkpoint in layout.committed(run_dir / layout.FOLDER):
-        state = json.loads((checkpoint / layout.STATE).read_text("utf-8"))
+        state = layout.state_of(checkpoint)
         saved = {
             "optimizer": state["engine"],
             "random state": state["rng"],

@@ -2,19 +2,32 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 from hfscale.checkpoint import layout
 from hfscale.config.schema import TrainConfig
+from hfscale.errors import DataError
+from hfscale.records import Count, Damaged, Record, open_file, parse
 
 TAIL_BYTES = 65536
+
+
+class Metrics(Record):
+    """A line of ``metrics.jsonl``; its figures are numbers or, where they are not finite, null."""
+
+    step: Count
+    attempt: Count = 0
+    loss: float | None = None
+    tokens_seen: Count = 0
+    tokens_per_s: float = 0.0
+    step_s: float = 0.0
+    data_wait_s: float = 0.0
+    epoch: float | None = None
 
 
 def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
@@ -25,12 +38,19 @@ def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[st
     file = run_dir / "metrics.jsonl"
     if not file.is_file():
         return
-    with open(file, "rb") as log:
+    with open_file(file) as log:
         if last_bytes is not None:
             log.seek(max(0, file.stat().st_size - last_bytes))
-        for line in log:
-            with suppress(ValueError):
-                yield json.loads(line)
+        for number, line in enumerate(log, start=1):
+            try:
+                yield parse(Metrics, line).as_dict()
+            except Damaged as error:
+                if not str(error).startswith("not JSON"):  # what a kill has torn is passed over
+                    raise DataError(
+                        f"a record of the run's metrics is damaged: {error}",
+                        where=file if last_bytes else f"{file}:{number}",
+                        remedy="remove that line: the run itself does not need it",
+                    ) from None
 
 
 def last_record(run_dir: Path) -> dict[str, Any]:

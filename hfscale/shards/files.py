@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import IO
 
 from hfscale.errors import DataError
+from hfscale.records import open_file
 
 BLOCK = 1 << 24  # bytes read at once
 STALE_S = 3600.0  # after which a temporary file that nobody has written to is one that a kill left
@@ -116,7 +117,7 @@ def _flock(file: IO[bytes] | IO[str], how: int, path: Path) -> None:
 def file_digest(path: Path) -> str:
     """Return the SHA-256 (hex) of a file."""
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         while block := file.read(BLOCK):
             digest.update(block)
     return digest.hexdigest()
@@ -230,7 +231,7 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def cannot_write(path: Path, error: OSError) -> DataError:
+def cannot_write(path: Path, error: Exception) -> DataError:
     """Return the error to raise when ``path`` could not be written: the cause, and the room that is left."""
     try:
         status = os.statvfs(path.parent)
@@ -238,7 +239,7 @@ def cannot_write(path: Path, error: OSError) -> DataError:
     except OSError:
         room = "the folder cannot be read"
     return DataError(
-        f"cannot write: {error.strerror or error}",
+        f"cannot write: {getattr(error, 'strerror', None) or error}",
         where=path,
         remedy=f"{room}; make room or choose another folder, then run the same command again: it continues",
     )

@@ -13,6 +13,7 @@ import numpy as np
 import xxhash
 
 from hfscale.errors import DataError
+from hfscale.records import read_file
 from hfscale.shards.files import write_atomically
 
 MAGIC = b"HFSIDX1\n"
@@ -27,6 +28,9 @@ MEMBER = np.dtype(
 )
 NPY_HEAD = 128  # bytes of the .npy header of a vector
 _HEAD = len(MAGIC) + 32 + 8
+MOST = (
+    2**48
+)  # of bytes, tokens or documents of a member: sums of them are far from what an int64 holds
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +83,7 @@ class ShardIndex:
         """
         remedy = "restore it from a copy, or build the shards again in another folder"
         try:
-            data = path.read_bytes()
+            data = read_file(path, most=1 << 32)
         except OSError as error:
             raise DataError(
                 f"the index of a shard cannot be read: {error.strerror}", where=path, remedy=remedy
@@ -90,15 +94,24 @@ class ShardIndex:
             or xxhash.xxh3_64_intdigest(body).to_bytes(8, "little") != checksum
         ):
             raise DataError("the index of a shard is damaged", where=path, remedy=remedy)
-        members = len(body) - _HEAD
-        if (
-            members < 0
-            or members != int.from_bytes(body[_HEAD - 8 : _HEAD], "little") * MEMBER.itemsize
-        ):
+        if problem := _problem(body):
             raise DataError(
-                "the index of a shard does not have as many members as it says",
-                where=path,
-                remedy=remedy,
+                f"the index of a shard is damaged: {problem}", where=path, remedy=remedy
             )
         digest = body[len(MAGIC) : len(MAGIC) + 32].hex()
         return cls(tar_digest=digest, members=np.frombuffer(body, MEMBER, offset=_HEAD))
+
+
+def _problem(body: bytes) -> str | None:
+    """Return what cannot be in an index, whatever its checksum says."""
+    if len(body) < _HEAD:
+        return f"it has {len(body)} bytes"
+    count = int.from_bytes(body[_HEAD - 8 : _HEAD], "little")
+    if (size := len(body) - _HEAD) != count * MEMBER.itemsize:
+        return f"it counts {count:,} members in {size:,} bytes of {MEMBER.itemsize} each"
+    members = np.frombuffer(body, MEMBER, offset=_HEAD)
+    for name in ("offset", "bytes", "tokens", "documents"):
+        if (wrong := members[name] >= MOST).any():
+            number = int(wrong.argmax())
+            return f"member {number}: {name} {int(members[name][number]):,}"
+    return None

@@ -13,11 +13,13 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
+from pydantic import Field
 
 from hfscale.errors import DataError
+from hfscale.records import STRICT, Count, Damaged, Record, parse, read_file
 from hfscale.shards.files import write_atomically
 
 VERSION = 1
@@ -26,32 +28,68 @@ TEXT = "text"  # the dtype of raw-text shards
 DTYPES = ("uint16", "uint32", TEXT)
 REMEDY = "restore it, or build the shards again"
 PIPE = "pipe:"  # begins a command that prints the files
+FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
 
 
 @dataclass(frozen=True)
 class TokenizerInfo:
     """Which tokenizer made the ids. ``vocab_size`` is one more than the largest id it can give."""
 
+    __pydantic_config__ = STRICT
+
     digest: str
-    vocab_size: int
-    eod_id: int
+    vocab_size: Annotated[int, Field(ge=1, le=2**32)]
+    eod_id: Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """One shard: its file beside the manifest, and what is in it. ``digest`` is the SHA-256 of the tar."""
 
-    name: str
-    bytes: int
-    tokens: int
-    documents: int  # that end in this shard
+    __pydantic_config__ = STRICT
+
+    name: FileName
+    bytes: Count
+    tokens: Count
+    documents: Count  # that end in this shard
     digest: str
-    max_id: int
+    max_id: Annotated[int, Field(ge=-1, lt=2**32)]
 
     @property
     def index_name(self) -> str:
         """The name of the index, always beside the manifest."""
         return Path(self.name).with_suffix(".idx").name
+
+
+class _Version(Record):
+    """What every version of the file says."""
+
+    version: int
+
+
+class _Seen(Record):
+    """What a build has read and left out (``counts.py``): numbers, and some names."""
+
+    __pydantic_extra__: dict[str, Count]
+    documents: Count
+    names: dict[str, list[str]] = {}
+
+
+class _Source(Record):
+    """Where the text came from."""
+
+    field: str | None = None
+    seen: _Seen | None = None
+
+
+class _File(Record):
+    """The file of this version."""
+
+    version: Literal[1]
+    dtype: str
+    tokenizer: TokenizerInfo | None
+    source: _Source
+    shards: tuple[ShardEntry, ...]
 
 
 @dataclass(frozen=True)
@@ -84,50 +122,33 @@ class Manifest:
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:
-            content = json.loads(path.read_text("utf-8"))
+            data = read_file(path)
+            version = parse(_Version, data).version
+            if version != VERSION:
+                raise DataError(
+                    "a manifest of an unknown version",
+                    where=path,
+                    value=version,
+                    remedy=f"this program reads version {VERSION}",
+                )
+            file = parse(_File, data)
         except FileNotFoundError:
             raise DataError(
                 "there is no manifest of shards", where=path, remedy=_remedy_missing(path)
             ) from None
         except OSError as error:
             raise DataError(f"the manifest cannot be read: {error.strerror}", where=path) from None
-        except ValueError as error:
-            raise DataError(
-                f"the manifest is not JSON: {error}", where=path, remedy=REMEDY
-            ) from None
-        version = content.get("version") if isinstance(content, dict) else None
-        if version != VERSION:
-            raise DataError(
-                "a manifest of an unknown version",
-                where=path,
-                value=version,
-                remedy=f"this program reads version {VERSION}",
-            )
-        try:
-            tokenizer = content["tokenizer"] and TokenizerInfo(**content["tokenizer"])
-            shards = tuple(ShardEntry(**entry) for entry in content["shards"])
-            manifest = cls(
-                dtype=content["dtype"],
-                tokenizer=tokenizer,
-                source=content["source"],
-                shards=shards,
-                folder=path.parent,
-            )
-            numbers = [
-                getattr(shard, name)
-                for shard in shards
-                for name in ("bytes", "tokens", "documents", "max_id")
-            ]
-            if not all(isinstance(number, int) for number in numbers):
-                raise TypeError("counts are no numbers")
-            if (tokenizer is None) != (manifest.dtype == TEXT) and manifest.dtype in DTYPES:
-                raise TypeError("token shards name their tokenizer, raw text has none")
-            if manifest.dtype == TEXT and not isinstance(manifest.source.get("field"), str):
-                raise TypeError("raw text names the field that holds it")
-        except (KeyError, TypeError) as error:
+        except Damaged as error:
             raise DataError(
                 f"the manifest is damaged: {error}", where=path, remedy=REMEDY
             ) from None
+        manifest = cls(
+            dtype=file.dtype,
+            tokenizer=file.tokenizer,
+            source=file.source.as_dict(),
+            shards=file.shards,
+            folder=path.parent,
+        )
         if manifest.dtype not in DTYPES:
             raise DataError(
                 "a manifest with an unknown dtype",
@@ -135,6 +156,8 @@ class Manifest:
                 value=manifest.dtype,
                 remedy=f"known: {', '.join(DTYPES)}",
             )
+        if problem := _contradiction(manifest):
+            raise DataError(f"the manifest is damaged: {problem}", where=path, remedy=REMEDY)
         return manifest
 
     def save(self, folder: str | Path) -> Path:
@@ -217,6 +240,21 @@ class Manifest:
     def max_id(self) -> int:
         """The largest token id in any shard; -1 where there are none."""
         return max((shard.max_id for shard in self.shards), default=-1)
+
+
+def _contradiction(manifest: Manifest) -> str | None:
+    """Return what two parts of a manifest say against each other."""
+    tokenizer, raw = manifest.tokenizer, manifest.dtype == TEXT
+    if (tokenizer is None) != raw:
+        return "token shards name their tokenizer, raw text has none"
+    if raw and not isinstance(manifest.source.get("field"), str):
+        return "raw text names the field that holds it (source.field)"
+    if tokenizer and tokenizer.eod_id >= tokenizer.vocab_size:
+        return f"tokenizer.eod_id: {tokenizer.eod_id} is no id of {tokenizer.vocab_size}"
+    names = [shard.name for shard in manifest.shards]
+    if len(set(names)) < len(names):
+        return f"shards: {next(name for name in names if names.count(name) > 1)!r} is there twice"
+    return None
 
 
 def _remedy_missing(path: Path) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 import xxhash
 
 from hfscale.errors import DataError, nearest
+from hfscale.records import open_file
 from hfscale.shards.files import file_digest
 from hfscale.shards.index import MEMBER, ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
@@ -166,7 +167,7 @@ def encode_samples(
     texts, damage = list[str](), dict[int, str]()
     for number, (path, offset, size, checksum) in enumerate(samples):
         try:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 texts.append(read_text(file, offset, size, checksum, field=field, verify=verify))
         except (OSError, ValueError) as error:
             damage[number] = (
@@ -219,7 +220,7 @@ def texts_of(
         DataError: for a damaged tar, a sample without text, and a member of more than ``most`` bytes.
     """
     extension, _ = _split(field)
-    with open(tar, "rb") as file:
+    with open_file(tar) as file:
         for key, members in members_of(tar):
             if (member := members.get(extension)) is None or extension in PICKLED:
                 known = nearest(extension, members.keys() - PICKLED)

@@ -17,6 +17,7 @@ import numpy as np
 import xxhash
 
 from hfscale.errors import DataError
+from hfscale.records import open_file
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import ShardEntry
 
@@ -45,7 +46,7 @@ class ShardReader:
         if index.tar_digest != entry.digest:
             raise self._damage("the index belongs to another shard than the manifest names")
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 with suppress(AttributeError, OSError):  # Linux may be built without
                     self._map.madvise(
@@ -116,16 +117,25 @@ class ShardReader:
         """Return the tokens of a chunk, and where in it documents end (uint32); both are verified when they are first asked for."""
         if number not in self._chunks:
             member = self._ends[number]
-            payload = self._payload(member, member_name(number, "ends.npy"))
-            ends = payload[len(payload) - 4 * int(member["documents"]) :].view(
-                "<u4"
-            )  # what follows the .npy header
-            self._chunks[number] = (
-                self._payload(self._tokens[number], member_name(number, "tokens.bin")).view(
-                    self._dtype
-                ),
-                ends,
-            )
+            name = member_name(number, "ends.npy")
+            payload = self._payload(member, name)
+            tokens = self._payload(self._tokens[number], member_name(number, "tokens.bin"))
+            tokens = tokens.view(self._dtype)
+            ends = payload[npy_header(payload) :]
+            if len(ends) != 4 * int(member["documents"]):
+                raise self._damage(
+                    f"member {name} holds {len(ends):,} bytes of ends, the index says {member['documents']:,} documents"
+                )
+            ends = ends.view("<u4")
+            if not rising(ends, len(tokens)):
+                raise self._damage(
+                    f"the document ends of member {name} do not rise within the chunk"
+                )
+            if self._verify and (largest := int(tokens.max(initial=0))) > self.entry.max_id:
+                raise self._damage(
+                    f"chunk {number} holds the id {largest:,}, the manifest says max_id {self.entry.max_id:,}"
+                )
+            self._chunks[number] = (tokens, ends)
         return self._chunks[number]
 
     def ends_in(self, chunks: Iterable[int]) -> np.ndarray:
@@ -175,6 +185,18 @@ class ShardReader:
     def _damage(self, what: str) -> DataError:
         remedy = "restore the shard from a copy or build it again; `hfscale shards verify` lists all damage"
         return DataError(what, where=self.path, remedy=remedy)
+
+
+def npy_header(payload: np.ndarray) -> int:
+    """Return how many bytes of an ``.npy`` come before its numbers (NumPy's format, version 1)."""
+    return min(len(payload), 10 + int.from_bytes(payload[8:10].tobytes(), "little"))
+
+
+def rising(ends: np.ndarray, tokens: int) -> bool:
+    """Return whether ``ends`` are positions after documents of at least one token each, in a chunk of ``tokens``."""
+    return not len(ends) or bool(
+        ends[0] > 0 and ends[-1] <= tokens and (ends[1:] > ends[:-1]).all()
+    )
 
 
 def member_name(chunk: int, part: str) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from functools import cache, partial
 from glob import has_magic
 from itertools import chain
@@ -15,14 +15,16 @@ from pathlib import Path
 from typing import Any
 
 from hfscale.errors import DataError
+from hfscale.hub import asked_once
 from hfscale.log import logger
+from hfscale.records import open_file
 from hfscale.shards.classes import class_names, with_names
 from hfscale.shards.listing import files_below, split_glob
 from hfscale.shards.raw import PICKLED, members_of, too_large
 from hfscale.shards.text_files import BYTE_ORDERS, lines_of, open_source, open_table
 
 Rows = Iterator[tuple[str, Any]]
-HUGE = 1 << 30  # bytes of a row that nobody has set a limit for
+HUGE = 1 << 28  # bytes of a row that nobody has set a limit for
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -189,7 +191,7 @@ def _row_bytes(group: Any, columns: list[str] | None) -> int:
 
 def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:
     """Yield the samples: the keys of JSON members and, by their extensions, the members that are text; the sample's key is its id."""
-    with open(file, "rb") as stream:
+    with open_file(file) as stream:
         for key, members in members_of(file):
             where, row = f"{file}, sample {key}", dict[str, Any](id=key)
             for name, member in members.items():
@@ -207,7 +209,7 @@ def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:
                     row |= cells
                 except UnicodeDecodeError:
                     continue  # an image, say: no column of text
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, AttributeError, RecursionError) as error:
                     raise DataError(
                         f"not a JSON object: {error}", where=f"{where}, member {name}"
                     ) from None
@@ -393,7 +395,8 @@ def hub_dataset(
 
     repository, _, wanted = name.partition(":")
     try:
-        return load_dataset(repository, subset, split=wanted or split, streaming=streaming)
+        with asked_once(repository) if not Path(repository).exists() else nullcontext():
+            return load_dataset(repository, subset, split=wanted or split, streaming=streaming)
     except Exception as error:  # datasets has no common class for what users get wrong
         first_line = str(error).strip().split("\n")[0]
         if "load_from_disk" in str(error):

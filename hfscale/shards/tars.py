@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hfscale.errors import DataError
+from hfscale.records import open_file
 from hfscale.shards.files import BLOCK
 
 PICKLED = {
@@ -38,14 +39,22 @@ def walk(path: Path) -> Iterator[Member]:
     remedy = "fetch or restore this file again"
     try:
         size = path.stat().st_size
-        file = open(path, "rb")
+        file = open_file(path)
     except OSError as error:
         raise DataError(f"cannot read the tar: {error.strerror}", where=path) from None
     with file:
+        before = -1
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 # an empty tar stays at offset 0, from where Python 3.10 would seek to -1
                 while tar.offset and (info := tar.next()) is not None:  # type: ignore[attr-defined]
+                    if info.size < 0 or tar.offset <= before:  # type: ignore[attr-defined]
+                        raise DataError(
+                            f"member {info.name!r} at offset {info.offset:,} says that it has {info.size:,} bytes",
+                            where=path,
+                            remedy=remedy,
+                        )
+                    before = tar.offset  # type: ignore[attr-defined]
                     if info.issparse() or info.type == tarfile.GNUTYPE_SPARSE:
                         raise DataError(
                             f"member {info.name!r} at offset {info.offset:,} is sparse: its bytes are not stored as they are",
@@ -62,9 +71,9 @@ def walk(path: Path) -> Iterator[Member]:
                         yield Member(info.name, info.offset_data, info.size)
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
                 end = tar.offset  # type: ignore[attr-defined]
-        except tarfile.TarError as error:
+        except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError) as error:
             raise DataError(
-                f"not a readable tar: {error}",
+                f"not a readable tar: {str(error) or type(error).__name__}",
                 where=path,
                 remedy=remedy + "; a compressed one must be unpacked: samples are "
                 "found by their place in it",
@@ -88,7 +97,7 @@ def walk(path: Path) -> Iterator[Member]:
 def name_at(path: Path, offset: int) -> str:
     """Return the name of the member whose payload begins at ``offset``, or "?" where the tar does not tell (any more)."""
     try:
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             file.seek(offset - tarfile.BLOCKSIZE)
             name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
         if (

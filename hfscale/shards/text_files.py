@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import IO
 
 from hfscale.errors import DataError
+from hfscale.records import open_file
 from hfscale.shards.raw import too_large
 
 PACKINGS = {
@@ -35,8 +36,8 @@ def open_source(file: Path) -> Iterator[IO[bytes]]:
         DataError: while opening or reading it, if that cannot be done.
     """
     try:
-        with gzip.open(file) if file.suffix == ".gz" else open(file, "rb") as stream:
-            yield stream  # type: ignore[misc]
+        with open_file(file) as plain:
+            yield gzip.GzipFile(fileobj=plain) if file.suffix == ".gz" else plain  # type: ignore[misc]
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read a source file: {getattr(error, 'strerror', None) or error}", where=file

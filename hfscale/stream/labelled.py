@@ -26,6 +26,7 @@ from hfscale.config.finetune import Examples
 from hfscale.encoding import NotText
 from hfscale.errors import ConfigError, DataError, counted, nearest
 from hfscale.log import logger, progress_bar
+from hfscale.records import load
 from hfscale.shards.files import locked
 from hfscale.shards.tables import table_digest, table_rows
 from hfscale.stream.examples import BadExample
@@ -161,6 +162,11 @@ def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> d
     }
 
 
+def _kept(file: Path) -> dict[str, Any]:
+    remedy = f"remove the folder {file.parent}: it is made again"
+    return load(file, dict[str, Any], what="what was kept of the examples", remedy=remedy)
+
+
 @dataclass
 class Split:
     """The features and examples of a split, as they lie in the cache."""
@@ -170,7 +176,7 @@ class Split:
     @cached_property
     def report(self) -> dict[str, Any]:
         """What is in it: ``examples``, ``features``, ``truncated`` (examples), ``bad`` (examples) and some of these."""
-        return json.loads((self.folder / "report.json").read_text("utf-8"))
+        return _kept(self.folder / "report.json")
 
     @cached_property
     def features(self) -> Any:
@@ -274,7 +280,7 @@ class LabelledData:
                 ) from error
 
         folder = self._made(self.digest("train", "facts"), build)
-        return json.loads((folder / "facts.json").read_text("utf-8"))
+        return _kept(folder / "facts.json")
 
     def prepared(
         self,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from hfscale.errors import DataError
+from hfscale.records import STRICT, Count, Damaged, parse
 
 STATE_VERSION = 1
 
@@ -16,13 +18,15 @@ class StreamState:
     """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB, and of raw text
     two numbers a lane."""
 
+    __pydantic_config__ = STRICT
+
     fingerprint: str  # of the data
     seed: int
-    seq_len: int
-    lanes: int
-    block: int
-    epoch_rows: int
-    consumed_rows: int = 0
+    seq_len: Count
+    lanes: Count
+    block: Count
+    epoch_rows: Count
+    consumed_rows: Count = 0
     sources: dict[str, list[Any]] = field(
         default_factory=dict
     )  # of a mixture: name -> [start of the fingerprint, rows consumed]
@@ -57,6 +61,12 @@ class StreamState:
                 remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it",
             )
         begun = {"text": 1 if content.get("cursors") else 2}  # of a state that does not say it
-        return cls(
-            **begun | {name: value for name, value in content.items() if name != "consumed_tokens"}
-        )
+        begun |= {name: value for name, value in content.items() if name != "consumed_tokens"}
+        try:
+            return parse(cls, json.dumps(begun))
+        except Damaged as error:
+            raise DataError(
+                f"the position in the data is damaged: {error}",
+                where="the checkpoint's state.json, stream",
+                remedy="go on from another checkpoint of the run",
+            ) from None

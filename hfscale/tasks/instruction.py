@@ -25,7 +25,9 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
+from hfscale.deadline import TookTooLong, deadline
 from hfscale.encoding import Quoted
+from hfscale.errors import DataError
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge
@@ -37,6 +39,7 @@ from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
 from hfscale.tasks.generation import NEW_TOKENS, Generation, check_prompt, say_once, written
 from hfscale.tokenizer import end_of_document_id
 
+RENDER_S = 10.0  # for a conversation; a template takes a millisecond
 SIGN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
 DEFAULT_TEMPLATE = """\
 {%- for message in messages -%}
@@ -195,9 +198,20 @@ class Instruction(Task, CausalLM):
         self, messages: list[dict[str, str]], *, prompt: bool = False, of: str | None = None
     ) -> str:
         try:
-            text = self.setting.tokenizer.apply_chat_template(
-                messages, chat_template=self._template, tokenize=False, add_generation_prompt=prompt
-            )
+            with deadline(RENDER_S):
+                text = self.setting.tokenizer.apply_chat_template(
+                    messages,
+                    chat_template=self._template,
+                    tokenize=False,
+                    add_generation_prompt=prompt,
+                )
+        except (TookTooLong, MemoryError):
+            raise DataError(
+                f"the chat template is not done after {RENDER_S:.0f} s, or takes all memory",
+                where="task.options.chat_template, or that of the tokenizer",
+                value=str(self._template)[:80],
+                remedy="mend its loops",
+            ) from None
         except Exception as error:  # whatever a template says against roles or their order
             raise BadExample(f"the chat template refuses the conversation: {error}") from error
         if of is not None and not of.startswith(text):

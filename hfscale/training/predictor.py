@@ -9,10 +9,16 @@ import numpy as np
 import torch
 
 from hfscale.dist.agree import from_all_ranks
+from hfscale.dist.stop import StopRequest
 from hfscale.encoding import NotText
 from hfscale.engine.inference import InferenceEngine
 from hfscale.stream.examples import BadExample, micro_batch
 from hfscale.tasks.base import Example, Task
+
+
+def stopped(stop: StopRequest, *, together: bool) -> bool:
+    """Return whether this process was asked to stop; of those that compute ``together``, whether any was. Collective then."""
+    return any(from_all_ranks(stop.requested)) if together else stop.requested
 
 
 @torch.no_grad()
@@ -25,10 +31,12 @@ def predict(
     first: int = 0,
     refuse_long: bool = False,
     answers: bool = False,
-) -> list[dict[str, Any]]:
+    stop: StopRequest | None = None,
+) -> list[dict[str, Any]] | None:
     """Return ``{"id", "prediction", ...}`` of each example, in order.
 
     One that cannot be used has a ``problem`` and no prediction; one that was cut, because it is longer than allowed, is ``truncated``.
+    None: it was asked to ``stop`` before the last batch.
     ``first`` is the number of the first of them among all. Where the ranks compute ``together`` all must call, with any examples or none.
     """
     rows, owners, problems, cut = list[dict[str, Any]](), list[int](), dict[int, str](), set[int]()
@@ -59,6 +67,8 @@ def predict(
         spare = [row for _, some in everyone for row in some]
         batches += [(spare, np.zeros(1, int))] * (max(count for count, _ in everyone) - own)
     for turn, (features, numbers) in enumerate(batches):
+        if stop is not None and stopped(stop, together=engine.together):
+            return None
         taken = micro_batch(features, numbers, numbers)
         made_here = task.predict(engine, task.collate(taken).to(engine.device), taken)
         if turn < own:

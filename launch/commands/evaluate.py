@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -64,6 +63,7 @@ def evaluate(
     """
     from hfscale.checkpoint import layout
     from hfscale.jobs import evaluate as job
+    from hfscale.metrics.kept import read_scores
 
     said, asked = list(overrides or ()), _pairs(task or [], data or [])
     if model is None or "=" in model:
@@ -98,7 +98,7 @@ def evaluate(
             label = "  ".join(
                 filter(None, [name, *one] if any(one) else [name, home.parent.name])
             )  # on what: its own split, or --data
-            found.append({**json.loads((home / job.SCORES).read_text("utf-8")), "model": label})
+            found.append({**read_scores(home / job.SCORES), "model": label})
     typer.echo(job.table(found))
     typer.echo(
         f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}"

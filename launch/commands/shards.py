@@ -7,7 +7,8 @@ from typing import Annotated, Optional
 
 import typer
 
-from hfscale.errors import ConfigError, DataError, shown
+from hfscale.errors import EXIT_STOPPED, ConfigError, DataError, shown
+from launch.interrupt import Interrupted
 
 app = typer.Typer(
     rich_markup_mode=None,
@@ -57,12 +58,9 @@ def build(
             if part
             else (build_shards(loaded), [])
         )
-    except KeyboardInterrupt:
-        raise DataError(
-            "interrupted",
-            where=loaded.shards.path,
-            remedy="run the same command again: it continues",
-        ) from None
+    except Interrupted:
+        typer.echo(f"stopped: {loaded.shards.path}; the same command continues", err=True)
+        raise typer.Exit(EXIT_STOPPED) from None
     if not built:
         print(
             f"part {part} is built; "

@@ -61,7 +61,9 @@ def test_leftovers_are_cleared_and_nothing_else(tmp_path):
 def test_pruning_keeps_the_newest_the_permanent_the_best_and_the_pinned(tmp_path):
     make(tmp_path, *(layout.step_name(step) for step in (2, 3, 4, 5, 6, 7)))
     best = {"metric": "validation_loss", "step": 3, "value": 2.5}
-    (tmp_path / "step-00000007" / layout.STATE).write_text(json.dumps({"best": best}))
+    (tmp_path / "step-00000007" / layout.STATE).write_text(
+        json.dumps({"step": 7, "tokens_seen": 7, "best": best})
+    )
     layout.pin(tmp_path, 5, pinned=True)
     policy = Checkpoint(keep_last=1, keep_every_steps=4)
     reasons = {layout.step_of(path): why for path, why in layout.kept(tmp_path, policy).items()}

@@ -96,7 +96,11 @@ def test_a_moved_tokenizer_is_the_same_and_another_one_is_not(folder: Path):
     entry = write_file(
         path / "checkpoints/step-00000001",
         "state.json",
-        [json.dumps({"tokenizer_digest": tokenizer_digest(folder / "tokenizer")}).encode()],
+        [
+            json.dumps(
+                {"step": 1, "tokenizer_digest": tokenizer_digest(folder / "tokenizer")}
+            ).encode()
+        ],
     )
     write_manifest(path / "checkpoints/step-00000001", [entry], step=1)
     (folder / "tokenizer").rename(folder / "moved")

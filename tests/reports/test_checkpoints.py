@@ -28,7 +28,13 @@ def run(tmp_path: Path) -> Path:
 
 def save(run: Path, step: int, best: int | None = None) -> Path:
     folder = run / f"checkpoints/step-{step:08}"
-    state = {"tokens_seen": step * 1000, "zero_stage": 1, "precision": "fp32", "world_size": 2}
+    state = {
+        "step": step,
+        "tokens_seen": step * 1000,
+        "zero_stage": 1,
+        "precision": "fp32",
+        "world_size": 2,
+    }
     state["best"] = best and {"metric": "validation_loss", "step": best, "value": 2.5}
     entries = [
         write_file(folder, "state.json", [json.dumps(state).encode()]),

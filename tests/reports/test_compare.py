@@ -64,7 +64,7 @@ def test_what_has_no_scores(tmp_path: Path) -> None:
     for source, problem in (
         (tmp_path, "no scores here"),
         (tmp_path / "none", "no scores here"),
-        (tmp_path / "x.json", "not a file"),
+        (tmp_path / "x.json", "should be an object"),
     ):
         with pytest.raises(DataError, match=problem):
             find([source])

@@ -195,9 +195,9 @@ def test_a_manifest_comes_back_with_its_fingerprint(
     ("content", "says"),
     [
         ("{", "not JSON"),
-        ("[]", "unknown version"),
+        ("[]", "should be an object"),
         ('{"version": 99}', "unknown version"),
-        ('{"version": 1}', "damaged: 'tokenizer'"),
+        ('{"version": 1}', "damaged: dtype: field required"),
         (
             '{"version": 1, "dtype": "int7", "tokenizer": null, "source": {}, "shards": []}',
             "unknown dtype",
