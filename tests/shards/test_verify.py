@@ -221,8 +221,8 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
     ("name", "member", "value", "said"),
     [
         ("documents", 0, 0, "other documents than"),
-        ("documents", 0, 2**62, "more than the shard has bytes"),  # times four it is nothing
-        ("tokens", 1, 2**63, "more than the shard has bytes"),  # twice that is nothing
+        ("documents", 0, 2**62, "member 0: documents 4,611"),  # times four it is nothing
+        ("tokens", 1, 2**63, "member 1: tokens 9,223"),  # twice that is nothing
         ("bytes", 1, 2**20, "more than the shard has bytes"),
         ("offset", 1, -1, "ends after the shard"),  # the last byte
     ],
@@ -249,7 +249,7 @@ def test_an_index_has_the_members_that_it_says(tmp_path: Path) -> None:
     body = bytearray(path.read_bytes()[:-8])
     body[40] += 1  # the count
     path.write_bytes(body + xxhash.xxh3_64_intdigest(body).to_bytes(8, "little"))
-    with pytest.raises(DataError, match="as many members"):
+    with pytest.raises(DataError, match=r"counts [0-9]+ members in"):
         ShardIndex.load(path)
 
 
