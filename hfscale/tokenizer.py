@@ -86,9 +86,28 @@ def load_tokenizer(path: str | Path) -> PreTrainedTokenizerFast:
     return cast("PreTrainedTokenizerFast", tokenizer)
 
 
+def write_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
+    """Write ``tokenizer`` as transformers does.
+
+    Raises:
+        DataError: if the disk is full or the name no text; ``tokenizers``, which is Rust, raises a bare ``Exception`` of both.
+    """
+    try:
+        tokenizer.save_pretrained(folder)
+    except Exception as error:
+        rust = type(error) is Exception or isinstance(error, UnicodeEncodeError)
+        if not rust and not isinstance(error, OSError):
+            raise
+        raise DataError(
+            f"the tokenizer cannot be written: {getattr(error, 'strerror', None) or error}",
+            where=ascii(str(folder)),
+            remedy="make room or choose another folder, then run the same command again",
+        ) from error
+
+
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write ``tokenizer`` as both transformers 5 and 4 read it: of 5's own class the name, and lists of special tokens, are not known to 4."""
-    tokenizer.save_pretrained(folder)
+    write_tokenizer(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     said = json.loads(file.read_text("utf-8"))
     if said.get("tokenizer_class") == "TokenizersBackend":

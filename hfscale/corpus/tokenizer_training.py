@@ -25,6 +25,7 @@ from hfscale.log import progress_bar
 from hfscale.records import Damaged, Record, parse, read_file
 from hfscale.shards.counts import Counts
 from hfscale.shards.files import cannot_write
+from hfscale.tokenizer import write_tokenizer
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -246,14 +247,12 @@ def _save(tokenizer: PreTrainedTokenizerFast, folder: Path, report: dict[str, An
         folder.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as scratch:
             partial = Path(scratch) / folder.name
-            tokenizer.save_pretrained(partial)
+            write_tokenizer(tokenizer, partial)
             (partial / REPORT_NAME).write_text(
                 json.dumps(report, indent=1, ensure_ascii=False) + "\n", "utf-8"
             )
             partial.rename(folder)
-    except Exception as error:
-        if not isinstance(error, OSError) and type(error) is not Exception:  # Rust's
-            raise
+    except OSError as error:
         raise cannot_write(folder, error) from error
 
 

@@ -68,7 +68,7 @@ def add(
 ) -> None:
     """Add special tokens that an objective needs. The ids of text stay the same, so shards that were built stay good."""
     from hfscale.errors import ConfigError, nearest
-    from hfscale.tokenizer import extended
+    from hfscale.tokenizer import extended, write_tokenizer
 
     roles = dict(token.partition("=")[::2] for token in tokens)
     for role, token in roles.items():
@@ -90,5 +90,5 @@ def add(
     tokenizer = extended(
         path, roles={f"{role}_token": token for role, token in roles.items()}, sentinels=count
     )
-    tokenizer.save_pretrained(out)
+    write_tokenizer(tokenizer, out)
     print(f"{len(tokenizer):,} ids  {out}")
