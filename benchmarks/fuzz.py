@@ -982,7 +982,10 @@ def main() -> None:
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         home = asked.home or Path(scratch)
-        base = home / "base" if (home / "base" / "export").is_dir() else make_base(home)
+        base = home / "base"
+        if not (base / "export").is_dir():
+            make_base(home)
+        base = base.resolve()  # what its configs call it
         if asked.replay:
             name, _, number = asked.replay.rpartition(":")
             warm_up()
