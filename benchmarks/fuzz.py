@@ -20,6 +20,7 @@ import random
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -27,6 +28,7 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -517,7 +519,7 @@ def reseal(file: Path) -> None:
         body.pop("sha256", None)
         digest = hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()
         file.write_text(json.dumps({**body, "sha256": digest}))
-    except (ValueError, AttributeError, RecursionError):
+    except (ValueError, AttributeError, TypeError, RecursionError):
         return
 
 
@@ -928,6 +930,29 @@ def run(
     return tallies
 
 
+def spread(
+    inputs: int, *, seed: int, home: Path, only: Sequence[str], jobs: int
+) -> dict[str, Tally]:
+    """Return as ``run``, with each surface in a process of its own, ``jobs`` at once; the base lies in ``home``."""
+    chosen = [name for name in SURFACES if not only or name in only]
+    total = sum(SURFACES[name].share for name in chosen)
+
+    def one(name: str) -> Tally:
+        own = home / name.replace(" ", "-")
+        own.mkdir(exist_ok=True)
+        if not (own / "base").exists():
+            (own / "base").symlink_to(home / "base")
+        count = max(1, round(inputs * SURFACES[name].share / total))
+        words = ["--inputs", str(count), "--seed", str(seed), "--home", str(own), "--only", name]
+        command = [sys.executable, "-m", "benchmarks.fuzz", *words, "--tally", str(own / "tally")]
+        subprocess.run(command, check=True)
+        said = json.loads((own / "tally").read_text())
+        return Tally(Counter(said["kinds"]), said["bad"], said["slowest_s"])
+
+    with ThreadPoolExecutor(jobs) as pool:
+        return dict(zip(chosen, pool.map(one, chosen), strict=True))
+
+
 def warm_up() -> None:
     """Import what the commands need, once, before anything is forked."""
     os.environ["HF_HUB_OFFLINE"] = "1"  # nothing here asks the hub
@@ -951,11 +976,16 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=[], choices=[*SURFACES])
     parser.add_argument("--replay", help="SURFACE:NUMBER")
     parser.add_argument("--home", type=Path, help="keep the base here, or use the one that is here")
+    parser.add_argument("--jobs", type=int, default=2, help="surfaces at once")
+    parser.add_argument("--tally", type=Path, help="of one surface: write what was counted here")
     parser.add_argument("--dry", action="store_true", help="print, do not write RESULTS.md")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         home = asked.home or Path(scratch)
-        base = home / "base" if (home / "base" / "export").is_dir() else make_base(home)
+        base = home / "base"
+        if not (base / "export").is_dir():
+            make_base(home)
+        base = base.resolve()  # what its configs call it
         if asked.replay:
             name, _, number = asked.replay.rpartition(":")
             warm_up()
@@ -963,7 +993,13 @@ def main() -> None:
             outcome = attempt(SURFACES[name], rng, base, home / "scratch", None)
             print(outcome.output, f"\n{outcome.kind} {outcome.code} {outcome.seconds:.1f} s")
             return
-        tallies = run(asked.inputs, seed=asked.seed, home=home, only=asked.only, base=base)
+        if asked.tally:
+            [tally] = run(
+                asked.inputs, seed=asked.seed, home=home, only=asked.only, base=base
+            ).values()
+            asked.tally.write_text(json.dumps(vars(tally)))
+            return
+        tallies = spread(asked.inputs, seed=asked.seed, home=home, only=asked.only, jobs=asked.jobs)
     kinds = ["refused", "accepted", "other", *BAD]
     rows = [
         [

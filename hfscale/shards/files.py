@@ -231,7 +231,7 @@ def sync(descriptor: int) -> None:
     os.fsync(descriptor)
 
 
-def cannot_write(path: Path, error: Exception) -> DataError:
+def cannot_write(path: Path, error: OSError) -> DataError:
     """Return the error to raise when ``path`` could not be written: the cause, and the room that is left."""
     try:
         status = os.statvfs(path.parent)
@@ -239,7 +239,7 @@ def cannot_write(path: Path, error: Exception) -> DataError:
     except OSError:
         room = "the folder cannot be read"
     return DataError(
-        f"cannot write: {getattr(error, 'strerror', None) or error}",
+        f"cannot write: {error.strerror or error}",
         where=path,
         remedy=f"{room}; make room or choose another folder, then run the same command again: it continues",
     )
