@@ -15,7 +15,8 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
 EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
-EXIT_HUNG = 77  # ranks hung (who is to blame is written down), or lost one another; may be requeued or rerun
+# ranks hung (who is to blame is written down), lost one another, or were superseded; may be requeued or rerun
+EXIT_HUNG = 77
 
 _UNSET = object()
 
@@ -54,6 +55,14 @@ class UnhealthyError(Exception):
     """Training produced numbers that must not be saved or trained on (exit code 76)."""
 
 
+class LostError(Exception):
+    """This attempt cannot go on, but another one may (exit code 77)."""
+
+
+class SupersededError(LostError):
+    """A younger attempt has taken over the run directory."""
+
+
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code for an error that is not a defect of ours, after printing it; None for a defect.
 
@@ -71,13 +80,18 @@ def exit_code(error: BaseException) -> int | None:
             where=error.filename or "",
             remedy="make room or choose another folder, then run the same command again",
         )
-    if isinstance(error, (UserError, UnhealthyError)):
-        print(
-            f"{'unhealthy' if isinstance(error, UnhealthyError) else 'error'}: {error}",
-            file=sys.stderr,
-        )
-        return EXIT_UNHEALTHY if isinstance(error, UnhealthyError) else EXIT_USER_ERROR
+    for kind, name, code in KINDS:
+        if isinstance(error, kind):
+            print(f"{name}: {error}", file=sys.stderr)
+            return code
     return None
+
+
+KINDS = (
+    (UserError, "error", EXIT_USER_ERROR),
+    (UnhealthyError, "unhealthy", EXIT_UNHEALTHY),
+    (LostError, "lost", EXIT_HUNG),
+)
 
 
 def counted(number: int, noun: str) -> str:

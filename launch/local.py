@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shlex
 import signal
 import socket
 import subprocess
@@ -23,7 +24,7 @@ import typer
 
 from hfscale.config.load import to_yaml
 from hfscale.config.rules import BatchPlan, notices, solve_batch
-from hfscale.config.schema import Section
+from hfscale.config.schema import Section, TrainConfig
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation, available_cores, free_port
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
@@ -32,7 +33,7 @@ from hfscale.shards.files import write_atomically
 from hfscale.worker import job_of
 from launch import run_dir
 from launch.queue import hold
-from launch.request import Request, check
+from launch.request import Request, check, quote, refuse_copies
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -47,6 +48,7 @@ def launch(request: Request) -> int:
     Raises:
         UserError: for what can be refused before a process is started.
     """
+    refuse_copies()
     loaded = request.load()
     config = loaded.config
     gpus = gpu_count()
@@ -61,7 +63,7 @@ def launch(request: Request) -> int:
     batch = solve_batch(
         config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs
     )
-    said = [*notices(config), *run_dir.compare(config)]
+    said = [*notices(config), *run_dir.compare(config), *unused_allocation(config)]
     check(config, device_type="cuda" if gpus else "cpu")
     try:
         port = free_port(request.port or 0)
@@ -92,22 +94,43 @@ def launch(request: Request) -> int:
         )
         if config.metrics.tensorboard:
             logger.info(tensorboard_line(config.run_dir))
-        code = run_ranks(
-            [sys.executable, "-m", request.worker, str(file)],
-            procs=procs,
-            port=port,
-            logs=config.run_dir / "logs",
-        )
+        attempt = run_dir.take(config.run_dir, launcher="local")
+        with attempt.kept(leave=False):  # rank 0 leaves, and the others with it
+            code = run_ranks(
+                [sys.executable, "-m", request.worker, str(file)],
+                procs=procs,
+                port=port,
+                logs=config.run_dir / "logs",
+                attempt=attempt.number,
+            )
+        attempt.end(code)
         run_dir.restore_if_refused(config.run_dir, before, code=code)
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(
-            f"stopped; the same command goes on, and so does: hfscale {config.verb} {config.run_dir}"
+            f"stopped; the same command goes on, and so does: hfscale {config.verb} {quote(config.run_dir)}"
         )
     if code == EXIT_DONE:
         logger.info(
-            f"done; hfscale evaluate {config.run_dir} scores it; predict and export take it as well"
+            f"done; hfscale evaluate {quote(config.run_dir)} scores it; predict and export take it as well"
         )
     return code
+
+
+def unused_allocation(config: TrainConfig) -> list[str]:
+    """Return a notice if this process is in a Slurm allocation which these ranks will not use, or not all of."""
+    here = allocation()
+    if here is None:
+        return []
+    inside = "SLURMD_NODENAME" in os.environ
+    if inside and here.nodes == 1:
+        return []
+    where = (
+        f"one of the {here.nodes} nodes" if inside else "this machine, which is none of its nodes"
+    )
+    return [
+        f"in the allocation {here.job_id} ({here.node_list}) these ranks run on {where}; "
+        f"--launcher slurm uses all of it"
+    ]
 
 
 def start(config: Section, file: Path, *, procs: int) -> None:
@@ -117,6 +140,7 @@ def start(config: Section, file: Path, *, procs: int) -> None:
         typer.Exit: with the exit code, if it was stopped or a process failed.
         UserError: in this process, for what the job refuses.
     """
+    refuse_copies()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, to_yaml(config).encode())
     if procs == 1:
@@ -146,7 +170,7 @@ def gpu_count() -> int:
 
 def tensorboard_line(path: Path) -> str:
     """Return the command that shows a run's curves, and the tunnel to it when this is a remote machine."""
-    line = f"curves: tensorboard --logdir {path / 'tensorboard'}"
+    line = f"curves: tensorboard --logdir {quote(path / 'tensorboard')}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line
@@ -158,17 +182,9 @@ def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
     for rank in range(procs):
         place = World(rank, procs, rank, procs, master_port=port).export()
-        lines.append(
-            " ".join(
-                [
-                    *(f"{name}={value}" for name, value in place.items()),
-                    sys.executable,
-                    "-m",
-                    request.worker,
-                    str(config),
-                ]
-            )
-        )
+        variables = [f"{name}={value}" for name, value in place.items()]
+        command = shlex.join([sys.executable, "-m", request.worker, str(config)])
+        lines.append(" ".join([*variables, command]))
     return "\n".join(lines)
 
 
@@ -193,16 +209,17 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
 
 
-def run_ranks(command: Sequence[str], *, procs: int, port: int, logs: Path) -> int:
+def run_ranks(
+    command: Sequence[str], *, procs: int, port: int, logs: Path, attempt: int = 0
+) -> int:
     """Return the exit code of ``procs`` processes of ``command``. Each has its log; rank 0's goes to the console as well."""
     logs.mkdir(exist_ok=True)
     ranks: list[Rank] = []
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                ranks.append(
-                    _start(command, World(number, procs, number, procs, master_port=port), logs)
-                )
+                place = World(number, procs, number, procs, master_port=port, attempt=attempt)
+                ranks.append(_start(command, place, logs))
                 if asked:
                     ranks[-1].process.terminate()
             failed = _watch(ranks)

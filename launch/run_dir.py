@@ -4,11 +4,11 @@ RUN_DIR/config.yaml       the resolved config of the newest attempt; every earli
 RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of values, changes
 RUN_DIR/environment-*.patch  what the code had in it beside its commit
 RUN_DIR/lock              held by the launcher (or job) that works here
+RUN_DIR/attempts/         who has worked here, and who does: hfscale/monitor/fence.py
 """
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import shutil
@@ -26,8 +26,9 @@ from hfscale.config.rules import Difference, differences, resume_differences
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError
+from hfscale.monitor import fence
 from hfscale.monitor.heartbeat import FOLDER
-from hfscale.shards.files import write_atomically
+from hfscale.shards.files import flock, write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.environment import describe
 from launch.queue import JOB, refuse_holder
@@ -57,6 +58,7 @@ def compare(config: TrainConfig) -> list[str]:
             LOCK,
             JOB,
             RESTARTS,
+            fence.FOLDER,
         }  # what a job that has just begun has written, or an early kill leaves
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(
@@ -105,17 +107,13 @@ def locked(path: Path) -> Iterator[None]:
         ) from None
     with file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            locks = flock(file, wait=False)
+        except BlockingIOError:
             file.seek(0)
-            raise CheckpointError(
-                "another job is at work in this run directory",
-                where=path,
-                value=file.read().strip() or "unknown",
-                remedy="wait for it, stop it, or start this one under another run.name",
-            ) from None
-        file.truncate(0)
+            raise _at_work(path, file.read().strip() or "unknown") from None
         refuse_holder(path)
+        _refuse_lease(path, locks=locks)
+        file.truncate(0)
         print(
             f"process {os.getpid()} on {socket.gethostname()} since {_now()}", file=file, flush=True
         )
@@ -123,6 +121,41 @@ def locked(path: Path) -> Iterator[None]:
             yield
         finally:
             file.truncate(0)
+
+
+def _refuse_lease(path: Path, *, locks: bool) -> None:
+    """Return if no attempt of another machine, or of any where there are no ``locks``, renews its lease.
+
+    An attempt of this very Slurm job may: it has not yet noticed that the job was started anew, and is fenced off.
+    """
+    attempt, here = fence.newest(path), allocation()
+    owner = attempt.owner() if attempt else None
+    if attempt is None or owner is None or (here and owner.job == here.job_id):
+        return
+    if locks and owner.host == socket.gethostname():  # the kernel would know
+        return
+    if attempt.alive():
+        raise _at_work(path, str(owner))
+
+
+def _at_work(path: Path, who: str) -> CheckpointError:
+    return CheckpointError(
+        "another job is at work in this run directory",
+        where=path,
+        value=who,
+        remedy="wait for it, stop it, or start this one under another run.name",
+    )
+
+
+def take(path: Path, *, launcher: str) -> fence.Fence:
+    """Return the attempt that begins now: every older one that still lives can write no more. Call it under ``locked``."""
+    here = allocation()
+    return fence.take(
+        path,
+        launcher=launcher,
+        job=here.job_id if here else "",
+        restart=here.restarts if here else 0,
+    )
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:

@@ -5,11 +5,10 @@ A build that was killed continues from it. It also keeps two builds out of one f
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +16,7 @@ from typing import IO, Any
 from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
-from hfscale.shards.files import cannot_write, sync
+from hfscale.shards.files import cannot_write, locked, sync
 from hfscale.shards.manifest import ShardEntry
 
 FILE_NAME = "ledger.jsonl"
@@ -49,20 +48,17 @@ def open_ledger(
         DataError: if what is there was made with another ``plan`` (the message says what differs).
     """
     path = folder / FILE_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # held open: it carries the lock
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    with file:
+    with ExitStack() as stack:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
+            file = stack.enter_context(locked(path, wait=False))
+        except BlockingIOError:
             raise BuildUnderWay(
                 "another build is writing here",
                 where=folder,
                 remedy="wait for it, or set shards.path to another folder",
             ) from None
+        except OSError as error:
+            raise cannot_write(path, error) from None
         try:
             yield Ledger(path, file, json.loads(json.dumps(plan)), finished=finished)
         finally:
@@ -105,7 +101,9 @@ class Ledger:
             ) from None
         if there is None:
             if strangers := [
-                child.name for child in sorted(path.parent.iterdir()) if child != path
+                child.name
+                for child in sorted(path.parent.iterdir())
+                if not child.name.startswith(path.name)  # or its lease
             ]:
                 raise DataError(
                     "this folder holds something that is not a build of shards",

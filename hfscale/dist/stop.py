@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable
+from collections.abc import Collection
 from types import FrameType
 
 WARNINGS = (
@@ -23,10 +23,11 @@ class StopRequest:
     def requested(self) -> bool:
         return self.reason is not None
 
-    def listen(self, signals: Iterable[signal.Signals] = SIGNALS) -> StopRequest:
-        """Return self, with handlers installed for ``signals``."""
+    def listen(self, signals: Collection[signal.Signals] = SIGNALS) -> StopRequest:
+        """Return self, with handlers for ``signals``; one that was held back until now (slurm/train.sbatch) is heard."""
         for number in signals:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return self
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -17,6 +17,8 @@ from itertools import count
 from hfscale.errors import ConfigError
 
 PORTS = range(12_000, 30_000)
+ATTEMPT = "HFSCALE_ATTEMPT"
+HERE = "ranks of this node"
 
 
 @dataclass(frozen=True)
@@ -29,6 +31,7 @@ class World:
     local_world_size: int = 1
     master_addr: str = "127.0.0.1"
     master_port: int = 0  # 0: a world of one picks a free port
+    attempt: int = 0  # of the run, as monitor/fence.py counts them; 0: the launcher took none
 
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
@@ -37,19 +40,18 @@ class World:
         Raises:
             ConfigError: if they contradict each other.
         """
+        attempt = given_attempt(env)
         if "RANK" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif (
-            int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1
-        ):  # a batch script has the other variables too, and is no rank
-            names = (
-                "SLURM_PROCID",
-                "SLURM_STEP_NUM_TASKS",
-                "SLURM_LOCALID",
-                "SLURM_NTASKS_PER_NODE",
+        elif copies(env) > 1:  # a batch script has the other variables too, and is no rank
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", HERE)
+            # not SLURM_NTASKS_PER_NODE alone: it is handed on from one allocation to another
+            tasks = counts(
+                env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE", "1")
             )
+            env = {**env, HERE: str(tasks[int(env.get("SLURM_NODEID", "0")) % len(tasks)])}
         else:
-            return cls()
+            return cls(attempt=attempt)
         rank, world_size, local_rank, local_world_size = (
             int(env.get(name, default)) for name, default in zip(names, "0101", strict=True)
         )
@@ -67,6 +69,7 @@ class World:
             local_world_size,
             env.get("MASTER_ADDR", "127.0.0.1"),
             int(env["MASTER_PORT"]),
+            attempt,
         )
 
     def export(self) -> dict[str, str]:
@@ -78,7 +81,24 @@ class World:
             "LOCAL_WORLD_SIZE": str(self.local_world_size),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
+            **({ATTEMPT: str(self.attempt)} if self.attempt else {}),
         }
+
+
+def given_attempt(env: Mapping[str, str] = os.environ) -> int:
+    """Return which attempt of its run the launcher says that this process is of; 0 if it says nothing."""
+    return int(env.get(ATTEMPT) or 0)
+
+
+def copies(env: Mapping[str, str] = os.environ) -> int:
+    """Return how many times srun started the command of this process, at once; 1 outside of any step."""
+    return int(env.get("SLURM_STEP_NUM_TASKS", "1")) if "SLURM_PROCID" in env else 1
+
+
+def counts(text: str) -> list[int]:
+    """Return a number for each node from what Slurm writes for all: "2(x3),1" is 2, 2, 2, 1."""
+    parts = [part.partition("(x") for part in text.split(",")]
+    return [int(n) for n, _, times in parts for _ in range(int(times.rstrip(")") or 1))]
 
 
 @dataclass(frozen=True)
@@ -88,20 +108,20 @@ class Allocation:
     job_id: str
     node_list: str
     nodes: int
-    gpus_per_node: int
-    tasks_per_node: int
+    gpus_per_node: int  # that were asked for; else those of this node, if the job has it whole
+    tasks_per_node: int  # as far as the environment tells: launch/queue.py asks Slurm
     restarts: int
     rank: int
     array_id: str  # its other name, if it is a task of an array
+    cpus_per_node: int = 1  # of the node that has fewest
 
 
 def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
     """Return the Slurm job around this process, or None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
-    gpus = int(
-        env.get("SLURM_GPUS_ON_NODE") or env.get("SLURM_GPUS_PER_NODE", "0").rpartition(":")[2]
-    )  # the second in salloc's shell
+    # perhaps "a100:8"; on whole nodes SLURM_GPUS_ON_NODE counts those that nobody asked for
+    gpus = int(env.get("SLURM_GPUS_PER_NODE", "").rpartition(":")[2] or gpus_here(env))
     return Allocation(
         env["SLURM_JOB_ID"],
         env.get("SLURM_JOB_NODELIST", ""),
@@ -111,7 +131,13 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
         restarts=int(env.get("SLURM_RESTART_COUNT", "0")),
         rank=int(env.get("SLURM_PROCID", "0")),
         array_id=f"{env.get('SLURM_ARRAY_JOB_ID', '')}_{env.get('SLURM_ARRAY_TASK_ID', '')}",
+        cpus_per_node=min(counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))),
     )
+
+
+def gpus_here(env: Mapping[str, str] = os.environ) -> int:
+    """Return how many GPUs the job has on this node; 0 outside of a node, as in salloc's shell."""
+    return int(env.get("SLURM_GPUS_ON_NODE") or 0)
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:
@@ -129,7 +155,7 @@ def free_port(port: int = 0) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port or secrets.choice(PORTS)))
+                probe.bind(("", port or secrets.choice(PORTS)))
                 return probe.getsockname()[1]
             except OSError:
                 if port:

@@ -25,7 +25,7 @@ from hfscale.errors import UserError
 from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, table
 from launch import slurm
 from launch.local import gpu_count
-from launch.queue import client, has_slurm
+from launch.queue import client, cores_per_rank, has_slurm, ranks_per_node
 from launch.request import Request
 
 TIMEOUT_S, KILL_S, SLURM_S = (
@@ -35,8 +35,8 @@ TIMEOUT_S, KILL_S, SLURM_S = (
 )  # for the ranks; for them to end after that; for Slurm to answer
 RANK = "hfscale.reports.machine"
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone")
-STEP = """source slurm/site.sh
-exec srun --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
+STEP = """source slurm/start.sh
+exec "${SRUN[@]}" --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
 """
 
 
@@ -156,7 +156,7 @@ def _before(
 
 
 def _procs(here: Allocation | None) -> int:
-    return here.nodes * here.tasks_per_node if here else gpu_count() or min(2, available_cores())
+    return here.nodes * ranks_per_node(here) if here else gpu_count() or min(2, available_cores())
 
 
 def _measure(
@@ -176,11 +176,13 @@ def _measure(
         default=str,
     )
     if here:
-        command = ["bash", "-c", STEP, "bash", str(here.tasks_per_node), str(procs), RANK, text]
+        ranks = ranks_per_node(here)
+        command = ["bash", "-c", STEP, "bash", str(ranks), str(procs), RANK, text]
         env = {
             "MASTER_ADDR": names[0],
             "MASTER_PORT": str(job_port(here.job_id)),
             "HFSCALE_PYTHON": sys.executable,
+            "SRUN_CPUS_PER_TASK": str(cores_per_rank(here, ranks)),  # as training has it
         }
     else:
         command = [sys.executable, *TORCHRUN, f"--nproc-per-node={procs}", "-m", RANK, text]
@@ -189,7 +191,7 @@ def _measure(
         tempfile.TemporaryDirectory() as folder
     ):  # a pipe would be held by ranks that nothing can end
         out, err = (Path(folder, name) for name in ("out", "err"))
-        ranks = subprocess.Popen(
+        step = subprocess.Popen(
             command,
             cwd=slurm.ROOT,
             env=os.environ | env,
@@ -198,13 +200,13 @@ def _measure(
             stderr=err.open("w"),
         )
         try:
-            ranks.wait(TIMEOUT_S)
+            step.wait(TIMEOUT_S)
         except subprocess.TimeoutExpired:
-            ranks.terminate()  # srun and torchrun end the ranks
+            step.terminate()  # srun and torchrun end the ranks
             with suppress(subprocess.TimeoutExpired):
-                ranks.wait(KILL_S)
+                step.wait(KILL_S)
         finally:
-            ranks.kill()
+            step.kill()
             with suppress(OSError):
                 token.unlink()
         said, why = (
