@@ -121,14 +121,14 @@ def test_a_site_with_containers_whole_nodes_and_a_controller_that_is_down(
 
     long = ("train.steps=10000",)
     # the script's own options: a whole node, with fewer GPUs asked for than it has
-    whole = sbatch("whole", "--nodelist=n3", "--gpus-per-node=1", cwd=ROOT)
+    whole = sbatch("whole", "--nodelist=n3", "--gpus-per-node=1", more=long, cwd=ROOT)
     contained = sbatch(
         "contained", *SMALL, "--nodelist=n1", more=long, SLURM_TASK_PROLOG=str(prolog)
     )
     short = sbatch("short", *SMALL, "--nodelist=n4", "--time=5")
     wait_for(lambda: steps("contained") >= 2, what=lambda: said(contained))
     second = sbatch("contained", *SMALL, "--nodelist=n2")
-    assert cluster.wait(whole) == "COMPLETED", said(whole)
+    wait_for(lambda: steps("whole") >= 2, what=lambda: said(whole))
     assert "1 ranks on 1 of the nodes n3" in said(whole)
     assert "1 ranks on a node with 2 GPUs: the others stay idle" in said(whole)
     assert cluster.wait(short) == "FAILED"
@@ -147,8 +147,11 @@ def test_a_site_with_containers_whole_nodes_and_a_controller_that_is_down(
         assert f"rm '{runs}/contained/job'" in str(refused.value)
         for rank in cluster.ranks(contained).values():
             os.kill(rank, signal.SIGUSR1)
-        wait_for(lambda: "back into the queue" in said(contained), what=lambda: said(contained))
+        for rank in cluster.ranks(whole).values():
+            os.kill(rank, signal.SIGUSR1)
         wait_for(lambda: "Unable to contact" in said(contained), what=lambda: said(contained))
+        # what scontrol says of a requeue that nobody takes
+        wait_for(lambda: "Unexpected message" in said(whole), what=lambda: said(whole))
     finally:
         cluster.start_controller()
     wait_for(lambda: cluster.job(contained).get("Restarts") == "1", what=lambda: said(contained))
