@@ -17,7 +17,8 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
 EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
-EXIT_HUNG = 77  # ranks hung (who is to blame is written down), or lost one another; may be requeued or rerun
+# ranks hung (who is to blame is written down), lost one another, or were superseded; may be requeued or rerun
+EXIT_HUNG = 77
 EXIT_INTERRUPTED = 130  # Ctrl-C, and nothing was kept: 128 + SIGINT, as shells say it
 
 _UNSET = object()
@@ -93,6 +94,14 @@ class UnhealthyError(Exception):
     """Training produced numbers that must not be saved or trained on (exit code 76)."""
 
 
+class LostError(Exception):
+    """This attempt cannot go on, but another one may (exit code 77)."""
+
+
+class SupersededError(LostError):
+    """A younger attempt has taken over the run directory."""
+
+
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code for an error that is not a defect of ours, after printing it; None for a defect.
 
@@ -110,13 +119,18 @@ def exit_code(error: BaseException) -> int | None:
             value=str(error) or "MemoryError",
             remedy="give this process more, or less to hold at once: shorter rows, a smaller batch",
         )
-    if isinstance(error, (UserError, UnhealthyError)):
-        print(
-            f"{'unhealthy' if isinstance(error, UnhealthyError) else 'error'}: {error}",
-            file=sys.stderr,
-        )
-        return EXIT_UNHEALTHY if isinstance(error, UnhealthyError) else EXIT_USER_ERROR
+    for kind, name, code in KINDS:
+        if isinstance(error, kind):
+            print(f"{name}: {error}", file=sys.stderr)
+            return code
     return None
+
+
+KINDS = (
+    (UserError, "error", EXIT_USER_ERROR),
+    (UnhealthyError, "unhealthy", EXIT_UNHEALTHY),
+    (LostError, "lost", EXIT_HUNG),
+)
 
 
 def counted(number: int, noun: str) -> str:

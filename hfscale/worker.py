@@ -1,33 +1,43 @@
 """One rank of a job: `python -m hfscale.worker RUN_DIR/config.yaml`. Finds its place in the world, runs the job, and leaves in order.
 
-Exit codes: 0 done; 2 a user's mistake; 75 stopped on request, saved, may be run again; 76 unhealthy numbers; 77 hung, or lost the
-other ranks, may be run again; anything else failed.
+Exit codes: 0 done; 2 a user's mistake; 75 stopped on request, saved, may be run again; 76 unhealthy numbers; 77 hung, lost the
+other ranks, or superseded by a younger attempt, may be run again; anything else failed.
 On an error no collective is called: the other ranks may be anywhere, and the launcher ends them.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import traceback
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
+from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 from hfscale import log
 from hfscale.config.load import load_config
-from hfscale.config.schema import Section
+from hfscale.config.schema import Section, TrainConfig
 from hfscale.dist.secret import known_secret
 from hfscale.dist.stop import WARNINGS, StopRequest
-from hfscale.dist.world import Allocation, World, allocation, node_name
-from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError, exit_code, lost_peer
+from hfscale.dist.world import Allocation, World, allocation, given_attempt, node_name
+from hfscale.errors import (
+    EXIT_DONE,
+    EXIT_HUNG,
+    EXIT_STOPPED,
+    CheckpointError,
+    ConfigError,
+    exit_code,
+    lost_peer,
+)
+from hfscale.monitor.fence import Fence, newest, take
 from hfscale.monitor.heartbeat import watching
 from hfscale.packages import refuse_wrong_versions
 
 JOB = "job"  # in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
-EXIT_CODE = "exit_code"  # in the run directory of a Slurm job: code and rank of the first that did not end well
 # the section of a config that names the job -> its module
 JOBS = {
     "predict": "hfscale.jobs.predict",
@@ -45,31 +55,84 @@ def job_of(config: Section) -> Any:
 
 def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -> int:
     """Return the exit code of the job that ``config_path`` describes; ``on_hang`` as in ``monitor/heartbeat.py``."""
-    stop = StopRequest().listen(
-        WARNINGS
-    )  # before the slow imports: Slurm's signal would end a process that does not listen
+    # before the slow imports: Slurm's signal would end a process that does not listen
+    stop = StopRequest().listen(WARNINGS)
     import torch
 
     world = World.from_environment().sharing(known_secret(config_path.parent))
     log.setup(rank=world.rank)
     config = load_config(config_path, decided=True).config
+    trains = isinstance(config, TrainConfig)
+    if trains:
+        _refuse_other_folder(config_path, config)
     if world.rank == 0 and (here := allocation()):
         _refuse_second_job(config_path.parent / JOB, here)
     if not torch.cuda.is_available():
-        os.environ.setdefault(
-            "DS_ACCELERATOR", "cpu"
-        )  # else DeepSpeed prints on stdout that it found none
+        # else DeepSpeed prints on stdout that it found none
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
     refuse_wrong_versions()
-    job = job_of(config)
-    with watching(
-        config_path.parent,
-        rank=world.rank,
-        world_size=world.world_size,
-        node=node_name(),
-        on_hang=on_hang,
-        timeout_s=config.train.hang_timeout_s if hasattr(config, "train") else None,
-    ):  # predictions have an uneven pace
-        return EXIT_DONE if job.run(config, world, stop) else EXIT_STOPPED
+    job, run_dir = job_of(config), config_path.parent
+    fence = attempt_of(run_dir, world) if trains and world.rank == 0 else None
+    if fence:
+        world = replace(world, attempt=fence.number)
+    with (
+        fence.kept() if fence else nullcontext(),
+        watching(
+            run_dir,
+            rank=world.rank,
+            world_size=world.world_size,
+            node=node_name(),
+            on_hang=on_hang,
+            timeout_s=config.train.hang_timeout_s if trains else None,  # others have no even pace
+            attempt=world.attempt,
+        ),
+    ):
+        code = EXIT_DONE if job.run(config, world, stop) else EXIT_STOPPED
+    if fence:
+        fence.end(code)
+    return code
+
+
+def attempt_of(run_dir: Path, world: World) -> Fence:
+    """Return the attempt that rank 0 is of: the one its launcher took, or a new one.
+
+    Raises:
+        CheckpointError: if there was no launcher to look whether an older one is at work, and one is.
+    """
+    if world.attempt and (given := Fence(run_dir, world.attempt)).folder.is_dir():
+        return given
+    here, old = allocation(), newest(run_dir)
+    if old and not here and old.alive():
+        raise CheckpointError(
+            "another job is at work in this run directory",
+            where=run_dir,
+            value=str(old.owner()),
+            remedy="wait for it, stop it, or start this one under another run.name",
+        )
+    return take(
+        run_dir,
+        launcher="none",
+        job=here.job_id if here else "",
+        restart=here.restarts if here else 0,
+    )
+
+
+def _refuse_other_folder(config_path: Path, config: TrainConfig) -> None:
+    """Return if a run's config lies in its run directory.
+
+    Raises:
+        ConfigError: if not: what ranks write beside it would lie elsewhere than the run.
+    """
+    if not (config.run_dir / config_path.name).exists() or not os.path.samefile(
+        config_path, config.run_dir / config_path.name
+    ):
+        raise ConfigError(
+            "this config does not lie in its run directory",
+            where=config_path,
+            value=str(config.run_dir),
+            remedy=f"hfscale {config.verb} {shlex.quote(str(config_path))} makes the run directory and starts the "
+            "ranks; torchrun and srun take its config.yaml",
+        )
 
 
 def _refuse_second_job(file: Path, here: Allocation) -> None:
@@ -92,25 +155,21 @@ def _refuse_second_job(file: Path, here: Allocation) -> None:
 def main() -> None:
     """Run one rank and end its process."""
     config_path, peer_ended = Path(sys.argv[1]), False
-
-    def tell(code: int, rank: int) -> None:  # srun gives the code of those it kills then
-        with suppress(OSError), open(config_path.parent / EXIT_CODE, "x") as file:
-            print(code, rank, file=file)
-
+    fence = Fence(config_path.parent, given_attempt())  # srun gives the code of those it kills
     try:
         code = run(
-            config_path, on_hang=lambda rank: tell(EXIT_HUNG, rank) if allocation() else None
+            config_path,
+            on_hang=lambda rank: fence.tell(EXIT_HUNG, rank) if allocation() else None,
         )
-    except (
-        BaseException
-    ) as error:  # whatever it is, this rank must not linger in a collective's destructor
+    except BaseException as error:
+        # whatever it is, this rank must not linger in a collective's destructor
         known = exit_code(error)
         if known is None:
             traceback.print_exc()
         peer_ended = known is None and lost_peer(error)
         code = known or (EXIT_HUNG if peer_ended else 1)
     if code and not peer_ended and (job := allocation()):
-        tell(code, job.rank)
+        fence.tell(code, job.rank)
     sys.stdout.flush()
     sys.stderr.flush()
     if code != EXIT_DONE:

@@ -19,7 +19,7 @@ from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
 from launch import run_dir
 from launch.local import gpu_count
-from launch.request import Request, check
+from launch.request import Request, check, refuse_copies
 
 SUFFIX = "-debug"
 _LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "encoder_layers")
@@ -31,6 +31,7 @@ def launch(request: Request) -> int:
     Raises:
         UserError: as any launcher.
     """
+    refuse_copies()
     wanted = request.load()
     on_gpu = gpu_count() > 0
     loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))

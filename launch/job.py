@@ -1,33 +1,42 @@
 """What a Slurm job does beside training: slurm/train.sbatch calls this before its srun and after it, on the first node.
 
-python -m launch.job begin NODES TASKS CONFIG_OR_RUN [key=value ...]    prints how many NODES to use, a port, the run directory
-python -m launch.job end CODE RUN                                       prints what the shell does next, in the shell's words
+python -m launch.job begin CONFIG_OR_RUN [key=value ...]    prints "run NODES RANKS CORES PORT ATTEMPT RUN", or "ask JOB":
+                                                            what Slurm says of JOB, and then the same again
+python -m launch.job end CODE ATTEMPT RUN                   prints "exit CODE", then the command by which the run goes on
+
+What is printed for the shell begins with MARK: whatever else comes (of a site's TaskProlog, of a container) is none of it.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shlex
+import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from signal import SIGUSR1
 from typing import Any
 
 from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.config.schema import TrainConfig
-from hfscale.dist.world import Allocation, allocation, job_port
+from hfscale.dist.world import Allocation, allocation, gpus_here, job_port
 from hfscale.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, exit_code
 from hfscale.log import logger
-from hfscale.monitor.heartbeat import HANGS, REPORT
+from hfscale.monitor.fence import HANGS, Fence
+from hfscale.monitor.heartbeat import REPORT
 from hfscale.shards.files import write_atomically
-from hfscale.worker import EXIT_CODE, JOB
+from hfscale.worker import JOB
 from launch import run_dir
-from launch.queue import hold
+from launch.queue import TOLD, NoAnswer, asked, cores_per_rank, facts, hold, ranks_per_node
 from launch.request import Request
 from launch.slurm import EXCLUDED, SCRIPT, before, excluded, prepare, sbatch_options
 
+MARK = "hfscale: "  # before each line that is for slurm/train.sbatch
 TWICE = 2  # hangs of a node, after which the run leaves it out
 TAIL_LINES = 20
 AGAIN = {
@@ -36,11 +45,24 @@ AGAIN = {
 }  # after which a job is requeued
 
 
-def begin(
-    source: str, overrides: Sequence[str], *, nodes: int, tasks: int
-) -> tuple[int, int, Path]:
-    """Return how many of the allocation's ``nodes`` to use, with ``tasks`` ranks on each, the port of their rendezvous, free on the first,
-    where this runs, and the run directory: made or found, held.
+@dataclass(frozen=True)
+class Begun:
+    """How the ranks are to be started: on the first ``nodes`` of the allocation, ``tasks`` on each."""
+
+    nodes: int
+    tasks: int
+    cores: int  # of a rank
+    port: int  # of the rendezvous, free on the first node
+    attempt: int
+    run: Path
+
+    def __str__(self) -> str:
+        numbers = (self.nodes, self.tasks, self.cores, self.port, self.attempt)
+        return f"run {' '.join(map(str, numbers))} {self.run}"
+
+
+def begin(source: str, overrides: Sequence[str]) -> Begun:
+    """Return how the ranks of this Slurm job are to be started, on the first node of which this runs; the run directory is held.
 
     Raises:
         UserError: as ``launch.slurm.launch``; and if another job holds it, or this one restarts again and again.
@@ -53,20 +75,36 @@ def begin(
             remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG",
         )
     loaded = Request(source, tuple(overrides)).load()
-    config = loaded.config
-    usable = usable_nodes(config, nodes, tasks)
-    for line in before(config, usable * tasks, gpus=here.gpus_per_node > 0):
+    config, told = loaded.config, facts(here.job_id) or {}
+    tasks = ranks_per_node(here)
+    nodes = usable_nodes(config, here.nodes, tasks)
+    said = before(
+        config,
+        nodes * tasks,
+        gpus=here.gpus_per_node > 0,
+        limit=told.get("TimeLimit"),
+    )
+    if 0 < tasks < gpus_here():
+        said.append(f"{tasks} ranks on a node with {gpus_here()} GPUs: the others stay idle")
+    for line in said:
         logger.info(f"notice: {line}")
     with run_dir.locked(config.run_dir):
         take(config, here)
-        prepare(loaded, launcher="slurm", procs=usable * tasks)
-        (config.run_dir / EXIT_CODE).unlink(missing_ok=True)
-    idle = f" ({nodes - usable} stay idle: the batch does not divide)" if usable < nodes else ""
+        prepare(loaded, launcher="slurm", procs=nodes * tasks)
+        attempt = run_dir.take(config.run_dir, launcher="slurm")
+    idle = f" ({here.nodes - nodes} stay idle: the batch does not divide)"
     logger.info(
-        f"job {here.job_id}, restart {here.restarts}: {usable * tasks} ranks on {usable} of the nodes {here.node_list}{idle}; "
-        f"logs: {config.run_dir / 'logs'}"
+        f"job {here.job_id}, restart {here.restarts}: {nodes * tasks} ranks on {nodes} of the nodes "
+        f"{here.node_list}{idle if nodes < here.nodes else ''}; logs: {config.run_dir / 'logs'}"
     )
-    return usable, job_port(here.job_id), config.run_dir
+    return Begun(
+        nodes,
+        tasks,
+        cores_per_rank(here, tasks),
+        job_port(here.job_id),
+        attempt.number,
+        config.run_dir,
+    )
 
 
 def usable_nodes(config: TrainConfig, nodes: int, tasks: int) -> int:
@@ -102,14 +140,14 @@ def take(config: TrainConfig, here: Allocation) -> None:
     write_atomically(file, json.dumps({**start, "restarts": restarts}).encode())
 
 
-def end(run: Path, code: int) -> tuple[int, str]:
+def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
     """Return the job's exit code and the shell command by which the run goes on ("" if it should not); why is said on stderr.
 
     srun reports the ranks that it killed: ``code`` is theirs. The first one that left by itself has left its code and its number.
     """
-    here, file = allocation(), run / EXIT_CODE
+    here, fence = allocation(), Fence(run, attempt)
     assert here is not None
-    left = file.read_text().split() if file.is_file() else []
+    left = fence.told()
     reports = [
         json.loads(file.read_text())
         for file in sorted(
@@ -117,12 +155,19 @@ def end(run: Path, code: int) -> tuple[int, str]:
         )
     ]
     if left:
-        code = int(left[0])
+        code = left[0]
         log_file = run / "logs" / f"rank-{left[1]}.log"
-        if code == EXIT_HUNG:
-            logger.info(f"no progress: {reports[-1]['verdict']}")
+        own = run / HANGS / str(attempt) / REPORT
+        if code == EXIT_HUNG and own.is_file():
+            logger.info(f"no progress: {json.loads(own.read_text())['verdict']}")
         elif code != EXIT_STOPPED and log_file.is_file():
             logger.info("\n".join(log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
+    fence.end(code)
+    if fence.passed():  # to requeue the job would end the one that took over, where it is the same
+        logger.info(fence.superseded())
+        return code, ""
+    if not left and code == 128 + SIGUSR1:
+        code = EXIT_STOPPED  # a rank that had not begun: there is nothing to save
     why = AGAIN.get(code) or (
         "a rank was killed from outside" if not left and code >= 128 else ""
     )  # out of memory, or its node
@@ -174,17 +219,24 @@ def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
     return new
 
 
-def main(command: str, first: str, second: str, *more: str) -> str:
-    """Return what slurm/train.sbatch asks for."""
+def main(command: str, *words: str) -> list[str]:
+    """Return the lines that slurm/train.sbatch reads."""
     if command == "begin":
-        return "{} {} {}".format(*begin(more[0], more[1:], nodes=int(first), tasks=int(second)))
-    return "code={} again={}".format(*map(shlex.quote, map(str, end(Path(second), int(first)))))
+        try:
+            return [str(begin(words[0], words[1:]))]
+        except NoAnswer as unknown:
+            if shutil.which("scontrol") or TOLD not in os.environ or unknown.job in asked():
+                raise
+            return [f"ask {unknown.job}"]  # a container without Slurm's commands
+    code, again = end(Path(words[2]), int(words[0]), int(words[1]))
+    return [f"exit {code}", *([again] if again else [])]
 
 
 if __name__ == "__main__":
     log.setup()
     try:
-        print(main(*sys.argv[1:]))
+        for line in main(*sys.argv[1:]):
+            print(f"\n{MARK}{line}")
     except Exception as error:
         if (code := exit_code(error)) is None:
             raise

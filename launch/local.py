@@ -25,7 +25,7 @@ import typer
 
 from hfscale.config.load import to_yaml
 from hfscale.config.rules import BatchPlan, notices, solve_batch
-from hfscale.config.schema import Section
+from hfscale.config.schema import Section, TrainConfig
 from hfscale.dist.secret import make_secret
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation, available_cores, listen
@@ -36,7 +36,7 @@ from hfscale.worker import job_of
 from launch import run_dir
 from launch.interpreter import python
 from launch.queue import hold
-from launch.request import Request, check
+from launch.request import Request, check, refuse_copies
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -51,6 +51,7 @@ def launch(request: Request) -> int:
     Raises:
         UserError: for what can be refused before a process is started.
     """
+    refuse_copies()
     loaded = request.load()
     config = loaded.config
     gpus = gpu_count()
@@ -65,7 +66,7 @@ def launch(request: Request) -> int:
     batch = solve_batch(
         config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs
     )
-    said = [*notices(config), *run_dir.compare(config)]
+    said = [*notices(config), *run_dir.compare(config), *unused_allocation(config)]
     check(config, device_type="cuda" if gpus else "cpu")
     try:
         listener = listen(request.port or 0)  # ours from now on: nobody can take the port
@@ -97,12 +98,16 @@ def launch(request: Request) -> int:
         )
         if config.metrics.tensorboard:
             logger.info(tensorboard_line(config.run_dir))
-        code = run_ranks(
-            python(request.worker, file),
-            procs=procs,
-            listener=listener,
-            logs=config.run_dir / "logs",
-        )
+        attempt = run_dir.take(config.run_dir, launcher="local")
+        with attempt.kept(leave=False):  # rank 0 leaves, and the others with it
+            code = run_ranks(
+                python(request.worker, file),
+                procs=procs,
+                listener=listener,
+                logs=config.run_dir / "logs",
+                attempt=attempt.number,
+            )
+        attempt.end(code)
         run_dir.restore_if_refused(config.run_dir, before, code=code)
     place = shlex.quote(str(config.run_dir))
     if code in (EXIT_STOPPED, EXIT_HUNG):
@@ -114,6 +119,23 @@ def launch(request: Request) -> int:
     return code
 
 
+def unused_allocation(config: TrainConfig) -> list[str]:
+    """Return a notice if this process is in a Slurm allocation which these ranks will not use, or not all of."""
+    here = allocation()
+    if here is None:
+        return []
+    inside = "SLURMD_NODENAME" in os.environ
+    if inside and here.nodes == 1:
+        return []
+    where = (
+        f"one of the {here.nodes} nodes" if inside else "this machine, which is none of its nodes"
+    )
+    return [
+        f"in the allocation {here.job_id} ({here.node_list}) these ranks run on {where}; "
+        f"--launcher slurm uses all of it"
+    ]
+
+
 def start(config: Section, file: Path, *, procs: int) -> None:
     """Return when the job of ``config``, written to ``file``, is done: by ``procs`` processes, this one if that is one.
 
@@ -121,6 +143,7 @@ def start(config: Section, file: Path, *, procs: int) -> None:
         typer.Exit: with the exit code, if it was stopped or a process failed.
         UserError: in this process, for what the job refuses.
     """
+    refuse_copies()
     file.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(file, to_yaml(config).encode())
     if procs == 1:
@@ -190,7 +213,14 @@ class Rank:
             os.killpg(self.process.pid, signal.SIGKILL)  # with whatever it started
 
 
-def run_ranks(command: Sequence[str], *, procs: int, listener: socket.socket, logs: Path) -> int:
+def run_ranks(
+    command: Sequence[str],
+    *,
+    procs: int,
+    listener: socket.socket,
+    logs: Path,
+    attempt: int = 0,
+) -> int:
     """Return the exit code of ``procs`` processes of ``command``, which meet where ``listener`` listens: it is rank 0's then.
 
     Each has its log; rank 0's goes to the console as well.
@@ -208,7 +238,7 @@ def run_ranks(command: Sequence[str], *, procs: int, listener: socket.socket, lo
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                place = World(number, procs, number, procs, master_port=port)
+                place = World(number, procs, number, procs, master_port=port, attempt=attempt)
                 place = replace(place, listen_fd=None if number else handle)
                 ranks.append(_start(command, place, logs))
                 listener.close()  # who knocks after rank 0 has gone hears so

@@ -6,6 +6,7 @@ A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,7 @@ from hfscale.checkpoint.layout import newest_state
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, load_config
 from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.dist.world import copies
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
 from hfscale.packages import refuse_wrong_versions
@@ -52,6 +54,25 @@ class Request:
             [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
         )  # a run stays where it lies, also if moved
         return load_config(config_file(self.source), [*home, *self.overrides, *extra])
+
+
+def quote(path: object) -> str:
+    """Return a path or a name as a shell wants it: what is printed as a command can be copied."""
+    return shlex.quote(str(path))
+
+
+def refuse_copies() -> None:
+    """Return if this command was started once.
+
+    Raises:
+        ConfigError: if srun started it for every task of a step: each would start all ranks.
+    """
+    if (number := copies()) > 1:
+        raise ConfigError(
+            f"srun started this command {number} times, and each would start ranks",
+            where="srun",
+            remedy="leave srun out and say --launcher slurm: it starts the ranks with srun itself",
+        )
 
 
 def config_file(source: str) -> Path:

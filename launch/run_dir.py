@@ -5,6 +5,7 @@ RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, 
 RUN_DIR/environment-*.patch  what the code had in it beside its commit
 RUN_DIR/secret            by which the ranks know each other; nobody else can read it
 RUN_DIR/lock              held by the launcher (or job) that works here
+RUN_DIR/attempts/         who has worked here, and who does: hfscale/monitor/fence.py
 """
 
 from __future__ import annotations
@@ -30,9 +31,10 @@ from hfscale.dist.secret import SECRET, make_secret
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
 from hfscale.log import logger
+from hfscale.monitor import fence
 from hfscale.monitor.heartbeat import FOLDER
 from hfscale.records import load
-from hfscale.shards.files import lock_now, open_lock, write_atomically
+from hfscale.shards.files import flock, open_lock, write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.environment import describe
 from launch.queue import JOB, refuse_holder
@@ -63,6 +65,7 @@ def compare(config: TrainConfig) -> list[str]:
             JOB,
             RESTARTS,
             SECRET,
+            fence.FOLDER,
         }  # what a job that has just begun has written, or an early kill leaves
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(
@@ -113,15 +116,14 @@ def locked(path: Path) -> Iterator[None]:
         ) from None
     with file:
         _refuse_links(path)
-        if not lock_now(file, path / LOCK):
-            raise CheckpointError(
-                "another job is at work in this run directory",
-                where=path,
-                value=file.read().strip() or "unknown",
-                remedy="wait for it, stop it, or start this one under another run.name",
-            )
-        file.truncate(0)
+        try:
+            locks = flock(file, wait=False)
+        except BlockingIOError:
+            file.seek(0)
+            raise _at_work(path, file.read().strip() or "unknown") from None
         refuse_holder(path)
+        _refuse_lease(path, locks=locks)
+        file.truncate(0)
         print(
             f"process {os.getpid()} on {socket.gethostname()} since {_now()}", file=file, flush=True
         )
@@ -146,6 +148,41 @@ def _refuse_links(path: Path) -> None:
                     value=os.readlink(entry.path),
                     remedy="put the file itself there, or remove the link",
                 )
+
+
+def _refuse_lease(path: Path, *, locks: bool) -> None:
+    """Return if no attempt of another machine, or of any where there are no ``locks``, renews its lease.
+
+    An attempt of this very Slurm job may: it has not yet noticed that the job was started anew, and is fenced off.
+    """
+    attempt, here = fence.newest(path), allocation()
+    owner = attempt.owner() if attempt else None
+    if attempt is None or owner is None or (here and owner.job == here.job_id):
+        return
+    if locks and owner.host == socket.gethostname():  # the kernel would know
+        return
+    if attempt.alive():
+        raise _at_work(path, str(owner))
+
+
+def _at_work(path: Path, who: str) -> CheckpointError:
+    return CheckpointError(
+        "another job is at work in this run directory",
+        where=path,
+        value=who,
+        remedy="wait for it, stop it, or start this one under another run.name",
+    )
+
+
+def take(path: Path, *, launcher: str) -> fence.Fence:
+    """Return the attempt that begins now: every older one that still lives can write no more. Call it under ``locked``."""
+    here = allocation()
+    return fence.take(
+        path,
+        launcher=launcher,
+        job=here.job_id if here else "",
+        restart=here.restarts if here else 0,
+    )
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,8 @@ from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
 from launch import run_dir
-from launch.queue import client, has_slurm, hold, longest, seconds
-from launch.request import Request, check
+from launch.queue import client, has_slurm, hold, longest, ranks_per_node, seconds
+from launch.request import Request, check, quote, refuse_copies
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "slurm/train.sbatch"
@@ -46,11 +47,13 @@ def launch(request: Request) -> int:
     Raises:
         UserError: for everything that can be known before the job starts, and what Slurm refuses. Nothing is submitted then.
     """
+    refuse_copies()
+    refuse_without_scripts()
     loaded, here = request.load(), allocation()
     config = loaded.config
     run, cluster = config.run_dir, config.cluster
     no_ranks(request)
-    procs = here.nodes * here.tasks_per_node if here else cluster.nodes * tasks_per_node(cluster)
+    procs = here.nodes * ranks_per_node(here) if here else cluster.nodes * tasks_per_node(cluster)
     if cluster.min_nodes:
         before(
             config, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node)
@@ -80,11 +83,39 @@ def launch(request: Request) -> int:
             job = done.stdout.strip().partition(";")[0]
             hold(run, job)
     if here:
-        return subprocess.run(command, cwd=code, check=False).returncode
+        return watched(command, code)
     print(
         f"job {job}: {procs} ranks on {cluster.nodes} nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}"
     )
     return EXIT_DONE
+
+
+def watched(command: Sequence[str], folder: Path) -> int:
+    """Return the exit code of slurm/train.sbatch in this allocation. It hears Ctrl-C itself; what ends this process goes on to it."""
+    with subprocess.Popen(command, cwd=folder) as script:
+        before = {
+            number: signal.signal(number, lambda *_: script.terminate())
+            for number in (signal.SIGTERM, signal.SIGHUP)
+        } | {signal.SIGINT: signal.signal(signal.SIGINT, lambda *_: None)}
+        try:
+            return script.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def refuse_without_scripts() -> None:
+    """Return if the scripts of slurm/ are there.
+
+    Raises:
+        ConfigError: if hfscale was installed without them.
+    """
+    if not (ROOT / SCRIPT).is_file():
+        raise ConfigError(
+            "hfscale was installed without its scripts for Slurm",
+            where=ROOT / SCRIPT,
+            remedy="use a checkout (pip install -e . in it), or submit slurm/train.sbatch of one yourself",
+        )
 
 
 def no_ranks(request: Request) -> None:
@@ -103,12 +134,12 @@ def no_ranks(request: Request) -> None:
 
 def followed(job: str, config: TrainConfig, *, log: str) -> str:
     """Return how to follow a job that was submitted."""
-    run = config.run_dir
+    run = quote(config.run_dir)
     return (
         f"run directory {run}\nlogs          {log}\n"
         f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
         f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
-        f"curves        tensorboard --logdir {run / 'tensorboard'}"
+        f"curves        tensorboard --logdir {quote(config.run_dir / 'tensorboard')}"
     )
 
 
@@ -116,8 +147,17 @@ def tasks_per_node(cluster: Cluster) -> int:
     return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
 
 
-def before(config: TrainConfig, procs: int, *, gpus: bool, on_nodes: bool = True) -> list[str]:
+def before(
+    config: TrainConfig,
+    procs: int,
+    *,
+    gpus: bool,
+    on_nodes: bool = True,
+    limit: str | None = None,
+) -> list[str]:
     """Return notices on a run of ``procs`` ranks, after looking at all that can be known without asking Slurm or importing torch.
+
+    ``limit`` is the time limit of the job around this, as Slurm writes it, where it is known.
 
     Raises:
         UserError: for the first thing that speaks against it.
@@ -129,7 +169,7 @@ def before(config: TrainConfig, procs: int, *, gpus: bool, on_nodes: bool = True
         _refuse_local_disk(config)
     if config.model.pretrained:  # into the cache, where the nodes find it: they have no network
         local_folder(config.model.pretrained, where="model.pretrained", weights=True)
-    return [*notices(config), *changed, *(_time_to_save(config) if on_nodes else ())]
+    return [*notices(config), *changed, *(_time_to_save(config, limit) if on_nodes else ())]
 
 
 def prepare(
@@ -287,22 +327,25 @@ def differences(cluster: Cluster, here: Allocation) -> list[str]:
     ]
 
 
-def _time_to_save(config: TrainConfig) -> list[str]:
+def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
     """Return a notice if saves were seen to take longer than the time between Slurm's signal and the end.
+
+    ``limit`` is that of the job; without it, what the config asks for.
 
     Raises:
         ConfigError: if the time limit leaves no time to train.
     """
     cluster, record = config.cluster, last_record(config.run_dir)
     needed = record.get("save_s", 0.0) + record.get("step_s", 0.0)
-    limit = seconds(cluster.time) if cluster.time else None
-    if limit is not None and limit <= max(cluster.signal_s, needed):
+    limit = limit or cluster.time
+    if limit and limit[0].isdigit() and seconds(limit) <= max(cluster.signal_s, needed):
         why = f"step and save take {needed:.0f} s, and the ranks are told to save {cluster.signal_s} s (cluster.signal_s) before the end"
         raise ConfigError(
             f"the time limit leaves no time to train: {why}",
             where="cluster.time",
-            value=cluster.time,
-            remedy="ask for more",
+            value=limit,
+            remedy="ask for more; or for a later warning, if a step and a save are shorter: cluster.signal_s=60 "
+            "(by hand: sbatch --signal=USR1@60 ... cluster.signal_s=60)",
         )
     if needed > cluster.signal_s:
         return [

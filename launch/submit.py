@@ -14,8 +14,8 @@ import itertools
 import json
 import os
 import re
+import shlex
 import signal
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -31,12 +31,22 @@ from hfscale.config.schema import TrainConfig
 from hfscale.dist.stop import SIGNALS
 from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
+from hfscale.log import logger
 from hfscale.reports.status import last_record
 from launch import run_dir
 from launch.job import take
-from launch.queue import client, facts, has_slurm, hold, seconds
+from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
 from launch.request import Request
-from launch.slurm import before, code_folder, followed, no_ranks, prepare, refusal, tasks_per_node
+from launch.slurm import (
+    before,
+    code_folder,
+    followed,
+    no_ranks,
+    prepare,
+    refusal,
+    refuse_without_scripts,
+    tasks_per_node,
+)
 
 
 class Train:
@@ -64,9 +74,7 @@ class Train:
             os.environ.update(environment)
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        if (
-            code == EXIT_STOPPED and here and facts(here.job_id).get("JobState") == "RUNNING"
-        ):  # a cancelled one would come back
+        if code == EXIT_STOPPED and here and _runs(here.job_id):  # a cancelled one would come back
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             if place.rank == 0:
                 _requeue(here)
@@ -80,7 +88,15 @@ class Train:
 
 def _requeue(here: Allocation | None) -> None:
     if here:
-        subprocess.run(["scontrol", "requeue", here.job_id], check=True)
+        requeue(here.job_id)
+
+
+def _runs(job: str) -> bool:
+    """Return whether Slurm says that a job runs; it is asked until it answers."""
+    while (told := facts(job)) is None:
+        logger.warning(f"Slurm does not answer what becomes of job {job}; asking again")
+        time.sleep(AGAIN_S)
+    return told.get("JobState") == "RUNNING"
 
 
 class QueueWatcher(SlurmInfoWatcher):
@@ -165,6 +181,8 @@ def _checked(
     requests: Sequence[Request], cluster: str, options: dict[str, Any]
 ) -> tuple[list[Loaded[TrainConfig]], dict[str, Any]]:
     """Return the configs that were asked for, looked at before the first one writes, and what submitit is told."""
+    if cluster == "slurm":
+        refuse_without_scripts()
     if cluster == "slurm" and not has_slurm():
         raise ConfigError(
             "there is no Slurm on this machine",
@@ -206,8 +224,9 @@ def _submit(
     if cluster == "slurm":
         parameters |= {
             "slurm_setup": [
-                f"cd {code}",
-                "source slurm/site.sh",
+                f"cd {shlex.quote(str(code))} || exit",
+                "source slurm/start.sh",
+                "set +euo pipefail",
                 "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
                 *parameters.get("slurm_setup", []),
             ]

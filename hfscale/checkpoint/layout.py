@@ -1,10 +1,10 @@
 """Where things lie in a run's ``checkpoints/`` folder, and the moves between its states.
 
-step-00001000          committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
-step-00001000.partial  being written, or left by a kill; never read, cleared by the next save
-                       or a link to one that somebody moved to another disk: read alike, never pruned
-step-00001000.old      being deleted; never read
-rejected/              what failed verification, kept for inspection, never loaded
+step-00001000            committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
+                         or a link to one that somebody moved to another disk: read alike, never pruned
+step-00001000.2.partial  being written by the second attempt, or left by a kill; never read, cleared by the next save
+step-00001000.old        being deleted; never read
+rejected/                what failed verification, kept for inspection, never loaded
 """
 
 from __future__ import annotations

@@ -33,8 +33,15 @@ from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import host_group
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment, tied
-from hfscale.errors import CheckpointError, ConfigError, UnhealthyError, nearest
+from hfscale.errors import (
+    CheckpointError,
+    ConfigError,
+    SupersededError,
+    UnhealthyError,
+    nearest,
+)
 from hfscale.log import logger
+from hfscale.monitor.fence import Fence
 from hfscale.monitor.throughput import peak_memory_gib
 from hfscale.records import parse, read_file
 from hfscale.shards.files import sync_folder
@@ -55,6 +62,7 @@ class CheckpointManager:
         world_size: int,
         clock: Callable[[], float] = time.monotonic,
         quiet: bool = False,
+        fence: Fence | None = None,
     ) -> None:
         self.folder, self._config, self._rank, self._world_size, self._clock = (
             folder,
@@ -64,6 +72,7 @@ class CheckpointManager:
             clock,
         )
         self._say = logger.debug if quiet else logger.info
+        self._fence = fence
         self._saved_at = clock()
         self._buffers: list[
             Tensor
@@ -127,7 +136,13 @@ class CheckpointManager:
         return self._best.get("stale", 0) if self._best and self._config.keep_best else 0
 
     def failed(self) -> BaseException | None:
-        """Return what stopped this rank's last background write, if anything did."""
+        """Return what stopped this rank's last background write, if anything did.
+
+        Raises:
+            SupersededError: if it was a younger attempt. This rank leaves at once, and the others with it.
+        """
+        if isinstance(self._failure, SupersededError):
+            raise self._failure
         return self._failure
 
     # ---------------------------------------------------------------------------------------------- save
@@ -194,12 +209,12 @@ class CheckpointManager:
 
         Raises:
             CheckpointError: on all ranks, if it failed on any.
+            SupersededError: on rank 0, if a younger attempt has begun.
         """
         while True:
             busy = self._thread is not None and self._thread.is_alive()
-            busy_ranks, failed_ranks = sum_over_ranks(
-                torch.tensor([busy, self._failure is not None])
-            ).tolist()
+            failed = self.failed() is not None
+            busy_ranks, failed_ranks = sum_over_ranks(torch.tensor([busy, failed])).tolist()
             if failed_ranks:
                 self._gave_up.set()
                 raise CheckpointError(
@@ -217,6 +232,7 @@ class CheckpointManager:
         own = sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values())
         need = int(sum_over_ranks(torch.tensor(own))) + HEADROOM_BYTES
         problem: str | None = None
+        self._check_fence()  # what is cleared away may be the younger one's
         if self._rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
@@ -302,14 +318,26 @@ class CheckpointManager:
         shutil.rmtree(partial / layout.RECORDS)
         write_manifest(partial, own + entries, step=step)
         sync_folder(partial)
+        self._check_fence()
         if target.exists():
             logger.warning(f"{target} was there already; it is kept as {layout.reject(target)}")
         partial.rename(target)
         sync_folder(self.folder)
         layout.prune(self.folder, self._config)
 
+    def _check_fence(self) -> None:
+        """Return if no younger attempt has begun, or this is not rank 0.
+
+        Raises:
+            SupersededError: without a word to the other ranks: they lose this one.
+        """
+        if self._fence is not None and self._rank == 0:
+            self._fence.check()
+
     def _partial(self, step: int) -> Path:
-        return self.folder / (layout.step_name(step) + layout.PARTIAL)
+        """Return where this attempt's ranks write, and no other attempt's."""
+        attempt = f".{self._fence.number}" if self._fence else ""
+        return self.folder / (layout.step_name(step) + attempt + layout.PARTIAL)
 
     # ---------------------------------------------------------------------------------------------- load
     def load_latest(self, engine: Engine) -> dict[str, Any] | None:

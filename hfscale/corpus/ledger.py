@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -17,7 +17,7 @@ from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
 from hfscale.records import STRICT, Count, Damaged, Record, parse
-from hfscale.shards.files import cannot_write, lock_now, sync
+from hfscale.shards.files import cannot_write, locked, sync
 from hfscale.shards.manifest import ShardEntry
 
 FILE_NAME = "ledger.jsonl"
@@ -65,18 +65,17 @@ def open_ledger(
         DataError: if what is there was made with another ``plan`` (the message says what differs).
     """
     path = folder / FILE_NAME
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+b")  # held open: it carries the lock
-    except OSError as error:
-        raise cannot_write(path, error) from None
-    with file:
-        if not lock_now(file, path):
+    with ExitStack() as stack:
+        try:
+            file = stack.enter_context(locked(path, wait=False))
+        except BlockingIOError:
             raise BuildUnderWay(
                 "another build is writing here",
                 where=folder,
                 remedy="wait for it, or set shards.path to another folder",
-            )
+            ) from None
+        except OSError as error:
+            raise cannot_write(path, error) from None
         try:
             yield Ledger(path, file, json.loads(json.dumps(plan)), finished=finished)
         finally:
@@ -116,7 +115,9 @@ class Ledger:
             ) from None
         if there is None:
             if strangers := [
-                child.name for child in sorted(path.parent.iterdir()) if child != path
+                child.name
+                for child in sorted(path.parent.iterdir())
+                if not child.name.startswith(path.name)  # or its lease
             ]:
                 raise DataError(
                     "this folder holds something that is not a build of shards",

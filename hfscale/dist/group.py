@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -11,12 +13,15 @@ import torch
 import torch.distributed as torch_dist
 
 from hfscale.dist.rendezvous import loopback_interface, open_store, prove, taken
-from hfscale.dist.world import World
-from hfscale.errors import ConfigError
+from hfscale.dist.world import World, allocation, node_name
+from hfscale.errors import ConfigError, LostError
 
-TIMEOUT = timedelta(
-    minutes=60
-)  # above the longest checkpoint write; hangs are found by their heartbeats, sooner
+# above the longest checkpoint write; hangs are found by their heartbeats, sooner
+TIMEOUT = timedelta(minutes=60)
+MEETING = timedelta(
+    minutes=10
+)  # from the first rank that comes to the last: imports, on slow disks
+TRIES = 5  # to resolve a name, a second apart
 
 _host_group: torch_dist.ProcessGroup | None = None
 
@@ -35,43 +40,103 @@ def start(world: World) -> torch.device:
     """Join the group and return this rank's device.
 
     Raises:
-        ConfigError: if the rendezvous cannot be reached, its port is taken, or a rank does not know the secret.
+        ConfigError, LostError: if the rendezvous cannot be reached, its port is taken, or a rank does not know the secret.
     """
     global _host_group
     on_gpu = torch.cuda.is_available()
-    device = torch.device("cuda", world.local_rank) if on_gpu else torch.device("cpu")
+    device = torch.device("cuda", gpu_of(world)) if on_gpu else torch.device("cpu")
+    # DeepSpeed reads them itself, and takes the GPU of LOCAL_RANK
+    os.environ.update(world.export())
     if on_gpu:
-        if world.local_rank >= torch.cuda.device_count():
-            raise ConfigError(
-                "more ranks on this node than GPUs",
-                where="LOCAL_RANK",
-                value=world.local_rank,
-                remedy=f"start at most {torch.cuda.device_count()} ranks here (--procs)",
-            )
+        os.environ["LOCAL_RANK"] = str(device.index)
         torch.cuda.set_device(device)
     if world.on_loopback and (interface := loopback_interface()):
         os.environ.setdefault("GLOO_SOCKET_IFNAME", interface)  # else it listens on the host's own
-    try:
-        store, world = open_store(world, TIMEOUT)
-        os.environ.update(world.export())  # DeepSpeed reads them itself
-        torch_dist.init_process_group(
-            "nccl" if on_gpu else "gloo",
-            store=store,
-            rank=world.rank,
-            world_size=world.world_size,
-            timeout=TIMEOUT,
-            device_id=device if on_gpu else None,
-        )
-    except (OSError, RuntimeError, ValueError, torch_dist.DistError) as error:
-        if "EADDRINUSE" not in str(error) and "in use" not in str(error):
-            raise
-        raise taken(world) from error
+    store, world = _store(world)
+    os.environ["MASTER_PORT"] = str(world.master_port)  # a world of one picks it now
+    torch_dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=store,
+        rank=world.rank,
+        world_size=world.world_size,
+        timeout=TIMEOUT,
+        device_id=device if on_gpu else None,
+    )
     _host_group = (
         torch_dist.new_group(backend="gloo", timeout=TIMEOUT) if on_gpu else torch_dist.group.WORLD
     )
     if world.secret:
         prove(world, _host_group)
     return device
+
+
+def gpu_of(world: World) -> int:
+    """Return which of the visible GPUs is this rank's: that of its number on this node, or the only one that Slurm shows it.
+
+    Raises:
+        ConfigError: if there are more ranks than GPUs.
+    """
+    visible = torch.cuda.device_count()
+    if world.local_rank < visible:
+        return world.local_rank
+    if visible == 1 and allocation():  # --gpus-per-task, --gpu-bind: NCCL refuses two on the same
+        return 0
+    raise ConfigError(
+        "more ranks on this node than GPUs",
+        where="LOCAL_RANK",
+        value=world.local_rank,
+        remedy=f"start at most {visible} ranks here (--procs)",
+    )
+
+
+def _store(world: World) -> tuple[torch_dist.Store, World]:
+    """Return where the ranks meet, once all have come, and the world with the port that it has.
+
+    Raises:
+        ConfigError: if this node does not know the address, or the port is taken.
+        LostError: if not all ranks came in ``MEETING``; or the port is taken in a Slurm job, whose next attempt gets another one.
+    """
+    place = f"{world.master_addr}:{world.master_port}"
+    if not world.on_loopback:
+        _resolve(world.master_addr)
+    try:
+        return open_store(world, meeting=MEETING, timeout=TIMEOUT)
+    except (OSError, RuntimeError, ValueError, torch_dist.DistError) as error:
+        said = str(error).lower()
+        if "eaddrinuse" in said or "in use" in said:
+            if allocation():
+                raise LostError(
+                    f"the port of the rendezvous was taken meanwhile: {place}"
+                ) from error
+            raise taken(world) from error
+        if "timed out" in said or "timeout" in said:
+            raise LostError(
+                f"{world.world_size} ranks did not meet at {place} in {MEETING}: one has not started, or cannot "
+                "reach it (a firewall, another network): `hfscale doctor` looks at each node"
+            ) from error
+        raise
+
+
+def _resolve(host: str) -> None:
+    """Return if this node knows the address of ``host``; torch would try for an hour, and not say so.
+
+    Raises:
+        ConfigError: if it does not.
+    """
+    for left in reversed(range(TRIES)):
+        try:
+            socket.getaddrinfo(host, None)
+            return
+        except OSError as error:
+            if left:
+                time.sleep(1)
+                continue
+            raise ConfigError(
+                f"{node_name()} cannot resolve the name of the first node: {error.strerror}",
+                where="MASTER_ADDR",
+                value=host,
+                remedy=f"mend name resolution on {node_name()} (`getent hosts {host}` there), or leave it out (--exclude)",
+            ) from None
 
 
 @contextmanager
@@ -84,7 +149,7 @@ def joined(world: World, *, needed: bool) -> Iterator[None]:
     if needed:
         start(world)
     elif torch.cuda.is_available():
-        torch.cuda.set_device(world.local_rank)
+        torch.cuda.set_device(gpu_of(world))
     yield
     if needed:
         shutdown()

@@ -29,8 +29,12 @@ from hfscale.dist.world import LISTEN_FD, World, listen
 from hfscale.errors import ConfigError
 
 
-def open_store(world: World, timeout: timedelta) -> tuple[torch_dist.Store, World]:
-    """Return the store through which the ranks find each other, and the world with the port that it has.
+def open_store(
+    world: World, *, meeting: timedelta, timeout: timedelta
+) -> tuple[torch_dist.Store, World]:
+    """Return the store through which the ranks find each other, once all have come, and the world with the port that it has.
+
+    ``meeting`` is how long the first waits for the last, ``timeout`` how long they wait for each other's keys later.
 
     Raises:
         OSError: if this rank has to listen, and cannot.
@@ -47,9 +51,10 @@ def open_store(world: World, timeout: timedelta) -> tuple[torch_dist.Store, Worl
         world.master_port,
         world.world_size,
         is_master=master,
-        timeout=timeout,
+        timeout=meeting,
         master_listen_fd=handle if master else None,
     )
+    store.set_timeout(timeout)
     if world.secret:
         store = torch_dist.PrefixStore(_digest(world.secret, "the name of the keys"), store)
     return store, replace(world, listen_fd=None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
@@ -58,12 +58,16 @@ class StopRequest:
         return self.reason is not None
 
     def listen(
-        self, signals: Iterable[signal.Signals] = SIGNALS, *, say: str | None = None
+        self, signals: Collection[signal.Signals] = SIGNALS, *, say: str | None = None
     ) -> StopRequest:
-        """Return self, with handlers installed for ``signals``. Where a person presses Ctrl-C, ``say`` is the line that answers."""
+        """Return self, with handlers for ``signals``; one that was held back until now (slurm/train.sbatch) is heard.
+
+        Where a person presses Ctrl-C, ``say`` is the line that answers.
+        """
         self._say = say
         for number in signals:
             signal.signal(number, self._on_signal)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
         return self
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:

@@ -7,6 +7,7 @@ SLURM_* ones are understood too, and a process with neither is a world of one.
 from __future__ import annotations
 
 import os
+import re
 import secrets
 import socket
 from collections.abc import Mapping
@@ -19,6 +20,8 @@ from hfscale.errors import ConfigError
 PORTS = range(12_000, 30_000)
 LISTEN_FD = "HFSCALE_LISTEN_FD"  # of rank 0: the socket that its launcher listens on for it
 LOOPBACK = ("127.0.0.1", "localhost")
+ATTEMPT = "HFSCALE_ATTEMPT"
+HERE = "ranks of this node"
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,8 @@ class World:
         """Return the same place in a world that meets at ``port``."""
         return replace(self, master_port=port)
 
+    attempt: int = 0  # of the run, as monitor/fence.py counts them; 0: the launcher took none
+
     @classmethod
     def from_environment(cls, env: Mapping[str, str] = os.environ) -> World:
         """Return the place that torchrun's or Slurm's variables give, else a world of one.
@@ -54,19 +59,18 @@ class World:
         Raises:
             ConfigError: if they contradict each other.
         """
+        attempt = given_attempt(env)
         if "RANK" in env:
             names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-        elif (
-            _number(env, "SLURM_STEP_NUM_TASKS", "1") > 1
-        ):  # a batch script has the other variables too, and is no rank
-            names = (
-                "SLURM_PROCID",
-                "SLURM_STEP_NUM_TASKS",
-                "SLURM_LOCALID",
-                "SLURM_NTASKS_PER_NODE",
+        elif copies(env) > 1:  # a batch script has the other variables too, and is no rank
+            names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", HERE)
+            # not SLURM_NTASKS_PER_NODE alone: it is handed on from one allocation to another
+            tasks = counts(
+                env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_NTASKS_PER_NODE", "1")
             )
+            env = {**env, HERE: str(tasks[_number(env, "SLURM_NODEID", "0") % len(tasks)])}
         else:
-            return cls()
+            return cls(attempt=attempt)
         rank, world_size, local_rank, local_world_size = (
             _number(env, name, default) for name, default in zip(names, "0101", strict=True)
         )
@@ -85,6 +89,7 @@ class World:
             env.get("MASTER_ADDR", "127.0.0.1"),
             _number(env, "MASTER_PORT", "", most=65_535),
             _number(env, LISTEN_FD, "") if LISTEN_FD in env and rank == 0 else None,
+            attempt=attempt,
         )
 
     def export(self) -> dict[str, str]:
@@ -97,7 +102,31 @@ class World:
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
             **({} if self.listen_fd is None else {LISTEN_FD: str(self.listen_fd)}),
+            **({ATTEMPT: str(self.attempt)} if self.attempt else {}),
         }
+
+
+def given_attempt(env: Mapping[str, str] = os.environ) -> int:
+    """Return which attempt of its run the launcher says that this process is of; 0 if it says nothing."""
+    return _number(env, ATTEMPT, "0") if env.get(ATTEMPT) else 0
+
+
+def copies(env: Mapping[str, str] = os.environ) -> int:
+    """Return how many times srun started the command of this process, at once; 1 outside of any step."""
+    return _number(env, "SLURM_STEP_NUM_TASKS", "1") if "SLURM_PROCID" in env else 1
+
+
+def counts(text: str) -> list[int]:
+    """Return a number for each node from what Slurm writes for all: "2(x3),1" is 2, 2, 2, 1."""
+    if not re.fullmatch(r"\d{1,9}(\(x\d{1,6}\))?(,\d{1,9}(\(x\d{1,6}\))?)*", text):
+        raise ConfigError(
+            "these are no numbers for nodes",
+            where="environment, SLURM_*_PER_NODE",
+            value=text[:80],
+            remedy="start the job with srun or sbatch, which set the variables of Slurm",
+        )
+    parts = [part.partition("(x") for part in text.split(",")]
+    return [int(n) for n, _, times in parts for _ in range(int(times.rstrip(")") or 1))]
 
 
 @dataclass(frozen=True)
@@ -107,19 +136,21 @@ class Allocation:
     job_id: str
     node_list: str
     nodes: int
-    gpus_per_node: int
-    tasks_per_node: int
+    gpus_per_node: int  # that were asked for; else those of this node, if the job has it whole
+    tasks_per_node: int  # as far as the environment tells: launch/queue.py asks Slurm
     restarts: int
     rank: int
     array_id: str  # its other name, if it is a task of an array
+    cpus_per_node: int = 1  # of the node that has fewest
 
 
 def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
     """Return the Slurm job around this process, or None outside of any."""
     if "SLURM_JOB_ID" not in env:
         return None
-    own = "SLURM_GPUS_ON_NODE" if env.get("SLURM_GPUS_ON_NODE") else "SLURM_GPUS_PER_NODE"
-    gpus = _number(env, own, "0")  # the second in salloc's shell
+    # on whole nodes SLURM_GPUS_ON_NODE counts those that nobody asked for
+    asked = env.get("SLURM_GPUS_PER_NODE")
+    gpus = _number(env, "SLURM_GPUS_PER_NODE", "0") if asked else gpus_here(env)
     return Allocation(
         env["SLURM_JOB_ID"],
         env.get("SLURM_JOB_NODELIST", ""),
@@ -129,6 +160,7 @@ def allocation(env: Mapping[str, str] = os.environ) -> Allocation | None:
         restarts=_number(env, "SLURM_RESTART_COUNT", "0"),
         rank=_number(env, "SLURM_PROCID", "0"),
         array_id=f"{env.get('SLURM_ARRAY_JOB_ID', '')}_{env.get('SLURM_ARRAY_TASK_ID', '')}",
+        cpus_per_node=min(counts(env.get("SLURM_JOB_CPUS_PER_NODE", "1"))),
     )
 
 
@@ -148,6 +180,11 @@ def _number(env: Mapping[str, str], name: str, default: str, *, most: int = 2**3
             remedy=f"unset {name}, or start the job with `hfscale`, torchrun or srun, which set it",
         )
     return int(digits)
+
+
+def gpus_here(env: Mapping[str, str] = os.environ) -> int:
+    """Return how many GPUs the job has on this node; 0 outside of a node, as in salloc's shell."""
+    return _number(env, "SLURM_GPUS_ON_NODE", "0") if env.get("SLURM_GPUS_ON_NODE") else 0
 
 
 def node_name(env: Mapping[str, str] = os.environ) -> str:
@@ -182,7 +219,7 @@ def free_port(port: int = 0) -> int:
         with socket.socket() as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind(("127.0.0.1", port or secrets.choice(PORTS)))
+                probe.bind(("", port or secrets.choice(PORTS)))
                 return probe.getsockname()[1]
             except OSError:
                 if port:

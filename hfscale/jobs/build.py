@@ -33,6 +33,7 @@ from hfscale.jobs.rehearsal import rehearse
 from hfscale.log import logger
 from hfscale.models.build import accepted, build_model
 from hfscale.models.flops import flops_per_token, peak_flops
+from hfscale.monitor.fence import Fence
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
 from hfscale.tokenizer import tokenizer_digest
@@ -52,6 +53,7 @@ def build_trainer(
         train.global_batch, micro_batch=train.micro_batch, world_size=world.world_size
     )
     logger.info(batch.equation)
+    fence = fence_of(config, world)
 
     found = pretrained_folder(config)
     place = from_rank_0(found and str(found))  # its run may save at this moment
@@ -85,6 +87,7 @@ def build_trainer(
         config=config.checkpoint,
         rank=world.rank,
         world_size=world.world_size,
+        fence=fence,
     )
     saved = checkpoints.load_latest(engine)
     begin(engine, folder, beside, material.tokenizer, saved=saved, run_dir=config.run_dir)
@@ -103,15 +106,7 @@ def build_trainer(
     steps = length.steps
     if world.rank == 0:
         say_notices(config, rows=material.rows, length=length)
-    if saved is None:
-        logger.info(f"starting at step 0 of {steps}")
-    else:
-        left = (
-            ""
-            if state.step < steps
-            else "; nothing is left to do, train.steps (or epochs, tokens) says how far"
-        )
-        logger.info(f"resumed at step {state.step} of {steps}{left}")
+    say_where(state, steps, saved=saved is not None)
 
     peak = peak_flops(device, precision=config.engine.precision)
     trainer = Trainer(
@@ -147,6 +142,7 @@ def build_trainer(
             first_step=state.step + 1,
             total_steps=steps,
             tensorboard=config.metrics.tensorboard,
+            fence=fence,
         )
         if world.rank == 0
         else None,
@@ -154,6 +150,23 @@ def build_trainer(
     if saved is None:
         rehearse(trainer, config)
     return trainer
+
+
+def say_where(state: TrainState, steps: int, *, saved: bool) -> None:
+    """Log where the run begins, or goes on."""
+    if not saved:
+        logger.info(f"starting at step 0 of {steps}")
+        return
+    left = ""
+    if state.step >= steps:
+        left = "; nothing is left to do, train.steps (or epochs, tokens) says how far"
+    logger.info(f"resumed at step {state.step} of {steps}{left}")
+
+
+def fence_of(config: TrainConfig, world: World) -> Fence | None:
+    """Return which attempt of the run this is, as rank 0 knows; None where nobody counts them."""
+    attempt = from_rank_0(world.attempt)
+    return Fence(config.run_dir, attempt) if attempt else None
 
 
 def begin(

@@ -1,7 +1,9 @@
 """Signs of life of every rank, and the autopsy of a run that has none left.
 
-    RUN_DIR/heartbeats/rank-N    what rank N does: one line, written over at every change of phase (2 us)
-    RUN_DIR/hangs/K/             of the K-th attempt that hung: every rank's stacks, NCCL's flight record, report.json
+    RUN_DIR/heartbeats/rank-N    what rank N does: one line, written over once a second
+    RUN_DIR/hangs/N/             of the N-th attempt, which hung: every rank's stacks, NCCL's flight record, report.json
+
+The training thread only remembers what it does (2 us); a thread beside it writes, so that a slow disk costs no step.
 
 All ranks pass through the same phases in the same order, so the one that has passed through fewest is the one that the others wait for.
 A thread of each rank sees its own standstill: each writes down its stacks, the lowest rank that can names the odd one out, and all
@@ -28,8 +30,9 @@ from typing import NoReturn
 
 from hfscale.errors import EXIT_HUNG
 from hfscale.log import logger
+from hfscale.monitor.fence import HANGS
 
-FOLDER, HANGS, REPORT = "heartbeats", "hangs", "report.json"
+FOLDER, REPORT = "heartbeats", "report.json"
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
 LONG, LONG_S = (
     ("start", "save"),
@@ -79,8 +82,11 @@ def watching(
     node: str,
     timeout_s: float | None,
     on_hang: Callable[[int], None],
+    attempt: int = 0,
 ) -> Iterator[None]:
     """Watch this rank inside: where it stands still for ``timeout_s`` (None: for ever), the process ends with EXIT_HUNG.
+
+    ``attempt`` is the number of the run's attempt; 0: a rank that was not told counts the ones that hung.
 
     ``on_hang`` is called before, on one rank, with the rank that is to blame, once the report is written.
     """
@@ -95,8 +101,15 @@ def watching(
         "TORCH_NCCL_DEBUG_INFO_TEMP_FILE": f"{run_dir / HANGS}/nccl-timeout-rank-",
     }
     os.environ.update(recorder | os.environ)
+    hung = [name for name in os.listdir(run_dir / HANGS) if name.isdigit()]
     _current = Heartbeat(
-        run_dir, rank=rank, world_size=world_size, node=node, timeout_s=timeout_s, on_hang=on_hang
+        run_dir,
+        hang=run_dir / HANGS / str(attempt or len(hung) + 1),
+        rank=rank,
+        world_size=world_size,
+        node=node,
+        timeout_s=timeout_s,
+        on_hang=on_hang,
     )
     try:
         yield
@@ -106,51 +119,40 @@ def watching(
 
 
 class Heartbeat:
-    """One rank's heartbeat, and the thread that watches it."""
+    """One rank's heartbeat, the thread that writes it down, and the one that watches it: a slow disk holds the first alone."""
 
     def __init__(
         self,
         run_dir: Path,
         *,
+        hang: Path,
         rank: int,
         world_size: int,
         node: str,
         timeout_s: float,
         on_hang: Callable[[int], None],
     ) -> None:
-        self._run_dir, self._rank, self._world_size, self._timeout_s, self._on_hang = (
-            run_dir,
-            rank,
-            world_size,
-            timeout_s,
-            on_hang,
-        )
-        self._hang = (
-            run_dir
-            / HANGS
-            / str(len([name for name in os.listdir(run_dir / HANGS) if name.isdigit()]) + 1)
-        )
+        self._run_dir, self._hang, self._on_hang = run_dir, hang, on_hang
+        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
         (run_dir / FOLDER).mkdir(exist_ok=True)
-        self._fd = os.open(
-            run_dir / FOLDER / f"rank-{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644
-        )
-        self._whose = f"{os.getpid()} {node}"
-        self._node, self._count, self._step, self._phase, self._own_s, self._since = (
-            node,
-            0,
-            0,
-            "start",
-            0.0,
-            time.monotonic(),
-        )
+        file = run_dir / FOLDER / f"rank-{rank}"
+        self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+        self._node, self._whose = node, f"{os.getpid()} {node}"
+        self._count, self._step, self._phase = 0, 0, "start"
+        self._own_s, self._since = 0.0, time.monotonic()
         self._first: int | None = None  # step of this attempt
         self.beat("start", None)
+        self._write_down()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._watch, name="heartbeat", daemon=True)
-        self._thread.start()
+        self._threads = [
+            threading.Thread(target=work, name=f"heartbeat-{work.__name__}", daemon=True)
+            for work in (self._write, self._watch)
+        ]
+        for thread in self._threads:
+            thread.start()
 
     def beat(self, phase: str, step: int | None) -> None:
-        """Write down the phase that begins."""
+        """Remember the phase that begins."""
         now = time.monotonic()
         if self._phase in OWN:
             self._own_s += now - self._since
@@ -158,15 +160,27 @@ class Heartbeat:
             self._step = step
             self._first = self._first or step
         self._count, self._phase, self._since = self._count + 1, phase, now
-        line = f"{self._count} {self._step} {phase} {self._own_s:.3f} {self._whose}\n"
-        with suppress(OSError):  # training goes on without
-            os.pwrite(self._fd, line.ljust(WIDTH).encode(), 0)
+        self._now = (self._count, self._step, phase, self._own_s)  # at once: others read it
 
     def close(self) -> None:
         self._over.set()
-        self._thread.join(POLL_S)  # a disk that does not answer may hold it
+        for thread in self._threads:
+            thread.join(POLL_S)  # a disk that does not answer may hold it
         faulthandler.cancel_dump_traceback_later()
-        os.close(self._fd)
+        if not self._threads[0].is_alive():
+            os.close(self._fd)
+
+    def _write(self) -> None:
+        while True:
+            self._write_down()
+            if self._over.wait(POLL_S):
+                return self._write_down()
+
+    def _write_down(self) -> None:
+        count, step, phase, own_s = self._now
+        line = f"{count} {step} {phase} {own_s:.3f} {self._whose}\n"
+        with suppress(OSError):  # training goes on without
+            os.pwrite(self._fd, line.ljust(WIDTH).encode(), 0)
 
     def limit_s(self) -> float:
         """Return how long the present phase may last."""
@@ -199,6 +213,7 @@ class Heartbeat:
         last.start()
         faulthandler.cancel_dump_traceback_later()
         try:
+            self._write_down()
             self._hang.mkdir(exist_ok=True)
             with open(self._stacks(self._rank), "w") as file:
                 faulthandler.dump_traceback(file, all_threads=True)

@@ -18,6 +18,7 @@ from tqdm import tqdm
 
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
+from hfscale.monitor.fence import Fence
 from hfscale.records import Count, Damaged, Record, parse, read_file
 
 CONSOLE = (
@@ -34,8 +35,17 @@ class MetricsLog:
     """Appends one record a logged step. ``first_step`` is the first step that this attempt will log."""
 
     def __init__(
-        self, run_dir: Path, *, first_step: int, total_steps: int, tensorboard: bool
+        self,
+        run_dir: Path,
+        *,
+        first_step: int,
+        total_steps: int,
+        tensorboard: bool,
+        fence: Fence | None = None,
     ) -> None:
+        self._fence = fence
+        if fence is not None:
+            fence.check()  # before a torn line is cut off: it may be the younger one's
         self.run_dir, self.total_steps = run_dir, total_steps
         path = run_dir / "metrics.jsonl"
         self.attempt = _repair(path) + 1
@@ -48,11 +58,17 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what is not finite becomes None."""
+        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what is not finite becomes None.
+
+        Raises:
+            SupersededError: if a younger attempt has begun; nothing is written then.
+        """
         record = {
             name: None if isinstance(value, float) and not isfinite(value) else value
             for name, value in record.items()
         }
+        if self._fence is not None:
+            self._fence.check()
         line = json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n"
         begins = self._file.seek(0, os.SEEK_END)
         if self._file.write(line) != len(line):  # a disk that is nearly full takes a part

@@ -27,6 +27,7 @@ REMEDIES = {  # of the findings that bring none along
     "shared files": "the node lacks the file system of the run: have it mounted, or choose another run.root",
     "free space": "make room, choose another run.root, or keep fewer checkpoints (checkpoint.keep_last)",
     "inodes": "remove small files there, or choose another run.root",
+    "locks": "hfscale does without: a run directory is then held by a lease, and the start after a crash waits 5 s",
     "writing": "mend the folder, or choose another run.root; where it is only slow, save less often",
     "reading": "training would wait for data: copy the shards to a faster file system",
     "request": "ask for less: cluster.time, or another cluster.partition",
@@ -70,19 +71,9 @@ def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
     """Return the findings of all ranks, each with its node; those that say the same are one, with its nodes if they are not all of them."""
     judged = []
     for check in dict.fromkeys(one.check for one in found):
-        values = [one.value for one in found if one.check == check and one.value is not None]
         groups: dict[Finding, set[str]] = {}
-        for one in found:
-            if one.check == check and one.value is not None and one.state == "ok":
-                usual = statistics.median_high(values)
-                state = STATES[sum(one.value < part * usual for part in one.slow)]
-                said = " to ".join(dict.fromkeys(f"{edge(values):.3g}" for edge in (min, max)))
-                said = (
-                    said if state == "ok" else f"{one.value:.3g} (median of all ranks: {usual:.3g})"
-                )
-                one = replace(one, state=state, said=f"{said} {one.unit}")
-            if one.check == check:
-                groups.setdefault(replace(one, nodes=(), value=None), set()).update(one.nodes)
+        for one in _measured_by_all([one for one in found if one.check == check]):
+            groups.setdefault(replace(one, nodes=(), value=None), set()).update(one.nodes)
         common = max(groups, key=lambda one: len(groups[one]))
         for one, there in groups.items():
             if check in ALIKE and one.state == "ok" and one != common:
@@ -98,6 +89,29 @@ def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
                     one, remedy=remedy, nodes=() if there >= set(nodes) else tuple(sorted(there))
                 )
             )
+    return judged
+
+
+def _measured_by_all(found: Sequence[Finding]) -> list[Finding]:
+    """Return the findings of a check with what each measurement means beside the others. A range is of those that are ok."""
+    measured = [one for one in found if one.value is not None and one.state == "ok"]
+    usual = statistics.median_high(
+        [one.value or 0.0 for one in found if one.value is not None] or [0.0]
+    )
+    states = {
+        id(one): STATES[sum((one.value or 0.0) < part * usual for part in one.slow)]
+        for one in measured
+    }
+    fine = [one.value or 0.0 for one in measured if states[id(one)] == "ok"]
+    judged = []
+    for one in found:
+        if (state := states.get(id(one))) == "ok":
+            edges = dict.fromkeys(f"{edge(fine):.3g}" for edge in (min, max))
+            one = replace(one, said=f"{' to '.join(edges)} {one.unit}")
+        elif state is not None:
+            said = f"{one.value:.3g} (median of all ranks: {usual:.3g}) {one.unit}"
+            one = replace(one, state=state, said=said)
+        judged.append(one)
     return judged
 
 

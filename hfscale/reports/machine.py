@@ -19,6 +19,7 @@ import os
 import platform
 import resource
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
@@ -38,6 +39,7 @@ from hfscale.engine.ops import compatible_ops
 from hfscale.errors import DataError
 from hfscale.models.flops import peak_flops
 from hfscale.reports.doctor import MARK, Finding, failed
+from hfscale.shards.files import flock
 from hfscale.shards.manifest import Manifest
 
 SECONDS, FILE_BYTES, PIECE = (
@@ -202,6 +204,13 @@ def disk(task: Any, world: World) -> Iterator[Finding]:
     )  # some file systems count none
 
 
+def locks(task: Any, world: World) -> Iterator[Finding]:
+    """Yield whether the run's file system has locks, which keep two launchers out of one run directory."""
+    with tempfile.TemporaryFile(dir=task.run) as file:
+        has = flock(file, wait=False)
+    yield Finding("locks", "ok" if has else "warn", f"{task.run} has {'' if has else 'no '}locks")
+
+
 def writing(task: Any, world: World) -> Iterator[Finding]:
     file, block, done, begun = (
         Path(task.run) / f".hfscale-doctor-{node_name()}-{os.getpid()}",
@@ -297,7 +306,7 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
     group.shutdown()
 
 
-A_NODE = (packages, deepspeed, memory, limits, disk, writing)  # the others for each rank
+A_NODE = (packages, deepspeed, memory, limits, disk, locks, writing)  # the others for each rank
 CHECKS = (
     packages,
     gpu,
@@ -306,6 +315,7 @@ CHECKS = (
     deepspeed,
     limits,
     disk,
+    locks,
     writing,
     reading,
     rendezvous,

@@ -69,8 +69,10 @@ def progress(config: TrainConfig, record: dict[str, Any]) -> float:
     return min(1.0, next((have / whole for have, whole in done if have is not None and whole), 0.0))
 
 
-def describe(config: TrainConfig, *, now: float | None = None) -> list[tuple[str, str]]:
-    """Return (name, value) lines on a run; ``now`` is in seconds of the epoch."""
+def describe(
+    config: TrainConfig, *, now: float | None = None, running: bool = True
+) -> list[tuple[str, str]]:
+    """Return (name, value) lines on a run; ``now`` is in seconds of the epoch. One that is not ``running`` has no expected end."""
     now, run = time.time() if now is None else now, config.run_dir
     record, saved = last_record(run), layout.committed(run / layout.FOLDER)
     lines = [("run", str(run))]
@@ -78,7 +80,10 @@ def describe(config: TrainConfig, *, now: float | None = None) -> list[tuple[str
         part, quiet_s = progress(config, record), now - os.stat(run / "metrics.jsonl").st_mtime
         left_s = record["step"] * (1 - part) / part * record["step_s"] if part else 0.0
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
-        end = "done" if part == 1.0 else f"{at} ({_time(left_s)} of training left)"
+        left = f"{_time(left_s)} of training left"
+        end = f"{at} ({left})" if running else f"not while it does not run ({left})"
+        if part == 1.0:
+            end = "done"
         lines += [
             ("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"),
             ("loss", f"{record['loss']:.4f}"),

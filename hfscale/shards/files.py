@@ -13,11 +13,12 @@ import re
 import secrets
 import shutil
 import socket
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from hfscale.errors import DataError
 from hfscale.records import open_file
@@ -28,17 +29,93 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _swept: set[Path] = set()
 
 
+LEASE_S, WATCH_S = (
+    1.0,
+    5.0,
+)  # how often a lease is renewed; for how long one must rest to be nobody's
+NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
+
+
 @contextmanager
-def locked(path: Path) -> Iterator[IO[bytes]]:
+def locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
     """Hold the file ``path``, made if need be, against other processes. The kernel lets go when this one ends, however it ends.
 
+    Where the file system has no locks, a file beside it is a lease: renewed once a second, and nobody's once it is not.
+
     Raises:
-        DataError: if the file system knows no locks.
+        BlockingIOError: if another process holds it, and this one does not ``wait``.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with open_lock(path) as file:
-        _flock(file, fcntl.LOCK_EX, path)
-        yield file
+        if flock(file, wait=wait):
+            yield file
+        else:
+            with _leased(path.with_name(f"{path.name}.lease"), wait=wait):
+                yield file
+
+
+def flock(file: IO[Any], *, wait: bool) -> bool:
+    """Return True once ``file`` is locked; False where its file system has no locks.
+
+    Raises:
+        BlockingIOError: if another process holds it, and this one does not ``wait``.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return False
+        raise
+    return True
+
+
+@contextmanager
+def _leased(path: Path, *, wait: bool) -> Iterator[None]:
+    seen, since = 0, time.monotonic()
+    while not _made(path):
+        renewed = _renewed(path)
+        if renewed != seen:
+            if seen and not wait:
+                raise BlockingIOError(errno.EWOULDBLOCK, "held by another process", str(path))
+            seen, since = renewed, time.monotonic()
+        elif time.monotonic() - since > WATCH_S:
+            old = path.with_name(f"{path.name}.{os.getpid()}.{threading.get_ident()}")
+            with suppress(FileNotFoundError):  # another one was faster
+                path.rename(old)
+                if _renewed(old) != seen:  # and that one's new lease is what was taken away
+                    old.rename(path)
+                old.unlink(missing_ok=True)
+        time.sleep(0.1)
+    over = threading.Event()
+
+    def renew() -> None:
+        while not over.wait(LEASE_S):
+            with suppress(OSError):
+                os.utime(path)
+
+    threading.Thread(target=renew, name="lease", daemon=True).start()
+    try:
+        yield
+    finally:
+        over.set()
+        path.unlink(missing_ok=True)
+
+
+def _made(path: Path) -> bool:
+    """Return whether this process made ``path``, which was not there."""
+    try:
+        open(path, "x").close()
+    except FileExistsError:
+        return False
+    return True
+
+
+def _renewed(path: Path) -> int:
+    try:
+        with open(path, "rb") as file:  # opened: NFS asks the server then
+            return os.fstat(file.fileno()).st_mtime_ns
+    except FileNotFoundError:
+        return 0
 
 
 @contextmanager
@@ -46,25 +123,23 @@ def alone(path: Path) -> Iterator[None]:
     """Be the only process that makes ``path``: another one is refused, not waited for. The lock lies beside it, and goes at the end.
 
     Raises:
-        DataError: if one makes it; or the file system knows no locks.
+        DataError: if one makes it.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name[:200]}.lock")
-    file = open_lock(name)
-    while not (held := lock_now(file, name)) or not _is(file, name):
-        if held:  # who held it has just taken the file away
-            file.close()
-            file = open_lock(name)
-            continue
-        with file:
-            holder = file.read(200).decode(errors="replace").strip()
-        raise DataError(
-            "another process is making this at the moment",
-            where=path,
-            value=holder or "unknown",
-            remedy="wait for it, or name another place",
-        )
-    with file:
+    with ExitStack() as stack:
+        while True:
+            try:
+                file = stack.enter_context(locked(name, wait=False))
+            except BlockingIOError:
+                raise DataError(
+                    "another process is making this at the moment",
+                    where=path,
+                    value=_holder(name),
+                    remedy="wait for it, or name another place",
+                ) from None
+            if _is(file, name):
+                break
+            stack.close()  # who held it has just taken the file away
         file.truncate(0)
         file.write(f"process {os.getpid()} on {socket.gethostname()}".encode())
         file.flush()
@@ -72,6 +147,12 @@ def alone(path: Path) -> Iterator[None]:
             yield
         finally:
             name.unlink(missing_ok=True)
+
+
+def _holder(lock: Path) -> str:
+    with suppress(OSError), open_lock(lock) as file:
+        return file.read(200).decode(errors="replace").strip() or "unknown"
+    return "unknown"
 
 
 def _is(file: IO[bytes], path: Path) -> bool:
@@ -86,32 +167,6 @@ def open_lock(path: Path) -> IO[bytes]:
     """Return the file ``path``, made if need be, to read and write; a link is not followed."""
     flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
     return open(path, "r+b", opener=lambda name, _: os.open(name, flags, 0o666))
-
-
-def lock_now(file: IO[bytes] | IO[str], path: Path) -> bool:
-    """Return whether this process now holds ``file``, which is ``path``; False: another one does.
-
-    Raises:
-        DataError: if the file system knows no locks.
-    """
-    try:
-        _flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, path)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _flock(file: IO[bytes] | IO[str], how: int, path: Path) -> None:
-    try:
-        fcntl.flock(file, how)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EAGAIN, errno.EACCES):
-            raise BlockingIOError(*error.args) from None
-        raise DataError(
-            f"this file system has no locks (flock): {error.strerror}",
-            where=path,
-            remedy="mount it with locks (Lustre: -o flock; NFS: with lockd, not nolock), or choose another folder",
-        ) from None
 
 
 def file_digest(path: Path) -> str:

@@ -10,7 +10,6 @@ frees the lock of a killed process, and the next one goes on with the part. Nobo
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import os
 import random
@@ -27,7 +26,7 @@ from typing import IO, Any
 
 from hfscale.errors import PASSWORD, ConfigError, DataError
 from hfscale.log import logger
-from hfscale.shards.files import file_digest, locked, publish, sync, write_atomically
+from hfscale.shards.files import file_digest, flock, locked, publish, sync, write_atomically
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
 
@@ -267,7 +266,8 @@ class Remote:
                     suppress(BlockingIOError),
                 ):  # of one that is being fetched or opened
                     if room < need and (taken := lock.seek(0, os.SEEK_END)):
-                        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                        if not flock(lock, wait=False):
+                            break  # without locks nobody knows what is in use
                         for suffix in (".tar", ".tar.part", ".idx"):
                             path.with_suffix(suffix).unlink(missing_ok=True)
                         lock.truncate(0)

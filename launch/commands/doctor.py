@@ -37,7 +37,7 @@ from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, tabl
 from launch import slurm
 from launch.interpreter import python
 from launch.local import gpu_count
-from launch.queue import client, has_slurm
+from launch.queue import client, cores_per_rank, has_slurm, ranks_per_node
 from launch.request import Request
 
 TIMEOUT_S, KILL_S, SLURM_S = (
@@ -46,8 +46,8 @@ TIMEOUT_S, KILL_S, SLURM_S = (
     5.0,
 )  # for the ranks; for them to end after that; for Slurm to answer
 RANK = "hfscale.reports.machine"
-STEP = """source slurm/site.sh
-exec srun --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
+STEP = """source slurm/start.sh
+exec "${SRUN[@]}" --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
 """
 
 
@@ -168,7 +168,7 @@ def _before(
 
 
 def _procs(here: Allocation | None) -> int:
-    return here.nodes * here.tasks_per_node if here else gpu_count() or min(2, available_cores())
+    return here.nodes * ranks_per_node(here) if here else gpu_count() or min(2, available_cores())
 
 
 def _await(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
@@ -202,11 +202,13 @@ def _measure(
         default=str,
     )
     if here:
-        command = ["bash", "-c", STEP, "bash", str(here.tasks_per_node), str(procs), RANK, text]
+        a_node = ranks_per_node(here)
+        command = ["bash", "-c", STEP, "bash", str(a_node), str(procs), RANK, text]
         env = {
             "MASTER_ADDR": names[0],
             "MASTER_PORT": str(job_port(here.job_id)),
             "HFSCALE_PYTHON": sys.executable,
+            "SRUN_CPUS_PER_TASK": str(cores_per_rank(here, a_node)),  # as training has it
         }
         places = [env]
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -89,20 +90,49 @@ def evaluate(
             )
     found: list[dict[str, Any]] = []
     for name in names:
-        for one in asked if harness is None else [(None, None)]:
-            home = (
-                _on_harness(name, harness, harness_path, said, procs)
-                if harness is not None
-                else _scored(name, *one, said, procs)
-            )
-            label = "  ".join(
-                filter(None, [name, *one] if any(one) else [name, home.parent.name])
-            )  # on what: its own split, or --data
-            found.append({**read_scores(home / job.SCORES), "model": label})
+        with _kept(Path(name)) if every else nullcontext(True) as there:
+            if not there:
+                typer.echo(f"{name} was pruned meanwhile by the run's policy: left out", err=True)
+                continue
+            for one in asked if harness is None else [(None, None)]:
+                home = (
+                    _on_harness(name, harness, harness_path, said, procs)
+                    if harness is not None
+                    else _scored(name, *one, said, procs)
+                )
+                label = "  ".join(
+                    filter(None, [name, *one] if any(one) else [name, home.parent.name])
+                )  # on what: its own split, or --data
+                found.append({**read_scores(home / job.SCORES), "model": label})
+    if not found:
+        raise CheckpointError(
+            "every checkpoint was pruned before it was scored",
+            where=model,
+            remedy="run the same command again, or keep more: checkpoint.keep_last",
+        )
     typer.echo(job.table(found))
     typer.echo(
         f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}"
     )
+
+
+@contextmanager
+def _kept(checkpoint: Path) -> Iterator[bool]:
+    """Yield whether ``checkpoint`` is still there, and keep its run from pruning it inside."""
+    from hfscale.checkpoint import layout
+
+    folder, step = checkpoint.parent, layout.step_of(checkpoint)
+    pinned = (checkpoint / layout.PINNED).exists()
+    try:
+        layout.pin(folder, step, pinned=True)
+    except CheckpointError:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        if not pinned and checkpoint.exists():
+            layout.pin(folder, step, pinned=False)
 
 
 def _pairs(tasks: Sequence[str], tables: Sequence[str]) -> list[tuple[str | None, str | None]]:

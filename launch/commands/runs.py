@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -135,16 +134,22 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
 
     Example: hfscale status runs/first
     """
+    from hfscale.monitor.fence import newest
     from hfscale.reports.status import describe
     from launch.queue import JOB, facts
     from launch.request import Request
 
-    lines = describe(Request(run).load().config)
-    file = Path(run) / JOB
-    if file.is_file():
-        job = file.read_text().strip()
-        told = facts(job)
-        words = [f"{job} {told.get('JobState', 'has left the queue')}"]
+    file, attempt = Path(run) / JOB, newest(Path(run))
+    job = file.read_text().strip() if file.is_file() else ""
+    told = facts(job)
+    if job and told is not None:
+        running = told.get("JobState") == "RUNNING"
+    else:  # no job, or nobody answers
+        running = attempt is None or attempt.ended() is None
+    lines = describe(Request(run).load().config, running=running)
+    if job:
+        gone = "of which Slurm gives no answer" if told is None else "has left the queue"
+        words = [f"{job} {(told or {}).get('JobState', gone)}"]
         forms = {
             "Reason": "because of {}",
             "NodeList": "on {}",
@@ -156,7 +161,7 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
         words += [
             form.format(told[name])
             for name, form in forms.items()
-            if told.get(name) not in (None, "None", "(null)", "", "0:0")
+            if told and told.get(name) not in (None, "None", "(null)", "", "0:0")
         ]
         lines.insert(1, ("job", ", ".join(words)))
     for name, value in lines:
@@ -176,16 +181,20 @@ def logs(
 
     Example: hfscale logs runs/first -f
     """
-    from launch.request import config_file
+    from launch.queue import JOB
+    from launch.request import config_file, quote
 
-    folder = config_file(run).parent / "logs"
+    home = config_file(run).resolve().parent
+    folder, held = home / "logs", home / JOB
     jobs = sorted(folder.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime)[-1:]
     files = [*jobs, *folder.glob("rank-0.log")]
+    if held.is_file() and (job := held.read_text().strip()):  # of submitit: rank 0's two
+        files += sorted((home.parent / "submitit").glob(f"*/{job}_0_log.*"))
     if not files:
         raise CheckpointError(
             "this run has no log yet",
             where=folder,
-            remedy=f"see where it is: hfscale status {shlex.quote(run)}",
+            remedy=f"see where it is: hfscale status {quote(run)}",
         )
     os.execvp("tail", ["tail", "-n", str(lines), *(["-F"] if follow else []), *map(str, files)])
 

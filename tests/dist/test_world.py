@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hfscale.dist.world import Allocation, World, allocation, free_port
+from hfscale.dist.world import Allocation, World, allocation, copies, counts, free_port
 from hfscale.errors import ConfigError
 
 
@@ -37,6 +37,11 @@ def test_slurms_variables_count_only_for_more_than_one_task():
         "MASTER_PORT": "29500",
     }
     assert World.from_environment(slurm) == World(5, 8, 1, 4, "n1", 29500)
+    uneven = slurm | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),4", "SLURM_NODEID": "2"}
+    assert World.from_environment(uneven).local_world_size == 4
+    assert World.from_environment(uneven | {"SLURM_NODEID": "1"}).local_world_size == 2, (
+        "whatever SLURM_NTASKS_PER_NODE an outer allocation has handed on"
+    )
     assert World.from_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == World(), (
         "a batch script, which is no rank"
     )
@@ -62,6 +67,16 @@ def test_the_allocation():
     )
     assert shell is not None
     assert (shell.gpus_per_node, shell.tasks_per_node) == (4, 2), "in a shell of salloc"
+    whole = allocation(env | {"SLURM_GPUS_PER_NODE": "1", "SLURM_JOB_CPUS_PER_NODE": "4(x2),2"})
+    assert whole is not None
+    assert whole.gpus_per_node == 1, "what was asked for, not what a whole node has"
+    assert whole.cpus_per_node == 2, "of the node that has fewest"
+
+
+def test_how_often_srun_started_a_command():
+    assert copies({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2"}) == 2
+    assert copies({"SLURM_STEP_NUM_TASKS": "2"}) == 1, "handed on to a job that was submitted there"
+    assert counts("2(x3),1") == [2, 2, 2, 1]
 
 
 @pytest.mark.parametrize(

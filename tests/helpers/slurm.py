@@ -198,7 +198,7 @@ class Cluster:
             ],
         )
         wait_for((at / "munge.socket").exists)
-        self._spawn("slurmctld", ["slurmctld", "-D", "-c", "-f", str(at / "slurm.conf")])
+        self.start_controller("-c")
         for node in NODES:
             self.start_node(node)
         idle = ["sinfo", "-h", "-t", "idle", "-o", "%D", "-p", "low"]
@@ -206,6 +206,15 @@ class Cluster:
             lambda: self.run(*idle, check=False).strip() == str(len(NODES)),
             what=lambda: "the nodes did not come up\n" + self.logs(),
         )
+
+    def start_controller(self, *options: str) -> None:
+        self._spawn("slurmctld", ["slurmctld", "-D", *options, "-f", f"{self.folder}/slurm.conf"])
+
+    def stop_controller(self) -> None:
+        """End slurmctld alone, in order: jobs go on, and nobody answers."""
+        [pid] = [pid for pid in processes_of(self.folder) if _command(pid)[0] == "slurmctld"]
+        os.kill(pid, signal.SIGTERM)
+        wait_for(lambda: _command(pid)[0] != "slurmctld")
 
     def start_node(self, node: str) -> None:
         inside = f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node} -f {self.folder}/slurm.conf"

@@ -12,8 +12,13 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
+from hfscale.monitor import fence
+from launch import local, slurm
+from launch.request import Request
 from tests.helpers.cli import ROOT
+from tests.helpers.corpus import run_values
 
 DRIVER = """
 import sys
@@ -156,3 +161,56 @@ def test_a_second_launcher_is_refused_and_told_who_is_there(folder: Path):
     first.terminate()
     assert finish(first)[0] == 75
     assert finish(start(folder, "fine"))[0] == 0, "the lock ends with its holder"
+
+
+@pytest.mark.slow
+def test_an_attempt_that_is_superseded_leaves_at_once_and_writes_no_more(
+    corpus: Path, tmp_path: Path
+):
+    """As a node that Slurm has lost: the younger attempt has begun elsewhere, and no lock reaches this one."""
+    values = run_values(
+        corpus,
+        tmp_path / "runs",
+        "run",
+        train={"steps": 100_000, "global_batch": 4, "micro_batch": 2, "hang_timeout_s": None},
+        checkpoint={"every_steps": 1, "every_minutes": None},
+    )
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
+    launcher = subprocess.Popen(
+        [sys.executable, "-m", "launch.cli", "pretrain", "config.yaml", "--procs", "2"],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    run = tmp_path / "runs" / "run"
+    wait_for(lambda: any((run / "checkpoints").glob("step-????????")), timeout_s=120)
+    younger = fence.take(run, job="8")
+    records = (run / "metrics.jsonl").read_bytes()
+    saved = sorted(path.name for path in (run / "checkpoints").glob("step-????????"))
+    out, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 77, out
+    assert f"attempt 1 of this run is superseded by attempt {younger.number}" in out
+    assert (run / "metrics.jsonl").read_bytes() == records
+    assert sorted(path.name for path in (run / "checkpoints").glob("step-????????")) == saved
+    assert fence.Fence(run, 1).ended() == 77
+
+
+def test_ranks_beside_an_allocation_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
+    """`salloc`, then `hfscale pretrain` without a launcher: the ranks would run on the login node."""
+    config = Request("config.yaml").load().config
+    assert local.unused_allocation(config) == []
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    [notice] = local.unused_allocation(config)
+    assert "this machine, which is none of its nodes" in notice and "--launcher slurm" in notice
+    monkeypatch.setenv("SLURMD_NODENAME", "n1")
+    assert local.unused_allocation(config) == []
+    monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
+    assert "one of the 2 nodes" in local.unused_allocation(config)[0]
+
+
+def test_what_is_printed_can_be_copied(folder: Path):
+    config = Request("config.yaml", ("run.root=my lab",)).load().config
+    assert f"hfscale logs '{config.run_dir}' -f" in slurm.followed("7", config, log="")
+    assert local.tensorboard_line(config.run_dir).endswith(f"'{config.run_dir}/tensorboard'")

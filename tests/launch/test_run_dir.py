@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import write_file, write_manifest
 from hfscale.config.load import load_config
+from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError, ConfigError, UserError
 from hfscale.tokenizer import tokenizer_digest
 from launch import run_dir
+from launch.commands.evaluate import _kept
 from launch.request import Request, check
 
 
@@ -217,3 +220,22 @@ def test_a_run_does_not_write_through_links(folder: Path, name: str):
     ):
         pass
     assert (folder / "victim").read_text() == "mine"
+
+
+def test_a_checkpoint_is_kept_while_it_is_scored(folder: Path):
+    """`hfscale evaluate --all` beside a training that keeps one checkpoint."""
+    checkpoints = folder / "runs/first/checkpoints"
+    for step in (10, 20, 30):
+        (checkpoints / layout.step_name(step)).mkdir(parents=True)
+        (checkpoints / layout.step_name(step) / layout.MANIFEST).touch()
+    policy = Checkpoint(keep_last=1)
+    old, pinned = (checkpoints / layout.step_name(step) for step in (10, 20))
+    layout.pin(checkpoints, 20, pinned=True)
+    with _kept(old) as there:
+        assert there
+        assert layout.prune(checkpoints, policy) == []
+    with _kept(pinned) as there:
+        assert there
+    assert layout.prune(checkpoints, policy) == [old], "a pin of the user's stays"
+    with _kept(old) as there:
+        assert not there, "pruned before it was its turn"

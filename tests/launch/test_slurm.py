@@ -375,7 +375,7 @@ def test_nodes_to_leave_out_and_fewer_nodes(config: Path):
 
 def test_a_worker_outside_of_a_job_has_nothing_to_begin(config: Path):
     with pytest.raises(ConfigError, match="this is not a Slurm job"):
-        job.begin(str(config), [], nodes=1, tasks=1)
+        job.begin(str(config), [])
 
 
 @pytest.mark.parametrize(

@@ -245,7 +245,8 @@ def test_a_node_that_hangs_twice_is_left_out_by_a_successor_that_goes_on_with_fe
 def test_predictions_are_an_array_over_files(jobs: Jobs):
     for name in ("a", "b", "c"):
         (jobs.folder / f"{name}.jsonl").write_text(json.dumps({"prompt": f"def {name}("}) + "\n")
-    files = [jobs.folder / f"{name}.jsonl" for name in ("a", "b", "c")]
+    (jobs.folder / "bad.jsonl").write_text("no JSON\n")
+    files = [jobs.folder / f"{name}.jsonl" for name in ("a", "bad", "b", "c")]
     out = jobs.folder / "texts"
     small = ["--oversubscribe", "--mem=100", f"--output={jobs.folder}/predict-%a.log"]
     array = jobs.cluster.sbatch(
@@ -259,10 +260,10 @@ def test_predictions_are_an_array_over_files(jobs: Jobs):
         "generation.max_new_tokens=3",
         cwd=ROOT,
     )
-    for task in (1, 2):
-        assert jobs.cluster.wait(f"{array}_{task}") == "COMPLETED", (
-            jobs.folder / f"predict-{task}.log"
-        ).read_text()
+    for task, state in ((1, "COMPLETED"), (2, "FAILED")):
+        said = jobs.folder / f"predict-{task}.log"
+        assert jobs.cluster.wait(f"{array}_{task}") == state, said.read_text()
+    assert "bad.jsonl: exit code 2; going on with the next one" in said.read_text()
     assert sorted(path.name for path in out.iterdir()) == ["a.jsonl", "b.jsonl", "c.jsonl"]
     assert isinstance(json.loads((out / "b.jsonl").read_text())["prediction"], str)
     twice = jobs.cluster.sbatch(

@@ -89,3 +89,17 @@ def test_the_table_has_a_remedy_below_what_is_wrong():
         f"{'':14}-> {findings[1].remedy}",
     ]
     assert "NTP" in findings[1].remedy
+
+
+def test_the_range_of_what_is_ok_leaves_the_bad_nodes_out():
+    def node(name: str, free: float) -> Finding:
+        state = "fail" if free < 1 else "ok"
+        said = f"{free:.3g} GB"
+        return Finding("free space", state, said, nodes=(name,), value=free, unit="GB")
+
+    nodes = ["n1", "n2", "n3"]
+    found = judge([node("n1", 60.0), node("n2", 70.0), node("n3", 0.001)], nodes=nodes)
+    assert [(one.state, one.nodes, one.said) for one in found] == [
+        ("ok", ("n1", "n2"), "60 to 70 GB"),
+        ("fail", ("n3",), "0.001 GB"),
+    ]

@@ -59,6 +59,8 @@ def test_a_run_under_way(tmp_path: Path):
     assert lines["step"] == "25 (25.0%), logged 0:00:10 ago"
     assert lines["speed"] == "1,000 tokens/s, 2 s a step, 25% of it waiting for data"
     assert lines["expected end"].endswith("(0:02:30 of training left)")
+    still = dict(describe(config(tmp_path, steps=100), now=1_000_010.0, running=False))
+    assert still["expected end"] == "not while it does not run (0:02:30 of training left)"
     assert lines["last checkpoint"] == "step 20, 0:01:50 ago"
     assert lines["attempts"] == "2"
 
