@@ -15,7 +15,7 @@ from pydantic import Field
 
 from hfscale.errors import DataError
 from hfscale.hub import local_folder
-from hfscale.records import Record, load, parse
+from hfscale.records import Record, load, parse, read_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
@@ -108,7 +108,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write ``tokenizer`` as both transformers 5 and 4 read it: of 5's own class the name, and lists of special tokens, are not known to 4."""
     save_files(tokenizer, folder)
     file = folder / "tokenizer_config.json"
-    said = json.loads(file.read_text("utf-8"))
+    said = parse(dict[str, Any], read_file(file))
     if said.get("tokenizer_class") == "TokenizersBackend":
         said["tokenizer_class"] = "PreTrainedTokenizerFast"
     said["model_input_names"] = tokenizer.model_input_names

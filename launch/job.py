@@ -29,6 +29,7 @@ from hfscale.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, exit_code
 from hfscale.log import logger
 from hfscale.monitor.fence import HANGS, Fence
 from hfscale.monitor.heartbeat import REPORT
+from hfscale.records import Count, Record, load
 from hfscale.shards.files import write_atomically
 from hfscale.worker import JOB
 from launch import run_dir
@@ -43,6 +44,25 @@ AGAIN = {
     EXIT_STOPPED: "stopped and saved",
     EXIT_HUNG: "ranks hung, or lost one another",
 }  # after which a job is requeued
+
+
+class _Start(Record):
+    """From which checkpoint a job began, and how often in a row."""
+
+    job: str
+    checkpoint: str | None
+    restarts: Count
+
+
+class _Beat(Record):
+    node: str
+
+
+class _Hang(Record):
+    """What ``monitor/heartbeat.py`` reports of a hang, as far as it is read here."""
+
+    verdict: str
+    odd: list[_Beat]
 
 
 @dataclass(frozen=True)
@@ -128,7 +148,7 @@ def take(config: TrainConfig, here: Allocation) -> None:
     saved = layout.committed(config.run_dir / layout.FOLDER)
     start = {"job": here.job_id, "checkpoint": saved[-1].name if saved else None}
     file = config.run_dir / run_dir.RESTARTS
-    last = json.loads(file.read_text()) if file.is_file() else {}
+    last = load(file, _Start, what="the record of restarts").as_dict() if file.is_file() else {}
     restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
     if restarts > config.cluster.max_restarts:
         raise ConfigError(
@@ -149,7 +169,7 @@ def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
     assert here is not None
     left = fence.told()
     reports = [
-        json.loads(file.read_text())
+        load(file, _Hang, what="the report of a hang").as_dict()
         for file in sorted(
             (run / HANGS).glob(f"*/{REPORT}"), key=lambda file: int(file.parent.name)
         )

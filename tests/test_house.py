@@ -267,6 +267,21 @@ def test_ranks_say_json_to_each_other():
     assert not wrong, "\n".join(wrong)
 
 
+def test_files_of_json_are_read_by_their_shape():
+    """``hfscale/records.py`` reads them: regular files, bounded, of types that are said once."""
+    wrong = [
+        f"{relative(path)}:{node.lineno}"
+        for path in MODULES
+        for node in ast.walk(TREES[path])
+        if isinstance(node, ast.Call)
+        and (
+            ast.unparse(node.func) == "json.load"
+            or (ast.unparse(node.func) == "json.loads" and ".read" in ast.unparse(node.args[0]))
+        )
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_no_error_is_swallowed():
     handlers = [
         (p, n) for p in MODULES for n in ast.walk(TREES[p]) if isinstance(n, ast.ExceptHandler)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
+
+from hfscale.records import parse
 
 
 def class_names(schema: Any) -> dict[str, list[str]]:
     """Return the names of the classes that the numbers in some columns are of, as ``datasets`` writes them into a table's metadata."""
     features: Any = {}
     with suppress(KeyError, TypeError, ValueError, AttributeError):
-        features = json.loads(schema.metadata[b"huggingface"])["info"]["features"]
+        features = parse(dict[str, Any], schema.metadata[b"huggingface"])["info"]["features"]
+    features = features if isinstance(features, dict) else {}
     found = {name: _names_of(feature) for name, feature in features.items()}
     return {name: names for name, names in found.items() if names}
 
@@ -24,7 +26,9 @@ def _names_of(feature: Any) -> list[str] | None:
     if not isinstance(feature, dict):
         return None
     if feature.get("_type") == "ClassLabel":
-        return feature.get("names")
+        names = feature.get("names")
+        known = isinstance(names, list) and all(isinstance(name, str) for name in names)
+        return names if known else None
     return _names_of(feature["feature"]) if "feature" in feature else None
 
 

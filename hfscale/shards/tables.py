@@ -24,6 +24,7 @@ from hfscale.shards.raw import PICKLED, members_of, too_large
 from hfscale.shards.text_files import BYTE_ORDERS, lines_of, open_source, open_table
 
 Rows = Iterator[tuple[str, Any]]
+DEPTH = 200  # levels of JSON in a row
 HUGE = 1 << 28  # bytes of a row that nobody has set a limit for
 
 
@@ -35,6 +36,25 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         twice = next(key for key in keys if keys.count(key) > 1)
         raise ValueError(f"the key {twice!r} is there twice")
     return found
+
+
+def _json(text: str | bytes) -> Any:
+    """Return what a row of JSON says.
+
+    Raises:
+        ValueError: if it is none, has a key twice, or lists in lists that no code that follows could walk.
+    """
+    value = json.loads(text, object_pairs_hook=distinct_keys)
+    signs: Any = ("[", "{") if isinstance(text, str) else (b"[", b"{")
+    if sum(text.count(sign) for sign in signs) <= DEPTH:
+        return value
+    level = [value] if isinstance(value, dict | list) else []
+    for _ in range(DEPTH):
+        inner = [node.values() if isinstance(node, dict) else node for node in level]
+        level = [item for items in inner for item in items if isinstance(item, dict | list)]
+        if not level:
+            return value
+    raise ValueError(f"it is nested deeper than {DEPTH} levels")
 
 
 # ------------- readers of one file; ``column`` is the only one that is wanted, None: all; ``most``: bytes of a row
@@ -54,7 +74,7 @@ def _jsonl(file: Path, column: str | None, most: int = HUGE) -> Rows:
                 continue
             try:
                 text = line.decode("utf-8-sig") if number == 1 else line
-                yield where, json.loads(text.rstrip(), object_pairs_hook=distinct_keys)
+                yield where, _json(text.rstrip())
             except (ValueError, RecursionError) as error:
                 if number == 1 and (whole := _over_lines(file, most)) is not None:
                     members = whole if isinstance(whole, list) else [whole]
@@ -71,7 +91,7 @@ def _over_lines(file: Path, most: int) -> Any:
         return None
     with suppress(ValueError, RecursionError):
         encoding = BYTE_ORDERS.get(data[:2], "utf-8-sig")
-        return json.loads(data.decode(encoding), object_pairs_hook=distinct_keys)
+        return _json(data.decode(encoding))
     return None
 
 
@@ -199,11 +219,7 @@ def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:
                 payload = b"" if name in PICKLED else stream.read(member.size)
                 try:
                     text = payload.decode("utf-8-sig")
-                    cells = (
-                        json.loads(text, object_pairs_hook=distinct_keys)
-                        if name.endswith("json")
-                        else {name: text}
-                    )
+                    cells = _json(text) if name.endswith("json") else {name: text}
                     if twice := cells.keys() & row.keys() - {"id"}:
                         raise ValueError(f"{min(twice)!r} is there twice in the sample")
                     row |= cells

@@ -14,7 +14,7 @@ from hfscale.shards.files import file_digest
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
 from hfscale.shards.raw import text_of
-from hfscale.shards.reader import member_name
+from hfscale.shards.reader import member_name, npy_header
 from hfscale.shards.tars import walk
 
 
@@ -110,9 +110,11 @@ def _check_tokens(
     largest = -1
     for member, npy, payload in zip(index.ends, payloads[0::2], payloads[1::2], strict=True):
         place, ids = f"at offset {int(member['offset']):,}", payload.view(manifest.numpy_dtype)
-        ends = (
-            npy[max(0, len(npy) - 4 * int(member["documents"])) :].view("<u4").astype(np.int64)
-        )  # what follows the .npy header
+        held = npy[npy_header(npy) :]
+        if len(held) != 4 * int(member["documents"]):
+            yield f"the document ends {place} are {len(held):,} bytes, the index says {int(member['documents']):,} documents"
+            continue
+        ends = held.view("<u4").astype(np.int64)
         if (np.diff(ends, prepend=0) <= 0).any() or (len(ends) and ends[-1] > len(ids)):
             yield f"document ends {place} do not rise within the chunk"
         elif manifest.tokenizer and (ids[ends - 1] != manifest.tokenizer.eod_id).any():

@@ -26,6 +26,7 @@ from hfscale.errors import CheckpointError, ConfigError
 from hfscale.log import logger
 from hfscale.reports.status import last_record, records
 from hfscale.shards.files import write_atomically
+from launch import run_dir
 from launch.interpreter import python
 from launch.request import Request
 
@@ -129,7 +130,7 @@ def resume(
             for number, kill in enumerate(killed, 2)
         ],
         "steps": evidence,
-        "made": json.loads((twin / "environment.json").read_text("utf-8"))[0],
+        "made": run_dir.attempts(twin)[0],
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())

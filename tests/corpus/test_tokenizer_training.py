@@ -168,7 +168,7 @@ def test_what_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="neither a folder here"):
         load_tokenizer(tmp_path / "nothing")
     (tmp_path / "tokenizer.json").write_text("{")
-    with pytest.raises(ConfigError, match="is damaged: not JSON"):
+    with pytest.raises(ConfigError, match=r"not JSON[\s\S]*tokenizer\.json"):
         load_tokenizer(tmp_path)
     with pytest.raises(DataError, match="not JSON"):
         tokenizer_digest(tmp_path)

@@ -15,7 +15,9 @@ from hfscale.errors import DataError
 from hfscale.shards.index import MEMBER
 from hfscale.shards.manifest import Manifest
 from hfscale.shards.reader import ShardReader
+from hfscale.shards.tables import table_rows
 from hfscale.shards.tars import walk
+from hfscale.shards.verify import verify
 from tests.helpers.damage import write_shards
 
 
@@ -72,6 +74,8 @@ def test_an_index_that_counts_fewer_documents_than_there_are_ends(tmp_path: Path
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match="other documents than the chunks hold ends"):
         read_all(tmp_path)
+    found = verify(Manifest.load(tmp_path), threads=1)
+    assert any("are 32 bytes, the index says 7 documents" in finding for finding in found), found
 
 
 def test_ids_beyond_what_the_manifest_says(tmp_path: Path):
@@ -100,6 +104,16 @@ def test_a_manifest_that_lies(tmp_path: Path, key: str, value: object, says: str
     (tmp_path / "manifest.json").write_text(json.dumps(content))
     with pytest.raises(DataError, match=says):
         Manifest.load(tmp_path)
+
+
+@pytest.mark.parametrize("levels", [201, 900, 50_000])
+@pytest.mark.parametrize("sign", ["[", '{"a":'])
+def test_a_row_that_is_too_deep(tmp_path: Path, levels: int, sign: str):
+    close = {"[": "]", '{"a":': "}"}[sign]
+    row = '{"text": "a", "x": ' + sign * levels + "1" + close * levels + "}"
+    (tmp_path / "rows.jsonl").write_text(f'{{"text": "a"}}\n{row}\n')
+    with pytest.raises(DataError, match=r"not a JSON line[\s\S]*rows.jsonl:2"):
+        list(table_rows(tmp_path / "rows.jsonl"))
 
 
 @pytest.mark.parametrize(

@@ -13,9 +13,10 @@ import torch
 import torch.nn.functional as F
 from transformers import pipeline
 
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, DataError
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample
+from hfscale.tasks import instruction
 from hfscale.tasks.instruction import pack
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
@@ -308,3 +309,11 @@ def test_what_cannot_be_learnt_from() -> None:
         task, _ = load("instruction", tokenizer(), family="gpt2", chat_template=template)
         with pytest.raises(BadExample, match=why):
             task.features(EXAMPLES[0])
+
+
+def test_a_template_that_loops_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(instruction, "RENDER_S", 0.3)
+    loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    task, _ = load("instruction", tokenizer(), family="gpt2", chat_template=loops)
+    with pytest.raises(DataError, match="the chat template is not done"):
+        task.features(EXAMPLES[0])

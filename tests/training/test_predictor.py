@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from hfscale.config.inference import Inference
+from hfscale.dist.stop import StopRequest
 from hfscale.engine.inference import InferenceEngine
 from hfscale.models.build import construct
 from hfscale.training.predictor import predict
@@ -123,3 +124,18 @@ def test_uneven_ranks_give_the_predictions_of_one(name: str) -> None:
     assert len({str(row | {"id": None}) for row in second[0] if "problem" not in row}) > 1, (
         "scores and all"
     )
+
+
+def test_a_request_to_stop_is_looked_at_before_each_batch() -> None:
+    task, model, examples = parts("sequence_classification", marking_tokenizer("wordpiece"))
+    engine, stop, asked = InferenceEngine(model, device=torch.device("cpu")), StopRequest(), []
+    answer = task.predict
+
+    def count(*args: Any) -> Any:
+        asked.append(args)
+        stop.reason = "SIGINT"
+        return answer(*args)
+
+    task.predict = count
+    assert predict(task, engine, examples, batch=1, stop=stop) is None
+    assert len(asked) == 1
