@@ -2,7 +2,7 @@
 
     python -m benchmarks.two_attempts [--rounds 50] [--locks]
 
-Each round a real attempt (the worker's own `run`, one gloo rank, a record a step, a save every second step, 10 ms a step) trains; after
+Each round a real attempt (the worker's own `run`, one gloo rank, a record a step, a save every second step, no rehearsal) trains; after
 a random time a younger one takes its number and trains on beside it, without any guard. Counted are the records and the checkpoints
 that the older one wrote after the younger one had begun, by the process that wrote them and the clock they share, and how long the
 older one stayed. Every process is forked from one that has imported torch.
@@ -36,6 +36,7 @@ def attempt(config: Path, number: int, log: Path) -> None:
     """Train as attempt ``number``, noting each append and each commit of this process as it is done: (clock, what)."""
     from hfscale import worker
     from hfscale.checkpoint.manager import CheckpointManager
+    from hfscale.jobs import build
     from hfscale.monitor.writers import MetricsLog
 
     for name in (1, 2):
@@ -54,6 +55,7 @@ def attempt(config: Path, number: int, log: Path) -> None:
     MetricsLog.write = noted("record", MetricsLog.write)  # type: ignore[method-assign]
     CheckpointManager._commit = noted("commit", CheckpointManager._commit)  # type: ignore[method-assign]
     sys.argv = ["hfscale.worker", str(config)]
+    build.rehearse = lambda trainer, config: None  # not what is measured
     commit = CheckpointManager._commit
 
     def tell_modules(*arguments, **named):  # type: ignore[no-untyped-def]
@@ -81,7 +83,7 @@ def written(log: Path) -> list[tuple[float, str]]:
 
 
 def under_way(log: Path) -> bool:
-    """Return whether an attempt has trained and saved; its first commit is that of the rehearsal."""
+    """Return whether an attempt has trained and saved."""
     done = [what for _, what in written(log)]
     return done.count("record") >= 3 and done[done.index("record") :].count("commit") >= 1
 
