@@ -179,7 +179,7 @@ def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
         log_file = run / "logs" / f"rank-{left[1]}.log"
         own = run / HANGS / str(attempt) / REPORT
         if code == EXIT_HUNG and own.is_file():
-            logger.info(f"no progress: {json.loads(own.read_text())['verdict']}")
+            logger.info(f"no progress: {load(own, _Hang, what='the report of a hang').verdict}")
         elif code != EXIT_STOPPED and log_file.is_file():
             logger.info("\n".join(log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
     fence.end(code)

@@ -8,13 +8,13 @@ commands and this model alone. What any other config says of them is taken as fa
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hfscale.config.schema import Data, TrainConfig
+from hfscale.records import Damaged, Record, parse, read_file
 
 PIPE, CODE = "data.allow_pipe", "model.trust_remote_code"
 KEYS = (PIPE, CODE)
@@ -60,6 +60,13 @@ def asked(config: TrainConfig) -> set[str]:
     }
 
 
+class Note(Record):
+    """What this user has permitted a run to do."""
+
+    run: str
+    allowed: dict[str, list[str]]
+
+
 def note_of(run_dir: Path, config: TrainConfig) -> tuple[Path, dict[str, Any]]:
     """Return where this user's permissions for a run are noted, and what is noted for this config."""
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
@@ -81,10 +88,10 @@ def _brings(config: TrainConfig, key: str) -> list[str]:
 def _noted(home: Path, config: TrainConfig) -> set[str]:
     file, now = note_of(home, config)
     try:
-        then = json.loads(file.read_text("utf-8"))["allowed"]
-        return {key for key, what in now["allowed"].items() if then.get(key) == what}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        then = parse(Note, read_file(file, most=1 << 20)).allowed
+    except (OSError, Damaged):
         return set()
+    return {key for key, what in now["allowed"].items() if then.get(key) == what}
 
 
 def _granted() -> set[str]:

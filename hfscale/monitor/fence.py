@@ -25,6 +25,7 @@ from pathlib import Path
 
 from hfscale.errors import EXIT_HUNG, SupersededError
 from hfscale.log import logger
+from hfscale.records import Damaged, parse, read_file
 
 FOLDER, OWNER, EXIT_CODE, ENDED = "attempts", "owner.json", "exit_code", "ended"
 HANGS = "hangs"  # in a run directory: a folder for each attempt that hung, by its number
@@ -89,8 +90,8 @@ class Fence:
     def owner(self) -> Owner | None:
         """Return who this attempt is; None where nobody has written it down."""
         try:
-            return Owner(**json.loads((self.folder / OWNER).read_text("utf-8")))
-        except (OSError, ValueError, TypeError):
+            return parse(Owner, read_file(self.folder / OWNER, most=1 << 16))
+        except (OSError, Damaged):
             return None
 
     def renew(self) -> None:
