@@ -45,11 +45,13 @@ def alone(path: Path) -> Iterator[None]:
     """Be the only process that makes ``path``: another one is refused, not waited for. The lock lies beside it, and goes at the end.
 
     Raises:
-        DataError: if one makes it; or the file system knows no locks.
+        DataError: if one makes it, it cannot be made there, or the file system knows no locks.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     name = path.with_name(f".{path.name[:200]}.lock")
-    file = open_lock(name)
+    with _said(path, always=True):
+        with suppress(FileExistsError):  # a file: opening says so
+            path.parent.mkdir(parents=True, exist_ok=True)
+        file = open_lock(name)
     while not (held := lock_now(file, name)) or not _is(file, name):
         if held:  # who held it has just taken the file away
             file.close()
