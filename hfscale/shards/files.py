@@ -123,7 +123,7 @@ def alone(path: Path) -> Iterator[None]:
     """Be the only process that makes ``path``: another one is refused, not waited for. The lock lies beside it, and goes at the end.
 
     Raises:
-        DataError: if one makes it.
+        DataError: if one makes it, or it cannot be made there.
     """
     name = path.with_name(f".{path.name[:200]}.lock")
     with ExitStack() as stack:
@@ -137,6 +137,8 @@ def alone(path: Path) -> Iterator[None]:
                     value=_holder(name),
                     remedy="wait for it, or name another place",
                 ) from None
+            except OSError as error:
+                raise cannot_write(path, error) from error
             if _is(file, name):
                 break
             stack.close()  # who held it has just taken the file away

@@ -76,6 +76,15 @@ def test_a_second_process_is_refused_and_the_name_goes_with_the_first(tmp_path: 
     assert os.listdir(tmp_path) == []
 
 
+def test_what_cannot_be_made_is_said(tmp_path: Path):
+    (tmp_path / "file").touch()
+    with (
+        pytest.raises(DataError, match="cannot write: Not a directory"),
+        alone(tmp_path / "file/a"),
+    ):
+        pass
+
+
 def test_a_folder_appears_whole_and_what_a_kill_left_goes(tmp_path: Path):
     out = tmp_path / "model"
     (tmp_path / ".model.00112233aabbccdd.new").mkdir()
