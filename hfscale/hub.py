@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hfscale.errors import ConfigError
-from hfscale.records import Record, is_name, load, open_file
+from hfscale.records import Count, Record, is_name, load, open_file
 
 JSON = re.compile(r"config\.json$|^tokenizer|tokens|^vocab|index\.json$|^chat_template")
 SMALL, WEIGHTS = ["*.json", "*.txt", "*.model", "*.jinja"], ["*.safetensors"]
@@ -38,6 +38,27 @@ class Made(Record):
     max_length: Annotated[int, Field(gt=0, lt=2**31)]
 
 
+Id = Annotated[int, Field(ge=-1, lt=2**32)]  # -1: there is none, in some published configs
+Ids = Id | list[Id] | None
+
+
+class GenerationFile(Record):
+    """``generation_config.json``, as far as a wrong type would be met within transformers only."""
+
+    bos_token_id: Ids = None
+    eos_token_id: Ids = None
+    pad_token_id: Ids = None
+    decoder_start_token_id: Ids = None
+    max_length: Count | None = None
+    max_new_tokens: Count | None = None
+    min_length: Count | None = None
+    num_beams: Count | None = None
+    top_k: Count | None = None
+    top_p: float | None = None
+    temperature: float | None = None
+    repetition_penalty: float | None = None
+
+
 class ModelConfig(Record):
     """``config.json``, as far as it is looked at here; the rest is for transformers."""
 
@@ -46,6 +67,9 @@ class ModelConfig(Record):
     vocab_size: Annotated[int, Field(gt=0, lt=2**31)] | None = None
     id2label: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Any] | None = None
     hfscale: Made | None = None
+    bos_token_id: Ids = None
+    eos_token_id: Ids = None
+    pad_token_id: Ids = None
 
 
 def foreign_code(error: Exception) -> bool:
@@ -140,9 +164,12 @@ def _check_file(file: Path) -> None:
         _check_json(file, found.st_size, found.st_mtime_ns)
 
 
+KINDS = {"config.json": ModelConfig, "generation_config.json": GenerationFile}
+
+
 @lru_cache  # a folder is opened several times in a job
 def _check_json(file: Path, _size: int, _time: int) -> None:
-    kind: Any = ModelConfig if file.name == "config.json" else Any
+    kind: Any = KINDS.get(file.name, Any)
     read = load(file, kind, what="this file of a model", error=ConfigError)
     if isinstance(read, ModelConfig):
         refuse_huge(read.as_dict(), where=file)

@@ -34,6 +34,7 @@ def test_a_folder_by_a_stranger_is_refused_by_file_and_key(tmp_path: Path):
         ("config.json", {"n_layer": 10**9}, "no model has so many: n_layer"),
         ("config.json", {"text_config": {"num_experts": 10**9}}, "num_experts"),
         ("config.json", {"hfscale": {"task": 5}}, r"hfscale\.task"),
+        ("generation_config.json", {"bos_token_id": {"x": 1}}, "bos_token_id"),
         ("config.json", None, "no regular file"),
         ("model.safetensors", None, "no regular file"),
         ("tokenizer.json", "[" * 100_000, "recursion limit"),

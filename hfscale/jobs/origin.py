@@ -21,7 +21,7 @@ from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.weights import checked
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import ConfigError
-from hfscale.hub import local_folder
+from hfscale.hub import GenerationFile, local_folder
 from hfscale.log import logger
 from hfscale.models.build import accepted, construct, first_line, special_ids
 from hfscale.records import load
@@ -57,7 +57,7 @@ def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
     """Let ``model`` generate as its source ``folder`` says, where it does: its config.json knows nothing of that."""
     if folder and model.can_generate() and (folder / layout.GENERATION).is_file():
         file = folder / layout.GENERATION
-        load(file, dict[str, Any], what="how the model generates")
+        load(file, GenerationFile, what="how the model generates")
         try:
             model.generation_config = GenerationConfig.from_pretrained(folder)
         except Exception as error:  # transformers' own checks of values
