@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import io
 import sys
-from importlib import import_module
+from importlib import import_module, metadata
 from importlib.util import find_spec
-from typing import Any
+from typing import Annotated, Any
 
 import typer
 from typer.core import TyperGroup
@@ -70,7 +70,18 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=False,
     no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+def _print_version(wanted: bool) -> None:
+    if not wanted:
+        return
+    try:
+        typer.echo(f"hfscale {metadata.version('hfscale')}")
+    except metadata.PackageNotFoundError:
+        typer.echo("hfscale, not installed: run from its checkout")
+    raise typer.Exit
 
 
 @app.callback(
@@ -78,7 +89,14 @@ app = typer.Typer(
     "76 unhealthy numbers, 77 hung (run it again), 130 interrupted by Ctrl-C (nothing was kept). "
     "Ctrl-C stops training, shards build and predict --out in order (75); once more kills."
 )
-def _hfscale() -> None:
+def _hfscale(
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="Print the version."
+        ),
+    ] = False,
+) -> None:
     """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume exactly."""
     log.setup()
 

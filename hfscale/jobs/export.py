@@ -41,6 +41,7 @@ SAME_DEVICE = {
 }  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 ROOM = 2**30  # bytes of a GPU beside the weights: kernels, activations
+WRITES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")  # classes that generate()
 TRAINED = (
     "model",
     "objective",
@@ -135,6 +136,10 @@ def usage(objective: Objective, folder: Path | str) -> str:
     """Return lines of Python that use the model in ``folder``."""
     task, mark = objective.pipeline, objective.setting.tokenizer.mask_token or "<extra_id_0>"
     place, marked = literal(folder), literal(f"Once upon a {mark}")
+    if task is None and objective.auto_model not in WRITES:
+        return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
+tokenizer, model = AutoTokenizer.from_pretrained({place}), {model}.from_pretrained({place})
+print(model(**tokenizer("Once upon a time", return_tensors="pt")))"""
     if task is None:
         return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained({place}), {model}.from_pretrained({place})
@@ -168,7 +173,7 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
     if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
         device, attention = (
             torch.device("cpu"),
-            "sdpa",
+            None,
         )  # where files are mapped: a model larger than the memory is slow there, but goes
     model: Any = (
         load_adapter(source, folder)

@@ -19,6 +19,11 @@ def test_help_lists_what_works():
     assert [verb for verb in VERBS if verb not in text] == []
 
 
+def test_short_help_and_version():
+    assert hfscale("show", "-h").stdout == hfscale("show", "--help").stdout
+    assert hfscale("--version").stdout.startswith("hfscale ")
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_every_verb_is_there(verb: str):
     assert "Usage: hfscale" in hfscale(verb, "--help").stdout
