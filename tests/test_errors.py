@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import logging
 
 import pytest
 
@@ -27,7 +26,6 @@ def test_the_log_shows_them_too(capsys: pytest.CaptureFixture[str]):
     said = capsys.readouterr().err
     assert "\x1b" not in said and "\\x1b[2J" in said
     assert [line for line in said.splitlines()[1:] if not line.startswith("  ")] == []
-    logging.shutdown()
 
 
 @pytest.mark.parametrize(

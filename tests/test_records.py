@@ -126,7 +126,8 @@ def test_code_of_strangers_has_a_time_limit():
 def test_variables_that_are_no_numbers_are_named(name: str, value: str):
     from hfscale.dist.world import World
 
-    env = {"RANK": "0", "MASTER_PORT": "12345"} if name != "SLURM_STEP_NUM_TASKS" else {}
+    place = {"RANK": "0", "MASTER_PORT": "12345"}
+    env = {"SLURM_PROCID": "0"} if name == "SLURM_STEP_NUM_TASKS" else place
     with pytest.raises(UserError, match=rf"no such number[\s\S]*{name}"):
         World.from_environment(env | {name: value})
 

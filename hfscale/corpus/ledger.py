@@ -17,7 +17,7 @@ from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
 from hfscale.records import STRICT, Count, Damaged, Record, parse
-from hfscale.shards.files import cannot_write, locked, sync
+from hfscale.shards.files import cannot_write, clear_unfinished, locked, sync
 from hfscale.shards.manifest import ShardEntry
 
 FILE_NAME = "ledger.jsonl"
@@ -76,6 +76,8 @@ def open_ledger(
             ) from None
         except OSError as error:
             raise cannot_write(path, error) from None
+        for place in (folder, folder / "train", folder / "validation"):
+            clear_unfinished(place)  # a killed build's: nobody else writes here now
         try:
             yield Ledger(path, file, json.loads(json.dumps(plan)), finished=finished)
         finally:

@@ -257,14 +257,18 @@ def _said(path: Path, *, always: bool) -> Iterator[None]:
 
 def _sweep(folder: Path) -> None:
     """Remove what killed processes have left half written in ``folder``; looked for once a process."""
-    if folder in _swept:
-        return
-    _swept.add(folder)
+    if folder not in _swept:
+        _swept.add(folder)
+        clear_unfinished(folder, older_s=STALE_S)
+
+
+def clear_unfinished(folder: Path, *, older_s: float = 0.0) -> None:
+    """Remove files half written in ``folder`` that nobody has written to for so long; any, where the caller holds the folder."""
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name):
                 with suppress(OSError):  # another process was faster
-                    if time.time() - entry.stat(follow_symlinks=False).st_mtime > STALE_S:
+                    if time.time() - entry.stat(follow_symlinks=False).st_mtime >= older_s:
                         os.unlink(entry.path)
 
 
