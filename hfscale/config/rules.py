@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from hfscale.config.finetune import Examples
@@ -224,6 +224,15 @@ class Length:
 
     steps: int
     shift: float = 0.0
+    done: int = field(default=0, compare=False)  # steps, when this was asked
+
+    def warmed(self, warmup_steps: int) -> float:
+        """Return where the warm-up ends, in steps of the present batch: what was done of it in others has their size."""
+        if not self.shift:
+            return warmup_steps
+        if warmup_steps >= self.done:
+            return warmup_steps + self.shift
+        return warmup_steps * (self.done + self.shift) / self.done
 
 
 def run_length(
@@ -237,7 +246,7 @@ def run_length(
         return Length(train.steps)
     wanted_rows = train.tokens / seq_len if train.tokens is not None else (train.epochs or 0) * rows
     left = max(0, math.ceil((wanted_rows - consumed_rows) / train.global_batch - 1e-9))
-    return Length(max(1, step + left), consumed_rows / train.global_batch - step)
+    return Length(max(1, step + left), consumed_rows / train.global_batch - step, step)
 
 
 def _divisors(number: int) -> list[int]:

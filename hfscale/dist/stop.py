@@ -30,6 +30,8 @@ def ended_by_ctrl_c(say: str) -> Iterator[None]:
     heard, told = os.pipe()
     os.set_blocking(told, False)
     before = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    # whatever else listens would race with the thread: it alone ends the process
+    handler = signal.signal(signal.SIGINT, lambda *_: None)
 
     def watch() -> None:
         while numbers := os.read(heard, 64):
@@ -42,6 +44,7 @@ def ended_by_ctrl_c(say: str) -> Iterator[None]:
     try:
         yield
     finally:
+        signal.signal(signal.SIGINT, handler)
         signal.set_wakeup_fd(before)
         os.close(told)
 

@@ -62,7 +62,8 @@ def decays(owner: nn.Module, name: str, param: nn.Parameter) -> bool:
     shape = getattr(param, "ds_shape", param.shape)
     if len(shape) < 2 or getattr(param, "_no_weight_decay", False):
         return False
-    if NORM.search(type(owner).__name__) or VECTOR.search(name.rpartition(".")[2]):
+    norm = NORM.search(type(owner).__name__) and not isinstance(owner, nn.Embedding)
+    if norm or VECTOR.search(name.rpartition(".")[2]):
         return False
     # a matrix with one row (the head of a regression) is a matrix; a parameter by itself of (1, 1, H) is a vector
     return isinstance(owner, PRODUCTS) or sum(size > 1 for size in shape) >= 2

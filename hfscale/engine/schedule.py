@@ -13,12 +13,19 @@ from hfscale.config.schema import Schedule
 
 
 def learning_rate(
-    step: int, *, peak: float, total_steps: int, schedule: Schedule, shift: float = 0.0
+    step: int,
+    *,
+    peak: float,
+    total_steps: int,
+    schedule: Schedule,
+    shift: float = 0.0,
+    warmed: float | None = None,
 ) -> float:
     """Return the learning rate of update ``step`` (1 .. ``total_steps``; later steps keep the end value).
 
     Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to ``min_ratio * peak``. Where the
-    global batch changed on the way, ``shift`` (``config.rules.Length``) makes the shape go on by the rows that were seen.
+    global batch changed on the way, ``shift`` and ``warmed`` (``config.rules.Length``) make the shape go on by the rows that
+    were seen.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, not {step}")
@@ -27,7 +34,7 @@ def learning_rate(
     if schedule.name == "constant":
         return peak
     whole, at = total_steps + shift, step + shift
-    decay_steps = whole - schedule.warmup_steps
+    decay_steps = whole - (schedule.warmup_steps if warmed is None else warmed)
     if schedule.name == "wsd":
         decay_steps = min(decay_steps, round(schedule.decay_fraction * whole))
     if decay_steps <= 0:

@@ -123,6 +123,7 @@ def build_trainer(
             total_steps=steps,
             schedule=config.schedule,
             shift=length.shift,
+            warmed=length.warmed(config.schedule.warmup_steps),
         ),
         describe=describe(config, material, world, device)
         | {"pretrained": origin}

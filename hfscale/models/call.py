@@ -45,7 +45,8 @@ def probe_row(config: Any) -> dict[str, Tensor] | None:
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
         return None
-    tokens = min(PROBE_TOKENS, getattr(config, "max_position_embeddings", None) or PROBE_TOKENS)
+    positions = getattr(config, "max_position_embeddings", None) or 0
+    tokens = min(PROBE_TOKENS, positions) if positions > 0 else PROBE_TOKENS  # XLNet says -1
     ids_1T = torch.randint(vocab_size, (1, tokens), generator=torch.Generator().manual_seed(0))
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < vocab_size:

@@ -5,6 +5,7 @@ Needs the shards and the run directory, but no GPU, no weights and none of the o
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -148,22 +149,32 @@ def _positions(
             remedy=f"its last logged step is {last}",
         )
 
-    def rows(number: int) -> int | None:
-        return (
-            0
-            if number == 0
-            else logged[number]["tokens_seen"] // config.data.seq_len
-            if number in logged
-            else None
+    rows = {number: one["tokens_seen"] // config.data.seq_len for number, one in logged.items()}
+    rows[0] = 0
+    steps = sorted(rows)
+    after = min(number for number in steps if number >= step)
+    before = max(number for number in steps if number < step)
+    batch = _between(rows, before, after)
+    if after == step and before == step - 1:
+        return rows[before], rows[after]
+    beside = [
+        _between(rows, *pair)
+        for pair in zip(steps, steps[1:], strict=False)
+        if before in pair or after in pair
+    ]
+    one_start = before == 0 or logged[before].get("attempt") == logged[after].get("attempt")
+    if batch is None or not (one_start or all(other == batch for other in beside)):
+        raise DataError(
+            f"the run went on with another global batch between steps {before} and {after}",
+            where=where,
+            value=step,
+            remedy="which rows this step had is not known: name a step that was logged next to another "
+            "(metrics.every_steps=1 logs all)",
         )
+    return rows[before] + (step - 1 - before) * batch, rows[before] + (step - before) * batch
 
-    before, after = rows(step - 1), rows(step)
-    if (
-        before is None and after is None
-    ):  # between logged steps: count on from the nearest one before
-        near = max(number for number in (0, *logged) if number < step)
-        before = (rows(near) or 0) + (step - 1 - near) * config.train.global_batch
-    if before is None:
-        assert after is not None
-        before = after - config.train.global_batch
-    return before, after if after is not None else before + config.train.global_batch
+
+def _between(rows: Mapping[int, int], before: int, after: int) -> int | None:
+    """Return the global batch of the steps from one logged step to the next; None: not all had the same."""
+    batch, rest = divmod(rows[after] - rows[before], after - before)
+    return None if rest else batch

@@ -267,6 +267,12 @@ class Task(Objective):
         )
 
 
+def names_of(config: Any) -> list[str]:
+    """Return the labels of a model in the order of their numbers, whatever the order in which its config lists them."""
+    numbered = config.id2label or {}
+    return [numbered[number] for number in sorted(numbered, key=int)]
+
+
 def pad_rows(
     rows: Sequence[list[int]], pad_id: int, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:

@@ -135,7 +135,7 @@ class Instruction(Task, CausalLM):
         places = made["offset_mapping"]
         labels = [
             number
-            if any(first <= begin < end <= last for first, last, _ in spans)
+            if any(_is_answer(whole, begin, end, first, last) for first, last, _ in spans)
             else IGNORE_INDEX
             for number, (begin, end) in zip(made["input_ids"], places, strict=True)
         ]
@@ -223,13 +223,16 @@ class Instruction(Task, CausalLM):
     def _quoted(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Quoted]:
         """Return the messages as they go into the template: control tokens that they spell are marked, so that none is made of them."""
         quoted = Quoted(self.setting.tokenizer, *_texts(messages))
-        signs = {sign for text in _texts(messages) for sign in SIGN.findall(text)}
+        texts = [*_texts(messages)]
+        signs = {sign for text in texts for sign in SIGN.findall(text)}
+        added = self.setting.tokenizer.added_tokens_decoder.values()  # special or not
+        signs |= {token.content for token in added if any(token.content in text for text in texts)}
         if signs := {sign for sign in signs if quoted.quote(sign) == sign}:  # no special tokens
             bare = [{**message, "content": "x"} for message in messages]
             skeleton = self._render(bare) + self._render(bare[:1], prompt=True)
             if forged := [sign for sign in sorted(signs) if sign in skeleton]:
                 raise BadExample(
-                    f"it spells {forged[0]}, with which the chat template parts the turns as plain text"
+                    f"it spells {forged[0]}, with which the chat template parts the turns"
                 )
         if not quoted.mark:
             return messages, quoted
@@ -378,6 +381,11 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
     if isinstance(value, dict):
         return {key: _each_text(part, change) for key, part in value.items()}
     return [_each_text(part, change) for part in value] if isinstance(value, list) else value
+
+
+def _is_answer(whole: str, begin: int, end: int, first: int, last: int) -> bool:
+    """Return whether a token is of the answer ``first .. last``: a word may hold the white space that the prompt ends in."""
+    return first < end <= last and begin < end and (first <= begin or whole[begin:first].isspace())
 
 
 def _cut(places: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:

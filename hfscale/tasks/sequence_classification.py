@@ -41,6 +41,7 @@ from hfscale.tasks.base import (
     known_labels,
     label_name,
     named,
+    names_of,
     number,
 )
 
@@ -125,7 +126,7 @@ class SequenceClassification(Task):
         problem = config.problem_type or (
             "regression" if config.num_labels == 1 else "single_label_classification"
         )
-        return {"problem": problem, "labels": list((config.id2label or {}).values())}
+        return {"problem": problem, "labels": names_of(config)}
 
     @property
     def problem(self) -> str:

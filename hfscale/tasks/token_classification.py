@@ -38,6 +38,7 @@ from hfscale.tasks.base import (
     all_labels,
     known_labels,
     named,
+    names_of,
 )
 from hfscale.tasks.question_answering import parts
 
@@ -92,7 +93,7 @@ class TokenClassification(Task):
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
         """Return the tags of a model that anybody made."""
-        return {"labels": list((config.id2label or {}).values())}
+        return {"labels": names_of(config)}
 
     @property
     def labels(self) -> list[str]:

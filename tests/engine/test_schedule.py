@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from hfscale.config.schema import Schedule
+from hfscale.config.rules import run_length
+from hfscale.config.schema import Schedule, Train
 from hfscale.engine.schedule import learning_rate
 
 
@@ -46,3 +47,39 @@ def test_edges():
     assert rate == pytest.approx(0.1)  # a run that goes on longer keeps the end value
     with pytest.raises(ValueError, match="count from 1"):
         learning_rate(0, peak=1.0, total_steps=10, schedule=Schedule())
+
+
+@pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
+@pytest.mark.parametrize(
+    ("warmup", "after", "before", "now"),
+    [(12, 14, 8, 16), (4, 8, 8, 64), (2, 10, 8, 64), (2, 5, 64, 8)],
+)
+def test_another_batch_goes_on_by_the_rows_that_were_seen(
+    name: str, warmup: int, after: int, before: int, now: int
+) -> None:
+    """The rate at a row is what a run that always had the new batch has there, past a warm-up of as many rows."""
+    rows, schedule = 20 * before, Schedule(name=name, warmup_steps=warmup)  # type: ignore[arg-type]
+    rows = max(rows, after * before + 4 * now)
+    train = Train(tokens=rows, global_batch=now, micro_batch=now)
+    length = run_length(train, rows=1, seq_len=1, step=after, consumed_rows=after * before)
+    whole, warm = rows / now, warmup * before / now
+
+    def rate(step: int) -> float:
+        return learning_rate(
+            step,
+            peak=1.0,
+            total_steps=length.steps,
+            schedule=schedule,
+            shift=length.shift,
+            warmed=length.warmed(warmup),
+        )
+
+    assert length.warmed(warmup) == pytest.approx(warm)
+    assert rate(length.steps) == pytest.approx(schedule.min_ratio, abs=1e-6)
+    rates = [rate(step) for step in range(after + 1, length.steps + 1)]
+    assert rates == sorted(rates, reverse=True)
+    if name == "linear":
+        seen = [(step + length.shift - warm) / (length.steps + length.shift - warm)
+                for step in range(after + 1, length.steps + 1)]  # fmt: skip
+        assert rates == pytest.approx([1 - 0.9 * part for part in seen])
+        assert whole <= length.steps + length.shift < whole + 1

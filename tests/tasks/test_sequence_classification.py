@@ -15,6 +15,7 @@ from hfscale.errors import ConfigError
 from hfscale.objectives.base import Setting, check_options
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import all_labels, load_task, task_class
+from hfscale.tasks.sequence_classification import SequenceClassification
 
 WORDS = ["[PAD]", "[UNK]", "[SEP]", "good", "bad", "film", "book"]
 
@@ -344,3 +345,12 @@ def test_numbers_count_in_the_order_that_the_user_says() -> None:
         _ = classifier(facts, labels=["yes", "maybe"]).labels
     unnamed = {**facts, "labels": ["LABEL_0", "LABEL_1", "LABEL_2"]}
     assert classifier(unnamed, labels=["yes", "neutral", "no"]).labels == ["yes", "neutral", "no"]
+
+
+def test_labels_have_the_order_of_their_numbers() -> None:
+    """Whatever order config.json lists them in: JSON that was sorted by its keys has 10 before 2."""
+    numbered = {int(key): f"l{key}" for key in sorted(map(str, range(12)))}
+    config = BertConfig(num_labels=12)
+    config.id2label = numbered
+    assert list(config.id2label) != sorted(config.id2label)
+    assert SequenceClassification.known(config)["labels"] == [f"l{n}" for n in range(12)]
