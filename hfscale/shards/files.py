@@ -137,6 +137,9 @@ def alone(path: Path) -> Iterator[None]:
                     value=_holder(name),
                     remedy="wait for it, or name another place",
                 ) from None
+            except FileExistsError:  # a part of the way to it is a file
+                error = OSError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+                raise cannot_write(path, error) from None
             except OSError as error:
                 raise cannot_write(path, error) from error
             if _is(file, name):

@@ -79,7 +79,7 @@ def test_a_second_process_is_refused_and_the_name_goes_with_the_first(tmp_path: 
 def test_what_cannot_be_made_is_said(tmp_path: Path):
     (tmp_path / "file").touch()
     with (
-        pytest.raises(DataError, match="cannot write: (Not a directory|File exists)"),
+        pytest.raises(DataError, match="cannot write: Not a directory"),
         alone(tmp_path / "file/a"),
     ):
         pass
