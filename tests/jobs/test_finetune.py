@@ -338,7 +338,7 @@ def test_mistakes_in_what_is_asked_of_a_model(
     parts = tmp_path / ".late.jsonl.parts"
     parts.mkdir()
     (parts / "key.json").write_text("{")
-    with pytest.raises(DataError, match="(?s)half-made predictions are damaged.*key.json"):
+    with pytest.raises(DataError, match="(?s)half-made predictions is damaged.*key.json"):
         predict(str(run), data=table, out=tmp_path / "late.jsonl")
 
 
