@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfscale.config.finetune import Examples
@@ -220,19 +220,12 @@ class Length:
 
     ``shift`` is how many steps of the present global batch its rows come to at any step, less the steps that they were:
     0 unless a run goes on with another batch. ``steps + shift`` is the whole run in steps of the present batch.
+    ``warmed`` is where its warm-up ended, in those; None: at the step that the schedule says.
     """
 
     steps: int
     shift: float = 0.0
-    done: int = field(default=0, compare=False)  # steps, when this was asked
-
-    def warmed(self, warmup_steps: int) -> float:
-        """Return where the warm-up ends, in steps of the present batch: what was done of it in others has their size."""
-        if not self.shift:
-            return warmup_steps
-        if warmup_steps >= self.done:
-            return warmup_steps + self.shift
-        return warmup_steps * (self.done + self.shift) / self.done
+    warmed: float | None = None
 
 
 def run_length(
@@ -246,7 +239,21 @@ def run_length(
         return Length(train.steps)
     wanted_rows = train.tokens / seq_len if train.tokens is not None else (train.epochs or 0) * rows
     left = max(0, math.ceil((wanted_rows - consumed_rows) / train.global_batch - 1e-9))
-    return Length(max(1, step + left), consumed_rows / train.global_batch - step, step)
+    return Length(max(1, step + left), consumed_rows / train.global_batch - step)
+
+
+def warmed_rows(
+    warmup_steps: int, *, global_batch: int, step: int, consumed_rows: int, saved: int | None
+) -> int:
+    """Return after how many rows the warm-up has ended, or will; ``saved`` is what the run's checkpoint says of the same one.
+
+    A fact of the run, which every later checkpoint repeats: whatever batches and resumes follow, the rate at a row stays.
+    """
+    if step < warmup_steps:
+        return consumed_rows + (warmup_steps - step) * global_batch
+    if saved is not None:
+        return saved
+    return round(warmup_steps * consumed_rows / step) if step else 0
 
 
 def _divisors(number: int) -> list[int]:

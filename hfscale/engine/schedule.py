@@ -9,23 +9,15 @@ from __future__ import annotations
 
 import math
 
+from hfscale.config.rules import Length
 from hfscale.config.schema import Schedule
 
 
-def learning_rate(
-    step: int,
-    *,
-    peak: float,
-    total_steps: int,
-    schedule: Schedule,
-    shift: float = 0.0,
-    warmed: float | None = None,
-) -> float:
-    """Return the learning rate of update ``step`` (1 .. ``total_steps``; later steps keep the end value).
+def learning_rate(step: int, *, peak: float, length: Length, schedule: Schedule) -> float:
+    """Return the learning rate of update ``step`` (1 .. ``length.steps``; later steps keep the end value).
 
-    Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to ``min_ratio * peak``. Where the
-    global batch changed on the way, ``shift`` and ``warmed`` (``config.rules.Length``) make the shape go on by the rows that
-    were seen.
+    Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to ``min_ratio * peak``: where the
+    global batch changed on the way, by the rows that were seen.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, not {step}")
@@ -33,8 +25,8 @@ def learning_rate(
         return peak * step / schedule.warmup_steps
     if schedule.name == "constant":
         return peak
-    whole, at = total_steps + shift, step + shift
-    decay_steps = whole - (schedule.warmup_steps if warmed is None else warmed)
+    whole, at = length.steps + length.shift, step + length.shift
+    decay_steps = whole - (schedule.warmup_steps if length.warmed is None else length.warmed)
     if schedule.name == "wsd":
         decay_steps = min(decay_steps, round(schedule.decay_fraction * whole))
     if decay_steps <= 0:

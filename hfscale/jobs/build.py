@@ -5,6 +5,7 @@ Each part is built from the config and from parts above it, and from nothing bel
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import open_weights, verify_together
-from hfscale.config.rules import run_length, solve_batch
+from hfscale.config.rules import Length, run_length, solve_batch, warmed_rows
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.agree import from_rank_0, same_on_all_ranks
 from hfscale.dist.group import device_name
@@ -96,12 +97,8 @@ def build_trainer(
     state = TrainState()
     if saved:
         state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0))
-    length = run_length(
-        train,
-        rows=material.rows,
-        seq_len=data.seq_len,
-        step=state.step,
-        consumed_rows=stream.state().consumed_rows,
+    length, warmed = how_long(
+        config, saved, rows=material.rows, consumed_rows=stream.state().consumed_rows
     )
     steps = length.steps
     if world.rank == 0:
@@ -118,15 +115,10 @@ def build_trainer(
         stop=(stop or StopRequest()).listen(),
         throughput=Throughput(flops_per_token=flops, peak_flops=peak and peak * world.world_size),
         learning_rate=lambda step: learning_rate(
-            step,
-            peak=config.optim.lr,
-            total_steps=steps,
-            schedule=config.schedule,
-            shift=length.shift,
-            warmed=length.warmed(config.schedule.warmup_steps),
+            step, peak=config.optim.lr, length=length, schedule=config.schedule
         ),
         describe=describe(config, material, world, device)
-        | {"pretrained": origin}
+        | {"pretrained": origin, "warmed_rows": warmed}
         | (beside.about if beside else {}),
         total_steps=steps,
         sources=material.names,
@@ -168,6 +160,29 @@ def fence_of(config: TrainConfig, world: World) -> Fence | None:
     """Return which attempt of the run this is, as rank 0 knows; None where nobody counts them."""
     attempt = from_rank_0(world.attempt)
     return Fence(config.run_dir, attempt) if attempt else None
+
+
+def how_long(
+    config: TrainConfig, saved: dict[str, Any] | None, *, rows: int, consumed_rows: int
+) -> tuple[Length, int]:
+    """Return the length of a run that goes on from ``saved``, and after how many rows its warm-up ended, or will."""
+    train, warmup_steps = config.train, config.schedule.warmup_steps
+    step = saved["step"] if saved else 0
+    before = saved or {}
+    same = before.get("schedule", {}).get("warmup_steps") == warmup_steps
+    warmed = warmed_rows(
+        warmup_steps,
+        global_batch=train.global_batch,
+        step=step,
+        consumed_rows=consumed_rows,
+        saved=before.get("warmed_rows") if same else None,
+    )
+    length = run_length(
+        train, rows=rows, seq_len=config.data.seq_len, step=step, consumed_rows=consumed_rows
+    )
+    if train.steps is None:  # else the schedule is one of steps, whatever their size
+        length = replace(length, warmed=warmed / train.global_batch)
+    return length, warmed
 
 
 def begin(

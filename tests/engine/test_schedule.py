@@ -1,15 +1,18 @@
 import math
+from dataclasses import replace
 
 import pytest
 
-from hfscale.config.rules import run_length
+from hfscale.config.rules import Length, run_length, warmed_rows
 from hfscale.config.schema import Schedule, Train
 from hfscale.engine.schedule import learning_rate
 
 
 def curve(total: int = 100, **schedule: object) -> list[float]:
     return [
-        learning_rate(step, peak=1.0, total_steps=total, schedule=Schedule.model_validate(schedule))
+        learning_rate(
+            step, peak=1.0, length=Length(total), schedule=Schedule.model_validate(schedule)
+        )
         for step in range(1, total + 1)
     ]
 
@@ -42,44 +45,48 @@ def test_edges():
     assert curve(total=5, name="cosine", warmup_steps=5)[-1] == 1.0  # nothing left to decay in
     assert curve(total=1, name="cosine") == pytest.approx([0.1])
     rate = learning_rate(
-        500, peak=1.0, total_steps=100, schedule=Schedule(name="linear", min_ratio=0.1)
+        500, peak=1.0, length=Length(100), schedule=Schedule(name="linear", min_ratio=0.1)
     )
     assert rate == pytest.approx(0.1)  # a run that goes on longer keeps the end value
     with pytest.raises(ValueError, match="count from 1"):
-        learning_rate(0, peak=1.0, total_steps=10, schedule=Schedule())
+        learning_rate(0, peak=1.0, length=Length(10), schedule=Schedule())
 
 
 @pytest.mark.parametrize("name", ["cosine", "linear", "wsd"])
 @pytest.mark.parametrize(
     ("warmup", "after", "before", "now"),
-    [(12, 14, 8, 16), (4, 8, 8, 64), (2, 10, 8, 64), (2, 5, 64, 8)],
+    [(12, 14, 8, 16), (4, 8, 8, 64), (2, 10, 8, 64), (2, 5, 64, 8), (6, 3, 8, 16)],
 )
 def test_another_batch_goes_on_by_the_rows_that_were_seen(
     name: str, warmup: int, after: int, before: int, now: int
 ) -> None:
-    """The rate at a row is what a run that always had the new batch has there, past a warm-up of as many rows."""
-    rows, schedule = 20 * before, Schedule(name=name, warmup_steps=warmup)  # type: ignore[arg-type]
-    rows = max(rows, after * before + 4 * now)
+    """It never rises, ends at the minimum, and a later resume changes no rate: the rows at the warm-up's end are kept."""
+    schedule = Schedule.model_validate({"name": name, "warmup_steps": warmup})
+    rows = max(20 * before, after * before + 6 * now)
     train = Train(tokens=rows, global_batch=now, micro_batch=now)
-    length = run_length(train, rows=1, seq_len=1, step=after, consumed_rows=after * before)
-    whole, warm = rows / now, warmup * before / now
 
-    def rate(step: int) -> float:
-        return learning_rate(
-            step,
-            peak=1.0,
-            total_steps=length.steps,
-            schedule=schedule,
-            shift=length.shift,
-            warmed=length.warmed(warmup),
-        )
+    def from_(step: int, kept: int | None) -> tuple[Length, int]:
+        seen = after * before + (step - after) * now
+        length = run_length(train, rows=1, seq_len=1, step=step, consumed_rows=seen)
+        warmed = warmed_rows(warmup, global_batch=now, step=step, consumed_rows=seen, saved=kept)
+        return replace(length, warmed=warmed / now), warmed
 
-    assert length.warmed(warmup) == pytest.approx(warm)
-    assert rate(length.steps) == pytest.approx(schedule.min_ratio, abs=1e-6)
-    rates = [rate(step) for step in range(after + 1, length.steps + 1)]
-    assert rates == sorted(rates, reverse=True)
+    def rates(length: Length, first: int) -> list[float]:
+        steps = range(first, length.steps + 1)
+        return [learning_rate(s, peak=1.0, length=length, schedule=schedule) for s in steps]
+
+    length, warmed = from_(after, None)
+    at_the_end = warmup * before if after >= warmup else after * before + (warmup - after) * now
+    assert warmed == at_the_end
+    decaying = rates(length, max(after, warmup) + 1)
+    assert decaying == sorted(decaying, reverse=True)
+    assert decaying[-1] == pytest.approx(schedule.min_ratio)
+    for again in range(after, length.steps):
+        later, _ = from_(again, warmed)
+        assert rates(later, again + 1) == rates(length, again + 1)
     if name == "linear":
-        seen = [(step + length.shift - warm) / (length.steps + length.shift - warm)
-                for step in range(after + 1, length.steps + 1)]  # fmt: skip
-        assert rates == pytest.approx([1 - 0.9 * part for part in seen])
-        assert whole <= length.steps + length.shift < whole + 1
+        whole = length.steps + length.shift - warmed / now
+        done = [
+            s + length.shift - warmed / now for s in range(max(after, warmup) + 1, length.steps + 1)
+        ]
+        assert decaying == pytest.approx([1 - 0.9 * part / whole for part in done])

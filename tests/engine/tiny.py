@@ -12,6 +12,7 @@ import torch
 import torch.distributed as torch_dist
 import torch.nn.functional as F
 
+from hfscale.config.rules import Length
 from hfscale.config.schema import RunConfig
 from hfscale.engine.engine import Engine, StepStats
 from hfscale.engine.schedule import learning_rate
@@ -109,7 +110,7 @@ def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, Ste
 
 def rate(config: RunConfig, step: int) -> float:
     return learning_rate(
-        step, peak=config.optim.lr, total_steps=TOTAL_STEPS, schedule=config.schedule
+        step, peak=config.optim.lr, length=Length(TOTAL_STEPS), schedule=config.schedule
     )
 
 

@@ -76,12 +76,18 @@ def test_a_run_goes_on_from_another_runs_weights_and_then_from_its_own(
 def test_a_run_of_tokens_goes_on_with_another_batch_to_its_end(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """80 rows in steps of 8; after 4 of them in steps of 16, which are 3: none is left out, and the rate goes on falling."""
+    """80 rows in steps of 8; after 4 of them in steps of 16, which are 3: none is left out, and the rate goes on falling.
+
+    It does so too where that second part is stopped and goes on.
+    """
 
     def records(rows: int, batch: int) -> list[dict[str, Any]]:
-        tokens = rows * 32
-        lengths = {"steps": None, "tokens": tokens, "global_batch": batch, "micro_batch": 8}
-        sections = {"train": lengths, "schedule": {"name": "linear", "warmup_steps": 0}}
+        lengths = {"steps": None, "tokens": rows * 32, "global_batch": batch, "micro_batch": 8}
+        sections = {
+            "train": lengths,
+            "schedule": {"name": "linear", "warmup_steps": 2},
+            "checkpoint": {"every_steps": 1, "keep_last": 9, "every_minutes": None},
+        }
         return run_ranks(train, 1, run_values(corpus, tmp_path, "run", **sections))[0]
 
     first = records(32, 8)
@@ -90,8 +96,13 @@ def test_a_run_of_tokens_goes_on_with_another_batch_to_its_end(
     assert [record["step"] for record in wider] == [5, 6, 7]
     assert wider[-1]["tokens_seen"] == 80 * 32
     peak = run_values(corpus, tmp_path, "run")["optim"]["lr"]
-    falling = [1 - 0.9 * rows / 80 for rows in (48, 64, 80)]  # rows seen, of the run's 80
+    falling = [1 - 0.9 * (rows - 16) / (80 - 16) for rows in (48, 64, 80)]  # 16 rows of warm-up
     assert [record["lr"] / peak for record in wider] == pytest.approx(falling)
+
+    shutil.rmtree(tmp_path / "run/checkpoints/step-00000007")  # as if it was killed before
+    [again] = records(80, 16)
+    exact = ("step", "loss", "lr", "grad_norm", "batch_digest", "tokens_seen")
+    assert [again[key] for key in exact] == [wider[-1][key] for key in exact]
 
 
 def test_a_run_without_a_checkpoint_is_refused_as_a_source(corpus: Path, tmp_path: Path) -> None:
