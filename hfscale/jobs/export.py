@@ -30,7 +30,7 @@ from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.objectives.base import Objective
 from hfscale.shards.files import whole_folder
-from hfscale.tasks.base import Task
+from hfscale.tasks.base import WRITERS, Task
 from hfscale.tokenizer import save_tokenizer
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
@@ -41,7 +41,6 @@ SAME_DEVICE = {
 }  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
 OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
 ROOM = 2**30  # bytes of a GPU beside the weights: kernels, activations
-WRITES = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")  # classes that generate()
 TRAINED = (
     "model",
     "objective",
@@ -136,7 +135,7 @@ def usage(objective: Objective, folder: Path | str) -> str:
     """Return lines of Python that use the model in ``folder``."""
     task, mark = objective.pipeline, objective.setting.tokenizer.mask_token or "<extra_id_0>"
     place, marked = literal(folder), literal(f"Once upon a {mark}")
-    if task is None and objective.auto_model not in WRITES:
+    if task is None and objective.auto_model not in WRITERS:
         return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained({place}), {model}.from_pretrained({place})
 print(model(**tokenizer("Once upon a time", return_tensors="pt")))"""

@@ -33,11 +33,13 @@ from torch.nn.utils.rnn import pad_sequence
 from hfscale.config.schema import Named, Section
 from hfscale.encoding import text_alone
 from hfscale.errors import ConfigError
+from hfscale.log import logger
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.stream.labelled import all_but_answers
+from hfscale.tasks.padding import reads_padding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
@@ -77,6 +79,10 @@ def _distinct(labels: list[str]) -> list[str]:
 Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in its order
 
 
+# classes of transformers that generate()
+WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
+
+
 class Task(Objective):
     """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``measure``, and for the one pass of a model ``term``,
     ``row_losses`` and ``outputs``; those that need more than its logits give ``weights``, ``loss``, ``predict`` and ``judge``.
@@ -102,7 +108,23 @@ class Task(Objective):
         frozenset()
     )  # the names that a validation can give, beside losses
 
+    reads_padding: bool = (
+        False  # its model does, so that only texts of one length are asked together
+    )
+
     # ------------------------------------------------------------------------------------------ before training
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse what ``Objective.check`` does, and look whether the model's answers depend on padding."""
+        super().check(model, device=device)
+        if self.auto_model in WRITERS:  # tasks/generation.py looks at what each setting reads
+            return
+        self.reads_padding = reads_padding(model, pad_id=self.pad_id, device=device)
+        if self.reads_padding:
+            logger.warning(
+                "the answers of this architecture depend on the padding beside a text: predictions are made of texts "
+                "of one length at a time; in training and its validations a batch of unlike lengths moves them"
+            )
+
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
         """Return what must be known of all training examples before features can be made (labels, say), as JSON.

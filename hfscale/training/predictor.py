@@ -58,7 +58,15 @@ def predict(
     by_length = np.argsort(
         [-len(row["input_ids"]) for row in rows], kind="stable"
     )  # what is too large for the memory shows at once
-    batches = [(rows, by_length[begin : begin + batch]) for begin in range(0, len(rows), batch)]
+    alike = [by_length]
+    if task.reads_padding:
+        lengths = np.array([len(rows[n]["input_ids"]) for n in by_length])
+        alike = np.split(by_length, np.flatnonzero(np.diff(lengths)) + 1)
+    batches = [
+        (rows, group[begin : begin + batch])
+        for group in alike
+        for begin in range(0, len(group), batch)
+    ]
     own, found = len(batches), dict[int, dict[str, Any]]()
     if (
         engine.together
