@@ -10,6 +10,7 @@ from __future__ import annotations
 import shutil
 from copy import deepcopy
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -25,10 +26,11 @@ from hfscale.checkpoint.weights import WeightsReader, open_weights, verify_toget
 from hfscale.config.schema import Checkpoint, TrainConfig
 from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import barrier
-from hfscale.errors import CheckpointError, ConfigError, UserError, lost_peer
+from hfscale.errors import CheckpointError, UserError
 from hfscale.jobs.export import prove
 from hfscale.jobs.opening import RunModel
 from hfscale.jobs.origin import skeleton
+from hfscale.models.build import accepted
 from hfscale.training.loop import Trainer
 
 FOLDER = "rehearsal"  # in the run directory, while it lasts
@@ -43,19 +45,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
     """
     engine, folder = trainer.engine, config.run_dir / FOLDER
     inputs = trainer.objective.probe_inputs(engine.module.config)
-    try:
-        before = make_probe(engine, inputs)
-    except UserError:
-        raise
-    except Exception as error:  # whatever an architecture does with inputs that it does not take
-        if lost_peer(error):
-            raise
-        raise ConfigError(
-            f"the model does not answer: {type(error).__name__}: {' '.join(str(error).split())[:300]}",
-            where="model.config",
-            value=config.model.config,
-            remedy="the sizes may not fit together; or choose another architecture",
-        ) from error
+    before = accepted(partial(make_probe, engine, inputs), config.model)
     own = sum(t.nbytes for part in engine.fragments() for t in part.tensors.values())
     if before is None or int(sum_over_ranks(torch.tensor(own))) > WRITTEN_BYTES:
         return
