@@ -34,7 +34,7 @@ from hfscale.shards.files import write_atomically
 from hfscale.worker import JOB
 from launch import run_dir
 from launch.queue import TOLD, NoAnswer, asked, cores_per_rank, facts, hold, ranks_per_node
-from launch.request import Request
+from launch.request import Request, quote
 from launch.slurm import EXCLUDED, SCRIPT, before, excluded, prepare, sbatch_options
 
 MARK = "hfscale: "  # before each line that is for slurm/train.sbatch
@@ -217,7 +217,7 @@ def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
             )
             return (
                 code,
-                f"next=$({sbatch}) && echo $next > {shlex.quote(str(run / JOB))} || {requeue}",
+                f"next=$({sbatch}) && echo $next > {quote(run / JOB)} || {requeue}",
             )
         why += f"; a requeue cannot do that, so better submit it again: sbatch --exclude={','.join(new)}"
     logger.info(f"{why}; back into the queue")

@@ -36,7 +36,7 @@ from hfscale.worker import job_of
 from launch import run_dir
 from launch.interpreter import python
 from launch.queue import hold
-from launch.request import Request, check, refuse_copies
+from launch.request import Request, check, quote, refuse_copies
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -109,7 +109,7 @@ def launch(request: Request) -> int:
             )
         attempt.end(code)
         run_dir.restore_if_refused(config.run_dir, before, code=code)
-    place = shlex.quote(str(config.run_dir))
+    place = quote(config.run_dir)
     if code in (EXIT_STOPPED, EXIT_HUNG):
         logger.info(
             f"stopped; the same command goes on, and so does: hfscale {config.verb} {place}"
@@ -175,7 +175,7 @@ def gpu_count() -> int:
 
 def tensorboard_line(path: Path) -> str:
     """Return the command that shows a run's curves, and the tunnel to it when this is a remote machine."""
-    line = f"curves: tensorboard --logdir {shlex.quote(str(path / 'tensorboard'))}"
+    line = f"curves: tensorboard --logdir {quote(path / 'tensorboard')}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line

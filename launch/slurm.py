@@ -71,7 +71,7 @@ def launch(request: Request) -> int:
     for line in said:
         logger.info(f"notice: {line}")
     if request.dry_run:
-        print(f"cd {shlex.quote(str(code))} && {shlex.join(command)}")
+        print(f"cd {quote(code)} && {shlex.join(command)}")
         return EXIT_DONE
     os.environ["HFSCALE_PYTHON"] = sys.executable
     with run_dir.locked(run):

@@ -14,7 +14,6 @@ import itertools
 import json
 import os
 import re
-import shlex
 import signal
 import time
 from collections.abc import Mapping, Sequence
@@ -36,7 +35,7 @@ from hfscale.reports.status import last_record
 from launch import run_dir
 from launch.job import take
 from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
-from launch.request import Request
+from launch.request import Request, quote
 from launch.slurm import (
     before,
     code_folder,
@@ -224,7 +223,7 @@ def _submit(
     if cluster == "slurm":
         parameters |= {
             "slurm_setup": [
-                f"cd {shlex.quote(str(code))} || exit",
+                f"cd {quote(code)} || exit",
                 "source slurm/start.sh",
                 "set +euo pipefail",
                 "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
