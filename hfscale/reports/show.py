@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hfscale.checkpoint.layout import newest_state
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
 from hfscale.config.rules import notices, run_length, solve_batch
@@ -86,16 +87,17 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
     rows, unknown = _rows(config)
     if rows or train.epochs is None:
-        length = run_length(train, rows=rows, seq_len=seq_len)
-        steps = length.steps
-        facts.append(("steps", f"{steps:,}"))
-        facts.append(("tokens", f"{steps * train.global_batch * seq_len:,}"))
+        # of a run that goes on, perhaps with another batch
+        state = newest_state(config.run_dir)
+        step, read = (state["step"], state["stream"]["consumed_rows"]) if state else (0, 0)
+        length = run_length(train, rows=rows, seq_len=seq_len, step=step, consumed_rows=read)
+        in_all = read + (length.steps - step) * train.global_batch
+        facts.append(("steps", f"{length.steps:,}"))
+        facts.append(("tokens", f"{in_all * seq_len:,}"))
     else:
         facts.append(("steps", f"not known before {unknown}"))
     epochs = (
-        f"{round(steps * train.global_batch / rows, 3):,g} of {rows:,} rows"
-        if rows
-        else f"not known before {unknown}"
+        f"{round(in_all / rows, 3):,g} of {rows:,} rows" if rows else f"not known before {unknown}"
     )
     facts.append(("epochs", epochs))
     said = notices(config, rows=rows, length=length if rows or train.epochs is None else None)

@@ -69,6 +69,20 @@ def progress(config: TrainConfig, record: dict[str, Any]) -> float:
     return min(1.0, next((have / whole for have, whole in done if have is not None and whole), 0.0))
 
 
+def steps_left(config: TrainConfig, record: dict[str, Any]) -> float:
+    """Return how many steps of the present batch are left.
+
+    Of a run of epochs, as if it had always had that batch: a record does not tell the rows of an epoch.
+    """
+    train, part = config.train, progress(config, record)
+    if train.steps is not None:
+        return max(0, train.steps - record["step"])
+    if train.tokens is not None:
+        rows = (train.tokens - record["tokens_seen"]) / config.data.seq_len
+        return max(0.0, rows / train.global_batch)
+    return record["step"] * (1 - part) / part if part else 0.0
+
+
 def describe(
     config: TrainConfig, *, now: float | None = None, running: bool = True
 ) -> list[tuple[str, str]]:
@@ -78,7 +92,7 @@ def describe(
     lines = [("run", str(run))]
     if record:
         part, quiet_s = progress(config, record), now - os.stat(run / "metrics.jsonl").st_mtime
-        left_s = record["step"] * (1 - part) / part * record["step_s"] if part else 0.0
+        left_s = steps_left(config, record) * record["step_s"]
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
         left = f"{_time(left_s)} of training left"
         end = f"{at} ({left})" if running else f"not while it does not run ({left})"

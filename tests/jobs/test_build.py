@@ -14,6 +14,7 @@ from hfscale.checkpoint import manifest
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError
 from hfscale.jobs.check import check
+from hfscale.reports.show import derived
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -81,17 +82,22 @@ def test_a_run_of_tokens_goes_on_with_another_batch_to_its_end(
     It does so too where that second part is stopped and goes on.
     """
 
-    def records(rows: int, batch: int) -> list[dict[str, Any]]:
+    def asked(rows: int, batch: int) -> dict[str, Any]:
         lengths = {"steps": None, "tokens": rows * 32, "global_batch": batch, "micro_batch": 8}
         sections = {
             "train": lengths,
             "schedule": {"name": "linear", "warmup_steps": 2},
             "checkpoint": {"every_steps": 1, "keep_last": 9, "every_minutes": None},
         }
-        return run_ranks(train, 1, run_values(corpus, tmp_path, "run", **sections))[0]
+        return run_values(corpus, tmp_path, "run", **sections)
+
+    def records(rows: int, batch: int) -> list[dict[str, Any]]:
+        return run_ranks(train, 1, asked(rows, batch))[0]
 
     first = records(32, 8)
     assert [record["step"] for record in first] == [1, 2, 3, 4]
+    shown = dict(derived(RunConfig.model_validate(asked(80, 16))))
+    assert (shown["steps"], shown["tokens"]) == ("7", "2,560"), "what was done with 8 rows counts"
     wider = records(80, 16)
     assert [record["step"] for record in wider] == [5, 6, 7]
     assert wider[-1]["tokens_seen"] == 80 * 32
