@@ -1,8 +1,11 @@
-"""How long does training wait for a checkpoint? An asynchronous save's stall as a share of a synchronous save, on CPU ranks.
+"""How long does training wait for a checkpoint? An asynchronous save's stall as a share of a
+synchronous save, on CPU ranks.
 
-The two take turns on one engine of about 100 million parameters. The first save of each, which makes its buffers, does not count.
+The two take turns on one engine of about 100 million parameters. The first save of each, which
+makes its buffers, does not count.
 
-    python -m benchmarks.async_save [--turns 5] [--procs 2]        # about 2 minutes; 1.3 GB a save in the temporary folder
+    # about 2 minutes; 1.3 GB a save in the temporary folder
+    python -m benchmarks.async_save [--turns 5] [--procs 2]
 """
 
 from __future__ import annotations
@@ -19,7 +22,9 @@ SYNCHRONOUS, BEHIND = "synchronous save", "stall of an asynchronous save"
 
 
 def measure(folder: Path, turns: int) -> tuple[int, dict[str, list[float]]]:
-    """Return the number of parameters, and the seconds that training waits for each save. Runs on every rank."""
+    """Return the number of parameters, and the seconds that training waits for each save. Runs on
+    every rank.
+    """
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
@@ -78,7 +83,8 @@ def main() -> None:
     share = ratio(times[BEHIND], times[SYNCHRONOUS])
     record(
         "async_save",
-        f"""GPT-2 of {parameters / 1e6:.0f}M parameters, ZeRO 1, bf16, {args.procs} CPU ranks; {args.turns} turns.
+        f"""GPT-2 of {parameters / 1e6:.0f}M parameters, ZeRO 1, bf16,
+{args.procs} CPU ranks; {args.turns} turns.
 
 {table(["", "s"], [[name, spread(taken)] for name, taken in times.items()])}
 

@@ -1,4 +1,6 @@
-"""One piece of training work, and the commands that do it: `hfscale pretrain`, and peers that read a flat file of the same rows."""
+"""One piece of training work, and the commands that do it: `hfscale pretrain`, and peers that read
+a flat file of the same rows.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ FOREVER = 1_000_000  # steps; more than any job reaches before it is ended
 
 @dataclass(frozen=True)
 class Work:
-    """What every candidate is given. ``folder`` holds tokenizer/, shards/ and model/ (transformers' config, perhaps weights)."""
+    """What every candidate is given. ``folder`` holds tokenizer/, shards/ and model/ (transformers'
+    config, perhaps weights).
+    """
 
     folder: Path
     seq_len: int
@@ -115,7 +119,9 @@ class Work:
         ]
 
     def write_rows(self, *, limit: int) -> None:
-        """Write at most ``limit`` rows for the peers: one epoch or less, in the order in which hfscale trains on them."""
+        """Write at most ``limit`` rows for the peers: one epoch or less, in the order in which
+        hfscale trains on them.
+        """
         from hfscale.stream.loader import Stream
         from hfscale.stream.rows import TokenRows
         from tests.helpers.orders import order_of

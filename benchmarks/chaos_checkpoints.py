@@ -1,15 +1,19 @@
-"""A thousand attacks on checkpoints: kills from outside during saves, full disks, read-only folders, failing writes, damaged files.
+"""A thousand attacks on checkpoints: kills from outside during saves, full disks, read-only
+folders, failing writes, damaged files.
 
-    python -m benchmarks.chaos_checkpoints                      # 1,000 cases; about 15 minutes on 4 idle cores
+    python -m benchmarks.chaos_checkpoints  # 1,000 cases; about 15 minutes on 4 idle cores
     python -m benchmarks.chaos_checkpoints --cases 40 --procs 1
 
-Saves are those of the real engine: two CPU ranks, every ZeRO stage, fp32 and bf16, with the writer behind and without. The attacker
-is another process; its moments are uniform over the duration of a save, which is measured first. After each attack the run is started
-again as it lies there. A load is silently wrong if what the engine then holds is not, bit for bit, what the ranks had said they were
-saving; a recovery is automatic if the start loaded the newest intact checkpoint without anybody's help.
+Saves are those of the real engine: two CPU ranks, every ZeRO stage, fp32 and bf16, with the writer
+behind and without. The attacker is another process; its moments are uniform over the duration of a
+save, which is measured first. After each attack the run is started again as it lies there. A load
+is silently wrong if what the engine then holds is not, bit for bit, what the ranks had said they
+were saving; a recovery is automatic if the start loaded the newest intact checkpoint without
+anybody's help.
 
-Every case is written to a ledger when it is judged: the same command after an interruption goes on, and --minutes bounds a session.
-The small disks are mounted in a namespace of their own, which needs root; without it full and read-only disks become writes that fail.
+Every case is written to a ledger when it is judged: the same command after an interruption goes on,
+and --minutes bounds a session. The small disks are mounted in a namespace of their own, which needs
+root; without it full and read-only disks become writes that fail.
 """
 
 from __future__ import annotations
@@ -49,7 +53,9 @@ INSIDE = "HFSCALE_CHAOS_INSIDE"  # environment variable: we are in the namespace
 
 
 def plan(cases: int, seed: int) -> list[tuple[str, int, str, bool]]:
-    """Return (kind, stage, precision, async) of each case: the same for the same arguments, so that a session can go on."""
+    """Return (kind, stage, precision, async) of each case: the same for the same arguments, so that
+    a session can go on.
+    """
     kinds = [kind for kind, part in KINDS.items() for _ in range(round(part * cases))]
     kinds = (kinds + ["kill"] * cases)[:cases]
     random.Random(seed).shuffle(kinds)
@@ -59,7 +65,7 @@ def plan(cases: int, seed: int) -> list[tuple[str, int, str, bool]]:
     ]
 
 
-# --------------------------------------------------------------------------------------------- attacks on a save
+# -------------------------------------------------------------------------------- attacks on a save
 @contextmanager
 def disk(folder: Path) -> Iterator[Path]:
     """A small file system of its own, where this process may mount one."""
@@ -84,7 +90,9 @@ def fill(place: Path) -> Callable[[], None]:
 
 
 def read_only(place: Path) -> Callable[[], None]:
-    """Make the disk ``place`` read-only, as soon as no file is open for writing; return how to undo it."""
+    """Make the disk ``place`` read-only, as soon as no file is open for writing; return how to undo
+    it.
+    """
     for attempt in range(1000):
         if (
             subprocess.run(["mount", "-o", "remount,ro", place], capture_output=True).returncode
@@ -164,11 +172,13 @@ class Slot:
         }
 
 
-# ------------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 def damage(
     slot: Slot, chain: Chain, cases: list[int], seed: int
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield what became of ``cases`` damaged copies of a run of three checkpoints, loaded by the same ranks one after the other."""
+    """Yield what became of ``cases`` damaged copies of a run of three checkpoints, loaded by the
+    same ranks one after the other.
+    """
     source = slot.home / f"source-{chain.stage}-{chain.precision}"
     origin = Chain(slot.forks, source, chain.stage, chain.precision, False)
     origin.run(steps=3)
@@ -200,7 +210,7 @@ def damage(
     shutil.rmtree(source)
 
 
-# ------------------------------------------------------------------------------------------------------ sessions
+# ----------------------------------------------------------------------------------------- sessions
 def work(
     number: int,
     procs: int,
@@ -272,18 +282,23 @@ def report(done: list[dict[str, Any]], cases: int) -> str:
     nothing_left = sum(case.get("none left", False) for case in done)
     return "\n\n".join(
         [
-            f"{machine('torch', 'deepspeed')} {len(done):,} of {cases:,} cases: two CPU ranks, ZeRO 0 to 3, fp32 and bf16, async and not.",
+            f"{machine('torch', 'deepspeed')} {len(done):,} of {cases:,} cases: two CPU ranks, "
+            "ZeRO 0 to 3, fp32 and bf16, async and not.",
             table(
                 ["attack", "cases", "silent loads", "automatic recoveries", "said what happened"],
                 rows,
             ),
-            f"Silent loads: {silent}, {verdict(silent, at_most=0)}. Automatic recoveries: {recovered:,}, "
-            f"{verdict(recovered, at_least=len(done))}. Failures that were said (of a kill there is nothing to say): {loud:,}, "
+            f"Silent loads: {silent}, {verdict(silent, at_most=0)}. Automatic recoveries: "
+            f"{recovered:,}, "
+            f"{verdict(recovered, at_least=len(done))}. Failures that were said (of a kill "
+            f"there is nothing to say): {loud:,}, "
             f"{verdict(loud, at_least=len(done))}. "
-            f"In {nothing_left} cases of damage no checkpoint was left whole: there a recovery is to refuse.",
+            f"In {nothing_left} cases of damage no checkpoint was left whole: there a recovery "
+            "is to refuse.",
             "How far the save had come when it was attacked, at moments uniform over its duration:",
             table(["phase", *kinds, "all"], phases),
-            f"Phases not hit: {', '.join(missed) or 'none'}. Checkpoints damaged: {by_file.total()}, in one of {len(DAMAGE)} ways a file "
+            f"Phases not hit: {', '.join(missed) or 'none'}. Checkpoints damaged: "
+            f"{by_file.total()}, in one of {len(DAMAGE)} ways a file "
             f"({to_files}), in one of {len(FOLDERS)} the folder ({by_file['folder']}).",
         ]
     )

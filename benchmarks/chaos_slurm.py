@@ -1,12 +1,16 @@
-"""What becomes of a job on a real Slurm cluster when something fails: how soon nothing of it is left, and how it goes on.
+"""What becomes of a job on a real Slurm cluster when something fails: how soon nothing of it is
+left, and how it goes on.
 
-    python -m benchmarks.chaos_slurm [--only PART_OF_A_NAME]       # about ten minutes on 4 idle cores; root, as the Slurm tests
+    # about ten minutes on 4 idle cores; root, as the Slurm tests
+    python -m benchmarks.chaos_slurm [--only PART_OF_A_NAME]
 
-One scenario after the other on the cluster of four nodes of tests/helpers/slurm.py: a run of two ranks on two nodes, saved every
-fourth step, is disturbed after its fifth. Released: seconds from the failure until no process of that attempt is left (ranks, script, and
-what they started). Back: until the next attempt has logged a step. Apart: the largest difference to a loss of a run that nobody disturbed;
-recovered means 0 on as many ranks, at most 1e-3 on fewer. Failures that a restart cannot mend must end the job, say why, and go on once
-mended and submitted again. Hangs are given `train.hang_timeout_s=5`; the default is ten minutes.
+One scenario after the other on the cluster of four nodes of tests/helpers/slurm.py: a run of two
+ranks on two nodes, saved every fourth step, is disturbed after its fifth. Released: seconds from
+the failure until no process of that attempt is left (ranks, script, and what they started). Back:
+until the next attempt has logged a step. Apart: the largest difference to a loss of a run that
+nobody disturbed; recovered means 0 on as many ranks, at most 1e-3 on fewer. Failures that a restart
+cannot mend must end the job, say why, and go on once mended and submitted again. Hangs are given
+`train.hang_timeout_s=5`; the default is ten minutes.
 """
 
 from __future__ import annotations
@@ -77,7 +81,9 @@ class Run:
 
 @dataclass
 class Scenario:
-    """``fault`` is done by the rank itself (tests/launch/faults), ``act`` from outside. ``ends``: with this code, without a restart."""
+    """``fault`` is done by the rank itself (tests/launch/faults), ``act`` from outside. ``ends``:
+    with this code, without a restart.
+    """
 
     name: str
     act: Act | None = None
@@ -266,10 +272,12 @@ def report(found: list[dict[str, Any]]) -> str:
         max(one["lost"] for one in found),
     )
     recovered = sum(bool(one["recovered"]) for one in found)
+    slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.split()[-1]
     return "\n\n".join(
         [
-            f"{machine('torch', 'deepspeed')} Slurm {subprocess.run(['slurmctld', '-V'], capture_output=True, text=True).stdout.split()[-1]}, "
-            f"four nodes on this machine, SlurmdTimeout 15 s. Two ranks on two nodes, steps of {STEP_S} s, a save every {SAVE_EVERY} steps, "
+            f"{machine('torch', 'deepspeed')} Slurm {slurm}, "
+            "four nodes on this machine, SlurmdTimeout 15 s. Two ranks on two nodes, steps of "
+            f"{STEP_S} s, a save every {SAVE_EVERY} steps, "
             "hangs found after 5 s.",
             table(
                 [
@@ -286,8 +294,10 @@ def report(found: list[dict[str, Any]]) -> str:
                 ],
                 rows,
             ),
-            f"Longest until nothing of the attempt was left: {slowest:.1f} s, {verdict(slowest, at_most=LIMIT_S)}. Most steps lost: {most}, "
-            f"{verdict(most, at_most=SAVE_EVERY)}. Recovered: {recovered} of {len(found)}, {verdict(recovered, at_least=len(found))}. "
+            f"Longest until nothing of the attempt was left: {slowest:.1f} s, "
+            f"{verdict(slowest, at_most=LIMIT_S)}. Most steps lost: {most}, "
+            f"{verdict(most, at_most=SAVE_EVERY)}. Recovered: {recovered} of {len(found)}, "
+            f"{verdict(recovered, at_least=len(found))}. "
             "Those that ended were mended and submitted again by hand; their restart is that one.",
         ]
     )

@@ -1,11 +1,14 @@
-"""What the benchmarks share: interleaved repeats, medians, the machine in words, and sections of ``RESULTS.md``.
+"""What the benchmarks share: interleaved repeats, medians, the machine in words, and sections of
+``RESULTS.md``.
 
-A benchmark measures its candidates in turns (a, b, c, a, b, c, ...), because a machine's speed drifts by more than the
-differences that matter; it compares them by the median of the ratios of each turn, and writes what it printed.
+A benchmark measures its candidates in turns (a, b, c, a, b, c, ...), because a machine's speed
+drifts by more than the differences that matter; it compares them by the median of the ratios of
+each turn, and writes what it printed.
 
-    times = interleaved({"ours": run_ours, "peer": run_peer}, repeats=7)    # a callable returns one measurement
+    # a callable returns one measurement
+    times = interleaved({"ours": run_ours, "peer": run_peer}, repeats=7)
     body = table(["", "s"], [[name, f"{median(t):.3f}"] for name, t in times.items()])
-    record("shards_build", body)                                            # replaces this section of RESULTS.md only
+    record("shards_build", body)  # replaces this section of RESULTS.md only
 """
 
 from __future__ import annotations
@@ -24,15 +27,17 @@ from statistics import median, quantiles
 RESULTS = Path(__file__).parent / "RESULTS.md"
 TITLE = """# Results
 
-What the scripts in this folder printed, each section by the script that names it (`python -m benchmarks.NAME`), which replaces it.
-Ratios come from one run, candidates measured in turns; figures are medians, with the quartiles beside them.
+What the scripts in this folder printed, each section by the script that names it (`python -m
+benchmarks.NAME`), which replaces it. Ratios come from one run, candidates measured in turns;
+figures are medians, with the quartiles beside them.
 """
 
 
 def interleaved(
     candidates: Mapping[str, Callable[[], float]], *, repeats: int, warm: int = 0
 ) -> dict[str, list[float]]:
-    """Return ``repeats`` measurements of each candidate, taken in turns; each turn starts with another candidate.
+    """Return ``repeats`` measurements of each candidate, taken in turns; each turn starts with
+    another candidate.
 
     ``warm`` turns come before and are thrown away. Progress goes to stderr.
     """
@@ -76,7 +81,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def machine(*packages: str) -> str:
-    """Return date, processor, cores, load and versions in one line. No names of hosts, users or paths."""
+    """Return date, processor, cores, load and versions in one line. No names of hosts, users or
+    paths.
+    """
     cores = len(os.sched_getaffinity(0))
     load = (
         f"load {os.getloadavg()[0]:.1f} of other work before the run"
@@ -108,9 +115,11 @@ def _cpu() -> str:
 
 
 def record(section: str, body: str, *, path: Path = RESULTS) -> None:
-    """Print ``body``, and put it into ``path`` as the section of that name, in place of what stood there.
+    """Print ``body``, and put it into ``path`` as the section of that name, in place of what stood
+    there.
 
-    Sections lie between markers and keep their order; others are not touched, also when two benchmarks end at once.
+    Sections lie between markers and keep their order; others are not touched, also when two
+    benchmarks end at once.
     """
     print(body)
     begin, end = f"<!-- begin {section} -->", f"<!-- end {section} -->"

@@ -1,4 +1,5 @@
-"""What readers make of damaged shards: stock webdataset's stream, our reader and ``hfscale shards verify`` on the same files.
+"""What readers make of damaged shards: stock webdataset's stream, our reader and ``hfscale shards
+verify`` on the same files.
 
 Prints the table and puts it into ``docs/data.md``. Takes seconds: ``python -m benchmarks.damage``.
 """
@@ -22,14 +23,17 @@ from tests.helpers.damage import CHUNKS, KINDS, SHARDS, write_shards
 
 SEQ = 16
 INTRO = f"""
-Each of these was done to the third chunk of the second of {SHARDS} shards of {CHUNKS} chunks, which are samples to webdataset. Then all was
-read: by stock `webdataset` {webdataset.__version__} with `handler=reraise_exception`, and by ours. "Skipped" is how many rows
-of {SEQ} tokens `data.on_error: skip` masks. Printed by `python -m benchmarks.damage`.
+Each of these was done to the third chunk of the second of {SHARDS} shards of {CHUNKS} chunks, which
+are samples to webdataset. Then all was read: by stock `webdataset` {webdataset.__version__} with
+`handler=reraise_exception`, and by ours. "Skipped" is how many rows of {SEQ} tokens `data.on_error:
+skip` masks. Printed by `python -m benchmarks.damage`.
 """
 
 
 def stock(manifest: Manifest, good: list[bytes]) -> str:
-    """Return what webdataset's own reader makes of the tars: an error, or how many samples it gives and whether they are right."""
+    """Return what webdataset's own reader makes of the tars: an error, or how many samples it gives
+    and whether they are right.
+    """
     tars, found = [str(manifest.folder / entry.name) for entry in manifest.shards], []
     try:
         for sample in webdataset.WebDataset(

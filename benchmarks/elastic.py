@@ -1,11 +1,13 @@
-"""Exactly once on any chain of sizes, by brute force; and what the order of a trillion tokens costs one of 4,096 ranks to start.
+"""Exactly once on any chain of sizes, by brute force; and what the order of a trillion tokens costs
+one of 4,096 ranks to start.
 
     python -m benchmarks.elastic [--layouts 5000] [--procs 4]
 
-Part 1 draws layouts (seed, shards, lanes, block, global batch, mixture with stages and caps, chain of world sizes with stops anywhere,
-other weights on a resume) and compares every row of every step, over all ranks, with a naive oracle of one process
-(tests/helpers/oracle.py). Part 2 deals steps of a trillion tokens to 4,096 ranks. Part 3 opens manifest and order of one rank in
-fresh processes without torch. A minute and a half on four cores.
+Part 1 draws layouts (seed, shards, lanes, block, global batch, mixture with stages and caps, chain
+of world sizes with stops anywhere, other weights on a resume) and compares every row of every step,
+over all ranks, with a naive oracle of one process (tests/helpers/oracle.py). Part 2 deals steps of
+a trillion tokens to 4,096 ranks. Part 3 opens manifest and order of one rank in fresh processes
+without torch. A minute and a half on four cores.
 """
 
 from __future__ import annotations
@@ -41,14 +43,17 @@ before, began = peak_mib(), time.perf_counter()
 rows = TokenRows(sys.argv[1], seq_len=int(sys.argv[2]))
 opened = time.perf_counter()
 order = order_of(rows.shard_rows, seed=1, lanes="auto", block=1024)
-order.locate(order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)[0])
+[step] = order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)
+order.locate(step)
 ended = time.perf_counter()
 print(ended - began, ended - opened, peak_mib() - before, peak_mib())
 """
 
 
 def part(seeds: range) -> tuple[int, int, int]:
-    """Return the rows compared, the stops made and the layouts that ended in another epoch than they began in."""
+    """Return the rows compared, the stops made and the layouts that ended in another epoch than
+    they began in.
+    """
     rows = stops = straddling = 0
     for seed in seeds:
         layout = draw(random.Random(seed))
@@ -59,7 +64,9 @@ def part(seeds: range) -> tuple[int, int, int]:
 
 
 def sweep(layouts: int, procs: int) -> str:
-    """Return what the brute force compared; a difference is an AssertionError that names the layout."""
+    """Return what the brute force compared; a difference is an AssertionError that names the
+    layout.
+    """
     began = time.perf_counter()
     with ProcessPoolExecutor(procs) as pool:
         found = list(
@@ -69,13 +76,16 @@ def sweep(layouts: int, procs: int) -> str:
         )
     rows, stops, straddling = (sum(column) for column in zip(*found, strict=True))
     return (
-        f"{layouts:,} layouts, {straddling:,} of them longer than an epoch, with {stops:,} stops: {rows:,} rows compared with the "
+        f"{layouts:,} layouts, {straddling:,} of them longer than an epoch, with {stops:,} "
+        f"stops: {rows:,} rows compared with the "
         f"oracle, 0 differ. {time.perf_counter() - began:.0f} s in {procs} processes."
     )
 
 
 def trillion() -> str:
-    """Return what was found in a trillion tokens: steps of 4,096 ranks, whole blocks, and a million places that all differ."""
+    """Return what was found in a trillion tokens: steps of 4,096 ranks, whole blocks, and a million
+    places that all differ.
+    """
     began = time.perf_counter()
     order = order_of(
         np.full(SHARDS, 9766) - np.arange(SHARDS) % 2, seed=1, lanes="auto", block=1024
@@ -105,14 +115,18 @@ def trillion() -> str:
         places = order.locate((block * 1024 + np.arange(1024)) * order.lanes + lane)
         assert len(set(zip(places.shard.tolist(), places.row.tolist(), strict=True))) == 1024
     return (
-        f"{order.rows * SEQ:.3g} tokens, {order.rows:,} rows in {SHARDS:,} shards: steps of 8,192 rows dealt to {RANKS:,} ranks "
-        f"are the step of one rank, also over an epoch's end; {len(positions):,} positions have as many places. "
+        f"{order.rows * SEQ:.3g} tokens, {order.rows:,} rows in {SHARDS:,} shards: steps of "
+        f"8,192 rows dealt to {RANKS:,} ranks "
+        f"are the step of one rank, also over an epoch's end; {len(positions):,} positions "
+        "have as many places. "
         f"{time.perf_counter() - began:.0f} s."
     )
 
 
 def start_s(folder: Path, *, shards: int, tokens: float, turns: int = 5) -> tuple[float, ...]:
-    """Return medians for one of 4,096 ranks in a fresh process: seconds to its first rows, of the order alone, MiB more, MiB in all."""
+    """Return medians for one of 4,096 ranks in a fresh process: seconds to its first rows, of the
+    order alone, MiB more, MiB in all.
+    """
     each = round(tokens / shards)
     entries = tuple(
         ShardEntry(f"shard-{k:06d}.tar", 2 * each, each, each // 600, f"{k:064x}", 50_000)
@@ -181,7 +195,8 @@ def main() -> None:
                 where,
                 sweep(asked.layouts, asked.procs),
                 trillion(),
-                f"Start of one of {RANKS:,} ranks at 50 % of the data, in a fresh process without torch, medians of 5: manifest, rows, order, its "
+                f"Start of one of {RANKS:,} ranks at 50 % of the data, in a fresh process "
+                "without torch, medians of 5: manifest, rows, order, its "
                 "share of a step of 8,192 rows.",
                 table(header, lines),
                 met,

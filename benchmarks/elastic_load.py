@@ -1,8 +1,11 @@
-"""What it costs to go on at another size or ZeRO stage: seconds and memory of the load, beside reading the files as they are.
+"""What it costs to go on at another size or ZeRO stage: seconds and memory of the load, beside
+reading the files as they are.
 
-Saved on 4 CPU ranks, loaded on 1, 2, 3, 4, 6 and 8 at every stage. About 5 minutes on 4 idle cores: ``python -m benchmarks.elastic_load``.
-The memory is what a load holds beside the model and optimizer themselves: anonymous memory of the largest rank, looked at from outside
-every few milliseconds. Pages of the checkpoint's files are mapped and can go at any time, so they are not counted.
+Saved on 4 CPU ranks, loaded on 1, 2, 3, 4, 6 and 8 at every stage. About 5 minutes on 4 idle cores:
+``python -m benchmarks.elastic_load``. The memory is what a load holds beside the model and
+optimizer themselves: anonymous memory of the largest rank, looked at from outside every few
+milliseconds. Pages of the checkpoint's files are mapped and can go at any time, so they are not
+counted.
 """
 
 from __future__ import annotations
@@ -69,7 +72,9 @@ def save(folder: str, stage: int, precision: str, offload: str) -> None:
 
 
 def load(folder: str, stage: int, precision: str, offload: str, again: str | None) -> None:
-    """Load as a run does, between two things said; then save what the ranks now hold in the folder ``again``."""
+    """Load as a run does, between two things said; then save what the ranks now hold in the folder
+    ``again``.
+    """
     import torch.distributed as torch_dist
 
     engine, checkpoints = opened(folder, stage, precision, offload)
@@ -135,7 +140,9 @@ def measured(forks: Forks, world_size: int, *case: Any) -> tuple[float, float]:
 
 
 def read_s(folder: Path) -> float:
-    """Return the seconds to read and hash all files of a checkpoint in one process: what no load can do without."""
+    """Return the seconds to read and hash all files of a checkpoint in one process: what no load
+    can do without.
+    """
     from hfscale.checkpoint.manifest import verify
 
     began = time.perf_counter()
@@ -160,7 +167,8 @@ def main() -> None:
                 [read_s(checkpoint) for _ in range(TURNS)],
             )
             for world_size in READERS:
-                # in turns over the engines that load, each size at another stage than it was saved, and back
+                # in turns over the engines that load, each size at another stage than it was saved,
+                # and back
                 stage_to, _, offload_to = (
                     target if world_size % 2 else ENGINES[(number + world_size) % len(ENGINES)]
                 )
@@ -196,8 +204,10 @@ def main() -> None:
         "elastic_load",
         "\n\n".join(
             [
-                f"{machine('torch', 'deepspeed')} GPT-2 of width {WIDTH} and {LAYERS} layers, {size / 2**20:.0f} MiB a checkpoint, saved on "
-                f"{WRITERS} ranks; {TURNS} loads each, verification included. Beside it, reading and hashing the files in one process.",
+                f"{machine('torch', 'deepspeed')} GPT-2 of width {WIDTH} and {LAYERS} layers, "
+                f"{size / 2**20:.0f} MiB a checkpoint, saved on "
+                f"{WRITERS} ranks; {TURNS} loads each, verification included. Beside it, "
+                "reading and hashing the files in one process.",
                 table(
                     [
                         "saved at",
@@ -209,8 +219,10 @@ def main() -> None:
                     ],
                     rows,
                 ),
-                f"Loads after which weights or moments, saved again, have other digests: {wrong}, {verdict(wrong, at_most=0)}. Most memory of a "
-                f"rank beside the state: {worst:.0f} MiB, {worst * 2**20 / size:.2f} of a checkpoint.",
+                "Loads after which weights or moments, saved again, have other digests: "
+                f"{wrong}, {verdict(wrong, at_most=0)}. Most memory of a "
+                f"rank beside the state: {worst:.0f} MiB, {worst * 2**20 / size:.2f} of a "
+                "checkpoint.",
             ]
         ),
     )

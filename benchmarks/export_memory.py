@@ -1,7 +1,9 @@
-"""How much memory do an export and a start from other weights need? Peaks over what the imports take, as shares of the model.
+"""How much memory do an export and a start from other weights need? Peaks over what the imports
+take, as shares of the model.
 
-A GPT-2 of two sizes is trained for one step at ZeRO 3 on two ranks, exported, and the larger one loaded by a new run.
-Anonymous memory is what the process must have; mapped pages of files, which the kernel takes back when it needs them, are counted apart.
+A GPT-2 of two sizes is trained for one step at ZeRO 3 on two ranks, exported, and the larger one
+loaded by a new run. Anonymous memory is what the process must have; mapped pages of files, which
+the kernel takes back when it needs them, are counted apart.
 
     python -m benchmarks.export_memory        # 2 minutes; 4 GB in the temporary folder
 """
@@ -30,7 +32,9 @@ MOST_MIB = 64  # of its own, whatever the size
 
 
 class Peak:
-    """The largest anonymous and file-backed memory of this process inside a with-block, in bytes over that at its start."""
+    """The largest anonymous and file-backed memory of this process inside a with-block, in bytes
+    over that at its start.
+    """
 
     def __enter__(self) -> Peak:
         gc.collect()
@@ -60,7 +64,9 @@ class Peak:
 
 
 def export_phases(run: str, out: str) -> dict[str, tuple[int, int]]:
-    """Return phase -> (anonymous, mapped) peak bytes of an export to ``out``. In a process of its own."""
+    """Return phase -> (anonymous, mapped) peak bytes of an export to ``out``. In a process of its
+    own.
+    """
     import deepspeed  # noqa: F401  (an import is not the export's memory)
 
     from hfscale.checkpoint.export import write_weights
@@ -85,7 +91,9 @@ def export_phases(run: str, out: str) -> dict[str, tuple[int, int]]:
 
 
 def load_peak(values: dict, stage: int) -> dict[str, float]:
-    """Return this rank's peak bytes of the loading alone, from ``model.pretrained`` into an engine that is there, and what it holds."""
+    """Return this rank's peak bytes of the loading alone, from ``model.pretrained`` into an engine
+    that is there, and what it holds.
+    """
     import torch
 
     from hfscale.checkpoint.pretrained import load_pretrained
@@ -139,7 +147,10 @@ def main() -> None:
             )
             (folder / "run.yaml").write_text(yaml.safe_dump(values))
             hfscale("pretrain", folder / "run.yaml", "--procs", 2)
-            code = "import json, sys; from benchmarks.export_memory import export_phases; print(json.dumps(export_phases(*sys.argv[1:])))"
+            code = (
+                "import json, sys; from benchmarks.export_memory import export_phases; "
+                "print(json.dumps(export_phases(*sys.argv[1:])))"
+            )
             done = subprocess.run(
                 [sys.executable, "-c", code, str(folder / name), str(folder / f"out-{name}")],
                 check=True,
@@ -152,7 +163,8 @@ def main() -> None:
             for phase, (anonymous, files) in json.loads(done.stdout.splitlines()[-1]).items():
                 rows.append(
                     [
-                        f"{precision} ({bytes_ / size / 1e6:.0f}M parameters, {bytes_ / 2**20:.0f} MiB)",
+                        f"{precision} ({bytes_ / size / 1e6:.0f}M parameters, "
+                        f"{bytes_ / 2**20:.0f} MiB)",
                         phase,
                         f"{anonymous / 2**20:.0f}",
                         f"{anonymous / bytes_:.2f}",
@@ -187,15 +199,17 @@ def main() -> None:
         "export_memory",
         f"""{about}
 
-An export: its peaks over what is there before, as shares of the exported weights. While writing, pages of the checkpoint (fp32) are mapped,
-in the gate pages of the export (and of libraries): the system takes them back where memory is short.
+An export: its peaks over what is there before, as shares of the exported weights. While writing,
+pages of the checkpoint (fp32) are mapped, in the gate pages of the export (and of libraries): the
+system takes them back where memory is short.
 
 {table(["precision", "phase", "anonymous, MiB", "anonymous", "mapped", "both, at most"], rows)}
 
-Anonymous memory in MiB, at any size and in both phases: {worst:.0f}, {verdict(worst, at_most=MOST_MIB)}.
+Anonymous memory in MiB, at any size and in both phases: {worst:.0f},
+{verdict(worst, at_most=MOST_MIB)}.
 
-A start from other weights (fp32 into bf16): what the loading adds to a rank's anonymous memory. At ZeRO 1 that is DeepSpeed's own
-gathering of the 16-bit weights, as at the end of each step.
+A start from other weights (fp32 into bf16): what the loading adds to a rank's anonymous memory. At
+ZeRO 1 that is DeepSpeed's own gathering of the 16-bit weights, as at the end of each step.
 
 {table(["", "MiB", "of the fp32 model", "largest parameter, MiB"], starts)}""",
     )

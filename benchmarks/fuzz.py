@@ -1,8 +1,9 @@
 """Hostile and damaged input, from a seed: every file that hfscale reads, and what it makes of each.
 
-A small run, its shards, its export and its scores are made once with the commands that a user types. Each input is a copy with one thing
-changed, and one command on it, in a fork of this process with a time limit. It may refuse (exit code 2) or accept; it must not end in a
-traceback, hang, be killed, or read damaged tokens or weights otherwise than they were written.
+A small run, its shards, its export and its scores are made once with the commands that a user
+types. Each input is a copy with one thing changed, and one command on it, in a fork of this process
+with a time limit. It may refuse (exit code 2) or accept; it must not end in a traceback, hang, be
+killed, or read damaged tokens or weights otherwise than they were written.
 
     python -m benchmarks.fuzz                        # 2,000 inputs, into RESULTS.md
     python -m benchmarks.fuzz --inputs 200 --seed 7 --only idx
@@ -50,9 +51,11 @@ Act = Callable[
 Random = random.Random
 
 
-# ------------------------------------------------------------------------------------------------- what is damaged
+# ---------------------------------------------------------------------------------- what is damaged
 def make_base(home: Path) -> Path:
-    """Return a folder with shards, raw tars, tables, a run of four steps, its export and its scores."""
+    """Return a folder with shards, raw tars, tables, a run of four steps, its export and its
+    scores.
+    """
     base = make_corpus(home / "base")
     add_files(base)
     hfscale("pretrain", "run.yaml", "--procs", 1, cwd=base)
@@ -94,7 +97,9 @@ def add_files(base: Path) -> None:
 
 
 def tokens_of(folder: Path) -> str:
-    """Return a digest of all tokens and document ends of the shards in ``folder``, as training reads them."""
+    """Return a digest of all tokens and document ends of the shards in ``folder``, as training
+    reads them.
+    """
     from hfscale.shards.manifest import Manifest
     from hfscale.shards.reader import ShardReader
 
@@ -119,7 +124,7 @@ def weights_of(checkpoint: Path) -> str:
     return digest.hexdigest()
 
 
-# ------------------------------------------------------------------------------------------------ ways to change
+# ----------------------------------------------------------------------------------- ways to change
 VALUES: list[Any] = [
     *(None, True, -1, 0, 1, 7, 2**31, 2**53, 2**63, 2**64, 2**200, 1e308, 0.5, float("nan")),
     *(
@@ -185,7 +190,9 @@ def bent(rng: Random, value: Any) -> Any:
 
 
 def damage(rng: Random, data: bytes) -> bytes:
-    """Return ``data`` after an accident: bits flipped, cut, a hole of zeros, bytes lost or doubled."""
+    """Return ``data`` after an accident: bits flipped, cut, a hole of zeros, bytes lost or
+    doubled.
+    """
     at = rng.randrange(len(data) + 1)
     size = rng.choice([1, 2, 7, 64, 512, 4096])
     way = rng.randrange(6)
@@ -210,7 +217,9 @@ WHOLE += [b"\0" * 4096, b"NaN", b'"x"', b"9" * 10_000, b"[" * 150 + b"]" * 150]
 
 
 def replaced(rng: Random, file: Path) -> None:
-    """Put something else where ``file`` is: other bytes, a pipe, a device, a folder, nothing, a link to itself."""
+    """Put something else where ``file`` is: other bytes, a pipe, a device, a folder, nothing, a
+    link to itself.
+    """
     file.unlink()
     way = rng.randrange(12)
     if way == 0:
@@ -262,7 +271,7 @@ def sealed(checkpoint: Path) -> None:
     manifest.write_manifest(checkpoint, entries, step=step)
 
 
-# ----------------------------------------------------------------------------------------------------- surfaces
+# ----------------------------------------------------------------------------------------- surfaces
 def command(*words: object) -> Act:
     """Return what runs a command line in this process."""
 
@@ -513,7 +522,9 @@ def on_state(rng: Random, home: Path) -> Act:
 
 
 def reseal(file: Path) -> None:
-    """Give a changed manifest of a checkpoint the digest that it should have, if it still is one."""
+    """Give a changed manifest of a checkpoint the digest that it should have, if it still is
+    one.
+    """
     try:
         body = json.loads(file.read_text())
         body.pop("sha256", None)
@@ -805,7 +816,7 @@ SURFACES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------------ one input
+# ---------------------------------------------------------------------------------------- one input
 @dataclass
 class Outcome:
     """What became of an input."""
@@ -890,7 +901,7 @@ def _child(act: Act, home: Path, out: Path, said: Path) -> None:
         os._exit(code)
 
 
-# ------------------------------------------------------------------------------------------------------- many
+# --------------------------------------------------------------------------------------------- many
 @dataclass
 class Tally:
     """What became of the inputs of a surface."""
@@ -906,7 +917,9 @@ BAD = ("traceback", "hang", "killed", "silent")
 def run(
     inputs: int, *, seed: int, home: Path, only: Sequence[str] = (), base: Path | None = None
 ) -> dict[str, Tally]:
-    """Return what became of ``inputs`` inputs, spread over the surfaces; the bad ones are printed."""
+    """Return what became of ``inputs`` inputs, spread over the surfaces; the bad ones are
+    printed.
+    """
     base = base or make_base(home)
     warm_up()
     os.environ["XDG_CACHE_HOME"] = str(home / "cache")
@@ -933,7 +946,9 @@ def run(
 def spread(
     inputs: int, *, seed: int, home: Path, only: Sequence[str], jobs: int
 ) -> dict[str, Tally]:
-    """Return as ``run``, with each surface in a process of its own, ``jobs`` at once; the base lies in ``home``."""
+    """Return as ``run``, with each surface in a process of its own, ``jobs`` at once; the base lies
+    in ``home``.
+    """
     chosen = [name for name in SURFACES if not only or name in only]
     total = sum(SURFACES[name].share for name in chosen)
 
@@ -1013,7 +1028,10 @@ def main() -> None:
     sums = [sum(int(row[place]) for row in rows) for place in range(1, len(kinds) + 2)]
     rows.append(["**all**", *sums, ""])
     header = ["input", "tried", *kinds, "slowest, s"]
-    body = f"{machine('pydantic', 'tokenizers', 'transformers')} Seed {asked.seed}. {__doc__.split(chr(10) * 2)[1]}\n\n"
+    body = (
+        f"{machine('pydantic', 'tokenizers', 'transformers')} Seed {asked.seed}. "
+        f"{__doc__.split(chr(10) * 2)[1]}\n\n"
+    )
     print(table(header, rows))
     if not asked.dry:
         record("fuzz", body + table(header, rows))

@@ -1,11 +1,14 @@
-"""tokens/s and MFU on one GPU: `hfscale pretrain` against a hand-written torch loop and a hand-written DeepSpeed loop, bf16.
+"""tokens/s and MFU on one GPU: `hfscale pretrain` against a hand-written torch loop and a
+hand-written DeepSpeed loop, bf16.
 
-Needs no network: it makes its own token shards. One GPT-2 of 124 M and one Llama-like model of 1 B parameters, each with and
-without compile; the candidates stay alive together on the GPU and take turns. What to bring is in gpu.md. Before that, kernels.py
-looks whether documents are kept apart on this GPU's kernels.
+Needs no network: it makes its own token shards. One GPT-2 of 124 M and one Llama-like model of 1 B
+parameters, each with and without compile; the candidates stay alive together on the GPU and take
+turns. What to bring is in gpu.md. Before that, kernels.py looks whether documents are kept apart on
+this GPU's kernels.
 
     python -m benchmarks.gpu [--models gpt2-124m llama-1b] [--turns 5] [--out FILE]
-    python -m benchmarks.gpu --tiny           # all of its code on a CPU, in a few minutes; the figures mean nothing
+    # all of its code on a CPU, in a few minutes; the figures mean nothing
+    python -m benchmarks.gpu --tiny
 """
 
 from __future__ import annotations
@@ -34,7 +37,9 @@ OURS, TORCH_LOOP, DS_LOOP = (
 
 @dataclass(frozen=True)
 class Model:
-    """A model and how it is trained: a step is micro_batch x accumulation rows of ``seq_len`` tokens."""
+    """A model and how it is trained: a step is micro_batch x accumulation rows of ``seq_len``
+    tokens.
+    """
 
     architecture: str
     shape: dict[str, Any]
@@ -116,7 +121,9 @@ TINY = {
 
 
 def prepare(folder: Path, model: Model, *, tokens: int) -> tuple[int, float]:
-    """Return the parameters and flops a token of ``model``, after writing tokenizer, shards and transformers' config for it."""
+    """Return the parameters and flops a token of ``model``, after writing tokenizer, shards and
+    transformers' config for it.
+    """
     from transformers import AutoConfig, AutoModelForCausalLM
 
     from hfscale.models.flops import flops_per_token
@@ -280,8 +287,10 @@ def report(
         for name, m in models.items()
     )
     body = (
-        f"{where}\n\n{table(header, lines)}\n\nbf16, ZeRO 1, one process; a step is {steps}. {turns} turns each; ratios are medians "
-        "over the turns. MFU counts 6 N + 12 L H T flops a token (the causal half not taken off), against the dense 16-bit peak of "
+        f"{where}\n\n{table(header, lines)}\n\nbf16, ZeRO 1, one process; a step is {steps}. "
+        f"{turns} turns each; ratios are medians "
+        "over the turns. MFU counts 6 N + 12 L H T flops a token (the causal half not taken "
+        "off), against the dense 16-bit peak of "
         "the data sheet. The torch loop keeps fp32 weights and computes in bf16 under autocast."
     )
     if out is not None:

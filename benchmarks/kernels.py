@@ -1,10 +1,11 @@
-"""Are documents apart on the live kernels of this machine, do they agree, what does it cost? Run by `python -m benchmarks.gpu` too.
+"""Are documents apart on the live kernels of this machine, do they agree, what does it cost? Run by
+`python -m benchmarks.gpu` too.
 
     python -m benchmarks.kernels [--tiny]      # --tiny: on a CPU too, to try the code
 
-For each model and attention (eager, sdpa with a mask, flash_attention_2 where it is installed) in bf16, from the same weights: the
-leak probe, the relative L2 distance of the logits from those of sdpa in fp32, and forward and backward with `data.cross_document` true
-and false.
+For each model and attention (eager, sdpa with a mask, flash_attention_2 where it is installed) in
+bf16, from the same weights: the leak probe, the relative L2 distance of the logits from those of
+sdpa in fp32, and forward and backward with `data.cross_document` true and false.
 """
 
 from __future__ import annotations
@@ -34,11 +35,27 @@ _LLAMA = {
     "num_key_value_heads": 4,
 }
 SHAPES: dict[str, dict[str, Any]] = {
-    "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "llama": _LLAMA, "mistral": {**_LLAMA, "sliding_window": 128},
-}  # fmt: skip
-SMALL = {"n_layer": 2, "n_embd": 64, "n_head": 2, "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 128,
-         "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    "gpt2": {
+        "n_layer": 12,
+        "n_embd": 768,
+        "n_head": 12,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "llama": _LLAMA,
+    "mistral": {**_LLAMA, "sliding_window": 128},
+}
+SMALL = {
+    "n_layer": 2,
+    "n_embd": 64,
+    "n_head": 2,
+    "num_hidden_layers": 2,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+}
 
 
 def build(
@@ -180,8 +197,8 @@ def report(*, tiny: bool = False, turns: int = 7) -> str:
 
 {table(header, lines)}
 
-bf16, forward and backward of {ROWS} rows of {64 if tiny else 1024} tokens, documents of {20 if tiny else MEAN} on average; medians
-(quartiles) of {turns} turns."""
+bf16, forward and backward of {ROWS} rows of {64 if tiny else 1024} tokens, documents of
+{20 if tiny else MEAN} on average; medians (quartiles) of {turns} turns."""
 
 
 def main() -> None:

@@ -1,17 +1,19 @@
 """Does each objective learn what there is to learn? On made-up languages, where that is known.
 
-    python -m benchmarks.learn [clm mlm contrastive seq2seq] [--folder FOLDER] [--png docs/learn.png]
+    python -m benchmarks.learn [clm mlm contrastive seq2seq] [--folder FOLDER] [--png PNG]
 
-Each language is written as shards, trained on with `hfscale pretrain` on two CPU ranks, and measured on text that was held out:
+Each language is written as shards, trained on with `hfscale pretrain` on two CPU ranks, and
+measured on text that was held out:
 
 - clm: a Markov chain. No model can get under its entropy; the loss shall come within 2 % of it.
-- mlm: the same chain, 15 % of it hidden. The best loss is that of an oracle that knows the chain (forward-backward over the very
-  masks that the model sees); the loss shall come within 5 % of it.
-- contrastive: a document speaks of 8 of 64 concepts, each of which has 64 names. Two crops of it share concepts, but hardly a
-  word. Among 256 documents that were held out the other crop shall be found in at least 90 % of the cases, where TF-IDF finds it in
-  at most 60 %.
-- seq2seq: T5's span corruption of a language in which a word and its document's rule give the next word, so all that is hidden can be told.
-  Greedy decoding shall give back at least 95 % of the targets word for word, up to the first end.
+- mlm: the same chain, 15 % of it hidden. The best loss is that of an oracle that knows the chain
+  (forward-backward over the very masks that the model sees); the loss shall come within 5 % of it.
+- contrastive: a document speaks of 8 of 64 concepts, each of which has 64 names. Two crops of it
+  share concepts, but hardly a word. Among 256 documents that were held out the other crop shall be
+  found in at least 90 % of the cases, where TF-IDF finds it in at most 60 %.
+- seq2seq: T5's span corruption of a language in which a word and its document's rule give the next
+  word, so all that is hidden can be told. Greedy decoding shall give back at least 95 % of the
+  targets word for word, up to the first end.
 
 About a minute each on 2 idle cores. A run that is there is continued or measured again.
 """
@@ -55,7 +57,7 @@ class Case:
     at_least: bool  # the target is a least, else a most
 
 
-# ---------------------------------------------------------------------------------------------- the languages
+# ------------------------------------------------------------------------------------ the languages
 STATES = 32
 
 
@@ -110,7 +112,7 @@ def cycles(rng: np.random.Generator) -> Iterator[np.ndarray]:
         yield 1 + order[(start + np.arange(31)) % CYCLE]  # with the end of the document 32
 
 
-# -------------------------------------------------------------------------------------------------- measures
+# ----------------------------------------------------------------------------------------- measures
 def opened(run: Path) -> tuple[Any, Any, Any]:
     """Return model, tokenizer and objective of a run."""
     from hfscale.config.schema import RunConfig
@@ -171,7 +173,9 @@ def measure_mlm(run: Path) -> dict[str, float]:
 
 
 def oracle_loss(inputs_BT: np.ndarray, labels_BT: np.ndarray) -> float:
-    """Return the mean of -log p(hidden word | all that is not hidden) under the chain: forward-backward (Rabiner 1989, sec. III)."""
+    """Return the mean of -log p(hidden word | all that is not hidden) under the chain:
+    forward-backward (Rabiner 1989, sec. III).
+    """
     P, share = chain(), stationary(chain())
     losses: list[float] = []
     for inputs_T, labels_T in zip(inputs_BT, labels_BT, strict=True):
@@ -195,7 +199,9 @@ def oracle_loss(inputs_BT: np.ndarray, labels_BT: np.ndarray) -> float:
 
 @torch.no_grad()
 def measure_contrastive(run: Path) -> dict[str, float]:
-    """Return how often the other crop of a held-out document is found among HELD_OUT, beside TF-IDF and the untrained encoder."""
+    """Return how often the other crop of a held-out document is found among HELD_OUT, beside TF-IDF
+    and the untrained encoder.
+    """
     from sklearn.feature_extraction.text import TfidfVectorizer
 
     model, _, objective = opened(run)
@@ -255,7 +261,7 @@ def logged(run: Path, name: str) -> list[tuple[int, float]]:
     return [(entry["step"], entry[name]) for entry in records if name in entry]
 
 
-# ------------------------------------------------------------------------------------------------- the cases
+# ---------------------------------------------------------------------------------------- the cases
 CASES = {
     "clm": Case(
         STATES + 1,
@@ -439,7 +445,9 @@ def plot(runs: dict[str, Path], results: dict[str, dict[str, float]], png: Path)
 
 
 def main() -> None:
-    """Train, measure, print, plot, and write the section ``learn`` of RESULTS.md if all cases were asked for."""
+    """Train, measure, print, plot, and write the section ``learn`` of RESULTS.md if all cases were
+    asked for.
+    """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

@@ -1,9 +1,11 @@
-"""What it costs to keep documents apart: forward and backward with `data.cross_document` true and false, and the mask alone.
+"""What it costs to keep documents apart: forward and backward with `data.cross_document` true and
+false, and the mask alone.
 
     python -m benchmarks.masks [--turns 7] [--threads 4]
 
-The step is the objective's own (collate, loss, backward) on a bare model on the CPU, 4,096 tokens, documents of 300 tokens on average. The
-models are small, so attention is a larger share of the step than in a real one. Two minutes; on a GPU see benchmarks/gpu.py.
+The step is the objective's own (collate, loss, backward) on a bare model on the CPU, 4,096 tokens,
+documents of 300 tokens on average. The models are small, so attention is a larger share of the step
+than in a real one. Two minutes; on a GPU see benchmarks/gpu.py.
 """
 
 from __future__ import annotations
@@ -26,10 +28,24 @@ from hfscale.stream.rows import Rows
 VOCAB, TOKENS, MEAN = 4096, 4096, 300
 LENGTHS = (512, 1024, 2048)
 MODELS = {
-    "gpt2": {"n_layer": 4, "n_embd": 256, "n_head": 4, "n_positions": 2048, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-    "llama": {"num_hidden_layers": 4, "hidden_size": 256, "intermediate_size": 688, "num_attention_heads": 4, "num_key_value_heads": 4,
-              "max_position_embeddings": 2048},
-}  # fmt: skip
+    "gpt2": {
+        "n_layer": 4,
+        "n_embd": 256,
+        "n_head": 4,
+        "n_positions": 2048,
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    },
+    "llama": {
+        "num_hidden_layers": 4,
+        "hidden_size": 256,
+        "intermediate_size": 688,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "max_position_embeddings": 2048,
+    },
+}
 
 
 def make_rows(seq_len: int) -> Rows:
@@ -141,13 +157,14 @@ def main() -> None:
     ]
     record(
         "masks",
-        f"""{where} {asked.threads} threads, sdpa, {TOKENS:,} tokens a step, 4 layers of width 256, vocabulary {VOCAB};
-medians (quartiles) of {asked.turns} turns.
+        f"""{where} {asked.threads} threads, sdpa, {TOKENS:,} tokens a step, 4 layers of width 256,
+vocabulary {VOCAB}; medians (quartiles) of {asked.turns} turns.
 
 {table(header, lines)}
 
-The mask is made once a batch for all layers. The rest of the cost is that sdpa skips half of the scores where it is told `is_causal`, and
-none where it is given a mask; in wider models it is a smaller share.""",
+The mask is made once a batch for all layers. The rest of the cost is that sdpa skips half of the
+scores where it is told `is_causal`, and none where it is given a mask; in wider models it is a
+smaller share.""",
     )
 
 

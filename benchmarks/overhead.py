@@ -1,9 +1,12 @@
-"""Does hfscale cost anything? Its tokens/s against a hand-written DeepSpeed loop and against transformers' Trainer.
+"""Does hfscale cost anything? Its tokens/s against a hand-written DeepSpeed loop and against
+transformers' Trainer.
 
-The three train the same small GPT-2 from the same weights on the same rows, with the same batch, precision, ZeRO stage, AdamW and
-clipping, and log every 10 steps. First each takes a few steps, logging each, to show that they do the same work; then they take turns.
+The three train the same small GPT-2 from the same weights on the same rows, with the same batch,
+precision, ZeRO stage, AdamW and clipping, and log every 10 steps. First each takes a few steps,
+logging each, to show that they do the same work; then they take turns.
 
-    python -m benchmarks.overhead [--launches 3] [--turns 5] [--procs 2 1] [--precision bf16] [--zero-stage 1]
+    python -m benchmarks.overhead [--launches 3] [--turns 5] [--procs 2 1] [--precision bf16]
+                                  [--zero-stage 1]
 """
 
 from __future__ import annotations
@@ -61,7 +64,9 @@ def prepare(folder: Path) -> None:
 
 
 def same_work(work: Work, env: dict[str, str]) -> str:
-    """Return a sentence on how far apart the candidates' losses are; they start from the same weights and rows."""
+    """Return a sentence on how far apart the candidates' losses are; they start from the same
+    weights and rows.
+    """
     losses = {}
     for name, command in candidates(replace(work, log_every=1, steps=SAME_STEPS)).items():
         job = Job(name, command, env=env)
@@ -75,13 +80,17 @@ def same_work(work: Work, env: dict[str, str]) -> str:
     if max(apart.values()) > 0.02:
         raise SystemExit(f"the candidates do not do the same work: {losses}")
     return (
-        f"Same work: our losses of steps 1 and {SAME_STEPS} are {losses[OURS][0]:.4f} and {losses[OURS][-1]:.4f}; over these steps "
-        f"the others' are at most {apart[LOOP]:.4f} ({LOOP}) and {apart[TRAINER]:.4f} ({TRAINER}) away."
+        f"Same work: our losses of steps 1 and {SAME_STEPS} are {losses[OURS][0]:.4f} and "
+        f"{losses[OURS][-1]:.4f}; over these steps "
+        f"the others' are at most {apart[LOOP]:.4f} ({LOOP}) and {apart[TRAINER]:.4f} "
+        f"({TRAINER}) away."
     )
 
 
 def measure(work: Work, *, threads: int, launches: int, turns: int, lines: int) -> str:
-    """Return the report on one number of processes. New launches even out what a process keeps for life (where its memory lies)."""
+    """Return the report on one number of processes. New launches even out what a process keeps for
+    life (where its memory lies).
+    """
     env = {
         "OMP_NUM_THREADS": str(threads),
         "TOKENIZERS_PARALLELISM": "false",
@@ -126,7 +135,10 @@ def report(
         )
     loop, trainer = ratio(seconds[LOOP], seconds[OURS]), ratio(seconds[TRAINER], seconds[OURS])
     under = verdict(1e3 * median(seconds[OURS]), at_most=100)
-    title = f"{work.procs} {'processes' if work.procs > 1 else 'process'} of {threads} threads, ZeRO {work.zero_stage}, {work.precision}"
+    title = (
+        f"{work.procs} {'processes' if work.procs > 1 else 'process'} of {threads} "
+        f"threads, ZeRO {work.zero_stage}, {work.precision}"
+    )
     return "\n".join(
         [
             f"### {title}",
@@ -142,8 +154,10 @@ def report(
                 rows,
             ),
             "",
-            f"{len(seconds[OURS])} turns in {launches} launches, {10 * lines} steps each; ratios are medians over the turns. Of the loop: "
-            f"{loop:.3f}, {verdict(loop, at_least=0.98)}. Of the Trainer: {trainer:.3f}, {verdict(trainer, at_least=1.0)}. "
+            f"{len(seconds[OURS])} turns in {launches} launches, {10 * lines} steps each; "
+            "ratios are medians over the turns. Of the loop: "
+            f"{loop:.3f}, {verdict(loop, at_least=0.98)}. Of the Trainer: {trainer:.3f}, "
+            f"{verdict(trainer, at_least=1.0)}. "
             f"Step: {under} ms.",
         ]
     )
@@ -172,7 +186,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="hfscale-overhead-") as folder:
         prepare(Path(folder))
         parts = [
-            f"{where} GPT-2 of {SHAPE['n_layer']} layers, width {SHAPE['n_embd']}, vocabulary {VOCAB}, "
+            f"{where} GPT-2 of {SHAPE['n_layer']} layers, width {SHAPE['n_embd']}, vocabulary "
+            f"{VOCAB}, "
             f"{MICRO_BATCH} rows of {SEQ_LEN} tokens a process."
         ]
         for procs in asked.procs:

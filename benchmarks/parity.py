@@ -1,14 +1,17 @@
-"""Are the losses those of one fp32 process, for every objective and family, at ZeRO stages 0 to 3 on 1, 2 and 4 ranks?
+"""Are the losses those of one fp32 process, for every objective and family, at ZeRO stages 0 to 3
+on 1, 2 and 4 ranks?
 
     python -m benchmarks.parity [--steps 10]
 
-Each kind of tests/helpers/pretraining.py trains for 10 steps on a small corpus (made here by the commands of the README), without dropout,
-with clipping: once in one process with the whole batch at once, then in every other cut, documents apart where the family can.
-The first loss stands beside the theoretical one: ln V where all tokens are equally likely; ln V + 1/2 for T5, whose first logits have
-variance 1; ln N for N texts whose embeddings do not tell them apart.
+Each kind of tests/helpers/pretraining.py trains for 10 steps on a small corpus (made here by the
+commands of the README), without dropout, with clipping: once in one process with the whole batch at
+once, then in every other cut, documents apart where the family can. The first loss stands beside
+the theoretical one: ln V where all tokens are equally likely; ln V + 1/2 for T5, whose first logits
+have variance 1; ln N for N texts whose embeddings do not tell them apart.
 
-In bf16: how far is the gradient of a step from a float64 sum of the same bf16 micro-gradients, over 1 to 256 of them? (``--bf16``: only
-this, under a heading of its own.) About 10 minutes on four cores.
+In bf16: how far is the gradient of a step from a float64 sum of the same bf16 micro-gradients, over
+1 to 256 of them? (``--bf16``: only this, under a heading of its own.) About 10 minutes on four
+cores.
 """
 
 from __future__ import annotations
@@ -31,9 +34,8 @@ from tests.helpers.training import train
 
 BATCH, LIMIT = 16, 1e-5
 MICRO_BATCHES = (1, 8, 64, 256)
-UNSAFE: dict[
-    str, tuple[object, int]
-] = {  # value, ZeRO stage: of what config/rules.py refuses because it changes numbers without a word
+# value, ZeRO stage: of what config/rules.py refuses because it changes numbers without a word
+UNSAFE: dict[str, tuple[object, int]] = {
     "communication_data_type": ("bf16", 2),
     "torch_autocast": ({"enabled": True, "dtype": "bfloat16"}, 1),
     "data_types": ({"grad_accum_dtype": "bf16"}, 1),
@@ -85,10 +87,14 @@ def main() -> None:
     record(
         "parity",
         f"{where}\n\n{table(header, rows)}\n\n"
-        f"The last columns: the largest difference of a loss of {steps} steps (batch {BATCH}, clipping at 0.3, no dropout) on 1, 2 and "
-        f"4 ranks from one fp32 process that takes the whole batch at once. Largest: {worst:.1e}, {verdict(worst, at_most=LIMIT)}. "
-        f"First losses are equal at every stage and world size to the same difference. {time.perf_counter() - began:.0f} s.\n\n"
-        "Options of DeepSpeed that `engine.extra` refuses, since they change the losses of GPT-2 on 2 ranks in fp32 without a word:\n\n"
+        f"The last columns: the largest difference of a loss of {steps} steps (batch {BATCH}, "
+        "clipping at 0.3, no dropout) on 1, 2 and "
+        "4 ranks from one fp32 process that takes the whole batch at once. Largest: "
+        f"{worst:.1e}, {verdict(worst, at_most=LIMIT)}. "
+        "First losses are equal at every stage and world size to the same difference. "
+        f"{time.perf_counter() - began:.0f} s.\n\n"
+        "Options of DeepSpeed that `engine.extra` refuses, since they change the losses of "
+        "GPT-2 on 2 ranks in fp32 without a word:\n\n"
         f"{table(['option', 'largest difference'], moved)}",
     )
 
@@ -106,7 +112,8 @@ def accumulation() -> None:
         "accumulation",
         f"{machine('torch', 'deepspeed', 'transformers')}\n\n"
         f"{table(['ZeRO', 'ranks', *(f'{n} micro-batches' for n in MICRO_BATCHES)], rows)}\n\n"
-        "The distance of a step's gradient in bf16 from a float64 sum of the same bf16 micro-gradients, relative to it. Every stage adds "
+        "The distance of a step's gradient in bf16 from a float64 sum of the same bf16 "
+        "micro-gradients, relative to it. Every stage adds "
         "up in fp32 (0 runs as 1), over micro-batches and over ranks. "
         f"{time.perf_counter() - began:.0f} s.",
     )

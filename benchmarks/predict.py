@@ -1,9 +1,10 @@
-"""Predictions per second beside `transformers.pipeline` on the same model and texts, and whether the answers are the same. On the CPU.
+"""Predictions per second beside `transformers.pipeline` on the same model and texts, and whether
+the answers are the same. On the CPU.
 
     python -m benchmarks.predict [--texts 512] [--turns 5] [--threads 2]
 
-Texts have 3 to 60 words. The pipeline gets them one by one, and in batches of 8 and 32 in the order given; hfscale in batches of 32, by
-length. The models have two layers of width 128. Five minutes.
+Texts have 3 to 60 words. The pipeline gets them one by one, and in batches of 8 and 32 in the order
+given; hfscale in batches of 32, by length. The models have two layers of width 128. Five minutes.
 """
 
 from __future__ import annotations
@@ -38,9 +39,9 @@ BERT = {
 GPT2 = {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 1024, "initializer_range": 0.3}
 LABELS = {"problem": "single_label_classification", "labels": ["no", "yes"]}
 HOW = {"max_new_tokens": 16, "do_sample": False}
-TASKS: dict[
-    str, dict[str, Any]
-] = {  # task -> architecture, its config, options of the task, facts, arguments of the pipeline, its answer
+# task -> architecture, its config, options of the task, facts, arguments of the pipeline, its
+# answer
+TASKS: dict[str, dict[str, Any]] = {
     "text_generation": {
         "architecture": "gpt2",
         "config": GPT2,
@@ -156,7 +157,10 @@ def main() -> None:
         "",
         "same answers",
     ]
-    said = f"{about} {given.texts} texts of 3 to 60 words, {given.turns} turns, {given.threads} threads."
+    said = (
+        f"{about} {given.texts} texts of 3 to 60 words, {given.turns} turns, "
+        f"{given.threads} threads."
+    )
     record("predict", f"{said}\n\n{table(header, rows)}")
 
 

@@ -1,11 +1,12 @@
-"""A hundred random kills, each resumed: `hfscale prove resume` at ZeRO 0 to 3, in fp32 and bf16, on 1, 2 and 4 ranks.
+"""A hundred random kills, each resumed: `hfscale prove resume` at ZeRO 0 to 3, in fp32 and bf16, on
+1, 2 and 4 ranks.
 
     python -m benchmarks.prove_resume                    # about 20 minutes on 4 idle cores
     python -m benchmarks.prove_resume --kills 24 --minutes 5
 
-Each of the 24 combinations has one twin that nobody disturbs and one run that is killed several times over: a GPT-2 of two layers
-with dropout on real text, 40 steps, a checkpoint every 3. Certificates are kept in --home, so the same command goes on after an
-interruption.
+Each of the 24 combinations has one twin that nobody disturbs and one run that is killed several
+times over: a GPT-2 of two layers with dropout on real text, 40 steps, a checkpoint every 3.
+Certificates are kept in --home, so the same command goes on after an interruption.
 """
 
 from __future__ import annotations
@@ -113,11 +114,15 @@ def main() -> None:
         "prove_resume",
         "\n\n".join(
             [
-                f"{machine('torch', 'deepspeed', 'transformers')} GPT-2 of 2 layers with dropout 0.1, 40 steps, a checkpoint every 3; "
-                "killed from outside at random moments of random steps and started again by the same command.",
+                f"{machine('torch', 'deepspeed', 'transformers')} GPT-2 of 2 layers with "
+                "dropout 0.1, 40 steps, a checkpoint every 3; "
+                "killed from outside at random moments of random steps and started again by "
+                "the same command.",
                 table(["", "1 rank", "2 ranks", "4 ranks"], rows),
-                f"{len(kills)} kills, {sum(kill['process'] == 'one rank' for kill in kills)} of one rank alone; {lost} steps were made again. "
-                f"Bit for bit equal to the undisturbed twin, in every batch, learning rate, loss, gradient norm, weight and moment: {len(equal)}, "
+                f"{len(kills)} kills, {sum(kill['process'] == 'one rank' for kill in kills)} "
+                f"of one rank alone; {lost} steps were made again. "
+                "Bit for bit equal to the undisturbed twin, in every batch, learning rate, "
+                f"loss, gradient norm, weight and moment: {len(equal)}, "
                 f"{verdict(len(equal), at_least=len(kills))}.",
             ]
         ),

@@ -1,10 +1,12 @@
-"""Training-like reading from an HTTP server on the loopback, beside the same shards in a local folder.
+"""Training-like reading from an HTTP server on the loopback, beside the same shards in a local
+folder.
 
     python -m benchmarks.remote [--turns 5] [--steps 300]        about three minutes
 
-A step takes 64 rows of 1024 tokens and then computes for about 20 ms (matrix products: what fetching costs the processor shows). The
-cache begins empty in every turn. The server is a process of its own; it sends as fast as it can, or at a rate that is given as a multiple
-of what training reads. With "cache of 8 shards" it must remove shards all the time: the run reads more than that.
+A step takes 64 rows of 1024 tokens and then computes for about 20 ms (matrix products: what
+fetching costs the processor shows). The cache begins empty in every turn. The server is a process
+of its own; it sends as fast as it can, or at a rate that is given as a multiple of what training
+reads. With "cache of 8 shards" it must remove shards all the time: the run reads more than that.
 """
 
 from __future__ import annotations
@@ -58,7 +60,9 @@ def make_corpus(folder: Path) -> Manifest:
 def run(
     place: str, *, steps: int, first: list[float], waits: list[float], size_gb: float = 10.0
 ) -> float:
-    """Return the tokens/s of a run with an empty cache, after its first batch; notes seconds to that, and the share of time waited."""
+    """Return the tokens/s of a run with an empty cache, after its first batch; notes seconds to
+    that, and the share of time waited.
+    """
     with tempfile.TemporaryDirectory() as cache:
         began, waited = time.perf_counter(), 0.0
         options: dict[str, Any] = (
@@ -158,8 +162,10 @@ def main() -> None:
         "remote",
         "\n\n".join(
             [
-                f"{where}\n`python -m benchmarks.remote`: {SHARDS} shards of {entry.bytes / 1e6:.1f} MB over HTTP on the loopback; {asked.steps} "
-                f"steps of {BATCH} x {SEQ} tokens with about 20 ms of matrix products each, {asked.turns} turns, an empty cache in each. Training "
+                f"{where}\n`python -m benchmarks.remote`: {SHARDS} shards of "
+                f"{entry.bytes / 1e6:.1f} MB over HTTP on the loopback; {asked.steps} "
+                f"steps of {BATCH} x {SEQ} tokens with about 20 ms of matrix products each, "
+                f"{asked.turns} turns, an empty cache in each. Training "
                 f"reads {needed / 1e6:.1f} MB/s.",
                 table(
                     [

@@ -2,9 +2,10 @@
 
     python -m benchmarks.shards_build [--mb 64] [--turns 5] [--vocab 32768]
 
-The text is the Python source found on the machine, as files in one folder. "tokenizers alone" calls encode_batch_fast on the
-texts in memory with its own threads on all cores, in batches, and throws the result away. "shards build" is the whole of
-`hfscale shards build`: starting its processes, reading, splitting, dropping duplicates, tokenizing, writing, syncing.
+The text is the Python source found on the machine, as files in one folder. "tokenizers alone" calls
+encode_batch_fast on the texts in memory with its own threads on all cores, in batches, and throws
+the result away. "shards build" is the whole of `hfscale shards build`: starting its processes,
+reading, splitting, dropping duplicates, tokenizing, writing, syncing.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ PEER, OURS = "tokenizers alone", "shards build"
 
 
 def make_text(folder: Path, size: int) -> list[str]:
-    """Return the texts that were also written into ``folder``, about ``size`` bytes of them, no two alike."""
+    """Return the texts that were also written into ``folder``, about ``size`` bytes of them, no two
+    alike.
+    """
     texts: list[str] = []
     folder.mkdir()
     for document in assign(
@@ -99,7 +102,10 @@ def main() -> None:
         [PEER, spread(speeds[PEER]), "1.00", ""],
         [OURS, spread(speeds[OURS]), f"{share:.2f}", verdict(share, at_least=0.8)],
     ]
-    what = f"{megabytes:.0f} MB of Python source in {len(texts):,} files, byte-level BPE of {options.vocab:,} tokens"
+    what = (
+        f"{megabytes:.0f} MB of Python source in {len(texts):,} files, byte-level BPE of "
+        f"{options.vocab:,} tokens"
+    )
     record(
         "shards_build",
         f"{about} {what}. MB of text a second, median (quartiles) of {options.turns} turns.\n\n"

@@ -1,9 +1,11 @@
-"""How well an epoch is mixed: stock webdataset's shardshuffle + shuffle(1000) and our order, on the same synthetic corpus.
+"""How well an epoch is mixed: stock webdataset's shardshuffle + shuffle(1000) and our order, on the
+same synthetic corpus.
 
     python -m benchmarks.shuffle [--shards 64] [--rows 4000]
 
-Every row knows its place in the corpus. Both readers really run over real tars, one epoch, and are cut into the same global batches. Writes
-the table into docs/data.md, and the picture docs/shuffle.png. About half a minute.
+Every row knows its place in the corpus. Both readers really run over real tars, one epoch, and are
+cut into the same global batches. Writes the table into docs/data.md, and the picture
+docs/shuffle.png. About half a minute.
 """
 
 from __future__ import annotations
@@ -30,21 +32,25 @@ PLACES = f"1/{PARTS}ths of the corpus a batch"
 DOCS = Path(__file__).parents[1] / "docs"
 
 INTRO = f"""
-One epoch of {{shards}} shards of {{rows:,}} rows, in global batches of {BATCH}: by stock `webdataset` {webdataset.__version__}, with
-`shardshuffle` over all shards and `.shuffle({BUFFER})` on each rank, which has its share of the tars; and by ours with the defaults. A
-batch of ours mixes at least {{ratio:.1f}} times as many shards and places. Printed by `python -m benchmarks.shuffle`.
+One epoch of {{shards}} shards of {{rows:,}} rows, in global batches of {BATCH}: by stock
+`webdataset` {webdataset.__version__}, with `shardshuffle` over all shards and `.shuffle({BUFFER})`
+on each rank, which has its share of the tars; and by ours with the defaults. A batch of ours mixes
+at least {{ratio:.1f}} times as many shards and places. Printed by `python -m benchmarks.shuffle`.
 
 ![Where in the corpus the rows of sixty batches stand](shuffle.png)
 """
 OUTRO = """
-Batches of ours differ less from each other than chance would have it, because every batch takes as many rows from each lane. Two
-rows of one lane are less than a block apart; that inside a block every order is as likely as any other is shown by
-`tests/stream/test_order.py`. For distances and correlations the rows of a batch are taken in random order: training does not
-see the one they have. """
+Batches of ours differ less from each other than chance would have it, because every batch takes as
+many rows from each lane. Two rows of one lane are less than a block apart; that inside a block
+every order is as likely as any other is shown by `tests/stream/test_order.py`. For distances and
+correlations the rows of a batch are taken in random order: training does not see the one they have.
+"""
 
 
 def write(folder: Path, *, shards: int, rows: int) -> list[str]:
-    """Return the names of webdataset's tars, one sample a row; ``folder`` gets our shards too. Row k says k."""
+    """Return the names of webdataset's tars, one sample a row; ``folder`` gets our shards too. Row
+    k says k.
+    """
     entries, tars = list[ShardEntry](), []
     writer = ShardWriter(
         folder,
@@ -71,7 +77,9 @@ def write(folder: Path, *, shards: int, rows: int) -> list[str]:
 
 
 def stock(tars: list[str], *, ranks: int) -> np.ndarray:
-    """Return the corpus places in the order of webdataset's epoch. Each rank has its share of the tars, as ``split_by_node`` deals them."""
+    """Return the corpus places in the order of webdataset's epoch. Each rank has its share of the
+    tars, as ``split_by_node`` deals them.
+    """
     readers: list[Iterator[dict[str, bytes]]] = []
     for rank in range(ranks):
         mine = webdataset.WebDataset(
@@ -144,7 +152,9 @@ def measures(batches: np.ndarray, *, rows: int, shards: int) -> dict[str, float]
 
 
 def huge() -> str:
-    """Return what a batch mixes where the data is a trillion tokens: by the order alone, no tar is that long."""
+    """Return what a batch mixes where the data is a trillion tokens: by the order alone, no tar is
+    that long.
+    """
     shards, rows = 100_000, 9766
     order = order_of(np.full(shards, rows), seed=1, lanes="auto", block=1024)
     places = order.locate(order.rows // 2 // BATCH * BATCH + np.arange(200 * BATCH))

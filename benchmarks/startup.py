@@ -1,4 +1,5 @@
-"""How soon the command line answers: `hfscale --help`, and a config with mistakes, against an empty Python program.
+"""How soon the command line answers: `hfscale --help`, and a config with mistakes, against an empty
+Python program.
 
 python -m benchmarks.startup [--turns 15]
 """
@@ -28,7 +29,9 @@ NOTHING, HELP, REFUSED = "python -c pass", "hfscale --help", "a config with two 
 
 
 def timed(command: list[str], *, code: int, says: str = "") -> Callable[[], float]:
-    """Return a function that runs ``command`` and returns its seconds, after checking what it answered."""
+    """Return a function that runs ``command`` and returns its seconds, after checking what it
+    answered.
+    """
 
     def run() -> float:
         start = time.perf_counter()

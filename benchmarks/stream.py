@@ -1,13 +1,17 @@
-"""How fast rows become batches, and how long a resume takes, against np.memmap and other libraries' readers.
+"""How fast rows become batches, and how long a resume takes, against np.memmap and other libraries'
+readers.
 
-    python -m benchmarks.stream [--peers-env FOLDER] [--tokens 1e8] [--turns 5] [--folder FOLDER]     # two minutes
+    # two minutes
+    python -m benchmarks.stream [--peers-env FOLDER] [--tokens 1e8] [--turns 5] [--folder FOLDER]
 
-The corpus is synthetic: random uint16 ids in documents of 600 tokens on average, as shards of 64 MB with chunks of 2 MB and as one flat
-file; peers make what they need of it (`benchmarks/peers/streams.py`). Each reader runs in a process of its own, and a turn asks one
-after the other for two epochs as batches of 32 x 1024 int64: the first with files opened anew (and our checksums), the next by the same
-reader. All files were read once after they were written, so that the page cache holds them and holds them alike. ``--peers-env``
-names the virtual environment of MosaicML Streaming and litdata, which pin old versions of other packages; where it is not
-there it is made with pip, on top of this one (half a minute and 0.8 GB). Without it they are left out.
+The corpus is synthetic: random uint16 ids in documents of 600 tokens on average, as shards of 64 MB
+with chunks of 2 MB and as one flat file; peers make what they need of it
+(`benchmarks/peers/streams.py`). Each reader runs in a process of its own, and a turn asks one after
+the other for two epochs as batches of 32 x 1024 int64: the first with files opened anew (and our
+checksums), the next by the same reader. All files were read once after they were written, so that
+the page cache holds them and holds them alike. ``--peers-env`` names the virtual environment of
+MosaicML Streaming and litdata, which pin old versions of other packages; where it is not there it
+is made with pip, on top of this one (half a minute and 0.8 GB). Without it they are left out.
 """
 
 from __future__ import annotations
@@ -58,7 +62,9 @@ FLAT, MOSAICML = "np.memmap", "MosaicML Streaming"
 
 
 def make_corpus(folder: Path, tokens: int) -> None:
-    """Return with ``folder/shards`` and ``folder/flat.bin`` holding the same random tokens, and ``ends.npy`` their documents."""
+    """Return with ``folder/shards`` and ``folder/flat.bin`` holding the same random tokens, and
+    ``ends.npy`` their documents.
+    """
     if not (folder / "shards" / "manifest.json").exists():
         rng, entries = np.random.default_rng(0), list[ShardEntry]()
         stream = rng.integers(1, 50_000, tokens, dtype=np.uint16)
@@ -97,7 +103,7 @@ def drop(path: Path) -> None:
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-# ----------------------------------------------------------------------------------------------------------------------- ours
+# --------------------------------------------------------------------------------------------- ours
 def open_stream(
     folder: Path,
     *,
@@ -159,9 +165,11 @@ OURS = {
 }
 
 
-# -------------------------------------------------------------------------------------------------------------- the processes
+# ------------------------------------------------------------------------------------ the processes
 def peers_environment(folder: Path) -> Path:
-    """Return the interpreter of the environment at ``folder``, made with pip unless it is there: what it lacks, this one has."""
+    """Return the interpreter of the environment at ``folder``, made with pip unless it is there:
+    what it lacks, this one has.
+    """
     python = folder / "bin" / "python"
     if not (folder / "ready").exists():
         venv.create(folder, with_pip=True)
@@ -221,9 +229,11 @@ class Process:
         self._process.wait()
 
 
-# ----------------------------------------------------------------------------------------------------- ours, taken to pieces
+# ---------------------------------------------------------------------------- ours, taken to pieces
 def pieces(folder: Path, turns: int) -> dict[str, list[float]]:
-    """Return the seconds that an epoch in order takes to write as int64 alone, to copy prepared rows, and to prepare them."""
+    """Return the seconds that an epoch in order takes to write as int64 alone, to copy prepared
+    rows, and to prepare them.
+    """
     rows = TokenRows(folder / "shards", seq_len=SEQ)
     order = order_of(rows.shard_rows, seed=1, lanes=1, block=1)
     step = SLAB_TOKENS // SEQ
@@ -260,7 +270,8 @@ def pieces(folder: Path, turns: int) -> dict[str, list[float]]:
 
 
 def cold_waits(folder: Path, *, step_s: float, ahead: bool) -> tuple[float, float, float]:
-    """Return the seconds to the first batch, all that training waits for data after it, and the longest wait; nothing is in the page cache.
+    """Return the seconds to the first batch, all that training waits for data after it, and the
+    longest wait; nothing is in the page cache.
 
     Without ``ahead`` there is no reader thread: rows are prepared where they are asked for.
     """
@@ -289,7 +300,9 @@ def cold_waits(folder: Path, *, step_s: float, ahead: bool) -> tuple[float, floa
 
 
 def order_alone(turns: int) -> str:
-    """Return what the order costs where the data is a trillion tokens in 100,000 shards: to start, and a row."""
+    """Return what the order costs where the data is a trillion tokens in 100,000 shards: to start,
+    and a row.
+    """
     starts, each = [], []
     shard_rows = np.full(100_000, 9766)
     for _ in range(turns):
@@ -304,7 +317,10 @@ def order_alone(turns: int) -> str:
             order.steps(order.rows // 3, count=32, global_batch=BATCH, rank=0, world_size=1).ravel()
         )
         each.append((time.perf_counter() - began) / 1024)
-    return f"The order of 1e12 tokens in 100,000 shards: {median(starts) * 1e3:.0f} ms to start at 50 %, {median(each) * 1e6:.2f} us a row."
+    return (
+        f"The order of 1e12 tokens in 100,000 shards: {median(starts) * 1e3:.0f} ms to "
+        f"start at 50 %, {median(each) * 1e6:.2f} us a row."
+    )
 
 
 def plot(resumes: dict[str, list[dict[str, float]]]) -> None:
@@ -432,7 +448,8 @@ def main() -> None:
     if MOSAICML in readers:
         times = {name: ratio(later[name], later[MOSAICML]) for name in (IN_ORDER, SHUFFLED)}
         against = (
-            f"Against {MOSAICML}'s iterator: {times[IN_ORDER]:.0f} x in order, {times[SHUFFLED]:.0f} x shuffled, "
+            f"Against {MOSAICML}'s iterator: {times[IN_ORDER]:.0f} x in order, "
+            f"{times[SHUFFLED]:.0f} x shuffled, "
             f"{verdict(times[SHUFFLED], at_least=20)}."
         )
     per_batch = {
@@ -451,9 +468,12 @@ def main() -> None:
             filter(
                 None,
                 [
-                    f"{where} {arguments.tokens:.3g} tokens (peers that need seconds for it: a tenth), batches of {BATCH} x {SEQ} int64, one process "
-                    f"each. M tokens/s, median (quartiles) of {arguments.turns} turns; ratios to np.memmap in the same turn. First: with files "
-                    "opened anew, and our checksums. Later: the next epoch of the same reader. Resume: from a state at 50 % to the first batch.",
+                    f"{where} {arguments.tokens:.3g} tokens (peers that need seconds for it: a "
+                    f"tenth), batches of {BATCH} x {SEQ} int64, one process "
+                    f"each. M tokens/s, median (quartiles) of {arguments.turns} turns; ratios "
+                    "to np.memmap in the same turn. First: with files "
+                    "opened anew, and our checksums. Later: the next epoch of the same reader. "
+                    "Resume: from a state at 50 % to the first batch.",
                     table(
                         [
                             "reader",
@@ -473,15 +493,24 @@ def main() -> None:
                         f"{ms:.1f} ms at {place:g}"
                         for place, ms in zip(PLACES, flat_ms, strict=True)
                     )
-                    + f" and {far * 1e3:.1f} ms at 1000.5 epochs; longest over shortest {max(flat_ms) / min(flat_ms):.2f}. All: docs/resume.png.",
-                    f"Anonymous memory of our reader (RssAnon; mapped pages of the shards are not in it) grows by at most {grown:.2f} MiB "
+                    + f" and {far * 1e3:.1f} ms at 1000.5 epochs; longest over shortest "
+                    f"{max(flat_ms) / min(flat_ms):.2f}. All: docs/resume.png.",
+                    "Anonymous memory of our reader (RssAnon; mapped pages of the shards are "
+                    f"not in it) grows by at most {grown:.2f} MiB "
                     "through an epoch.",
-                    f"A batch in order with boundaries takes {whole:.1f} us: {per_batch['write']:.1f} us to read uint16 and write int64 (a bare loop "
-                    f"of slices; {per_batch['write'] / whole:.0%}), {per_batch['copy'] - per_batch['write']:.1f} us more to copy prepared rows out "
-                    f"of tars, {whole - per_batch['copy']:.1f} us for take(), advance(), views and what the reader thread, which prepares beside it "
-                    f"({per_batch['prepare']:.1f} us a batch), takes of the interpreter and of the memory.",
-                    f"Out of the page cache, in 8 lanes, steps of 3 ms: the first batch after {cold[True][0] * 1e3:.0f} ms; in the 999 steps after it "
-                    f"training waits {cold[True][1] * 1e3:.0f} ms in all and {cold[True][2] * 1e3:.0f} ms at most, without the reader thread "
+                    f"A batch in order with boundaries takes {whole:.1f} us: "
+                    f"{per_batch['write']:.1f} us to read uint16 and write int64 (a bare loop "
+                    f"of slices; {per_batch['write'] / whole:.0%}), "
+                    f"{per_batch['copy'] - per_batch['write']:.1f} us more to copy prepared "
+                    "rows out "
+                    f"of tars, {whole - per_batch['copy']:.1f} us for take(), advance(), views "
+                    "and what the reader thread, which prepares beside it "
+                    f"({per_batch['prepare']:.1f} us a batch), takes of the interpreter and of "
+                    "the memory.",
+                    "Out of the page cache, in 8 lanes, steps of 3 ms: the first batch after "
+                    f"{cold[True][0] * 1e3:.0f} ms; in the 999 steps after it "
+                    f"training waits {cold[True][1] * 1e3:.0f} ms in all and "
+                    f"{cold[True][2] * 1e3:.0f} ms at most, without the reader thread "
                     f"{cold[False][1] * 1e3:.0f} ms and {cold[False][2] * 1e3:.0f} ms.",
                     order_alone(arguments.turns),
                 ],

@@ -1,12 +1,15 @@
-"""How fast raw-text tars become batches, against `tokenizers` alone in as many processes on the same text.
+"""How fast raw-text tars become batches, against `tokenizers` alone in as many processes on the
+same text.
 
     python -m benchmarks.stream_text [--mb 64] [--turns 5] [--folder FOLDER]
 
-The text is the Python source found on the machine, in tars of 16 MB that stock `webdataset` wrote, once as `.txt` and once as `.json`.
-"tokenizers alone": n processes, each with its share of the texts in memory, call encode_batch_fast and throw the result away; their
-start is not counted. "Stream": one rank with n tokenizing processes, for as many tokens in batches of 256 x 1024 ids, after 20 steps
-in which it gets ahead; checksums, JSON, packing, hand-over and the reader's own work count, and all must fit on the cores there are.
-"First batch" is from nothing but a config: manifest, processes that start, tokenizer, one step. About five minutes on 4 cores.
+The text is the Python source found on the machine, in tars of 16 MB that stock `webdataset` wrote,
+once as `.txt` and once as `.json`. "tokenizers alone": n processes, each with its share of the
+texts in memory, call encode_batch_fast and throw the result away; their start is not counted.
+"Stream": one rank with n tokenizing processes, for as many tokens in batches of 256 x 1024 ids,
+after 20 steps in which it gets ahead; checksums, JSON, packing, hand-over and the reader's own work
+count, and all must fit on the cores there are. "First batch" is from nothing but a config:
+manifest, processes that start, tokenizer, one step. About five minutes on 4 cores.
 """
 
 from __future__ import annotations
@@ -231,9 +234,11 @@ def main() -> None:
         "stream_text",
         "\n\n".join(
             [
-                f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, median (quartiles) of {options.turns} turns.",
+                f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, "
+                f"median (quartiles) of {options.turns} turns.",
                 beside_the_peer(speeds, counts),
-                f"From a config to the first batch of {BATCH} x {SEQ}: {spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
+                f"From a config to the first batch of {BATCH} x {SEQ}: "
+                f"{spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
                 + ", ".join(
                     f"{median(seconds):.2f} s at {place} epochs"
                     for place, seconds in resumes.items()
@@ -245,7 +250,9 @@ def main() -> None:
 
 
 def beside_the_peer(speeds: dict[str, list[float]], counts: list[int]) -> str:
-    """Return the table of speeds, for each of ``counts`` of processes, and their ratio to that of tokenizers alone."""
+    """Return the table of speeds, for each of ``counts`` of processes, and their ratio to that of
+    tokenizers alone.
+    """
     lines = []
     for procs in counts:
         peer = speeds[f"alone {procs}"]

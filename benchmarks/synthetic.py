@@ -1,6 +1,8 @@
-"""A corpus without text: a tokenizer of made-up words, and token shards of random documents that a model can learn from.
+"""A corpus without text: a tokenizer of made-up words, and token shards of random documents that a
+model can learn from.
 
-Ids are drawn from a Zipf-like distribution, and a third of them repeat what stood eight tokens before, so losses fall.
+Ids are drawn from a Zipf-like distribution, and a third of them repeat what stood eight tokens
+before, so losses fall.
 """
 
 from __future__ import annotations
@@ -25,7 +27,8 @@ LAG = 8
 def make_tokenizer(folder: Path, *, vocab_size: int, sentinels: int = 0) -> Path:
     """Return ``folder`` with a fast tokenizer of ``vocab_size`` words, of which 0 ends a document.
 
-    With every special token that an objective may need, behind the words: ``sentinels`` of them stand for hidden spans.
+    With every special token that an objective may need, behind the words: ``sentinels`` of them
+    stand for hidden spans.
     """
     words = {END: 0, **{f"w{k}": k for k in range(1, vocab_size)}}
     plain = Tokenizer(WordLevel(words, unk_token=END))
@@ -47,7 +50,9 @@ def make_tokenizer(folder: Path, *, vocab_size: int, sentinels: int = 0) -> Path
 def make_shards(
     folder: Path, *, tokenizer: Path, vocab_size: int, tokens: int, seed: int = 0
 ) -> Path:
-    """Return ``folder`` with shards and manifest of at least ``tokens`` random tokens, in documents of 500 on average."""
+    """Return ``folder`` with shards and manifest of at least ``tokens`` random tokens, in documents
+    of 500 on average.
+    """
     documents = random_documents(vocab_size, tokens, np.random.default_rng(seed))
     return write_shards(folder, documents, tokenizer=tokenizer, vocab_size=vocab_size)
 
@@ -68,7 +73,9 @@ def random_documents(
 def write_shards(
     folder: Path, documents: Iterable[np.ndarray], *, tokenizer: Path, vocab_size: int
 ) -> Path:
-    """Return ``folder`` with shards and manifest of ``documents`` (ids), each with its end added."""
+    """Return ``folder`` with shards and manifest of ``documents`` (ids), each with its end
+    added.
+    """
     dtype = np.dtype("<u2" if vocab_size <= 2**16 else "<u4")
     entries: list[ShardEntry] = []
     writer = ShardWriter(

@@ -1,18 +1,25 @@
-"""The data and configs of `launch/tour.sh`, made on this machine, and the table of scores that it ends with.
+"""The data and configs of `launch/tour.sh`, made on this machine, and the table of scores that it
+ends with.
 
     python -m benchmarks.tour data FOLDER        # texts, labelled examples, configs
     python -m benchmarks.tour table FOLDER       # after training and evaluation
 
-- topics        which part of the library a docstring is from                   baseline: the label most frequent there
-- sentiment     sentences from templates, with words like careful and careless  baseline: the most frequent label
-- ner           names of modules, errors and builtins in docstrings             baseline: the tag that a word most often had, else O
-- qa            what a docstring's function returns, raises, does when ...      baseline: the context's first words, as many as answers have
-- summarization the first line of a docstring out of what follows and the name  baseline: lead, as many words as summaries have
+- topics        which part of the library a docstring is from                   baseline: the label
+                most frequent there
+- sentiment     sentences from templates, with words like careful and careless  baseline: the most
+                frequent label
+- ner           names of modules, errors and builtins in docstrings             baseline: the tag
+                that a word most often had, else O
+- qa            what a docstring's function returns, raises, does when ...      baseline: the
+                context's first words, as many as answers have
+- summarization the first line of a docstring out of what follows and the name  baseline: lead, as
+  many words as summaries have
 - translation   messages of programs, English to Russian                        baseline: copy
 
-The decoder first learns to copy, from rows of words that are said six times: a summary says again what it is given, and without that
-lesson a model of this size takes far longer to find out. For the same reason the encoder-decoder sees short rows of which little is
-hidden: that is where its decoder learns to look at the encoder, and until it does, a translation has nothing to do with its source.
+The decoder first learns to copy, from rows of words that are said six times: a summary says again
+what it is given, and without that lesson a model of this size takes far longer to find out. For the
+same reason the encoder-decoder sees short rows of which little is hidden: that is where its decoder
+learns to look at the encoder, and until it does, a translation has nothing to do with its source.
 """
 
 from __future__ import annotations
@@ -50,7 +57,7 @@ def unique(examples: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"id": str(number), **example} for number, example in enumerate(found)]
 
 
-# ---------------------------------------------------------------------------------------------------- configs
+# ------------------------------------------------------------------------------------------ configs
 SIZES: dict[str, dict[str, Any]] = {
     "encoder": {
         "model": {
@@ -109,7 +116,8 @@ SIZES: dict[str, dict[str, Any]] = {
         "train": {"steps": 800, "global_batch": 32, "micro_batch": 16},
     },
 }
-# begins with, the kind of text, tokenizer, its size; small ones where letters matter more than meaning
+# begins with, the kind of text, tokenizer, its size; small ones where letters matter more than
+# meaning
 TEXTS = {
     "encoder": ("docstrings", "wordpiece", 6144),
     "decoder": ("summaries", "bpe", 1024),
@@ -165,7 +173,9 @@ TASKS: dict[
 
 
 def precision() -> str:
-    """Return bf16 where the processor has matrix instructions for it: there a step takes half as long, elsewhere longer."""
+    """Return bf16 where the processor has matrix instructions for it: there a step takes half as
+    long, elsewhere longer.
+    """
     return "bf16" if "amx_bf16" in Path("/proc/cpuinfo").read_text() else "fp32"
 
 
@@ -233,7 +243,7 @@ def corpus(name: str, folder: Path, *, shards: str, text: str) -> dict[str, Any]
     }
 
 
-# ------------------------------------------------------------------------------------------------------ commands
+# ----------------------------------------------------------------------------------------- commands
 def make(folder: Path) -> None:
     """Write texts, examples, baselines and configs. What is tested is not among the texts."""
     docs, pairs = docstrings(), messages()
@@ -262,7 +272,8 @@ def make(folder: Path) -> None:
         test = test[:MOST_TESTED]
         if len(test) < LEAST_TESTED:
             raise SystemExit(
-                f"{task}: only {len(test)} examples to test on; this machine's Python has too few docstrings"
+                f"{task}: only {len(test)} examples to test on; this machine's Python has too "
+                "few docstrings"
             )
         for name, lines in (
             ("train", train),
@@ -288,7 +299,9 @@ def make(folder: Path) -> None:
 
 
 def table(folder: Path) -> None:
-    """Print model and baseline of each task with 95 % intervals, and a few outputs; exit with 1 if one does not beat its baseline."""
+    """Print model and baseline of each task with 95 % intervals, and a few outputs; exit with 1 if
+    one does not beat its baseline.
+    """
     from hfscale.jobs.asked import settle
     from hfscale.jobs.evaluate import score
 
@@ -310,7 +323,8 @@ def table(folder: Path) -> None:
         beaten &= better
         shown = [f"{value:.3f} ({low:.3f} - {high:.3f})" for value, low, high in cells]
         print(
-            f"{name:<15}{metric:<10}{ours['examples']:>7}   {shown[0]:<26}{shown[1]:<26}{'' if better else 'NOT beaten'}"
+            f"{name:<15}{metric:<10}{ours['examples']:>7}   "
+            f"{shown[0]:<26}{shown[1]:<26}{'' if better else 'NOT beaten'}"
         )
         references = {
             line["id"]: line

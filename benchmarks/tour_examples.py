@@ -1,8 +1,10 @@
-"""Texts and labelled examples of `launch/tour.sh`, made of what is on this machine, and the trivial baselines.
+"""Texts and labelled examples of `launch/tour.sh`, made of what is on this machine, and the trivial
+baselines.
 
-Texts are docstrings of Python's standard library and of packages that PyTorch brings along, and the messages of the machine's
-programs with their translations (gettext). What is tested comes from files, templates and words that training has not seen: a file
-is on one side by the hash of its name, and what also stands in a trained file is not tested.
+Texts are docstrings of Python's standard library and of packages that PyTorch brings along, and the
+messages of the machine's programs with their translations (gettext). What is tested comes from
+files, templates and words that training has not seen: a file is on one side by the hash of its
+name, and what also stands in a trained file is not tested.
 """
 
 from __future__ import annotations
@@ -131,13 +133,15 @@ ANSWERS = {
     for kind, pattern in {
         "return": r"\b[Rr]eturns?\s+(\S.{3,70}?)" + END,
         "condition": r"\b(?:[Ii]f|[Ww]hen|[Uu]nless)\s+(\S.{3,70}?)(?=[.;:,](?:\s|$)|\sthen\s|$)",
-        "raise": r"\b[Rr]ais(?:es?|ed|ing)\s+(?:an?\s+|the\s+)?(\w*(?:Error|Exception|Warning|Exit|Interrupt)\w*)",
+        "raise": r"\b[Rr]ais(?:es?|ed|ing)\s+(?:an?\s+|the\s+)?"
+        r"(\w*(?:Error|Exception|Warning|Exit|Interrupt)\w*)",
         "default": r"\b[Dd]efaults? (?:value )?(?:is|to)\s+(\S.{0,40}?)" + END,
         "use": r"\bused (?:to|for|as|by)\s+(\S.{3,70}?)" + END,
     }.items()
 }
 
-# Made-up sentences, where there are no catalogues: the test puts the phrases together in another way.
+# Made-up sentences, where there are no catalogues: the test puts the phrases together in another
+# way.
 WHEN = [
     "today сегодня",
     "now теперь",
@@ -205,9 +209,11 @@ def side_of(name: str) -> str:
     return "test" if is_test(name) else "train"
 
 
-# ------------------------------------------------------------------------------------------------ sources
+# ------------------------------------------------------------------------------------------ sources
 def docstrings() -> list[Doc]:
-    """Return the docstrings of modules, classes and functions of the standard library and of LIBRARIES."""
+    """Return the docstrings of modules, classes and functions of the standard library and of
+    LIBRARIES.
+    """
     standard, packages = Path(sysconfig.get_path("stdlib")), Path(sysconfig.get_path("purelib"))
     files = [
         (path, path.relative_to(root).as_posix())
@@ -231,8 +237,9 @@ def docstrings() -> list[Doc]:
 
 
 def messages() -> list[Pair]:
-    """Return messages of the programs installed here and their Russian; none of names alone (countries), nor tested ones that any
-    trained catalogue has, in capitals or not."""
+    """Return messages of the programs installed here and their Russian; none of names alone
+    (countries), nor tested ones that any trained catalogue has, in capitals or not.
+    """
     found = list[Pair]()
     for file in sorted(Path("/usr/share/locale").glob(f"{LANGUAGE}/LC_MESSAGES/*.mo")):
         with open(file, "rb") as catalogue, suppress(UnicodeDecodeError, OSError):
@@ -251,7 +258,9 @@ def messages() -> list[Pair]:
 
 
 def made_up_messages() -> list[Pair]:
-    """Return what takes the place of ``messages``: sentences of a few words in English and Russian."""
+    """Return what takes the place of ``messages``: sentences of a few words in English and
+    Russian.
+    """
     rng, found = random.Random(0), list[Pair]()
     for number in range(8000):
         side = side_of(file := f"made up {number % 200}")
@@ -288,7 +297,7 @@ def spoken(name: str) -> str:
     return " ".join(re.sub(r"([a-z0-9])([A-Z])", r"\1 \2", name.replace("_", " ")).lower().split())
 
 
-# ------------------------------------------------------------------------------------------------ texts to pretrain on
+# ----------------------------------------------------------------------------- texts to pretrain on
 def texts(docs: list[Doc], pairs: list[Pair]) -> dict[str, dict[str, str]]:
     """Return kind -> name -> text; nothing is in it of the files that are tested."""
     trained, rng = [doc for doc in docs if not is_test(doc[0])], random.Random(0)
@@ -313,7 +322,7 @@ def texts(docs: list[Doc], pairs: list[Pair]) -> dict[str, dict[str, str]]:
     return made
 
 
-# --------------------------------------------------------------------------------------------- labelled examples
+# -------------------------------------------------------------------------------- labelled examples
 def topics(docs: list[Doc]) -> Split:
     """Return docstrings and the package that each is from; of a large file some."""
     packages = {
@@ -361,8 +370,10 @@ def sentiment() -> Split:
 
 
 def ner(docs: list[Doc]) -> Split:
-    """Return sentences of docstrings in which names of modules and builtins are entities where they stand as code, not as English
-    words (a list, random, all): with a dot or a capital, in quotes, before a parenthesis. A name is an entity on one side only."""
+    """Return sentences of docstrings in which names of modules and builtins are entities where they
+    stand as code, not as English words (a list, random, all): with a dot or a capital, in quotes,
+    before a parenthesis. A name is an entity on one side only.
+    """
     kinds = {name: "MODULE" for name in sys.stdlib_module_names if len(name) > 2}
     kinds |= {
         name: "ERROR" if name.endswith(("Error", "Warning", "Exception")) else "BUILTIN"
@@ -394,7 +405,9 @@ def ner(docs: list[Doc]) -> Split:
 
 
 def qa(docs: list[Doc]) -> Split:
-    """Return questions about docstrings whose answers stand in them word for word; at least two of each docstring."""
+    """Return questions about docstrings whose answers stand in them word for word; at least two of
+    each docstring.
+    """
     made: Split = {"train": [], "test": []}
     for file, name, text in docs:
         context, side = one_line(text)[:350], side_of(file)
@@ -417,7 +430,9 @@ def qa(docs: list[Doc]) -> Split:
 
 
 def summarization(docs: list[Doc]) -> Split:
-    """Return how docstrings go on after their first line, with the words of the name behind; and that line."""
+    """Return how docstrings go on after their first line, with the words of the name behind; and
+    that line.
+    """
     made: Split = {"train": [], "test": []}
     for file, name, text in docs:
         first, _, rest = text.partition("\n\n")
@@ -429,7 +444,9 @@ def summarization(docs: list[Doc]) -> Split:
 
 
 def translation(pairs: list[Pair]) -> Split:
-    """Return short messages without options and their translations; the tested ones have no gaps to fill either, just words."""
+    """Return short messages without options and their translations; the tested ones have no gaps to
+    fill either, just words.
+    """
     made: Split = {"train": [], "test": []}
     for file, source, target in pairs:
         if 8 < len(source) < 60 and re.fullmatch(
@@ -456,7 +473,7 @@ def untold(examples: list[Example], docs: list[Doc]) -> list[Example]:
     ]
 
 
-# --------------------------------------------------------------------------------------------------- baselines
+# ---------------------------------------------------------------------------------------- baselines
 def baseline(task: str, train: list[Example], test: list[Example]) -> list[Example]:
     """Return predictions that nobody had to train a model for."""
     if task in ("topics", "sentiment"):

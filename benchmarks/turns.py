@@ -1,7 +1,9 @@
-"""Training jobs that take turns: all are alive, one runs while the others are stopped (SIGSTOP), for a few seconds each.
+"""Training jobs that take turns: all are alive, one runs while the others are stopped (SIGSTOP),
+for a few seconds each.
 
-So candidates are compared within seconds of each other, without starting again, by the wall clock of this process: it
-stamps the lines "step N/M  loss X" that a job prints. The steps around a change of turns are not counted.
+So candidates are compared within seconds of each other, without starting again, by the wall clock
+of this process: it stamps the lines "step N/M  loss X" that a job prints. The steps around a change
+of turns are not counted.
 """
 
 from __future__ import annotations
@@ -129,7 +131,9 @@ class Job:
 
 
 def end_with_jobs() -> None:
-    """Make SIGTERM an exception, so that ``finally`` ends the jobs: a stopped process would stay for ever."""
+    """Make SIGTERM an exception, so that ``finally`` ends the jobs: a stopped process would stay
+    for ever.
+    """
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
 
 

@@ -1,11 +1,13 @@
-"""Two attempts forced into one run directory, as a node that Slurm has lost leaves them: what the older one still writes.
+"""Two attempts forced into one run directory, as a node that Slurm has lost leaves them: what the
+older one still writes.
 
     python -m benchmarks.two_attempts [--rounds 50] [--locks]
 
-Each round a real attempt (the worker's own `run`, one gloo rank, a record a step, a save every second step, no rehearsal) trains; after
-a random time a younger one takes its number and trains on beside it, without any guard. Counted are the records and the checkpoints
-that the older one wrote after the younger one had begun, by the process that wrote them and the clock they share, and how long the
-older one stayed. Every process is forked from one that has imported torch.
+Each round a real attempt (the worker's own `run`, one gloo rank, a record a step, a save every
+second step, no rehearsal) trains; after a random time a younger one takes its number and trains on
+beside it, without any guard. Counted are the records and the checkpoints that the older one wrote
+after the younger one had begun, by the process that wrote them and the clock they share, and how
+long the older one stayed. Every process is forked from one that has imported torch.
 """
 
 from __future__ import annotations
@@ -33,7 +35,9 @@ LAST_S = 120.0  # until an older attempt that stays is killed
 
 
 def attempt(config: Path, number: int, log: Path) -> None:
-    """Train as attempt ``number``, noting each append and each commit of this process as it is done: (clock, what)."""
+    """Train as attempt ``number``, noting each append and each commit of this process as it is
+    done: (clock, what).
+    """
     from hfscale import worker
     from hfscale.checkpoint.manager import CheckpointManager
     from hfscale.jobs import build
@@ -95,7 +99,9 @@ def wait_until(condition) -> None:  # type: ignore[no-untyped-def]
 
 
 def one_round(corpus: Path, home: Path, random_s: float) -> tuple[int, int, float, int, int]:
-    """Return records and commits of the older attempt after the younger began, how long it stayed, its exit code, steps of the younger."""
+    """Return records and commits of the older attempt after the younger began, how long it stayed,
+    its exit code, steps of the younger.
+    """
     values = run_values(
         corpus,
         home,
@@ -147,7 +153,10 @@ def main() -> None:
     torch.set_num_threads(1)
     home = Path(tempfile.mkdtemp(prefix="two-attempts-"))
     corpus, dice = home / "corpus", random.Random(0)
-    make = f"from pathlib import Path; from tests.helpers.corpus import make_corpus; make_corpus(Path({str(corpus)!r}))"
+    make = (
+        "from pathlib import Path; from tests.helpers.corpus import make_corpus; "
+        f"make_corpus(Path({str(corpus)!r}))"
+    )
     subprocess.run(
         [sys.executable, "-c", make], check=True
     )  # its threads must not be there at a fork

@@ -1,7 +1,8 @@
 """A time limit for Python code of strangers, in any thread: a chat template may loop for ever.
 
-One watching thread a process looks four times a second at what is under way, so that a limit costs a render next to nothing. What is past
-its limit gets an exception between two of its bytecodes; one long call into C is not interrupted.
+One watching thread a process looks four times a second at what is under way, so that a limit costs
+a render next to nothing. What is past its limit gets an exception between two of its bytecodes; one
+long call into C is not interrupted.
 """
 
 from __future__ import annotations

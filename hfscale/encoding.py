@@ -1,7 +1,8 @@
 """Texts to token ids in processes of their own, for builds of shards and for runs on raw text.
 
-The processes end with the one that started them, however that ends, and are deaf to the signals that ask it to stop: it still needs
-them for the step under way. What comes out does not depend on how many there are.
+The processes end with the one that started them, however that ends, and are deaf to the signals
+that ask it to stop: it still needs them for the step under way. What comes out does not depend on
+how many there are.
 """
 
 from __future__ import annotations
@@ -44,9 +45,11 @@ _encode: Encode  # of a worker process
 
 
 def encoder(tokenizer_json: str, *, eod_id: int, dtype: str, forged: bool = False) -> Encode:
-    """Return a function from texts to ids, each text's ids followed by ``eod_id``; one thread, nothing else added.
+    """Return a function from texts to ids, each text's ids followed by ``eod_id``; one thread,
+    nothing else added.
 
-    Text that spells a control token stays text, unless it may be ``forged`` as it was before: runs on raw text that began then go on so.
+    Text that spells a control token stays text, unless it may be ``forged`` as it was before: runs
+    on raw text that began then go on so.
     """
     os.putenv("TOKENIZERS_PARALLELISM", "false")  # our processes are the parallelism
     from tokenizers import Tokenizer
@@ -80,16 +83,20 @@ def encoder(tokenizer_json: str, *, eod_id: int, dtype: str, forged: bool = Fals
     return encode
 
 
-# ------------------------------------------------------------------------------------------- text that stays text
+# ----------------------------------------------------------------------------- text that stays text
 class NotText(ValueError):
-    """Text spells a control token, and nothing keeps this tokenizer from making it one. The message is for people."""
+    """Text spells a control token, and nothing keeps this tokenizer from making it one. The message
+    is for people.
+    """
 
 
 class ControlTokens:
-    """The special tokens of a tokenizer. Only hfscale and templates put them: text that spells one is encoded as the text it is.
+    """The special tokens of a tokenizer. Only hfscale and templates put them: text that spells one
+    is encoded as the text it is.
 
-    ``tokenizers`` looks for them before it does anything else, which its switch ``encode_special_tokens`` turns off. A model whose
-    vocabulary has such a token as a piece (Unigram, say) finds it all the same: there the piece's first character is split off.
+    ``tokenizers`` looks for them before it does anything else, which its switch
+    ``encode_special_tokens`` turns off. A model whose vocabulary has such a token as a piece
+    (Unigram, say) finds it all the same: there the piece's first character is split off.
     """
 
     def __init__(self, backend: Tokenizer) -> None:
@@ -115,7 +122,9 @@ class ControlTokens:
         return bool(normalizer and self._pattern.search(normalizer.normalize_str(text)))
 
     def within(self, ids: np.ndarray | list[int], text: str) -> str | None:
-        """Return one of them that is among the ``ids`` of ``text``, or None; the unknown token is what it says, unless ``text`` spells it."""
+        """Return one of them that is among the ``ids`` of ``text``, or None; the unknown token is
+        what it says, unless ``text`` spells it.
+        """
         ids = np.asarray(ids, None if len(ids) else np.int64)
         special = self._table[ids]
         for number in np.unique(ids[special]).tolist() if special.any() else ():
@@ -134,7 +143,8 @@ class ControlTokens:
         return sum(content != self._unknown for content in known)
 
     def quote(self, text: str, mark: str, *, keep: str | None = None) -> str:
-        """Return ``text`` with ``mark`` behind the first character of each that it spells, except ``keep``.
+        """Return ``text`` with ``mark`` behind the first character of each that it spells, except
+        ``keep``.
 
         Raises:
             NotText: for one that has no second character.
@@ -152,7 +162,9 @@ class ControlTokens:
 
     @contextmanager
     def kept_out(self, backend: Tokenizer, *, mark: str = "") -> Iterator[None]:
-        """Let no piece of the vocabulary of ``backend`` be one of them inside, and take ``mark`` out of the text."""
+        """Let no piece of the vocabulary of ``backend`` be one of them inside, and take ``mark``
+        out of the text.
+        """
         from tokenizers import normalizers, pre_tokenizers
 
         normalizer, pre_tokenizer, split = backend.normalizer, backend.pre_tokenizer, self._split
@@ -183,7 +195,9 @@ class ControlTokens:
         return pre_tokenizers.Split(Regex(splits or "(?!)"), "isolated")
 
     def _forms(self, token: str) -> set[str]:
-        """Return how a token may look where words are cut into pieces: normalized, with marks for spaces, or byte by byte."""
+        """Return how a token may look where words are cut into pieces: normalized, with marks for
+        spaces, or byte by byte.
+        """
         normalizer, pre_tokenizer = self._backend.normalizer, self._backend.pre_tokenizer
         plain = normalizer.normalize_str(token) if normalizer else token
         parts = pre_tokenizer.pre_tokenize_str(plain) if pre_tokenizer else []
@@ -215,10 +229,12 @@ def text_alone(tokenizer: Any, *texts: str | None) -> Iterator[None]:
 
 
 class Quoted:
-    """Texts of others in a template: inside, ``quote(text)`` goes into the template, and ``ids`` encodes what comes of it.
+    """Texts of others in a template: inside, ``quote(text)`` goes into the template, and ``ids``
+    encodes what comes of it.
 
-    A mark that is in none of the ``texts`` stands in each control token that they spell, and is taken out once the control tokens of
-    the template were found. ``keep`` is one that texts may put: the mask of a question.
+    A mark that is in none of the ``texts`` stands in each control token that they spell, and is
+    taken out once the control tokens of the template were found. ``keep`` is one that texts may
+    put: the mask of a question.
     """
 
     def __init__(self, tokenizer: Any, *texts: str, keep: str | None = None) -> None:
@@ -238,7 +254,8 @@ class Quoted:
         return self._control.quote(text, self.mark, keep=self._keep) if self.mark else text
 
     def ids(self, text: str, **how: Any) -> Any:
-        """Return what the tokenizer makes of the template with the quoted texts; offsets count the marks.
+        """Return what the tokenizer makes of the template with the quoted texts; offsets count the
+        marks.
 
         Raises:
             NotText: if a control token is among the ids that the template has not put.
@@ -262,7 +279,9 @@ _controls: WeakKeyDictionary[Any, tuple[int, ControlTokens]] = WeakKeyDictionary
 
 
 def _control_tokens(tokenizer: Any) -> ControlTokens:
-    """Return the control tokens of a transformers tokenizer, found once for as long as it gets no others."""
+    """Return the control tokens of a transformers tokenizer, found once for as long as it gets no
+    others.
+    """
     size, control = _controls.get(tokenizer, (0, None))
     if control is None or size != len(tokenizer):
         size, control = len(tokenizer), ControlTokens(tokenizer.backend_tokenizer)
@@ -278,9 +297,11 @@ def _unknown_token(backend: Tokenizer) -> str | None:
     return None if number is None else backend.id_to_token(number)
 
 
-# ------------------------------------------------------------------------------------- processes that tokenize
+# -------------------------------------------------------------------------- processes that tokenize
 class Encoders:
-    """``procs`` processes that have loaded the tokenizer. ``setting`` is the config key that says how many, for an error's remedy."""
+    """``procs`` processes that have loaded the tokenizer. ``setting`` is the config key that says
+    how many, for an error's remedy.
+    """
 
     def __init__(
         self,
@@ -308,7 +329,8 @@ class Encoders:
         )
 
     def submit(self, task: Callable[..., R], *args: Any) -> Callable[[], R]:
-        """Return what waits for ``task(encode, *args)``, a function of a module that is quick to import, run in one of the processes.
+        """Return what waits for ``task(encode, *args)``, a function of a module that is quick to
+        import, run in one of the processes.
 
         Raises:
             DataError: there or here, if a process was killed (as a rule, for want of memory).
@@ -325,7 +347,9 @@ class Encoders:
             return call(*args)
         except BrokenProcessPool as error:
             for process in list((self._pool._processes or {}).values()):  # type: ignore[attr-defined]
-                process.kill()  # else the pool would wait for them: it asks them to end with a signal that they do not hear
+                # else the pool would wait for them: it asks them to end with a signal that they do
+                # not hear
+                process.kill()
             raise DataError(
                 "a tokenizing process was killed",
                 remedy=f"most often memory ran out: set {self._setting} lower and run the "
@@ -342,7 +366,8 @@ def encode_documents(
     procs: int,
     setting: str,
 ) -> Iterator[tuple[Any, np.ndarray]]:
-    """Yield each document (it has a ``text``, and its ``size`` in bytes) with its ids, end-of-document id included, in their order.
+    """Yield each document (it has a ``text``, and its ``size`` in bytes) with its ids,
+    end-of-document id included, in their order.
 
     Raises:
         DataError: if a worker process is killed.

@@ -17,7 +17,8 @@ EXIT_DONE = 0
 EXIT_USER_ERROR = 2
 EXIT_STOPPED = 75  # EX_TEMPFAIL: stopped on request after a save; may be requeued or rerun
 EXIT_UNHEALTHY = 76  # the numbers went wrong (non-finite, diverged): do not requeue
-# ranks hung (who is to blame is written down), lost one another, or were superseded; may be requeued or rerun
+# ranks hung (who is to blame is written down), lost one another, or were superseded; may be
+# requeued or rerun
 EXIT_HUNG = 77
 EXIT_INTERRUPTED = 130  # Ctrl-C, and nothing was kept: 128 + SIGINT, as shells say it
 
@@ -30,8 +31,9 @@ PASSWORD = re.compile(r"(?<=//)[^/@\s]*:[^/@\s]+(?=@)")  # and the name before i
 def shown(text: str, *, lines: bool = False) -> str:
     """Return ``text``, in which others may have a say, for a terminal or a log.
 
-    What would move a cursor, or write from right to left, is spelled out; passwords of URLs are not. With ``lines`` it may have
-    several, of which the later are indented: none looks like a line of ours.
+    What would move a cursor, or write from right to left, is spelled out; passwords of URLs are
+    not. With ``lines`` it may have several, of which the later are indented: none looks like a line
+    of ours.
     """
     text = PASSWORD.sub("***", text)
     kept = "\n\t" if lines else "\t"
@@ -42,7 +44,9 @@ def shown(text: str, *, lines: bool = False) -> str:
 
 
 def literal(text: object) -> str:
-    """Return ``text`` as a Python literal (and YAML's, and JSON's for what can be printed), whatever is in it."""
+    """Return ``text`` as a Python literal (and YAML's, and JSON's for what can be printed),
+    whatever is in it.
+    """
     return shown(json.dumps(str(text), ensure_ascii=False))
 
 
@@ -103,7 +107,8 @@ class SupersededError(LostError):
 
 
 def exit_code(error: BaseException) -> int | None:
-    """Return the exit code for an error that is not a defect of ours, after printing it; None for a defect.
+    """Return the exit code for an error that is not a defect of ours, after printing it; None for a
+    defect.
 
     Of the system's errors those of ``USERS_MATTER`` are the user's.
     """

@@ -1,4 +1,6 @@
-"""What a name of a model or tokenizer stands for on this machine: a folder, or the hub's snapshot of it."""
+"""What a name of a model or tokenizer stands for on this machine: a folder, or the hub's snapshot
+of it.
+"""
 
 from __future__ import annotations
 
@@ -80,12 +82,14 @@ def foreign_code(error: Exception) -> bool:
 def local_folder(
     name: str | Path, *, where: str, weights: bool = False, remedy: str = "give a folder"
 ) -> Path:
-    """Return the folder ``name``; if there is none, the hub's snapshot, from the cache or (once) from the hub.
+    """Return the folder ``name``; if there is none, the hub's snapshot, from the cache or (once)
+    from the hub.
 
     Only JSON, text and, with ``weights``, safetensors are fetched: nothing pickled.
 
     Raises:
-        ConfigError: if it is neither a folder here nor a name that the hub gives; ``where`` says which setting named it.
+        ConfigError: if it is neither a folder here nor a name that the hub gives; ``where`` says
+            which setting named it.
     """
     if is_name(name) and Path(name).is_dir():
         return checked_files(Path(name))
@@ -114,7 +118,8 @@ def local_folder(
 
 @contextmanager
 def asked_once(name: str) -> Iterator[None]:
-    """Ask the hub for the data set ``name``, for ten seconds; where it does not answer, only the cache is looked at inside.
+    """Ask the hub for the data set ``name``, for ten seconds; where it does not answer, only the
+    cache is looked at inside.
 
     A client that is not told so asks for minutes on a network that swallows packets.
 
@@ -143,7 +148,8 @@ def asked_once(name: str) -> Iterator[None]:
 
 
 def checked_files(folder: Path) -> Path:
-    """Return ``folder`` if the files in it that make a model are files, and its JSON is of bounded size, depth and shape.
+    """Return ``folder`` if the files in it that make a model are files, and its JSON is of bounded
+    size, depth and shape.
 
     Raises:
         UserError: naming the file. Nothing is read of the weights.
@@ -176,7 +182,8 @@ def _check_json(file: Path, _size: int, _time: int) -> None:
 
 
 def refuse_huge(values: Mapping[str, Any], *, where: object) -> None:
-    """Return if no count of parts (layers, experts, heads, labels) is one that no model has: each is made, one after the other.
+    """Return if no count of parts (layers, experts, heads, labels) is one that no model has: each
+    is made, one after the other.
 
     Raises:
         ConfigError: naming the key.

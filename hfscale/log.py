@@ -1,4 +1,5 @@
-"""What a run says: plain lines on stderr, from rank 0; other ranks speak only to warn, and say who they are.
+"""What a run says: plain lines on stderr, from rank 0; other ranks speak only to warn, and say who
+they are.
 
 stdout is left to results (predictions, resolved configs), so that they can be piped.
 """
@@ -33,7 +34,8 @@ def setup(*, rank: int = 0) -> None:
 
 
 def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
-    """Return a tqdm bar on stderr; where that is no terminal, a line each half minute; without a ``title`` nothing.
+    """Return a tqdm bar on stderr; where that is no terminal, a line each half minute; without a
+    ``title`` nothing.
 
     A ``total`` of None is not known.
     """

@@ -1,6 +1,7 @@
 """Versions of packages that are known to give wrong numbers without a word: no job starts with one.
 
-``setup.cfg`` leaves them out; an environment that was made otherwise, or before, may have them all the same.
+``setup.cfg`` leaves them out; an environment that was made otherwise, or before, may have them all
+the same.
 """
 
 from __future__ import annotations

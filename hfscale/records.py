@@ -1,7 +1,9 @@
-"""The one door for files that are read: regular files of a bounded size, and JSON of a bounded depth and a known shape.
+"""The one door for files that are read: regular files of a bounded size, and JSON of a bounded
+depth and a known shape.
 
-Whatever lies on a disk may be damaged, a stranger's, or no file at all (a pipe, /dev/zero). What a record holds is said once, in the types
-of a dataclass or a `Record`; what does not fit them is refused with its file, its key and its value.
+Whatever lies on a disk may be damaged, a stranger's, or no file at all (a pipe, /dev/zero). What a
+record holds is said once, in the types of a dataclass or a `Record`; what does not fit them is
+refused with its file, its key and its value.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ T = TypeVar("T")
 
 
 class Record(BaseModel):
-    """What we wrote and read again: its types are strict; keys that later versions add are let through."""
+    """What we wrote and read again: its types are strict; keys that later versions add are let
+    through.
+    """
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
@@ -43,9 +47,10 @@ class Record(BaseModel):
         return self.model_dump(exclude_unset=True)
 
 
-# ------------------------------------------------------------------------------------------------- files
+# -------------------------------------------------------------------------------------------- files
 def open_file(path: Path | str) -> IO[bytes]:
-    """Return the regular file ``path``, opened to be read, without waiting for whoever writes into a pipe.
+    """Return the regular file ``path``, opened to be read, without waiting for whoever writes into
+    a pipe.
 
     Raises:
         OSError: if it cannot be opened or is anything else, such as a pipe or a device.
@@ -71,7 +76,9 @@ def open_file(path: Path | str) -> IO[bytes]:
 
 
 def refuse_full_table(error: OSError, path: Path | str) -> None:
-    """Raise a UserError where ``error`` says that too many files are open: it is no fault of the file ``path``."""
+    """Raise a UserError where ``error`` says that too many files are open: it is no fault of the
+    file ``path``.
+    """
     if error.errno in (errno.EMFILE, errno.ENFILE):
         raise UserError(
             "this process may not open any more files",
@@ -95,7 +102,9 @@ def read_file(path: Path | str, *, most: int = FILE_BYTES) -> bytes:
 
 
 def is_name(path: Path | str) -> bool:
-    """Return whether ``path`` can be one at all: the calls of the system refuse NUL, lone surrogates and parts that are too long."""
+    """Return whether ``path`` can be one at all: the calls of the system refuse NUL, lone
+    surrogates and parts that are too long.
+    """
     try:
         parts = os.fsencode(path).split(b"/")
     except UnicodeEncodeError:
@@ -103,13 +112,14 @@ def is_name(path: Path | str) -> bool:
     return b"\0" not in b"".join(parts) and max(map(len, parts)) <= LONGEST_NAME
 
 
-# -------------------------------------------------------------------------------------------------- JSON
+# --------------------------------------------------------------------------------------------- JSON
 class Damaged(ValueError):
     """JSON that is none, or not of its shape; the message names the key and shows the value."""
 
 
 def parse(kind: type[T], data: bytes | str) -> T:
-    """Return the JSON ``data`` as a ``kind``: a dataclass, a `Record`, or an annotation such as ``list[dict[str, Any]]``.
+    """Return the JSON ``data`` as a ``kind``: a dataclass, a `Record`, or an annotation such as
+    ``list[dict[str, Any]]``.
 
     Raises:
         Damaged: if it is not JSON (of at most 200 levels), or of other types and ranges.
@@ -132,7 +142,8 @@ def load(
     error: type[UserError] = DataError,
     most: int = FILE_BYTES,
 ) -> T:
-    """Return the JSON file ``path`` as a ``kind``, as ``parse`` does; ``what`` it is called in errors: "the manifest".
+    """Return the JSON file ``path`` as a ``kind``, as ``parse`` does; ``what`` it is called in
+    errors: "the manifest".
 
     Raises:
         UserError: of the class ``error``, if it cannot be read or is not of that kind.

@@ -1,4 +1,6 @@
-"""Loading a tokenizer, and the digest by which shards, runs and exports know that they mean the same one."""
+"""Loading a tokenizer, and the digest by which shards, runs and exports know that they mean the
+same one.
+"""
 
 from __future__ import annotations
 
@@ -92,7 +94,8 @@ def save_files(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """Write ``tokenizer`` into ``folder``.
 
     Raises:
-        OSError: if it cannot be written; the library in Rust has an error of its own for a full disk.
+        OSError: if it cannot be written; the library in Rust has an error of its own for a full
+            disk.
     """
     try:
         tokenizer.save_pretrained(folder)
@@ -105,7 +108,9 @@ def save_files(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
-    """Write ``tokenizer`` as both transformers 5 and 4 read it: of 5's own class the name, and lists of special tokens, are not known to 4."""
+    """Write ``tokenizer`` as both transformers 5 and 4 read it: of 5's own class the name, and
+    lists of special tokens, are not known to 4.
+    """
     save_files(tokenizer, folder)
     file = folder / "tokenizer_config.json"
     said = parse(dict[str, Any], read_file(file))
@@ -119,10 +124,12 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
-    """Return the SHA-256 (hex) of what turns text into ids, of a tokenizer or of the folder or hub name it is in.
+    """Return the SHA-256 (hex) of what turns text into ids, of a tokenizer or of the folder or hub
+    name it is in.
 
-    Saving, loading and using a tokenizer (padding, truncation) do not change it, nor do special tokens that are added (the ids of text
-    stay what they are), nor fields that newer versions of ``tokenizers`` add with a false or null default.
+    Saving, loading and using a tokenizer (padding, truncation) do not change it, nor do special
+    tokens that are added (the ids of text stay what they are), nor fields that newer versions of
+    ``tokenizers`` add with a false or null default.
     """
     if isinstance(tokenizer, (str, Path)) and (Path(tokenizer) / FILE_NAME).is_file():
         file = load(Path(tokenizer) / FILE_NAME, TokenizerFile, what=FILE_NAME, remedy=REMEDY)
@@ -157,7 +164,8 @@ def is_panic(error: BaseException) -> bool:
 def extended(
     path: str | Path, *, roles: Mapping[str, str], sentinels: int = 0
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer at ``path`` with special tokens added: ``roles`` such as ``{"mask_token": "<mask>"}``, and ``<extra_id_K>``.
+    """Return the tokenizer at ``path`` with special tokens added: ``roles`` such as
+    ``{"mask_token": "<mask>"}``, and ``<extra_id_K>``.
 
     Raises:
         DataError: if it has another token in one of the roles.
@@ -188,12 +196,15 @@ def extended(
 
 
 def end_of_document_id(tokenizer: PreTrainedTokenizerFast) -> int:
-    """Return the id that follows each document in shards: the tokenizer's end of sequence, or else its separator."""
+    """Return the id that follows each document in shards: the tokenizer's end of sequence, or else
+    its separator.
+    """
     for token_id in (tokenizer.eos_token_id, tokenizer.sep_token_id):
         if token_id is not None:
             return int(token_id)
     raise DataError(
-        "this tokenizer has neither an eos_token nor a sep_token, so documents cannot be told apart",
+        "this tokenizer has neither an eos_token nor a sep_token, so documents cannot be told "
+        "apart",
         where=tokenizer.name_or_path,
         remedy="add one, e.g. tokenizer.add_special_tokens({'eos_token': '</s>'}), and save it",
     )

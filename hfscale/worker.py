@@ -1,8 +1,10 @@
-"""One rank of a job: `python -m hfscale.worker RUN_DIR/config.yaml`. Finds its place in the world, runs the job, and leaves in order.
+"""One rank of a job: `python -m hfscale.worker RUN_DIR/config.yaml`. Finds its place in the world,
+runs the job, and leaves in order.
 
-Exit codes: 0 done; 2 a user's mistake; 75 stopped on request, saved, may be run again; 76 unhealthy numbers; 77 hung, lost the
-other ranks, or superseded by a younger attempt, may be run again; anything else failed.
-On an error no collective is called: the other ranks may be anywhere, and the launcher ends them.
+Exit codes: 0 done; 2 a user's mistake; 75 stopped on request, saved, may be run again; 76 unhealthy
+numbers; 77 hung, lost the other ranks, or superseded by a younger attempt, may be run again;
+anything else failed. On an error no collective is called: the other ranks may be anywhere, and the
+launcher ends them.
 """
 
 from __future__ import annotations
@@ -38,7 +40,8 @@ from hfscale.monitor.fence import Fence, newest, take
 from hfscale.monitor.heartbeat import watching
 from hfscale.packages import refuse_wrong_versions
 
-JOB = "job"  # in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
+# in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
+JOB = "job"
 # the section of a config that names the job -> its module
 JOBS = {
     "predict": "hfscale.jobs.predict",
@@ -50,12 +53,16 @@ JOBS = {
 
 
 def job_of(config: Section) -> Any:
-    """Return the module with ``run(config, world, stop) -> bool`` that does what ``config`` says: True when done, False when stopped."""
+    """Return the module with ``run(config, world, stop) -> bool`` that does what ``config`` says:
+    True when done, False when stopped.
+    """
     return import_module(JOBS[next(section for section in JOBS if hasattr(config, section))])
 
 
 def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -> int:
-    """Return the exit code of the job that ``config_path`` describes; ``on_hang`` as in ``monitor/heartbeat.py``."""
+    """Return the exit code of the job that ``config_path`` describes; ``on_hang`` as in
+    ``monitor/heartbeat.py``.
+    """
     # before the slow imports: Slurm's signal would end a process that does not listen
     stop = StopRequest().listen(WARNINGS)
     import torch
@@ -99,7 +106,8 @@ def attempt_of(run_dir: Path, world: World) -> Fence:
     """Return the attempt that rank 0 is of: the one its launcher took, or a new one.
 
     Raises:
-        CheckpointError: if there was no launcher to look whether an older one is at work, and one is.
+        CheckpointError: if there was no launcher to look whether an older one is at work, and one
+            is.
     """
     if world.attempt and (given := Fence(run_dir, world.attempt)).folder.is_dir():
         return given
@@ -132,7 +140,8 @@ def _refuse_other_folder(config_path: Path, config: TrainConfig) -> None:
             "this config does not lie in its run directory",
             where=config_path,
             value=str(config.run_dir),
-            remedy=f"hfscale {config.verb} {shlex.quote(str(config_path))} makes the run directory and starts the "
+            remedy=f"hfscale {config.verb} {shlex.quote(str(config_path))} makes the run "
+            "directory and starts the "
             "ranks; torchrun and srun take its config.yaml",
         )
 
@@ -141,7 +150,8 @@ def _refuse_second_job(file: Path, here: Allocation) -> None:
     """Return if the Slurm job around this process holds the run directory, now or before.
 
     Raises:
-        CheckpointError: naming the job that does. Whether that one still lives is known to the launcher only.
+        CheckpointError: naming the job that does. Whether that one still lives is known to the
+            launcher only.
     """
     with suppress(FileExistsError), open(file, "x") as new:
         new.write(here.job_id)
@@ -150,7 +160,8 @@ def _refuse_second_job(file: Path, here: Allocation) -> None:
             "another Slurm job holds this run directory, or held it last",
             where=file.parent,
             value=f"job {holder}",
-            remedy=f"start this one by slurm/train.sbatch, which asks whether that one has ended; or remove {file}",
+            remedy="start this one by slurm/train.sbatch, which asks whether that one has "
+            f"ended; or remove {file}",
         )
 
 
@@ -175,9 +186,9 @@ def main() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     if code != EXIT_DONE:
-        os._exit(
-            code
-        )  # an interpreter that is ending is ended by a second signal, and stopped ranks leave as near together as can be
+        # an interpreter that is ending is ended by a second signal, and stopped ranks leave as near
+        # together as can be
+        os._exit(code)
     sys.exit(code)
 
 

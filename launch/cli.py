@@ -1,6 +1,8 @@
-"""The `hfscale` command. A verb's module is imported when the verb is used, so `--help` and typing errors are answered at once.
+"""The `hfscale` command. A verb's module is imported when the verb is used, so `--help` and typing
+errors are answered at once.
 
-A verb is a function of its name in `launch/commands/VERB.py`, or in `runs.py` beside it; a group of commands is a typer app named `app`.
+A verb is a function of its name in `launch/commands/VERB.py`, or in `runs.py` beside it; a group of
+commands is a typer app named `app`.
 """
 
 from __future__ import annotations
@@ -85,7 +87,8 @@ def _print_version(wanted: bool) -> None:
 
 
 @app.callback(
-    epilog="hfscale VERB --help explains a verb. Exit codes: 0 done, 2 a mistake to mend, 75 stopped and saved (run it again), "
+    epilog="hfscale VERB --help explains a verb. Exit codes: 0 done, 2 a mistake to mend, 75 "
+    "stopped and saved (run it again), "
     "76 unhealthy numbers, 77 hung (run it again), 130 interrupted by Ctrl-C (nothing was kept). "
     "Ctrl-C stops training, shards build and predict --out in order (75); once more kills."
 )
@@ -97,12 +100,16 @@ def _hfscale(
         ),
     ] = False,
 ) -> None:
-    """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume exactly."""
+    """Pretrain, fine-tune, evaluate and use Hugging Face models with DeepSpeed ZeRO, and resume
+    exactly.
+    """
     log.setup()
 
 
 def main() -> None:
-    """Run one command line and end the process; a user's mistake is one screen on stderr and exit code 2."""
+    """Run one command line and end the process; a user's mistake is one screen on stderr and exit
+    code 2.
+    """
     listen()
     for stream in (sys.stdout, sys.stderr):  # names of files need not be text
         if isinstance(stream, io.TextIOWrapper):

@@ -1,6 +1,8 @@
-"""The debug launcher: one rank in this process, a few tiny steps in RUN-debug, and pdb where an error happens.
+"""The debug launcher: one rank in this process, a few tiny steps in RUN-debug, and pdb where an
+error happens.
 
-What the command line says wins over the tiny values, so `train.steps=100` is honoured. The real run is never touched.
+What the command line says wins over the tiny values, so `train.steps=100` is honoured. The real run
+is never touched.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ _LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "
 
 
 def launch(request: Request) -> int:
-    """Return the exit code of a tiny run in the foreground; earlier attempts in RUN-debug are replaced.
+    """Return the exit code of a tiny run in the foreground; earlier attempts in RUN-debug are
+    replaced.
 
     Raises:
         UserError: as any launcher.
@@ -47,7 +50,8 @@ def launch(request: Request) -> int:
 
         check_parts(config)
         print(
-            f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in the foreground"
+            f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in "
+            "the foreground"
         )
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
@@ -70,7 +74,9 @@ def launch(request: Request) -> int:
 
 
 def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
-    """Return the overrides that make ``wanted`` tiny, less those that the command line gives itself."""
+    """Return the overrides that make ``wanted`` tiny, less those that the command line gives
+    itself.
+    """
     config = wanted.config
     layers = {f"model.config.{key}": 2 for key in _LAYER_KEYS if key in config.model.config}
     micro_batch, accumulation = (

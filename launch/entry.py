@@ -1,4 +1,6 @@
-"""Where the `hfscale` script begins: a Ctrl-C while Python imports ends it without a word, not with a traceback."""
+"""Where the `hfscale` script begins: a Ctrl-C while Python imports ends it without a word, not with
+a traceback.
+"""
 
 from __future__ import annotations
 

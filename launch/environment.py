@@ -1,4 +1,6 @@
-"""What an attempt of a run is made with, enough to make it again: command, packages, code and its uncommitted changes."""
+"""What an attempt of a run is made with, enough to make it again: command, packages, code and its
+uncommitted changes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,9 @@ CODE = Path(__file__).resolve().parents[1]
 
 
 def describe(run_dir: Path) -> dict[str, Any]:
-    """Return what this process can tell of the attempt that it starts. What the ranks know is added by them (``jobs/environment.py``)."""
+    """Return what this process can tell of the attempt that it starts. What the ranks know is added
+    by them (``jobs/environment.py``).
+    """
     packages = {found.name: found.version for found in distributions() if found.name}
     return {
         "command": sys.argv,
@@ -34,7 +38,9 @@ def describe(run_dir: Path) -> dict[str, Any]:
 
 
 def code(root: Path, run_dir: Path) -> dict[str, Any]:
-    """Return the commit of the checkout ``root`` and the patch, now in ``run_dir``, that makes it what runs; nulls where it is none."""
+    """Return the commit of the checkout ``root`` and the patch, now in ``run_dir``, that makes it
+    what runs; nulls where it is none.
+    """
 
     def git(*arguments: str, codes: tuple[int, ...] = (0,)) -> bytes | None:
         try:

@@ -1,7 +1,8 @@
-"""How another Python process of ours is started: by a module's name, with nothing imported from the folder where one stands.
+"""How another Python process of ours is started: by a module's name, with nothing imported from the
+folder where one stands.
 
-``python -m`` puts the current directory before the standard library: a ``random.py`` there would be everybody's. Python 3.11 has
-``-P`` against that; this works with 3.10 as well.
+``python -m`` puts the current directory before the standard library: a ``random.py`` there would be
+everybody's. Python 3.11 has ``-P`` against that; this works with 3.10 as well.
 """
 
 from __future__ import annotations
@@ -21,5 +22,7 @@ run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 
 
 def python(module: str, *arguments: object) -> list[str]:
-    """Return the command that runs ``module`` of the code that is running now, in this interpreter."""
+    """Return the command that runs ``module`` of the code that is running now, in this
+    interpreter.
+    """
     return [sys.executable, "-c", _RUN, ROOT, module, *map(str, arguments)]

@@ -1,7 +1,8 @@
 """Ctrl-C at a command: said at once and obeyed at once, whatever the command is in.
 
-Training, predictions to a file and builds of shards have something to keep: they set handlers of their own, stop in order and end with
-75, and the same command goes on. Every other command ends with 130 and leaves nothing behind.
+Training, predictions to a file and builds of shards have something to keep: they set handlers of
+their own, stop in order and end with 75, and the same command goes on. Every other command ends
+with 130 and leaves nothing behind.
 """
 
 from __future__ import annotations
@@ -12,7 +13,9 @@ from types import FrameType
 
 
 class Interrupted(BaseException):
-    """Ctrl-C in the middle of something. No ``Exception``, so that nothing takes it for an error of its own."""
+    """Ctrl-C in the middle of something. No ``Exception``, so that nothing takes it for an error of
+    its own.
+    """
 
 
 def say(line: str) -> None:

@@ -1,10 +1,14 @@
-"""What a Slurm job does beside training: slurm/train.sbatch calls this before its srun and after it, on the first node.
+"""What a Slurm job does beside training: slurm/train.sbatch calls this before its srun and after
+it, on the first node.
 
-python -m launch.job begin CONFIG_OR_RUN [key=value ...]    prints "run NODES RANKS CORES PORT ATTEMPT RUN", or "ask JOB":
-                                                            what Slurm says of JOB, and then the same again
-python -m launch.job end CODE ATTEMPT RUN                   prints "exit CODE", then the command by which the run goes on
+python -m launch.job begin CONFIG_OR_RUN [key=value ...]    prints "run NODES RANKS CORES PORT
+                                                            ATTEMPT RUN", or "ask JOB": what Slurm
+                                                            says of JOB, and then the same again
+python -m launch.job end CODE ATTEMPT RUN                   prints "exit CODE", then the command by
+                                                            which the run goes on
 
-What is printed for the shell begins with MARK: whatever else comes (of a site's TaskProlog, of a container) is none of it.
+What is printed for the shell begins with MARK: whatever else comes (of a site's TaskProlog, of a
+container) is none of it.
 """
 
 from __future__ import annotations
@@ -67,7 +71,9 @@ class _Hang(Record):
 
 @dataclass(frozen=True)
 class Begun:
-    """How the ranks are to be started: on the first ``nodes`` of the allocation, ``tasks`` on each."""
+    """How the ranks are to be started: on the first ``nodes`` of the allocation, ``tasks`` on
+    each.
+    """
 
     nodes: int
     tasks: int
@@ -82,10 +88,12 @@ class Begun:
 
 
 def begin(source: str, overrides: Sequence[str]) -> Begun:
-    """Return how the ranks of this Slurm job are to be started, on the first node of which this runs; the run directory is held.
+    """Return how the ranks of this Slurm job are to be started, on the first node of which this
+    runs; the run directory is held.
 
     Raises:
-        UserError: as ``launch.slurm.launch``; and if another job holds it, or this one restarts again and again.
+        UserError: as ``launch.slurm.launch``; and if another job holds it, or this one restarts
+            again and again.
     """
     here = allocation()
     if here is None:
@@ -114,7 +122,8 @@ def begin(source: str, overrides: Sequence[str]) -> Begun:
         attempt = run_dir.take(config.run_dir, launcher="slurm")
     idle = f" ({here.nodes - nodes} stay idle: the batch does not divide)"
     logger.info(
-        f"job {here.job_id}, restart {here.restarts}: {nodes * tasks} ranks on {nodes} of the nodes "
+        f"job {here.job_id}, restart {here.restarts}: {nodes * tasks} ranks on {nodes} of the "
+        "nodes "
         f"{here.node_list}{idle if nodes < here.nodes else ''}; logs: {config.run_dir / 'logs'}"
     )
     return Begun(
@@ -128,7 +137,9 @@ def begin(source: str, overrides: Sequence[str]) -> Begun:
 
 
 def usable_nodes(config: TrainConfig, nodes: int, tasks: int) -> int:
-    """Return the most of ``nodes`` among which the global batch divides; all of them where ``cluster.min_nodes`` asks for no fewer."""
+    """Return the most of ``nodes`` among which the global batch divides; all of them where
+    ``cluster.min_nodes`` asks for no fewer.
+    """
     train, fewest = config.train, config.cluster.min_nodes or nodes
     fits = (
         count
@@ -152,7 +163,8 @@ def take(config: TrainConfig, here: Allocation) -> None:
     restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
     if restarts > config.cluster.max_restarts:
         raise ConfigError(
-            f"job {here.job_id} was restarted {restarts} times without getting beyond {start['checkpoint'] or 'its start'}",
+            f"job {here.job_id} was restarted {restarts} times without getting beyond "
+            f"{start['checkpoint'] or 'its start'}",
             where="cluster.max_restarts",
             value=config.cluster.max_restarts,
             remedy="see why in the logs; then submit it again, or raise the limit",
@@ -161,9 +173,11 @@ def take(config: TrainConfig, here: Allocation) -> None:
 
 
 def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
-    """Return the job's exit code and the shell command by which the run goes on ("" if it should not); why is said on stderr.
+    """Return the job's exit code and the shell command by which the run goes on ("" if it should
+    not); why is said on stderr.
 
-    srun reports the ranks that it killed: ``code`` is theirs. The first one that left by itself has left its code and its number.
+    srun reports the ranks that it killed: ``code`` is theirs. The first one that left by itself has
+    left its code and its number.
     """
     here, fence = allocation(), Fence(run, attempt)
     assert here is not None
@@ -219,13 +233,18 @@ def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
                 code,
                 f"next=$({sbatch}) && echo $next > {quote(run / JOB)} || {requeue}",
             )
-        why += f"; a requeue cannot do that, so better submit it again: sbatch --exclude={','.join(new)}"
+        why += (
+            "; a requeue cannot do that, so better submit it again: sbatch "
+            f"--exclude={','.join(new)}"
+        )
     logger.info(f"{why}; back into the queue")
     return code, requeue
 
 
 def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the nodes that are left out from now on, because they were to blame for a hang ``TWICE``."""
+    """Return the nodes that are left out from now on, because they were to blame for a hang
+    ``TWICE``.
+    """
     blamed = Counter(
         node for report in reports for node in {beat["node"] for beat in report["odd"]}
     )
@@ -233,7 +252,8 @@ def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
     if new:
         with open(run / EXCLUDED, "a") as file:
             file.writelines(
-                f"{node} hung {blamed[node]} times: see {HANGS}; take this line out when the node is mended\n"
+                f"{node} hung {blamed[node]} times: see {HANGS}; take this line out when the "
+                "node is mended\n"
                 for node in new
             )
     return new

@@ -1,7 +1,8 @@
 """The local launcher: one plain process a rank on this machine, watched until all have ended.
 
-Ctrl-C and SIGTERM reach every rank once, as SIGTERM: they save together and leave with 75. A second Ctrl-C kills. Ranks
-have process groups of their own, and the kernel kills them when the launcher dies.
+Ctrl-C and SIGTERM reach every rank once, as SIGTERM: they save together and leave with 75. A second
+Ctrl-C kills. Ranks have process groups of their own, and the kernel kills them when the launcher
+dies.
 """
 
 from __future__ import annotations
@@ -61,7 +62,8 @@ def launch(request: Request) -> int:
             f"{procs} ranks on {gpus} GPUs",
             where="--procs",
             value=procs,
-            remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on the CPU",
+            remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on "
+            "the CPU",
         )
     batch = solve_batch(
         config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs
@@ -94,7 +96,8 @@ def launch(request: Request) -> int:
         before = run_dir.before_attempt(config.run_dir)
         file = run_dir.record(loaded, launcher="local", procs=procs)
         logger.info(
-            f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on {'GPUs' if gpus else 'the CPU'}"
+            f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on "
+            f"{'GPUs' if gpus else 'the CPU'}"
         )
         if config.metrics.tensorboard:
             logger.info(tensorboard_line(config.run_dir))
@@ -120,7 +123,9 @@ def launch(request: Request) -> int:
 
 
 def unused_allocation(config: TrainConfig) -> list[str]:
-    """Return a notice if this process is in a Slurm allocation which these ranks will not use, or not all of."""
+    """Return a notice if this process is in a Slurm allocation which these ranks will not use, or
+    not all of.
+    """
     here = allocation()
     if here is None:
         return []
@@ -137,7 +142,8 @@ def unused_allocation(config: TrainConfig) -> list[str]:
 
 
 def start(config: Section, file: Path, *, procs: int) -> None:
-    """Return when the job of ``config``, written to ``file``, is done: by ``procs`` processes, this one if that is one.
+    """Return when the job of ``config``, written to ``file``, is done: by ``procs`` processes, this
+    one if that is one.
 
     Raises:
         typer.Exit: with the exit code, if it was stopped or a process failed.
@@ -163,9 +169,11 @@ def start(config: Section, file: Path, *, procs: int) -> None:
         raise typer.Exit(code)
 
 
-# --------------------------------------------------------------------------------------------------- machine
+# ------------------------------------------------------------------------------------------ machine
 def gpu_count() -> int:
-    """Return the GPUs that torch may use; torch is asked only where a driver is, because importing it takes a second."""
+    """Return the GPUs that torch may use; torch is asked only where a driver is, because importing
+    it takes a second.
+    """
     if not any(Path(device).exists() for device in _ACCELERATORS):
         return 0
     import torch
@@ -174,7 +182,9 @@ def gpu_count() -> int:
 
 
 def tensorboard_line(path: Path) -> str:
-    """Return the command that shows a run's curves, and the tunnel to it when this is a remote machine."""
+    """Return the command that shows a run's curves, and the tunnel to it when this is a remote
+    machine.
+    """
     line = f"curves: tensorboard --logdir {quote(path / 'tensorboard')}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
@@ -192,7 +202,7 @@ def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     return "\n".join(lines)
 
 
-# ----------------------------------------------------------------------------------------------------- ranks
+# -------------------------------------------------------------------------------------------- ranks
 @dataclass
 class Rank:
     """One started process, with its log file and the byte where this attempt begins in it."""
@@ -221,7 +231,8 @@ def run_ranks(
     logs: Path,
     attempt: int = 0,
 ) -> int:
-    """Return the exit code of ``procs`` processes of ``command``, which meet where ``listener`` listens: it is rank 0's then.
+    """Return the exit code of ``procs`` processes of ``command``, which meet where ``listener``
+    listens: it is rank 0's then.
 
     Each has its log; rank 0's goes to the console as well.
     """
@@ -309,14 +320,17 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
 
 @contextmanager
 def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
-    """Pass the first request to stop on to every rank, and kill them at a second Ctrl-C. Yields the signals seen so far."""
+    """Pass the first request to stop on to every rank, and kill them at a second Ctrl-C. Yields the
+    signals seen so far.
+    """
     asked: list[int] = []
 
     def handle(number: int, _frame: Any) -> None:
         asked.append(number)
         if len(asked) == 1:
             logger.info(
-                f"{signal.Signals(number).name}: asking the ranks to save and stop after this step (Ctrl-C again kills them)"
+                f"{signal.Signals(number).name}: asking the ranks to save and stop after this "
+                "step (Ctrl-C again kills them)"
             )
         for rank in ranks:
             if len(asked) == 1:
@@ -337,7 +351,9 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
 
 
 def _watch(ranks: Sequence[Rank]) -> Rank | None:
-    """Return the rank that failed first, once all have ended; the others are killed ``GRACE_S`` after it."""
+    """Return the rank that failed first, once all have ended; the others are killed ``GRACE_S``
+    after it.
+    """
     failed, deadline = None, float("inf")
     while running := [rank for rank in ranks if rank.process.poll() is None]:
         if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):

@@ -1,4 +1,6 @@
-"""What Slurm's queue says, asked with its own commands, and which job holds a run directory. Nothing here submits."""
+"""What Slurm's queue says, asked with its own commands, and which job holds a run directory.
+Nothing here submits.
+"""
 
 from __future__ import annotations
 
@@ -43,7 +45,9 @@ def has_slurm() -> bool:
 def client(
     command: Sequence[str | Path], cwd: Path | None = None, *, timeout_s: float = TIMEOUT_S
 ) -> subprocess.CompletedProcess[str]:
-    """Return a finished Slurm client; its exit code is not looked at. One that takes too long ends with 124, and says so on stderr."""
+    """Return a finished Slurm client; its exit code is not looked at. One that takes too long ends
+    with 124, and says so on stderr.
+    """
     words = list(map(str, command))
     try:
         return subprocess.run(
@@ -56,7 +60,8 @@ def client(
 
 
 def facts(job: str) -> dict[str, str] | None:
-    """Return what ``scontrol show job`` says of a job by name: nothing once Slurm has forgotten it, None where nobody answers.
+    """Return what ``scontrol show job`` says of a job by name: nothing once Slurm has forgotten it,
+    None where nobody answers.
 
     In a container without Slurm's commands slurm/train.sbatch has asked outside: see ``TOLD``.
     """
@@ -79,9 +84,11 @@ def asked() -> dict[str, str]:
 
 
 def ranks_per_node(here: Allocation) -> int:
-    """Return how many ranks each node of a job gets: as many as tasks were asked for, else one a GPU, else one.
+    """Return how many ranks each node of a job gets: as many as tasks were asked for, else one a
+    GPU, else one.
 
-    Slurm is asked what the job asked for: its variables of that kind are handed on from one allocation to jobs that are submitted in it.
+    Slurm is asked what the job asked for: its variables of that kind are handed on from one
+    allocation to jobs that are submitted in it.
 
     Raises:
         ConfigError: if the tasks do not divide among the nodes.
@@ -108,13 +115,17 @@ def ranks_per_node(here: Allocation) -> int:
 
 
 def cores_per_rank(here: Allocation, ranks: int) -> int:
-    """Return the CPUs of a rank: those that were asked for, else its part of the node that has fewest."""
+    """Return the CPUs of a rank: those that were asked for, else its part of the node that has
+    fewest.
+    """
     asked = int((facts(here.job_id) or {}).get("CPUs/Task", "1"))
     return asked if asked > 1 else max(1, here.cpus_per_node // ranks)
 
 
 def longest(partition: str | None) -> str:
-    """Return the time limit of a partition, or of the default one, as Slurm writes it; "infinite" where there is none or nobody knows."""
+    """Return the time limit of a partition, or of the default one, as Slurm writes it; "infinite"
+    where there is none or nobody knows.
+    """
     rows = [
         line.partition("|") for line in client(["sinfo", "-h", "-o", "%P|%l"]).stdout.splitlines()
     ]
@@ -158,7 +169,8 @@ def refuse_holder(run_dir: Path) -> None:
             "another Slurm job holds this run directory",
             where=run_dir,
             value=f"job {job}",
-            remedy=f"wait for it, stop it with `scancel {job}`, or start this one under another run.name",
+            remedy=f"wait for it, stop it with `scancel {job}`, or start this one under "
+            "another run.name",
         )
 
 
@@ -168,16 +180,20 @@ class NoAnswer(CheckpointError):
     def __init__(self, job: str, run_dir: Path) -> None:
         self.job = job
         super().__init__(
-            "a Slurm job holds this run directory, or held it last, and Slurm does not answer whether it has ended",
+            "a Slurm job holds this run directory, or held it last, and Slurm does not answer "
+            "whether it has ended",
             where=run_dir,
             value=f"job {job}",
-            remedy=f"try again where `scontrol show job {job}` answers; if you know that it has ended: "
+            remedy=f"try again where `scontrol show job {job}` answers; if you know that it "
+            "has ended: "
             f"rm {shlex.quote(str(run_dir / JOB))}",
         )
 
 
 def requeue(job: str) -> bool:
-    """Return True once Slurm has put a job back into the queue, tried for as long as it lasts; False if it is not to come back."""
+    """Return True once Slurm has put a job back into the queue, tried for as long as it lasts;
+    False if it is not to come back.
+    """
     while True:
         done = client(["scontrol", "requeue", job])
         if done.returncode == 0:
@@ -190,7 +206,8 @@ def requeue(job: str) -> bool:
 
 
 def hold(run_dir: Path, job: str) -> None:
-    """Write down that ``job`` holds ``run_dir``. Two jobs that come at once see each other: the file is made by one alone.
+    """Write down that ``job`` holds ``run_dir``. Two jobs that come at once see each other: the
+    file is made by one alone.
 
     Raises:
         CheckpointError: if another one holds it.

@@ -1,4 +1,5 @@
-"""What was asked for: a config or a run, overrides, and how to start it. Every launcher takes one `Request` and returns an exit code.
+"""What was asked for: a config or a run, overrides, and how to start it. Every launcher takes one
+`Request` and returns an exit code.
 
 A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS`.
 """
@@ -34,7 +35,9 @@ CONFIG = "config.yaml"
 
 @dataclass(frozen=True)
 class Request:
-    """``source`` is a YAML file or a run directory; None lets the launcher choose ``procs`` and ``port``."""
+    """``source`` is a YAML file or a run directory; None lets the launcher choose ``procs`` and
+    ``port``.
+    """
 
     source: str
     overrides: tuple[str, ...] = ()
@@ -76,7 +79,8 @@ def refuse_copies() -> None:
 
 
 def config_file(source: str) -> Path:
-    """Return the YAML file that ``source`` stands for: itself, or the resolved config of a run directory.
+    """Return the YAML file that ``source`` stands for: itself, or the resolved config of a run
+    directory.
 
     Raises:
         ConfigError: if it is a folder that is not a run's.
@@ -92,10 +96,12 @@ def config_file(source: str) -> Path:
 
 
 def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None:
-    """Return if nothing that can be known without torch speaks against this run, which goes on from a checkpoint unless it is ``fresh``.
+    """Return if nothing that can be known without torch speaks against this run, which goes on from
+    a checkpoint unless it is ``fresh``.
 
     Raises:
-        UserError: for what the engine refuses on this device, data or a tokenizer that is not there, sources that do not fit together.
+        UserError: for what the engine refuses on this device, data or a tokenizer that is not
+            there, sources that do not fit together.
     """
     refuse_wrong_versions()
     deepspeed_config(config, device_type=device_type)
@@ -108,7 +114,8 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
             "there is no tokenizer",
             where="tokenizer.path",
             value=config.tokenizer.path,
-            remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub name that has one",
+            remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub "
+            "name that has one",
         )
     if isinstance(config, FinetuneConfig):
         for table in {

@@ -1,7 +1,9 @@
 """The run directory: made once, then only added to. One launcher at a time may work in it.
 
-RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in environment.json
-RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of values, changes
+RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in
+                          environment.json
+RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of
+                          values, changes
 RUN_DIR/environment-*.patch  what the code had in it beside its commit
 RUN_DIR/secret            by which the ranks know each other; nobody else can read it
 RUN_DIR/lock              held by the launcher (or job) that works here
@@ -49,7 +51,8 @@ def compare(config: TrainConfig) -> list[str]:
     """Return notices about what this config changes in its run directory; nothing is written.
 
     Raises:
-        CheckpointError: if the directory is somebody else's, or a run that has trained with what may not change.
+        CheckpointError: if the directory is somebody else's, or a run that has trained with what
+            may not change.
     """
     path = config.run_dir
     if path.exists() and not path.is_dir():
@@ -97,7 +100,8 @@ def compare(config: TrainConfig) -> list[str]:
 
 @contextmanager
 def locked(path: Path) -> Iterator[None]:
-    """Hold ``path`` against every other launcher, making it if need be. The kernel lets go when this process ends, however it ends.
+    """Hold ``path`` against every other launcher, making it if need be. The kernel lets go when
+    this process ends, however it ends.
 
     Raises:
         CheckpointError: if a run is at work there; it names that one.
@@ -134,7 +138,8 @@ def locked(path: Path) -> Iterator[None]:
 
 
 def _refuse_links(path: Path) -> None:
-    """Return if no file that a run writes to is a link: a stranger's run directory would write to files of its new user.
+    """Return if no file that a run writes to is a link: a stranger's run directory would write to
+    files of its new user.
 
     Raises:
         CheckpointError: naming the first.
@@ -151,9 +156,11 @@ def _refuse_links(path: Path) -> None:
 
 
 def _refuse_lease(path: Path, *, locks: bool) -> None:
-    """Return if no attempt of another machine, or of any where there are no ``locks``, renews its lease.
+    """Return if no attempt of another machine, or of any where there are no ``locks``, renews its
+    lease.
 
-    An attempt of this very Slurm job may: it has not yet noticed that the job was started anew, and is fenced off.
+    An attempt of this very Slurm job may: it has not yet noticed that the job was started anew, and
+    is fenced off.
     """
     attempt, here = fence.newest(path), allocation()
     owner = attempt.owner() if attempt else None
@@ -175,7 +182,9 @@ def _at_work(path: Path, who: str) -> CheckpointError:
 
 
 def take(path: Path, *, launcher: str) -> fence.Fence:
-    """Return the attempt that begins now: every older one that still lives can write no more. Call it under ``locked``."""
+    """Return the attempt that begins now: every older one that still lives can write no more. Call
+    it under ``locked``.
+    """
     here = allocation()
     return fence.take(
         path,
@@ -186,7 +195,8 @@ def take(path: Path, *, launcher: str) -> fence.Fence:
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
-    """Return the resolved config's path, after writing it and this attempt's entry. Call it under ``locked``.
+    """Return the resolved config's path, after writing it and this attempt's entry. Call it under
+    ``locked``.
 
     Raises:
         CheckpointError: as ``compare``: what was written between a first look and the lock counts.
@@ -218,7 +228,9 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
 
 
 def _note_permission(path: Path, config: TrainConfig) -> None:
-    """Note in the user's home what this attempt may run, so that the run goes on without its being said again."""
+    """Note in the user's home what this attempt may run, so that the run goes on without its being
+    said again.
+    """
     if permission.asked(config):
         file, note = permission.note_of(path, config)
         try:
@@ -226,19 +238,24 @@ def _note_permission(path: Path, config: TrainConfig) -> None:
             write_atomically(file, json.dumps(note).encode(), private=True)
         except (OSError, DataError):
             logger.info(
-                f"notice: {file.parent} cannot be written: say {' '.join(f'{key}=true' for key in permission.asked(config))} "
+                f"notice: {file.parent} cannot be written: say "
+                f"{' '.join(f'{key}=true' for key in permission.asked(config))} "
                 "again when this run goes on"
             )
 
 
 def before_attempt(path: Path) -> tuple[bytes | None, int]:
-    """Return the config of a run directory (None: there is none yet) and how many bytes the run has logged."""
+    """Return the config of a run directory (None: there is none yet) and how many bytes the run has
+    logged.
+    """
     config = path / CONFIG
     return config.read_bytes() if config.is_file() else None, _logged_bytes(path)
 
 
 def restore_if_refused(path: Path, before: tuple[bytes | None, int], *, code: int) -> None:
-    """Give a run its config of ``before`` back, if the attempt that ended with ``code`` was refused before its first logged step."""
+    """Give a run its config of ``before`` back, if the attempt that ended with ``code`` was refused
+    before its first logged step.
+    """
     config, logged = before
     if code == EXIT_USER_ERROR and config is not None and logged == _logged_bytes(path):
         write_atomically(path / CONFIG, config)
@@ -284,7 +301,9 @@ def _logged_bytes(path: Path) -> int:
 
 
 def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:
-    """Return the digest that the newest checkpoint of the run speaks of, and that of the folder ``tokenizer`` if it is another."""
+    """Return the digest that the newest checkpoint of the run speaks of, and that of the folder
+    ``tokenizer`` if it is another.
+    """
     then = (layout.newest_state(path) or {}).get("tokenizer_digest")
     return (
         list(dict.fromkeys([then, tokenizer_digest(tokenizer)]))

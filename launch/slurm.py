@@ -1,6 +1,8 @@
-"""The Slurm launcher: makes the run directory, hands slurm/train.sbatch to sbatch, and tells how to follow the job.
+"""The Slurm launcher: makes the run directory, hands slurm/train.sbatch to sbatch, and tells how to
+follow the job.
 
-What the script does beside srun is in ``launch/job.py``. Inside an allocation the launcher runs it right there instead of submitting it.
+What the script does beside srun is in ``launch/job.py``. Inside an allocation the launcher runs it
+right there instead of submitting it.
 """
 
 from __future__ import annotations
@@ -45,7 +47,8 @@ def launch(request: Request) -> int:
     """Return 0 once the job is submitted; inside an allocation, the exit code of the run.
 
     Raises:
-        UserError: for everything that can be known before the job starts, and what Slurm refuses. Nothing is submitted then.
+        UserError: for everything that can be known before the job starts, and what Slurm refuses.
+            Nothing is submitted then.
     """
     refuse_copies()
     refuse_without_scripts()
@@ -85,13 +88,16 @@ def launch(request: Request) -> int:
     if here:
         return watched(command, code)
     print(
-        f"job {job}: {procs} ranks on {cluster.nodes} nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}"
+        f"job {job}: {procs} ranks on {cluster.nodes} "
+        f"nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}"
     )
     return EXIT_DONE
 
 
 def watched(command: Sequence[str], folder: Path) -> int:
-    """Return the exit code of slurm/train.sbatch in this allocation. It hears Ctrl-C itself; what ends this process goes on to it."""
+    """Return the exit code of slurm/train.sbatch in this allocation. It hears Ctrl-C itself; what
+    ends this process goes on to it.
+    """
     with subprocess.Popen(command, cwd=folder) as script:
         before = {
             number: signal.signal(number, lambda *_: script.terminate())
@@ -114,7 +120,8 @@ def refuse_without_scripts() -> None:
         raise ConfigError(
             "hfscale was installed without its scripts for Slurm",
             where=ROOT / SCRIPT,
-            remedy="use a checkout (pip install -e . in it), or submit slurm/train.sbatch of one yourself",
+            remedy="use a checkout (pip install -e . in it), or submit slurm/train.sbatch of "
+            "one yourself",
         )
 
 
@@ -128,7 +135,8 @@ def no_ranks(request: Request) -> None:
         raise ConfigError(
             "a Slurm job has its ranks and its port from the cluster",
             where="--procs, --port",
-            remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: cluster.sbatch.ntasks-per-node=M)",
+            remedy="say cluster.nodes=N cluster.gpus_per_node=M (without GPUs: "
+            "cluster.sbatch.ntasks-per-node=M)",
         )
 
 
@@ -155,7 +163,8 @@ def before(
     on_nodes: bool = True,
     limit: str | None = None,
 ) -> list[str]:
-    """Return notices on a run of ``procs`` ranks, after looking at all that can be known without asking Slurm or importing torch.
+    """Return notices on a run of ``procs`` ranks, after looking at all that can be known without
+    asking Slurm or importing torch.
 
     ``limit`` is the time limit of the job around this, as Slurm writes it, where it is known.
 
@@ -175,7 +184,8 @@ def before(
 def prepare(
     loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Path | None = None
 ) -> None:
-    """Return when the run directory has the config, this attempt's entry, a folder for logs, and in ``code`` a snapshot of the code.
+    """Return when the run directory has the config, this attempt's entry, a folder for logs, and in
+    ``code`` a snapshot of the code.
 
     Raises:
         ConfigError: if no log can be written there.
@@ -202,7 +212,9 @@ def prepare(
 
 
 def code_folder(run: Path) -> Path:
-    """Return where a job's snapshot of the code lies: it runs what was submitted, whatever becomes of the checkout."""
+    """Return where a job's snapshot of the code lies: it runs what was submitted, whatever becomes
+    of the checkout.
+    """
     return run / "code" / str(len(run_dir.attempts(run)) + 1)
 
 
@@ -247,7 +259,9 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
 
 
 def excluded(run: Path) -> list[str]:
-    """Return the nodes that jobs of this run leave out: the first word of each line of a file that people may edit."""
+    """Return the nodes that jobs of this run leave out: the first word of each line of a file that
+    people may edit.
+    """
     file = run / EXCLUDED
     return (
         [line.split()[0] for line in file.read_text().splitlines() if line.strip()]
@@ -290,13 +304,16 @@ def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
     )
     if limit[0].isdigit() and seconds(asked.get("time", "0")) > seconds(limit):
         said = [
-            f"a partition with a limit of {limit} never starts a job of {asked['time']}, though Slurm takes it"
+            f"a partition with a limit of {limit} never starts a job of {asked['time']}, "
+            "though Slurm takes it"
         ]
     return [line.removeprefix("sbatch: ") for line in said]
 
 
 def refusal(stderr: str, options: Sequence[str]) -> ConfigError:
-    """Return Slurm's refusal of a job with these options, in its own words, with what the cluster has."""
+    """Return Slurm's refusal of a job with these options, in its own words, with what the cluster
+    has.
+    """
     words = "; ".join(
         line.removeprefix("sbatch: ").removeprefix("error: ")
         for line in stderr.splitlines()
@@ -328,7 +345,8 @@ def differences(cluster: Cluster, here: Allocation) -> list[str]:
 
 
 def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
-    """Return a notice if saves were seen to take longer than the time between Slurm's signal and the end.
+    """Return a notice if saves were seen to take longer than the time between Slurm's signal and
+    the end.
 
     ``limit`` is that of the job; without it, what the config asks for.
 
@@ -339,23 +357,29 @@ def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
     needed = record.get("save_s", 0.0) + record.get("step_s", 0.0)
     limit = limit or cluster.time
     if limit and limit[0].isdigit() and seconds(limit) <= max(cluster.signal_s, needed):
-        why = f"step and save take {needed:.0f} s, and the ranks are told to save {cluster.signal_s} s (cluster.signal_s) before the end"
+        why = (
+            f"step and save take {needed:.0f} s, and the ranks are told to save "
+            f"{cluster.signal_s} s (cluster.signal_s) before the end"
+        )
         raise ConfigError(
             f"the time limit leaves no time to train: {why}",
             where="cluster.time",
             value=limit,
-            remedy="ask for more; or for a later warning, if a step and a save are shorter: cluster.signal_s=60 "
+            remedy="ask for more; or for a later warning, if a step and a save are shorter: "
+            "cluster.signal_s=60 "
             "(by hand: sbatch --signal=USR1@60 ... cluster.signal_s=60)",
         )
     if needed > cluster.signal_s:
         return [
-            f"step and save took {needed:.0f} s, Slurm warns {cluster.signal_s} s ahead: better cluster.signal_s={2 * needed:.0f}"
+            f"step and save took {needed:.0f} s, Slurm warns {cluster.signal_s} s ahead: "
+            f"better cluster.signal_s={2 * needed:.0f}"
         ]
     return []
 
 
 def _refuse_local_disk(config: TrainConfig) -> None:
-    """Return if run directory and hub cache are, as far as one can see, on a disk that every node sees.
+    """Return if run directory and hub cache are, as far as one can see, on a disk that every node
+    sees.
 
     Raises:
         ConfigError: naming the one that is not.
@@ -370,7 +394,8 @@ def _refuse_local_disk(config: TrainConfig) -> None:
                 f"this folder is on {kind}, which other nodes do not see",
                 where=where,
                 value=str(path),
-                remedy="choose one on a shared file system, or cluster.allow_local_disk=true if it is one",
+                remedy="choose one on a shared file system, or cluster.allow_local_disk=true "
+                "if it is one",
             )
 
 

@@ -1,10 +1,12 @@
-"""Runs from Python, through submitit: ``submit`` for one, ``submit_sweep`` for a grid. Each returns submitit's Job, or a list of them.
+"""Runs from Python, through submitit: ``submit`` for one, ``submit_sweep`` for a grid. Each returns
+submitit's Job, or a list of them.
 
     job = submit("configs/pretrain/gpt2_small.yaml", ["run.name=mine"], nodes=2)
-    job.results()[0]                                # rank 0: {"done": True, "run_dir": ..., "step": ..., "loss": ..., ...}
+    job.results()[0]  # rank 0: {"done": True, "run_dir": ..., "step": ..., "loss": ..., ...}
 
-``cluster="local"`` runs on this machine, ``"debug"`` in this process. What a job asks for comes from ``cluster:`` of the config, then
-from ``cluster.submitit``, then from the call: names of ``submitit.AutoExecutor.update_parameters``.
+``cluster="local"`` runs on this machine, ``"debug"`` in this process. What a job asks for comes
+from ``cluster:`` of the config, then from ``cluster.submitit``, then from the call: names of
+``submitit.AutoExecutor.update_parameters``.
 """
 
 from __future__ import annotations
@@ -49,10 +51,14 @@ from launch.slurm import (
 
 
 class Train:
-    """What is pickled: no state, so that it can come from a notebook. Its argument is a path, and every rank calls it."""
+    """What is pickled: no state, so that it can come from a notebook. Its argument is a path, and
+    every rank calls it.
+    """
 
     def __call__(self, config: str) -> dict[str, Any]:
-        """Return the run's last record, with ``run_dir`` and whether it is ``done``. A stopped Slurm job goes back into the queue."""
+        """Return the run's last record, with ``run_dir`` and whether it is ``done``. A stopped
+        Slurm job goes back into the queue.
+        """
         here, run = allocation(), Path(config).parent
         handlers, environment = (
             {number: signal.getsignal(number) for number in SIGNALS},
@@ -64,9 +70,9 @@ class Train:
                 take(Request(str(run)).load().config, here)
             code = worker.run(Path(config), on_hang=lambda rank: _requeue(here))
         except BaseException:
-            atexit.register(
-                os._exit, 1
-            )  # once submitit has written what happened: the other ranks may wait in a collective for ever
+            # once submitit has written what happened: the other ranks may wait in a collective for
+            # ever
+            atexit.register(os._exit, 1)
             raise
         finally:
             os.environ.clear()
@@ -99,7 +105,9 @@ def _runs(job: str) -> bool:
 
 
 class QueueWatcher(SlurmInfoWatcher):
-    """States of jobs from squeue, for clusters without accounting: there submitit knows none, and waits for ever for a cancelled job."""
+    """States of jobs from squeue, for clusters without accounting: there submitit knows none, and
+    waits for ever for a cancelled job.
+    """
 
     def _make_command(self) -> list[str] | None:
         return (
@@ -125,9 +133,8 @@ def launch(request: Request) -> int:
     no_ranks(request)
     if request.dry_run:
         _, parameters = _checked([request], "slurm", {})
-        print(
-            f"submitit.AutoExecutor(cluster='slurm').update_parameters({', '.join(f'{k}={v!r}' for k, v in parameters.items())})"
-        )
+        asked = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
+        print(f"submitit.AutoExecutor(cluster='slurm').update_parameters({asked})")
     else:
         [job] = _submit([request], "slurm", {})
         print(followed(job.job_id, request.load().config, log=str(job.paths.stdout)))
@@ -153,7 +160,9 @@ def submit_sweep(
     cluster: str = "slurm",
     **options: Any,
 ) -> list[submitit.Job[dict[str, Any]]]:
-    """Return one job for each combination of ``grid`` (key -> values), as one array; each run's name ends in its values."""
+    """Return one job for each combination of ``grid`` (key -> values), as one array; each run's
+    name ends in its values.
+    """
     name = Request(config, tuple(overrides)).load().config.run.name
     requests = []
     for values in itertools.product(*grid.values()):
@@ -179,7 +188,9 @@ def submit_sweep(
 def _checked(
     requests: Sequence[Request], cluster: str, options: dict[str, Any]
 ) -> tuple[list[Loaded[TrainConfig]], dict[str, Any]]:
-    """Return the configs that were asked for, looked at before the first one writes, and what submitit is told."""
+    """Return the configs that were asked for, looked at before the first one writes, and what
+    submitit is told.
+    """
     if cluster == "slurm":
         refuse_without_scripts()
     if cluster == "slurm" and not has_slurm():

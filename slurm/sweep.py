@@ -1,6 +1,8 @@
-"""A sweep over learning rates as one Slurm array, and its best run. From the folder that holds hfscale/:
+"""A sweep over learning rates as one Slurm array, and its best run. From the folder that holds
+hfscale/:
 
-python slurm/sweep.py configs/pretrain/gpt2_small.yaml            # `local` as a second argument: on this machine
+# `local` as a second argument: on this machine
+python slurm/sweep.py configs/pretrain/gpt2_small.yaml
 """
 
 import sys

@@ -1,4 +1,6 @@
-"""What every test gets: ranks that end with the session, and skips for hardware that is not there."""
+"""What every test gets: ranks that end with the session, and skips for hardware that is not
+there.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidiactl").exi
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with ``tokenizer/`` and ``shards/{train,validation}/`` of some of Python's own source."""
+    """A folder with ``tokenizer/`` and ``shards/{train,validation}/`` of some of Python's own
+    source.
+    """
     return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
@@ -34,7 +38,9 @@ def _ranks_end_with_the_session() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _the_logger_of_one_test_is_not_that_of_the_next() -> Iterator[None]:
-    """A command run in this process sets its logger up; what pytest captures in later tests would come twice."""
+    """A command run in this process sets its logger up; what pytest captures in later tests would
+    come twice.
+    """
     yield
     logger.handlers[:], logger.propagate = [], True
     logger.setLevel(logging.NOTSET)

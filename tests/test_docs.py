@@ -1,4 +1,6 @@
-"""What README, CONTRIBUTING and docs/ claim is there: files, verbs, configs, commands and their keys, links; a page for each task."""
+"""What README, CONTRIBUTING and docs/ claim is there: files, verbs, configs, commands and their
+keys, links; a page for each task.
+"""
 
 from __future__ import annotations
 
@@ -116,7 +118,9 @@ def commands(page: Path) -> Iterator[tuple[list[str], list[str]]]:
 
 @pages()
 def test_commands_are_understood(page: Path):
-    """Overrides of a config go through its schema; those of evaluate and predict are of a section, or options of the page's tasks."""
+    """Overrides of a config go through its schema; those of evaluate and predict are of a section,
+    or options of the page's tasks.
+    """
     tasks = [name for name, place in linked_tasks().items() if place == page] or [*TASKS]
     for (verb, *words), overrides in commands(page):
         file = next((ROOT / word for word in words if word.startswith("configs/")), None)
@@ -162,7 +166,9 @@ def test_each_task_has_a_page():
 
 @pytest.mark.parametrize("page", TASK_PAGES, ids=lambda page: page.name)
 def test_a_page_of_a_task_is_complete(page: Path):
-    """Mathematics with a source, the shipped config, rows, a script that makes data, commands, and how the export is used."""
+    """Mathematics with a source, the shipped config, rows, a script that makes data, commands, and
+    how the export is used.
+    """
     text, names = (
         page.read_text("utf-8"),
         [name for name, place in linked_tasks().items() if place == page],
@@ -197,7 +203,9 @@ def test_a_page_of_a_task_is_complete(page: Path):
 
 
 def test_messages_of_the_faq_are_still_said():
-    """Word by word as in the code; what is in braces there may be any word here, and ``...`` leaves some out."""
+    """Word by word as in the code; what is in braces there may be any word here, and ``...`` leaves
+    some out.
+    """
     files = [path for top in ("hfscale", "launch") for path in (ROOT / top).rglob("*.py")]
     code = " ".join(
         re.sub(r'["\']\s*\n\s*f?["\']', "", path.read_text("utf-8")) for path in files

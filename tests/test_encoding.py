@@ -1,4 +1,6 @@
-"""Text that spells a control token stays text, in every kind of tokenizer; only templates put control tokens."""
+"""Text that spells a control token stays text, in every kind of tokenizer; only templates put
+control tokens.
+"""
 
 from __future__ import annotations
 

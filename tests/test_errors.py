@@ -32,12 +32,15 @@ def test_the_log_shows_them_too(capsys: pytest.CaptureFixture[str]):
     ("text", "safe"),
     [
         ("http://alice:PASS@host/x", "http://***@host/x"),
-        ("cannot fetch https://:PASS@h, then ftp://a:b@c", "cannot fetch https://***@h, then ftp://***@c"),
+        (
+            "cannot fetch https://:PASS@h, then ftp://a:b@c",
+            "cannot fetch https://***@h, then ftp://***@c",
+        ),
         ("http://host:80/a@b", "http://host:80/a@b"),
         ("user@host:path", "user@host:path"),
         ("déjà vu 数据 😀\t", "déjà vu 数据 😀\t"),
     ],
-)  # fmt: skip
+)
 def test_a_password_of_a_url_is_not_shown(text: str, safe: str):
     assert shown(text) == safe
     assert "PASS" not in str(UserError(text, where=text, value={text: [text]}, remedy=text))

@@ -1,4 +1,6 @@
-"""Files that are read: regular ones of a bounded size, JSON of a known shape; what does not fit names its key and value."""
+"""Files that are read: regular ones of a bounded size, JSON of a known shape; what does not fit
+names its key and value.
+"""
 
 from __future__ import annotations
 

@@ -12,7 +12,9 @@ from tests.helpers.labelled import words_tokenizer
 
 
 def test_a_saved_tokenizer_names_a_class_that_both_versions_have(tmp_path: Path) -> None:
-    """transformers 4 knows no TokenizersBackend, and takes a mapping for special tokens of no role (tried with 4.57.6)."""
+    """transformers 4 knows no TokenizersBackend, and takes a mapping for special tokens of no role
+    (tried with 4.57.6).
+    """
     tokenizer = words_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|user|>"]})  # type: ignore[dict-item]
     tokenizer.model_input_names = ["input_ids", "attention_mask"]

@@ -1,4 +1,6 @@
-"""One rank as its own process: signals while it starts, and what it leaves for the job around it."""
+"""One rank as its own process: signals while it starts, and what it leaves for the job around
+it.
+"""
 
 from __future__ import annotations
 

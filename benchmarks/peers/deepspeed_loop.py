@@ -1,4 +1,5 @@
-"""The peer to beat: the training loop that a careful person writes by hand on DeepSpeed. Run by torchrun with a work file.
+"""The peer to beat: the training loop that a careful person writes by hand on DeepSpeed. Run by
+torchrun with a work file.
 
 Nothing of hfscale is imported here.
 """

@@ -1,6 +1,8 @@
-"""The peer that most people use: transformers' Trainer with DeepSpeed. Run by torchrun with a work file.
+"""The peer that most people use: transformers' Trainer with DeepSpeed. Run by torchrun with a work
+file.
 
-Rows come from the flat memory map of the other peer, in the same order. Nothing of hfscale is imported here.
+Rows come from the flat memory map of the other peer, in the same order. Nothing of hfscale is
+imported here.
 """
 
 from __future__ import annotations

@@ -1,4 +1,6 @@
-"""The peers' data: a flat memory map of rows in training order, which is as cheap as reading data gets. Also their models."""
+"""The peers' data: a flat memory map of rows in training order, which is as cheap as reading data
+gets. Also their models.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,9 @@ def micro_batches(
 
 
 def model_of(work: dict[str, Any]) -> PreTrainedModel:
-    """Return the model in fp32, with the weights in its folder, or new ones where there are none."""
+    """Return the model in fp32, with the weights in its folder, or new ones where there are
+    none.
+    """
     if any(Path(work["model"]).glob("*.safetensors")):
         return AutoModelForCausalLM.from_pretrained(work["model"], dtype=torch.float32)
     torch.manual_seed(0)
@@ -60,7 +64,9 @@ def adamw_of(model: torch.nn.Module, work: dict[str, Any]) -> torch.optim.AdamW:
 
 
 def build_nothing() -> None:
-    """Keep DeepSpeed from compiling its CPU kernel for inference, which training does not use: a killed build leaves a lock for ever."""
+    """Keep DeepSpeed from compiling its CPU kernel for inference, which training does not use: a
+    killed build leaves a lock for ever.
+    """
     import deepspeed
 
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -1,10 +1,14 @@
-"""Readers of one corpus, each as its own documentation has it, in a process of its own: what `benchmarks/stream.py` measures ours against.
+"""Readers of one corpus, each as its own documentation has it, in a process of its own: what
+`benchmarks/stream.py` measures ours against.
 
-    python benchmarks/peers/streams.py FOLDER PEER        # answers one JSON line on stdout to each on stdin
+    # answers one JSON line on stdout to each on stdin
+    python benchmarks/peers/streams.py FOLDER PEER
 
-A reader is a generator of batches of 32 x 1024 int64, over ``epochs`` epochs from batch ``start`` on; what it needs on disk it makes of
-``FOLDER/flat.bin`` (uint16) when it is first asked. Peers that need seconds for it get the first tenth of the corpus. Libraries that pin
-old versions of others are imported here only, by the interpreter of an environment of their own. This file needs numpy alone.
+A reader is a generator of batches of 32 x 1024 int64, over ``epochs`` epochs from batch ``start``
+on; what it needs on disk it makes of ``FOLDER/flat.bin`` (uint16) when it is first asked. Peers
+that need seconds for it get the first tenth of the corpus. Libraries that pin old versions of
+others are imported here only, by the interpreter of an environment of their own. This file needs
+numpy alone.
 """
 
 from __future__ import annotations
@@ -29,7 +33,9 @@ Batches = Iterator[np.ndarray]
 
 
 class Reader(NamedTuple):
-    """``batches(folder, state, epochs)``: from batch 0 where the state is 0; ``state(folder, batch)``: what a checkpoint would hold."""
+    """``batches(folder, state, epochs)``: from batch 0 where the state is 0; ``state(folder,
+    batch)``: what a checkpoint would hold.
+    """
 
     batches: Callable[[Path, Any, int], Batches]
     state: Callable[[Path, int], Any] = lambda folder, batch: batch
@@ -73,9 +79,11 @@ def made(folder: Path, name: str, make: Callable[[Path], None]) -> Path:
     return path
 
 
-# ------------------------------------------------------------------------------------------------------------------- np.memmap
+# ---------------------------------------------------------------------------------------- np.memmap
 def memmap(folder: Path, start: int, epochs: int) -> Batches:
-    """Into one preallocated batch, in order: the fastest that the few lines do that everybody writes."""
+    """Into one preallocated batch, in order: the fastest that the few lines do that everybody
+    writes.
+    """
     tokens, batch = tokens_of(folder), np.empty((BATCH, SEQ), np.int64)
     for _ in range(epochs):
         for first in range(start * TOKENS, len(tokens) - TOKENS + 1, TOKENS):
@@ -83,9 +91,11 @@ def memmap(folder: Path, start: int, epochs: int) -> Batches:
             yield batch
 
 
-# ------------------------------------------------------------------------------------------------------------------ webdataset
+# --------------------------------------------------------------------------------------- webdataset
 def webdataset_shards(folder: Path, start: int, epochs: int) -> Batches:
-    """The stock pipeline over our own shards: a sample is a chunk. There is no state: a resume replays."""
+    """The stock pipeline over our own shards: a sample is a chunk. There is no state: a resume
+    replays.
+    """
     import webdataset
 
     urls = sorted(map(str, (folder / "shards").glob("*.tar")))
@@ -114,7 +124,7 @@ def webdataset_documents(folder: Path, start: int, epochs: int) -> Batches:
         yield from islice(pack(sample["npy"] for sample in samples), start, None)
 
 
-# ---------------------------------------------------------------------------------------------------------- MosaicML Streaming
+# ------------------------------------------------------------------------------- MosaicML Streaming
 def mosaicml(folder: Path, state: Any, epochs: int) -> Batches:
     """The iterator over packed rows, with its own state."""
     import torch
@@ -153,7 +163,7 @@ def mosaicml(folder: Path, state: Any, epochs: int) -> Batches:
         yield np.stack(rows).astype(np.int64)
 
 
-# ---------------------------------------------------------------------------------------------------------------- HF datasets
+# -------------------------------------------------------------------------------------- HF datasets
 def hf_rows(folder: Path) -> Any:
     """Return packed rows as an arrow data set on disk."""
     import datasets
@@ -216,9 +226,11 @@ def hf_documents(folder: Path, start: int, epochs: int) -> Batches:
         yield from pack(row["ids"] for row in rows)
 
 
-# -------------------------------------------------------------------------------------------------------------------- litdata
+# ------------------------------------------------------------------------------------------ litdata
 def litdata_tokens(folder: Path, state: Any, epochs: int) -> Batches:
-    """The loader for tokens over the streaming data set, without worker processes, with its own state."""
+    """The loader for tokens over the streaming data set, without worker processes, with its own
+    state.
+    """
     from litdata import StreamingDataLoader, StreamingDataset, TokensLoader, optimize
 
     def make(path: Path) -> None:
@@ -285,16 +297,20 @@ OWN_ENVIRONMENT = (
 )  # pin versions of numpy, transformers and others
 
 
-# ---------------------------------------------------------------------------------------------------------------- the process
+# -------------------------------------------------------------------------------------- the process
 def anonymous_mib() -> float:
-    """Return the memory of this process that no file backs: mapped pages of the page cache are not in it."""
+    """Return the memory of this process that no file backs: mapped pages of the page cache are not
+    in it.
+    """
     return (
         int(re.search(r"RssAnon:\s+(\d+)", Path("/proc/self/status").read_text()).group(1)) / 1024
     )  # type: ignore[union-attr]
 
 
 def measure_epochs(reader: Reader, folder: Path) -> dict[str, Any]:
-    """Return M tokens/s of two epochs of one reader, opening included, and its anonymous memory (MiB) through the second."""
+    """Return M tokens/s of two epochs of one reader, opening included, and its anonymous memory
+    (MiB) through the second.
+    """
     count = (
         int(reader.share * len(tokens_of(folder))) // TOKENS - 8
     )  # no reader gives the last row of each of its files
@@ -312,7 +328,9 @@ def measure_epochs(reader: Reader, folder: Path) -> dict[str, Any]:
 
 
 def measure_resume(reader: Reader, folder: Path, place: float) -> dict[str, Any]:
-    """Return the position in tokens, and the seconds from nothing but a state to the first batch there."""
+    """Return the position in tokens, and the seconds from nothing but a state to the first batch
+    there.
+    """
     batch = int(place * (int(reader.share * len(tokens_of(folder))) // TOKENS - 8))
     state = reader.state(folder, batch)
     began = time.perf_counter()
@@ -324,7 +342,9 @@ def measure_resume(reader: Reader, folder: Path, place: float) -> dict[str, Any]
 
 
 def serve(reader: Reader, folder: Path) -> None:
-    """Answer ``"epochs"`` and places of a resume (in epochs), one JSON line each, until stdin ends."""
+    """Answer ``"epochs"`` and places of a resume (in epochs), one JSON line each, until stdin
+    ends.
+    """
     out = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # what libraries print goes to stderr
     for line in sys.stdin:

@@ -1,4 +1,5 @@
-"""The loop that a careful person writes by hand in plain torch for one GPU: fp32 weights, autocast, fused AdamW, clipping.
+"""The loop that a careful person writes by hand in plain torch for one GPU: fp32 weights, autocast,
+fused AdamW, clipping.
 
 Nothing of hfscale is imported here.
 """

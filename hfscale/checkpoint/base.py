@@ -1,8 +1,9 @@
-"""The base of adapters: weights that a checkpoint stands beside and does not hold. Whoever opens such a checkpoint looks whether they
-are still those that the adapters were trained with.
+"""The base of adapters: weights that a checkpoint stands beside and does not hold. Whoever opens
+such a checkpoint looks whether they are still those that the adapters were trained with.
 
-A base is named by the digests of its files: of a checkpoint of ours that of its manifest, which has those of the rest. Files of
-gigabytes are read once a machine: a digest is kept as long as the file's inode, size and times of change stay the same.
+A base is named by the digests of its files: of a checkpoint of ours that of its manifest, which has
+those of the rest. Files of gigabytes are read once a machine: a digest is kept as long as the
+file's inode, size and times of change stay the same.
 """
 
 from __future__ import annotations
@@ -24,13 +25,17 @@ from hfscale.shards.files import file_digest, write_atomically
 
 
 def identity(folder: Path) -> dict[str, Any]:
-    """Return what names the weights in ``folder``: ``sizes`` in bytes and ``digests`` of their files. Collective, in a group."""
+    """Return what names the weights in ``folder``: ``sizes`` in bytes and ``digests`` of their
+    files. Collective, in a group.
+    """
     here = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
     return from_rank_0({"sizes": sizes(folder), "digests": _digests(folder)} if here else None)
 
 
 def sizes(folder: Path) -> dict[str, int]:
-    """Return the files that name the weights in ``folder``, and how large they are; none, where they are gone."""
+    """Return the files that name the weights in ``folder``, and how large they are; none, where
+    they are gone.
+    """
     return {file.name: file.stat().st_size for file in _files(folder)}
 
 
@@ -40,7 +45,8 @@ def changed(folder: Path) -> str:
 
 
 def check_base(saved: Mapping[str, Any], *, where: Path | str) -> None:
-    """Return if the base of the adapters in checkpoint ``where`` is what it was; ``saved`` is what that says of it. Collective.
+    """Return if the base of the adapters in checkpoint ``where`` is what it was; ``saved`` is what
+    that says of it. Collective.
 
     Raises:
         CheckpointError: on all ranks, if it has changed, or is gone.
@@ -84,7 +90,9 @@ def _digests(folder: Path) -> dict[str, str]:
 
 
 def _digest(file: Path, cache: Path) -> str:
-    """Return the SHA-256 of ``file``, as it was kept in ``cache`` if nothing has touched it since."""
+    """Return the SHA-256 of ``file``, as it was kept in ``cache`` if nothing has touched it
+    since.
+    """
     name = json.dumps([str(file.resolve()), *_stamp(file)])
     kept = cache / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     with suppress(OSError, UnicodeDecodeError):

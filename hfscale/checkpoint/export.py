@@ -1,6 +1,8 @@
-"""A checkpoint leaves as a transformers folder: safetensors in bounded memory, published only if the logits are equal.
+"""A checkpoint leaves as a transformers folder: safetensors in bounded memory, published only if
+the logits are equal.
 
-Tensors are read, cast and written block by block: no more than one block is held, however large a tensor or the model is.
+Tensors are read, cast and written block by block: no more than one block is held, however large a
+tensor or the model is.
 """
 
 from __future__ import annotations
@@ -30,12 +32,14 @@ def write_weights(
     *,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write every tensor of ``skeleton`` (a model on the meta device) from ``reader`` into ``folder``, in the skeleton's precision.
+    """Write every tensor of ``skeleton`` (a model on the meta device) from ``reader`` into
+    ``folder``, in the skeleton's precision.
 
     Tied tensors are written once, as transformers does, and files are cut as it cuts them.
 
     Raises:
-        CheckpointError: if the reader lacks one of them, has it in another shape (an empty one, say), or does not tie what is tied.
+        CheckpointError: if the reader lacks one of them, has it in another shape (an empty one,
+            say), or does not tie what is tied.
     """
     tensors, available = untied(skeleton), set(reader.names())
     wrong = [
@@ -51,10 +55,12 @@ def write_weights(
     ]
     if wrong:
         raise CheckpointError(
-            f"{len(wrong)} tensors of the model are missing, misshapen or tied by mistake; nothing was published",
+            f"{len(wrong)} tensors of the model are missing, misshapen or tied by mistake; "
+            "nothing was published",
             where="weights of the checkpoint",
             value=wrong[:5],
-            remedy="the checkpoint belongs to another model; compare its config.yaml with the architecture",
+            remedy="the checkpoint belongs to another model; compare its config.yaml with the "
+            "architecture",
         )
     plan = split_torch_state_dict_into_shards(tensors, max_shard_size=shard_bytes)
 
@@ -100,6 +106,7 @@ def compare_logits(got: Tensor, want: Tensor, *, tolerance: float) -> float:
             "the exported model does not give the run's logits; nothing was published",
             where="equal-logits gate",
             value=f"relative difference {difference:.2e}, allowed {tolerance:.0e}",
-            remedy="this is a defect of the checkpoint or of the export: verify the checkpoint and report it",
+            remedy="this is a defect of the checkpoint or of the export: verify the checkpoint "
+            "and report it",
         )
     return difference

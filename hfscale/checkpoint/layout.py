@@ -1,8 +1,10 @@
 """Where things lie in a run's ``checkpoints/`` folder, and the moves between its states.
 
-step-00001000            committed: it has a manifest, and was renamed to this name last; with a file `pinned` it is never pruned
-                         or a link to one that somebody moved to another disk: read alike, never pruned
-step-00001000.2.partial  being written by the second attempt, or left by a kill; never read, cleared by the next save
+step-00001000            committed: it has a manifest, and was renamed to this name last; with a
+                         file `pinned` it is never pruned; or a link to one that somebody moved to
+                         another disk: read alike, never pruned
+step-00001000.2.partial  being written by the second attempt, or left by a kill; never read, cleared
+                         by the next save
 step-00001000.old        being deleted; never read
 rejected/                what failed verification, kept for inspection, never loaded
 """
@@ -48,7 +50,8 @@ def rank_file(rank: int) -> str:
 
 
 def run_of(checkpoint: Path) -> Path:
-    """Return the run directory that a checkpoint is in, by its name: a checkpoint that was moved to another disk may be a link there.
+    """Return the run directory that a checkpoint is in, by its name: a checkpoint that was moved to
+    another disk may be a link there.
 
     Raises:
         CheckpointError: if it is named by another place, where its run is not known.
@@ -128,7 +131,9 @@ def state_of(checkpoint: Path) -> dict[str, Any]:
 
 
 def candidates(folder: Path) -> list[Path]:
-    """Return every folder that has a checkpoint's name, oldest first: committed, or half-copied by somebody."""
+    """Return every folder that has a checkpoint's name, oldest first: committed, or half-copied by
+    somebody.
+    """
     if not folder.is_dir():
         return []
     return sorted(
@@ -138,12 +143,16 @@ def candidates(folder: Path) -> list[Path]:
 
 
 def committed(folder: Path) -> list[Path]:
-    """Return the committed checkpoints of ``folder``, oldest first. Their digests are not checked here."""
+    """Return the committed checkpoints of ``folder``, oldest first. Their digests are not checked
+    here.
+    """
     return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
 
 
 def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] | None:
-    """Return what the newest committed checkpoint of a run (from ``before`` a step) says of itself; None: none that can be read."""
+    """Return what the newest committed checkpoint of a run (from ``before`` a step) says of itself;
+    None: none that can be read.
+    """
     return _newest(
         [path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before]
     )
@@ -157,7 +166,8 @@ def _newest(found: list[Path]) -> dict[str, Any] | None:
 
 
 def checkpoint_of(name: str | Path) -> Path | None:
-    """Return the checkpoint that ``name`` stands for: itself, the newest of a RUN, also a damaged one, RUN@best or RUN@STEP. None: neither.
+    """Return the checkpoint that ``name`` stands for: itself, the newest of a RUN, also a damaged
+    one, RUN@best or RUN@STEP. None: neither.
 
     Raises:
         CheckpointError: if it is a run that has none, or not that one.
@@ -226,7 +236,9 @@ def clear_leftovers(folder: Path) -> None:
 
 
 def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
-    """Return why each committed checkpoint stays, oldest first; without a reason it goes at the next pruning."""
+    """Return why each committed checkpoint stays, oldest first; without a reason it goes at the
+    next pruning.
+    """
     found = committed(folder)
     best = (_newest(found) or {}).get("best") or {}
 
@@ -246,7 +258,9 @@ def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
 
 
 def prune(folder: Path, policy: Checkpoint, *, spare: Path | None = None) -> list[Path]:
-    """Remove the checkpoints that nothing keeps, but not ``spare``; return them. Other processes may prune and pin meanwhile."""
+    """Remove the checkpoints that nothing keeps, but not ``spare``; return them. Other processes
+    may prune and pin meanwhile.
+    """
     gone = []
     for path in [
         path for path, reasons in kept(folder, policy).items() if not reasons and path != spare
@@ -260,7 +274,9 @@ def prune(folder: Path, policy: Checkpoint, *, spare: Path | None = None) -> lis
 
 
 def _discard(old: Path) -> bool:
-    """Return True if a checkpoint under its last name was deleted; one that was pinned just before it got that name goes back."""
+    """Return True if a checkpoint under its last name was deleted; one that was pinned just before
+    it got that name goes back.
+    """
     if (old / PINNED).exists():
         old.rename(old.with_suffix(""))
         return False

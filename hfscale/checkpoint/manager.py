@@ -1,10 +1,13 @@
-"""Saves and loads a run: snapshot in front, writing behind, committed by one rename, loaded only if every digest matches.
+"""Saves and loads a run: snapshot in front, writing behind, committed by one rename, loaded only if
+every digest matches.
 
 A save, as all ranks live it:
-    save()           wait for the previous one; agree that the disk has room; copy the state into buffers that are kept
+    save()           wait for the previous one; agree that the disk has room; copy the state into
+                     buffers that are kept
     writer threads   write and hash this rank's file; leave a record of it
     rank 0's thread  waits for all records, writes the manifest, renames the folder, prunes
-No thread takes part in a collective: they meet through files, and the ranks' main threads agree in ``save`` and ``wait``.
+No thread takes part in a collective: they meet through files, and the ranks' main threads agree in
+``save`` and ``wait``.
 """
 
 from __future__ import annotations
@@ -51,7 +54,9 @@ HEADROOM_BYTES = 64 * 2**20  # beside the tensors: headers, state, manifest
 
 
 class CheckpointManager:
-    """The checkpoints of one run, seen from one rank. Every method but ``due`` and ``failed`` is called by all ranks together."""
+    """The checkpoints of one run, seen from one rank. Every method but ``due`` and ``failed`` is
+    called by all ranks together.
+    """
 
     def __init__(
         self,
@@ -86,9 +91,11 @@ class CheckpointManager:
         self.stall_s = 0.0  # of the last save: how long training waited
         self.write_s = 0.0  # of the last save that was written: how long its writer took
 
-    # ---------------------------------------------------------------------------------------------- when
+    # ----------------------------------------------------------------------------------------- when
     def due(self, step: int) -> bool:
-        """Return True on rank 0 when ``step`` should be saved; the ranks agree on it by the step's all-reduce."""
+        """Return True on rank 0 when ``step`` should be saved; the ranks agree on it by the step's
+        all-reduce.
+        """
         if self._rank:
             return False
         steps = (self._config.every_steps, self._config.keep_every_steps)
@@ -98,7 +105,8 @@ class CheckpointManager:
         )
 
     def improves(self, record: Mapping[str, Any]) -> bool:
-        """Return True if a step's record has the best value yet of ``checkpoint.keep_best``'s metric: then it should be saved.
+        """Return True if a step's record has the best value yet of ``checkpoint.keep_best``'s
+        metric: then it should be saved.
 
         All ranks give the same record, so they agree without asking.
 
@@ -139,13 +147,14 @@ class CheckpointManager:
         """Return what stopped this rank's last background write, if anything did.
 
         Raises:
-            SupersededError: if it was a younger attempt. This rank leaves at once, and the others with it.
+            SupersededError: if it was a younger attempt. This rank leaves at once, and the others
+                with it.
         """
         if isinstance(self._failure, SupersededError):
             raise self._failure
         return self._failure
 
-    # ---------------------------------------------------------------------------------------------- save
+    # ----------------------------------------------------------------------------------------- save
     def save(
         self,
         engine: Engine,
@@ -154,12 +163,15 @@ class CheckpointManager:
         step: int,
         probe_inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Save the engine and ``state`` (JSON) as the checkpoint of ``step``; with ``async`` it is committed behind.
+        """Save the engine and ``state`` (JSON) as the checkpoint of ``step``; with ``async`` it is
+        committed behind.
 
-        ``probe_inputs`` are what the model is asked for the checkpoint's probe, by default a row of text.
+        ``probe_inputs`` are what the model is asked for the checkpoint's probe, by default a row of
+        text.
 
         Raises:
-            CheckpointError: on all ranks, if the disk lacks room or the previous save failed; older checkpoints stay.
+            CheckpointError: on all ranks, if the disk lacks room or the previous save failed; older
+                checkpoints stay.
             UnhealthyError: on all ranks, if the model no longer computes finite numbers.
         """
         began = self._clock()
@@ -179,7 +191,8 @@ class CheckpointManager:
         if probe := make_probe(engine, probe_inputs):
             if not probe.logits.isfinite().all():
                 raise UnhealthyError(
-                    "the model's logits are not finite; nothing was saved, older checkpoints are untouched"
+                    "the model's logits are not finite; nothing was saved, older checkpoints "
+                    "are untouched"
                 )
             small[layout.PROBE] = probe.to_bytes()
         fragments = engine.fragments(frozen=not engine.adapted)
@@ -228,7 +241,9 @@ class CheckpointManager:
             time.sleep(POLL_S)
 
     def _prepare(self, fragments: Sequence[Fragment], *, step: int) -> None:
-        """Agree that there is room, and clear the ground: one folder, empty, before any rank writes."""
+        """Agree that there is room, and clear the ground: one folder, empty, before any rank
+        writes.
+        """
         own = sum(tensor.nbytes for fragment in fragments for tensor in fragment.tensors.values())
         need = int(sum_over_ranks(torch.tensor(own))) + HEADROOM_BYTES
         problem: str | None = None
@@ -238,13 +253,16 @@ class CheckpointManager:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clear_leftovers(self.folder)
                 free = shutil.disk_usage(self.folder).free
-                if (
-                    need > free
-                ):  # what this save would make superfluous may as well go now; the newest good one always stays
+                # what this save would make superfluous may as well go now; the newest good one
+                # always stays
+                if need > free:
                     layout.prune(self.folder, self._config)
                     free = shutil.disk_usage(self.folder).free
                 if need > free:
-                    problem = f"no space left for a checkpoint: {need:,} bytes needed, {free:,} bytes free"
+                    problem = (
+                        f"no space left for a checkpoint: {need:,} bytes needed, "
+                        f"{free:,} bytes free"
+                    )
                 else:
                     (self._partial(step) / layout.RECORDS).mkdir(parents=True)
                     (self._partial(step) / layout.ENGINE).mkdir()
@@ -255,7 +273,8 @@ class CheckpointManager:
                 problem,
                 where=self.folder,
                 remedy="free or mend the disk, then run the same command again; "
-                "checkpoint.keep_last=1 keeps fewer, and `hfscale checkpoints RUN` says why each is kept",
+                "checkpoint.keep_last=1 keeps fewer, and `hfscale checkpoints RUN` says why "
+                "each is kept",
             )
 
     def _snapshot(self, fragments: Sequence[Fragment]) -> list[Fragment]:
@@ -276,7 +295,7 @@ class CheckpointManager:
             for f in fragments
         ]
 
-    # -------------------------------------------------------------------------------- the writer's thread
+    # -------------------------------------------------------------------------- the writer's thread
     def _write(
         self, *, snapshot: Sequence[Fragment], small: dict[str, bytes], step: int, reused: bool
     ) -> None:
@@ -300,7 +319,8 @@ class CheckpointManager:
                     else ""
                 )
                 self._say(
-                    f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} s{share}, "
+                    f"checkpoint of step {step} committed: training waited {self.stall_s:.2f} "
+                    f"s{share}, "
                     f"writing took {self.write_s:.2f} s"
                 )
         except BaseException as error:  # whatever it is, the run must hear of it
@@ -339,14 +359,17 @@ class CheckpointManager:
         attempt = f".{self._fence.number}" if self._fence else ""
         return self.folder / (layout.step_name(step) + attempt + layout.PARTIAL)
 
-    # ---------------------------------------------------------------------------------------------- load
+    # ----------------------------------------------------------------------------------------- load
     def load_latest(self, engine: Engine) -> dict[str, Any] | None:
-        """Return the state of the newest good checkpoint, now loaded into ``engine``; None if the run has none yet.
+        """Return the state of the newest good checkpoint, now loaded into ``engine``; None if the
+        run has none yet.
 
-        The world size and ZeRO stage may differ from those of the save. Damaged checkpoints are moved to ``rejected/``.
+        The world size and ZeRO stage may differ from those of the save. Damaged checkpoints are
+        moved to ``rejected/``.
 
         Raises:
-            CheckpointError: if there are checkpoints, but none is intact, or the newest is of another model or format.
+            CheckpointError: if there are checkpoints, but none is intact, or the newest is of
+                another model or format.
         """
         names = from_rank_0([path.name for path in layout.candidates(self.folder)])
         found = [self.folder / name for name in names]
@@ -363,8 +386,10 @@ class CheckpointManager:
             engine.after_load()
             self._best = state.get("best")
             self._say(
-                f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO {state.get('zero_stage')}: "
-                f"{time.monotonic() - began:.1f} s, peak memory of this rank {peak_memory_gib(engine.device):.2f} GiB"
+                f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO "
+                f"{state.get('zero_stage')}: "
+                f"{time.monotonic() - began:.1f} s, peak memory of this rank "
+                f"{peak_memory_gib(engine.device):.2f} GiB"
             )
             return state
         if found:
@@ -380,6 +405,7 @@ class CheckpointManager:
         torch_dist.barrier(group=host_group())  # nobody reads it any more
         if self._rank == 0:
             logger.warning(
-                f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept in {layout.reject(checkpoint)}"
+                f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept "
+                f"in {layout.reject(checkpoint)}"
             )
         torch_dist.barrier(group=host_group())

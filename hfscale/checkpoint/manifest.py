@@ -1,4 +1,6 @@
-"""What a checkpoint consists of: every file with its size and SHA-256. Written last; without it there is no checkpoint."""
+"""What a checkpoint consists of: every file with its size and SHA-256. Written last; without it
+there is no checkpoint.
+"""
 
 from __future__ import annotations
 
@@ -20,9 +22,9 @@ from hfscale.records import STRICT, Count, Record, Sha256, parse, read_file
 from hfscale.shards.files import file_digest
 
 VERSION = 1
-SMALL = (
-    2**20
-)  # bytes: more than any file has that says what a checkpoint is (config, state), less than weights worth the name
+# bytes: more than any file has that says what a checkpoint is (config, state), less than weights
+# worth the name
+SMALL = 2**20
 SMALL_FILES = (layout.STATE, layout.CONFIG, layout.GENERATION, layout.PROBE)  # that are read
 ALWAYS = (layout.STATE, layout.rank_file(0))  # in every checkpoint
 
@@ -50,7 +52,9 @@ class _File(Record):
 
 
 def write_file(folder: Path, path: str, chunks: Iterable[memoryview | bytes]) -> Entry:
-    """Return the entry of a file just written and synced; it is hashed on the way, never read again."""
+    """Return the entry of a file just written and synced; it is hashed on the way, never read
+    again.
+    """
     digest, size = hashlib.sha256(), 0
     target = folder / path
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -66,7 +70,9 @@ def write_file(folder: Path, path: str, chunks: Iterable[memoryview | bytes]) ->
 
 
 def write_manifest(folder: Path, entries: Iterable[Entry], *, step: int) -> None:
-    """Make ``folder`` a checkpoint. It carries a digest of itself, so an edited manifest is found too."""
+    """Make ``folder`` a checkpoint. It carries a digest of itself, so an edited manifest is found
+    too.
+    """
     body = {
         "version": VERSION,
         "step": step,
@@ -112,7 +118,9 @@ def read_manifest(checkpoint: Path) -> list[Entry]:
 
 
 def problem_with(checkpoint: Path, entry: Entry, *, digest: bool) -> str | None:
-    """Return what is wrong with one file, or None if its size, and its digest if asked for, match."""
+    """Return what is wrong with one file, or None if its size, and its digest if asked for,
+    match.
+    """
     path = checkpoint / entry.path
     try:
         size = path.stat().st_size
@@ -128,9 +136,11 @@ def problem_with(checkpoint: Path, entry: Entry, *, digest: bool) -> str | None:
 def verify(
     checkpoint: Path, *, part: int = 0, parts: int = 1, up_to: float = math.inf
 ) -> list[str]:
-    """Return everything wrong with a checkpoint; none means that it may be loaded. Files of more than ``up_to`` bytes are not read.
+    """Return everything wrong with a checkpoint; none means that it may be loaded. Files of more
+    than ``up_to`` bytes are not read.
 
-    Of its files, only each ``parts``-th from ``part`` on is looked at, so that ranks can share the work.
+    Of its files, only each ``parts``-th from ``part`` on is looked at, so that ranks can share the
+    work.
     """
     try:
         entries = read_manifest(checkpoint)

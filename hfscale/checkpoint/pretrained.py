@@ -1,8 +1,10 @@
-"""Weights of another run, checkpoint, export or transformers folder into an engine, before its first step.
+"""Weights of another run, checkpoint, export or transformers folder into an engine, before its
+first step.
 
-Each rank reads the ranges that it holds, at any ZeRO stage, one after the other: no rank ever has more than its share and the
-largest of these ranges. Names in files differ from a model's by the base model's prefix (``transformer.wte.weight`` is saved as
-``wte.weight`` by a headless model), by ties (one of several names is saved) and by age (``gamma`` and ``beta`` of old LayerNorms).
+Each rank reads the ranges that it holds, at any ZeRO stage, one after the other: no rank ever has
+more than its share and the largest of these ranges. Names in files differ from a model's by the
+base model's prefix (``transformer.wte.weight`` is saved as ``wte.weight`` by a headless model), by
+ties (one of several names is saved) and by age (``gamma`` and ``beta`` of old LayerNorms).
 """
 
 from __future__ import annotations
@@ -30,7 +32,9 @@ NAMED = 20  # tensors that a message names
 
 
 def labels_of(folder: Path) -> dict[int, str]:
-    """Return what the outputs of the model in ``folder`` are called; nothing, where it does not say."""
+    """Return what the outputs of the model in ``folder`` are called; nothing, where it does not
+    say.
+    """
     read = load(folder / "config.json", ModelConfig, what="the model's config")
     return {int(number): name for number, name in (read.id2label or {}).items()}
 
@@ -40,10 +44,12 @@ def match(
 ) -> Match:
     """Return what fills ``model``, whose tensors may be partitioned or on the meta device.
 
-    The head is left out where it has another number of outputs there, or other ``labels``, if both have names and not numbers.
+    The head is left out where it has another number of outputs there, or other ``labels``, if both
+    have names and not numbers.
 
     Raises:
-        CheckpointError: if nothing matches, shapes differ by more than new ids, or what is one tensor here are two there.
+        CheckpointError: if nothing matches, shapes differ by more than new ids, or what is one
+            tensor here are two there.
     """
     parameters, saved, available = (
         dict(model.named_parameters()),
@@ -108,7 +114,8 @@ def match(
             what,
             where=f"model.pretrained, {type(model).__name__}",
             value=wrong[:NAMED] or available[:3],
-            remedy="they must belong to one architecture: check model.pretrained, and what model.config changes in it",
+            remedy="they must belong to one architecture: check model.pretrained, and what "
+            "model.config changes in it",
         )
     used, ignored = (
         {there for all_ in found.values() for there in all_},
@@ -139,7 +146,9 @@ def _renamed(there: Mapping[int, str], here: Any) -> bool:
 
 
 def tell(found: Match, model: PreTrainedModel) -> Match:
-    """Return ``found``, after naming in the log what did not match, and what of it ``model`` will never train."""
+    """Return ``found``, after naming in the log what did not match, and what of it ``model`` will
+    never train.
+    """
     _say(
         [name for name in found.missing if ".lora_" not in name],
         "parameters of the model are not among the pretrained weights and start fresh",
@@ -154,7 +163,8 @@ def tell(found: Match, model: PreTrainedModel) -> Match:
     parameters = dict(model.named_parameters())
     _say(
         [name for name in found.grown if name in parameters and not parameters[name].requires_grad],
-        f"tensors with new ids are frozen, so these {found.rows[1] - found.rows[0]} tokens keep the mean and are never learned "
+        f"tensors with new ids are frozen, so these {found.rows[1] - found.rows[0]} tokens "
+        "keep the mean and are never learned "
         "(train them without model.lora and model.freeze first, or use tokens that the base knows)",
     )
     return found
@@ -162,7 +172,9 @@ def tell(found: Match, model: PreTrainedModel) -> Match:
 
 @torch.no_grad()
 def load_pretrained(engine: Engine | InferenceEngine, reader: WeightsReader, found: Match) -> None:
-    """Return when each rank has filled its part of the weights with what was ``found``. Collective."""
+    """Return when each rank has filled its part of the weights with what was ``found``.
+    Collective.
+    """
     for fragment in engine.fragments(owned=False):
         if fragment.name in found.sources:
             fragment.tensors["weight"].copy_(
@@ -186,5 +198,6 @@ def _spellings(name: str, prefix: str) -> Iterator[str]:
 def _say(names: Sequence[str], what: str) -> None:
     if names:
         logger.warning(
-            f"{len(names)} {what}: {', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
+            f"{len(names)} {what}: "
+            f"{', '.join(names[:NAMED])}{', ...' if len(names) > NAMED else ''}"
         )

@@ -1,7 +1,8 @@
-"""A few numbers of the live engine's output on fixed inputs, stored in each checkpoint: an export must give the same.
+"""A few numbers of the live engine's output on fixed inputs, stored in each checkpoint: an export
+must give the same.
 
-The inputs are those that the objective names, whatever a model takes. Of what it gives, a number a token or a label, two ends of
-an answer or hidden states, some numbers are kept. Legend: K numbers.
+The inputs are those that the objective names, whatever a model takes. Of what it gives, a number a
+token or a label, two ends of an answer or hidden states, some numbers are kept. Legend: K numbers.
 """
 
 from __future__ import annotations
@@ -36,7 +37,8 @@ class Probe:
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (K), fp32
 
     def ask(self, model: Any, *, device: torch.device) -> Tensor | None:
-        """Return what the probe keeps of the output of ``model`` (bare, or an engine): (K), fp32, on the CPU.
+        """Return what the probe keeps of the output of ``model`` (bare, or an engine): (K), fp32,
+        on the CPU.
 
         None: the model gives nothing that is known here.
         """

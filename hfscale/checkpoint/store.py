@@ -1,7 +1,9 @@
-"""Fragments on disk: one safetensors file a rank, with ranges of named tensors that any rank of any run can read.
+"""Fragments on disk: one safetensors file a rank, with ranges of named tensors that any rank of any
+run can read.
 
-A file's keys say what they hold: ``transformer.wte.weight[0:1164].exp_avg`` is elements 0 to 1163 of the flattened parameter.
-The shapes of the whole tensors are in the file's metadata. Which rank wrote a range means nothing to a reader.
+A file's keys say what they hold: ``transformer.wte.weight[0:1164].exp_avg`` is elements 0 to 1163
+of the flattened parameter. The shapes of the whole tensors are in the file's metadata. Which rank
+wrote a range means nothing to a reader.
 """
 
 from __future__ import annotations
@@ -41,7 +43,9 @@ KEY = re.compile(r"(?P<name>.+)\[(?P<start>\d+):(?P<stop>\d+)\]\.(?P<kind>\w+)")
 
 
 def serialize(fragments: Sequence[Fragment]) -> Iterator[memoryview | bytes]:
-    """Yield the bytes of a safetensors file with ``fragments``, whose tensors lie on the CPU; nothing is copied."""
+    """Yield the bytes of a safetensors file with ``fragments``, whose tensors lie on the CPU;
+    nothing is copied.
+    """
     shapes = {fragment.name: list(fragment.shape) for fragment in fragments}
     tensors = {
         f"{fragment.name}[{fragment.start}:{fragment.start + fragment.numel}].{kind}": tensor
@@ -62,7 +66,8 @@ def pack(
 ) -> Iterator[memoryview | bytes]:
     """Yield the bytes of a safetensors file with ``entries``: name -> (dtype, shape).
 
-    ``tensors`` are their numbers in this order, whole or in pieces; each may be made when its turn comes.
+    ``tensors`` are their numbers in this order, whole or in pieces; each may be made when its turn
+    comes.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
@@ -84,7 +89,8 @@ def pack(
 
 
 class FragmentReader:
-    """Tensors of a checkpoint by name and range, put together from whichever files hold them. Verify the checkpoint first.
+    """Tensors of a checkpoint by name and range, put together from whichever files hold them.
+    Verify the checkpoint first.
 
     Memory: what is asked for, and nothing else; files are mapped, not read.
     """
@@ -116,7 +122,9 @@ class FragmentReader:
             places.sort(key=lambda place: place[:2])
 
     def kinds(self, name: str) -> set[str]:
-        """Return which tensors are there for a parameter: "weight", and its moments if it was trained."""
+        """Return which tensors are there for a parameter: "weight", and its moments if it was
+        trained.
+        """
         return {kind for have, kind in self._ranges if have == name}
 
     def read(self, name: str, kind: str, *, start: int, out: Tensor) -> Tensor:
@@ -136,7 +144,8 @@ class FragmentReader:
                 "the checkpoint does not hold a whole tensor",
                 where=name,
                 value=f"{kind}: {filled} of {start}:{stop}",
-                remedy="this is a defect; `hfscale checkpoints RUN --verify` shows whether files changed",
+                remedy="this is a defect; `hfscale checkpoints RUN --verify` shows whether "
+                "files changed",
             )
         return out
 
@@ -149,7 +158,8 @@ class FragmentReader:
 
 
 def tensors_in(path: Path) -> Any:
-    """Return a safetensors file, opened (a context, as ``safe_open``), if it is a regular file: a pipe would never answer.
+    """Return a safetensors file, opened (a context, as ``safe_open``), if it is a regular file: a
+    pipe would never answer.
 
     Raises:
         OSError, SafetensorError: if it cannot be opened, or its header does not fit it.
@@ -177,7 +187,8 @@ def _damaged(path: Path, what: str) -> CheckpointError:
     return CheckpointError(
         f"a file of the checkpoint is damaged: {what}",
         where=path,
-        remedy="name an older checkpoint of the run; `hfscale checkpoints RUN --verify` lists what is wrong",
+        remedy="name an older checkpoint of the run; `hfscale checkpoints RUN --verify` lists "
+        "what is wrong",
     )
 
 
@@ -192,7 +203,8 @@ def load_fragments(reader: FragmentReader, fragments: Sequence[Fragment]) -> Non
         have = reader.shapes.get(fragment.name)
         if have != fragment.shape:
             wrong.append(
-                f"{fragment.name}: {list(fragment.shape)}, in the checkpoint {'missing' if have is None else list(have)}"
+                f"{fragment.name}: {list(fragment.shape)}, in the checkpoint "
+                f"{'missing' if have is None else list(have)}"
             )
         elif missing := set(fragment.tensors) - reader.kinds(fragment.name):
             wrong.append(f"{fragment.name}: no {' and '.join(sorted(missing))} in the checkpoint")

@@ -1,4 +1,6 @@
-"""One way to read a model's weights, tensor by tensor, wherever they come from: a run, a checkpoint of any stage, a transformers folder."""
+"""One way to read a model's weights, tensor by tensor, wherever they come from: a run, a checkpoint
+of any stage, a transformers folder.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class WeightsReader(Protocol):
 
 @dataclass(frozen=True)
 class Match:
-    """Where a model's tensors come from. Missing parameters keep their first weights (a new head, say); unexpected ones are not read."""
+    """Where a model's tensors come from. Missing parameters keep their first weights (a new head,
+    say); unexpected ones are not read.
+    """
 
     sources: dict[str, str]  # name in the model -> name in the reader
     missing: Sequence[str]
@@ -76,7 +80,8 @@ class Match:
     def read_slice(self, reader: WeightsReader, name: str, *, start: int, numel: int) -> Tensor:
         """Return elements of the model's flattened tensor ``name``; fp32, where it has grown.
 
-        New ids: the mean keeps the old ids' probabilities almost as they were (Hewitt 2021, "Initializing new word embeddings").
+        New ids: the mean keeps the old ids' probabilities almost as they were (Hewitt 2021,
+        "Initializing new word embeddings").
         """
         there = self.sources[name]
         if name not in self.grown:
@@ -92,7 +97,9 @@ class Match:
 
 
 def _mean_row(reader: WeightsReader, name: str, *, rows: int) -> Tensor:
-    """Return the mean of all rows (float64), read block by block; of a vector with a number an id: of its numbers."""
+    """Return the mean of all rows (float64), read block by block; of a vector with a number an id:
+    of its numbers.
+    """
     width = torch.Size(reader.shape(name)).numel() // rows
     total = torch.zeros(width, dtype=torch.float64)
     for first in range(0, rows, BLOCK_ROWS):
@@ -107,12 +114,14 @@ def _mean_row(reader: WeightsReader, name: str, *, rows: int) -> Tensor:
 
 
 def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
-    """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a folder of transformers.
+    """Return a reader of the weights at ``path``: a run (its newest checkpoint), a checkpoint, or a
+    folder of transformers.
 
     ``check`` says what is wrong with a checkpoint.
 
     Raises:
-        CheckpointError: if there are none, a checkpoint does not match its manifest, or the base of its adapters has changed.
+        CheckpointError: if there are none, a checkpoint does not match its manifest, or the base of
+            its adapters has changed.
     """
     if checkpoint := layout.checkpoint_of(path):
         saved, state = CheckpointWeights(checkpoint, check=check), layout.state_of(checkpoint)
@@ -130,7 +139,9 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
 
 
 def verify_together(checkpoint: Path) -> list[str]:
-    """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of the files. Collective."""
+    """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of
+    the files. Collective.
+    """
     rank, world_size = (
         (torch_dist.get_rank(), torch_dist.get_world_size())
         if torch_dist.is_initialized()
@@ -141,7 +152,8 @@ def verify_together(checkpoint: Path) -> list[str]:
 
 
 def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Path:
-    """Return ``checkpoint`` if ``check`` finds nothing; by default it reads the small files only, before anybody believes them.
+    """Return ``checkpoint`` if ``check`` finds nothing; by default it reads the small files only,
+    before anybody believes them.
 
     Raises:
         CheckpointError: if it finds something.
@@ -151,13 +163,16 @@ def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Pa
             "the checkpoint is damaged and was not opened",
             where=checkpoint,
             value=problems[:5],
-            remedy="name an older checkpoint of the run, or resume the run: it falls back by itself",
+            remedy="name an older checkpoint of the run, or resume the run: it falls back by "
+            "itself",
         )
     return checkpoint
 
 
 class CheckpointWeights(WeightsReader):
-    """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it is tied to."""
+    """The fp32 weights of a committed checkpoint, verified first. A tied name reads the tensor it
+    is tied to.
+    """
 
     def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
         self._reader = FragmentReader(checked(checkpoint, check))
@@ -180,7 +195,9 @@ class CheckpointWeights(WeightsReader):
 
 
 class MergedWeights(WeightsReader):
-    """What adapters were trained to: W + scale * B A of each target; the rest as it is in their checkpoint, or in ``folder``."""
+    """What adapters were trained to: W + scale * B A of each target; the rest as it is in their
+    checkpoint, or in ``folder``.
+    """
 
     def __init__(
         self,
@@ -254,7 +271,8 @@ def refuse_adapter(folder: Path) -> None:
             "this folder holds an adapter, which is not a model",
             where=folder,
             value=ADAPTER,
-            remedy="merge it into its base (hfscale export RUN OUT without --adapter, or peft's merge_and_unload); "
+            remedy="merge it into its base (hfscale export RUN OUT without --adapter, or "
+            "peft's merge_and_unload); "
             f"if the weights here are whole without it, take {ADAPTER} away",
         )
 
@@ -275,7 +293,8 @@ class FolderWeights(WeightsReader):
                     "no safetensors weights here",
                     where=folder,
                     value=sorted(p.name for p in folder.glob("*"))[:10],
-                    remedy="save the model with transformers' save_pretrained; pickled weights (.bin) are not opened",
+                    remedy="save the model with transformers' save_pretrained; pickled weights "
+                    "(.bin) are not opened",
                 )
             opened = {name: tensors_in(folder / name) for name in sorted(set(where.values()))}
             self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}

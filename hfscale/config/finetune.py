@@ -1,4 +1,6 @@
-"""The config of a fine-tuning: labelled examples instead of shards, a task instead of an objective."""
+"""The config of a fine-tuning: labelled examples instead of shards, a task instead of an
+objective.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from hfscale.config.schema import (
 
 
 class Examples(Section):
-    """Labelled examples: files of JSONL, csv, tsv, parquet or WebDataset, folders or globs of them, or ``NAME:SPLIT`` of the hub."""
+    """Labelled examples: files of JSONL, csv, tsv, parquet or WebDataset, folders or globs of them,
+    or ``NAME:SPLIT`` of the hub.
+    """
 
     train: Table
     validation: Union[HeldOut, Table, None] = (
@@ -29,9 +33,8 @@ class Examples(Section):
     )
     test: Union[HeldOut, Table, None] = None
     subset: str | None = None  # of the hub: the configuration
-    columns: dict[
-        str, str
-    ] = {}  # role of the task -> column; a role has the column of its own name, "id" the number of the row
+    # role of the task -> column; a role has the column of its own name, "id" the number of the row
+    columns: dict[str, str] = {}
     max_length: Annotated[int, Field(gt=1)] = 256  # tokens of a feature, special ones included
     too_long: Literal["truncate", "refuse"] = "truncate"
     on_error: Literal["stop", "skip"] = (

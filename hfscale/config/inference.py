@@ -1,4 +1,6 @@
-"""The config of jobs that train nothing: predictions, a language model on shards, tasks of lm-evaluation-harness."""
+"""The config of jobs that train nothing: predictions, a language model on shards, tasks of
+lm-evaluation-harness.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from hfscale.config.schema import (
 
 
 class Inference(Section):
-    """How a model that only computes is held: at ZeRO stage 3 a share of its weights on each rank, below it all of them."""
+    """How a model that only computes is held: at ZeRO stage 3 a share of its weights on each rank,
+    below it all of them.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 0
     precision: Literal["fp32", "bf16", "fp16", None] = None  # None: as it was trained, or saved

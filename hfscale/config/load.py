@@ -1,4 +1,6 @@
-"""From what a YAML file, the files it extends and overrides say (``tree.py``) to one frozen config that knows where each value came from."""
+"""From what a YAML file, the files it extends and overrides say (``tree.py``) to one frozen config
+that knows where each value came from.
+"""
 
 from __future__ import annotations
 
@@ -31,13 +33,17 @@ S = TypeVar("S", bound=Section)
 
 @dataclass(frozen=True)
 class Loaded(Generic[S]):
-    """A valid config; ``sources`` gives file:line or the command line for every key that somebody wrote."""
+    """A valid config; ``sources`` gives file:line or the command line for every key that somebody
+    wrote.
+    """
 
     config: S
     sources: dict[str, str]
 
     def source(self, key: str, default: str = DEFAULT) -> str:
-        """Return where the value of ``key`` came from, ``default`` if nobody wrote it; one inside a list or mapping came with it."""
+        """Return where the value of ``key`` came from, ``default`` if nobody wrote it; one inside a
+        list or mapping came with it.
+        """
         while key:
             if key in self.sources:
                 return self.sources[key]
@@ -45,7 +51,7 @@ class Loaded(Generic[S]):
         return default
 
 
-# -------------------------------------------------------------------------------------------------- public
+# ------------------------------------------------------------------------------------------- public
 @overload
 def load_config(
     path: Path | str, overrides: Sequence[str] = (), *, decided: bool = False
@@ -61,13 +67,16 @@ def load_config(
     schema: type[Any] | None = None,
     decided: bool = False,
 ) -> Loaded[Any]:
-    """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in YAML) on top.
+    """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in
+    YAML) on top.
 
-    Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them does. What it permits to code of
-    others counts only as ``config/permission.py`` says; ``decided``: a launcher of ours wrote it, and has settled that.
+    Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them
+    does. What it permits to code of others counts only as ``config/permission.py`` says;
+    ``decided``: a launcher of ours wrote it, and has settled that.
 
     Raises:
-        ConfigError: with everything that is wrong, not only the first thing; each with its file and line.
+        ConfigError: with everything that is wrong, not only the first thing; each with its file and
+            line.
     """
     return _validated(read_tree(path, overrides), path, schema, decided=decided)
 
@@ -95,7 +104,8 @@ def _validated(
             raise ConfigError(
                 "a password stands in a URL: it would go into config.yaml and the logs",
                 where=f"{where}: {key}",  # without the value
-                remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take it out of the URL",
+                remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take "
+                "it out of the URL",
             )
     texts = [(ascii(key)[1:-1], _unprintable(key, value)) for key, value in flatten(tree.values)]
     if unprintable := [(key, what) for key, what in texts if what]:
@@ -128,7 +138,9 @@ def to_yaml(config: Section) -> str:
 
 
 def json_schema(schema: type[Section] = RunConfig) -> dict[str, Any]:
-    """Return a JSON schema for editors. Nothing is required at the top, because a file may extend others."""
+    """Return a JSON schema for editors. Nothing is required at the top, because a file may extend
+    others.
+    """
     described = schema.model_json_schema(by_alias=True)
     described.pop("required", None)
     text = {"type": "string"}
@@ -148,9 +160,11 @@ def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield prefix, values
 
 
-# -------------------------------------------------------------------------------------------------- reading
+# ------------------------------------------------------------------------------------------ reading
 class _Dumper(yaml.SafeDumper):
-    """Quotes every text that begins like a number: versions of YAML disagree about 1e-3 and 24:00:00, and any reader gets a text back."""
+    """Quotes every text that begins like a number: versions of YAML disagree about 1e-3 and
+    24:00:00, and any reader gets a text back.
+    """
 
     def represent_str(self, data: str) -> yaml.ScalarNode:
         return self.represent_scalar(
@@ -161,7 +175,9 @@ class _Dumper(yaml.SafeDumper):
 
 
 def _unprintable(key: str, value: Any) -> str:
-    """Return what is wrong with a key and its value as text, "" if nothing is: no system takes NUL or half a character."""
+    """Return what is wrong with a key and its value as text, "" if nothing is: no system takes NUL
+    or half a character.
+    """
     for text in (key, value):
         if isinstance(text, str) and ("\0" in text or not _is_utf8(text)):
             return f"{text!a:.80}: holds NUL or half a character (a surrogate)"
@@ -176,9 +192,11 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-# -------------------------------------------------------------------------------------------------- errors
+# ------------------------------------------------------------------------------------------- errors
 def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list[tuple[str, str]]:
-    """Return ``(key, what is wrong)`` once a key: pydantic reports every branch of a union by itself."""
+    """Return ``(key, what is wrong)`` once a key: pydantic reports every branch of a union by
+    itself.
+    """
     found: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         here: Any = tree.values
@@ -221,7 +239,9 @@ def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
 
 
 def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
-    """Return the nearest valid keys of the same section; or the same key where it belongs, if it was put in a wrong section."""
+    """Return the nearest valid keys of the same section; or the same key where it belongs, if it
+    was put in a wrong section.
+    """
     *sections, name = parts
     section: type[BaseModel] | None = schema
     for part in sections:

@@ -1,8 +1,9 @@
 """Who may permit that code of others runs: the command line, never the file that brings the code.
 
-``data.allow_pipe`` and ``model.trust_remote_code`` count where the command line of this very command says them, or where the run
-directory is one that this user started with them on the command line: its launcher has noted that in the user's home, for these
-commands and this model alone. What any other config says of them is taken as false, so that whatever would run is refused by name.
+``data.allow_pipe`` and ``model.trust_remote_code`` count where the command line of this very
+command says them, or where the run directory is one that this user started with them on the command
+line: its launcher has noted that in the user's home, for these commands and this model alone. What
+any other config says of them is taken as false, so that whatever would run is refused by name.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def split(overrides: Sequence[str]) -> tuple[list[str], set[str]]:
 
 
 def grant(overrides: Sequence[str]) -> list[str]:
-    """Return the overrides of a command line without its permissions, which now hold for this process and what it starts."""
+    """Return the overrides of a command line without its permissions, which now hold for this
+    process and what it starts.
+    """
     rest, said = split(overrides)
     os.environ[ALLOWED] = ",".join(sorted(said | _granted()))
     return rest
@@ -38,7 +41,8 @@ def grant(overrides: Sequence[str]) -> list[str]:
 def settled(config: TrainConfig, *, said: set[str], home: Path) -> TrainConfig:
     """Return ``config`` with what was not permitted taken back.
 
-    ``said`` are the keys that the command line gives; ``home`` is the folder of the config: a run directory, perhaps.
+    ``said`` are the keys that the command line gives; ``home`` is the folder of the config: a run
+    directory, perhaps.
     """
     permitted = said | _granted() | _noted(home, config)
     for key in asked(config) - permitted:
@@ -68,7 +72,9 @@ class Note(Record):
 
 
 def note_of(run_dir: Path, config: TrainConfig) -> tuple[Path, dict[str, Any]]:
-    """Return where this user's permissions for a run are noted, and what is noted for this config."""
+    """Return where this user's permissions for a run are noted, and what is noted for this
+    config.
+    """
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     name = hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:32]
     what = {key: _brings(config, key) for key in sorted(asked(config))}

@@ -1,6 +1,8 @@
-"""What two sections of a config have to do with each other: contradictions, batch arithmetic, and what a resume may change.
+"""What two sections of a config have to do with each other: contradictions, batch arithmetic, and
+what a resume may change.
 
-What DeepSpeed refuses is in ``engine/ds_config.py``, what a model refuses in ``models/build.py``; both are checked before a run starts.
+What DeepSpeed refuses is in ``engine/ds_config.py``, what a model refuses in ``models/build.py``;
+both are checked before a run starts.
 """
 
 from __future__ import annotations
@@ -14,19 +16,26 @@ from hfscale.config.finetune import Examples
 from hfscale.config.schema import LESS, Data, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
-# What DeepSpeed accepts without a word though losses are then not those of one process (seen with benchmarks.parity), or nothing happens.
+# What DeepSpeed accepts without a word though losses are then not those of one process (seen with
+# benchmarks.parity), or nothing happens.
 UNSAFE = {
-    "communication_data_type": "gradients would be summed in fewer bits: losses move by 4e-4 within 10 steps",
-    "torch_autocast": "the model would compute in other precisions than engine.precision says: losses move by 2e-3 within 10 steps",
-    "data_types": "gradients would be accumulated in fewer bits: losses move by 5e-3 within 10 steps",
+    "communication_data_type": "gradients would be summed in fewer bits: losses move by 4e-4 "
+    "within 10 steps",
+    "torch_autocast": "the model would compute in other precisions than engine.precision says: "
+    "losses move by 2e-3 within 10 steps",
+    "data_types": "gradients would be accumulated in fewer bits: losses move by 5e-3 within 10 "
+    "steps",
     "optimizer": "DeepSpeed ignores it: `optim` is the optimizer",
-    "scheduler": "`schedule` sets the learning rate of each step, whatever DeepSpeed's scheduler says",
+    "scheduler": "`schedule` sets the learning rate of each step, whatever DeepSpeed's "
+    "scheduler says",
     "sequence_parallel_size": "DeepSpeed ignores it here: every rank has rows of its own",
 }
 
 
 def problems(config: TrainConfig) -> list[tuple[str, str]]:
-    """Return ``(key, what is wrong)`` for everything that sections of a valid shape contradict each other in."""
+    """Return ``(key, what is wrong)`` for everything that sections of a valid shape contradict each
+    other in.
+    """
     train, data, model = config.train, config.data, config.model
     found = []
     lengths = [name for name in ("steps", "epochs", "tokens") if getattr(train, name) is not None]
@@ -36,7 +45,8 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
         found.append(
             (
                 f"train.{lengths[-1]}" if lengths else "train.steps",
-                f"a run is as long as exactly one of train.steps, train.epochs and train.tokens says, here {given}{remedy}",
+                "a run is as long as exactly one of train.steps, train.epochs and "
+                f"train.tokens says, here {given}{remedy}",
             )
         )
     if train.global_batch % train.micro_batch:
@@ -51,7 +61,8 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
         found.append(
             (
                 "model.architecture",
-                "give exactly one of model.architecture (new weights) and model.pretrained (a run, a folder or a hub name)",
+                "give exactly one of model.architecture (new weights) and model.pretrained (a "
+                "run, a folder or a hub name)",
             )
         )
     found += [
@@ -87,7 +98,8 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
                 "model.lora",
                 "adapters stand beside pretrained weights: set model.pretrained"
                 if model.pretrained is None
-                else "all that has pretrained weights is frozen beside adapters: take back model.freeze",
+                else "all that has pretrained weights is frozen beside adapters: take back "
+                "model.freeze",
             )
         )
     if not isinstance(data, Examples):
@@ -142,7 +154,8 @@ MANY_EPOCHS = (
 def notices(config: TrainConfig, *, rows: int = 0, length: Length | None = None) -> list[str]:
     """Return what is allowed but probably not meant.
 
-    ``rows`` (of an epoch) and ``length`` are not known before the data was read, where the config does not say steps or tokens.
+    ``rows`` (of an epoch) and ``length`` are not known before the data was read, where the config
+    does not say steps or tokens.
     """
     train, said = config.train, list[str]()
     if length is None and train.epochs is None:
@@ -150,24 +163,27 @@ def notices(config: TrainConfig, *, rows: int = 0, length: Length | None = None)
     if length and config.schedule.warmup_steps >= length.steps:
         asked = next(name for name in ("steps", "epochs", "tokens") if getattr(train, name))
         said.append(
-            f"schedule.warmup_steps={config.schedule.warmup_steps} is not below the {length.steps} steps of "
+            f"schedule.warmup_steps={config.schedule.warmup_steps} is not below the "
+            f"{length.steps} steps of "
             f"train.{asked}={getattr(train, asked)}: the learning rate never gets to optim.lr"
         )
     if length and rows and isinstance(config.data, Data):
         epochs = (length.steps + length.shift) * train.global_batch / rows
         if epochs > MANY_EPOCHS:
             said.append(
-                f"the run goes {epochs:,.1f} times over the same {rows:,} rows: past about 4 epochs repeated text "
+                f"the run goes {epochs:,.1f} times over the same {rows:,} rows: past about 4 "
+                "epochs repeated text "
                 "teaches little; build more data, or train for fewer steps"
             )
     if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
         said.append(
-            f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in less memory)"
+            f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in "
+            "less memory)"
         )
     return said
 
 
-# ----------------------------------------------------------------------------------------- batch arithmetic
+# --------------------------------------------------------------------------------- batch arithmetic
 @dataclass(frozen=True)
 class BatchPlan:
     """How a global batch is cut. All but ``accumulation`` and ``world_size`` are in sequences."""
@@ -180,7 +196,8 @@ class BatchPlan:
     @property
     def equation(self) -> str:
         return (
-            f"global_batch {self.global_batch} = micro_batch {self.micro_batch} x accumulation {self.accumulation}"
+            f"global_batch {self.global_batch} = micro_batch {self.micro_batch} x accumulation "
+            f"{self.accumulation}"
             f" x world_size {self.world_size}"
         )
 
@@ -195,9 +212,8 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
     if rest == 0:
         return BatchPlan(global_batch, micro_batch, accumulation, world_size)
     unit = micro_batch * world_size
-    offers = [
-        f"train.global_batch={nearest_text([accumulation * unit, (accumulation + 1) * unit], global_batch)}"
-    ]
+    multiples = [accumulation * unit, (accumulation + 1) * unit]
+    offers = [f"train.global_batch={nearest_text(multiples, global_batch)}"]
     if global_batch % world_size == 0:
         offers.append(
             f"train.micro_batch={nearest_text(_divisors(global_batch // world_size), micro_batch)}"
@@ -207,7 +223,8 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
             f"world_size {nearest_text(_divisors(global_batch // micro_batch), world_size)}"
         )
     raise ConfigError(
-        f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on {world_size} ranks",
+        f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on "
+        f"{world_size} ranks",
         where="train.global_batch",
         value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
         remedy=", or ".join(offers),
@@ -218,9 +235,10 @@ def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> Batc
 class Length:
     """Where a run ends: at step ``steps``.
 
-    ``shift`` is how many steps of the present global batch its rows come to at any step, less the steps that they were:
-    0 unless a run goes on with another batch. ``steps + shift`` is the whole run in steps of the present batch.
-    ``warmed`` is where its warm-up ended, in those; None: at the step that the schedule says.
+    ``shift`` is how many steps of the present global batch its rows come to at any step, less the
+    steps that they were: 0 unless a run goes on with another batch. ``steps + shift`` is the whole
+    run in steps of the present batch. ``warmed`` is where its warm-up ended, in those; None: at the
+    step that the schedule says.
     """
 
     steps: int
@@ -231,9 +249,11 @@ class Length:
 def run_length(
     train: Train, *, rows: int, seq_len: int, step: int = 0, consumed_rows: int = 0
 ) -> Length:
-    """Return the length of a run over ``rows`` rows an epoch that stands at ``step``: what was done, and what is left.
+    """Return the length of a run over ``rows`` rows an epoch that stands at ``step``: what was
+    done, and what is left.
 
-    Left are the whole steps that cover the rest of ``train.epochs`` or ``train.tokens``, whatever batches came before.
+    Left are the whole steps that cover the rest of ``train.epochs`` or ``train.tokens``, whatever
+    batches came before.
     """
     if train.steps is not None:
         return Length(train.steps)
@@ -245,9 +265,11 @@ def run_length(
 def warmed_rows(
     warmup_steps: int, *, global_batch: int, step: int, consumed_rows: int, saved: int | None
 ) -> int:
-    """Return after how many rows the warm-up has ended, or will; ``saved`` is what the run's checkpoint says of the same one.
+    """Return after how many rows the warm-up has ended, or will; ``saved`` is what the run's
+    checkpoint says of the same one.
 
-    A fact of the run, which every later checkpoint repeats: whatever batches and resumes follow, the rate at a row stays.
+    A fact of the run, which every later checkpoint repeats: whatever batches and resumes follow,
+    the rate at a row stays.
     """
     if step < warmup_steps:
         return consumed_rows + (warmup_steps - step) * global_batch
@@ -266,8 +288,9 @@ def nearest_text(values: list[int], wanted: int) -> str:
     return " or ".join(str(v) for v in (*below[-1:], *above[:1]))
 
 
-# --------------------------------------------------------------------------------------------------- resume
-# What a key's change means to a run that has already trained; the longest matching prefix decides, and the rest is free.
+# ------------------------------------------------------------------------------------------- resume
+# What a key's change means to a run that has already trained; the longest matching prefix decides,
+# and the rest is free.
 Change = Literal["refused", "noticed", "free"]
 CHANGES: dict[str, Change] = {
     "run.seed": "refused",
@@ -280,9 +303,11 @@ CHANGES: dict[str, Change] = {
     "data.lanes": "refused",
     "data.block": "refused",  # the order of rows is made of these
     "data.stages": "noticed",
-    "data.sources": "noticed",  # other data than was seen is found by its fingerprint; a moved folder is no other data
+    # other data than was seen is found by its fingerprint; a moved folder is no other data
+    "data.sources": "noticed",
     "data.cross_document": "noticed",
-    "task": "refused",  # and what it is given: other examples than were seen are found by their fingerprint
+    # and what it is given: other examples than were seen are found by their fingerprint
+    "task": "refused",
     "train": "noticed",
     "train.micro_batch": "free",
     "train.hang_timeout_s": "free",
@@ -306,7 +331,9 @@ class Difference:
 def resume_differences(
     old: TrainConfig, new: TrainConfig
 ) -> tuple[list[Difference], list[Difference]]:
-    """Return what a resume of ``old`` as ``new`` must be refused for, and what is accepted with a notice."""
+    """Return what a resume of ``old`` as ``new`` must be refused for, and what is accepted with a
+    notice.
+    """
     found: dict[Change, list[Difference]] = {"refused": [], "noticed": [], "free": []}
     for difference in differences(old, new):
         prefixes = [prefix for prefix in CHANGES if f"{difference.key}.".startswith(f"{prefix}.")]

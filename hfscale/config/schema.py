@@ -1,8 +1,10 @@
-"""The shape of every configuration: one frozen pydantic model a section, nothing but defaults and ranges.
+"""The shape of every configuration: one frozen pydantic model a section, nothing but defaults and
+ranges.
 
-Rules that look at two sections at once live in ``rules.py``; reading files and overrides in ``load.py``.
-Sizes are in sequences where a name ends in ``_batch``, in tokens where it ends in ``_tokens`` or ``seq_len``.
-Paths are relative to the current directory, and absolute once validated: a job may start somewhere else.
+Rules that look at two sections at once live in ``rules.py``; reading files and overrides in
+``load.py``. Sizes are in sequences where a name ends in ``_batch``, in tokens where it ends in
+``_tokens`` or ``seq_len``. Paths are relative to the current directory, and absolute once
+validated: a job may start somewhere else.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ def _absolute_unless_url(path: str) -> str:
 
 
 def _absolute_unless_hub_name(path: str) -> str:
-    """A folder that exists (or a run with its checkpoint, RUN@best), or no spelling of the hub's, is a path; ``org/name`` stays."""
+    """A folder that exists (or a run with its checkpoint, RUN@best), or no spelling of the hub's,
+    is a path; ``org/name`` stays.
+    """
     if not is_name(path):
         raise ValueError("a part of it is longer than 255 bytes, or no text")
     is_path = (
@@ -43,7 +47,9 @@ def _absolute_unless_hub_name(path: str) -> str:
 
 
 def _absolute_unless_hub_data(name: str) -> str:
-    """Return a path in full: what is one for models, ends like a file or has a wild card. The hub's ``org/name:split`` stays."""
+    """Return a path in full: what is one for models, ends like a file or has a wild card. The hub's
+    ``org/name:split`` stays.
+    """
     return (
         str(_absolute(Path(name)))
         if re.search(r"[*?\[]|\.\w+$", name)
@@ -65,7 +71,9 @@ HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
 def _mistaken(written: Any, made: Any) -> str | None:
-    """Return what should have been written, where a truth value was taken for something else or the other way round."""
+    """Return what should have been written, where a truth value was taken for something else or the
+    other way round.
+    """
     if isinstance(made, bool) and not isinstance(written, bool):
         return "true or false"
     if isinstance(written, bool) and not isinstance(made, bool):
@@ -92,14 +100,16 @@ class Section(BaseModel):
     @field_validator("*", mode="wrap")
     @classmethod
     def _true_is_no_number(cls, value: Any, handler: Any) -> Any:
-        """``train.steps: true`` is not one step, and ``compile: 1`` or ``"no"`` is neither true nor false."""
+        """``train.steps: true`` is not one step, and ``compile: 1`` or ``"no"`` is neither true nor
+        false.
+        """
         made = handler(value)
         if (wanted := _mistaken(value, made)) is not None:
             raise ValueError(f"should be {wanted}")
         return made
 
 
-# ---------------------------------------------------------------------------------------------------- a run
+# -------------------------------------------------------------------------------------------- a run
 class Run(Section):
     """Where a run lives and what makes it repeatable. The run directory is ``root/name``."""
 
@@ -115,7 +125,9 @@ class Tokenizer(Section):
 
 
 class Source(Section):
-    """One corpus of token shards or of indexed raw text: a ``manifest.json`` or its folder, here or at a URL; or ``pipe:COMMAND {}``."""
+    """One corpus of token shards or of indexed raw text: a ``manifest.json`` or its folder, here or
+    at a URL; or ``pipe:COMMAND {}``.
+    """
 
     name: str = "text"
     shards: PathOrUrl
@@ -143,7 +155,9 @@ class Validation(Section):
 
 
 class Cache(Section):
-    """Where this machine keeps shards of URLs, and how they are fetched. The limit holds for all that share the folder."""
+    """Where this machine keeps shards of URLs, and how they are fetched. The limit holds for all
+    that share the folder.
+    """
 
     folder: AbsolutePath | None = None  # hfscale in $XDG_CACHE_HOME or ~/.cache
     size_gb: Annotated[float, Field(gt=0)] = 100.0
@@ -173,7 +187,8 @@ class Data(Section):
         "auto"  # of each rank, for sources of raw text; auto: its share of the cores
     )
     cache: Cache = Cache()
-    # shards of pipe:COMMAND {} run that command; counts on the command line alone (config/permission.py)
+    # shards of pipe:COMMAND {} run that command; counts on the command line alone
+    # (config/permission.py)
     allow_pipe: bool = False
 
     @property
@@ -183,7 +198,9 @@ class Data(Section):
 
 
 class Lora(Section):
-    """Low-rank adapters beside frozen matrices W: (W + alpha / r B A) x (Hu et al. 2021). What has no pretrained weights is trained too."""
+    """Low-rank adapters beside frozen matrices W: (W + alpha / r B A) x (Hu et al. 2021). What has
+    no pretrained weights is trained too.
+    """
 
     r: Positive = 8
     alpha: Annotated[float, Field(gt=0)] = 16.0
@@ -239,7 +256,9 @@ class Schedule(Section):
 
 
 class Train(Section):
-    """How long and how wide. Exactly one of ``steps``, ``epochs``, ``tokens``; accumulation is derived."""
+    """How long and how wide. Exactly one of ``steps``, ``epochs``, ``tokens``; accumulation is
+    derived.
+    """
 
     steps: Positive | None = None
     epochs: Annotated[float, Field(gt=0, le=1e9)] | None = None
@@ -255,7 +274,9 @@ class Train(Section):
 
 
 class Engine(Section):
-    """DeepSpeed's side of a run. ``extra`` is merged into its config last, and may not repeat a derived key."""
+    """DeepSpeed's side of a run. ``extra`` is merged into its config last, and may not repeat a
+    derived key.
+    """
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16", "fp16"] = "bf16"
@@ -282,7 +303,9 @@ class Best(Section):
 
 
 class Checkpoint(Section):
-    """When a run is saved and what is kept. The newest verified checkpoint is never removed, nor one that `--pin` names."""
+    """When a run is saved and what is kept. The newest verified checkpoint is never removed, nor
+    one that `--pin` names.
+    """
 
     every_steps: Positive | None = None
     every_minutes: Annotated[float, Field(gt=0)] | None = 30.0
@@ -302,7 +325,9 @@ class Metrics(Section):
 
 
 class Cluster(Section):
-    """What a submitter asks Slurm for. Read by submitters only; inside an allocation the allocation wins."""
+    """What a submitter asks Slurm for. Read by submitters only; inside an allocation the allocation
+    wins.
+    """
 
     nodes: Positive = 1
     min_nodes: Positive | None = None  # go on with as few, where no more are left
@@ -325,7 +350,9 @@ class Cluster(Section):
 
 
 class TrainConfig(Section):
-    """What pretraining and fine-tuning have in common. Which one it is, ``objective`` or ``task`` says."""
+    """What pretraining and fine-tuning have in common. Which one it is, ``objective`` or ``task``
+    says.
+    """
 
     run: Run
     tokenizer: Any
@@ -354,9 +381,11 @@ class RunConfig(TrainConfig):
     objective: Named
 
 
-# ------------------------------------------------------------------------------------------------- a corpus
+# ----------------------------------------------------------------------------------------- a corpus
 class TextSource(Section):
-    """Documents: a folder of files, tables with a text column, a ``datasets`` name, or tars of raw text."""
+    """Documents: a folder of files, tables with a text column, a ``datasets`` name, or tars of raw
+    text.
+    """
 
     format: Literal["text", "jsonl", "csv", "parquet", "hub", "webdataset"] = "text"
     path: str  # file, folder or glob; for "hub" the data set's name
@@ -402,7 +431,9 @@ class ShardBuild(Section):
 
 
 class CorpusConfig(Section):
-    """From raw text to a tokenizer and shards: the CONFIG of ``tokenizer train`` and ``shards build``."""
+    """From raw text to a tokenizer and shards: the CONFIG of ``tokenizer train`` and ``shards
+    build``.
+    """
 
     source: TextSource
     split: Split = Split()

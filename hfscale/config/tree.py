@@ -1,7 +1,8 @@
-"""What a YAML file, the files it extends and `key=value` overrides say: values as written, and the source of every key.
+"""What a YAML file, the files it extends and `key=value` overrides say: values as written, and the
+source of every key.
 
-Values are YAML 1.2's: `3e-4` is a number, `24:00:00` and `no` are strings. A key is written with dots, `data.sources.0.shards`.
-Nothing is checked here but that a person may have written it.
+Values are YAML 1.2's: `3e-4` is a number, `24:00:00` and `no` are strings. A key is written with
+dots, `data.sources.0.shards`. Nothing is checked here but that a person may have written it.
 """
 
 from __future__ import annotations
@@ -41,7 +42,9 @@ class Tree:
     sources: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Tree) -> None:
-        """Lay ``other`` on top: mappings are merged, everything else is replaced; so is what another choice leaves behind."""
+        """Lay ``other`` on top: mappings are merged, everything else is replaced; so is what
+        another choice leaves behind.
+        """
         for section, choices in CHOICES.items():
             below, above = self.values.get(section), other.values.get(section)
             if (
@@ -68,7 +71,9 @@ class Tree:
         self.lay(other)
 
     def lay(self, other: Tree) -> None:
-        """Lay ``other`` on top as ``merge`` does, without a decision between two choices: those of one layer are a contradiction."""
+        """Lay ``other`` on top as ``merge`` does, without a decision between two choices: those of
+        one layer are a contradiction.
+        """
         self._merge(self.values, other.values, "")
         self.sources.update(other.sources)
 
@@ -129,12 +134,14 @@ def _compose(text: str, *, where: str) -> yaml.Node | None:
         raise ConfigError(
             f"not YAML: {getattr(error, 'problem', None) or error}",
             where=where,
-            remedy="a text with { : # of its own stands between quotes; on the command line: 'key=\"{a}: b\"'",
+            remedy="a text with { : # of its own stands between quotes; on the command line: "
+            "'key=\"{a}: b\"'",
         ) from None
 
 
 def _refuse_large(text: str, where: str) -> None:
-    """Return if the YAML ``text`` is one that a person may have written: not too deep, not too many values once anchors are followed.
+    """Return if the YAML ``text`` is one that a person may have written: not too deep, not too many
+    values once anchors are followed.
 
     Raises:
         ConfigError: if it is not, or an anchor holds itself.
@@ -246,7 +253,9 @@ def _plain(node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> 
 
 
 def _scalar(text: str) -> Any:
-    """Return what an unquoted text stands for in YAML 1.2; PyYAML itself is 1.1, with `no`, sexagesimal numbers and a text `3e-4`."""
+    """Return what an unquoted text stands for in YAML 1.2; PyYAML itself is 1.1, with `no`,
+    sexagesimal numbers and a text `3e-4`.
+    """
     if text in _WORDS:
         return _WORDS[text]
     for number in (int, float) if re.fullmatch(r"[-+.0-9_eE]+", text) else ():

@@ -1,11 +1,13 @@
 """From a corpus to token shards: ``PATH/train`` and ``PATH/validation``, each with its manifest.
 
-One process reads, splits and writes; the others tokenize. What is written depends on the documents, the tokenizer and
-the sizes alone: not on the number of processes, and not on how often the build was killed and run again.
+One process reads, splits and writes; the others tokenize. What is written depends on the documents,
+the tokenizer and the sizes alone: not on the number of processes, and not on how often the build
+was killed and run again.
 
-Several machines share a build in parts. Each tokenizes a part of the files into a folder of its own, PATH-parts/3-of-8, and remembers
-the digests of its documents; whoever then finds all parts there merges them. The merge sends the parts' documents, in their order,
-through the writer of an ordinary build, which drops what an earlier part has: so the bytes are those of one process again.
+Several machines share a build in parts. Each tokenizes a part of the files into a folder of its
+own, PATH-parts/3-of-8, and remembers the digests of its documents; whoever then finds all parts
+there merges them. The merge sends the parts' documents, in their order, through the writer of an
+ordinary build, which drops what an earlier part has: so the bytes are those of one process again.
 """
 
 from __future__ import annotations
@@ -44,11 +46,13 @@ Feed = Callable[[Mapping[Side, "_Side"], Counts], Iterator[tuple[Document, np.nd
 
 
 def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
-    """Return the manifests of the shards under ``config.shards.path``, built, finished, or found finished.
+    """Return the manifests of the shards under ``config.shards.path``, built, finished, or found
+    finished.
 
     Raises:
-        DataError: for a source without documents, a missing tokenizer, a folder that holds another build, a source that
-            changed since the build was interrupted, or a full disk. The same call continues what was begun.
+        DataError: for a source without documents, a missing tokenizer, a folder that holds another
+            build, a source that changed since the build was interrupted, or a full disk. The same
+            call continues what was begun.
     """
     build = _Build(config)
     return build.run(config.shards.path, build.tokenized(build.corpus))
@@ -57,8 +61,9 @@ def build_shards(config: CorpusConfig) -> dict[Side, Manifest]:
 def build_part(
     config: CorpusConfig, *, number: int, count: int
 ) -> tuple[dict[Side, Manifest], list[int]]:
-    """Return the manifests of the whole build if this call finished it, after building part ``number`` (from 0) of ``count``; else none,
-    and the parts that are missing: none of them while another process merges.
+    """Return the manifests of the whole build if this call finished it, after building part
+    ``number`` (from 0) of ``count``; else none, and the parts that are missing: none of them while
+    another process merges.
 
     Raises:
         DataError: as ``build_shards``; and for a data set of the hub.
@@ -105,14 +110,17 @@ class _Build:
 
     def finished(self, folder: Path) -> bool:
         """Return whether all sides in ``folder`` have their manifest."""
-        # listed, not looked up: a network file system may go on remembering that a name was not there
+        # listed, not looked up: a network file system may go on remembering that a name was not
+        # there
         return all(
             (folder / side).is_dir() and manifests.FILE_NAME in os.listdir(folder / side)
             for side in self._sides
         )
 
     def run(self, folder: Path, feed: Feed) -> dict[Side, Manifest]:
-        """Return the manifests of what ``feed`` yields, now in shards under ``folder``, or found there finished."""
+        """Return the manifests of what ``feed`` yields, now in shards under ``folder``, or found
+        there finished.
+        """
         shards = self._config.shards
         plan: dict[str, Any] = {
             "version": manifests.VERSION,
@@ -166,7 +174,9 @@ class _Build:
             return built
 
     def tokenized(self, corpus: Corpus) -> Feed:
-        """Return what yields the documents of ``corpus`` that are not in shards yet, with their ids."""
+        """Return what yields the documents of ``corpus`` that are not in shards yet, with their
+        ids.
+        """
         config, procs = self._config, self._config.shards.procs
 
         def feed(
@@ -199,7 +209,9 @@ class _Build:
         return feed
 
     def merged(self, folders: list[Path]) -> Feed:
-        """Return what yields the documents of the parts in ``folders``, side after side, each document where it is seen first."""
+        """Return what yields the documents of the parts in ``folders``, side after side, each
+        document where it is seen first.
+        """
 
         def feed(
             sides: Mapping[Side, _Side], counts: Counts
@@ -275,7 +287,8 @@ class _Side:
                     "a shard of the interrupted build is missing or has another size",
                     where=path,
                     value=size,
-                    remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the folder and build again",
+                    remedy=f"restore its {shard.bytes:,} bytes and its index, or remove the "
+                    "folder and build again",
                 )
         self._mark = ledger.marks[side]
         self._marked = self._mark.documents + (

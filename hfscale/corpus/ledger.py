@@ -1,6 +1,8 @@
-"""The append-only ledger of a build: first line what is built, then one line a shard that is on disk.
+"""The append-only ledger of a build: first line what is built, then one line a shard that is on
+disk.
 
-A build that was killed continues from it. It also keeps two builds out of one folder, at once or after each other.
+A build that was killed continues from it. It also keeps two builds out of one folder, at once or
+after each other.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ class Mark:
 
     documents: Count = 0  # whole documents before it
     offset: Count = 0  # tokens of the next document before it
-    digest: str = ""  # of those documents' digests, and the next one's if it is cut: is the source still the same?
+    # of those documents' digests, and the next one's if it is cut: is the source still the same?
+    digest: str = ""
 
 
 class _Begun(Record):
@@ -56,7 +59,8 @@ class _Line(Record):
 def open_ledger(
     folder: Path, plan: Mapping[str, Any], *, finished: bool = False
 ) -> Iterator[Ledger]:
-    """Yield the ledger of ``folder``, locked meanwhile; one that has no line at the end is taken away again.
+    """Yield the ledger of ``folder``, locked meanwhile; one that has no line at the end is taken
+    away again.
 
     What is ``finished`` may be of an older encoding of text, since nothing is added to it.
 
@@ -86,7 +90,9 @@ def open_ledger(
 
 
 class Ledger:
-    """What was committed to a folder: ``shards`` and ``marks``, a line each. Made by ``open_ledger``."""
+    """What was committed to a folder: ``shards`` and ``marks``, a line each. Made by
+    ``open_ledger``.
+    """
 
     def __init__(
         self, path: Path, file: IO[bytes], plan: dict[str, Any], *, finished: bool = False

@@ -1,7 +1,8 @@
 """Raw text as a stream of documents, always in the same order: files by path, rows by number.
 
-A text file is a document, and so is the text of a row. One longer than ``document_mb`` becomes several, cut at line ends (or between
-characters, where a line is as long), so that a whole corpus in one file can be split, spread over processes and read in bounded memory.
+A text file is a document, and so is the text of a row. One longer than ``document_mb`` becomes
+several, cut at line ends (or between characters, where a line is as long), so that a whole corpus
+in one file can be split, spread over processes and read in bounded memory.
 """
 
 from __future__ import annotations
@@ -28,7 +29,9 @@ ROW_FACTOR = 16  # a row may be so many times as long as a document: it is held 
 
 @dataclass
 class Corpus:
-    """Where documents come from. ``files`` is empty for a data set of the hub; ``total_bytes`` then 0."""
+    """Where documents come from. ``files`` is empty for a data set of the hub; ``total_bytes`` then
+    0.
+    """
 
     source: TextSource
     root: Path
@@ -44,7 +47,8 @@ class Corpus:
         """Yield the text of each document; what cannot be one is counted in ``counts``.
 
         Raises:
-            DataError: if a file cannot be read or parsed, or has no such field; naming file and line.
+            DataError: if a file cannot be read or parsed, or has no such field; naming file and
+                line.
         """
         counts = Counts() if counts is None else counts
         for name in self.missing:
@@ -58,11 +62,14 @@ class Corpus:
                 yield from self._cut(where, text)
 
     def at(self) -> str:
-        """Return the place of the document that was yielded last: a file and bytes of it, or a row."""
+        """Return the place of the document that was yielded last: a file and bytes of it, or a
+        row.
+        """
         return self._at
 
     def part(self, number: int, count: int) -> Corpus:
-        """Return part ``number`` (from 0) of ``count``: consecutive files, about equal in bytes. Each file is in one; some may be empty.
+        """Return part ``number`` (from 0) of ``count``: consecutive files, about equal in bytes.
+        Each file is in one; some may be empty.
 
         Raises:
             DataError: for a data set of the hub, which is one stream.
@@ -86,7 +93,9 @@ class Corpus:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return what identifies this source, without the machine's paths: the same files elsewhere are the same source."""
+        """Return what identifies this source, without the machine's paths: the same files elsewhere
+        are the same source.
+        """
         chosen = self.source.model_dump(mode="json", exclude={"path"}, exclude_defaults=True)
         if self.source.format == "hub":
             return {"format": "hub", **chosen, "name": self.source.path}
@@ -147,7 +156,9 @@ class Corpus:
             yield where, _text_of(row, name, where)
 
     def _cut(self, where: str, text: str) -> Iterator[str]:
-        """Yield the documents that the text of a row is: one, or several of a text as long as a long file."""
+        """Yield the documents that the text of a row is: one, or several of a text as long as a
+        long file.
+        """
         self._at = where
         if 4 * len(text) <= self._limit:  # whatever its characters are
             yield text
@@ -173,8 +184,9 @@ def open_corpus(source: TextSource) -> Corpus:
 
 
 def _list_files(source: TextSource) -> tuple[Path, list[Path], list[str]]:
-    """Return a folder, the chosen files below it, and the names of what was chosen and is no file. A glob is the pattern of the folder
-    before its first wild card."""
+    """Return a folder, the chosen files below it, and the names of what was chosen and is no file.
+    A glob is the pattern of the folder before its first wild card.
+    """
     root, patterns = Path(source.path), source.pattern.split(",")
     if root.is_file():
         return root.parent, [root], []
@@ -211,17 +223,20 @@ def _list_files(source: TextSource) -> tuple[Path, list[Path], list[str]]:
             "no file matches",
             where="source.path",
             value=source.path,
-            remedy=f"in a folder, pattern {source.pattern!r} and exclude {source.exclude!r} choose; hidden files never count",
+            remedy=f"in a folder, pattern {source.pattern!r} and exclude {source.exclude!r} "
+            "choose; hidden files never count",
         )
     return root, files, kept(others)
 
 
-# -------------------------------------------------------------------------------------------- documents of a size
+# ------------------------------------------------------------------------------ documents of a size
 def pieces_of(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes]]:
-    """Yield (its first byte's place, piece) of all that is in ``stream``, in pieces of about ``limit`` bytes of UTF-8.
+    """Yield (its first byte's place, piece) of all that is in ``stream``, in pieces of about
+    ``limit`` bytes of UTF-8.
 
-    A piece ends with the first line that ends ``limit`` bytes or more behind its beginning. Where that line is longer than ``limit``
-    bytes itself, it is cut after ``limit`` bytes of the piece, between characters: so twice the limit is held at most.
+    A piece ends with the first line that ends ``limit`` bytes or more behind its beginning. Where
+    that line is longer than ``limit`` bytes itself, it is cut after ``limit`` bytes of the piece,
+    between characters: so twice the limit is held at most.
     """
     held, start = b"", 0
     while held := held + stream.read(2 * limit - len(held)):
@@ -233,14 +248,16 @@ def pieces_of(stream: IO[bytes], limit: int) -> Iterator[tuple[int, bytes]]:
 
 
 def _between_characters(data: bytes, place: int) -> int:
-    """Return the nearest place up to ``place`` at which a character of UTF-8 begins; ``place`` where none does."""
+    """Return the nearest place up to ``place`` at which a character of UTF-8 begins; ``place``
+    where none does.
+    """
     for near in range(place, max(0, place - 4), -1):
         if data[near] & 0xC0 != 0x80:
             return near
     return place
 
 
-# ------------------------------------------------------------------------------------------- the text of a row
+# -------------------------------------------------------------------------------- the text of a row
 def _text_of(row: Any, name: str, where: str) -> str:
     """Return the text in ``row`` under a dotted name; "" for null."""
     value = row

@@ -1,4 +1,6 @@
-"""Which side a document falls on, by a hash of its text: it never changes sides, whatever is added around it."""
+"""Which side a document falls on, by a hash of its text: it never changes sides, whatever is added
+around it.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ class Document(NamedTuple):
 
 
 def side_of(digest: bytes, split: Split) -> Side:
-    """Return the side of the document with this digest: about ``split.validation`` of all are held out."""
+    """Return the side of the document with this digest: about ``split.validation`` of all are held
+    out.
+    """
     draw = hashlib.blake2b(
         digest, digest_size=8, key=hashlib.sha256(split.salt.encode()).digest()
     ).digest()
@@ -33,7 +37,8 @@ def side_of(digest: bytes, split: Split) -> Side:
 
 
 def check_sides(config: CorpusConfig, sides: Iterable[Side]) -> None:
-    """Return if each of the ``sides`` gets a document: for whoever would else find out at the end. Reads no further than it must.
+    """Return if each of the ``sides`` gets a document: for whoever would else find out at the end.
+    Reads no further than it must.
 
     Raises:
         DataError: if one gets none; it names a fraction that works.
@@ -82,7 +87,8 @@ def check_sides(config: CorpusConfig, sides: Iterable[Side]) -> None:
 def assign(
     texts: Iterable[str], split: Split, counts: Counts, *, at: Callable[[], str] = str
 ) -> Iterator[Document]:
-    """Yield each distinct, non-empty document once, with its side; what is left out is counted in ``counts``, ``at`` its place.
+    """Yield each distinct, non-empty document once, with its side; what is left out is counted in
+    ``counts``, ``at`` its place.
 
     Remembers a digest a document: about 100 bytes of memory each.
     """

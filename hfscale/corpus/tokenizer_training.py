@@ -1,7 +1,8 @@
 """Tokenizers trained on the train side of a corpus, saved so that ``AutoTokenizer`` loads them.
 
-``bpe``: byte-level, lossless, as GPT-2 (Radford et al. 2019, sec. 2.2). ``wordpiece``: BERT's normalisation and special
-tokens (Devlin et al. 2019). ``unigram``: Kudo 2018, with NFKC and word marks as SentencePiece.
+``bpe``: byte-level, lossless, as GPT-2 (Radford et al. 2019, sec. 2.2). ``wordpiece``: BERT's
+normalisation and special tokens (Devlin et al. 2019). ``unigram``: Kudo 2018, with NFKC and word
+marks as SentencePiece.
 """
 
 from __future__ import annotations
@@ -49,9 +50,11 @@ class Recipe:
 
 
 def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
-    """Return the report of the tokenizer trained and saved in ``config.tokenizer.path``, or found there from the same training.
+    """Return the report of the tokenizer trained and saved in ``config.tokenizer.path``, or found
+    there from the same training.
 
-    The report: ``vocab_size``, ``bytes_per_token`` and ``vocabulary_used`` (a fraction) on ``measured_on`` text, and counts.
+    The report: ``vocab_size``, ``bytes_per_token`` and ``vocabulary_used`` (a fraction) on
+    ``measured_on`` text, and counts.
 
     Raises:
         DataError: if the folder holds something else, or the source no text.
@@ -114,7 +117,9 @@ class _Kept(Record):
 
 
 class _Reading:
-    """What was read: how many documents to train on, and the first texts of each side to measure on."""
+    """What was read: how many documents to train on, and the first texts of each side to measure
+    on.
+    """
 
     def __init__(self, config: CorpusConfig) -> None:
         self._config, self.counts, self.trained = config, Counts(), 0
@@ -139,7 +144,9 @@ class _Reading:
 
 
 def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Any]:
-    """Return ``vocab_size``, ``bytes_per_token``, ``unknown`` (a share of the tokens) and ``vocabulary_used`` (of the ids) of ``texts``."""
+    """Return ``vocab_size``, ``bytes_per_token``, ``unknown`` (a share of the tokens) and
+    ``vocabulary_used`` (of the ids) of ``texts``.
+    """
     used: set[int] = set()
     tokens = unknown = 0
     backend = tokenizer.backend_tokenizer

@@ -1,6 +1,7 @@
 """What the ranks agree on before a step's backward pass: one small all-reduce on the host.
 
-Counts, flags and digests are summed as int64, which wraps modulo 2^64: just what the batch digest wants.
+Counts, flags and digests are summed as int64, which wraps modulo 2^64: just what the batch digest
+wants.
 """
 
 from __future__ import annotations
@@ -56,7 +57,9 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def from_all_ranks(value: Any) -> list[Any]:
-    """Return every rank's ``value``, on every rank, as JSON has it: keys are texts, a tuple is a list. No pickle is opened."""
+    """Return every rank's ``value``, on every rank, as JSON has it: keys are texts, a tuple is a
+    list. No pickle is opened.
+    """
     return exchange(value, host_group())
 
 
@@ -74,7 +77,8 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
                     "the ranks would train on different data",
                     where=key,
                     remedy="give every node the same files",
-                    value=f"{digest[:12]} on rank 0 ({everyone[0][0]}), {theirs[key][:12]} on rank {rank} ({host})",
+                    value=f"{digest[:12]} on rank 0 ({everyone[0][0]}), {theirs[key][:12]} on "
+                    f"rank {rank} ({host})",
                 )
 
 
@@ -84,7 +88,9 @@ def from_rank_0(value: Any) -> Any:
 
 
 def gather_from_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the ``rows`` of all ranks (the same number of each) in the order of ranks, and where this rank's begin; no gradient."""
+    """Return the ``rows`` of all ranks (the same number of each) in the order of ranks, and where
+    this rank's begin; no gradient.
+    """
     if not (torch_dist.is_initialized() and torch_dist.get_world_size() > 1):
         return rows, 0
     parts = [torch.empty_like(rows) for _ in range(torch_dist.get_world_size())]

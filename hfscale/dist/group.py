@@ -1,4 +1,6 @@
-"""The process group of a job: NCCL between GPUs, gloo between CPUs, and always a gloo group for small host-side facts."""
+"""The process group of a job: NCCL between GPUs, gloo between CPUs, and always a gloo group for
+small host-side facts.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _host_group: torch_dist.ProcessGroup | None = None
 
 
 def default_device() -> torch.device:
-    """Return the device of a process that works alone: the current GPU if there is one, else the CPU."""
+    """Return the device of a process that works alone: the current GPU if there is one, else the
+    CPU.
+    """
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -40,7 +44,8 @@ def start(world: World) -> torch.device:
     """Join the group and return this rank's device.
 
     Raises:
-        ConfigError, LostError: if the rendezvous cannot be reached, its port is taken, or a rank does not know the secret.
+        ConfigError, LostError: if the rendezvous cannot be reached, its port is taken, or a rank
+            does not know the secret.
     """
     global _host_group
     on_gpu = torch.cuda.is_available()
@@ -71,7 +76,8 @@ def start(world: World) -> torch.device:
 
 
 def gpu_of(world: World) -> int:
-    """Return which of the visible GPUs is this rank's: that of its number on this node, or the only one that Slurm shows it.
+    """Return which of the visible GPUs is this rank's: that of its number on this node, or the only
+    one that Slurm shows it.
 
     Raises:
         ConfigError: if there are more ranks than GPUs.
@@ -94,7 +100,8 @@ def _store(world: World) -> tuple[torch_dist.Store, World]:
 
     Raises:
         ConfigError: if this node does not know the address, or the port is taken.
-        LostError: if not all ranks came in ``MEETING``; or the port is taken in a Slurm job, whose next attempt gets another one.
+        LostError: if not all ranks came in ``MEETING``; or the port is taken in a Slurm job, whose
+            next attempt gets another one.
     """
     place = f"{world.master_addr}:{world.master_port}"
     if not world.on_loopback:
@@ -111,14 +118,16 @@ def _store(world: World) -> tuple[torch_dist.Store, World]:
             raise taken(world) from error
         if "timed out" in said or "timeout" in said:
             raise LostError(
-                f"{world.world_size} ranks did not meet at {place} in {MEETING}: one has not started, or cannot "
+                f"{world.world_size} ranks did not meet at {place} in {MEETING}: one has not "
+                "started, or cannot "
                 "reach it (a firewall, another network): `hfscale doctor` looks at each node"
             ) from error
         raise
 
 
 def _resolve(host: str) -> None:
-    """Return if this node knows the address of ``host``; torch would try for an hour, and not say so.
+    """Return if this node knows the address of ``host``; torch would try for an hour, and not say
+    so.
 
     Raises:
         ConfigError: if it does not.
@@ -135,13 +144,15 @@ def _resolve(host: str) -> None:
                 f"{node_name()} cannot resolve the name of the first node: {error.strerror}",
                 where="MASTER_ADDR",
                 value=host,
-                remedy=f"mend name resolution on {node_name()} (`getent hosts {host}` there), or leave it out (--exclude)",
+                remedy=f"mend name resolution on {node_name()} (`getent hosts {host}` there), "
+                "or leave it out (--exclude)",
             ) from None
 
 
 @contextmanager
 def joined(world: World, *, needed: bool) -> Iterator[None]:
-    """Be in the group inside, and leave it together; if that is not ``needed``, only take this rank's GPU. On an error nobody waits.
+    """Be in the group inside, and leave it together; if that is not ``needed``, only take this
+    rank's GPU. On an error nobody waits.
 
     Raises:
         ConfigError: as ``start``.
@@ -167,7 +178,9 @@ def barrier() -> None:
 
 
 def shutdown() -> None:
-    """Leave the group together: a rank that just exits can abort the ones still inside a collective."""
+    """Leave the group together: a rank that just exits can abort the ones still inside a
+    collective.
+    """
     global _host_group
     if not torch_dist.is_initialized():
         return

@@ -1,10 +1,13 @@
-"""Where the ranks meet: a store that listens on the loopback alone where all are on one machine, and a secret that each must know.
+"""Where the ranks meet: a store that listens on the loopback alone where all are on one machine,
+and a secret that each must know.
 
 torch's own rendezvous listens on every interface and believes whoever comes. Here:
 
-on one machine   the launcher binds 127.0.0.1 and hands the listening socket to rank 0: nobody else can reach the port, or take it
-on several       the store must listen for other hosts; its keys lie under a name that is made of the secret, and each rank
-                 proves that it knows the secret before anything else is said
+on one machine   the launcher binds 127.0.0.1 and hands the listening socket to rank 0: nobody else
+                 can reach the port, or take it
+on several       the store must listen for other hosts; its keys lie under a name that is made of
+                 the secret, and each rank proves that it knows the secret before anything else is
+                 said
 
 What ranks tell one another is JSON, never a pickle: a pickle runs whatever it says.
 """
@@ -32,9 +35,11 @@ from hfscale.errors import ConfigError
 def open_store(
     world: World, *, meeting: timedelta, timeout: timedelta
 ) -> tuple[torch_dist.Store, World]:
-    """Return the store through which the ranks find each other, once all have come, and the world with the port that it has.
+    """Return the store through which the ranks find each other, once all have come, and the world
+    with the port that it has.
 
-    ``meeting`` is how long the first waits for the last, ``timeout`` how long they wait for each other's keys later.
+    ``meeting`` is how long the first waits for the last, ``timeout`` how long they wait for each
+    other's keys later.
 
     Raises:
         OSError: if this rank has to listen, and cannot.
@@ -61,7 +66,9 @@ def open_store(
 
 
 def exchange(value: Any, group: torch_dist.ProcessGroup | None) -> list[Any]:
-    """Return every rank's ``value`` as JSON has it (a tuple is a list then), on every rank of a gloo ``group``."""
+    """Return every rank's ``value`` as JSON has it (a tuple is a list then), on every rank of a
+    gloo ``group``.
+    """
     text = json.dumps(value).encode()
     if not torch_dist.is_initialized():
         return [json.loads(text)]
@@ -114,6 +121,8 @@ def _digest(secret: str, text: str) -> str:
 
 
 def loopback_interface() -> str:
-    """Return the name of the interface that leads nowhere else, or "" where there is none of the usual names."""
+    """Return the name of the interface that leads nowhere else, or "" where there is none of the
+    usual names.
+    """
     names = {name for _, name in socket.if_nameindex()}
     return next((name for name in ("lo", "lo0") if name in names), "")

@@ -1,4 +1,6 @@
-"""The secret of a job: a file beside its config that only its user can read. Who knows it may be a rank (``dist/rendezvous.py``)."""
+"""The secret of a job: a file beside its config that only its user can read. Who knows it may be a
+rank (``dist/rendezvous.py``).
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ SECRET = "secret"
 
 
 def make_secret(folder: Path) -> None:
-    """Leave a secret in ``folder`` that only this user can read; one that is there stays, as ranks may be about to read it."""
+    """Leave a secret in ``folder`` that only this user can read; one that is there stays, as ranks
+    may be about to read it.
+    """
     if known_secret(folder):
         return
     path, temporary = folder / SECRET, folder / f".{SECRET}.{secrets.token_hex(8)}"
@@ -21,7 +25,9 @@ def make_secret(folder: Path) -> None:
 
 
 def known_secret(folder: Path) -> str:
-    """Return the secret in ``folder``; "" where there is none, or one that others can read or have put there."""
+    """Return the secret in ``folder``; "" where there is none, or one that others can read or have
+    put there.
+    """
     try:
         handle = os.open(folder / SECRET, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:

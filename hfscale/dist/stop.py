@@ -1,4 +1,6 @@
-"""A request to stop, from a signal: a flag that the loop reads at the next step boundary, never an action of its own."""
+"""A request to stop, from a signal: a flag that the loop reads at the next step boundary, never an
+action of its own.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # Ctrl-C; a launcher or Sl
 
 @contextmanager
 def ended_by_ctrl_c(say: str) -> Iterator[None]:
-    """Let Ctrl-C end the process inside, at once and with the line ``say``, although the main thread is in native code.
+    """Let Ctrl-C end the process inside, at once and with the line ``say``, although the main
+    thread is in native code.
 
     Such code hears no signal until it returns. For work that has nothing on disk before it is done.
     """
@@ -50,7 +53,9 @@ def ended_by_ctrl_c(say: str) -> Iterator[None]:
 
 
 class StopRequest:
-    """Set by the first signal. All ranks save and leave together, so nothing is done inside the handler."""
+    """Set by the first signal. All ranks save and leave together, so nothing is done inside the
+    handler.
+    """
 
     def __init__(self) -> None:
         self.reason: str | None = None
@@ -63,7 +68,8 @@ class StopRequest:
     def listen(
         self, signals: Collection[signal.Signals] = SIGNALS, *, say: str | None = None
     ) -> StopRequest:
-        """Return self, with handlers for ``signals``; one that was held back until now (slurm/train.sbatch) is heard.
+        """Return self, with handlers for ``signals``; one that was held back until now
+        (slurm/train.sbatch) is heard.
 
         Where a person presses Ctrl-C, ``say`` is the line that answers.
         """

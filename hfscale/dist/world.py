@@ -1,7 +1,8 @@
-"""This process's place among the ranks of a job: the only file that reads the world from the environment.
+"""This process's place among the ranks of a job: the only file that reads the world from the
+environment.
 
-Every launcher starts ranks with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, ...); srun's
-SLURM_* ones are understood too, and a process with neither is a world of one.
+Every launcher starts ranks with torchrun's variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR,
+...); srun's SLURM_* ones are understood too, and a process with neither is a world of one.
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class World:
         return self.master_addr in LOOPBACK
 
     def sharing(self, secret: str) -> World:
-        """Return the same place in a world whose ranks prove to each other that they know ``secret``."""
+        """Return the same place in a world whose ranks prove to each other that they know
+        ``secret``.
+        """
         return replace(self, secret=secret)
 
     def at(self, port: int) -> World:
@@ -107,12 +110,16 @@ class World:
 
 
 def given_attempt(env: Mapping[str, str] = os.environ) -> int:
-    """Return which attempt of its run the launcher says that this process is of; 0 if it says nothing."""
+    """Return which attempt of its run the launcher says that this process is of; 0 if it says
+    nothing.
+    """
     return _number(env, ATTEMPT, "0") if env.get(ATTEMPT) else 0
 
 
 def copies(env: Mapping[str, str] = os.environ) -> int:
-    """Return how many times srun started the command of this process, at once; 1 outside of any step."""
+    """Return how many times srun started the command of this process, at once; 1 outside of any
+    step.
+    """
     return _number(env, "SLURM_STEP_NUM_TASKS", "1") if "SLURM_PROCID" in env else 1
 
 
@@ -193,7 +200,8 @@ def node_name(env: Mapping[str, str] = os.environ) -> str:
 
 
 def listen(port: int = 0) -> socket.socket:
-    """Return a socket that listens on the loopback alone, at ``port`` or any free one: it is ours from now on, until it is closed.
+    """Return a socket that listens on the loopback alone, at ``port`` or any free one: it is ours
+    from now on, until it is closed.
 
     Raises:
         OSError: if ``port`` is taken.
@@ -210,10 +218,12 @@ def listen(port: int = 0) -> socket.socket:
 
 
 def free_port(port: int = 0) -> int:
-    """Return a TCP port that is free on this machine now: any, or ``port`` itself (OSError if it is not).
+    """Return a TCP port that is free on this machine now: any, or ``port`` itself (OSError if it is
+    not).
 
-    Any: not one of those that systems give to whoever asks for none in particular (from 32,768 on, mostly). It is used only when the
-    ranks have imported torch, and on a busy machine somebody would have been given it by then.
+    Any: not one of those that systems give to whoever asks for none in particular (from 32,768 on,
+    mostly). It is used only when the ranks have imported torch, and on a busy machine somebody
+    would have been given it by then.
     """
     while True:
         with socket.socket() as probe:
@@ -227,7 +237,9 @@ def free_port(port: int = 0) -> int:
 
 
 def job_port(job_id: str) -> int:
-    """Return where the ranks of a Slurm job meet: a port of its own, or the next one that nobody has on this node."""
+    """Return where the ranks of a Slurm job meet: a port of its own, or the next one that nobody
+    has on this node.
+    """
     for port in count(10_000 + int(job_id) % 20_000):
         with suppress(OSError):
             return free_port(port)

@@ -1,12 +1,15 @@
-"""Gradients enter ZeRO's reduction in one order, and each of them, on every rank: whichever parameters took part there.
+"""Gradients enter ZeRO's reduction in one order, and each of them, on every rank: whichever
+parameters took part there.
 
-ZeRO 2 and 3 put gradients into buckets as a backward pass brings them, and sum the buckets of all ranks element by
-element. Where a rank used other parameters than its peers (skipped layers, branches, experts that saw no token), it
-would add the gradient of one parameter to that of another; and ZeRO 3 would keep, for a parameter that no rank used,
-the gradient of the step before. So a gradient that comes early waits for those before it, and at the end of a backward
-pass those that did not come are zeros. Where all take part nothing waits and nothing is made.
+ZeRO 2 and 3 put gradients into buckets as a backward pass brings them, and sum the buckets of all
+ranks element by element. Where a rank used other parameters than its peers (skipped layers,
+branches, experts that saw no token), it would add the gradient of one parameter to that of another;
+and ZeRO 3 would keep, for a parameter that no rank used, the gradient of the step before. So a
+gradient that comes early waits for those before it, and at the end of a backward pass those that
+did not come are zeros. Where all take part nothing waits and nothing is made.
 
-Stages 0 and 1 reduce once a step, in the order of the parameters: there the missing ones are filled in (``fill``).
+Stages 0 and 1 reduce once a step, in the order of the parameters: there the missing ones are filled
+in (``fill``).
 """
 
 from __future__ import annotations
@@ -66,7 +69,9 @@ class Arrivals:
         self._reduce(param, *([self._group[param]] if self._stage == 2 else []))
 
     def _learn(self) -> None:
-        """Order by the first backward pass of rank 0; what came to other ranks alone follows, and what came to none is last."""
+        """Order by the first backward pass of rank 0; what came to other ranks alone follows, and
+        what came to none is last.
+        """
         place = {param: number for number, param in enumerate(self._order)}
         ranked = torch.full((len(place),), 2 * len(place))
         for number, param in enumerate(self._came):
@@ -82,11 +87,14 @@ class Arrivals:
 
 
 class SameModules:
-    """Whether all ranks went through the same modules: at ZeRO 3 each of them gathers its weights from every rank."""
+    """Whether all ranks went through the same modules: at ZeRO 3 each of them gathers its weights
+    from every rank.
+    """
 
     def __init__(self, zero: Any) -> None:
         self._trace = 0
-        # of its own: where ranks differ, those that DeepSpeed uses hold collectives that match no others
+        # of its own: where ranks differ, those that DeepSpeed uses hold collectives that match no
+        # others
         self._group = torch_dist.new_group(backend="gloo", timeout=TIMEOUT)
         coordinator = zero.parameter_offload.get_param_coordinator()
         fetch = coordinator.fetch_sub_module
@@ -102,7 +110,8 @@ class SameModules:
         """Return if all ranks did since the last check. Collective.
 
         Raises:
-            ConfigError: on every rank, if not: they may have taken one module's weights for another's.
+            ConfigError: on every rank, if not: they may have taken one module's weights for
+                another's.
         """
         ends = torch.tensor([self._trace, -self._trace])
         self._trace = 0
@@ -112,17 +121,23 @@ class SameModules:
 
     @staticmethod
     def error() -> ConfigError:
-        """Return what to raise where ``check`` or DeepSpeed, while it records its first steps, found a difference."""
+        """Return what to raise where ``check`` or DeepSpeed, while it records its first steps,
+        found a difference.
+        """
         return ConfigError(
-            "the ranks went through different modules of the model in one step, which ZeRO 3 cannot train",
+            "the ranks went through different modules of the model in one step, which ZeRO 3 "
+            "cannot train",
             where="engine.zero_stage",
             value=3,
-            remedy="engine.zero_stage=2 (the weights were not changed: the run goes on from its last checkpoint)",
+            remedy="engine.zero_stage=2 (the weights were not changed: the run goes on from "
+            "its last checkpoint)",
         )
 
 
 def fill(zero: Any, params: list[nn.Parameter], *, stage: int) -> None:
-    """Give zeros to those of ``params`` that no backward pass of this step reached, at stage 0 or 1."""
+    """Give zeros to those of ``params`` that no backward pass of this step reached, at stage 0 or
+    1.
+    """
     accumulator = "grad_accum" if stage == 1 and zero.use_grad_accum_attribute else "grad"
     for param in params:
         if getattr(param, accumulator, None) is None:
@@ -131,7 +146,9 @@ def fill(zero: Any, params: list[nn.Parameter], *, stage: int) -> None:
 
 
 def _set_zeros(param: Any) -> None:
-    """Give ``param`` a gradient of zeros. At ZeRO 3 it is whole, in parts or on its way: the gradient is of the whole."""
+    """Give ``param`` a gradient of zeros. At ZeRO 3 it is whole, in parts or on its way: the
+    gradient is of the whole.
+    """
     param.grad = torch.zeros_like(param)
     if hasattr(param, "ds_shape"):
         param.grad.data = torch.zeros(param.ds_shape, dtype=param.dtype, device=param.device)

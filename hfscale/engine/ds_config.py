@@ -1,4 +1,6 @@
-"""DeepSpeed's config, derived from ours in this one place. Imports neither torch nor DeepSpeed, so a login node can check it."""
+"""DeepSpeed's config, derived from ours in this one place. Imports neither torch nor DeepSpeed, so
+a login node can check it.
+"""
 
 from __future__ import annotations
 
@@ -9,8 +11,9 @@ from hfscale.config.rules import UNSAFE
 from hfscale.config.schema import Engine, TrainConfig
 from hfscale.errors import ConfigError, nearest
 
-# What `engine.extra` may say: the keys of DeepSpeed that have an effect here, by section. It ignores any other key without a word,
-# and its own checkpoints, data loaders, pipelines and schedules are not used.
+# What `engine.extra` may say: the keys of DeepSpeed that have an effect here, by section. It
+# ignores any other key without a word, and its own checkpoints, data loaders, pipelines and
+# schedules are not used.
 KNOWN: dict[str, set[str] | None] = {
     "zero_optimization": {
         *("contiguous_gradients", "reduce_scatter", "reduce_bucket_size", "overlap_comm"),
@@ -63,8 +66,9 @@ KNOWN: dict[str, set[str] | None] = {
 def running_stage(engine: Engine) -> int:
     """Return the ZeRO stage that really runs: 16 bit at stage 0 runs as stage 1.
 
-    DeepSpeed's optimizer for 16 bit without ZeRO rounds differently from all other stages (third-step loss 5.5696
-    for 5.5700 elsewhere) and takes no fp32 gradients. Stage 1 gives the same result in less memory.
+    DeepSpeed's optimizer for 16 bit without ZeRO rounds differently from all other stages
+    (third-step loss 5.5696 for 5.5700 elsewhere) and takes no fp32 gradients. Stage 1 gives the
+    same result in less memory.
     """
     return max(engine.zero_stage, 1) if engine.precision != "fp32" else engine.zero_stage
 
@@ -72,11 +76,12 @@ def running_stage(engine: Engine) -> int:
 def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]:
     """Return the dict for ``deepspeed.initialize``; ``engine.extra`` is merged last.
 
-    Accumulation is not in it: with ``managed_gradient_accumulation`` off, every ``backward`` adds and ``step`` ends
-    the step, and the loss arrives already divided by the step's global count.
+    Accumulation is not in it: with ``managed_gradient_accumulation`` off, every ``backward`` adds
+    and ``step`` ends the step, and the loss arrives already divided by the step's global count.
 
     Raises:
-        ConfigError: for what this device or stage cannot run, and where ``engine.extra`` repeats a derived key.
+        ConfigError: for what this device or stage cannot run, and where ``engine.extra`` repeats a
+            derived key.
     """
     engine, stage = config.engine, running_stage(config.engine)
     _check_precision(engine.precision, device_type)
@@ -108,7 +113,8 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
         if stage == 0
         else config.optim.clip_norm,  # at stage 0 the engine itself clips
         "zero_optimization": zero,
-        "zero_force_ds_cpu_optimizer": False,  # torch's AdamW steps on the CPU as well, without a compiler
+        # torch's AdamW steps on the CPU as well, without a compiler
+        "zero_force_ds_cpu_optimizer": False,
         "bf16": {
             "enabled": engine.precision == "bf16",
             "check_grad_overflow": False,
@@ -126,7 +132,8 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
 
 
 def inference_config(engine: Inference, *, precision: str, device_type: str) -> dict[str, Any]:
-    """Return the dict for a model that only computes, at stage 3: the other stages partition what training adds to the weights.
+    """Return the dict for a model that only computes, at stage 3: the other stages partition what
+    training adds to the weights.
 
     Raises:
         ConfigError: as ``deepspeed_config``.
@@ -199,6 +206,7 @@ def _merged(derived: dict[str, Any], extra: dict[str, Any], *, where: str) -> di
                 "engine.extra repeats a value that hfscale derives itself",
                 where=path,
                 value=value,
-                remedy=f"remove it (derived: {derived[key]!r}) and set the option of hfscale that it comes from",
+                remedy=f"remove it (derived: {derived[key]!r}) and set the option of hfscale "
+                "that it comes from",
             )
     return merged

@@ -1,8 +1,10 @@
-"""The one place that talks to DeepSpeed: five verbs over a partitioned model, and live views of its state.
+"""The one place that talks to DeepSpeed: five verbs over a partitioned model, and live views of its
+state.
 
-``engine(...)`` forward, ``backward`` (as often as there are micro-batches), one ``step``, ``fragments`` to save and load,
-``close``. Always call the engine, never ``engine.module``: at ZeRO 3 the latter gives wrong gradients without an error.
-A process group must be up before anything here is called (``hfscale.dist.group``).
+``engine(...)`` forward, ``backward`` (as often as there are micro-batches), one ``step``,
+``fragments`` to save and load, ``close``. Always call the engine, never ``engine.module``: at ZeRO
+3 the latter gives wrong gradients without an error. A process group must be up before anything here
+is called (``hfscale.dist.group``).
 """
 
 from __future__ import annotations
@@ -44,12 +46,16 @@ LOSS_SCALE_STATE = (
 class StepStats:
     """What one optimizer step did."""
 
-    grad_norm: float  # L2 over the whole model, before clipping; inf (fp16 only): skipped, the loss scale was too high and has been lowered
+    # L2 over the whole model, before clipping; inf (fp16 only): skipped, the loss scale was too
+    # high and has been lowered
+    grad_norm: float
     lr: float
 
 
 def construction(config: TrainConfig, *, device_type: str) -> AbstractContextManager[Any]:
-    """Return the context to build a transformers model in: at ZeRO 3 each parameter is partitioned as soon as its module exists."""
+    """Return the context to build a transformers model in: at ZeRO 3 each parameter is partitioned
+    as soon as its module exists.
+    """
     if running_stage(config.engine) < 3:
         return nullcontext()
     join_process_group()
@@ -61,7 +67,9 @@ def construction(config: TrainConfig, *, device_type: str) -> AbstractContextMan
 def gathered(
     params: Iterable[nn.Parameter], *, modify: bool = False
 ) -> AbstractContextManager[Any]:
-    """Return a context in which ``params`` are whole on every rank. All ranks must enter; with ``modify`` rank 0's values stay."""
+    """Return a context in which ``params`` are whole on every rank. All ranks must enter; with
+    ``modify`` rank 0's values stay.
+    """
     split = [param for param in params if hasattr(param, "ds_id")]
     return (
         deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None)
@@ -71,7 +79,9 @@ def gathered(
 
 
 class Engine:
-    """A model under DeepSpeed at one ZeRO stage. Make one with ``create``; ``close`` it before the process group."""
+    """A model under DeepSpeed at one ZeRO stage. Make one with ``create``; ``close`` it before the
+    process group.
+    """
 
     def __init__(self, ds: Any, adamw: torch.optim.AdamW, config: TrainConfig) -> None:
         self._ds, self._adamw = ds, adamw
@@ -124,7 +134,7 @@ class Engine:
         """The transformers model, to look at: names, config, shapes. Never call it."""
         return self._ds.module
 
-    # ------------------------------------------------------------------------------------------- training
+    # ------------------------------------------------------------------------------------- training
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output."""
         try:
@@ -135,7 +145,8 @@ class Engine:
             raise self._modules.error() from error
 
     def backward(self, loss: Tensor) -> None:
-        """Add the gradient of a scalar. The ranks' gradients are averaged: scale the loss by world size / global count.
+        """Add the gradient of a scalar. The ranks' gradients are averaged: scale the loss by world
+        size / global count.
 
         Raises:
             ConfigError: if the ranks went through different modules at ZeRO 3.
@@ -145,11 +156,13 @@ class Engine:
         self._ds.backward(loss, scale_wrt_gas=False)
 
     def step(self, lr: float) -> StepStats:
-        """Return what the update with everything accumulated since the last step did: clip, check, AdamW at ``lr``.
+        """Return what the update with everything accumulated since the last step did: clip, check,
+        AdamW at ``lr``.
 
         Raises:
-            UnhealthyError: on every rank, with weights and moments untouched, if the gradient is not finite
-                (fp16: the step is skipped and the loss scale lowered instead). The engine must not be trained further.
+            UnhealthyError: on every rank, with weights and moments untouched, if the gradient is
+                not finite (fp16: the step is skipped and the loss scale lowered instead). The
+                engine must not be trained further.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_share"]
@@ -168,7 +181,9 @@ class Engine:
         return StepStats(self._norm, lr)
 
     def _before_update(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
-        """Run by torch just before AdamW changes anything: the last moment to look at the gradient. ZeRO has clipped it by now."""
+        """Run by torch just before AdamW changes anything: the last moment to look at the gradient.
+        ZeRO has clipped it by now.
+        """
         self._lr_used.update(group["lr"] for group in adamw.param_groups)
         self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
         if not math.isfinite(self._norm):
@@ -193,12 +208,13 @@ class Engine:
         finally:
             self.module.train(training)
 
-    # ---------------------------------------------------------------------------------------------- state
+    # ---------------------------------------------------------------------------------------- state
     def fragments(self, *, owned: bool = True, frozen: bool = True) -> list[Fragment]:
         """Return live views of this rank's state; of ``frozen`` parameters only where asked.
 
-        ``owned``: a share that is disjoint from other ranks' and with them covers everything, to be saved. Otherwise all
-        that this rank holds, to be loaded; call ``after_load`` when it has been written.
+        ``owned``: a share that is disjoint from other ranks' and with them covers everything, to be
+        saved. Otherwise all that this rank holds, to be loaded; call ``after_load`` when it has
+        been written.
         """
         left_out = (
             set()
@@ -221,7 +237,9 @@ class Engine:
 
     @torch.no_grad()
     def after_load(self) -> None:
-        """Derive the weights that the model computes with from the fp32 weights just written into ``fragments``. Collective."""
+        """Derive the weights that the model computes with from the fp32 weights just written into
+        ``fragments``. Collective.
+        """
         if self.stage in (1, 2):
             self._zero.update_lp_params()
         elif self.stage == 3:  # as at the end of DeepSpeed's own step
@@ -260,10 +278,12 @@ class Engine:
                 setattr(self._zero.loss_scaler, key, value)
 
     def close(self) -> None:
-        """Tear DeepSpeed down while all ranks are still there. Collective; a second call does nothing.
+        """Tear DeepSpeed down while all ranks are still there. Collective; a second call does
+        nothing.
 
-        ZeRO 3 leaves all-gathers under way. A gloo thread that ends one while the interpreter is finalizing wants the GIL to
-        drop its tensors, cannot have it, and aborts the process. A barrier on DeepSpeed's own group waits for them.
+        ZeRO 3 leaves all-gathers under way. A gloo thread that ends one while the interpreter is
+        finalizing wants the GIL to drop its tensors, cannot have it, and aborts the process. A
+        barrier on DeepSpeed's own group waits for them.
         """
         if self._ds is None:
             return
@@ -274,7 +294,9 @@ class Engine:
 
 
 def join_process_group() -> None:
-    """Let DeepSpeed use the process group that is up. Its shared-memory kernel serves inference only, and wants a compiler."""
+    """Let DeepSpeed use the process group that is up. Its shared-memory kernel serves inference
+    only, and wants a compiler.
+    """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
     warnings.filterwarnings(
@@ -283,7 +305,9 @@ def join_process_group() -> None:
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of all of them. A CPU adds a tensor up in fp32 one by one (0.5 % off at 66 M elements), so in blocks here."""
+    """Return the L2 norm of all of them. A CPU adds a tensor up in fp32 one by one (0.5 % off at 66
+    M elements), so in blocks here.
+    """
     norms = []
     for gradient in (whole.flatten() for whole in gradients):
         in_blocks = gradient.numel() // BLOCK * BLOCK
@@ -294,10 +318,11 @@ def _norm(gradients: list[Tensor]) -> Tensor:
 
 @contextmanager
 def _one_optimizer_below_stage_3() -> Iterator[None]:
-    """Have DeepSpeed take its optimizer of stages 1 and 2 where bf16 at stage 1 accumulates in fp32.
+    """Have DeepSpeed take its optimizer of stages 1 and 2 where bf16 at stage 1 accumulates in
+    fp32.
 
-    That optimizer can do it, and does for fp16. For bf16 DeepSpeed would choose ``BF16_Optimizer``, which knows no
-    offload, keeps its state elsewhere and has other hooks.
+    That optimizer can do it, and does for fp16. For bf16 DeepSpeed would choose ``BF16_Optimizer``,
+    which knows no offload, keeps its state elsewhere and has other hooks.
     """
     choose = DeepSpeedEngine._do_optimizer_sanity_check
 

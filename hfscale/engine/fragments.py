@@ -1,8 +1,8 @@
 """Where each rank's share of the model and optimizer lives, the same view at every ZeRO stage.
 
-A fragment is a range of a flattened parameter with its fp32 weight and Adam's two moments: live, flat views, so
-copying from them saves and copying into them loads. DeepSpeed's own checkpoints tie a run to its stage and world
-size; ranges of named parameters tie it to nothing.
+A fragment is a range of a flattened parameter with its fp32 weight and Adam's two moments: live,
+flat views, so copying from them saves and copying into them loads. DeepSpeed's own checkpoints tie
+a run to its stage and world size; ranges of named parameters tie it to nothing.
 
 Legend: W ranks; a parameter has ``numel`` elements, flattened row by row.
 """
@@ -65,7 +65,9 @@ def partitioned(
 
 
 def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> Iterator[Fragment]:
-    """Yield, whole, what every rank holds: persistent buffers, below stage 3 frozen parameters, at stage 0 all parameters."""
+    """Yield, whole, what every rank holds: persistent buffers, below stage 3 frozen parameters, at
+    stage 0 all parameters.
+    """
     for name, param in module.named_parameters():
         if stage == 0 and param.requires_grad:
             yield Fragment(
@@ -80,7 +82,9 @@ def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> It
 
 
 def held(module: nn.Module, *, rank: int) -> Iterator[Fragment]:
-    """Yield what this rank holds of a model that is not trained: persistent buffers, and of each parameter its share or all."""
+    """Yield what this rank holds of a model that is not trained: persistent buffers, and of each
+    parameter its share or all.
+    """
     for name, param in module.named_parameters():
         if hasattr(param, "ds_tensor"):
             yield from _split(name, param, rank=rank)
@@ -115,7 +119,9 @@ def _buffers(module: nn.Module) -> Iterator[Fragment]:
 
 
 def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Iterator[Fragment]:
-    """Yield this rank's part of ``fragments`` laid end to end and cut into W nearly equal ranges."""
+    """Yield this rank's part of ``fragments`` laid end to end and cut into W nearly equal
+    ranges.
+    """
     whole = list(fragments)
     total = sum(fragment.numel for fragment in whole)
     first, last = rank * total // world_size, (rank + 1) * total // world_size
@@ -141,7 +147,9 @@ def tied(module: nn.Module) -> dict[str, str]:
 
 
 def trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
-    """Return a parameter's fp32 weight and moments, which are made here if no step has made them yet."""
+    """Return a parameter's fp32 weight and moments, which are made here if no step has made them
+    yet.
+    """
     state = adamw.state[weight]
     if not state:
         fused = adamw.defaults["fused"]

@@ -1,9 +1,11 @@
 """What AdamW does to each parameter: which decay, and with which share of the learning rate.
 
-Decay pulls towards zero what multiplies inputs: matrices, convolutions, embeddings. What shifts, scales or keeps time (norms, biases,
-states of a recurrence) is left alone, however many dimensions it has.
+Decay pulls towards zero what multiplies inputs: matrices, convolutions, embeddings. What shifts,
+scales or keeps time (norms, biases, states of a recurrence) is left alone, however many dimensions
+it has.
 
-Layer-wise learning-rate decay: Howard & Ruder 2018 (ULMFiT, "discriminative fine-tuning"); Clark et al. 2020 (ELECTRA).
+Layer-wise learning-rate decay: Howard & Ruder 2018 (ULMFiT, "discriminative fine-tuning"); Clark et
+al. 2020 (ELECTRA).
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from hfscale.config.schema import Optim
 from hfscale.errors import ConfigError
 
 NORM = re.compile(r"norm", re.IGNORECASE)  # in the name of a module's class
-# in a parameter's own name: biases (of experts and heads, too), states of Mamba and RWKV, factors of layers
+# in a parameter's own name: biases (of experts and heads, too), states of Mamba and RWKV, factors
+# of layers
 VECTOR = re.compile(
     r"(^|_)bias(_|$)|^(A_log|D|dt_bias)$|^time_(mix|decay|first|maa)|(^|_)(scale|gamma|lambda\d?)(_|$)"
 )
@@ -33,7 +36,8 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the first number in a name is that of a
 
 
 def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Return AdamW's groups: ``weight_decay`` as ``decays`` says; ``lr_share`` is what a group gets of the learning rate.
+    """Return AdamW's groups: ``weight_decay`` as ``decays`` says; ``lr_share`` is what a group gets
+    of the learning rate.
 
     Raises:
         ConfigError: if nothing is trained, or ``layer_decay`` finds no layers.
@@ -58,22 +62,27 @@ def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
 
 
 def decays(owner: nn.Module, name: str, param: nn.Parameter) -> bool:
-    """Return whether weight decay is for ``param``, which is ``owner``'s own, by what it is. Shapes are the unpartitioned ones."""
+    """Return whether weight decay is for ``param``, which is ``owner``'s own, by what it is. Shapes
+    are the unpartitioned ones.
+    """
     shape = getattr(param, "ds_shape", param.shape)
     if len(shape) < 2 or getattr(param, "_no_weight_decay", False):
         return False
     norm = NORM.search(type(owner).__name__) and not isinstance(owner, nn.Embedding)
     if norm or VECTOR.search(name.rpartition(".")[2]):
         return False
-    # a matrix with one row (the head of a regression) is a matrix; a parameter by itself of (1, 1, H) is a vector
+    # a matrix with one row (the head of a regression) is a matrix; a parameter by itself of (1, 1,
+    # H) is a vector
     return isinstance(owner, PRODUCTS) or sum(size > 1 for size in shape) >= 2
 
 
 def _depths(model: nn.Module) -> dict[str, int]:
-    """Return how many layers lie above each parameter's: 0 of the head, 1 of the last layer, the most of embeddings.
+    """Return how many layers lie above each parameter's: 0 of the head, 1 of the last layer, the
+    most of embeddings.
 
-    Encoder and decoder are stacks of their own. What has no number is an embedding or comes last if its name or its module says so;
-    else by its place: what a class lists before its first stack is an embedding.
+    Encoder and decoder are stacks of their own. What has no number is an embedding or comes last if
+    its name or its module says so; else by its place: what a class lists before its first stack is
+    an embedding.
     """
     layers = {
         name: (found[1], int(found[2]))

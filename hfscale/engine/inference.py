@@ -1,7 +1,9 @@
-"""A model that only computes: whole on each rank, or under DeepSpeed at ZeRO stage 3, a share of every weight on each.
+"""A model that only computes: whole on each rank, or under DeepSpeed at ZeRO stage 3, a share of
+every weight on each.
 
-ZeRO-Inference: Aminabadi et al. 2022 (arXiv 2207.00032), sec. 6. Stages 1 and 2 partition gradients and optimizer, which are not there.
-What tasks, loaders and probes use of ``Engine`` is here as well: call it, look at ``module``, fill its ``fragments``, ``close`` it.
+ZeRO-Inference: Aminabadi et al. 2022 (arXiv 2207.00032), sec. 6. Stages 1 and 2 partition gradients
+and optimizer, which are not there. What tasks, loaders and probes use of ``Engine`` is here as
+well: call it, look at ``module``, fill its ``fragments``, ``close`` it.
 """
 
 from __future__ import annotations
@@ -25,7 +27,9 @@ Build = Callable[
 
 
 class InferenceEngine:
-    """A model in evaluation mode. ``create`` one, or put it ``InferenceEngine(model)`` around a model that has its weights."""
+    """A model in evaluation mode. ``create`` one, or put it ``InferenceEngine(model)`` around a
+    model that has its weights.
+    """
 
     def __init__(self, model: Any, *, device: torch.device | None = None, ds: Any = None) -> None:
         self.module = model.eval() if ds or device is None else model.eval().to(device)
@@ -41,7 +45,8 @@ class InferenceEngine:
     def create(
         cls, build: Build, *, how: Inference, precision: str, device: torch.device
     ) -> InferenceEngine:
-        """Return the engine around what ``build`` makes, on ``device``. Stage 3 is collective and needs a process group.
+        """Return the engine around what ``build`` makes, on ``device``. Stage 3 is collective and
+        needs a process group.
 
         Raises:
             ConfigError: if ``engine.*`` asks for what cannot run here.

@@ -1,9 +1,10 @@
-"""LayerDrop that every rank can train with: all layers are computed, and a dropped one hands on what it was given.
+"""LayerDrop that every rank can train with: all layers are computed, and a dropped one hands on
+what it was given.
 
-transformers leaves a dropped layer out, so each rank would use, gather and reduce other parameters than its peers. Here
-the layer runs, its output is replaced by its input, and its parameters get a gradient of exactly zero. The draws are the
-same: one number a layer, and whatever a dropped layer itself draws is taken back. Source: Fan et al. 2020 (arXiv
-1909.11556).
+transformers leaves a dropped layer out, so each rank would use, gather and reduce other parameters
+than its peers. Here the layer runs, its output is replaced by its input, and its parameters get a
+gradient of exactly zero. The draws are the same: one number a layer, and whatever a dropped layer
+itself draws is taken back. Source: Fan et al. 2020 (arXiv 1909.11556).
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ from hfscale.errors import ConfigError
 
 
 def take_over_layer_drop(model: nn.Module) -> None:
-    """Return with every stack of layers in ``model`` that drops some of them doing so by hooks on its layers.
+    """Return with every stack of layers in ``model`` that drops some of them doing so by hooks on
+    its layers.
 
     Raises:
         ConfigError: if a module drops layers that are not modules of their own.
@@ -32,7 +34,8 @@ def take_over_layer_drop(model: nn.Module) -> None:
                 f"{type(stack).__name__} drops layers in a way that ranks cannot share",
                 where="model.config",
                 value=f"layerdrop of {path}: {probability}",
-                remedy="set the architecture's key of it (layerdrop, encoder_layerdrop, decoder_layerdrop) to 0",
+                remedy="set the architecture's key of it (layerdrop, encoder_layerdrop, "
+                "decoder_layerdrop) to 0",
             )
         stack.layerdrop = 0.0  # what transformers asks; the config keeps its value
         for layer in lists[0]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 
 def compatible_ops() -> dict[str, bool]:
-    """Return name -> whether DeepSpeed finds what the kernel needs here (compiler, CUDA, libraries). hfscale itself needs none of them."""
+    """Return name -> whether DeepSpeed finds what the kernel needs here (compiler, CUDA,
+    libraries). hfscale itself needs none of them.
+    """
     from deepspeed.ops.op_builder.all_ops import ALL_OPS  # slow to import
 
     return {

@@ -1,8 +1,9 @@
-"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to drift.
+"""The learning rate as a pure function of the step: nothing to save, nothing to restore, nothing to
+drift.
 
-Steps count from 1: step s is the s-th update, so the first update of a warmup of W steps uses peak / W, and the
-last step of a run uses the schedule's end value.
-Sources: cosine, Loshchilov & Hutter 2017 (SGDR) without restarts; wsd (warmup, stable, decay), Hu et al. 2024 (MiniCPM).
+Steps count from 1: step s is the s-th update, so the first update of a warmup of W steps uses peak
+/ W, and the last step of a run uses the schedule's end value. Sources: cosine, Loshchilov & Hutter
+2017 (SGDR) without restarts; wsd (warmup, stable, decay), Hu et al. 2024 (MiniCPM).
 """
 
 from __future__ import annotations
@@ -14,10 +15,11 @@ from hfscale.config.schema import Schedule
 
 
 def learning_rate(step: int, *, peak: float, length: Length, schedule: Schedule) -> float:
-    """Return the learning rate of update ``step`` (1 .. ``length.steps``; later steps keep the end value).
+    """Return the learning rate of update ``step`` (1 .. ``length.steps``; later steps keep the end
+    value).
 
-    Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to ``min_ratio * peak``: where the
-    global batch changed on the way, by the rows that were seen.
+    Rises linearly to ``peak`` over ``warmup_steps``, then follows the named shape down to
+    ``min_ratio * peak``: where the global batch changed on the way, by the rows that were seen.
     """
     if step < 1:
         raise ValueError(f"steps count from 1, not {step}")

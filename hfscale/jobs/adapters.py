@@ -1,4 +1,6 @@
-"""A run of LoRA adapters: the weights that they stand beside, and its export as peft's own folder."""
+"""A run of LoRA adapters: the weights that they stand beside, and its export as peft's own
+folder.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ KINDS = {  # what peft calls them: its Auto classes and transformers' then find 
 
 
 class Beside:
-    """The weights at ``folder``, open, and what of ``model`` they fill. What they do not (a new head) is trained whole."""
+    """The weights at ``folder``, open, and what of ``model`` they fill. What they do not (a new
+    head) is trained whole.
+    """
 
     def __init__(self, model: PreTrainedModel, lora: Lora, folder: Path, *, rank: int) -> None:
         if rank == 0 and (folder / layout.MANIFEST).is_file():
@@ -59,7 +63,8 @@ class Beside:
 
 
 def write_adapter(source: RunModel, folder: Path) -> None:
-    """Write what a run trained as ``PeftModel.from_pretrained`` reads it; modules that were trained whole go along whole.
+    """Write what a run trained as ``PeftModel.from_pretrained`` reads it; modules that were trained
+    whole go along whole.
 
     Raises:
         ConfigError: if it is no run of adapters.
@@ -110,7 +115,9 @@ def load_adapter(source: RunModel, folder: Path) -> Any:
 
 
 def lora_base(source: RunModel) -> str:
-    """Return the base as the user said it: a name of the hub, not where this machine keeps it; or the path of its weights."""
+    """Return the base as the user said it: a name of the hub, not where this machine keeps it; or
+    the path of its weights.
+    """
     said, reader = source.config.model.pretrained, source.reader
     assert said is not None and isinstance(reader, MergedWeights)
     return reader.folder if Path(said).is_absolute() else said

@@ -1,4 +1,6 @@
-"""What MODEL on a command line means, and what is to be done with it: settled on the login node, with nothing read of its weights."""
+"""What MODEL on a command line means, and what is to be done with it: settled on the login node,
+with nothing read of its weights.
+"""
 
 from __future__ import annotations
 
@@ -58,13 +60,16 @@ def tell_of_best(name: str, checkpoint: Path) -> None:
     named = "@" in name or Path(name).absolute() == checkpoint.absolute()
     if not named and best.get("step", layout.step_of(checkpoint)) != layout.step_of(checkpoint):
         logger.info(
-            f"this is the newest checkpoint, of step {layout.step_of(checkpoint)}; the best by {best['metric']} is "
+            f"this is the newest checkpoint, of step {layout.step_of(checkpoint)}; the best by "
+            f"{best['metric']} is "
             f"{name}@best, of step {best['step']}"
         )
 
 
 def auto_model_of(name: str) -> str:
-    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it writes no text."""
+    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it writes
+    no text.
+    """
     if checkpoint := layout.checkpoint_of(name):
         return objective_of(run_config(checkpoint), checkpoint).auto_model
     architecture = (model_and_tokenizer(name)[0].architectures or [""])[0]
@@ -114,10 +119,12 @@ def settle(
     overrides: Sequence[str],
     answers: bool = False,
 ) -> PredictConfig:
-    """Return what predicting with MODEL ``name`` means: as its run was trained, or as its architecture suggests; ``overrides`` go on top.
+    """Return what predicting with MODEL ``name`` means: as its run was trained, or as its
+    architecture suggests; ``overrides`` go on top.
 
-    Without a name there are predictions already. An override is of a section (``data.columns.text=review``), or else of the task's
-    options. Without ``data`` it is the held-out split of the run. Nothing is read of the weights.
+    Without a name there are predictions already. An override is of a section
+    (``data.columns.text=review``), or else of the task's options. Without ``data`` it is the
+    held-out split of the run. Nothing is read of the weights.
 
     Raises:
         UserError: if there is no such model, or nothing says the task or the data.
@@ -173,7 +180,8 @@ def settle(
             "this task only predicts: there are no answers to score",
             where="--task",
             value=values["task"]["name"],
-            remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, without --task",
+            remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, "
+            "without --task",
         )
     if data is None and "train" not in values["data"]:
         raise ConfigError(

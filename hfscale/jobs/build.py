@@ -1,4 +1,5 @@
-"""The build order of a training job, on one screen: data, objective or task, model, engine, checkpoints, stream, loop.
+"""The build order of a training job, on one screen: data, objective or task, model, engine,
+checkpoints, stream, loop.
 
 Each part is built from the config and from parts above it, and from nothing below.
 """
@@ -44,10 +45,12 @@ from hfscale.training.loop import Trainer, TrainState
 def build_trainer(
     config: TrainConfig, world: World, device: torch.device, stop: StopRequest | None = None
 ) -> Trainer:
-    """Return the trainer of ``config``, resumed from the run's newest good checkpoint if there is one.
+    """Return the trainer of ``config``, resumed from the run's newest good checkpoint if there is
+    one.
 
     Raises:
-        UserError: for anything in the config, the data or the checkpoints that cannot be used together.
+        UserError: for anything in the config, the data or the checkpoints that cannot be used
+            together.
     """
     data, train = config.data, config.train
     batch = solve_batch(
@@ -165,7 +168,9 @@ def fence_of(config: TrainConfig, world: World) -> Fence | None:
 def how_long(
     config: TrainConfig, saved: dict[str, Any] | None, *, rows: int, consumed_rows: int
 ) -> tuple[Length, int]:
-    """Return the length of a run that goes on from ``saved``, and after how many rows its warm-up ended, or will."""
+    """Return the length of a run that goes on from ``saved``, and after how many rows its warm-up
+    ended, or will.
+    """
     train, warmup_steps = config.train, config.schedule.warmup_steps
     step = saved["step"] if saved else 0
     before = saved or {}
@@ -194,7 +199,9 @@ def begin(
     saved: dict[str, Any] | None,
     run_dir: Path,
 ) -> None:
-    """Give the engine the pretrained weights that are not in its checkpoint: all of ``folder``, or those adapters stand beside."""
+    """Give the engine the pretrained weights that are not in its checkpoint: all of ``folder``, or
+    those adapters stand beside.
+    """
     if saved and beside:
         check_base(saved["adapters"], where=run_dir)
     if folder is None or (saved and not beside):

@@ -1,4 +1,6 @@
-"""Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and DeepSpeed is not imported."""
+"""Do the parts of a run fit together? Answered on a login node, in seconds: nothing is built, and
+DeepSpeed is not imported.
+"""
 
 from __future__ import annotations
 
@@ -47,7 +49,10 @@ def check(config: TrainConfig) -> None:
         model_config.model_type in OFFSET_POSITIONS - {"mpnet"}
         and model_config.pad_token_id is None
     ):
-        why = f"{model_config.model_type} counts positions from a padding token, and this tokenizer has none of its own"
+        why = (
+            f"{model_config.model_type} counts positions from a padding token, and this "
+            "tokenizer has none of its own"
+        )
         raise lacking(material.tokenizer, why, add="pad='<pad>'")
     if material.rows or config.train.epochs is None:
         length = run_length(config.train, rows=material.rows, seq_len=config.data.seq_len)
@@ -62,7 +67,9 @@ def check(config: TrainConfig) -> None:
 
 
 def say_notices(config: TrainConfig, *, rows: int, length: Length) -> None:
-    """Log what is allowed but probably not meant, and could not be known before the data was read."""
+    """Log what is allowed but probably not meant, and could not be known before the data was
+    read.
+    """
     known = notices(config)
     for line in notices(config, rows=rows, length=length):
         if line not in known:

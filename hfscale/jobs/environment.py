@@ -1,4 +1,6 @@
-"""What only the ranks of an attempt know of it, added to the run's ``environment.json``: hosts, devices, driver, data, tokenizer."""
+"""What only the ranks of an attempt know of it, added to the run's ``environment.json``: hosts,
+devices, driver, data, tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ DRIVER = Path("/proc/driver/nvidia/version")
 def record_ranks(
     run_dir: Path, world: World, device: torch.device, *, described: dict[str, Any]
 ) -> None:
-    """Complete the newest attempt's entry. Collective. One that is complete is of an earlier start, so another entry is added."""
+    """Complete the newest attempt's entry. Collective. One that is complete is of an earlier start,
+    so another entry is added.
+    """
     ranks = from_all_ranks(f"{socket.gethostname()}: {device_name(device)}")
     file = run_dir / "environment.json"
     if world.rank:

@@ -1,9 +1,12 @@
-"""Scores of a task, from a file of predictions and the references; and where scores of any kind are kept.
+"""Scores of a task, from a file of predictions and the references; and where scores of any kind are
+kept.
 
     EVALUATIONS/NAME/step-00001000-KEY/predictions.jsonl   made by jobs/predict.py
-    EVALUATIONS/NAME/step-00001000-KEY/scores.json         what is printed, with confidence intervals
+    EVALUATIONS/NAME/step-00001000-KEY/scores.json         what is printed, with confidence
+                                                           intervals
 
-KEY digests model, data and task, so what was evaluated once is found again. EVALUATIONS is in the run directory, or here.
+KEY digests model, data and task, so what was evaluated once is found again. EVALUATIONS is in the
+run directory, or here.
 """
 
 from __future__ import annotations
@@ -45,14 +48,16 @@ def folder_of(name: str, what: str, key: dict[str, str]) -> Path:
 def with_folder(config: PredictConfig) -> PredictConfig:
     """Return ``config`` with its predictions in the folder of its evaluation."""
     table, split = Path(config.data.train), config.predict.split
-    what = f"{config.task.name}-{split if config.data.validation or config.data.test else table.name.split('.')[0]}"
+    held_out = config.data.validation or config.data.test
+    what = f"{config.task.name}-{split if held_out else table.name.split('.')[0]}"
     out = folder_of(config.predict.model, what, key_of(config)) / PREDICTIONS
     out.parent.mkdir(parents=True, exist_ok=True)
     return config.model_copy(update={"predict": config.predict.model_copy(update={"out": out})})
 
 
 def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> dict[str, Any]:
-    """Return the scores of a file of predictions. Of the ``model`` only what it says of labels is read, or nothing at all.
+    """Return the scores of a file of predictions. Of the ``model`` only what it says of labels is
+    read, or nothing at all.
 
     Raises:
         DataError: if a line is broken, or predictions and references are not of the same examples.
@@ -177,7 +182,8 @@ def table(found: Sequence[dict[str, Any]]) -> str:
     for one in found:
         left = f", {one['left_out']:,} left out" if one.get("left_out") else ""
         lines.append(
-            f"{one['model']}  {counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}"
+            f"{one['model']}  "
+            f"{counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}"
         )
         for name, value in one["scores"].items():
             low, high = one["intervals"].get(name, (None, None))

@@ -1,6 +1,8 @@
-"""Export: a checkpoint becomes a transformers folder, and is published only if transformers gives the run's own logits.
+"""Export: a checkpoint becomes a transformers folder, and is published only if transformers gives
+the run's own logits.
 
-Every checkpoint carries the live engine's logits on a small probe batch, so the proof needs neither the run nor its GPUs.
+Every checkpoint carries the live engine's logits on a small probe batch, so the proof needs neither
+the run nor its GPUs.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ from hfscale.shards.files import whole_folder
 from hfscale.tasks.base import WRITERS, Task
 from hfscale.tokenizer import save_tokenizer
 
-# relative L2 difference of logits that rounding explains: on the run's kind of device, and on another (other kernels, TF32)
+# relative L2 difference of logits that rounding explains: on the run's kind of device, and on
+# another (other kernels, TF32)
 SAME_DEVICE = {
     "fp32": 1e-5,
     "bf16": 1e-2,
@@ -53,10 +56,12 @@ TRAINED = (
 
 
 def run(name: str, out: Path, *, adapter: bool = False) -> str:
-    """Return lines of Python that use the model which is now published at ``out``: of a run of adapters merged, or the ``adapter`` alone.
+    """Return lines of Python that use the model which is now published at ``out``: of a run of
+    adapters merged, or the ``adapter`` alone.
 
     Raises:
-        CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits differ; then nothing is published.
+        CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits
+            differ; then nothing is published.
     """
     if out.exists():
         raise CheckpointError(
@@ -101,7 +106,8 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             source.skeleton.config.save_pretrained(partial)
             _write_files(source.objective.files(source.skeleton.config), partial)
         if source.skeleton.can_generate():
-            # not by save_pretrained: it refuses what published models say (a temperature without do_sample)
+            # not by save_pretrained: it refuses what published models say (a temperature without
+            # do_sample)
             how = source.skeleton.generation_config.to_json_string()
             (partial / layout.GENERATION).write_text(how, "utf-8")
         tokenizer = framed(source.tokenizer, source.objective.frame, source.skeleton.config)
@@ -109,7 +115,8 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
         difference = prove(source, partial, adapter=adapter)
         (partial / "README.md").write_text(card(source, difference, adapter=adapter), "utf-8")
     logger.info(
-        f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to {difference:.1e}"
+        f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to "
+        f"{difference:.1e}"
     )
     return use_adapter(source, out) if adapter else usage(source.objective, out)
 
@@ -121,7 +128,9 @@ def _write_files(files: dict[str, str], folder: Path) -> None:
 
 
 def _padding(tokenizer: PreTrainedTokenizerFast, model: PreTrainedModel) -> PreTrainedTokenizerFast:
-    """Return the tokenizer with the token that the model takes for padding, without which pipelines take one text at a time."""
+    """Return the tokenizer with the token that the model takes for padding, without which pipelines
+    take one text at a time.
+    """
     known = [model.config.pad_token_id]
     if model.can_generate():
         known += [model.generation_config.pad_token_id, tokenizer.eos_token_id]
@@ -142,7 +151,8 @@ print(model(**tokenizer("Once upon a time", return_tensors="pt")))"""
     if task is None:
         return f"""from transformers import AutoTokenizer, {(model := objective.auto_model)}
 tokenizer, model = AutoTokenizer.from_pretrained({place}), {model}.from_pretrained({place})
-print(tokenizer.batch_decode(model.generate(tokenizer({marked}, return_tensors="pt").input_ids, max_new_tokens=40)))"""
+inputs = tokenizer({marked}, return_tensors="pt")
+print(tokenizer.batch_decode(model.generate(inputs.input_ids, max_new_tokens=40)))"""
     chats = isinstance(objective, Task) and objective.setting.tokenizer.chat_template
     chat = '[{"role": "user", "content": "Once upon a time"}]' if chats else '"Once upon a time"'
     text = {
@@ -159,7 +169,8 @@ print(use({text}))"""
 
 
 def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
-    """Return the relative difference between the engine's logits at the save and those of ``folder`` loaded by transformers.
+    """Return the relative difference between the engine's logits at the save and those of
+    ``folder`` loaded by transformers.
 
     Raises:
         CheckpointError: if they differ by more than rounding explains.
@@ -202,7 +213,9 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
 
 
 def _started_from(source: RunModel) -> str | None:
-    """Return what the user said: a name of the hub as it is, not where this machine keeps it; of a path what was found there."""
+    """Return what the user said: a name of the hub as it is, not where this machine keeps it; of a
+    path what was found there.
+    """
     said = source.config.model.pretrained
     if said is None or not Path(said).is_absolute():
         return said
@@ -219,10 +232,13 @@ def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
         else ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
     )
     rows = {
-        "architecture": f"{source.skeleton.config.model_type}, {sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
+        "architecture": f"{source.skeleton.config.model_type}, "
+        f"{sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
         "started from": _started_from(source) or "new weights",
-        "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of {config.train.global_batch} x {config.data.seq_len} tokens",
-        "data": f"{data}; fingerprint {at['data_fingerprint'][:16]}, tokenizer {at['tokenizer_digest'][:16]}",
+        "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of "
+        f"{config.train.global_batch} x {config.data.seq_len} tokens",
+        "data": f"{data}; fingerprint {at['data_fingerprint'][:16]}, tokenizer "
+        f"{at['tokenizer_digest'][:16]}",
         "figures": ", ".join(
             f"{key} {value:,.6g}"
             for key, value in at["metrics"].items()
@@ -232,7 +248,8 @@ def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
         "versions": f"{at['versions']}, exported by transformers {transformers.__version__}",
         "proof": f"logits equal to the training engine's, relative difference {difference:.1e}",
     }
-    # not the rest of the config: a card is for everybody, and that names folders, hosts and accounts
+    # not the rest of the config: a card is for everybody, and that names folders, hosts and
+    # accounts
     trained = "".join(
         f"{name}:\n{indent(to_yaml(getattr(config, name)), '  ')}"
         for name in TRAINED
@@ -261,7 +278,9 @@ How it was trained:
 
 
 def _cell(text: str) -> str:
-    """Return ``text`` for a cell of a Markdown table: a name that somebody else chose neither leaves it nor becomes a link or HTML."""
+    """Return ``text`` for a cell of a Markdown table: a name that somebody else chose neither
+    leaves it nor becomes a link or HTML.
+    """
     return re.sub(r"([\\|`\[\]*_])", r"\\\1", shown(text)).replace("<", "&lt;")
 
 

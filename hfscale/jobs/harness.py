@@ -1,7 +1,9 @@
-"""Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024, arXiv 2405.14782) on a model by name, held at any ZeRO stage.
+"""Tasks of EleutherAI's lm-evaluation-harness (Gao et al. 2024, arXiv 2405.14782) on a model by
+name, held at any ZeRO stage.
 
-The harness asks three things of a model (loglikelihood, loglikelihood_rolling, generate_until). Its own wrapper of transformers' models
-answers them, around our engine: every rank is asked everything, computes its share, and gets the others' answers.
+The harness asks three things of a model (loglikelihood, loglikelihood_rolling, generate_until). Its
+own wrapper of transformers' models answers them, around our engine: every rank is asked everything,
+computes its share, and gets the others' answers.
 """
 
 from __future__ import annotations
@@ -39,7 +41,9 @@ WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 class EngineLM(HFLM):
-    """Our engine as the harness wants a model. All ranks get the same requests, in the same order."""
+    """Our engine as the harness wants a model. All ranks get the same requests, in the same
+    order.
+    """
 
     def __init__(
         self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, batch: int
@@ -53,7 +57,9 @@ class EngineLM(HFLM):
         self._engine = engine
 
     def _dealt(self, requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
-        """Return the answers to all, a share from each rank; shares are filled up to equal size, so each makes as many passes."""
+        """Return the answers to all, a share from each rank; shares are filled up to equal size, so
+        each makes as many passes.
+        """
         rank, ranks = self._engine.rank, self._engine.world_size
         filled = requests + requests[:1] * (-len(requests) % ranks)
         parts = from_all_ranks(answer(filled[rank::ranks]))
@@ -92,7 +98,8 @@ class EngineLM(HFLM):
 def settle(
     name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequence[str]
 ) -> HarnessConfig:
-    """Return what scoring MODEL ``name`` on ``tasks`` means. With ``folder`` only its YAMLs are tasks; else those of the harness.
+    """Return what scoring MODEL ``name`` on ``tasks`` means. With ``folder`` only its YAMLs are
+    tasks; else those of the harness.
 
     Raises:
         UserError: if a task is unknown, or the model writes no text.
@@ -154,7 +161,8 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
                 "the data of a task cannot be read",
                 where=", ".join(wanted.tasks),
                 value=str(error).splitlines()[0],
-                remedy="fetch it once where there is a network, or name tasks of files here: --harness-path",
+                remedy="fetch it once where there is a network, or name tasks of files here: "
+                "--harness-path",
             ) from error
         opened.engine.close()
         if world.rank == 0:

@@ -1,7 +1,9 @@
-"""What a run trains on, and what follows from it: tokenizer, objective or task, stream, validation. Of two kinds, with the same verbs.
+"""What a run trains on, and what follows from it: tokenizer, objective or task, stream, validation.
+Of two kinds, with the same verbs.
 
-``tokenizer``, ``needs`` (values that the model's config must have) and ``objective(model_config)`` come first; once there is a model and
-perhaps a checkpoint, ``open`` gives the stream, and then ``rows`` (of an epoch), ``names`` (of the sources), ``validation``, ``describe``.
+``tokenizer``, ``needs`` (values that the model's config must have) and ``objective(model_config)``
+come first; once there is a model and perhaps a checkpoint, ``open`` gives the stream, and then
+``rows`` (of an epoch), ``names`` (of the sources), ``validation``, ``describe``.
 """
 
 from __future__ import annotations
@@ -35,7 +37,8 @@ from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_dige
 from hfscale.training.evaluator import Evaluator, TaskEvaluator
 
 FEW = 50  # examples, below which a score says little
-TOKENIZER = "tokenizer"  # in the run directory of a fine-tuning, whatever becomes of the model that it began with
+# in the run directory of a fine-tuning, whatever becomes of the model that it began with
+TOKENIZER = "tokenizer"
 
 
 class TokenMaterial:
@@ -69,7 +72,9 @@ class TokenMaterial:
         )
 
     def digests(self) -> dict[str, str]:
-        """Return what names each part of the data, by key of the config; it must be the same on all ranks."""
+        """Return what names each part of the data, by key of the config; it must be the same on all
+        ranks.
+        """
         held_out = self._config.data.validation
         named = {
             f"data.sources, {source.name}": part.fingerprint
@@ -100,7 +105,8 @@ class TokenMaterial:
             forged = position is not None and position.text == 1
             if forged and world.rank == 0:
                 logger.warning(
-                    "this run on raw text began when text that spells a control token became one; so it goes on"
+                    "this run on raw text began when text that spells a control token became "
+                    "one; so it goes on"
                 )
             rows = TextRows(
                 rows,
@@ -130,7 +136,9 @@ class TokenMaterial:
         )
 
     def validation(self, objective: Objective) -> dict[str, Any]:
-        """Return the trainer's parts for held-out loss, or nothing where the config asks for none."""
+        """Return the trainer's parts for held-out loss, or nothing where the config asks for
+        none.
+        """
         if (held_out := self._config.data.validation) is None:
             return {}
         scored = held_out_rows(
@@ -157,7 +165,8 @@ class ExampleMaterial:
         self._facts = self._data.facts(partial(kind.facts_of_training, options))
         if self._facts:  # a table read as what it is not is seen here
             logger.info(
-                f"found in the training examples: {json.dumps(self._facts, ensure_ascii=False):.300}"
+                "found in the training examples: "
+                f"{json.dumps(self._facts, ensure_ascii=False):.300}"
             )
         task = self.objective()
         self.needs = task.model_overrides()
@@ -170,12 +179,15 @@ class ExampleMaterial:
         )
         if self._validation and (count := self._validation.report["examples"]) < FEW:
             logger.warning(
-                f"validation: {counted(count, 'example')}: scores of so few say little, and keep_best follows chance"
+                f"validation: {counted(count, 'example')}: scores of so few say little, and "
+                "keep_best follows chance"
             )
         self.rows, self.names = len(self._train.lengths), ("train",)
 
     def objective(self, model_config: PretrainedConfig | None = None) -> Task:
-        """Return the task; without ``model_config`` it can say what model it wants, and make features."""
+        """Return the task; without ``model_config`` it can say what model it wants, and make
+        features.
+        """
         config, train = self._config, self._config.train
         return load_task(
             config.task,
@@ -220,7 +232,9 @@ class ExampleMaterial:
         )
 
     def validation(self, objective: Objective) -> dict[str, Any]:
-        """Return the trainer's parts for loss and metrics of the validation split, or nothing where the config asks for none."""
+        """Return the trainer's parts for loss and metrics of the validation split, or nothing where
+        the config asks for none.
+        """
         if self._validation is None:
             return {}
         assert isinstance(objective, Task)
@@ -259,7 +273,9 @@ def open_material(
 
 
 def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str:
-    """Return where the run's tokenizer is: as the config says, or the run's own, or that of the model it begins with."""
+    """Return where the run's tokenizer is: as the config says, or the run's own, or that of the
+    model it begins with.
+    """
     if config.tokenizer is not None:
         return config.tokenizer.path
     if (config.run_dir / TOKENIZER).is_dir():
@@ -280,7 +296,8 @@ def run_config(checkpoint: Path) -> TrainConfig:
 def held_out_rows(
     shards: str, config: RunConfig, objective: Objective, world: World, *, count: int | None
 ) -> EvaluationRows:
-    """Return ``count`` rows of a manifest, or all of them, as the objective scores them; raw text is made tokens now.
+    """Return ``count`` rows of a manifest, or all of them, as the objective scores them; raw text
+    is made tokens now.
 
     Raises:
         DataError: as ``open_rows``.
@@ -324,7 +341,8 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
             "these shards hold ids that the tokenizer does not have",
             where=shards,
             value=f"id {rows.manifest.max_id}, vocabulary {vocabulary_size(tokenizer)}",
-            remedy="build the shards again with this tokenizer, or give back the one that made them",
+            remedy="build the shards again with this tokenizer, or give back the one that made "
+            "them",
         )
     made_by, have = rows.manifest.tokenizer.digest, tokenizer_digest(tokenizer)
     ends = rows.manifest.tokenizer.eod_id, end_of_document_id(tokenizer)
@@ -340,6 +358,7 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
             "these shards were made with another tokenizer",
             where=shards,
             value=f"{made_by[:16]}, not {have[:16]}",
-            remedy=f"point tokenizer.path at the one that made them (now {config.tokenizer.path}), or build the shards again",
+            remedy="point tokenizer.path at the one that made them (now "
+            f"{config.tokenizer.path}), or build the shards again",
         )
     return rows

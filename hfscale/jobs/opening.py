@@ -1,4 +1,6 @@
-"""The weights of a MODEL by name, whatever kind of place that is: a run, a checkpoint, an export, a transformers folder, a hub name."""
+"""The weights of a MODEL by name, whatever kind of place that is: a run, a checkpoint, an export, a
+transformers folder, a hub name.
+"""
 
 from __future__ import annotations
 
@@ -49,7 +51,9 @@ from hfscale.tokenizer import load_tokenizer, quiet
 
 @dataclass(frozen=True)
 class RunModel:
-    """A checkpoint of a run: ``skeleton`` has shapes and precision (meta device), ``reader`` the weights, verified."""
+    """A checkpoint of a run: ``skeleton`` has shapes and precision (meta device), ``reader`` the
+    weights, verified.
+    """
 
     config: TrainConfig
     objective: Objective  # or a task
@@ -61,7 +65,9 @@ class RunModel:
     def engine(
         self, how: Inference = Inference(), *, auto_model: str | None = None
     ) -> InferenceEngine:
-        """Return the model with its weights; ``auto_model``: as another class of transformers has it."""
+        """Return the model with its weights; ``auto_model``: as another class of transformers has
+        it.
+        """
         return _filled(
             self.skeleton.config,
             auto_model or self.objective.auto_model,
@@ -75,10 +81,12 @@ class RunModel:
 
 
 def open_run(name: str) -> RunModel | None:
-    """Return the checkpoint that ``name`` stands for (of a run: its newest), or None if it is nothing of ours. Collective, in a group.
+    """Return the checkpoint that ``name`` stands for (of a run: its newest), or None if it is
+    nothing of ours. Collective, in a group.
 
     Raises:
-        CheckpointError: if it is a run without a checkpoint, or one whose files do not match its manifest.
+        CheckpointError: if it is a run without a checkpoint, or one whose files do not match its
+            manifest.
     """
     disable_progress_bar()
     if (checkpoint := layout.checkpoint_of(name)) is None:
@@ -105,7 +113,8 @@ class Opened:
 
 
 def open_model(name: str, auto_model: str, how: Inference) -> Opened:
-    """Return MODEL ``name`` as that class of transformers, on the GPU if there is one. Collective at ZeRO stage 3.
+    """Return MODEL ``name`` as that class of transformers, on the GPU if there is one. Collective
+    at ZeRO stage 3.
 
     Raises:
         UserError: if there is no such model, or its weights lack a part of that class.
@@ -177,7 +186,9 @@ def _filled(
     attention: str | None = None,
     trust_remote_code: bool = False,
 ) -> InferenceEngine:
-    """Return the model of ``config`` with the weights of ``reader``, of which each rank reads what it holds."""
+    """Return the model of ``config`` with the weights of ``reader``, of which each rank reads what
+    it holds.
+    """
 
     def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
         model = accepted(
@@ -211,7 +222,8 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
     """Return the model that predicts, and its task.
 
     Raises:
-        UserError: if there is no such model, it has no head for the task, or training would refuse it.
+        UserError: if there is no such model, it has no head for the task, or training would refuse
+            it.
     """
     kind, length = task_class(config.task.name), config.data.max_length
     options = check_options(kind.Options, config.task.options, where="task.options")
@@ -244,10 +256,12 @@ def framed(
     frame: tuple[str | None, ...] | None,
     config: PretrainedConfig,
 ) -> PreTrainedTokenizerFast:
-    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame`` before a text and after it.
+    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame``
+    before a text and after it.
 
-    Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing is put, as shards are made: a prompt
-    that ends in [SEP] would be a document's end. None: what the tokenizer puts itself.
+    Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing
+    is put, as shards are made: a prompt that ends in [SEP] would be a document's end. None: what
+    the tokenizer puts itself.
     """
     if not getattr(config, "type_vocab_size", 0):
         tokenizer.model_input_names = [
@@ -288,5 +302,6 @@ def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
         f"this model has no head for the task: it is not one of {wanted}",
         where=name,
         value=value,
-        remedy=f"fine-tune it for the task first: hfscale finetune CONFIG {shlex.quote(f'model.pretrained={name}')}{pretrained}",
+        remedy="fine-tune it for the task first: hfscale finetune CONFIG "
+        f"{shlex.quote(f'model.pretrained={name}')}{pretrained}",
     )

@@ -1,4 +1,6 @@
-"""What the model of a run is made from: its config, its shapes, and the weights that it begins with."""
+"""What the model of a run is made from: its config, its shapes, and the weights that it begins
+with.
+"""
 
 from __future__ import annotations
 
@@ -31,10 +33,12 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def pretrained_folder(config: TrainConfig) -> Path | None:
-    """Return the folder with the model's config and weights that ``model.pretrained`` stands for, None where it is not given.
+    """Return the folder with the model's config and weights that ``model.pretrained`` stands for,
+    None where it is not given.
 
-    A run that has saved needs its source no more: then it is the run's own newest checkpoint. Of a checkpoint the small files have
-    been verified, the model's config among them; the weights are when they are read.
+    A run that has saved needs its source no more: then it is the run's own newest checkpoint. Of a
+    checkpoint the small files have been verified, the model's config among them; the weights are
+    when they are read.
 
     Raises:
         UserError: if it is nothing that could have weights.
@@ -54,7 +58,9 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
 
 
 def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
-    """Let ``model`` generate as its source ``folder`` says, where it does: its config.json knows nothing of that."""
+    """Let ``model`` generate as its source ``folder`` says, where it does: its config.json knows
+    nothing of that.
+    """
     if folder and model.can_generate() and (folder / layout.GENERATION).is_file():
         file = folder / layout.GENERATION
         load(file, GenerationFile, what="how the model generates")
@@ -77,7 +83,8 @@ def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
         )
     if theirs not in (None, tokenizer_digest(tokenizer)):
         logger.warning(
-            f"the weights of {folder} are those of another tokenizer: what id means what token must be the same"
+            f"the weights of {folder} are those of another tokenizer: what id means what token "
+            "must be the same"
         )
 
 
@@ -88,7 +95,8 @@ def model_needs(
     *,
     also: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of ``check_model_config`` and ``build_model``.
+    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of
+    ``check_model_config`` and ``build_model``.
 
     ``also`` are values of the model's config that a task needs; those of ``model.config`` win.
     """
@@ -123,5 +131,7 @@ def skeleton(
         ),
         config.model,
     )
-    model.tie_weights()  # a plain construction leaves that for later; untied, an embedding would be counted and exported twice
+    # a plain construction leaves that for later; untied, an embedding would be counted and exported
+    # twice
+    model.tie_weights()
     return model

@@ -1,12 +1,13 @@
-"""Predictions for a table: JSONL out, in order, sharded over processes, and resumed after a kill without repeats or losses.
+"""Predictions for a table: JSONL out, in order, sharded over processes, and resumed after a kill
+without repeats or losses.
 
     .OUT.parts/config.yaml     what is asked for; every process reads it
     .OUT.parts/key.json        what the predictions depend on: only the same question goes on here
     .OUT.parts/00000012.jsonl  chunk 12, whole or absent: it is written under another name first
     OUT                        all chunks, end to end; then the parts go
 
-Process r of n makes every n-th chunk, if it is not there. At ZeRO stage 3 the processes go through their chunks together; otherwise
-they say nothing to each other.
+Process r of n makes every n-th chunk, if it is not there. At ZeRO stage 3 the processes go through
+their chunks together; otherwise they say nothing to each other.
 """
 
 from __future__ import annotations
@@ -79,7 +80,8 @@ def examples_of(config: PredictConfig) -> Iterator[Example]:
 
 
 def model_folder(name: str) -> Path:
-    """Return the folder that MODEL ``name`` stands for: a checkpoint, or one of transformers with weights.
+    """Return the folder that MODEL ``name`` stands for: a checkpoint, or one of transformers with
+    weights.
 
     Raises:
         UserError: if there is none.
@@ -88,7 +90,9 @@ def model_folder(name: str) -> Path:
 
 
 def model_digest(folder: Path) -> str:
-    """Return what names the content of a model's folder, and of the base of its adapters: another model in the same place is another one."""
+    """Return what names the content of a model's folder, and of the base of its adapters: another
+    model in the same place is another one.
+    """
     model = hashlib.blake2b(digest_size=16)
     for file in sorted(
         file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED
@@ -123,7 +127,8 @@ def key_of(config: PredictConfig) -> dict[str, str]:
 
 
 def prepare(config: PredictConfig) -> Path:
-    """Return where the config belongs, in the folder of parts, new or half filled. All examples were read once: nothing is wrong with them.
+    """Return where the config belongs, in the folder of parts, new or half filled. All examples
+    were read once: nothing is wrong with them.
 
     Raises:
         DataError: for bad rows, an OUT that exists, and parts of predictions of something else.
@@ -267,11 +272,13 @@ def join(config: PredictConfig) -> int:
             "{id}: {problem}".format(**parse(dict[str, Any], line)) for line in bad[:SHOWN]
         )
         logger.warning(
-            f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a prediction, such as {shown}"
+            f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a "
+            f"prediction, such as {shown}"
         )
     if cut:
         logger.warning(
-            f"{cut:,} of {counted(count, 'example')} were cut, as they are longer than data.max_length={config.data.max_length}"
+            f"{cut:,} of {counted(count, 'example')} were cut, as they are longer than "
+            f"data.max_length={config.data.max_length}"
         )
     return count
 
@@ -294,7 +301,9 @@ def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
 
 
 def _begun(parts: Path) -> tuple[int, int]:
-    """Return how many examples there are, and in a chunk: as it was begun, since another ``predict.batch`` must not move the chunks."""
+    """Return how many examples there are, and in a chunk: as it was begun, since another
+    ``predict.batch`` must not move the chunks.
+    """
     key = _key(parts)
     return key["examples"], key["chunk"]
 

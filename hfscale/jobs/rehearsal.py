@@ -1,8 +1,10 @@
-"""Before step 1 of a new run: one save, one load and one export of the live engine, so that no run trains what it cannot keep.
+"""Before step 1 of a new run: one save, one load and one export of the live engine, so that no run
+trains what it cannot keep.
 
-A model that can be trained is not yet one that can be saved (bamba and xlstm fail in a forward that is not the training's), nor
-one that transformers loads as it was trained (a buffer of another precision, a row that loading sets to zero). That would be
-found at the first save, after hours. Models whose checkpoint is too large to write in seconds are asked for their probe alone.
+A model that can be trained is not yet one that can be saved (bamba and xlstm fail in a forward that
+is not the training's), nor one that transformers loads as it was trained (a buffer of another
+precision, a row that loading sets to zero). That would be found at the first save, after hours.
+Models whose checkpoint is too large to write in seconds are asked for their probe alone.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
             raise CheckpointError(
                 "the model answers otherwise once it was saved and loaded",
                 where="rehearsal before step 1",
-                remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: report it",
+                remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: "
+                "report it",
             )
         saved = folder / layout.step_name(0)
         reader = open_weights(
@@ -87,7 +90,9 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
 
 
 def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path, reader: WeightsReader) -> str:
-    """Return why transformers does not give the engine's logits for an export of ``checkpoint``, or nothing. On rank 0 only."""
+    """Return why transformers does not give the engine's logits for an export of ``checkpoint``, or
+    nothing. On rank 0 only.
+    """
     disable_progress_bar()
     objective, live = trainer.objective, trainer.engine.module.config
     source = RunModel(
@@ -112,7 +117,9 @@ def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path, reader: Wei
 
 @dataclass(frozen=True)
 class _Raised(WeightsReader):
-    """Every number of ``reader`` and 1 more: where loading sets a row to zero, first weights may not show it."""
+    """Every number of ``reader`` and 1 more: where loading sets a row to zero, first weights may
+    not show it.
+    """
 
     reader: WeightsReader
 

@@ -1,4 +1,6 @@
-"""A language model on shards: loss, perplexity and bits per byte; each row is scored once, whatever the ranks."""
+"""A language model on shards: loss, perplexity and bits per byte; each row is scored once, whatever
+the ranks.
+"""
 
 from __future__ import annotations
 
@@ -36,12 +38,14 @@ OF_ARCHITECTURES = {"ForCausalLM": "clm", "LMHeadModel": "clm", "ForMaskedLM": "
 
 
 def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsConfig:
-    """Return what scoring MODEL ``name`` on ``shards`` (of a run: on its validation) means, and where its scores are kept.
+    """Return what scoring MODEL ``name`` on ``shards`` (of a run: on its validation) means, and
+    where its scores are kept.
 
     Nothing is read of the weights.
 
     Raises:
-        UserError: if there is no such model or shards, or they do not fit together, or the model has no perplexity.
+        UserError: if there is no such model or shards, or they do not fit together, or the model
+            has no perplexity.
     """
     values = _values(name, shards) | {"evaluate": {"model": name, "out": "."}}
     config = load_values(values, overrides, schema=ShardsConfig)
@@ -69,7 +73,9 @@ def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsCon
 
 
 def _values(name: str, shards: str | None) -> dict[str, Any]:
-    """Return what says how shards are read for the model: its run's config, or one that its architecture suggests."""
+    """Return what says how shards are read for the model: its run's config, or one that its
+    architecture suggests.
+    """
     if checkpoint := layout.checkpoint_of(name):
         trained = run_config(checkpoint)
         if not isinstance(trained, RunConfig):
@@ -98,7 +104,8 @@ def _values(name: str, shards: str | None) -> dict[str, Any]:
                 "nothing says on what to evaluate this model",
                 where=name,
                 value=architecture,
-                remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of shards",
+                remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of "
+                "shards",
             )
         values = {
             "run": {"name": "evaluate"},
@@ -132,7 +139,9 @@ def _objective(
 
 
 def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
-    """Return True when the scores are kept. They are soon made again: nothing is saved at a stop."""
+    """Return True when the scores are kept. They are soon made again: nothing is saved at a
+    stop.
+    """
     _, tokenizer = model_and_tokenizer(config.evaluate.model)
     with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
         engine = open_model(

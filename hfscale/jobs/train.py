@@ -1,4 +1,6 @@
-"""Pretraining and fine-tuning: the stream drives objective or task under the engine until the steps are done or a stop is asked for."""
+"""Pretraining and fine-tuning: the stream drives objective or task under the engine until the steps
+are done or a stop is asked for.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,9 @@
-"""Accuracy, F1 and Matthews' correlation, of one label an example or of several. Scores are in [0, 1], MCC in [-1, 1].
+"""Accuracy, F1 and Matthews' correlation, of one label an example or of several. Scores are in [0,
+1], MCC in [-1, 1].
 
-They equal scikit-learn's, computed here from sums so that bootstrap draws cost nothing. Shape legend: N examples, C labels, R draws.
-Source of the MCC of more than two labels: Gorodkin 2004, Comparing two K-category assignments by a K-category correlation coefficient.
+They equal scikit-learn's, computed here from sums so that bootstrap draws cost nothing. Shape
+legend: N examples, C labels, R draws. Source of the MCC of more than two labels: Gorodkin 2004,
+Comparing two K-category assignments by a K-category correlation coefficient.
 """
 
 from __future__ import annotations
@@ -15,7 +17,9 @@ from hfscale.metrics.measure import Measure, Proportion, Scores, from_sums, pair
 
 
 def f1(both: np.ndarray, predicted: np.ndarray, true: np.ndarray) -> np.ndarray:
-    """Return 2 PR / (P + R) from counts: of items both predicted and true, of predicted, of true. 0 where there are none."""
+    """Return 2 PR / (P + R) from counts: of items both predicted and true, of predicted, of true. 0
+    where there are none.
+    """
     return ratio(2 * both, predicted + true)
 
 
@@ -30,9 +34,11 @@ def classification(
     *,
     labels: Sequence[str] = (),
 ) -> Measure:
-    """Return ``accuracy``, ``f1_macro``, ``f1_micro``; with one label an example ``mcc``, and of two ``labels`` ``f1`` of the second.
+    """Return ``accuracy``, ``f1_macro``, ``f1_micro``; with one label an example ``mcc``, and of
+    two ``labels`` ``f1`` of the second.
 
-    An example's label is a string, or a list of strings (multi-label; ``accuracy`` then asks for the exact set).
+    An example's label is a string, or a list of strings (multi-label; ``accuracy`` then asks for
+    the exact set).
 
     Raises:
         DataError: if there are no examples.

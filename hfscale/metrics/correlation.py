@@ -1,4 +1,5 @@
-"""Pearson's and Spearman's correlation of numbers, for regression and the similarity of sentences. Both in [-1, 1].
+"""Pearson's and Spearman's correlation of numbers, for regression and the similarity of sentences.
+Both in [-1, 1].
 
 Shape legend: N examples, R bootstrap draws, U distinct values.
 """
@@ -13,7 +14,8 @@ from hfscale.metrics.measure import Measure, paired
 
 
 def correlation(predictions: Sequence[float], references: Sequence[float]) -> Measure:
-    """Return ``pearson`` and ``spearman`` (ties share their mean rank); NaN where one side is constant.
+    """Return ``pearson`` and ``spearman`` (ties share their mean rank); NaN where one side is
+    constant.
 
     Raises:
         DataError: if there are no examples.

@@ -1,7 +1,8 @@
-"""Entities in tags, and their F1: as seqeval's default mode, which is conlleval's. Scores are in [0, 1].
+"""Entities in tags, and their F1: as seqeval's default mode, which is conlleval's. Scores are in
+[0, 1].
 
-Tags of other schemes are made ``B I E S O`` before anything: BMES, BILOU and BMEWO have other letters for the same places. seqeval
-itself is not asked: the bootstrap needs counts a sentence.
+Tags of other schemes are made ``B I E S O`` before anything: BMES, BILOU and BMEWO have other
+letters for the same places. seqeval itself is not asked: the bootstrap needs counts a sentence.
 """
 
 from __future__ import annotations
@@ -25,10 +26,12 @@ _BEHIND = re.compile(r".+[-_][BI]")  # PER-B
 
 
 def parts_entities(labels: Iterable[str]) -> bool:
-    """Return whether tags of this set part texts into entities; False: they are parts of speech, or the like.
+    """Return whether tags of this set part texts into entities; False: they are parts of speech, or
+    the like.
 
     Raises:
-        DataError: if they do, but in no scheme that is known here: what is an entity would be a guess.
+        DataError: if they do, but in no scheme that is known here: what is an entity would be a
+            guess.
     """
     tags = sorted({*labels} - {OUTSIDE})
     if {"B", "I"} & {*tags} and PLACES.keys() >= {*tags}:
@@ -67,7 +70,8 @@ def placed(tag: str) -> str:
 
 
 def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
-    """Return (type, first, one past the last) of each entity in tags of a known scheme; an ``I-`` may begin one.
+    """Return (type, first, one past the last) of each entity in tags of a known scheme; an ``I-``
+    may begin one.
 
     Raises:
         DataError: as ``placed``.
@@ -84,7 +88,8 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
 
 
 def entity_f1(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Measure:
-    """Return ``f1``, ``precision``, ``recall`` (micro), ``f1_macro`` over types, and the ``accuracy`` of tags. An example is a sentence.
+    """Return ``f1``, ``precision``, ``recall`` (micro), ``f1_macro`` over types, and the
+    ``accuracy`` of tags. An example is a sentence.
 
     Raises:
         DataError: if there are no sentences.

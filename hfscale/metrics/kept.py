@@ -1,4 +1,6 @@
-"""What is kept of an evaluation: ``scores.json``, which `evaluate` writes and `compare` reads again."""
+"""What is kept of an evaluation: ``scores.json``, which `evaluate` writes and `compare` reads
+again.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Perplexity a token, and bits a byte: the one to compare over tokenizers. Examples are documents."""
+"""Perplexity a token, and bits a byte: the one to compare over tokenizers. Examples are
+documents.
+"""
 
 from __future__ import annotations
 
@@ -13,8 +15,8 @@ from hfscale.metrics.measure import Measure, Scores, from_sums, paired
 def language_model(
     nats: Sequence[float], tokens: Sequence[int], utf8_bytes: Sequence[int] | None
 ) -> Measure:
-    """Return ``loss`` (nats a token), ``perplexity`` and ``bits_per_byte``, from each document's summed loss, and its tokens and bytes;
-    no bits where the bytes are not known (None).
+    """Return ``loss`` (nats a token), ``perplexity`` and ``bits_per_byte``, from each document's
+    summed loss, and its tokens and bytes; no bits where the bytes are not known (None).
 
     Raises:
         DataError: if there are no documents.

@@ -1,14 +1,16 @@
 """Scores with confidence intervals: what every metric of this room returns.
 
-The bootstrap asks what the scores would be for other draws of as many examples. A draw is nothing but *weights*: how often each
-example is in it. So a ``Measure`` is a function from weights to scores, vectorised over draws; the plain scores are those of all
-weights 1. Most metrics, corpus metrics such as BLEU among them, are a function of sums over examples, and a thousand draws cost one
+The bootstrap asks what the scores would be for other draws of as many examples. A draw is nothing
+but *weights*: how often each example is in it. So a ``Measure`` is a function from weights to
+scores, vectorised over draws; the plain scores are those of all weights 1. Most metrics, corpus
+metrics such as BLEU among them, are a function of sums over examples, and a thousand draws cost one
 matrix product. Shape legend: N examples, R draws, K sums.
 
-Where all examples agree, all draws do, and the bootstrap would promise what five of five right do not hold. So the intervals of plain
-proportions of examples are Wilson's, and of other scores that no draw moves there is none.
-Sources: Efron and Tibshirani 1993, An Introduction to the Bootstrap, sec. 13.3 (percentile intervals); Wilson 1927, Probable inference,
-the law of succession, and statistical inference.
+Where all examples agree, all draws do, and the bootstrap would promise what five of five right do
+not hold. So the intervals of plain proportions of examples are Wilson's, and of other scores that
+no draw moves there is none. Sources: Efron and Tibshirani 1993, An Introduction to the Bootstrap,
+sec. 13.3 (percentile intervals); Wilson 1927, Probable inference, the law of succession, and
+statistical inference.
 """
 
 from __future__ import annotations
@@ -67,7 +69,8 @@ class Measure:
     def intervals(
         self, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
     ) -> dict[str, tuple[float, float]]:
-        """Return ``{name: (low, high)}``: Wilson's of proportions, else the percentile bootstrap over examples; equal for equal ``seed``.
+        """Return ``{name: (low, high)}``: Wilson's of proportions, else the percentile bootstrap
+        over examples; equal for equal ``seed``.
 
         NaN where no draw moves a score: that says nothing about it.
         """
@@ -112,7 +115,9 @@ def from_sums(
     finish: Callable[[np.ndarray], Scores],
     **notes: str,
 ) -> Measure:
-    """Return the measure that ``finish`` computes from sums of the rows: sums_RK -> {name: scores_R}."""
+    """Return the measure that ``finish`` computes from sums of the rows: sums_RK -> {name:
+    scores_R}.
+    """
     table_NK = np.asarray(rows_NK, dtype=float)
     return Measure(len(table_NK), lambda weights_RN: finish(weights_RN @ table_NK), notes)
 

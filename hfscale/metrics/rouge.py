@@ -1,8 +1,10 @@
-"""ROUGE-1, -2, -L and -Lsum by rouge_score, with a tokenizer that keeps every script. Scores (F1) are in [0, 1].
+"""ROUGE-1, -2, -L and -Lsum by rouge_score, with a tokenizer that keeps every script. Scores (F1)
+are in [0, 1].
 
-The stock tokenizer drops all but a-z and 0-9, and gives two identical Chinese texts 0. Ours is equal on plain English; it keeps
-letters, marks and digits of all scripts, and takes characters one by one where a script has no spaces.
-Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of Summaries.
+The stock tokenizer drops all but a-z and 0-9, and gives two identical Chinese texts 0. Ours is
+equal on plain English; it keeps letters, marks and digits of all scripts, and takes characters one
+by one where a script has no spaces. Source: Lin 2004, ROUGE: A Package for Automatic Evaluation of
+Summaries.
 """
 
 from __future__ import annotations
@@ -26,7 +28,8 @@ class RougeTokenizer:
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> Measure:
-    """Return ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: mean F1; of several references the best. Newlines part Lsum's sentences.
+    """Return ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``: mean F1; of several references the
+    best. Newlines part Lsum's sentences.
 
     Raises:
         DataError: if there are no examples.

@@ -1,8 +1,9 @@
-"""Exact match and F1 of answers, in percent: SQuAD 1.1 and 2.0, by words; by characters where a text is Chinese or Japanese.
+"""Exact match and F1 of answers, in percent: SQuAD 1.1 and 2.0, by words; by characters where a
+text is Chinese or Japanese.
 
-Equal to the official script of SQuAD 2.0, and on Chinese to MLQA's. (Of 1.1's script it differs where an answer has no word but
-"the": there 2.0's rule holds, equal or not.)
-Sources: Rajpurkar et al. 2018, Know what you don't know; Lewis et al. 2020, MLQA, sec. 4.
+Equal to the official script of SQuAD 2.0, and on Chinese to MLQA's. (Of 1.1's script it differs
+where an answer has no word but "the": there 2.0's rule holds, equal or not.) Sources: Rajpurkar et
+al. 2018, Know what you don't know; Lewis et al. 2020, MLQA, sec. 4.
 """
 
 from __future__ import annotations
@@ -24,7 +25,9 @@ _BY_CHARACTER = re.compile(
 
 
 def answer_tokens(text: str) -> list[str]:
-    """Return what is compared of an answer: words, or characters of Chinese and Japanese; no case, punctuation or article."""
+    """Return what is compared of an answer: words, or characters of Chinese and Japanese; no case,
+    punctuation or article.
+    """
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     if not _BY_CHARACTER.search(text):
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
@@ -47,12 +50,15 @@ def squad(
     no_answer: Sequence[float] | None = None,
     threshold: float = 0.0,
 ) -> Measure:
-    """Return ``exact_match`` and ``f1``; of the best of several true answers; no true answer: the right prediction is "".
+    """Return ``exact_match`` and ``f1``; of the best of several true answers; no true answer: the
+    right prediction is "".
 
-    With questions of both kinds also their parts, ``has_answer_exact_match``, ``has_answer_f1``, ``no_answer_accuracy``.
+    With questions of both kinds also their parts, ``has_answer_exact_match``, ``has_answer_f1``,
+    ``no_answer_accuracy``.
 
     Args:
-        no_answer: how much "no answer" is preferred to each prediction; above ``threshold`` it counts as "".
+        no_answer: how much "no answer" is preferred to each prediction; above ``threshold`` it
+            counts as "".
 
     Raises:
         DataError: if there are no examples.
@@ -102,7 +108,9 @@ def squad(
 def best_threshold(
     predictions: Sequence[str], references: Sequence[Sequence[str]], no_answer: Sequence[float]
 ) -> dict[str, float]:
-    """Return ``best_f1`` and the ``best_f1_threshold`` of ``no_answer`` that gives it. Choose it on validation data."""
+    """Return ``best_f1`` and the ``best_f1_threshold`` of ``no_answer`` that gives it. Choose it on
+    validation data.
+    """
     gains = [
         f1
         if any(map(answer_tokens, true))

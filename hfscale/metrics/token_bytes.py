@@ -1,7 +1,9 @@
-"""How many bytes of text each token id stands for, where a tokenizer lets that be known: what bits a byte divide by.
+"""How many bytes of text each token id stands for, where a tokenizer lets that be known: what bits
+a byte divide by.
 
-To decode rows would not do: a character that a row cuts in two comes out as a sign of three bytes, special tokens are lost, and the
-tokenizers that change a text before they cut it give another text back.
+To decode rows would not do: a character that a row cuts in two comes out as a sign of three bytes,
+special tokens are lost, and the tokenizers that change a text before they cut it give another text
+back.
 """
 
 from __future__ import annotations
@@ -21,10 +23,11 @@ UNKNOWN = -1  # bytes of a token that says only that there was something
 
 
 class TokenBytes:
-    """The bytes of each id, and of rows of them. An end of document stands for none, other special tokens for what they spell.
+    """The bytes of each id, and of rows of them. An end of document stands for none, other special
+    tokens for what they spell.
 
-    Known for byte-level tokenizers, and for SentencePiece's BPE that falls back to bytes; both without any normalization but NFC, whose
-    text is then the one that counts.
+    Known for byte-level tokenizers, and for SentencePiece's BPE that falls back to bytes; both
+    without any normalization but NFC, whose text is then the one that counts.
 
     Raises:
         DataError: for others; it says what loses bytes.
@@ -68,7 +71,9 @@ class TokenBytes:
         self._bytes[self._end] = 0
 
     def of(self, ids_L: np.ndarray, scored_L: np.ndarray) -> int | None:
-        """Return the bytes of the ``scored_L`` (bool) among a row's ids; None if it cannot be known."""
+        """Return the bytes of the ``scored_L`` (bool) among a row's ids; None if it cannot be
+        known.
+        """
         bytes_L = self._bytes[ids_L].copy()
         if self._prefixed:
             first_L = np.concatenate([[False], ids_L[:-1] == self._end])

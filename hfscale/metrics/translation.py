@@ -1,4 +1,5 @@
-"""BLEU and chrF by sacreBLEU, with the signatures that make them comparable. Scores are in [0, 100].
+"""BLEU and chrF by sacreBLEU, with the signatures that make them comparable. Scores are in [0,
+100].
 
 Sources: Post 2018, A Call for Clarity in Reporting BLEU Scores; Popovic 2015, chrF.
 """
@@ -24,7 +25,9 @@ _OTHER_UNSPACED = re.compile(
 
 
 def bleu_tokenizer(texts: Sequence[str]) -> str:
-    """Return the sacreBLEU tokenizer for the language of ``texts``: zh, ja-mecab (char without MeCab), char for Thai and the like, 13a."""
+    """Return the sacreBLEU tokenizer for the language of ``texts``: zh, ja-mecab (char without
+    MeCab), char for Thai and the like, 13a.
+    """
     text = "".join(texts)
     kana, han, other = (len(pattern.findall(text)) for pattern in (_KANA, _HAN, _OTHER_UNSPACED))
     if 3 * (kana + han + other) <= sum(map(str.isalpha, text)):
@@ -41,7 +44,8 @@ def bleu_tokenizer(texts: Sequence[str]) -> str:
 def translation(
     predictions: Sequence[str], references: Sequence[str | Sequence[str]], *, tokenize: str = "auto"
 ) -> Measure:
-    """Return ``bleu`` and ``chrf`` of the corpus, signatures in the notes. An example may have several references.
+    """Return ``bleu`` and ``chrf`` of the corpus, signatures in the notes. An example may have
+    several references.
 
     Args:
         tokenize: a tokenizer of sacreBLEU; auto: by the script of the references.
@@ -69,7 +73,9 @@ def translation(
 
 
 def _corpus(name: str, metric: Any, predictions: Sequence[str], streams: Any) -> Measure:
-    """Return one of sacreBLEU's metrics from its own statistics of each example, as its own significance tests do."""
+    """Return one of sacreBLEU's metrics from its own statistics of each example, as its own
+    significance tests do.
+    """
     rows = metric._extract_corpus_statistics(list(predictions), streams)
 
     def score(sums: np.ndarray) -> float:

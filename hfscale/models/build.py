@@ -1,7 +1,9 @@
-"""A transformers model from its config: checked first, built anywhere, with the same first weights everywhere.
+"""A transformers model from its config: checked first, built anywhere, with the same first weights
+everywhere.
 
-``check_model_config`` needs no weights and runs on a login node. ``build_model`` runs on every rank: inside ``context`` (ZeRO 3
-gives each rank its part of every parameter as soon as a module is made) nothing is drawn; ``init.py`` draws afterwards.
+``check_model_config`` needs no weights and runs on a login node. ``build_model`` runs on every
+rank: inside ``context`` (ZeRO 3 gives each rank its part of every parameter as soon as a module is
+made) nothing is drawn; ``init.py`` draws afterwards.
 """
 
 from __future__ import annotations
@@ -36,15 +38,17 @@ OFFSET_POSITIONS = {
 }
 
 
-# whose table of positions has a row for the padding id and begins behind it; how many rows it has beside those of the config
+# whose table of positions has a row for the padding id and begins behind it; how many rows it has
+# beside those of the config
 PADDED_POSITIONS = {"m2m_100": 2, "nllb-moe": 2, "prophetnet": 0, "xglm": 2}
 
 
 def special_ids(tokenizer: Any) -> dict[str, int | None]:
-    """Return the config values of a tokenizer's special ids, for ``overrides``. A decoder starts with the padding token, as T5's does.
+    """Return the config values of a tokenizer's special ids, for ``overrides``. A decoder starts
+    with the padding token, as T5's does.
 
-    Padding is None unless it is a token of its own: embeddings never train their padding row, and a config's default
-    (OPT: 1) may be an ordinary token of this tokenizer.
+    Padding is None unless it is a token of its own: embeddings never train their padding row, and a
+    config's default (OPT: 1) may be an ordinary token of this tokenizer.
     """
     bos, eos, pad = tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id
     own = pad if pad not in (bos, eos) else None
@@ -76,7 +80,9 @@ def _reserved(config: PretrainedConfig) -> int:
 
 
 def longest_row(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a row may have; None: positions are relative (T5, XLNet), and there is no limit."""
+    """Return how many tokens a row may have; None: positions are relative (T5, XLNet), and there is
+    no limit.
+    """
     positions = getattr(
         config, config.attribute_map.get("max_position_embeddings", "max_position_embeddings"), None
     )
@@ -86,13 +92,15 @@ def longest_row(config: PretrainedConfig) -> int | None:
 def check_model_config(
     model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None
 ) -> PretrainedConfig:
-    """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len`` positions.
+    """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len``
+    positions.
 
-    ``overrides`` replace an architecture's defaults; ``model.config`` replaces both. A pretrained config keeps its own values
-    but for ``model.config``, and grows to ``vocab_size`` ids.
+    ``overrides`` replace an architecture's defaults; ``model.config`` replaces both. A pretrained
+    config keeps its own values but for ``model.config``, and grows to ``vocab_size`` ids.
 
     Raises:
-        ConfigError: for an unknown architecture or key, a value the architecture refuses, too few positions or ids.
+        ConfigError: for an unknown architecture or key, a value the architecture refuses, too few
+            positions or ids.
     """
     from transformers import CONFIG_MAPPING
 
@@ -102,7 +110,11 @@ def check_model_config(
             config.vocab_size = max(config.vocab_size, vocab_size)
     elif model.architecture is None or model.architecture not in CONFIG_MAPPING:
         near = nearest(str(model.architecture), CONFIG_MAPPING)
-        usual = "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, bert, t5, ..."  # of hundreds
+        # of hundreds
+        usual = (
+            "use transformers' model_type: gpt2, llama, qwen2, mistral, gpt_neox, opt, "
+            "bert, t5, ..."
+        )
         raise ConfigError(
             "unknown architecture",
             where="model.architecture",
@@ -128,7 +140,9 @@ def check_model_config(
 
 
 def check_head(config: PretrainedConfig, auto_model: str) -> None:
-    """Refuse (ConfigError) an architecture that ``auto_model``, a class of transformers, does not know."""
+    """Refuse (ConfigError) an architecture that ``auto_model``, a class of transformers, does not
+    know.
+    """
     import transformers
 
     if type(config) in getattr(transformers, auto_model)._model_mapping or type(
@@ -166,13 +180,16 @@ def build_model(
     gather: Gather | None = None,
     overrides: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
-    """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO stage and world size.
+    """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO
+    stage and world size.
 
-    ``context`` is entered around the construction and ``gather`` around each draw (``init.initialize``); both do nothing
-    below ZeRO 3. Pretrained weights are loaded into the engine (``checkpoint/pretrained.py``).
+    ``context`` is entered around the construction and ``gather`` around each draw
+    (``init.initialize``); both do nothing below ZeRO 3. Pretrained weights are loaded into the
+    engine (``checkpoint/pretrained.py``).
 
     Raises:
-        ConfigError: as ``check_model_config``, and where the architecture has no such ``auto_model`` or refuses its config.
+        ConfigError: as ``check_model_config``, and where the architecture has no such
+            ``auto_model`` or refuses its config.
     """
     import torch
     from transformers.initialization import no_init_weights
@@ -206,15 +223,18 @@ def build_model(
             f"the architecture does not say how {len(untouched)} of its parameters start",
             where="model.architecture",
             value=untouched[:4],
-            remedy="start from pretrained weights (model.pretrained), or choose another architecture",
+            remedy="start from pretrained weights (model.pretrained), or choose another "
+            "architecture",
         )
     return built.train()
 
 
 def _train_every_token(model: PreTrainedModel, special: Mapping[str, Any]) -> None:
-    """Let embeddings train the row of padding where the padding token stands in texts, too: as their end, say.
+    """Let embeddings train the row of padding where the padding token stands in texts, too: as
+    their end, say.
 
-    An embedding gives its ``padding_idx`` no gradient. The config keeps its value, by which padding is found.
+    An embedding gives its ``padding_idx`` no gradient. The config keeps its value, by which padding
+    is found.
     """
     import torch
 
@@ -239,15 +259,18 @@ def construct(
     trust_remote_code: bool = False,
     context: Callable[[], AbstractContextManager[Any]] = nullcontext,
 ) -> PreTrainedModel:
-    """Return the model of ``config`` with nothing in its weights yet; ``context`` as in ``build_model``.
+    """Return the model of ``config`` with nothing in its weights yet; ``context`` as in
+    ``build_model``.
 
-    ``attention`` auto, or None: sdpa where the architecture has it, else eager, as transformers chooses.
+    ``attention`` auto, or None: sdpa where the architecture has it, else eager, as transformers
+    chooses.
     """
     import transformers
     from transformers.initialization import no_init_weights
 
     kind = getattr(transformers, auto_model)
-    # imported here: ZeRO 3's context takes the decorators off classes that are first imported inside it
+    # imported here: ZeRO 3's context takes the decorators off classes that are first imported
+    # inside it
     kind._model_mapping.get(type(config), None)
     with no_init_weights(), context():
         return kind.from_config(
@@ -262,7 +285,8 @@ def read_config(folder: Path, *, where: str, trust_remote_code: bool = False) ->
     """Return the config of transformers in ``folder``.
 
     Raises:
-        ConfigError: if there is none, or its values are impossible; ``where`` says who named the folder.
+        ConfigError: if there is none, or its values are impossible; ``where`` says who named the
+            folder.
     """
     from transformers import AutoConfig
 
@@ -274,14 +298,17 @@ def read_config(folder: Path, *, where: str, trust_remote_code: bool = False) ->
                 "this model brings code of its own, which needs permission",
                 where=where,
                 value=str(folder),
-                remedy="name a model that transformers knows itself; or, to train from it: if you trust it, say "
-                "model.trust_remote_code=true on the command line: no file can permit what it brings",
+                remedy="name a model that transformers knows itself; or, to train from it: if "
+                "you trust it, say "
+                "model.trust_remote_code=true on the command line: no file can permit what it "
+                "brings",
             ) from error
         raise ConfigError(
             "no model here",
             where=where,
             value=str(folder),
-            remedy=f"give a folder that transformers loads, with its config.json ({first_line(error)})",
+            remedy="give a folder that transformers loads, with its config.json "
+            f"({first_line(error)})",
         ) from error
 
 
@@ -314,7 +341,8 @@ def accepted(make: Callable[[], Any], model: Model) -> Any:
         return make()
     except UserError:
         raise
-    except Exception as error:  # whatever an architecture does with impossible sizes: divide by zero, run out of memory, ...
+    # whatever an architecture does with impossible sizes: divide by zero, run out of memory, ...
+    except Exception as error:
         if lost_peer(error):
             raise
         text = " ".join(str(error).split())

@@ -1,8 +1,9 @@
-"""How a model is called, in this one place: training, probes, validation, prediction and the export's proof all ask alike.
+"""How a model is called, in this one place: training, probes, validation, prediction and the
+export's proof all ask alike.
 
-Without its cache of past keys and states: nothing here reads it, some architectures fail while they fill it (bamba, xlstm), and
-a model that answers otherwise with a cache than without would be compared with something that was never trained.
-``generate`` keeps its own cache.
+Without its cache of past keys and states: nothing here reads it, some architectures fail while they
+fill it (bamba, xlstm), and a model that answers otherwise with a cache than without would be
+compared with something that was never trained. ``generate`` keeps its own cache.
 """
 
 from __future__ import annotations
@@ -19,28 +20,36 @@ PROBE_TOKENS = 32  # at most
 
 
 def call(model: Any, **inputs: Any) -> Any:
-    """Return the output of ``model``, an engine or a bare transformers model, for ``inputs`` by keyword."""
+    """Return the output of ``model``, an engine or a bare transformers model, for ``inputs`` by
+    keyword.
+    """
     if _has_cache(type(live(model)).forward):
         inputs["use_cache"] = False
     return model(**inputs)
 
 
 def live(model: Any) -> Any:
-    """Return the transformers model in an engine, or ``model`` itself. To look at, never to call: see ``Engine.module``."""
+    """Return the transformers model in an engine, or ``model`` itself. To look at, never to call:
+    see ``Engine.module``.
+    """
     return getattr(model, "module", model)
 
 
 @lru_cache
 def _has_cache(forward: Callable[..., Any]) -> bool:
-    """Return whether a forward takes ``use_cache``, by name or among the keywords that it hands on."""
+    """Return whether a forward takes ``use_cache``, by name or among the keywords that it hands
+    on.
+    """
     parameters = inspect.signature(forward).parameters.values()
     return any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
 def probe_row(config: Any) -> dict[str, Tensor] | None:
-    """Return fixed inputs that a text model takes: one row (1, T) of random ids, of an encoder-decoder on both sides.
+    """Return fixed inputs that a text model takes: one row (1, T) of random ids, of an
+    encoder-decoder on both sides.
 
-    None for a model without a vocabulary. One row, since some heads take several only with a padding token.
+    None for a model without a vocabulary. One row, since some heads take several only with a
+    padding token.
     """
     vocab_size = getattr(config, "vocab_size", None)
     if vocab_size is None:
@@ -55,7 +64,9 @@ def probe_row(config: Any) -> dict[str, Tensor] | None:
 
 
 def row_inputs(ids_1T: Tensor, config: Any) -> dict[str, Tensor]:
-    """Return the inputs of a model that reads ``ids_1T``; without a mask transformers warns of padding."""
+    """Return the inputs of a model that reads ``ids_1T``; without a mask transformers warns of
+    padding.
+    """
     inputs = {"input_ids": ids_1T, "attention_mask": torch.ones_like(ids_1T)}
     if getattr(config, "is_encoder_decoder", False):
         inputs["decoder_input_ids"] = ids_1T

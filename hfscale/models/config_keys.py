@@ -1,7 +1,8 @@
-"""Which keys ``model.config`` may have: those that an architecture's own code declares or reads, and none that it would ignore.
+"""Which keys ``model.config`` may have: those that an architecture's own code declares or reads,
+and none that it would ignore.
 
-Many architectures read keys that their config class does not declare (``head_dim`` of Qwen 3 MoE, ``position_buckets`` of
-DeBERTa v3), so the class alone would refuse configs as they were published.
+Many architectures read keys that their config class does not declare (``head_dim`` of Qwen 3 MoE,
+``position_buckets`` of DeBERTa v3), so the class alone would refuse configs as they were published.
 """
 
 from __future__ import annotations
@@ -21,9 +22,11 @@ READ = re.compile(
     r"|getattr\(\s*(?:\w+\.)*\w*config,\s*[\"'](\w+)[\"']"  # getattr(config, "head_dim", None)
     r"|kwargs\.(?:pop|get)\(\s*[\"'](\w+)[\"']"  # of a config class that takes older names
 )
-# read by what all architectures share: rotary positions are converted from these when a config is made
+# read by what all architectures share: rotary positions are converted from these when a config is
+# made
 SHARED = {"num_labels", "rope_theta", "rope_scaling", "partial_rotary_factor"}
-# in published configs, and of no effect on a model: they say who made it, with what, and what else it was used for
+# in published configs, and of no effect on a model: they say who made it, with what, and what else
+# it was used for
 METADATA = {
     "_name_or_path",
     "architectures",
@@ -60,10 +63,12 @@ def _read_by_its_code(config_class: Any) -> frozenset[str]:
 def checked_values(
     values: Mapping[str, Any], known: set[str], *, architecture: str, like: Any
 ) -> dict[str, Any]:
-    """Return ``values`` without metadata; a whole number becomes a float where ``like``, a config, has one.
+    """Return ``values`` without metadata; a whole number becomes a float where ``like``, a config,
+    has one.
 
     Raises:
-        ConfigError: for a key that the architecture does not know, with the nearest ones, and for another architecture's config.
+        ConfigError: for a key that the architecture does not know, with the nearest ones, and for
+            another architecture's config.
     """
     if values.get("model_type", architecture) != architecture:
         raise ConfigError(

@@ -1,13 +1,14 @@
-"""How many floating-point operations a token costs, and how many a device can do: their ratio is the MFU.
+"""How many floating-point operations a token costs, and how many a device can do: their ratio is
+the MFU.
 
     flops a token = 2 N (forward) + 2 N' (backward, to inputs) + 2 N" (to weights) + 12 A T
 
 N weights in matrix products, as often as a token uses them: of E experts k, of shared layers each
 time; N' without what lies below all trained ones, N" the trained ones. A: heads times their width,
-over all attentions (an encoder-decoder has three a layer), T = ``seq_len``. Within 2 % of torch's own
-count (tests/models/test_flops.py). Not counted: recomputation, what masks save (half of a causal one,
-windows, documents), scans of state-space models, products with relative positions (DeBERTa, XLNet).
-Source: Chowdhery et al. 2022, PaLM, appendix B.
+over all attentions (an encoder-decoder has three a layer), T = ``seq_len``. Within 2 % of torch's
+own count (tests/models/test_flops.py). Not counted: recomputation, what masks save (half of a
+causal one, windows, documents), scans of state-space models, products with relative positions
+(DeBERTa, XLNet). Source: Chowdhery et al. 2022, PaLM, appendix B.
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
 
-# dense 16-bit tensor-core flop/s by a part of the device's name, first match wins; vendors' data sheets
+# dense 16-bit tensor-core flop/s by a part of the device's name, first match wins; vendors' data
+# sheets
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -52,7 +54,9 @@ EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # in the path of an expert that is
 
 
 def flops_per_token(model: PreTrainedModel, *, seq_len: int) -> float:
-    """Return the flops of training on one token, forward and backward. The model may be partitioned or on the meta device."""
+    """Return the flops of training on one token, forward and backward. The model may be partitioned
+    or on the meta device.
+    """
     from torch import nn
 
     flops, trained = 0.0, False
@@ -96,7 +100,9 @@ def _uses(config: PretrainedConfig, path: str, shape: Sequence[int]) -> float:
 
 
 def _attention_width(config: PretrainedConfig) -> float:
-    """Return the mean width of keys and values of all heads, summed over the attentions of the model."""
+    """Return the mean width of keys and values of all heads, summed over the attentions of the
+    model.
+    """
     heads = next(iter(_numbers(config, "num_attention_heads", "num_heads", "n_heads")), 0)
     if not heads:
         return 0.0
@@ -120,7 +126,8 @@ def _numbers(config: PretrainedConfig, *keys: str) -> list[int]:
 
 
 def peak_flops(device: torch.device, *, precision: str) -> float | None:
-    """Return the flop/s of ``device`` in 16-bit tensor cores, whatever ``precision`` runs there; None on a CPU or unknown GPU.
+    """Return the flop/s of ``device`` in 16-bit tensor cores, whatever ``precision`` runs there;
+    None on a CPU or unknown GPU.
 
     fp32 is measured against the same peak: it shows what 16 bits would gain.
     """

@@ -1,10 +1,12 @@
 """First weights that depend on the seed and the module's path alone.
 
-A plain build and a ZeRO 3 build draw in different orders, devices and precisions, so transformers' own numbers differ between
-them (and bare ``zero.Init`` leaves torch's defaults: GPT-2 then starts at loss 124 instead of 9). Here, at every stage alike:
-modules are walked children first, each module's own and direct children's parameters are gathered, their data is exchanged
-for fp32 on the CPU, torch is seeded with sha256(seed, path), the architecture's ``_init_weights`` draws, and the numbers are
-copied back. No rank ever holds more than one module's part. Source: transformers' ``initialize_weights_zero3`` (the walk).
+A plain build and a ZeRO 3 build draw in different orders, devices and precisions, so transformers'
+own numbers differ between them (and bare ``zero.Init`` leaves torch's defaults: GPT-2 then starts
+at loss 124 instead of 9). Here, at every stage alike: modules are walked children first, each
+module's own and direct children's parameters are gathered, their data is exchanged for fp32 on the
+CPU, torch is seeded with sha256(seed, path), the architecture's ``_init_weights`` draws, and the
+numbers are copied back. No rank ever holds more than one module's part. Source: transformers'
+``initialize_weights_zero3`` (the walk).
 """
 
 from __future__ import annotations
@@ -30,12 +32,15 @@ Gather = Callable[
 
 
 def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> list[str]:
-    """Return the names of parameters that the architecture leaves undrawn (they are NaN); all others are drawn, then tied.
+    """Return the names of parameters that the architecture leaves undrawn (they are NaN); all
+    others are drawn, then tied.
 
-    Every rank must call this alike: gathering is collective. torch's global generator is left as it was.
+    Every rank must call this alike: gathering is collective. torch's global generator is left as it
+    was.
 
     Raises:
-        ConfigError: for an architecture whose initialization reaches parameters that the walk does not gather.
+        ConfigError: for an architecture whose initialization reaches parameters that the walk does
+            not gather.
     """
     restore_buffers(model)
     undrawn = set(model.parameters())
@@ -59,11 +64,13 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                     and all(p.isnan().all() for p in own)
                     and callable(reset := getattr(module, "reset_parameters", None))
                 ):
-                    reset()  # a torch module that the architecture leaves to torch (openai-gpt's norms)
+                    # a torch module that the architecture leaves to torch (openai-gpt's norms)
+                    reset()
             reached = [p for p, version in far.items() if p._version != version]
             if any(hasattr(p, "ds_id") for p in reached):  # it is in parts
                 raise ConfigError(
-                    f"the first weights of {path or 'the model'} reach deeper than its direct children, where ZeRO 3 has only parts",
+                    f"the first weights of {path or 'the model'} reach deeper than its direct "
+                    "children, where ZeRO 3 has only parts",
                     where="engine.zero_stage",
                     value=type(module).__name__,
                     remedy="set engine.zero_stage=2, or choose another architecture",
@@ -73,7 +80,9 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
 
 
 def initialize_adapters(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> None:
-    """Return with A of each LoRA adapter drawn as peft does (uniform, like a linear module of torch) and B zero."""
+    """Return with A of each LoRA adapter drawn as peft does (uniform, like a linear module of
+    torch) and B zero.
+    """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         for path, module in model.named_modules():
             for name in getattr(module, "lora_A", ()):
@@ -85,9 +94,11 @@ def initialize_adapters(model: PreTrainedModel, *, seed: int, gather: Gather | N
 
 
 def _near(path: str, module: nn.Module, tied: Mapping[str, str]) -> dict[Parameter, bool]:
-    """Return the module's own and direct children's parameters; True = a copy by a tie, which another module draws.
+    """Return the module's own and direct children's parameters; True = a copy by a tie, which
+    another module draws.
 
-    Judged by name, since only transformers' own ZeRO 3 build is tied already; one that has its own name here too is no copy.
+    Judged by name, since only transformers' own ZeRO 3 build is tied already; one that has its own
+    name here too is no copy.
     """
     near: dict[Parameter, bool] = {}
     for name, p in module.named_parameters(prefix=path, remove_duplicate=False):
@@ -111,9 +122,11 @@ def _children_first(
 
 @contextmanager
 def _fp32_on_cpu(params: list[Parameter], undrawn: set[Parameter]) -> Iterator[None]:
-    """Exchange the parameters' data for fp32 on the CPU, NaN where nothing was drawn yet, and copy it back at the end.
+    """Exchange the parameters' data for fp32 on the CPU, NaN where nothing was drawn yet, and copy
+    it back at the end.
 
-    What nobody draws keeps its constructor's value where that is a constant vector (a zero bias); anything else stays NaN.
+    What nobody draws keeps its constructor's value where that is a constant vector (a zero bias);
+    anything else stays NaN.
     """
     homes = {p: p.data for p in params}
     for p, home in homes.items():
@@ -137,8 +150,8 @@ def _fp32_on_cpu(params: list[Parameter], undrawn: set[Parameter]) -> Iterator[N
 def restore_buffers(model: PreTrainedModel) -> None:
     """Give float buffers (rotary frequencies) the precision that a plain fp32 build gives them.
 
-    A build in 16 bits, or in ZeRO 3's context, makes all of them alike. Where the architecture itself chose 16 bits
-    (recurrent_gemma's ``normalizer``) an export is loaded with them so.
+    A build in 16 bits, or in ZeRO 3's context, makes all of them alike. Where the architecture
+    itself chose 16 bits (recurrent_gemma's ``normalizer``) an export is loaded with them so.
     """
     with torch.device("meta"), no_init_weights():
         plain = dict(type(model)(deepcopy(model.config)).named_buffers())

@@ -13,7 +13,9 @@ Pooling = Literal["cls", "mean", "last"]
 
 
 def pool(hidden_BTH: Tensor, mask_BT: Tensor, how: Pooling) -> Tensor:
-    """Return ``pooled_BH`` (fp32): the first token's state, the mean of all, or the last one's; ``mask_BT`` is 0 at padding (right)."""
+    """Return ``pooled_BH`` (fp32): the first token's state, the mean of all, or the last one's;
+    ``mask_BT`` is 0 at padding (right).
+    """
     if how == "cls":
         return hidden_BTH[:, 0].float()
     if how == "last":

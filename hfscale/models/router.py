@@ -2,11 +2,13 @@
 
     loss = E * sum over experts e of f_e * p_e
 
-f_e: how often expert e is among the k chosen, p_e: its mean probability, both over all tokens of the global step and all routers.
-Only p has a gradient. It is a product of two means, so no sum over micro-batches gives it: f must be known of the whole step first.
+f_e: how often expert e is among the k chosen, p_e: its mean probability, both over all tokens of
+the global step and all routers. Only p has a gradient. It is a product of two means, so no sum over
+micro-batches gives it: f must be known of the whole step first.
 
-Shape legend: B rows, T tokens, E experts; N = B * T. Source: Fedus et al. 2022, Switch Transformers, eq. 4 to 6; transformers'
-``load_balancing_loss_func`` takes the same figure of one micro-batch.
+Shape legend: B rows, T tokens, E experts; N = B * T. Source: Fedus et al. 2022, Switch
+Transformers, eq. 4 to 6; transformers' ``load_balancing_loss_func`` takes the same figure of one
+micro-batch.
 """
 
 from __future__ import annotations
@@ -45,7 +47,9 @@ class Balancing:
 
     @contextmanager
     def listening(self, model: Any) -> Iterator[list[Tensor]]:
-        """Yield a list that receives the logits (N, E) of every router, as the model computes them inside."""
+        """Yield a list that receives the logits (N, E) of every router, as the model computes them
+        inside.
+        """
         logits: list[Tensor] = []
         hooks = []
         for router, index in _routers(live(model)):
@@ -63,16 +67,19 @@ class Balancing:
     def parts(
         self, model: Any, logits: Sequence[Tensor], weight_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
-        """Return ``chosen_E``, how often each expert was (no gradient), and ``probability_BE``, summed over the tokens of a row.
+        """Return ``chosen_E``, how often each expert was (no gradient), and ``probability_BE``,
+        summed over the tokens of a row.
 
-        Both are means over the routers, in fp32; tokens of ``weight_BT`` 0 (padding, fillers) count nothing.
+        Both are means over the routers, in fp32; tokens of ``weight_BT`` 0 (padding, fillers) count
+        nothing.
 
         Raises:
             ConfigError: if no router was heard, as in a compiled model.
         """
         if not logits and any(True for _ in _routers(live(model))):
             raise ConfigError(
-                "the routers of this model cannot be heard: their load-balancing loss would be left out",
+                "the routers of this model cannot be heard: their load-balancing loss would be "
+                "left out",
                 where="model.config.router_aux_loss_coef",
                 value=self.coefficient,
                 remedy="set engine.compile=false, or the coefficient to 0 to train without it",
@@ -95,7 +102,8 @@ class Balancing:
 
 
 def balancing(config: PretrainedConfig | None, auto_model: str) -> Balancing | None:
-    """Return the term that the class of ``auto_model`` adds to its own loss; None where there is none, or its coefficient is 0.
+    """Return the term that the class of ``auto_model`` adds to its own loss; None where there is
+    none, or its coefficient is 0.
 
     Raises:
         ConfigError: if the architecture has a loss of its routers that is not the one above.
@@ -124,7 +132,9 @@ def balancing(config: PretrainedConfig | None, auto_model: str) -> Balancing | N
 
 
 def _specs(model_class: Any) -> list[Any]:
-    """Return what transformers itself records of the routers: ``target_class``, ``index``, ``layer_name``."""
+    """Return what transformers itself records of the routers: ``target_class``, ``index``,
+    ``layer_name``.
+    """
     specs = (getattr(model_class, "_can_record_outputs", None) or {}).get("router_logits", [])
     return specs if isinstance(specs, list) else [specs]
 

@@ -1,7 +1,9 @@
-"""Which parameters of a model are trained: all of them, all but frozen ones, or LoRA adapters beside frozen matrices.
+"""Which parameters of a model are trained: all of them, all but frozen ones, or LoRA adapters
+beside frozen matrices.
 
-Low-rank adaptation: Hu et al. 2021 (arXiv 2106.09685). The modules are peft's; they are put into the model in place, so its class and
-its other names stay, and a matrix ``X.weight`` becomes ``X.base_layer.weight`` beside ``X.lora_A`` and ``X.lora_B``.
+Low-rank adaptation: Hu et al. 2021 (arXiv 2106.09685). The modules are peft's; they are put into
+the model in place, so its class and its other names stay, and a matrix ``X.weight`` becomes
+``X.base_layer.weight`` beside ``X.lora_A`` and ``X.lora_B``.
 """
 
 from __future__ import annotations
@@ -18,7 +20,8 @@ from hfscale.errors import ConfigError, nearest
 
 
 def choose_trained(model: PreTrainedModel, wanted: Model) -> None:
-    """Return with ``model.freeze`` or ``model.lora`` applied to ``model``, which may be partitioned or on the meta device.
+    """Return with ``model.freeze`` or ``model.lora`` applied to ``model``, which may be partitioned
+    or on the meta device.
 
     Raises:
         ConfigError: if a pattern or a target is found in no name.
@@ -56,7 +59,9 @@ def _targets(model: PreTrainedModel, asked: str | Sequence[str]) -> dict[str, bo
 
 
 def transposed(model: PreTrainedModel) -> dict[str, bool]:
-    """Return the names of modules that have an adapter, and of each whether its weight is (inputs, outputs), GPT-2's way."""
+    """Return the names of modules that have an adapter, and of each whether its weight is (inputs,
+    outputs), GPT-2's way.
+    """
     return {
         path: bool(module.fan_in_fan_out)
         for path, module in model.named_modules()

@@ -1,12 +1,15 @@
-"""Which attempt may write into a run directory: the youngest. An older one that still lives finds out, and leaves.
+"""Which attempt may write into a run directory: the youngest. An older one that still lives finds
+out, and leaves.
 
-    RUN_DIR/attempts/N/            of the N-th attempt, made by `mkdir`: one alone gets a number, on any file system, without locks
+    RUN_DIR/attempts/N/            of the N-th attempt, made by `mkdir`: one alone gets a number, on
+                                   any file system, without locks
     RUN_DIR/attempts/N/owner.json  who it is; touched once a second while it lives (the lease)
     RUN_DIR/attempts/N/exit_code   code and rank of the first rank that left by itself and not well
     RUN_DIR/attempts/N/ended       the exit code, once rank 0 has left in order
 
-Rank 0 asks before it commits a checkpoint and before it appends to the metrics, and a thread of it asks once a second. No clock of
-another machine is ever compared with one of ours: a lease is alive if it changes while one looks.
+Rank 0 asks before it commits a checkpoint and before it appends to the metrics, and a thread of it
+asks once a second. No clock of another machine is ever compared with one of ours: a lease is alive
+if it changes while one looks.
 """
 
 from __future__ import annotations
@@ -102,7 +105,9 @@ class Fence:
             os.utime(self.folder.parent)
 
     def alive(self, *, watch_s: float = WATCH_S) -> bool:
-        """Return whether the attempt renews its lease: it is looked at until it has, at most for ``watch_s``."""
+        """Return whether the attempt renews its lease: it is looked at until it has, at most for
+        ``watch_s``.
+        """
         if (self.folder / ENDED).exists():
             return False
         until = time.monotonic() + watch_s
@@ -139,7 +144,9 @@ class Fence:
             print(code, rank, file=file)
 
     def told(self) -> tuple[int, int] | None:
-        """Return code and rank of the first rank that left by itself and not well; None if there is none."""
+        """Return code and rank of the first rank that left by itself and not well; None if there is
+        none.
+        """
         try:
             code, rank = (self.folder / EXIT_CODE).read_text().split()
             return int(code), int(rank)
@@ -148,7 +155,9 @@ class Fence:
 
     @contextmanager
     def kept(self, *, leave: bool = True) -> Iterator[None]:
-        """Renew the lease inside; once superseded, ``leave`` with EXIT_HUNG, wherever this process is."""
+        """Renew the lease inside; once superseded, ``leave`` with EXIT_HUNG, wherever this process
+        is.
+        """
         over = threading.Event()
         thread = threading.Thread(target=self._keep, args=[over, leave], daemon=True)
         thread.start()
@@ -169,7 +178,9 @@ class Fence:
 
 
 def take(run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0) -> Fence:
-    """Return the next attempt of a run, taken by this process. From now on every older one is superseded."""
+    """Return the next attempt of a run, taken by this process. From now on every older one is
+    superseded.
+    """
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     owner = Owner(socket.gethostname(), os.getpid(), launcher, job, restart, started)
     (run_dir / FOLDER).mkdir(exist_ok=True)

@@ -1,13 +1,16 @@
 """Signs of life of every rank, and the autopsy of a run that has none left.
 
     RUN_DIR/heartbeats/rank-N    what rank N does: one line, written over once a second
-    RUN_DIR/hangs/N/             of the N-th attempt, which hung: every rank's stacks, NCCL's flight record, report.json
+    RUN_DIR/hangs/N/             of the N-th attempt, which hung: every rank's stacks, NCCL's flight
+                                 record, report.json
 
-The training thread only remembers what it does (2 us); a thread beside it writes, so that a slow disk costs no step.
+The training thread only remembers what it does (2 us); a thread beside it writes, so that a slow
+disk costs no step.
 
-All ranks pass through the same phases in the same order, so the one that has passed through fewest is the one that the others wait for.
-A thread of each rank sees its own standstill: each writes down its stacks, the lowest rank that can names the odd one out, and all
-leave the hard way, without a collective. Time in which the whole process was stopped (`scontrol suspend`) is not counted.
+All ranks pass through the same phases in the same order, so the one that has passed through fewest
+is the one that the others wait for. A thread of each rank sees its own standstill: each writes down
+its stacks, the lowest rank that can names the odd one out, and all leave the hard way, without a
+collective. Time in which the whole process was stopped (`scontrol suspend`) is not counted.
 """
 
 from __future__ import annotations
@@ -53,7 +56,9 @@ WIDTH = 160  # bytes of a heartbeat
 
 @dataclass(frozen=True)
 class Beat:
-    """What a rank does. ``count`` is of all phases so far, ``own_s`` the time spent in those of ``OWN``."""
+    """What a rank does. ``count`` is of all phases so far, ``own_s`` the time spent in those of
+    ``OWN``.
+    """
 
     rank: int
     count: int = -1
@@ -68,7 +73,9 @@ _current: Heartbeat | None = None
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """Say that this rank begins ``phase`` (of ``step``, counted from 1). Does nothing where nobody watches."""
+    """Say that this rank begins ``phase`` (of ``step``, counted from 1). Does nothing where nobody
+    watches.
+    """
     if _current is not None:
         _current.beat(phase, step)
 
@@ -84,11 +91,14 @@ def watching(
     on_hang: Callable[[int], None],
     attempt: int = 0,
 ) -> Iterator[None]:
-    """Watch this rank inside: where it stands still for ``timeout_s`` (None: for ever), the process ends with EXIT_HUNG.
+    """Watch this rank inside: where it stands still for ``timeout_s`` (None: for ever), the process
+    ends with EXIT_HUNG.
 
-    ``attempt`` is the number of the run's attempt; 0: a rank that was not told counts the ones that hung.
+    ``attempt`` is the number of the run's attempt; 0: a rank that was not told counts the ones that
+    hung.
 
-    ``on_hang`` is called before, on one rank, with the rank that is to blame, once the report is written.
+    ``on_hang`` is called before, on one rank, with the rank that is to blame, once the report is
+    written.
     """
     global _current
     if timeout_s is None:
@@ -119,7 +129,9 @@ def watching(
 
 
 class Heartbeat:
-    """One rank's heartbeat, the thread that writes it down, and the one that watches it: a slow disk holds the first alone."""
+    """One rank's heartbeat, the thread that writes it down, and the one that watches it: a slow
+    disk holds the first alone.
+    """
 
     def __init__(
         self,
@@ -205,7 +217,7 @@ class Heartbeat:
                     logger.warning(line)
                 earlier, looked = beats, time.monotonic()
 
-    # ------------------------------------------------------------------------------------------------ autopsy
+    # -------------------------------------------------------------------------------------- autopsy
     def _autopsy(self, idle_s: float) -> NoReturn:
         """Write this rank's stacks; with the others' find who is to blame; end the process."""
         last = threading.Timer(LAST_S, os._exit, [EXIT_HUNG])  # also where the disk does not answer
@@ -257,7 +269,9 @@ class Heartbeat:
             (self._hang / f"nccl-rank-{self._rank}.json").write_bytes(dump())
 
     def _look_from_outside(self, silent: Sequence[Beat]) -> None:
-        """Let py-spy, if it is there, write the stacks of ranks of this node that cannot do so: stopped, or inside of C code."""
+        """Let py-spy, if it is there, write the stacks of ranks of this node that cannot do so:
+        stopped, or inside of C code.
+        """
         py_spy = shutil.which("py-spy")
         for there in [beat for beat in silent if py_spy and beat.node == self._node]:
             with (
@@ -289,7 +303,8 @@ class Heartbeat:
             "; ".join(named) if odd else "no rank differs from the others: the network, or a disk"
         )
         logger.error(
-            f"no progress for {idle_s:.0f} s: {text}; the others: {', '.join(f'{n} in {where}' for where, n in others.items())}. "
+            f"no progress for {idle_s:.0f} s: {text}; the others: "
+            f"{', '.join(f'{n} in {where}' for where, n in others.items())}. "
             f"Stacks: {self._hang}"
         )
         content = {
@@ -318,7 +333,8 @@ def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
 
 
 def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[int]) -> list[Beat]:
-    """Return the ranks to blame: those that do not answer, else those that are behind, else those that are not ``waiting`` for others.
+    """Return the ranks to blame: those that do not answer, else those that are behind, else those
+    that are not ``waiting`` for others.
 
     Nobody, if that would be everybody.
     """
@@ -334,12 +350,16 @@ def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[
 
 
 def _waits(stacks: str) -> bool:
-    """Return whether the main thread, the last one in faulthandler's words, is inside a collective."""
+    """Return whether the main thread, the last one in faulthandler's words, is inside a
+    collective.
+    """
     return "torch/distributed/" in stacks.rpartition("hread 0x")[2]
 
 
 def slow_ranks(earlier: Sequence[Beat], beats: Sequence[Beat]) -> list[str]:
-    """Return a line on each rank that takes ``SLOW`` times as long as the others for what it does by itself, per step."""
+    """Return a line on each rank that takes ``SLOW`` times as long as the others for what it does
+    by itself, per step.
+    """
     if (
         len(beats) < 2
         or len(earlier) != len(beats)
@@ -352,7 +372,8 @@ def slow_ranks(earlier: Sequence[Beat], beats: Sequence[Beat]) -> list[str]:
     ]
     usual_s = median(sorted(own_s)[:-1])
     return [
-        f"rank {beat.rank} on {beat.node} is slow: {mine_s:.2f} s a step for {' and '.join(OWN)}, the others {usual_s:.2f} s"
+        f"rank {beat.rank} on {beat.node} is slow: {mine_s:.2f} s a step for "
+        f"{' and '.join(OWN)}, the others {usual_s:.2f} s"
         for beat, mine_s in zip(beats, own_s, strict=True)
         if mine_s > SLOW * usual_s and mine_s - usual_s > 0.05
     ]

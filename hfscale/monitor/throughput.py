@@ -1,4 +1,6 @@
-"""How fast a run goes: seconds a step, of which waiting for data, tokens a second, and model FLOPs utilisation."""
+"""How fast a run goes: seconds a step, of which waiting for data, tokens a second, and model FLOPs
+utilisation.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import torch
 
 
 class Throughput:
-    """Averages over the steps since the last ``report``; what happens between steps (validation, logging) is not counted."""
+    """Averages over the steps since the last ``report``; what happens between steps (validation,
+    logging) is not counted.
+    """
 
     def __init__(
         self,
@@ -20,7 +24,9 @@ class Throughput:
         peak_flops: float | None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        """``peak_flops`` is that of all ranks together, per second; None (CPU) gives an ``mfu`` of None."""
+        """``peak_flops`` is that of all ranks together, per second; None (CPU) gives an ``mfu`` of
+        None.
+        """
         self._flops, self._peak, self._clock = flops_per_token, peak_flops, clock
         self._steps, self._tokens, self._step_s, self._wait_s = 0, 0, 0.0, 0.0
 
@@ -58,7 +64,9 @@ class Throughput:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most memory that this rank has held: allocated on its GPU, or resident on the CPU."""
+    """Return the most memory that this rank has held: allocated on its GPU, or resident on the
+    CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB

@@ -1,7 +1,9 @@
-"""Where a run's figures go: ``metrics.jsonl`` (the record), TensorBoard (the picture) and the console (one line).
+"""Where a run's figures go: ``metrics.jsonl`` (the record), TensorBoard (the picture) and the
+console (one line).
 
-Only rank 0 holds a ``MetricsLog``. A resumed run appends: a step that is logged again carries a higher ``attempt``,
-and TensorBoard drops what the earlier attempt wrote for the steps that are repeated.
+Only rank 0 holds a ``MetricsLog``. A resumed run appends: a step that is logged again carries a
+higher ``attempt``, and TensorBoard drops what the earlier attempt wrote for the steps that are
+repeated.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ CONSOLE = (
 
 
 class MetricsLog:
-    """Appends one record a logged step. ``first_step`` is the first step that this attempt will log."""
+    """Appends one record a logged step. ``first_step`` is the first step that this attempt will
+    log.
+    """
 
     def __init__(
         self,
@@ -49,7 +53,8 @@ class MetricsLog:
         self.run_dir, self.total_steps = run_dir, total_steps
         path = run_dir / "metrics.jsonl"
         self.attempt = _repair(path) + 1
-        # One unbuffered write a record: a kill can tear at most the last line, and the next start removes a torn one.
+        # One unbuffered write a record: a kill can tear at most the last line, and the next start
+        # removes a torn one.
         self._file = open(path, "ab", buffering=0)
         self._board = None
         if tensorboard:
@@ -58,7 +63,8 @@ class MetricsLog:
             self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
-        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what is not finite becomes None.
+        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what
+        is not finite becomes None.
 
         Raises:
             SupersededError: if a younger attempt has begun; nothing is written then.
@@ -113,7 +119,9 @@ class _Line(Record):
 
 
 def _repair(path: Path) -> int:
-    """Return the last attempt that ``path`` records (0 if none), after cutting off a line that a kill left torn."""
+    """Return the last attempt that ``path`` records (0 if none), after cutting off a line that a
+    kill left torn.
+    """
     if not path.exists():
         return 0
     content = read_file(path, most=1 << 34)
@@ -133,7 +141,9 @@ def _repair(path: Path) -> int:
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Return ``record`` as (name, number) pairs; nested names are joined by a slash and None is left out."""
+    """Return ``record`` as (name, number) pairs; nested names are joined by a slash and None is
+    left out.
+    """
     pairs: list[tuple[str, float]] = []
     for name, value in record.items():
         if isinstance(value, dict):

@@ -1,12 +1,14 @@
 """What every pretraining objective offers the loop, and the table of objectives.
 
-An objective turns rows of the stream into a ``Batch``, and a batch into *sums* per row and term. The step divides by the
-global count, so how a batch is cut into micro-batches and ranks does not change the gradient:
+An objective turns rows of the stream into a ``Batch``, and a batch into *sums* per row and term.
+The step divides by the global count, so how a batch is cut into micro-batches and ranks does not
+change the gradient:
 
     gradient of  sum over terms  weight * (sum over all rows of all ranks) / (global count)
 
-Each backward gets ``weight * its sum * world_size / global count``: the engine averages gradients over ``world_size`` ranks.
-A term of weight 0 is only reported (an accuracy, say). Shape legend: B rows, T tokens, L = ``seq_len``.
+Each backward gets ``weight * its sum * world_size / global count``: the engine averages gradients
+over ``world_size`` ranks. A term of weight 0 is only reported (an accuracy, say). Shape legend: B
+rows, T tokens, L = ``seq_len``.
 """
 
 from __future__ import annotations
@@ -79,7 +81,9 @@ class Batch:
     lengths_B: Tensor | None = None  # int64: of ``input_ids`` without padding; None = all of T
 
     def rows(self) -> list[Tensor]:
-        """Return ``input_ids`` without padding, which depends on how the batch was cut: what ``tokens_seen`` counts."""
+        """Return ``input_ids`` without padding, which depends on how the batch was cut: what
+        ``tokens_seen`` counts.
+        """
         if self.lengths_B is None:
             return [self.input_ids]
         return [
@@ -103,7 +107,9 @@ class Batch:
 
 
 class Objective:
-    """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, and ``term`` or ``weights`` and ``loss``."""
+    """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, and
+    ``term`` or ``weights`` and ``loss``.
+    """
 
     Options: ClassVar[type[Section]] = Section  # none
     auto_model: str = "AutoModelForCausalLM"
@@ -145,11 +151,15 @@ class Objective:
         }
 
     def collate(self, rows: Any) -> Batch:  # Rows; a task's are Examples
-        """Return the batch of ``rows`` on the CPU. Depends on the rows, their positions and the seed alone."""
+        """Return the batch of ``rows`` on the CPU. Depends on the rows, their positions and the
+        seed alone.
+        """
         raise NotImplementedError
 
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
-        """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a weight."""
+        """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a
+        weight.
+        """
         return {self.term: self.row_losses(self.logits(model, batch), batch)}
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
@@ -157,7 +167,9 @@ class Objective:
         return token_losses(logits, batch.labels_BT).sum(1)
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
-        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names them."""
+        """Return ``logits_BTV`` of the live model, documents kept apart where the batch names
+        them.
+        """
         if batch.document_ids_BT is None:
             return call(model, **batch.inputs).logits
         assert self.setting.model_config is not None, "documents are kept apart in a model"
@@ -170,14 +182,18 @@ class Objective:
         )
 
     def probe_inputs(self, config: Any) -> dict[str, Tensor] | None:
-        """Return fixed inputs of a model with ``config``, by keyword, on the CPU: an export must answer them as the engine did.
+        """Return fixed inputs of a model with ``config``, by keyword, on the CPU: an export must
+        answer them as the engine did.
 
-        By default one row of text; for a model that takes something else, one example of that. None: nothing is compared.
+        By default one row of text; for a model that takes something else, one example of that.
+        None: nothing is compared.
         """
         return probe_row(config)
 
     def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[..., Tensor]:
-        """Return the function (``ids_BT``, ``document_ids_BT`` if they are kept apart) -> ``logits_BTV`` of the live model, for probes."""
+        """Return the function (``ids_BT``, ``document_ids_BT`` if they are kept apart) ->
+        ``logits_BTV`` of the live model, for probes.
+        """
 
         def logits(ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
             batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
@@ -186,7 +202,9 @@ class Objective:
         return logits
 
     def sight(self, model: Model, *, device: torch.device | str) -> float:
-        """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal model."""
+        """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal
+        model.
+        """
         config, middle = self.setting.model_config, self.setting.seq_len // 2
         assert config is not None, "check() needs Setting.model_config"
         return movement(
@@ -199,11 +217,15 @@ class Objective:
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels answer and nothing is compiled again."""
+        """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels
+        answer and nothing is compiled again.
+        """
         return self.setting.micro_batch, self.setting.seq_len
 
     def check_documents(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse (ConfigError) a live model in which documents see each other, where they are to be kept apart."""
+        """Refuse (ConfigError) a live model in which documents see each other, where they are to be
+        kept apart.
+        """
         if not self.setting.cross_document:
             assert self.setting.model_config is not None, "check() needs Setting.model_config"
             check_apart(
@@ -211,18 +233,24 @@ class Objective:
             )
 
     def document_ids(self, rows: Rows) -> Tensor | None:
-        """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept apart, else None."""
+        """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept
+        apart, else None.
+        """
         documents_BL = None if self.setting.cross_document else rows.document_ids_BL
         return None if documents_BL is None else documents_BL[:, :-1]
 
     def report(self, means: dict[str, float]) -> dict[str, float]:
-        """Return what is logged of the terms' means over the step, where that is not the mean itself."""
+        """Return what is logged of the terms' means over the step, where that is not the mean
+        itself.
+        """
         return means
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval mode, before step 1.
+        """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval
+        mode, before step 1.
 
-        Here that is a causal model that sees the future (an encoder), or another document where they are to be kept apart.
+        Here that is a causal model that sees the future (an encoder), or another document where
+        they are to be kept apart.
 
         Raises:
             ConfigError: with the remedy.
@@ -231,20 +259,25 @@ class Objective:
             return
         if moved := self.sight(model, device=device):
             raise ConfigError(
-                f"the model sees the future: changing later tokens moves the logits of earlier ones by {moved:.3g}",
+                "the model sees the future: changing later tokens moves the logits of earlier "
+                f"ones by {moved:.3g}",
                 where="model.architecture",
                 value=getattr(self.setting.model_config, "model_type", None),
-                remedy="choose a causal architecture (gpt2, llama, ...), set model.config.is_decoder=true, or to pretrain "
+                remedy="choose a causal architecture (gpt2, llama, ...), set "
+                "model.config.is_decoder=true, or to pretrain "
                 "use objective mlm",
             )
         self.check_documents(model, device=device)
 
     def files(self, config: PretrainedConfig) -> dict[str, str]:
-        """Return what else lies in an export of a model of ``config``, for other libraries: ``{path: text}``."""
+        """Return what else lies in an export of a model of ``config``, for other libraries:
+        ``{path: text}``.
+        """
         return {}
 
     def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
-        """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}`` where there are several sources.
+        """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}``
+        where there are several sources.
 
         Sum over ranks gives the global counts.
         """
@@ -270,9 +303,11 @@ class Objective:
         *,
         world_size: int,
     ) -> Iterator[Tensor]:
-        """Yield one scalar for each backward of the step, ``weight * sum * world_size / global count``; fp32.
+        """Yield one scalar for each backward of the step, ``weight * sum * world_size / global
+        count``; fp32.
 
-        By default one micro-batch after the other. What was measured is there for ``take_sums`` at the end of the step.
+        By default one micro-batch after the other. What was measured is there for ``take_sums`` at
+        the end of the step.
         """
         self._sums = {}
         balanced = self._balancing is not None and torch.is_grad_enabled()
@@ -292,10 +327,12 @@ class Objective:
     def _balanced(
         self, model: Model, batches: list[Batch], tokens: int
     ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """Yield each micro-batch with its sums, the routers' among them; ``tokens`` are those of the global step.
+        """Yield each micro-batch with its sums, the routers' among them; ``tokens`` are those of
+        the global step.
 
-        How often each expert is chosen in the whole step must be known before the first backward. A step of one micro-batch
-        a rank knows it after its forward; one of several goes through them once before, with the same random numbers.
+        How often each expert is chosen in the whole step must be known before the first backward. A
+        step of one micro-batch a rank knows it after its forward; one of several goes through them
+        once before, with the same random numbers.
         """
         states, chosen_E = [], torch.zeros(())
         if len(batches) > 1:
@@ -315,7 +352,9 @@ class Objective:
             yield batch, sums
 
     def _heard(self, model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return ``loss`` of a micro-batch, and of its routers ``chosen_E`` (on the CPU) and ``probability_BE``."""
+        """Return ``loss`` of a micro-batch, and of its routers ``chosen_E`` (on the CPU) and
+        ``probability_BE``.
+        """
         assert self._balancing is not None, "there are routers"
         with self._balancing.listening(model) as logits:
             sums = self.loss(model, batch)
@@ -324,20 +363,26 @@ class Objective:
         return sums, chosen_E.cpu().double(), probability_BE
 
     def _routed(self, batch: Batch) -> Tensor:
-        """Return ``weight_BT`` (0 or 1) of the tokens that count for the routers: no padding, and no row that asks nothing."""
+        """Return ``weight_BT`` (0 or 1) of the tokens that count for the routers: no padding, and
+        no row that asks nothing.
+        """
         ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
         weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
         asked_B = batch.counts[self.term] > 0
         return weight_BT * asked_B.to(weight_BT.device)[:, None]
 
     def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
-        """Add the ``{term: sums_B}`` of ``batch`` to what ``take_sums`` returns; without waiting for the device."""
+        """Add the ``{term: sums_B}`` of ``batch`` to what ``take_sums`` returns; without waiting
+        for the device.
+        """
         for term, sums_B in sums.items():
             total = self._by_source(sums_B.detach().double(), batch)
             self._sums[term] = self._sums[term] + total if term in self._sums else total
 
     def take_sums(self) -> dict[str, Tensor]:
-        """Return ``{term: sum of each source}`` (fp64) of this rank's part of the step just made, and forget it."""
+        """Return ``{term: sum of each source}`` (fp64) of this rank's part of the step just made,
+        and forget it.
+        """
         sums, self._sums = self._sums, {}
         return sums
 
@@ -362,7 +407,9 @@ def load_objective(named: Named, setting: Setting) -> Objective:
 def check_options(
     schema: type[Section], options: Mapping[str, Any], *, where: str = "objective.options"
 ) -> Section:
-    """Return ``options`` as ``schema``, or raise a ConfigError that names every bad one and the nearest valid names."""
+    """Return ``options`` as ``schema``, or raise a ConfigError that names every bad one and the
+    nearest valid names.
+    """
     try:
         return schema(**options)
     except ValidationError as error:

@@ -2,10 +2,11 @@
 
     loss = - sum over t of log p(x_{t+1} | x_1 .. x_t)  /  number of predicted tokens
 
-Shape legend: B rows, T = ``seq_len`` tokens, V vocabulary. A row of the stream holds T + 1 tokens: inputs are the first T,
-labels the last T. Source: Radford et al. 2019, Language Models are Unsupervised Multitask Learners, sec. 2.
-With ``cross_document`` a token sees whatever came before it in its row, as in GPT-2 and Llama training. Without it a token
-sees its own document only, positions start at 0 in each document, and no document is asked to predict the next one.
+Shape legend: B rows, T = ``seq_len`` tokens, V vocabulary. A row of the stream holds T + 1 tokens:
+inputs are the first T, labels the last T. Source: Radford et al. 2019, Language Models are
+Unsupervised Multitask Learners, sec. 2. With ``cross_document`` a token sees whatever came before
+it in its row, as in GPT-2 and Llama training. Without it a token sees its own document only,
+positions start at 0 in each document, and no document is asked to predict the next one.
 """
 
 from __future__ import annotations

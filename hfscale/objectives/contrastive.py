@@ -1,15 +1,20 @@
-"""Contrastive learning of text embeddings: two views of a text belong together, every other text of the global batch is a negative.
+"""Contrastive learning of text embeddings: two views of a text belong together, every other text of
+the global batch is a negative.
 
-    loss = - sum over i of log( exp(a_i . p_i / tau) / sum over j of exp(a_i . p_j / tau) )  /  number of texts       (InfoNCE)
+    loss = - sum over i of log( exp(a_i . p_i / tau) / sum over j of exp(a_i . p_j / tau) )
+           / number of texts                                                        (InfoNCE)
 
-a and p are unit vectors, j runs over the texts of all ranks and micro-batches. So the loss of one text needs all embeddings, and the
-memory of one backward would grow with the global batch. Gradient caching breaks that up and gives the same gradient: embed every
-micro-batch without gradient, take the loss of all embeddings and its gradient d loss / d embedding, then embed each micro-batch again,
+a and p are unit vectors, j runs over the texts of all ranks and micro-batches. So the loss of one
+text needs all embeddings, and the memory of one backward would grow with the global batch. Gradient
+caching breaks that up and gives the same gradient: embed every micro-batch without gradient, take
+the loss of all embeddings and its gradient d loss / d embedding, then embed each micro-batch again,
 with the random state of its first time, and send that gradient back.
 
-Shape legend: n texts of this rank, N of all ranks; V views of a text (2, or 3 with a hard negative); T tokens of the longest view; H width.
-Sources: Oord et al. 2018 (InfoNCE); Gao et al. 2021, GradCache, sec. 3; Gao et al. 2021, SimCSE, sec. 3 (views that differ in dropout
-alone); Izacard et al. 2022, Contriever, sec. 3.1 (independent crops of a document); Wang & Isola 2020 (alignment, uniformity).
+Shape legend: n texts of this rank, N of all ranks; V views of a text (2, or 3 with a hard
+negative); T tokens of the longest view; H width. Sources: Oord et al. 2018 (InfoNCE); Gao et al.
+2021, GradCache, sec. 3; Gao et al. 2021, SimCSE, sec. 3 (views that differ in dropout alone);
+Izacard et al. 2022, Contriever, sec. 3.1 (independent crops of a document); Wang & Isola 2020
+(alignment, uniformity).
 """
 
 from __future__ import annotations
@@ -58,7 +63,9 @@ class ContrastiveOptions(Section):
 
 
 class Contrastive(Objective):
-    """Unsupervised embeddings, for any architecture of ``AutoModel`` (of ``AutoModelForMaskedLM`` with ``mlm_weight``)."""
+    """Unsupervised embeddings, for any architecture of ``AutoModel`` (of ``AutoModelForMaskedLM``
+    with ``mlm_weight``).
+    """
 
     Options = ContrastiveOptions
     auto_model = "AutoModel"
@@ -89,7 +96,8 @@ class Contrastive(Objective):
                 "rows are too short to crop",
                 where="data.seq_len",
                 value=setting.seq_len,
-                remedy=f"at objective.options.crop={list(options.crop)} give at least {math.ceil(1 / options.crop[0])}",
+                remedy=f"at objective.options.crop={list(options.crop)} give at least "
+                f"{math.ceil(1 / options.crop[0])}",
             )
         tokenizer = setting.tokenizer
         self._pad_id = special_id(tokenizer, "pad_token", why="and views differ in length")
@@ -104,7 +112,9 @@ class Contrastive(Objective):
             self._mlm = MaskedLM(MaskingOptions(), setting)
 
     def weights(self) -> dict[str, float]:
-        """Return ``contrastive`` (nats a text), ``mlm`` if there is one, and what is reported only."""
+        """Return ``contrastive`` (nats a text), ``mlm`` if there is one, and what is reported
+        only.
+        """
         mlm = {"mlm": self.options.mlm_weight} if self._mlm else {}
         return {
             "contrastive": 1.0,
@@ -123,7 +133,9 @@ class Contrastive(Objective):
         )
 
     def collate(self, rows: Rows) -> Batch:
-        """Return the views (V * n, T), first views first. The text of a row is the longest document in it."""
+        """Return the views (V * n, T), first views first. The text of a row is the longest document
+        in it.
+        """
         documents_BT = rows.document_ids_BL
         assert documents_BT is not None, "needs_documents"
         views: tuple[list[np.ndarray], list[np.ndarray]] = [], []
@@ -169,7 +181,9 @@ class Contrastive(Objective):
         )
 
     def _with_masks(self, batch: Batch, rows: Rows) -> Batch:
-        """Return the batch with a corrupted copy of the first views, and what was hidden as labels."""
+        """Return the batch with a corrupted copy of the first views, and what was hidden as
+        labels.
+        """
         assert self._mlm is not None
         n = len(rows.valid_B)
         ids_BT = batch.inputs["input_ids"][:n].clone()
@@ -206,7 +220,9 @@ class Contrastive(Objective):
         *,
         world_size: int,
     ) -> Iterator[Tensor]:
-        """Yield one surrogate a micro-batch: its gradient is that of the global loss. In evaluation nothing has to be yielded."""
+        """Yield one surrogate a micro-batch: its gradient is that of the global loss. In evaluation
+        nothing has to be yielded.
+        """
         self._sums = {}
         batches = list(batches)
         states, parts = [], []
@@ -246,10 +262,12 @@ class Contrastive(Objective):
     def compare(
         self, own_VnH: Tensor, valid_n: Tensor, keys_Vn: Tensor | None = None
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """Return the InfoNCE sum over the texts of all ranks, with gradient to ``own_VnH``, and this rank's ``{term: values_n}``.
+        """Return the InfoNCE sum over the texts of all ranks, with gradient to ``own_VnH``, and
+        this rank's ``{term: values_n}``.
 
-        The first view asks, the second answers; further views (hard negatives) are candidates beside all answers. No candidate is
-        a text that equals the one that asks or its answer, nor the answer of an equal text: ``keys_Vn`` says which are equal; without it none are.
+        The first view asks, the second answers; further views (hard negatives) are candidates
+        beside all answers. No candidate is a text that equals the one that asks or its answer, nor
+        the answer of an equal text: ``keys_Vn`` says which are equal; without it none are.
         """
         others, first = gather_from_ranks(
             own_VnH.detach().transpose(0, 1).contiguous()
@@ -284,7 +302,9 @@ class Contrastive(Objective):
         return nll_N.sum(), {term: values_n * valid_n for term, values_n in sums.items()}
 
     def files(self, config: PretrainedConfig) -> dict[str, str]:
-        """Return what sentence-transformers reads of a folder, so that its vectors are those of the training: pooled alike, of length 1."""
+        """Return what sentence-transformers reads of a folder, so that its vectors are those of the
+        training: pooled alike, of length 1.
+        """
         home = "sentence_transformers.models"
         modules = [
             {"idx": n, "name": str(n), "path": path, "type": f"{home}.{kind}"}
@@ -310,7 +330,8 @@ class Contrastive(Objective):
         }
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a model whose embedding does not depend on the text: the first token of a model that sees only the past.
+        """Refuse a model whose embedding does not depend on the text: the first token of a model
+        that sees only the past.
 
         And views that would be the same, without dropout.
         """
@@ -348,7 +369,9 @@ class Contrastive(Objective):
 
 
 def text_keys(batch: Batch) -> Tensor:
-    """Return a number a view and text (V, n), equal for equal texts: a polynomial of the ids modulo 2^64, whatever the padding."""
+    """Return a number a view and text (V, n), equal for equal texts: a polynomial of the ids modulo
+    2^64, whatever the padding.
+    """
     ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs["attention_mask"]
     odd = torch.randint(
         -(2**62), 2**62, (ids_BT.shape[1],), generator=torch.Generator().manual_seed(0)
@@ -361,7 +384,9 @@ def text_keys(batch: Batch) -> Tensor:
 
 
 def _no_negatives(keys_VN: Tensor) -> Tensor:
-    """Return (N, C) which candidates are right, or the very text that asks, beside the text's own answer."""
+    """Return (N, C) which candidates are right, or the very text that asks, beside the text's own
+    answer.
+    """
     asks_N, answers_N, N = keys_VN[0], keys_VN[1], keys_VN.shape[1]
     candidates_C = keys_VN[1:].flatten()
     answer_NC, alike_NN = candidates_C == answers_N[:, None], asks_N == asks_N[:, None]

@@ -1,8 +1,9 @@
 """Token cross-entropy from logits as sums, in fp32, without a second fp32 copy of the logits.
 
 Shape legend: B sequences, T tokens, V vocabulary, N = B * T. Logits may be fp32, bf16 or fp16.
-Autograd's own path keeps the logits three times in fp32; here they are kept once, as the model made them, and one chunk of
-fp32 numbers is in flight at a time. On a CPU, where a chunk stays in the cache, it is also 1.5 to 3 times faster.
+Autograd's own path keeps the logits three times in fp32; here they are kept once, as the model made
+them, and one chunk of fp32 numbers is in flight at a time. On a CPU, where a chunk stays in the
+cache, it is also 1.5 to 3 times faster.
 """
 
 from __future__ import annotations
@@ -23,9 +24,11 @@ CPU_CHUNK, GPU_CHUNK = (
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0) -> Tensor:
-    """Return ``losses_BT`` = -log softmax(logits)[label] in nats, fp32; 0 where the label is IGNORE_INDEX.
+    """Return ``losses_BT`` = -log softmax(logits)[label] in nats, fp32; 0 where the label is
+    IGNORE_INDEX.
 
-    With ``smoothing`` e the label has 1 - e + e / V of the target, every other id e / V (Szegedy et al. 2016, sec. 7).
+    With ``smoothing`` e the label has 1 - e + e / V of the target, every other id e / V (Szegedy et
+    al. 2016, sec. 7).
     """
     losses_N: Tensor = _CrossEntropy.apply(
         logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1), smoothing

@@ -1,4 +1,6 @@
-"""Random numbers of the data: drawn from (seed, position of the row), so never from ranks or from how many draws came before."""
+"""Random numbers of the data: drawn from (seed, position of the row), so never from ranks or from
+how many draws came before.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,11 @@ from hfscale.errors import ConfigError
 
 
 def row_generators(seed: int, position_B: Tensor) -> Iterator[np.random.Generator]:
-    """Yield a generator for each row (B), which depends on the seed and the row's place in the run's order alone.
+    """Yield a generator for each row (B), which depends on the seed and the row's place in the
+    run's order alone.
 
-    Philox is counter-based (Salmon et al. 2011): a key is a stream of its own, and costs microseconds.
+    Philox is counter-based (Salmon et al. 2011): a key is a stream of its own, and costs
+    microseconds.
     """
     for position in position_B.tolist():
         yield np.random.Generator(np.random.Philox(key=[seed, position % 2**64]))
@@ -39,7 +43,8 @@ def random_state(state: list[Tensor] | None = None) -> list[Tensor]:
 
 
 def special_id(tokenizer: Any, role: str, *, why: str) -> int:
-    """Return the id of the tokenizer's ``role`` (``mask_token``, ``cls_token``, ``pad_token``, ...).
+    """Return the id of the tokenizer's ``role`` (``mask_token``, ``cls_token``, ``pad_token``,
+    ...).
 
     Raises:
         ConfigError: if it has none, with the command that adds one.
@@ -54,7 +59,9 @@ def special_id(tokenizer: Any, role: str, *, why: str) -> int:
 
 
 def lacking(tokenizer: Any, what: str, *, add: str) -> ConfigError:
-    """Return the error of a tokenizer that needs more tokens, with the command that makes another one which has them."""
+    """Return the error of a tokenizer that needs more tokens, with the command that makes another
+    one which has them.
+    """
     path = tokenizer.name_or_path or "TOKENIZER"
     more = f"{path.rstrip('/')}-{add.partition('=')[0]}"
     command = (

@@ -1,8 +1,9 @@
 """Keeping packed documents apart, and a probe that shows whether a live model does.
 
-Shape legend: B rows, T tokens, V vocabulary. Documents are numbered within their row: ``document_ids_BT`` (int32) never falls.
-Position ids that start again at each document isolate only in some architectures and kernels, so an additive block mask goes
-with them; whether that is enough is not believed but probed, on the live model, kernel and dtype.
+Shape legend: B rows, T tokens, V vocabulary. Documents are numbered within their row:
+``document_ids_BT`` (int32) never falls. Position ids that start again at each document isolate only
+in some architectures and kernels, so an additive block mask goes with them; whether that is enough
+is not believed but probed, on the live model, kernel and dtype.
 """
 
 from __future__ import annotations
@@ -29,7 +30,9 @@ def keep_apart(
     config: PretrainedConfig,
     causal: bool = True,
 ) -> Tensor:
-    """Return ``logits_BTV`` of ``model`` in which every token sees its own document only: what is before it (``causal``), or all of it."""
+    """Return ``logits_BTV`` of ``model`` in which every token sees its own document only: what is
+    before it (``causal``), or all of it.
+    """
     positions_BT = document_positions(document_ids_BT) + first_position(config)
     if (
         config._attn_implementation == "flash_attention_2"
@@ -46,7 +49,9 @@ def keep_apart(
 def attention_masks(
     document_ids_BT: Tensor, *, dtype: torch.dtype, config: PretrainedConfig, causal: bool
 ) -> Tensor | dict[str, Tensor]:
-    """Return the additive ``mask_B1TT`` of all layers; where only some attend to a window, one for each kind of layer."""
+    """Return the additive ``mask_B1TT`` of all layers; where only some attend to a window, one for
+    each kind of layer.
+    """
     window = (
         getattr(config, "sliding_window", None)
         if getattr(config, "use_sliding_window", True)
@@ -83,7 +88,8 @@ def document_mask(
 ) -> Tensor:
     """Return the additive ``mask_B1TT``: 0 where a token may look, the lowest number elsewhere.
 
-    It may look at its own document, there only at itself and back if ``causal``, and no further than transformers' sliding ``window``.
+    It may look at its own document, there only at itself and back if ``causal``, and no further
+    than transformers' sliding ``window``.
     """
     seen_BTT = document_ids_BT[:, :, None] == document_ids_BT[:, None, :]
     if causal:
@@ -101,7 +107,9 @@ def check_apart(
     *,
     config: PretrainedConfig,
 ) -> None:
-    """Refuse (ConfigError) a live model in which changing one document moves another's logits, given by ids and document ids (B, T)."""
+    """Refuse (ConfigError) a live model in which changing one document moves another's logits,
+    given by ids and document ids (B, T).
+    """
     first, second = slice(0, shape[1] // 2), slice(shape[1] // 2, None)
     documents_BT = torch.zeros(shape, dtype=torch.int32)
     documents_BT[:, second] = 1
@@ -134,7 +142,8 @@ def check_apart(
             leak,
             where="data.cross_document: false",
             value=f"{config.model_type} with attention {config._attn_implementation}",
-            remedy="set data.cross_document=true, or choose an architecture that takes position ids and a mask"
+            remedy="set data.cross_document=true, or choose an architecture that takes "
+            "position ids and a mask"
             " (gpt2, llama, mistral, bert, modernbert with model.attention=sdpa)",
         )
 
@@ -148,10 +157,12 @@ def movement(
     changed: slice,
     watched: slice,
 ) -> float:
-    """Return how far the logits at ``watched`` positions move when the ids at ``changed`` positions are changed; 0.0 = isolated.
+    """Return how far the logits at ``watched`` positions move when the ids at ``changed`` positions
+    are changed; 0.0 = isolated.
 
-    ``logits_of`` maps ids (B, T) on the CPU to logits_BTV of the live model in eval mode. Movement within the noise of
-    repeating the same input counts as none. All ranks draw the same ids, so all return alike.
+    ``logits_of`` maps ids (B, T) on the CPU to logits_BTV of the live model in eval mode. Movement
+    within the noise of repeating the same input counts as none. All ranks draw the same ids, so all
+    return alike.
     """
     rng = torch.Generator().manual_seed(0)
     ids_BT = torch.randint(vocab_size, shape, generator=rng)

@@ -2,10 +2,11 @@
 
     loss = - sum over selected t of log p(x_t | corrupted row)  /  number of selected tokens
 
-Shape legend: B rows, T = ``seq_len`` tokens, V vocabulary. The choice is drawn anew at every visit of a row (dynamic masking, Liu
-et al. 2019, RoBERTa, sec. 4.1) from the seed and the row's place in the run, so a resumed run masks alike.
-Sources: Devlin et al. 2019, BERT, sec. 3.1 (15 %; of those 80/10/10); Joshi et al. 2020, SpanBERT, sec. 3.1 (spans); whole words as
-in BERT's repository: all pieces of a word or none.
+Shape legend: B rows, T = ``seq_len`` tokens, V vocabulary. The choice is drawn anew at every visit
+of a row (dynamic masking, Liu et al. 2019, RoBERTa, sec. 4.1) from the seed and the row's place in
+the run, so a resumed run masks alike. Sources: Devlin et al. 2019, BERT, sec. 3.1 (15 %; of those
+80/10/10); Joshi et al. 2020, SpanBERT, sec. 3.1 (spans); whole words as in BERT's repository: all
+pieces of a word or none.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ SPAN_P, LONGEST_SPAN = 0.2, 10  # SpanBERT: lengths are geometric, cut at 10 tok
 
 
 class MaskingOptions(Section):
-    """How a row is corrupted. Fractions are of the tokens; what is neither masked nor random stays as it is."""
+    """How a row is corrupted. Fractions are of the tokens; what is neither masked nor random stays
+    as it is.
+    """
 
     select: Annotated[float, Field(gt=0, lt=1)] = 0.15  # of the tokens that are not special
     as_mask: Fraction = 0.80  # of the selected
@@ -63,7 +66,8 @@ class MaskedLM(Objective):
                 "rows are too short to mask",
                 where="data.seq_len",
                 value=setting.seq_len,
-                remedy=f"at objective.options.select={options.select} give at least {int(1 / options.select) + 1}",
+                remedy=f"at objective.options.select={options.select} give at least "
+                f"{int(1 / options.select) + 1}",
             )
         tokenizer = setting.tokenizer
         self._mask_id = special_id(tokenizer, "mask_token", why="which stands for hidden tokens")
@@ -74,11 +78,15 @@ class MaskedLM(Objective):
         self._starts = word_starts(tokenizer) if options.units == "word" else None
 
     def weights(self) -> dict[str, float]:
-        """Return ``mlm`` (nats a selected token) and ``masked_accuracy``, which is reported only."""
+        """Return ``mlm`` (nats a selected token) and ``masked_accuracy``, which is reported
+        only.
+        """
         return {"mlm": 1.0, "masked_accuracy": 0.0}
 
     def collate(self, rows: Rows) -> Batch:
-        """Return the corrupted rows (B, T) and their answers; the first token gives its place to [CLS] where the tokenizer has one."""
+        """Return the corrupted rows (B, T) and their answers; the first token gives its place to
+        [CLS] where the tokenizer has one.
+        """
         ids_BT = rows.ids_BL[:, :-1]
         inputs_BT, labels_BT = ids_BT.clone(), torch.full_like(ids_BT, IGNORE_INDEX)
         if self._cls_id is not None:
@@ -133,12 +141,16 @@ class MaskedLM(Objective):
         }
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a model that sees only the past (a decoder), or another document where documents are to be kept apart."""
+        """Refuse a model that sees only the past (a decoder), or another document where documents
+        are to be kept apart.
+        """
         if not self.sight(model, device=device):
             raise ConfigError(
-                "mlm: the model sees only the past: changing later tokens does not move the logits of earlier ones",
+                "mlm: the model sees only the past: changing later tokens does not move the "
+                "logits of earlier ones",
                 where="model.architecture",
                 value=getattr(self.setting.model_config, "model_type", None),
-                remedy="choose an encoder (bert, modernbert, ...) without model.config.is_decoder, or use objective clm",
+                remedy="choose an encoder (bert, modernbert, ...) without "
+                "model.config.is_decoder, or use objective clm",
             )
         self.check_documents(model, device=device)

@@ -1,16 +1,21 @@
-"""Sequence-to-sequence pretraining: a row is corrupted, and the decoder gives back what is missing (T5) or all of it (BART).
+"""Sequence-to-sequence pretraining: a row is corrupted, and the decoder gives back what is missing
+(T5) or all of it (BART).
 
     loss = - sum over t of log p(y_t | y_1 .. y_{t-1}, corrupted row)  /  number of target tokens
 
-Shape legend: B rows, T = ``seq_len`` tokens of text, S tokens into the encoder, U out of the decoder. The number of hidden tokens and
-of spans is the same for every row, so S and U are too and nothing is padded. Worked example, T = 10, 2 spans of 3 hidden tokens:
+Shape legend: B rows, T = ``seq_len`` tokens of text, S tokens into the encoder, U out of the
+decoder. The number of hidden tokens and of spans is the same for every row, so S and U are too and
+nothing is padded. Worked example, T = 10, 2 spans of 3 hidden tokens:
 
     text        a b c d e f g h i j
-    t5    in    a b <0> e f g <1> i j </s>       out   <0> c d <1> h </s>        S = 10 - 3 + 2 + 1, U = 3 + 2 + 1
-    bart  in    a b <mask> e f g <mask> i j      out   a b c d e f g h i j       S = 10 - 3 + 2,     U = 10
+    t5    in    a b <0> e f g <1> i j </s>      out   <0> c d <1> h </s>
+          S = 10 - 3 + 2 + 1, U = 3 + 2 + 1
+    bart  in    a b <mask> e f g <mask> i j     out   a b c d e f g h i j
+          S = 10 - 3 + 2, U = 10
 
-Sources: Raffel et al. 2020, T5, sec. 3.1.4 and 3.3.4 (span corruption: 15 %, mean length 3); Lewis et al. 2020, BART, sec. 2.2 (text
-infilling: 30 %, lengths Poisson(3), so a span may be empty). Poisson lengths with a known sum are multinomial.
+Sources: Raffel et al. 2020, T5, sec. 3.1.4 and 3.3.4 (span corruption: 15 %, mean length 3); Lewis
+et al. 2020, BART, sec. 2.2 (text infilling: 30 %, lengths Poisson(3), so a span may be empty).
+Poisson lengths with a known sum are multinomial.
 """
 
 from __future__ import annotations
@@ -70,7 +75,8 @@ class Seq2Seq(Objective):
                 "rows are too short for spans to be hidden",
                 where="data.seq_len",
                 value=T,
-                remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer rows, or change hidden or span",
+                remedy=f"that is {self._hidden} tokens in {self._spans} spans: give longer "
+                "rows, or change hidden or span",
             )
         if options.noise == "bart":
             self._marks = np.full(
@@ -85,7 +91,9 @@ class Seq2Seq(Objective):
             )
 
     def collate(self, rows: Rows) -> Batch:
-        """Return encoder inputs (B, S), decoder inputs and labels (B, U) of the rows; a filler row asks nothing."""
+        """Return encoder inputs (B, S), decoder inputs and labels (B, U) of the rows; a filler row
+        asks nothing.
+        """
         config = self.setting.model_config
         ids_BT = rows.ids_BL[:, :-1]
         generators = row_generators(self.setting.seed, rows.position)
@@ -135,7 +143,8 @@ class Seq2Seq(Objective):
 
 
 def sentinels(tokenizer: Any, count: int) -> np.ndarray:
-    """Return the ids of ``<extra_id_0>``, ``<extra_id_1>``, ..., which stand for the spans in their order.
+    """Return the ids of ``<extra_id_0>``, ``<extra_id_1>``, ..., which stand for the spans in their
+    order.
 
     Raises:
         ConfigError: if the tokenizer has fewer, with the command that adds them.
@@ -145,13 +154,16 @@ def sentinels(tokenizer: Any, count: int) -> np.ndarray:
     if None in found:
         raise lacking(
             tokenizer,
-            f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a row needs {count}",
+            f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a "
+            f"row needs {count}",
             add=f"sentinels={max(100, count)}",
         )
     return np.array(found)
 
 
 def _parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:
-    """Return ``count`` lengths of at least 1 that sum to ``total``, every composition equally likely."""
+    """Return ``count`` lengths of at least 1 that sum to ``total``, every composition equally
+    likely.
+    """
     cuts = np.sort(rng.choice(total - 1, count - 1, replace=False)) + 1
     return np.diff(np.concatenate([[0], cuts, [total]]))

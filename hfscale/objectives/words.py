@@ -1,7 +1,8 @@
 """Where words begin, as a table over the vocabulary: for whole-word masking in any language.
 
-WordPiece marks what continues a word (``##``); SentencePiece and byte-level BPE mark what begins one. Scripts without spaces
-have no marks: there each character begins a word, as in BERT's own treatment of Chinese.
+WordPiece marks what continues a word (``##``); SentencePiece and byte-level BPE mark what begins
+one. Scripts without spaces have no marks: there each character begins a word, as in BERT's own
+treatment of Chinese.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ from typing import Any
 import numpy as np
 
 # Thai, Lao, Khmer, Burmese, kana, Han (with its extensions): written without spaces
-_HAN_LEADS = "ãäåæçèé"  # how byte-level tokenizers write the first byte of kana and Han, which may stand alone
+# how byte-level tokenizers write the first byte of kana and Han, which may stand alone
+_HAN_LEADS = "ãäåæçèé"
 _UNSPACED = re.compile(
     r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
@@ -39,7 +41,8 @@ def word_starts(tokenizer: Any) -> np.ndarray:
 
 
 def _begins(text: str) -> bool:
-    """Return whether a piece of text begins a word by itself: a space, a punctuation mark, a character of an unspaced script.
+    """Return whether a piece of text begins a word by itself: a space, a punctuation mark, a
+    character of an unspaced script.
 
     Part of a character (U+FFFD) belongs to what came before.
     """

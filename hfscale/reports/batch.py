@@ -1,4 +1,5 @@
-"""The batch time machine: what a step of a run was trained on, rebuilt from the order alone, and proven by its digest.
+"""The batch time machine: what a step of a run was trained on, rebuilt from the order alone, and
+proven by its digest.
 
 Needs the shards and the run directory, but no GPU, no weights and none of the other ranks.
 """
@@ -28,7 +29,9 @@ from hfscale.tokenizer import load_tokenizer
 
 @dataclass(frozen=True)
 class Row:
-    """One row of a step: its place in the run's order and in the data, and its text. ``start`` counts tokens of the shard."""
+    """One row of a step: its place in the run's order and in the data, and its text. ``start``
+    counts tokens of the shard.
+    """
 
     position: int
     source: str
@@ -44,7 +47,9 @@ class Row:
 
 @dataclass(frozen=True)
 class Step:
-    """The rows of a step's global batch in the order of the run, and the digest of their ids beside the one that was logged."""
+    """The rows of a step's global batch in the order of the run, and the digest of their ids beside
+    the one that was logged.
+    """
 
     rows: list[Row]
     digest: int
@@ -137,7 +142,9 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
 def _positions(
     logged: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path
 ) -> tuple[int, int]:
-    """Return the positions [start, stop) of a step, from the log where it is there: ``global_batch`` may have changed on the way."""
+    """Return the positions [start, stop) of a step, from the log where it is there:
+    ``global_batch`` may have changed on the way.
+    """
     if step < 1:
         raise DataError("steps count from 1", where="--step", value=step)
     last = max(logged, default=0)
@@ -168,13 +175,16 @@ def _positions(
             f"the run went on with another global batch between steps {before} and {after}",
             where=where,
             value=step,
-            remedy="which rows this step had is not known: name a step that was logged next to another "
+            remedy="which rows this step had is not known: name a step that was logged next to "
+            "another "
             "(metrics.every_steps=1 logs all)",
         )
     return rows[before] + (step - 1 - before) * batch, rows[before] + (step - before) * batch
 
 
 def _between(rows: Mapping[int, int], before: int, after: int) -> int | None:
-    """Return the global batch of the steps from one logged step to the next; None: not all had the same."""
+    """Return the global batch of the steps from one logged step to the next; None: not all had the
+    same.
+    """
     batch, rest = divmod(rows[after] - rows[before], after - before)
     return None if rest else batch

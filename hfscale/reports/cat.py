@@ -1,6 +1,8 @@
-"""What stands in shards, to be read by a person: documents and rows by position, samples of raw text by position or key.
+"""What stands in shards, to be read by a person: documents and rows by position, samples of raw
+text by position or key.
 
-Documents and rows are counted from 0 over all shards of a manifest, in its order. A document counts where it ends.
+Documents and rows are counted from 0 over all shards of a manifest, in its order. A document counts
+where it ends.
 """
 
 from __future__ import annotations
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 
 
 def find_tokenizer(manifest: Manifest, path: str | None) -> PreTrainedTokenizerFast:
-    """Return the tokenizer that made the ids: the one at ``path``, or else one in or beside the folders of the shards.
+    """Return the tokenizer that made the ids: the one at ``path``, or else one in or beside the
+    folders of the shards.
 
     Raises:
         DataError: if there is none, or ``path`` is another one.
@@ -57,7 +60,9 @@ def find_tokenizer(manifest: Manifest, path: str | None) -> PreTrainedTokenizerF
 
 
 def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[str, list[int]]]:
-    """Yield a title and the ids of documents ``first``, ``first + 1``, ..., each with its end-of-document id."""
+    """Yield a title and the ids of documents ``first``, ``first + 1``, ..., each with its
+    end-of-document id.
+    """
     wanted = _range("document", first, count, manifest.documents)
     number = 0  # of the document that the next shard goes on with, or begins with
     place, begin, parts = (
@@ -93,7 +98,9 @@ def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[s
 def rows(
     manifest: Manifest, *, first: int, count: int, seq_len: int
 ) -> Iterator[tuple[str, list[int]]]:
-    """Yield a title and the ids (``seq_len`` of each, as they enter a model) of rows ``first``, ``first + 1``, ..."""
+    """Yield a title and the ids (``seq_len`` of each, as they enter a model) of rows ``first``,
+    ``first + 1``, ...
+    """
     stream = TokenRows(manifest, seq_len=seq_len)
     before = np.cumsum([0, *stream.shard_rows])
     ids = np.empty((1, seq_len + 1), np.int64)
@@ -102,7 +109,8 @@ def rows(
         row = number - int(before[shard])
         stream.fill(np.array([shard]), np.array([row]), ids)
         yield (
-            f"row {number:,}  {manifest.shards[shard].name}  {seq_len:,} tokens from {row * seq_len:,}",
+            f"row {number:,}  {manifest.shards[shard].name}  {seq_len:,} tokens from "
+            f"{row * seq_len:,}",
             ids[0, :-1].tolist(),
         )
 
@@ -110,7 +118,9 @@ def rows(
 def samples(
     manifest: Manifest, *, first: int, count: int, key: str | None
 ) -> Iterator[tuple[str, str]]:
-    """Yield a title and the text of samples ``first``, ``first + 1``, ... of tars of raw text, or of the first ``count`` with this key."""
+    """Yield a title and the text of samples ``first``, ``first + 1``, ... of tars of raw text, or
+    of the first ``count`` with this key.
+    """
     from webdataset.tariterators import base_plus_ext  # slow to import
 
     wanted = (

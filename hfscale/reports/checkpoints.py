@@ -1,4 +1,6 @@
-"""What a run has saved, why each checkpoint is kept, and what is wrong with it. Loads nothing, needs no torch."""
+"""What a run has saved, why each checkpoint is kept, and what is wrong with it. Loads nothing,
+needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
 
 
 def list_checkpoints(run_dir: Path, *, verify: bool) -> Iterator[tuple[str, list[str] | None]]:
-    """Yield a line for each of a run's checkpoints, oldest first, and what is wrong with it; None where it was not verified."""
+    """Yield a line for each of a run's checkpoints, oldest first, and what is wrong with it; None
+    where it was not verified.
+    """
     folder, policy = open_folder(run_dir)
     reasons = layout.kept(folder, policy)
     for path in layout.candidates(folder):
@@ -42,7 +46,9 @@ def list_checkpoints(run_dir: Path, *, verify: bool) -> Iterator[tuple[str, list
 
 
 def prune(run_dir: Path) -> tuple[list[Path], int]:
-    """Return the checkpoints that were removed, and the free bytes now. The newest good one stays, also behind damaged ones."""
+    """Return the checkpoints that were removed, and the free bytes now. The newest good one stays,
+    also behind damaged ones.
+    """
     folder, policy = open_folder(run_dir)
     good = next(
         (path for path in reversed(layout.committed(folder)) if not manifest.verify(path)), None
@@ -71,8 +77,14 @@ def _describe(path: Path, reasons: list[str]) -> str:
     )
     try:
         state = layout.state_of(path)
-        facts = f"{state['tokens_seen']:>16,} tokens  ZeRO {state['zero_stage']} {state['precision']} on {state['world_size']} ranks"
+        facts = (
+            f"{state['tokens_seen']:>16,} tokens  ZeRO {state['zero_stage']} "
+            f"{state['precision']} on {state['world_size']} ranks"
+        )
     except (CheckpointError, KeyError):
         facts = f"{layout.STATE} cannot be read"
     why = ", ".join(reasons) or "nothing keeps it: goes at the next pruning"
-    return f"{path.name}  {saved.isoformat(' ', 'minutes')} ({age} ago)  {size / 1e6:>10,.1f} MB  {facts}  [{why}]"
+    return (
+        f"{path.name}  {saved.isoformat(' ', 'minutes')} ({age} ago)  {size / 1e6:>10,.1f} "
+        f"MB  {facts}  [{why}]"
+    )

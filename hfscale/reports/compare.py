@@ -1,4 +1,5 @@
-"""Scores of several runs side by side: what `hfscale evaluate` kept, and the newest validation of each run.
+"""Scores of several runs side by side: what `hfscale evaluate` kept, and the newest validation of
+each run.
 
 A line of the table is ``{"name", SCORE: value, SCORE_low: value, SCORE_high: value, ...}``.
 """
@@ -26,8 +27,9 @@ Line = dict[str, Any]
 
 
 def find(sources: Sequence[Path]) -> list[Line]:
-    """Return the evaluations, the best validation (of ``checkpoint.keep_best``) and the newest of each run directory, and what each file
-    of scores says; then the means of runs that differ in seed alone. Where tasks differ, the names of scores begin with the task.
+    """Return the evaluations, the best validation (of ``checkpoint.keep_best``) and the newest of
+    each run directory, and what each file of scores says; then the means of runs that differ in
+    seed alone. Where tasks differ, the names of scores begin with the task.
 
     Raises:
         DataError: if a source has neither.
@@ -114,7 +116,9 @@ def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
 
 
 def _mean(what: str, lines: Sequence[Line]) -> Line:
-    """Return the mean of runs whose configs differ in name and seed alone, and on both sides of it their (sample's) deviation."""
+    """Return the mean of runs whose configs differ in name and seed alone, and on both sides of it
+    their (sample's) deviation.
+    """
     mean: Line = {"name": f"{what}, mean of {len(lines)} seeds", "task": lines[0]["task"]}
     for name in _names(lines):
         values = [line[name] for line in lines if line.get(name) is not None]
@@ -153,7 +157,9 @@ def _names(found: Sequence[Line]) -> list[str]:
 
 
 def table(found: Sequence[Line]) -> str:
-    """Return the table as text, without the intervals; a score that a line has not is left blank."""
+    """Return the table as text, without the intervals; a score that a line has not is left
+    blank.
+    """
     rows = [["", *_names(found)]]
     rows += [[line["name"], *(_cell(line, name) for name in _names(found))] for line in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

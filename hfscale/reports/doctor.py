@@ -1,6 +1,8 @@
-"""From what the ranks found on their nodes to a verdict: what is wrong, where, what to do, and which nodes a job should leave out.
+"""From what the ranks found on their nodes to a verdict: what is wrong, where, what to do, and
+which nodes a job should leave out.
 
-A node is bad if it fails what other nodes pass, or does not answer. What all nodes fail is no node's fault.
+A node is bad if it fails what other nodes pass, or does not answer. What all nodes fail is no
+node's fault.
 """
 
 from __future__ import annotations
@@ -21,26 +23,38 @@ REMEDIES = {  # of the findings that bring none along
     "GPU": "look at `nvidia-smi` on the node; torch must be a build for CUDA that its driver knows",
     "GPU memory": "`nvidia-smi` names the processes that hold it: end them",
     "memory": "end what takes it, or ask for more (--mem)",
-    "matrix products": "see what else runs there, with `top` or `nvidia-smi`; GPUs: `nvidia-smi -q -d PERFORMANCE,TEMPERATURE`",
-    "open files": "a rank maps a file for each lane of data: `ulimit -n 65536` in slurm/site.sh or your shell",
-    "locked memory": "InfiniBand needs `ulimit -l unlimited`: memlock in limits.conf, PropagateResourceLimitsExcept=MEMLOCK in slurm.conf",
-    "shared files": "the node lacks the file system of the run: have it mounted, or choose another run.root",
-    "free space": "make room, choose another run.root, or keep fewer checkpoints (checkpoint.keep_last)",
+    "matrix products": "see what else runs there, with `top` or `nvidia-smi`; GPUs: "
+    "`nvidia-smi -q -d PERFORMANCE,TEMPERATURE`",
+    "open files": "a rank maps a file for each lane of data: `ulimit -n 65536` in "
+    "slurm/site.sh or your shell",
+    "locked memory": "InfiniBand needs `ulimit -l unlimited`: memlock in limits.conf, "
+    "PropagateResourceLimitsExcept=MEMLOCK in slurm.conf",
+    "shared files": "the node lacks the file system of the run: have it mounted, or choose "
+    "another run.root",
+    "free space": "make room, choose another run.root, or keep fewer checkpoints "
+    "(checkpoint.keep_last)",
     "inodes": "remove small files there, or choose another run.root",
-    "locks": "hfscale does without: a run directory is then held by a lease, and the start after a crash waits 5 s",
-    "writing": "mend the folder, or choose another run.root; where it is only slow, save less often",
+    "locks": "hfscale does without: a run directory is then held by a lease, and the start "
+    "after a crash waits 5 s",
+    "writing": "mend the folder, or choose another run.root; where it is only slow, save less "
+    "often",
     "reading": "training would wait for data: copy the shards to a faster file system",
     "request": "ask for less: cluster.time, or another cluster.partition",
-    "answer": "are the checkout and its Python there? or it hangs on a file system or device: leave the node out",
-    "rendezvous": "a node that failed above, a firewall, or the wrong network: NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME in slurm/site.sh",
-    "all-reduce": "is it the right network? NCCL_SOCKET_IFNAME, NCCL_IB_HCA in slurm/site.sh; NCCL_DEBUG=INFO says which it took",
+    "answer": "are the checkout and its Python there? or it hangs on a file system or device: "
+    "leave the node out",
+    "rendezvous": "a node that failed above, a firewall, or the wrong network: "
+    "NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME in slurm/site.sh",
+    "all-reduce": "is it the right network? NCCL_SOCKET_IFNAME, NCCL_IB_HCA in slurm/site.sh; "
+    "NCCL_DEBUG=INFO says which it took",
     "clocks": "turn on NTP on the node: authentication and the times of files go by its clock",
 }
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One line of the table. A measurement of a rank has a ``value``, and is bad if it is too small a part of what others have."""
+    """One line of the table. A measurement of a rank has a ``value``, and is bad if it is too small
+    a part of what others have.
+    """
 
     check: str
     state: str
@@ -68,7 +82,9 @@ def failed(check: str, error: Exception) -> Finding:
 
 
 def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
-    """Return the findings of all ranks, each with its node; those that say the same are one, with its nodes if they are not all of them."""
+    """Return the findings of all ranks, each with its node; those that say the same are one, with
+    its nodes if they are not all of them.
+    """
     judged = []
     for check in dict.fromkeys(one.check for one in found):
         groups: dict[Finding, set[str]] = {}
@@ -93,7 +109,9 @@ def judge(found: Sequence[Finding], *, nodes: Collection[str]) -> list[Finding]:
 
 
 def _measured_by_all(found: Sequence[Finding]) -> list[Finding]:
-    """Return the findings of a check with what each measurement means beside the others. A range is of those that are ok."""
+    """Return the findings of a check with what each measurement means beside the others. A range is
+    of those that are ok.
+    """
     measured = [one for one in found if one.value is not None and one.state == "ok"]
     usual = statistics.median_high(
         [one.value or 0.0 for one in found if one.value is not None] or [0.0]
@@ -116,7 +134,9 @@ def _measured_by_all(found: Sequence[Finding]) -> list[Finding]:
 
 
 def bad_nodes(findings: Iterable[Finding]) -> list[str]:
-    """Return the nodes that failed something which not all nodes failed. To meet is a matter of all."""
+    """Return the nodes that failed something which not all nodes failed. To meet is a matter of
+    all.
+    """
     return sorted(
         {
             node

@@ -1,4 +1,5 @@
-"""One rank of `hfscale doctor`: looks at its node and measures it, a second or so for each thing, and prints a line a finding.
+"""One rank of `hfscale doctor`: looks at its node and measures it, a second or so for each thing,
+and prints a line a finding.
 
     python -m hfscale.reports.machine '{"run": FOLDER, ...}'
         run             the run directory, or the nearest folder above it that is there
@@ -7,8 +8,8 @@
         checkpoint_gb, keep  what a checkpoint takes, and how many are kept
         gpus            whether each rank should have one
 
-Nothing is gathered over the network, so that a node with a broken network is heard too; the ranks meet last. Lines on stdout that
-begin with MARK are findings, all others are of libraries.
+Nothing is gathered over the network, so that a node with a broken network is heard too; the ranks
+meet last. Lines on stdout that begin with MARK are findings, all others are of libraries.
 """
 
 from __future__ import annotations
@@ -108,7 +109,10 @@ def gpu(task: Any, world: World) -> Iterator[Finding]:
         return
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(world.local_rank))
     driver = DRIVER.read_text().split("Module")[-1].split()[0] if DRIVER.is_file() else "unknown"
-    kind = f"{world.local_world_size} x {torch.cuda.get_device_name(world.local_rank)}, {total:.0f} GiB"
+    kind = (
+        f"{world.local_world_size} x {torch.cuda.get_device_name(world.local_rank)}, "
+        f"{total:.0f} GiB"
+    )
     yield Finding("GPU", "ok", f"{kind}, driver {driver}, CUDA {torch.version.cuda}")
     taken = f"GPU {world.local_rank}: {total - free:.1f} GiB are taken"
     yield Finding(
@@ -205,7 +209,9 @@ def disk(task: Any, world: World) -> Iterator[Finding]:
 
 
 def locks(task: Any, world: World) -> Iterator[Finding]:
-    """Yield whether the run's file system has locks, which keep two launchers out of one run directory."""
+    """Yield whether the run's file system has locks, which keep two launchers out of one run
+    directory.
+    """
     try:
         with tempfile.TemporaryFile(dir=task.run) as file:
             has = flock(file, wait=False)
@@ -276,7 +282,9 @@ def reading(task: Any, world: World) -> Iterator[Finding]:
 
 
 def rendezvous(task: Any, world: World) -> Iterator[Finding]:
-    """Yield what takes all ranks: that they meet, how fast they sum, and how far their clocks are apart."""
+    """Yield what takes all ranks: that they meet, how fast they sum, and how far their clocks are
+    apart.
+    """
     device = group.start(world)
     group.barrier()
     yield Finding(

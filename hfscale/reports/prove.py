@@ -1,4 +1,6 @@
-"""Is one run bit for bit what another is? Compares what both logged and saved, in the order in which one thing makes the next differ."""
+"""Is one run bit for bit what another is? Compares what both logged and saved, in the order in
+which one thing makes the next differ.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ Evidence = dict[
 
 
 def observe(run_dir: Path) -> Evidence:
-    """Return all that a run logged, in every attempt, and what its checkpoints hold: digests of the tensors, the rest as it is."""
+    """Return all that a run logged, in every attempt, and what its checkpoints hold: digests of the
+    tensors, the rest as it is.
+    """
     seen: Evidence = {}
     for record in records(run_dir):
         for name in LOGGED:
@@ -41,7 +45,9 @@ def observe(run_dir: Path) -> Evidence:
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 of all weights and of each moment, by whole tensors: the same for every world size and ZeRO stage."""
+    """Return the SHA-256 of all weights and of each moment, by whole tensors: the same for every
+    world size and ZeRO stage.
+    """
     reader, found = FragmentReader(checkpoint), {kind: hashlib.sha256() for kind in TENSORS}
     for name, shape in sorted(reader.shapes.items()):
         for kind in reader.kinds(name):
@@ -56,7 +62,9 @@ def digests(checkpoint: Path) -> dict[str, str]:
 
 
 def first_difference(twin: Evidence, other: Evidence) -> dict[str, Any] | None:
-    """Return where ``other`` first was not what ``twin`` was, or None; what only one of them has is a difference too."""
+    """Return where ``other`` first was not what ``twin`` was, or None; what only one of them has is
+    a difference too.
+    """
     for step in sorted(twin.keys() | other.keys()):
         for component in COMPONENTS:
             expected, found = (run.get(step, {}).get(component, []) for run in (twin, other))

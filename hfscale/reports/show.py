@@ -1,4 +1,6 @@
-"""What a config comes to: every value with its source, and the numbers that follow from several of them. Needs no torch."""
+"""What a config comes to: every value with its source, and the numbers that follow from several of
+them. Needs no torch.
+"""
 
 from __future__ import annotations
 
@@ -39,7 +41,8 @@ def show_config(
     """Return a table of key, value and source, then the derived numbers.
 
     Raises:
-        ConfigError: for everything that is wrong with the config, and for a batch that ``procs`` ranks cannot share.
+        ConfigError: for everything that is wrong with the config, and for a batch that ``procs``
+            ranks cannot share.
     """
     loaded: Loaded[Any] = load_config(path, overrides, schema=schema_of(path, overrides))
     rows = [
@@ -51,7 +54,9 @@ def show_config(
 
 
 def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str, str]]:
-    """Return ``(name, value)`` of what the config implies; data that is not there yet leaves its numbers out."""
+    """Return ``(name, value)`` of what the config implies; data that is not there yet leaves its
+    numbers out.
+    """
     train, seq_len = config.train, config.data.seq_len
     facts = [
         ("run directory", f"{config.run_dir} ({'exists' if config.run_dir.exists() else 'new'})")
@@ -71,13 +76,9 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
             for size in (2**power for power in range(11))
             if train.global_batch % (size * train.micro_batch) == 0
         ]
-        facts.append(
-            (
-                "batch",
-                f"accumulation {', '.join(str(train.global_batch // size // train.micro_batch) for size in fitting)}"
-                f" on world_size {', '.join(map(str, fitting))}",
-            )
-        )
+        steps = [str(train.global_batch // size // train.micro_batch) for size in fitting]
+        sizes = ", ".join(map(str, fitting))
+        facts.append(("batch", f"accumulation {', '.join(steps)} on world_size {sizes}"))
     if isinstance(config, FinetuneConfig):  # how many examples there are, only reading them shows
         return [
             *facts,
@@ -105,7 +106,9 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
 
 
 def _rows(config: TrainConfig) -> tuple[int, str]:
-    """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than it predicts."""
+    """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than
+    it predicts.
+    """
     if far := [
         s.shards for s in config.data.sources if "://" in s.shards or s.shards.startswith(PIPE)
     ]:
@@ -132,7 +135,9 @@ def _text(value: Any) -> str:
 
 
 def _columns(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    """Return the rows as lines with aligned columns; one long value does not push the others away."""
+    """Return the rows as lines with aligned columns; one long value does not push the others
+    away.
+    """
     rows = [tuple(map(shown, row)) for row in rows]
     widths = [min(48, max(len(cell) for cell in column)) for column in zip(*rows, strict=True)]
     return [

@@ -31,7 +31,8 @@ class Metrics(Record):
 
 
 def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
-    """Yield the records of a run's metrics in the order in which they were logged, but for what a kill has torn; none if there is no run.
+    """Yield the records of a run's metrics in the order in which they were logged, but for what a
+    kill has torn; none if there is no run.
 
     With ``last_bytes`` only those that lie in them as a whole.
     """
@@ -72,7 +73,8 @@ def progress(config: TrainConfig, record: dict[str, Any]) -> float:
 def steps_left(config: TrainConfig, record: dict[str, Any]) -> float:
     """Return how many steps of the present batch are left.
 
-    Of a run of epochs, as if it had always had that batch: a record does not tell the rows of an epoch.
+    Of a run of epochs, as if it had always had that batch: a record does not tell the rows of an
+    epoch.
     """
     train, part = config.train, progress(config, record)
     if train.steps is not None:
@@ -86,7 +88,9 @@ def steps_left(config: TrainConfig, record: dict[str, Any]) -> float:
 def describe(
     config: TrainConfig, *, now: float | None = None, running: bool = True
 ) -> list[tuple[str, str]]:
-    """Return (name, value) lines on a run; ``now`` is in seconds of the epoch. One that is not ``running`` has no expected end."""
+    """Return (name, value) lines on a run; ``now`` is in seconds of the epoch. One that is not
+    ``running`` has no expected end.
+    """
     now, run = time.time() if now is None else now, config.run_dir
     record, saved = last_record(run), layout.committed(run / layout.FOLDER)
     lines = [("run", str(run))]
@@ -111,7 +115,8 @@ def describe(
     else:
         lines.append(("step", "none was logged yet"))
     last = (
-        f"step {layout.step_of(saved[-1]):,}, {_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago"
+        f"step {layout.step_of(saved[-1]):,}, "
+        f"{_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago"
         if saved
         else "none"
     )

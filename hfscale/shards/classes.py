@@ -1,4 +1,6 @@
-"""Numbers of classes that have names: ``datasets`` writes those of a ClassLabel into a table's metadata."""
+"""Numbers of classes that have names: ``datasets`` writes those of a ClassLabel into a table's
+metadata.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,9 @@ from hfscale.records import parse
 
 
 def class_names(schema: Any) -> dict[str, list[str]]:
-    """Return the names of the classes that the numbers in some columns are of, as ``datasets`` writes them into a table's metadata."""
+    """Return the names of the classes that the numbers in some columns are of, as ``datasets``
+    writes them into a table's metadata.
+    """
     features: Any = {}
     with suppress(KeyError, TypeError, ValueError, AttributeError):
         features = parse(dict[str, Any], schema.metadata[b"huggingface"])["info"]["features"]
@@ -33,7 +37,9 @@ def _names_of(feature: Any) -> list[str] | None:
 
 
 def with_names(row: dict[str, Any], named: Mapping[str, list[str]]) -> dict[str, Any]:
-    """Return ``row`` with the names of classes for their numbers; -1 is ``datasets``' sign for none."""
+    """Return ``row`` with the names of classes for their numbers; -1 is ``datasets``' sign for
+    none.
+    """
     for column, names in named.items():
         if column in row:
             row[column] = _name(row[column], names)

@@ -1,4 +1,6 @@
-"""What a build of shards read and what it left out, by reason and by name; it stands in the ledger and in the manifests."""
+"""What a build of shards read and what it left out, by reason and by name; it stands in the ledger
+and in the manifests.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ ALWAYS = ("duplicates", "empty", "invalid", "undecodable")  # told also where th
 
 @dataclass
 class Counts:
-    """``documents`` is all that was met: what is kept, and what is left out for each of the REASONS."""
+    """``documents`` is all that was met: what is kept, and what is left out for each of the
+    REASONS.
+    """
 
     documents: int = 0
     duplicates: int = 0  # texts seen before, byte for byte
@@ -53,7 +57,9 @@ class Counts:
 
 
 def seen_line(record: Mapping[str, Any]) -> str:
-    """Return one line for people of what ``Counts.record`` gave, also of builds from before, which had no names."""
+    """Return one line for people of what ``Counts.record`` gave, also of builds from before, which
+    had no names.
+    """
     parts, left = list[str](), 0
     for why, meaning in REASONS.items():
         count, names = record.get(why, 0), record.get("names", {}).get(why, [])

@@ -1,6 +1,8 @@
-"""Files that are either whole or absent: written under a temporary name, synced, renamed. And locks, by which two writers take turns.
+"""Files that are either whole or absent: written under a temporary name, synced, renamed. And
+locks, by which two writers take turns.
 
-A temporary name is random and new, and never a link: what another user or process has put there is neither followed nor shared.
+A temporary name is random and new, and never a link: what another user or process has put there is
+neither followed nor shared.
 """
 
 from __future__ import annotations
@@ -38,9 +40,11 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.E
 
 @contextmanager
 def locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
-    """Hold the file ``path``, made if need be, against other processes. The kernel lets go when this one ends, however it ends.
+    """Hold the file ``path``, made if need be, against other processes. The kernel lets go when
+    this one ends, however it ends.
 
-    Where the file system has no locks, a file beside it is a lease: renewed once a second, and nobody's once it is not.
+    Where the file system has no locks, a file beside it is a lease: renewed once a second, and
+    nobody's once it is not.
 
     Raises:
         BlockingIOError: if another process holds it, and this one does not ``wait``.
@@ -120,7 +124,8 @@ def _renewed(path: Path) -> int:
 
 @contextmanager
 def alone(path: Path) -> Iterator[None]:
-    """Be the only process that makes ``path``: another one is refused, not waited for. The lock lies beside it, and goes at the end.
+    """Be the only process that makes ``path``: another one is refused, not waited for. The lock
+    lies beside it, and goes at the end.
 
     Raises:
         DataError: if one makes it, or it cannot be made there.
@@ -185,7 +190,8 @@ def file_digest(path: Path) -> str:
 
 @contextmanager
 def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
-    """Give a file to write to that is ``path`` afterwards, on disk; an error or a crash leaves what was there before.
+    """Give a file to write to that is ``path`` afterwards, on disk; an error or a crash leaves what
+    was there before.
 
     ``private``: nobody but its user can read it.
 
@@ -208,7 +214,8 @@ def whole(path: Path, *, private: bool = False) -> Iterator[IO[bytes]]:
 
 
 def write_atomically(path: Path, data: bytes | memoryview, *, private: bool = False) -> None:
-    """Return once ``path`` holds ``data`` on disk; a crash leaves the old file or the new one, never a part.
+    """Return once ``path`` holds ``data`` on disk; a crash leaves the old file or the new one,
+    never a part.
 
     Raises:
         DataError: if there is no room for it.
@@ -219,7 +226,8 @@ def write_atomically(path: Path, data: bytes | memoryview, *, private: bool = Fa
 
 @contextmanager
 def whole_folder(path: Path) -> Iterator[Path]:
-    """Give a new folder to fill that is ``path`` afterwards. One process at a time; what a killed one has left is removed first.
+    """Give a new folder to fill that is ``path`` afterwards. One process at a time; what a killed
+    one has left is removed first.
 
     Raises:
         DataError: if ``path`` exists, another process is making it, or there is no room.
@@ -249,7 +257,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def _said(path: Path, *, always: bool) -> Iterator[None]:
-    """Turn the system's errors inside into ones that say what could not be written; else only those of a full disk."""
+    """Turn the system's errors inside into ones that say what could not be written; else only those
+    of a full disk.
+    """
     try:
         yield
     except OSError as error:
@@ -259,14 +269,18 @@ def _said(path: Path, *, always: bool) -> Iterator[None]:
 
 
 def _sweep(folder: Path) -> None:
-    """Remove what killed processes have left half written in ``folder``; looked for once a process."""
+    """Remove what killed processes have left half written in ``folder``; looked for once a
+    process.
+    """
     if folder not in _swept:
         _swept.add(folder)
         clear_unfinished(folder, older_s=STALE_S)
 
 
 def clear_unfinished(folder: Path, *, older_s: float = 0.0) -> None:
-    """Remove files half written in ``folder`` that nobody has written to for so long; any, where the caller holds the folder."""
+    """Remove files half written in ``folder`` that nobody has written to for so long; any, where
+    the caller holds the folder.
+    """
     with suppress(OSError), os.scandir(folder) as entries:
         for entry in entries:
             if _TEMPORARY.fullmatch(entry.name):
@@ -276,7 +290,9 @@ def clear_unfinished(folder: Path, *, older_s: float = 0.0) -> None:
 
 
 def publish(temporary: Path, final: Path) -> None:
-    """Return once the (already synced) ``temporary`` is known as ``final``, also after a power cut."""
+    """Return once the (already synced) ``temporary`` is known as ``final``, also after a power
+    cut.
+    """
     os.replace(temporary, final)
     sync_folder(final.parent)
 
@@ -296,7 +312,9 @@ def sync(descriptor: int) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> DataError:
-    """Return the error to raise when ``path`` could not be written: the cause, and the room that is left."""
+    """Return the error to raise when ``path`` could not be written: the cause, and the room that is
+    left.
+    """
     try:
         status = os.statvfs(path.parent)
         room = f"{status.f_bavail * status.f_frsize / 1e9:.2f} GB free there"
@@ -305,5 +323,6 @@ def cannot_write(path: Path, error: OSError) -> DataError:
     return DataError(
         f"cannot write: {error.strerror or error}",
         where=path,
-        remedy=f"{room}; make room or choose another folder, then run the same command again: it continues",
+        remedy=f"{room}; make room or choose another folder, then run the same command again: "
+        "it continues",
     )

@@ -1,7 +1,8 @@
 """``NAME-%06d.idx``: where each member of a shard lies, so that a reader needs no tar headers.
 
-A token shard has two members a chunk, ``%09d.ends.npy`` then ``%09d.tokens.bin``; a raw-text shard one a sample.
-On disk: magic, SHA-256 of the tar (which shard it belongs to), count, MEMBER records, XXH3-64 of all before it.
+A token shard has two members a chunk, ``%09d.ends.npy`` then ``%09d.tokens.bin``; a raw-text shard
+one a sample. On disk: magic, SHA-256 of the tar (which shard it belongs to), count, MEMBER records,
+XXH3-64 of all before it.
 """
 
 from __future__ import annotations
@@ -51,7 +52,9 @@ class ShardIndex:
         return self.members[1::2]
 
     def problem(self, tar_bytes: int) -> str:
-        """Return what cannot be true of the index of a token shard of so many bytes, or nothing: what it counts is there to be read."""
+        """Return what cannot be true of the index of a token shard of so many bytes, or nothing:
+        what it counts is there to be read.
+        """
         ends, tokens, size = self.ends, self.tokens, np.uint64(tar_bytes)
         if len(ends) != len(tokens):
             return "the index has a chunk without its tokens"

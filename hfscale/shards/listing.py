@@ -1,7 +1,8 @@
 """Which files lie below a folder and match globs: the same list on every Python, links followed.
 
-``Path.glob`` follows links to folders from 3.13 on alone, and ``glob`` runs around in circles of them. Hidden files and folders never
-count; a link back to a folder that it lies in leads no further.
+``Path.glob`` follows links to folders from 3.13 on alone, and ``glob`` runs around in circles of
+them. Hidden files and folders never count; a link back to a folder that it lies in leads no
+further.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ Parts = tuple[str, ...]
 
 
 def split_glob(path: Path) -> tuple[Path, str] | None:
-    """Return the folder before the first wild card of ``path`` and the pattern from there on; None where there is none."""
+    """Return the folder before the first wild card of ``path`` and the pattern from there on; None
+    where there is none.
+    """
     first = next((number for number, part in enumerate(path.parts) if has_magic(part)), None)
     return None if first is None else (Path(*path.parts[:first]), "/".join(path.parts[first:]))
 
 
 def files_below(root: Path, patterns: Sequence[str] = ("**",)) -> tuple[list[str], list[str]]:
-    """Return the names, relative to ``root``, of the files that match one of the globs, and of what matches and is no file (a link that
-    leads nowhere, a pipe); both sorted.
+    """Return the names, relative to ``root``, of the files that match one of the globs, and of what
+    matches and is no file (a link that leads nowhere, a pipe); both sorted.
 
     Raises:
         ValueError: for what is no glob below a folder.
@@ -42,7 +45,9 @@ def files_below(root: Path, patterns: Sequence[str] = ("**",)) -> tuple[list[str
 def _walk(
     folder: Path, place: Parts, wanted: Sequence[Parts], above: frozenset[tuple[int, int]]
 ) -> Iterator[tuple[Parts, bool]]:
-    """Yield what is below ``folder`` and no folder itself, and whether it is a file; only where one of ``wanted`` leads."""
+    """Yield what is below ``folder`` and no folder itself, and whether it is a file; only where one
+    of ``wanted`` leads.
+    """
     try:
         here = os.stat(folder)
         if (identity := (here.st_dev, here.st_ino)) in above:
@@ -81,7 +86,9 @@ def _parts(pattern: str) -> Parts:
 
 
 def _matches(parts: Parts, pattern: Parts) -> bool:
-    """Return whether a file matches; ``**`` stands for any folders, and at the end for anything below them."""
+    """Return whether a file matches; ``**`` stands for any folders, and at the end for anything
+    below them.
+    """
     if not pattern:
         return not parts
     if pattern[0] == "**":

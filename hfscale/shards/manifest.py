@@ -1,7 +1,8 @@
 """``manifest.json``: which shards belong together, and what is in them. Its digest names the data.
 
-A corpus of token shards is a folder with ``manifest.json``, ``NAME-%06d.tar`` and ``NAME-%06d.idx``.
-The same class describes raw-text tars that others made: ``dtype`` is then "text" and there is no tokenizer.
+A corpus of token shards is a folder with ``manifest.json``, ``NAME-%06d.tar`` and
+``NAME-%06d.idx``. The same class describes raw-text tars that others made: ``dtype`` is then "text"
+and there is no tokenizer.
 """
 
 from __future__ import annotations
@@ -44,7 +45,9 @@ class TokenizerInfo:
 
 @dataclass(frozen=True)
 class ShardEntry:
-    """One shard: its file beside the manifest, and what is in it. ``digest`` is the SHA-256 of the tar."""
+    """One shard: its file beside the manifest, and what is in it. ``digest`` is the SHA-256 of the
+    tar.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -94,7 +97,9 @@ class _File(Record):
 
 @dataclass(frozen=True)
 class Manifest:
-    """The contents of a folder of shards, in order. ``source`` says where the text came from, in words and counts."""
+    """The contents of a folder of shards, in order. ``source`` says where the text came from, in
+    words and counts.
+    """
 
     dtype: str
     tokenizer: TokenizerInfo | None
@@ -110,10 +115,12 @@ class Manifest:
 
     @classmethod
     def load(cls, path: str | Path, **remote: Any) -> Manifest:
-        """Return the manifest at ``path``: the file itself, the folder that holds it, or the URL of one; ``remote`` is for ``Remote``.
+        """Return the manifest at ``path``: the file itself, the folder that holds it, or the URL of
+        one; ``remote`` is for ``Remote``.
 
         Raises:
-            DataError: if it is missing, not a manifest, or of a version that this program does not know.
+            DataError: if it is missing, not a manifest, or of a version that this program does not
+                know.
         """
         if "://" in str(path) or str(path).startswith(PIPE):
             from hfscale.shards.remote import Remote
@@ -173,7 +180,9 @@ class Manifest:
         return path
 
     def local(self, entry: ShardEntry) -> AbstractContextManager[None]:
-        """Return a context that keeps a shard and its index in ``folder``: to be entered before they are opened."""
+        """Return a context that keeps a shard and its index in ``folder``: to be entered before
+        they are opened.
+        """
         return self.remote.hold(self.folder, entry) if self.remote else nullcontext()
 
     @property
@@ -268,4 +277,7 @@ def _remedy_missing(path: Path) -> str:
         return (
             f"this folder holds {' and '.join(parts)}: name one of them, e.g. {folder / parts[-1]}"
         )
-    return "make shards with `hfscale shards build CONFIG`, or finish an interrupted build by running it again"
+    return (
+        "make shards with `hfscale shards build CONFIG`, or finish an interrupted build by "
+        "running it again"
+    )

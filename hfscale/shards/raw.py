@@ -1,4 +1,6 @@
-"""Raw-text WebDataset tars that others made: their index and manifest, and the text of their samples. The tars are only read."""
+"""Raw-text WebDataset tars that others made: their index and manifest, and the text of their
+samples. The tars are only read.
+"""
 
 from __future__ import annotations
 
@@ -32,14 +34,17 @@ def index_tars(
     threads: int,
     checked: Callable[[ShardEntry], None] = lambda entry: None,
 ) -> Manifest:
-    """Return the manifest written into ``folder`` with one ``.idx`` a tar: a member a sample, the one that holds its text.
+    """Return the manifest written into ``folder`` with one ``.idx`` a tar: a member a sample, the
+    one that holds its text.
 
-    Samples are what webdataset makes of the tar: consecutive members of one key, the name up to the first dot. ``field`` is the rest of
-    the name of the member with the text, and after ``json`` the place of the text in it (``json.text``); None: one of FIELDS, whichever
-    the first sample has. It is part of the manifest.
+    Samples are what webdataset makes of the tar: consecutive members of one key, the name up to the
+    first dot. ``field`` is the rest of the name of the member with the text, and after ``json`` the
+    place of the text in it (``json.text``); None: one of FIELDS, whichever the first sample has. It
+    is part of the manifest.
 
     Raises:
-        DataError: for a damaged tar, a sample without text, or where another index or manifest is in the way.
+        DataError: for a damaged tar, a sample without text, or where another index or manifest is
+            in the way.
     """
     if not tars:
         raise DataError("no tars to index", remedy="give files such as data/*.tar")
@@ -90,7 +95,8 @@ def text_of(payload: bytes, field: str) -> str:
     """Return the text in a member's payload.
 
     Raises:
-        ValueError: if it is not UTF-8, or its JSON has no such text; the message goes on from "the text of a sample".
+        ValueError: if it is not UTF-8, or its JSON has no such text; the message goes on from "the
+            text of a sample".
     """
     _, place = _split(field)
     try:
@@ -99,7 +105,8 @@ def text_of(payload: bytes, field: str) -> str:
         for part in place:
             if not isinstance(value, dict) or part not in value:
                 raise ValueError(
-                    f"is not under {field!r}: {nearest(part, value) if isinstance(value, dict) else 'not an object'}"
+                    f"is not under {field!r}: "
+                    f"{nearest(part, value) if isinstance(value, dict) else 'not an object'}"
                 )
             value = value[part]
         if not isinstance(value, str):
@@ -141,7 +148,8 @@ def read_text(
     """Return the text of a sample out of its tar.
 
     Raises:
-        ValueError: if it is damaged or has no such text; the message goes on from "the text of a sample".
+        ValueError: if it is damaged or has no such text; the message goes on from "the text of a
+            sample".
     """
     file.seek(offset)
     payload = file.read(size)
@@ -163,7 +171,9 @@ def encode_samples(
     verify: bool,
     filler: np.ndarray,
 ) -> Encoded:
-    """Return the samples' ids, with ``filler`` in place of a damaged one. Runs in processes of its own."""
+    """Return the samples' ids, with ``filler`` in place of a damaged one. Runs in processes of its
+    own.
+    """
     texts, damage = list[str](), dict[int, str]()
     for number, (path, offset, size, checksum) in enumerate(samples):
         try:
@@ -179,7 +189,9 @@ def encode_samples(
 
 
 def _split(field: str) -> tuple[str, list[str]]:
-    """Return the extension of the member that ``field`` names, and the keys that lead to the text in its JSON (none: it is the text)."""
+    """Return the extension of the member that ``field`` names, and the keys that lead to the text
+    in its JSON (none: it is the text).
+    """
     extension, dot, place = field.partition("json")
     if dot and (not extension or extension.endswith(".")) and (not place or place.startswith(".")):
         return extension + "json", (place[1:] or "text").split(".")
@@ -217,7 +229,8 @@ def texts_of(
     """Yield of each sample the member that ``field`` names, its payload and the text in it.
 
     Raises:
-        DataError: for a damaged tar, a sample without text, and a member of more than ``most`` bytes.
+        DataError: for a damaged tar, a sample without text, and a member of more than ``most``
+            bytes.
     """
     extension, _ = _split(field)
     with open_file(tar) as file:
@@ -228,7 +241,8 @@ def texts_of(
                     f"a sample has no text: there is no field {extension!r}",
                     where=f"{tar}, sample {key}",
                     value=sorted(members),
-                    remedy=f"name the extension that holds it, never a pickle (--field, source.field): {known}",
+                    remedy="name the extension that holds it, never a pickle (--field, "
+                    f"source.field): {known}",
                 )
             if most is not None and member.size > most:
                 raise too_large(f"{tar}, member {member.name}", member.size, most)
@@ -240,17 +254,21 @@ def texts_of(
                 raise DataError(
                     f"the text of a sample {error}",
                     where=f"{tar}, member {member.name}",
-                    remedy="say where the text is, e.g. --field txt or --field json.text, or leave this tar out",
+                    remedy="say where the text is, e.g. --field txt or --field json.text, or "
+                    "leave this tar out",
                 ) from None
 
 
 def too_large(where: object, size: int, most: int) -> DataError:
-    """Return the error for a row that would have to be held as a whole and is larger than that allows."""
+    """Return the error for a row that would have to be held as a whole and is larger than that
+    allows.
+    """
     return DataError(
         f"a row is larger than {most / 1e6:,.0f} MB, which is as much as is held of one",
         where=where,
         value=f"{size:,} bytes" if size > most else "more",
-        remedy="cut it into several rows, make it a text file of its own, or raise source.document_mb",
+        remedy="cut it into several rows, make it a text file of its own, or raise "
+        "source.document_mb",
     )
 
 

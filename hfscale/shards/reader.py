@@ -1,6 +1,8 @@
-"""One token shard as an array: any range of tokens, and where documents end, straight from the page cache.
+"""One token shard as an array: any range of tokens, and where documents end, straight from the page
+cache.
 
-Positions are token positions in the shard. Each chunk's checksum is checked once, when it is first touched.
+Positions are token positions in the shard. Each chunk's checksum is checked once, when it is first
+touched.
 """
 
 from __future__ import annotations
@@ -28,7 +30,8 @@ class ShardReader:
     ``partial`` is for what is left of a damaged shard: one that was cut short is opened too.
 
     Raises:
-        DataError: if tar or index are missing, do not belong together, or have another size than the manifest says.
+        DataError: if tar or index are missing, do not belong together, or have another size than
+            the manifest says.
     """
 
     def __init__(
@@ -78,12 +81,14 @@ class ShardReader:
         ]
         if self._starts[-1] != entry.tokens or self._first_documents[-1] != entry.documents:
             raise self._damage(
-                f"the index counts {self._starts[-1]:,} tokens in {self._first_documents[-1]:,} documents, "
+                f"the index counts {self._starts[-1]:,} tokens in "
+                f"{self._first_documents[-1]:,} documents, "
                 f"the manifest {entry.tokens:,} in {entry.documents:,}"
             )
         if (self._tokens["bytes"] != self._tokens["tokens"] * self._dtype.itemsize).any():
             raise self._damage(
-                f"the manifest says {self._dtype.name}, but the chunks have another number of bytes a token"
+                f"the manifest says {self._dtype.name}, but the chunks have another number of "
+                "bytes a token"
             )
         self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
         self.memory = np.frombuffer(
@@ -94,7 +99,9 @@ class ShardReader:
         return self.entry.tokens
 
     def read_tokens(self, start: int, stop: int, out: np.ndarray) -> None:
-        """Return with ``out`` (stop - start,) filled with tokens [start, stop), converted to its dtype without a copy between."""
+        """Return with ``out`` (stop - start,) filled with tokens [start, stop), converted to its
+        dtype without a copy between.
+        """
         if not 0 <= start <= stop <= len(self):
             raise IndexError(f"tokens [{start}, {stop}) of a shard with {len(self)}")
         chunk = bisect_right(self._starts, start) - 1
@@ -114,7 +121,9 @@ class ShardReader:
         return positions + self._shifts[chunks]
 
     def chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
-        """Return the tokens of a chunk, and where in it documents end (uint32); both are verified when they are first asked for."""
+        """Return the tokens of a chunk, and where in it documents end (uint32); both are verified
+        when they are first asked for.
+        """
         if number not in self._chunks:
             member = self._ends[number]
             name = member_name(number, "ends.npy")
@@ -124,7 +133,8 @@ class ShardReader:
             ends = payload[npy_header(payload) :]
             if len(ends) != 4 * int(member["documents"]):
                 raise self._damage(
-                    f"member {name} holds {len(ends):,} bytes of ends, the index says {member['documents']:,} documents"
+                    f"member {name} holds {len(ends):,} bytes of ends, the index says "
+                    f"{member['documents']:,} documents"
                 )
             ends = ends.view("<u4")
             if not rising(ends, len(tokens)):
@@ -133,13 +143,16 @@ class ShardReader:
                 )
             if self._verify and (largest := int(tokens.max(initial=0))) > self.entry.max_id:
                 raise self._damage(
-                    f"chunk {number} holds the id {largest:,}, the manifest says max_id {self.entry.max_id:,}"
+                    f"chunk {number} holds the id {largest:,}, the manifest says max_id "
+                    f"{self.entry.max_id:,}"
                 )
             self._chunks[number] = (tokens, ends)
         return self._chunks[number]
 
     def ends_in(self, chunks: Iterable[int]) -> np.ndarray:
-        """Return the document ends in ``chunks``, in order: int64, each the position after a document's last token."""
+        """Return the document ends in ``chunks``, in order: int64, each the position after a
+        document's last token.
+        """
         return np.concatenate(
             [
                 np.empty(0, np.int64),
@@ -152,7 +165,8 @@ class ShardReader:
         return self.ends_in(range(len(self._tokens)))
 
     def locate(self, position: int) -> tuple[str, int]:
-        """Return the name of the member that holds token ``position``, and the number of its document in the shard.
+        """Return the name of the member that holds token ``position``, and the number of its
+        document in the shard.
 
         The document that another shard began is number 0.
         """
@@ -183,7 +197,10 @@ class ShardReader:
         return payload
 
     def _damage(self, what: str) -> DataError:
-        remedy = "restore the shard from a copy or build it again; `hfscale shards verify` lists all damage"
+        remedy = (
+            "restore the shard from a copy or build it again; `hfscale shards verify` "
+            "lists all damage"
+        )
         return DataError(what, where=self.path, remedy=remedy)
 
 
@@ -193,7 +210,9 @@ def npy_header(payload: np.ndarray) -> int:
 
 
 def rising(ends: np.ndarray, tokens: int) -> bool:
-    """Return whether ``ends`` are positions after documents of at least one token each, in a chunk of ``tokens``."""
+    """Return whether ``ends`` are positions after documents of at least one token each, in a chunk
+    of ``tokens``.
+    """
     return not len(ends) or bool(
         ends[0] > 0 and ends[-1] <= tokens and (ends[1:] > ends[:-1]).all()
     )

@@ -1,11 +1,16 @@
-"""Shards of a URL on this machine: fetched once a node, verified, kept in a cache of limited size. Readers see a plain local folder:
+"""Shards of a URL on this machine: fetched once a node, verified, kept in a cache of limited size.
+Readers see a plain local folder:
 
-    FOLDER/shards/NAME-<digest of the URL>/<digest of the manifest>/{manifest.json, x-000000.tar, x-000000.idx}
-                                                                    x-000000.tar.part   what has come so far
-                                                                    x-000000.lock       a hole as long as the room that is taken
+    FOLDER/shards/NAME-<digest of the URL>/<digest of the manifest>/
+        manifest.json
+        x-000000.tar
+        x-000000.idx
+        x-000000.tar.part   what has come so far
+        x-000000.lock       a hole as long as the room that is taken
 
-Processes and jobs share a cache. Who needs a shard locks it: the first one fetches it, the others wait and find it there. The kernel
-frees the lock of a killed process, and the next one goes on with the part. Nobody waits for room while holding a lock.
+Processes and jobs share a cache. Who needs a shard locks it: the first one fetches it, the others
+wait and find it there. The kernel frees the lock of a killed process, and the next one goes on with
+the part. Nobody waits for room while holding a lock.
 """
 
 from __future__ import annotations
@@ -30,17 +35,20 @@ from hfscale.shards.files import file_digest, flock, locked, publish, sync, writ
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
 
+# bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
 BLOCK, LEAST_BLOCK = (
     2**23,
     2**18,
-)  # bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
+)
 BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2
 SHARD_NAME = re.compile(r"\w[\w.\-]*\.tar", re.ASCII)
 INDEX_SHARE = 0.05  # of a shard, at most: 40 bytes for each member, which takes at least 1024
 
 
 class Remote:
-    """The folder at a URL, or behind a command (``pipe:COMMAND {}``), and its copy in the cache, of ``size_gb`` in all, parts included."""
+    """The folder at a URL, or behind a command (``pipe:COMMAND {}``), and its copy in the cache, of
+    ``size_gb`` in all, parts included.
+    """
 
     def __init__(
         self,
@@ -66,7 +74,8 @@ class Remote:
             raise ConfigError(
                 "a password stands in a URL: it would go into the logs",
                 where="shards",
-                remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take it out of the URL",
+                remedy="put it into ~/.netrc (machine HOST login NAME password WORD) and take "
+                "it out of the URL",
             )
         if url.startswith(PIPE):
             self._base, self._manifest = url[len(PIPE) :], FILE_NAME
@@ -75,7 +84,8 @@ class Remote:
                     "this source runs a command, which needs permission",
                     where="shards",
                     value=self._base,
-                    remedy="if you trust it, say data.allow_pipe=true on the command line: no file can permit what it brings",
+                    remedy="if you trust it, say data.allow_pipe=true on the command line: no "
+                    "file can permit what it brings",
                 )
         else:
             from fsspec.core import url_to_fs  # slow to import
@@ -102,7 +112,8 @@ class Remote:
         self._home = self._cache / f"{name}-{hashlib.sha256(self._base.encode()).hexdigest()[:12]}"
 
     def manifest(self) -> Manifest:
-        """Return the manifest as it is on the server now, or the newest one in the cache where it cannot be had.
+        """Return the manifest as it is on the server now, or the newest one in the cache where it
+        cannot be had.
 
         Raises:
             ConfigError: if the cache cannot be written, or is too small for one of the shards.
@@ -136,18 +147,21 @@ class Remote:
                     "the cache is too small for one shard",
                     where="data.cache.size_gb",
                     value=self.limit / 1e9,
-                    remedy=f"{shard.name} takes up to {need:,} bytes, the cache has {self.limit:,}; see docs/data.md",
+                    remedy=f"{shard.name} takes up to {need:,} bytes, the cache has "
+                    f"{self.limit:,}; see docs/data.md",
                 )
             if not SHARD_NAME.fullmatch(shard.name):  # it becomes part of a URL, or of a command
                 raise DataError(
-                    "a remote shard must be a .tar beside its manifest, with a name of letters, digits and . _ -",
+                    "a remote shard must be a .tar beside its manifest, with a name of "
+                    "letters, digits and . _ -",
                     where=self._place(self._manifest),
                     value=shard.name,
                 )
         return manifest
 
     def sample(self, entry: ShardEntry) -> int:
-        """Return how many bytes of a shard came from the server in answer to one question; they are not kept.
+        """Return how many bytes of a shard came from the server in answer to one question; they are
+        not kept.
 
         Raises:
             DataError: if none came.
@@ -156,7 +170,8 @@ class Remote:
 
     @contextmanager
     def hold(self, folder: Path, entry: ShardEntry) -> Iterator[None]:
-        """Keep a shard and its index in ``folder``, fetched if need be, while the context lasts; it counts as used now.
+        """Keep a shard and its index in ``folder``, fetched if need be, while the context lasts; it
+        counts as used now.
 
         Raises:
             DataError: if they cannot be had, or are not those of the manifest.
@@ -171,20 +186,22 @@ class Remote:
                     yield
             if not held:
                 logger.info(
-                    f"the cache {self._cache.parent} is full of shards that are just being fetched: waiting for room"
+                    f"the cache {self._cache.parent} is full of shards that are just being "
+                    "fetched: waiting for room"
                 )
                 self.cancelled.wait(POLL_S)
 
     def _fetch(self, tar: Path, index: Path, entry: ShardEntry, lock: IO[bytes]) -> bool:
-        """Return True once a shard is in its place, verified; False where others that are being fetched take all the room."""
+        """Return True once a shard is in its place, verified; False where others that are being
+        fetched take all the room.
+        """
         part, wanted, found = (
             tar.with_name(f"{tar.name}.part"),
             f"{entry.bytes:,} bytes, SHA-256 {entry.digest}",
             "",
         )
-        for _ in range(
-            2
-        ):  # what does not match is fetched once more from the start: the part may be of another day
+        # what does not match is fetched once more from the start: the part may be of another day
+        for _ in range(2):
             data = self._get(entry.index_name)
             if not self._reserve(lock, entry.bytes + len(data)):
                 return False
@@ -219,7 +236,9 @@ class Remote:
     def _get(
         self, name: str, *, at: int = 0, end: int | None = None, retries: int = 2**31
     ) -> bytes:
-        """Return a whole file; with ``end`` a block from ``at`` on: empty where the file ends before, whole from what knows no blocks."""
+        """Return a whole file; with ``end`` a block from ``at`` on: empty where the file ends
+        before, whole from what knows no blocks.
+        """
         place, attempt = self._place(name), 0
         while not self.cancelled.wait(
             attempt
@@ -256,7 +275,9 @@ class Remote:
         raise CancelledError
 
     def _reserve(self, mine: IO[bytes], need: int) -> bool:
-        """Return whether there is room, now noted as the length of the lock; what was not used for the longest time goes for it."""
+        """Return whether there is room, now noted as the length of the lock; what was not used for
+        the longest time goes for it.
+        """
         with locked(self._cache / "lock"):
             others = [path for path in self._cache.glob("*/*/*.lock") if path != Path(mine.name)]
             room = self.limit - sum(path.stat().st_size for path in others)

@@ -1,4 +1,6 @@
-"""What shards hold, in numbers: lengths of documents, and how well counting tokens alone predicts them."""
+"""What shards hold, in numbers: lengths of documents, and how well counting tokens alone predicts
+them.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ def document_lengths(manifest: Manifest) -> np.ndarray:
 
 
 def describe(manifest: Manifest) -> str:
-    """Return a screen of text: totals and, for token shards, a histogram of document lengths by powers of two."""
+    """Return a screen of text: totals and, for token shards, a histogram of document lengths by
+    powers of two.
+    """
     lines = [
         f"{manifest.folder}",
         f"  shards     {len(manifest.shards):,}",
@@ -38,7 +42,8 @@ def describe(manifest: Manifest) -> str:
     if tokenizer := manifest.tokenizer:
         lines += [
             f"  tokens     {manifest.tokens:,} ({manifest.dtype})",
-            f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of document {tokenizer.eod_id}",
+            f"  vocabulary {tokenizer.vocab_size:,}, largest id {manifest.max_id:,}, end of "
+            f"document {tokenizer.eod_id}",
         ]
     lines.append(f"  fingerprint {manifest.fingerprint}")
     if "seen" in manifest.source:
@@ -46,7 +51,8 @@ def describe(manifest: Manifest) -> str:
     if manifest.dtype != TEXT and manifest.documents:
         lengths = document_lengths(manifest)
         lines.append(
-            f"  tokens a document: mean {lengths.mean():,.1f}, median {np.median(lengths):,.0f}, longest {lengths.max():,}"
+            f"  tokens a document: mean {lengths.mean():,.1f}, median "
+            f"{np.median(lengths):,.0f}, longest {lengths.max():,}"
         )
         counts = histogram(lengths)
         for power in range(int(np.flatnonzero(counts)[0]), len(counts)):
@@ -115,7 +121,8 @@ def picture(path: Path, *, width: float, height: float) -> Iterator[Any]:
 
 
 def unigram_entropy(train: Manifest, validation: Manifest) -> float:
-    """Return the cross-entropy in nats a token of ``validation`` under ``train``'s token frequencies, add-one smoothed.
+    """Return the cross-entropy in nats a token of ``validation`` under ``train``'s token
+    frequencies, add-one smoothed.
 
     A model that has learnt nothing but how frequent each token is scores this loss.
 

@@ -1,4 +1,6 @@
-"""Rows of tables that others wrote: JSONL, csv, tsv, parquet, WebDataset tars and data sets of the hub, each row with its place."""
+"""Rows of tables that others wrote: JSONL, csv, tsv, parquet, WebDataset tars and data sets of the
+hub, each row with its place.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ HUGE = 1 << 28  # bytes of a row that nobody has set a limit for
 
 
 def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return a JSON object; a key that is there twice is an error, where Python would take the last."""
+    """Return a JSON object; a key that is there twice is an error, where Python would take the
+    last.
+    """
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -42,7 +46,8 @@ def _json(text: str | bytes) -> Any:
     """Return what a row of JSON says.
 
     Raises:
-        ValueError: if it is none, has a key twice, or lists in lists that no code that follows could walk.
+        ValueError: if it is none, has a key twice, or lists in lists that no code that follows
+            could walk.
     """
     value = json.loads(text, object_pairs_hook=distinct_keys)
     signs: Any = ("[", "{") if isinstance(text, str) else (b"[", b"{")
@@ -57,7 +62,8 @@ def _json(text: str | bytes) -> Any:
     raise ValueError(f"it is nested deeper than {DEPTH} levels")
 
 
-# ------------- readers of one file; ``column`` is the only one that is wanted, None: all; ``most``: bytes of a row
+# readers of one file; ``column`` is the only one that is wanted, None: all; ``most``: bytes of a
+# row
 def _jsonl(file: Path, column: str | None, most: int = HUGE) -> Rows:
     with open_table(file) as (stream, encoding):
         if encoding == "utf-16":
@@ -84,7 +90,9 @@ def _jsonl(file: Path, column: str | None, most: int = HUGE) -> Rows:
 
 
 def _over_lines(file: Path, most: int) -> Any:
-    """Return what a file of JSON over several lines holds, or None where it is no such file or too large to be held."""
+    """Return what a file of JSON over several lines holds, or None where it is no such file or too
+    large to be held.
+    """
     with open_source(file) as stream:
         data = stream.read(most + 1)
     if len(data) > most:
@@ -210,7 +218,9 @@ def _row_bytes(group: Any, columns: list[str] | None) -> int:
 
 
 def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:
-    """Yield the samples: the keys of JSON members and, by their extensions, the members that are text; the sample's key is its id."""
+    """Yield the samples: the keys of JSON members and, by their extensions, the members that are
+    text; the sample's key is its id.
+    """
     with open_file(file) as stream:
         for key, members in members_of(file):
             where, row = f"{file}, sample {key}", dict[str, Any](id=key)
@@ -252,14 +262,17 @@ SUFFIXES = {
 }
 
 
-# ------------------------------------------------------------------------------------------------ a table by name
+# ---------------------------------------------------------------------------------- a table by name
 def table_files(name: str | Path) -> list[Path]:
-    """Return the files of the table ``name`` (a file, a folder or a glob), sorted; none: then it can only be the hub's.
+    """Return the files of the table ``name`` (a file, a folder or a glob), sorted; none: then it
+    can only be the hub's.
 
-    In a folder files of plain text are left out, with a notice, where there are tables beside them: a README, a licence.
+    In a folder files of plain text are left out, with a notice, where there are tables beside them:
+    a README, a licence.
 
     Raises:
-        DataError: if it can be nothing of the hub either, or is a data set that ``save_to_disk`` wrote.
+        DataError: if it can be nothing of the hub either, or is a data set that ``save_to_disk``
+            wrote.
     """
     path = Path(name)
     if path.is_file():
@@ -269,7 +282,8 @@ def table_files(name: str | Path) -> list[Path]:
         raise DataError(
             "this folder was written by save_to_disk of `datasets`, which is not read",
             where=root,
-            remedy="write it as parquet: datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet'), "
+            remedy="write it as parquet: "
+            "datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet'), "
             "of several splits each: load_from_disk(FOLDER)['train'].to_parquet(...)",
         )
     try:
@@ -304,7 +318,8 @@ def table_files(name: str | Path) -> list[Path]:
             where="data",
             value=f"{root}: {', '.join(unread[:3])}" if unread else str(name),
             remedy=(unread_kind(Path(unread[0])) if unread else None)
-            or f"name a file ({', '.join(SUFFIXES)}), a folder or a glob: data.train=FILE; or --data FILE",
+            or f"name a file ({', '.join(SUFFIXES)}), a folder or a glob: data.train=FILE; or "
+            "--data FILE",
         )
     return files
 
@@ -356,7 +371,8 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
                         "a row has more cells than the header",
                         where=where,
                         value=str(row)[:80],
-                        remedy="put a cell that holds the delimiter between quotes, or mend the row",
+                        remedy="put a cell that holds the delimiter between quotes, or mend "
+                        "the row",
                     )
                 raise DataError(
                     "a row is no object with named fields",
@@ -373,7 +389,9 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
 
 
 def _rows_of(document: Any) -> list[Any]:
-    """Return the rows of what stands on a line: itself, the members of a list, or the questions of SQuAD's own file (one line)."""
+    """Return the rows of what stands on a line: itself, the members of a list, or the questions of
+    SQuAD's own file (one line).
+    """
     with suppress(KeyError, TypeError):
         if asked := [
             {"context": part["context"], **question}
@@ -420,11 +438,13 @@ def hub_dataset(
                 "this folder was written by save_to_disk of `datasets`, which is not read",
                 where=setting,
                 value=name,
-                remedy="write it as parquet: datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet')",
+                remedy="write it as parquet: "
+                "datasets.load_from_disk(FOLDER).to_parquet('FILE.parquet')",
             ) from error
         raise DataError(
             f"cannot open the data set: {first_line}",
             where=setting,
             value=name,
-            remedy="a file or folder here, or a name of the hub (NAME:SPLIT): check it, the subset and the network",
+            remedy="a file or folder here, or a name of the hub (NAME:SPLIT): check it, the "
+            "subset and the network",
         ) from error

@@ -1,4 +1,6 @@
-"""A strict walk over tar headers. Stock readers lose the rest of a damaged tar without a word; this one says where."""
+"""A strict walk over tar headers. Stock readers lose the rest of a damaged tar without a word; this
+one says where.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ def walk(path: Path) -> Iterator[Member]:
     """Yield the regular files of an uncompressed tar, in order.
 
     Raises:
-        DataError: if the tar cannot be read, is cut short, or has a damaged header; naming the offset.
+        DataError: if the tar cannot be read, is cut short, or has a damaged header; naming the
+            offset.
     """
     remedy = "fetch or restore this file again"
     try:
@@ -50,20 +53,23 @@ def walk(path: Path) -> Iterator[Member]:
                 while tar.offset and (info := tar.next()) is not None:  # type: ignore[attr-defined]
                     if info.size < 0 or tar.offset <= before:  # type: ignore[attr-defined]
                         raise DataError(
-                            f"member {info.name!r} at offset {info.offset:,} says that it has {info.size:,} bytes",
+                            f"member {info.name!r} at offset {info.offset:,} says that it has "
+                            f"{info.size:,} bytes",
                             where=path,
                             remedy=remedy,
                         )
                     before = tar.offset  # type: ignore[attr-defined]
                     if info.issparse() or info.type == tarfile.GNUTYPE_SPARSE:
                         raise DataError(
-                            f"member {info.name!r} at offset {info.offset:,} is sparse: its bytes are not stored as they are",
+                            f"member {info.name!r} at offset {info.offset:,} is sparse: its "
+                            "bytes are not stored as they are",
                             where=path,
                             remedy="pack the files again without tar's -S (--sparse)",
                         )
                     if info.offset_data + info.size > size:
                         raise DataError(
-                            f"the tar is cut short inside member {info.name!r} at offset {info.offset_data:,}",
+                            f"the tar is cut short inside member {info.name!r} at offset "
+                            f"{info.offset_data:,}",
                             where=path,
                             remedy=remedy,
                         )
@@ -88,14 +94,18 @@ def walk(path: Path) -> Iterator[Member]:
         while block := file.read(BLOCK):
             if block.strip(b"\0"):
                 raise DataError(
-                    f"more follows after the end of the tar, which is at offset {end:,}: another tar, or garbage",
+                    f"more follows after the end of the tar, which is at offset {end:,}: "
+                    "another tar, or garbage",
                     where=path,
-                    remedy="keep each tar in a file of its own, or join them with tar --concatenate",
+                    remedy="keep each tar in a file of its own, or join them with tar "
+                    "--concatenate",
                 )
 
 
 def name_at(path: Path, offset: int) -> str:
-    """Return the name of the member whose payload begins at ``offset``, or "?" where the tar does not tell (any more)."""
+    """Return the name of the member whose payload begins at ``offset``, or "?" where the tar does
+    not tell (any more).
+    """
     try:
         with open_file(path) as file:
             file.seek(offset - tarfile.BLOCKSIZE)

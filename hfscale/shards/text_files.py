@@ -1,4 +1,6 @@
-"""Opening files of text that others wrote: unpacked, their encoding, their lines in bounded memory, and what they are if no text."""
+"""Opening files of text that others wrote: unpacked, their encoding, their lines in bounded memory,
+and what they are if no text.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,8 @@ def packing_of(stream: IO[bytes]) -> str | None:
 
 @contextmanager
 def open_table(file: Path) -> Iterator[tuple[IO[bytes], str]]:
-    """Open a table that is text; yield it and its encoding: UTF-8, or UTF-16 where its first bytes say so.
+    """Open a table that is text; yield it and its encoding: UTF-8, or UTF-16 where its first bytes
+    say so.
 
     Raises:
         DataError: also for what is packed, or a parquet file of another name.
@@ -76,7 +79,8 @@ def lines_of(stream: IO[bytes], file: Path, *, encoding: str, most: int) -> Iter
     """Yield the lines of a text, none longer than ``most``; lines may end in ``\\r`` alone.
 
     Raises:
-        DataError: for a longer line, and for bytes that are not of the encoding; it names the encoding that they may be of.
+        DataError: for a longer line, and for bytes that are not of the encoding; it names the
+            encoding that they may be of.
     """
     text, number = io.TextIOWrapper(stream, encoding=encoding, newline=""), 0  # type: ignore[type-var]
     try:
@@ -99,7 +103,9 @@ def lines_of(stream: IO[bytes], file: Path, *, encoding: str, most: int) -> Iter
 
 
 def _bad_line(file: Path) -> int:
-    """Return the number of the first line that is not UTF-8; what is decoded ahead does not know it."""
+    """Return the number of the first line that is not UTF-8; what is decoded ahead does not know
+    it.
+    """
     decoder, number = codecs.getincrementaldecoder("utf-8")(), 1
     with open_source(file) as stream:
         while block := stream.read(1 << 20):
@@ -112,7 +118,9 @@ def _bad_line(file: Path) -> int:
 
 
 def _is_of(data: bytes, encoding: str) -> bool:
-    """Return whether ``data``, which may end within a character, is text of ``encoding``; Latin letters alone are of many."""
+    """Return whether ``data``, which may end within a character, is text of ``encoding``; Latin
+    letters alone are of many.
+    """
     with suppress(UnicodeDecodeError):
         found = codecs.getincrementaldecoder(encoding)().decode(data)
         wide = sum("\u3040" <= character <= "\u9fff" for character in found)

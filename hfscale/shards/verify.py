@@ -36,7 +36,9 @@ def manifests_at(path: str | Path) -> list[Manifest]:
 def verify(
     manifest: Manifest, *, threads: int, advance: Callable[[int], object] = lambda size: None
 ) -> list[str]:
-    """Return what is wrong with the shards of ``manifest``, one line a finding; ``advance`` is told the bytes of each that is done."""
+    """Return what is wrong with the shards of ``manifest``, one line a finding; ``advance`` is told
+    the bytes of each that is done.
+    """
 
     def check(entry: ShardEntry) -> list[str]:
         with manifest.local(entry):
@@ -76,7 +78,10 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
     ]
     names = {offset: name for name, offset, _ in in_tar}
     for member, payload in zip(index.members, payloads, strict=True):
-        place = f"member {names.get(int(member['offset']), '(not in the tar)')} at offset {int(member['offset']):,}"
+        place = (
+            f"member {names.get(int(member['offset']), '(not in the tar)')} at offset "
+            f"{int(member['offset']):,}"
+        )
         if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
             yield f"{place} does not match its checksum"
         elif manifest.dtype == TEXT:
@@ -86,7 +91,9 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
                 yield f"{place}: the text {error}"
     if manifest.dtype == TEXT:
         if len(index.members) != entry.documents:
-            yield f"the index counts {len(index.members):,} samples, the manifest {entry.documents:,}"
+            yield (
+                f"the index counts {len(index.members):,} samples, the manifest {entry.documents:,}"
+            )
         return
     if in_tar != [
         (
@@ -98,7 +105,10 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
     ]:
         yield "the members of the tar are not those of the index"
     elif (index.tokens["bytes"] != index.tokens["tokens"] * manifest.numpy_dtype.itemsize).any():
-        yield f"the manifest says {manifest.dtype}, but the chunks have another number of bytes a token"
+        yield (
+            f"the manifest says {manifest.dtype}, but the chunks have another number of "
+            "bytes a token"
+        )
     else:
         yield from _check_tokens(manifest, entry, index, payloads)
 
@@ -112,7 +122,10 @@ def _check_tokens(
         place, ids = f"at offset {int(member['offset']):,}", payload.view(manifest.numpy_dtype)
         held = npy[npy_header(npy) :]
         if len(held) != 4 * int(member["documents"]):
-            yield f"the document ends {place} are {len(held):,} bytes, the index says {int(member['documents']):,} documents"
+            yield (
+                f"the document ends {place} are {len(held):,} bytes, the index says "
+                f"{int(member['documents']):,} documents"
+            )
             continue
         ends = held.view("<u4").astype(np.int64)
         if (np.diff(ends, prepend=0) <= 0).any() or (len(ends) and ends[-1] > len(ids)):

@@ -1,7 +1,8 @@
 """Token shards: documents in, plain WebDataset tars out, the same bytes for the same documents.
 
-A shard holds a fixed number of tokens, cut anywhere: shard k of a corpus is tokens [k*S, (k+1)*S) of its stream.
-So the point at which a killed build continues is the end of its last whole shard, and nothing else.
+A shard holds a fixed number of tokens, cut anywhere: shard k of a corpus is tokens [k*S, (k+1)*S)
+of its stream. So the point at which a killed build continues is the end of its last whole shard,
+and nothing else.
 """
 
 from __future__ import annotations
@@ -24,10 +25,12 @@ BLOCK = 512  # of a tar: headers and payloads start at its multiples
 
 
 class ShardWriter:
-    """Cuts one stream of documents into chunks and shards. ``committed`` is called with each shard that is on disk.
+    """Cuts one stream of documents into chunks and shards. ``committed`` is called with each shard
+    that is on disk.
 
-    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the first shard. ``taken``
-    is, while ``committed`` runs, how many tokens of the last ``add`` are on disk.
+    A document may cross chunks and shards; it counts where it ends. ``first`` is the number of the
+    first shard. ``taken`` is, while ``committed`` runs, how many tokens of the last ``add`` are on
+    disk.
     """
 
     def __init__(
@@ -52,7 +55,9 @@ class ShardWriter:
         folder.mkdir(parents=True, exist_ok=True)
 
     def add(self, tokens: np.ndarray) -> None:
-        """Return once ``tokens`` (a document, or what is left of it, with its end-of-document id) are taken over."""
+        """Return once ``tokens`` (a document, or what is left of it, with its end-of-document id)
+        are taken over.
+        """
         self.taken = 0
         while True:
             count = min(len(tokens) - self.taken, len(self._buffer) - self._used)

@@ -1,8 +1,10 @@
-"""The shards of a URL that coming steps want, fetched by a thread of each rank in the order of first use, so that training need not wait.
+"""The shards of a URL that coming steps want, fetched by a thread of each rank in the order of
+first use, so that training need not wait.
 
-The order says which shard comes when, arbitrarily far ahead (of raw text: which sample of a lane after which). What is fetched is bounded
-by this rank's share of the cache; each round counts it as used, so that what was trained on is removed first. What cannot be had is left to
-the reader, which needs it and says so.
+The order says which shard comes when, arbitrarily far ahead (of raw text: which sample of a lane
+after which). What is fetched is bounded by this rank's share of the cache; each round counts it as
+used, so that what was trained on is removed first. What cannot be had is left to the reader, which
+needs it and says so.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ ROUND_S = 1.0  # between rounds
 
 
 def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> None:
-    """Return when ``rows`` are closed, or hold nothing remote. ``wanted`` yields the shards that this rank wants, look after look."""
+    """Return when ``rows`` are closed, or hold nothing remote. ``wanted`` yields the shards that
+    this rank wants, look after look.
+    """
     every = [(manifest, entry) for manifest in rows.manifests for entry in manifest.shards]
     shards = {
         number: (manifest, entry)
@@ -54,7 +58,8 @@ def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> 
                 if not (look or warned):
                     warned = True
                     logger.warning(
-                        "data.cache.size_gb is too small for these lanes, so shards will be fetched again and again: "
+                        "data.cache.size_gb is too small for these lanes, so shards will be "
+                        "fetched again and again: "
                         "give more, or fewer data.lanes in a new run"
                     )
                 break

@@ -1,13 +1,17 @@
-"""The batch digest: one number that names what a global step trained on, however it was cut into ranks and micro-batches.
+"""The batch digest: one number that names what a global step trained on, however it was cut into
+ranks and micro-batches.
 
-It is the sum modulo 2**64 of the BLAKE2b-64 of each row, read as little-endian numbers. What a row is:
+It is the sum modulo 2**64 of the BLAKE2b-64 of each row, read as little-endian numbers. What a row
+is:
 
-- of shards and raw text, its ``seq_len + 1`` ids as little-endian int64: inputs and last label, before any corruption, from the
-  tensor that inputs and labels are cut out of;
-- of labelled examples, its feature as the task made it (ids, labels, all views) as JSON with sorted keys, without the padding.
+- of shards and raw text, its ``seq_len + 1`` ids as little-endian int64: inputs and last label,
+  before any corruption, from the tensor that inputs and labels are cut out of;
+- of labelled examples, its feature as the task made it (ids, labels, all views) as JSON with sorted
+  keys, without the padding.
 
-Masks, spans and crops are drawn from (seed, position of the row), so rows and positions name them too. Version 1, of metrics without
-a ``digest_version``, left the last label out, and of examples all but ``input_ids``.
+Masks, spans and crops are drawn from (seed, position of the row), so rows and positions name them
+too. Version 1, of metrics without a ``digest_version``, left the last label out, and of examples
+all but ``input_ids``.
 """
 
 from __future__ import annotations
@@ -53,7 +57,9 @@ def digest_rows(ids_BL: np.ndarray) -> int:
 
 
 def digest_features(features: Iterable[Mapping[str, Any]]) -> int:
-    """Return the same of features; ``example``, a number in the split, is no part of what is learnt."""
+    """Return the same of features; ``example``, a number in the split, is no part of what is
+    learnt.
+    """
     return _sum(
         json.dumps(
             {name: value for name, value in feature.items() if name != "example"}, sort_keys=True

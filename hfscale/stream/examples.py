@@ -1,9 +1,12 @@
-"""Labelled examples as a stream of micro-batches: any step of any epoch on any number of ranks, batched by length.
+"""Labelled examples as a stream of micro-batches: any step of any epoch on any number of ranks,
+batched by length.
 
-The only cursor is P, the features consumed so far; which feature stands at P is a pure function of (lengths, seed, P). An epoch of N
-features is permuted as a whole (``order.py``) and cut into pools of POOL; a pool is sorted by length and cut into groups of GROUP, which
-are permuted, and so is each in itself. So each feature comes once an epoch, neighbours are about equally long, and the order depends on
-neither ranks nor batches. A step takes the next ``global_batch`` features, sorts them by length and deals micro-batches to the ranks.
+The only cursor is P, the features consumed so far; which feature stands at P is a pure function of
+(lengths, seed, P). An epoch of N features is permuted as a whole (``order.py``) and cut into pools
+of POOL; a pool is sorted by length and cut into groups of GROUP, which are permuted, and so is each
+in itself. So each feature comes once an epoch, neighbours are about equally long, and the order
+depends on neither ranks nor batches. A step takes the next ``global_batch`` features, sorts them by
+length and deals micro-batches to the ranks.
 
 Shape legend: B features of a micro-batch, n of those asked for, N of an epoch.
 """
@@ -98,7 +101,8 @@ class ExampleOrder:
 
 
 class ExampleStream:
-    """This rank's micro-batches of each step, from any state on, on any number of ranks. ``features`` is a ``datasets.Dataset``.
+    """This rank's micro-batches of each step, from any state on, on any number of ranks.
+    ``features`` is a ``datasets.Dataset``.
 
     Raises:
         DataError: if ``state`` is of other examples, or of another order.
@@ -139,7 +143,8 @@ class ExampleStream:
             raise DataError(
                 "the checkpoint continues other examples, or another order of them",
                 where="; ".join(differ),
-                remedy="give back the files and options of data (and the hfscale of then), or start a new run: run.name=...",
+                remedy="give back the files and options of data (and the hfscale of then), or "
+                "start a new run: run.name=...",
             )
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
         self._next = self._reader.submit(self._read, self._state.consumed_rows)
@@ -189,7 +194,9 @@ class ExampleStream:
 
 
 class ExampleRows:
-    """All features of a split once, longest last: whole micro-batches, as many on each rank, the last filled up with rows not valid."""
+    """All features of a split once, longest last: whole micro-batches, as many on each rank, the
+    last filled up with rows not valid.
+    """
 
     def __init__(
         self, features: Any, lengths: np.ndarray, *, micro_batch: int, rank: int, world_size: int

@@ -1,11 +1,14 @@
-"""Labelled examples: rows of tables as {role: value, "id"}, split by a hash, and their features, cached by content.
+"""Labelled examples: rows of tables as {role: value, "id"}, split by a hash, and their features,
+cached by content.
 
-    CACHE/examples/DIGEST/features.arrow    one row a feature: what the task made, "example" (a number) and "length" (tokens)
+    CACHE/examples/DIGEST/features.arrow    one row a feature: what the task made, "example" (a
+                                            number) and "length" (tokens)
     CACHE/examples/DIGEST/examples.arrow    one row an example: "id" and the whole of it as JSON
     CACHE/examples/DIGEST/report.json       what was left out or cut, with examples of it
 
-The digest is of the tables' bytes, the columns, the task's code and options, and the tokenizer: nothing is ever found that would be made
-differently. A folder appears whole, by a rename; processes that want the same one wait for each other.
+The digest is of the tables' bytes, the columns, the task's code and options, and the tokenizer:
+nothing is ever found that would be made differently. A folder appears whole, by a rename; processes
+that want the same one wait for each other.
 """
 
 from __future__ import annotations
@@ -52,10 +55,12 @@ def read_examples(
     answers: bool = True,
     **hub: Any,
 ) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers`` they may be missing.
+    """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers``
+    they may be missing.
 
     Raises:
-        DataError: for a role or column that is not there, an id that occurs twice, a row that cannot be read.
+        DataError: for a role or column that is not there, an id that occurs twice, a row that
+            cannot be read.
     """
     known = {*roles.columns, "id"}
     if wrong := sorted(columns.keys() - known):
@@ -83,14 +88,16 @@ def read_examples(
                     f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})",
                     where=where,
                     value=column,
-                    remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns are {there}",
+                    remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns "
+                    f"are {there}",
                 )
         if not any(role in example for role in asked):  # each of them alone may be missing
             raise DataError(
                 f"there is none of the columns {', '.join(asked)}",
                 where=where,
                 value=there[:80],
-                remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the columns are {there}",
+                remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the "
+                f"columns are {there}",
             )
         example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
         if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
@@ -118,7 +125,9 @@ def read_examples(
 
 
 def _cell(row: Mapping[str, Any], column: str) -> Any:
-    """Return a cell of ``row``, or MISSING; a dot goes into an object: ``translation.en`` of ``{"translation": {"en": ...}}``."""
+    """Return a cell of ``row``, or MISSING; a dot goes into an object: ``translation.en`` of
+    ``{"translation": {"en": ...}}``.
+    """
     if column in row or "." not in column:
         return row.get(column, MISSING)
     outer, _, inner = column.partition(".")
@@ -144,7 +153,9 @@ def is_text(value: str) -> bool:
 
 
 def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
-    """Return a number in [0, 1) that depends on what the example asks alone: the same question is always in the same split."""
+    """Return a number in [0, 1) that depends on what the example asks alone: the same question is
+    always in the same split.
+    """
     question = getattr(roles, "question", None)  # of a task; it may be a part of the roles alone
     asked = question(example) if question else all_but_answers(example, roles)
     digest = hashlib.blake2b(
@@ -154,7 +165,9 @@ def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float
 
 
 def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> dict[str, Any]:
-    """Return what an example asks, where every role that is no answer says a part of it; a role that is empty says nothing."""
+    """Return what an example asks, where every role that is no answer says a part of it; a role
+    that is empty says nothing.
+    """
     return {
         role: value
         for role, value in sorted(example.items())
@@ -175,7 +188,9 @@ class Split:
 
     @cached_property
     def report(self) -> dict[str, Any]:
-        """What is in it: ``examples``, ``features``, ``truncated`` (examples), ``bad`` (examples) and some of these."""
+        """What is in it: ``examples``, ``features``, ``truncated`` (examples), ``bad`` (examples)
+        and some of these.
+        """
         return _kept(self.folder / "report.json")
 
     @cached_property
@@ -195,7 +210,9 @@ class Split:
 
     @property
     def fingerprint(self) -> str:
-        """The digest of the features: the same whatever files, options and code they were made of."""
+        """The digest of the features: the same whatever files, options and code they were made
+        of.
+        """
         return self.report["digest"]
 
     def examples(self) -> list[dict[str, Any]]:
@@ -210,7 +227,9 @@ class LabelledData:
     """The splits of a config's ``data``, for a task."""
 
     def __init__(self, data: Examples, roles: Roles | type[Roles], *, about: str) -> None:
-        """``about`` names the code of the task and its options, whatever changes what it finds in examples."""
+        """``about`` names the code of the task and its options, whatever changes what it finds in
+        examples.
+        """
         self.data, self.roles, self._about = data, roles, about
         self._folder = (
             data.cache
@@ -228,7 +247,8 @@ class LabelledData:
         self._parts["train"] = (begin, 1.0)
 
     def examples(self, split: str, *, answers: bool = True) -> Iterator[dict[str, Any]]:
-        """Yield the examples of a split: ``train``, ``validation``, ``test``; ``id`` is the row's number in its table if it has none.
+        """Yield the examples of a split: ``train``, ``validation``, ``test``; ``id`` is the row's
+        number in its table if it has none.
 
         Raises:
             DataError: as ``read_examples``.
@@ -289,10 +309,12 @@ class LabelledData:
         *,
         about: str,
     ) -> Split:
-        """Return a split with the features of its examples, made now or found; ``about`` names what ``features`` depends on.
+        """Return a split with the features of its examples, made now or found; ``about`` names what
+        ``features`` depends on.
 
         Raises:
-            DataError: for examples that cannot be used, unless ``data.on_error`` is skip; and if none is left.
+            DataError: for examples that cannot be used, unless ``data.on_error`` is skip; and if
+                none is left.
         """
         where = self.table(split)
         made = Split(
@@ -304,7 +326,10 @@ class LabelledData:
         say = f"{split}: {report['examples']:,} examples in {report['features']:,} features"
         if report["truncated"]:
             share = report["truncated"] / report["examples"]
-            say += f"; {report['truncated']:,} ({share:.1%}) were cut to data.max_length={self.data.max_length} tokens"
+            say += (
+                f"; {report['truncated']:,} ({share:.1%}) were cut to "
+                f"data.max_length={self.data.max_length} tokens"
+            )
         logger.info(say)
         for why, count in report["unlearnt"].items():
             logger.warning(f"{split}: {counted(count, 'example')} cannot be learnt from: {why}")
@@ -317,7 +342,8 @@ class LabelledData:
             )
         if report["bad"]:
             logger.warning(
-                f"{split}: {counted(report['bad'], 'example')} left out, such as {'; '.join(report['shown'])}"
+                f"{split}: {counted(report['bad'], 'example')} left out, such as "
+                f"{'; '.join(report['shown'])}"
             )
         useless = split == "train" and sum(report["unlearnt"].values()) == report["examples"]
         if not report["features"] or useless:
@@ -396,7 +422,9 @@ class LabelledData:
         (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
 
     def digest(self, split: str, about: str = "") -> str:
-        """Return what names the examples of a split, as they are read for this task, and what is made of them."""
+        """Return what names the examples of a split, as they are read for this task, and what is
+        made of them.
+        """
         data = self.data
         table = table_digest(
             self.table(split), subset=data.subset, split="train" if split in self._parts else split
@@ -414,7 +442,9 @@ class LabelledData:
         return hashlib.blake2b(json.dumps(said).encode(), digest_size=16).hexdigest()
 
     def _made(self, name: str, build: Callable[[Path], None]) -> Path:
-        """Return the folder ``name`` of the cache, after ``build`` has filled it if it was not there."""
+        """Return the folder ``name`` of the cache, after ``build`` has filled it if it was not
+        there.
+        """
         folder = self._folder / name
         if folder.is_dir():
             return folder

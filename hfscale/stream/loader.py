@@ -1,14 +1,18 @@
-"""From positions to micro-batches: a thread of this process prepares the rows of many steps ahead, ``take`` copies those of a few.
+"""From positions to micro-batches: a thread of this process prepares the rows of many steps ahead,
+``take`` copies those of a few.
 
-    reader thread:   the next rows of the plan (order.steps, order.locate) -> rows.prepare: read, verified, documents found
-    training:        take() -> copies a slab of a few steps, views into it;  advance() -> the step is done
+    reader thread:   the next rows of the plan (order.steps, order.locate) -> rows.prepare: read,
+                     verified, documents found
+    training:        take() -> copies a slab of a few steps, views into it;  advance() -> the step
+                     is done
 
-All that may wait for a disk, or takes Python's time, is done in the thread, for thousands of rows at once, while those before are
-trained on. The first plan is one step, the next two, then four ...: the first batch comes at once. The copy (1 ms for 2 M tokens)
-is left to the thread that trains: a hand-over between threads costs as much, and a small slab stays in this core's cache.
+All that may wait for a disk, or takes Python's time, is done in the thread, for thousands of rows
+at once, while those before are trained on. The first plan is one step, the next two, then four ...:
+the first batch comes at once. The copy (1 ms for 2 M tokens) is left to the thread that trains: a
+hand-over between threads costs as much, and a small slab stays in this core's cache.
 
-The state is the number of rows consumed. It moves in advance(), never before, so whatever was prepared ahead is prepared again.
-Worker processes would cost about 1 ms a batch in hand-over alone.
+The state is the number of rows consumed. It moves in advance(), never before, so whatever was
+prepared ahead is prepared again. Worker processes would cost about 1 ms a batch in hand-over alone.
 """
 
 from __future__ import annotations
@@ -31,16 +35,16 @@ from hfscale.stream.state import StreamState
 
 SPARSE = 16  # a look further ahead is further from the one before, by the 16th of its distance
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
-PLAN_ROWS = (
-    2**15
-)  # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
+# at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
+PLAN_ROWS = 2**15
 
 
 class Stream:
     """This rank's micro-batches of each step, from any state on, on any number of ranks.
 
-    ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares ``prefetch_steps`` ahead, or what PLAN_ROWS and
-    ``rows.plan_tokens`` allow, where that is more. ``take`` and ``advance`` belong to one thread.
+    ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares
+    ``prefetch_steps`` ahead, or what PLAN_ROWS and ``rows.plan_tokens`` allow, where that is more.
+    ``take`` and ``advance`` belong to one thread.
 
     Raises:
         DataError: if ``state`` is of other data or of another order; it names what differs.
@@ -102,10 +106,12 @@ class Stream:
         self._ahead.start()
 
     def take(self) -> list[Rows]:
-        """Return this rank's micro-batches of the next step; until ``advance`` the same again. Their memory is reused after that.
+        """Return this rank's micro-batches of the next step; until ``advance`` the same again.
+        Their memory is reused after that.
 
         Raises:
-            DataError: if the data is missing or damaged, or whatever else stopped the reader thread.
+            DataError: if the data is missing or damaged, or whatever else stopped the reader
+                thread.
         """
         if self._closed:
             raise RuntimeError("the stream is closed")
@@ -135,7 +141,9 @@ class Stream:
         self._step += 1
 
     def state(self) -> StreamState:
-        """Return where the stream stands: after the steps that were completed by ``advance``. All ranks call this together."""
+        """Return where the stream stands: after the steps that were completed by ``advance``. All
+        ranks call this together.
+        """
         return replace(
             self._opened,
             consumed_rows=self._consumed,
@@ -144,7 +152,9 @@ class Stream:
         )
 
     def epochs(self) -> dict[str, Any]:
-        """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far. All ranks call this together."""
+        """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far.
+        All ranks call this together.
+        """
         return self._order.epochs(self._consumed, **self._rows.record())
 
     def close(self) -> None:
@@ -155,14 +165,18 @@ class Stream:
         self._closed = True
 
     def _prepare(self, start: int, steps: int) -> tuple[np.ndarray, Prepared]:
-        """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on, and these rows, ready to be copied."""
+        """Return the positions of this rank's rows in ``steps`` steps from position ``start`` on,
+        and these rows, ready to be copied.
+        """
         positions, places = self._places(start, steps)
         return positions, self._rows.prepare(
             places.shard, places.row, documents_per=self._documents_per, positions=positions
         )
 
     def _wanted(self) -> Iterator[np.ndarray]:
-        """Yield the shards that the next steps want on this rank, then those of steps further and further ahead, up to an epoch."""
+        """Yield the shards that the next steps want on this rank, then those of steps further and
+        further ahead, up to an epoch.
+        """
         start, ahead, wanted = self._consumed, 0, self._rows.wanted()
         steps = -(-self._order.lanes // self._global_batch)  # go through all lanes
         while ahead * min(self._global_batch, self._order.lanes) <= self._order.rows:
@@ -182,9 +196,11 @@ class Stream:
 
 
 class EvaluationRows:
-    """The same ``count`` rows at every evaluation, spread evenly over the data: whole micro-batches, equally many on each rank.
+    """The same ``count`` rows at every evaluation, spread evenly over the data: whole
+    micro-batches, equally many on each rank.
 
-    The last micro-batches are filled up with rows of ``valid_B`` False. Rows are read again at each pass.
+    The last micro-batches are filled up with rows of ``valid_B`` False. Rows are read again at each
+    pass.
     """
 
     def __init__(
@@ -235,7 +251,9 @@ class EvaluationRows:
 
 
 class _Slab:
-    """Memory for this rank's rows of a few steps, and the micro-batches of each step that are views of it, made once."""
+    """Memory for this rank's rows of a few steps, and the micro-batches of each step that are views
+    of it, made once.
+    """
 
     def __init__(
         self, steps: int, step_rows: int, micro_batch: int, *, length: int, pin_memory: bool
@@ -263,7 +281,9 @@ class _Slab:
         )
 
     def fill(self, positions: np.ndarray, rows: Prepared, start: int) -> int:
-        """Return how many rows, from ``start`` on, are now in the micro-batches: as many as fit, or are left."""
+        """Return how many rows, from ``start`` on, are now in the micro-batches: as many as fit, or
+        are left.
+        """
         n = min(len(self._ids), len(positions) - start)
         part = slice(start, start + n)
         rows.fill(part, self._ids[:n])

@@ -1,14 +1,19 @@
-"""Many sources in one order: blocks with a fixed number of rows of each source, permuted by a key of their own.
+"""Many sources in one order: blocks with a fixed number of rows of each source, permuted by a key
+of their own.
 
-Worked example: web 0.7 and code 0.3 in blocks of M = 10 rows, that is 7 and 3 rows a block. P = 25 is place 5 of the block that
-begins at 20. Say that block's permutation puts slot 8 there; slots 0-6 are web's and 7-9 code's, so this is row
-2 * 3 + (8 - 7) = 7 of code's own order (``order.py``): two blocks came before it. Nothing is counted along the way.
+Worked example: web 0.7 and code 0.3 in blocks of M = 10 rows, that is 7 and 3 rows a block. P = 25
+is place 5 of the block that begins at 20. Say that block's permutation puts slot 8 there; slots 0-6
+are web's and 7-9 code's, so this is row 2 * 3 + (8 - 7) = 7 of code's own order (``order.py``): two
+blocks came before it. Nothing is counted along the way.
 
-A *phase* is a stretch of blocks alike: where it begins (in rows of the run), and the rows of each source in one block. A new one begins
+A *phase* is a stretch of blocks alike: where it begins (in rows of the run), and the rows of each
+source in one block. A new one begins
 
 - exactly where a stage of the config begins: the block before it is cut short;
-- where a source has given its ``max_epochs``: its last block holds just what is left of it, the others share the rest by weight;
-- at the first end of a block after a resume with other weights or more sources: what was is recorded in the state of the stream.
+- where a source has given its ``max_epochs``: its last block holds just what is left of it, the
+  others share the rest by weight;
+- at the first end of a block after a resume with other weights or more sources: what was is
+  recorded in the state of the stream.
 
 Shape legend: n positions asked for; S sources; F phases.
 """
@@ -28,7 +33,9 @@ _SLOTS = 4  # purpose of a key; order.py and sources.py have the others
 
 
 class Phase(NamedTuple):
-    """Blocks alike, from row ``begin`` of the run on: ``counts`` are the rows of each source in one block."""
+    """Blocks alike, from row ``begin`` of the run on: ``counts`` are the rows of each source in one
+    block.
+    """
 
     begin: int
     counts: tuple[int, ...]
@@ -46,9 +53,11 @@ Stages = Sequence[
 
 
 def share(weights: Sequence[float], size: int, left: Sequence[int | None]) -> tuple[int, ...]:
-    """Return the rows of each source in a block of ``size``: largest remainder, but of no source more than it has ``left``.
+    """Return the rows of each source in a block of ``size``: largest remainder, but of no source
+    more than it has ``left``.
 
-    What such a source lacks goes to the others by their weights; the sum is below ``size`` only where all with a weight are used up.
+    What such a source lacks goes to the others by their weights; the sum is below ``size`` only
+    where all with a weight are used up.
     """
     counts, sharing = [0] * len(weights), [s for s, weight in enumerate(weights) if weight > 0]
     while sharing:
@@ -72,9 +81,11 @@ def plan(
     past: Sequence[Phase] = (),
     consumed: int = 0,
 ) -> tuple[list[Phase], int | None]:
-    """Return all phases of a run and the row at which it must end, every source used up (None: never).
+    """Return all phases of a run and the row at which it must end, every source used up (None:
+    never).
 
-    Up to the end of the block in which row ``consumed`` lies they are those of the ``past``; from there on they follow the arguments.
+    Up to the end of the block in which row ``consumed`` lies they are those of the ``past``; from
+    there on they follow the arguments.
     """
     phases = [
         Phase(begin, (*counts, *[0] * (len(caps) - len(counts))))
@@ -124,8 +135,9 @@ def _rows_before(phases: Sequence[Phase]) -> np.ndarray:
 class Mixture:
     """The order of a run over S sources; with one source it is that source's own.
 
-    ``fingerprints`` names the sources and their data; shards are numbered through (``TokenRows.joined``). The order of a source of
-    ``raw`` text is that of its samples; where its rows lie only ``text.py`` knows. With such a source lanes are of the run's positions.
+    ``fingerprints`` names the sources and their data; shards are numbered through
+    (``TokenRows.joined``). The order of a source of ``raw`` text is that of its samples; where its
+    rows lie only ``text.py`` knows. With such a source lanes are of the run's positions.
     """
 
     def __init__(
@@ -169,7 +181,9 @@ class Mixture:
         )
 
     def place(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return the source of each position (n), and the place of its row in that source's own order (n)."""
+        """Return the source of each position (n), and the place of its row in that source's own
+        order (n).
+        """
         if self.end is not None:
             positions = np.minimum(
                 positions, self.end - 1
@@ -191,10 +205,12 @@ class Mixture:
     def steps(
         self, start: int, *, count: int, global_batch: int, rank: int, world_size: int
     ) -> np.ndarray:
-        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count`` steps from ``start`` on.
+        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count``
+        steps from ``start`` on.
 
-        A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into ``world_size`` equal slices,
-        so where lanes divide the global batch a rank stays with its lanes' shards. Whatever the slices, the step is the same.
+        A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into
+        ``world_size`` equal slices, so where lanes divide the global batch a rank stays with its
+        lanes' shards. Whatever the slices, the step is the same.
         """
         positions = start + np.arange(count * global_batch, dtype=np.int64)
         if self.raw:
@@ -210,7 +226,9 @@ class Mixture:
         )
 
     def locate(self, positions: np.ndarray) -> Places:
-        """Return the places of ``positions`` (n); epochs and lanes are those of each row's source. For raw text: its first shard."""
+        """Return the places of ``positions`` (n); epochs and lanes are those of each row's source.
+        For raw text: its first shard.
+        """
         source, cursor = self.place(positions)
         if len(self.orders) == 1 and not self.raw:
             return self.orders[0].locate(cursor)
@@ -240,7 +258,9 @@ class Mixture:
         )
 
     def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
-        """Return the passes over all the data, and over each source where there are several; of raw text by the samples used up."""
+        """Return the passes over all the data, and over each source where there are several; of raw
+        text by the samples used up.
+        """
         used = self.consumed(position)
         used[list(self.raw)] = [sum(sample for sample, _ in lanes) for lanes in cursors]
         passes = dict(zip(self.names, (used / self._rows).tolist(), strict=True))
@@ -250,7 +270,9 @@ class Mixture:
         }
 
     def record(self, position: int) -> dict[str, Any]:
-        """Return what the state of a stream must say of the mixture at ``position``: its sources, and the phases begun; one has none."""
+        """Return what the state of a stream must say of the mixture at ``position``: its sources,
+        and the phases begun; one has none.
+        """
         if len(self.orders) == 1:
             return {}
         rows = self.consumed(position).tolist()

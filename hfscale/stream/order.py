@@ -1,17 +1,22 @@
-"""Which row of which shard stands at every position of a run: a pure function of (shard sizes, seed, position).
+"""Which row of which shard stands at every position of a run: a pure function of (shard sizes,
+seed, position).
 
-The only cursor of a run is P, the rows consumed so far. Worked example: 3 shards of 5, 2 and 6 rows (N = 13), lanes C = 4, block M = 2:
+The only cursor of a run is P, the rows consumed so far. Worked example: 3 shards of 5, 2 and 6 rows
+(N = 13), lanes C = 4, block M = 2:
 
     P = 30  ->  epoch 2, p = 30 % 13 = 4  ->  lane 4 % 4 = 0, its row number i = 4 // 4 = 1
-    epoch 2 reads the shards in an order of its own, say (6, 5, 2 rows); that line of 13 rows is cut into lanes of 4, 3, 3, 3 rows;
-    lane 0 is cut into blocks of 2; i = 1 lies in block 0, whose 2 rows are permuted -> say row 0 of the lane -> row 0 of shard 2.
+    epoch 2 reads the shards in an order of its own, say (6, 5, 2 rows);
+    that line of 13 rows is cut into lanes of 4, 3, 3, 3 rows; lane 0 is cut into blocks of 2;
+    i = 1 lies in block 0, whose 2 rows are permuted -> say row 0 of the lane -> row 0 of shard 2.
 
-Nothing of size N is ever built, so any position of any run is found in the same few microseconds, and how a step is dealt to
-ranks cannot change what the step holds. Consecutive positions come from consecutive lanes, that is from C distant places.
+Nothing of size N is ever built, so any position of any run is found in the same few microseconds,
+and how a step is dealt to ranks cannot change what the step holds. Consecutive positions come from
+consecutive lanes, that is from C distant places.
 
-Shape legend: n positions asked for; S shards. All arrays are int64 outside this module, uint64 in the bit mixing.
-Sources: Steele et al. 2014, Fast splittable pseudorandom number generators (splitmix64); Luby & Rackoff 1988 (Feistel networks);
-Black & Rogaway 2002, Ciphers with arbitrary finite domains (cycle walking).
+Shape legend: n positions asked for; S shards. All arrays are int64 outside this module, uint64 in
+the bit mixing. Sources: Steele et al. 2014, Fast splittable pseudorandom number generators
+(splitmix64); Luby & Rackoff 1988 (Feistel networks); Black & Rogaway 2002, Ciphers with arbitrary
+finite domains (cycle walking).
 """
 
 from __future__ import annotations
@@ -28,7 +33,9 @@ from hfscale.errors import ConfigError, DataError
 AUTO_LANES = (
     256  # at most, where lanes are "auto": half of the shards that a process keeps open (rows.py)
 )
-ROUNDS = 6  # of the Feistel network: 4 are the least that look random from both sides, 6 leave a margin for small blocks
+# of the Feistel network: 4 are the least that look random from both sides, 6 leave a margin for
+# small blocks
+ROUNDS = 6
 _SHARDS, _BLOCKS = 1, 2  # purposes of a key, so that two permutations of an epoch never share one
 
 
@@ -44,7 +51,9 @@ class Places:
 
 @dataclass(frozen=True)
 class _Epoch:
-    """The line of an epoch: its shards in order, where each begins and ends in the line (all S), and the key of its blocks."""
+    """The line of an epoch: its shards in order, where each begins and ends in the line (all S),
+    and the key of its blocks.
+    """
 
     shards: np.ndarray
     begins: np.ndarray
@@ -55,7 +64,8 @@ class _Epoch:
 def resolve_lanes(lanes: Union[Literal["auto"], int], rows: int, *, block: int = 1024) -> int:
     """Return the number of lanes of a run over ``rows`` rows an epoch.
 
-    ``auto`` gives every lane at least a block, up to AUTO_LANES: data of up to one block are permuted as a whole.
+    ``auto`` gives every lane at least a block, up to AUTO_LANES: data of up to one block are
+    permuted as a whole.
 
     Raises:
         ConfigError: if there would be more lanes than rows.
@@ -67,7 +77,8 @@ def resolve_lanes(lanes: Union[Literal["auto"], int], rows: int, *, block: int =
             "more lanes than rows of an epoch",
             where="data.lanes",
             value=lanes,
-            remedy=f"a source holds only {rows:,} rows of data.seq_len tokens: give at most that, or auto",
+            remedy=f"a source holds only {rows:,} rows of data.seq_len tokens: give at most "
+            "that, or auto",
         )
     return int(lanes)
 
@@ -132,14 +143,18 @@ class Order:
 
 
 def deal(positions: np.ndarray, lanes: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
-    """Return the share of ``rank`` in each step (count, global_batch / world_size) of ``positions``, whose ``lanes`` are alike in shape."""
+    """Return the share of ``rank`` in each step (count, global_batch / world_size) of
+    ``positions``, whose ``lanes`` are alike in shape.
+    """
     by_lane = np.argsort(lanes, axis=1, kind="stable")
     share = positions.shape[1] // world_size
     return np.take_along_axis(positions, by_lane[:, rank * share : (rank + 1) * share], axis=1)
 
 
 def mix(x: np.ndarray) -> np.ndarray:
-    """Return splitmix64 of each uint64: a bijection in which every input bit moves every output bit."""
+    """Return splitmix64 of each uint64: a bijection in which every input bit moves every output
+    bit.
+    """
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x ^= x >> np.uint64(30)
     x *= np.uint64(0xBF58476D1CE4E5B9)
@@ -150,7 +165,9 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def permute(x: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return, for each x in [0, size), its image under the permutation of [0, size) that its key names (n; int64, keys uint64)."""
+    """Return, for each x in [0, size), its image under the permutation of [0, size) that its key
+    names (n; int64, keys uint64).
+    """
     size = size.astype(np.uint64)
     _, bits = np.frexp(
         (size - np.uint64(1)).astype(np.float64)
@@ -164,7 +181,9 @@ def permute(x: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
 
 
 def _feistel(x: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Return the image of x under a keyed permutation of [0, 2**bits); the halves are mixed in turn, and need not be of one width."""
+    """Return the image of x under a keyed permutation of [0, 2**bits); the halves are mixed in
+    turn, and need not be of one width.
+    """
     one = np.uint64(1)
     left_bits = bits >> one
     right_bits = bits - left_bits

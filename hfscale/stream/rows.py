@@ -1,8 +1,10 @@
 """Rows of tokens out of corpora of shards: row s of a shard is its tokens [s * L, s * L + L + 1).
 
-L = ``seq_len`` is chosen at train time; neighbouring rows share one token, so that each token is predicted once.
+L = ``seq_len`` is chosen at train time; neighbouring rows share one token, so that each token is
+predicted once.
 
-Shape legend: B rows, L + 1 tokens each (inputs and, one later, labels); n rows asked for, anywhere in any shards.
+Shape legend: B rows, L + 1 tokens each (inputs and, one later, labels); n rows asked for, anywhere
+in any shards.
 """
 
 from __future__ import annotations
@@ -37,9 +39,9 @@ class Rows:
     """One micro-batch as it leaves the stream, on the CPU."""
 
     ids_BL: Tensor  # int64 (B, L + 1)
-    boundaries: (
-        Tensor | None
-    )  # int64, rising: b * L + t where tokens t and t + 1 of row b are of two documents; None: nobody asked
+    # int64, rising: b * L + t where tokens t and t + 1 of row b are of two documents; None: nobody
+    # asked
+    boundaries: Tensor | None
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: which source of the mixture
     position: (
@@ -58,9 +60,11 @@ class Rows:
 
 
 class Prepared:
-    """n rows that can be copied at once. Where each row's tokens lie in memory is known: in mapped shards, or in arrays made for them.
+    """n rows that can be copied at once. Where each row's tokens lie in memory is known: in mapped
+    shards, or in arrays made for them.
 
-    So rows of any shards are gathered by one call over one view of all the memory between the lowest and the highest of them.
+    So rows of any shards are gathered by one call over one view of all the memory between the
+    lowest and the highest of them.
     """
 
     def __init__(
@@ -90,7 +94,9 @@ class Prepared:
     def copied(
         cls, ids: np.ndarray, begins: Sequence[np.ndarray], documents_per: int, **fields: Any
     ) -> Prepared:
-        """Return the rows ``ids`` (n, L + 1), in each of which documents begin at ``begins`` (n)."""
+        """Return the rows ``ids`` (n, L + 1), in each of which documents begin at ``begins``
+        (n).
+        """
         length, per = ids.shape[1], max(1, documents_per)
         flat = [begin - 1 + k % per * (length - 1) for k, begin in enumerate(begins)]
         boundaries = (
@@ -110,7 +116,8 @@ class Prepared:
         """Return with ``ids_BL`` (B, L + 1; any integer dtype) filled with the B rows of ``part``.
 
         Raises:
-            DataError: if one of them is of a shard that is missing or damaged and not to be skipped.
+            DataError: if one of them is of a shard that is missing or damaged and not to be
+                skipped.
         """
         if self.blocked and (bad := sorted(self.blocked.keys() & range(part.start, part.stop))):
             raise self.blocked[bad[0]]
@@ -131,9 +138,10 @@ class Prepared:
 class TokenRows:
     """The rows of the shards of one manifest. Not for two threads at once.
 
-    With ``skip`` a row that touches a damaged chunk is filled with FILLER_ID and reported as not valid, where it would else be an error;
-    ``damage`` then has what was found, by (shard, chunk), where chunk -1 is the whole shard. Of ``raw`` text ``shard_rows`` counts samples,
-    and only ``text.py`` can prepare its rows.
+    With ``skip`` a row that touches a damaged chunk is filled with FILLER_ID and reported as not
+    valid, where it would else be an error; ``damage`` then has what was found, by (shard, chunk),
+    where chunk -1 is the whole shard. Of ``raw`` text ``shard_rows`` counts samples, and only
+    ``text.py`` can prepare its rows.
 
     Raises:
         DataError: if the manifest is missing or damaged, or no shard is as long as a row.
@@ -171,7 +179,8 @@ class TokenRows:
                 "no shard is as long as a row" if longest else "an empty source: it has no tokens",
                 where=path,
                 value=longest,
-                remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a smaller data.seq_len",
+                remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a "
+                "smaller data.seq_len",
             )
         self._filler = np.full(
             seq_len + 1, FILLER_ID, "<u4" if self.raw else self.manifest.numpy_dtype
@@ -184,7 +193,9 @@ class TokenRows:
 
     @classmethod
     def joined(cls, parts: Sequence[TokenRows]) -> TokenRows:
-        """Return the rows of several corpora as of one: shards are numbered through, and one limit holds for all open files."""
+        """Return the rows of several corpora as of one: shards are numbered through, and one limit
+        holds for all open files.
+        """
         rows = copy(parts[0])
         rows.manifests = [part.manifest for part in parts]
         rows._first_shards = np.cumsum([0, *(len(part.shard_rows) for part in parts[:-1])])
@@ -216,11 +227,13 @@ class TokenRows:
         documents_per: int = 0,
         positions: np.ndarray | None = None,
     ) -> Prepared:
-        """Return row ``rows[k]`` of shard ``shards[k]``, for each k of n, ready to be copied: read from disk and verified.
+        """Return row ``rows[k]`` of shard ``shards[k]``, for each k of n, ready to be copied: read
+        from disk and verified.
 
-        ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are wanted; 0: not at all. ``positions`` (n)
-        are those in the run, which matter to raw text only.
-        What is missing or damaged stops ``Prepared.fill`` at the first row that needs it, unless it is to be skipped.
+        ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are
+        wanted; 0: not at all. ``positions`` (n) are those in the run, which matter to raw text
+        only. What is missing or damaged stops ``Prepared.fill`` at the first row that needs it,
+        unless it is to be skipped.
         """
         n, L = len(shards), self.seq_len
         starts, address, valid = (
@@ -299,29 +312,38 @@ class TokenRows:
         )
 
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:
-        """Return which rows are valid (n; bool), with ``ids_BL[k]`` (n, L + 1; any integer dtype) filled with row ``rows[k]`` of shard
-        ``shards[k]``.
+        """Return which rows are valid (n; bool), with ``ids_BL[k]`` (n, L + 1; any integer dtype)
+        filled with row ``rows[k]`` of shard ``shards[k]``.
 
         Raises:
-            DataError: if a shard is missing or damaged and is not to be skipped; it names shard, member and offset.
+            DataError: if a shard is missing or damaged and is not to be skipped; it names shard,
+                member and offset.
         """
         prepared = self.prepare(shards, rows)
         prepared.fill(slice(0, len(shards)), ids_BL)
         return prepared.valid
 
     def wanted(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        """Return what tells which shards are wanted, given those of rows (n) and how many steps ahead these are."""
+        """Return what tells which shards are wanted, given those of rows (n) and how many steps
+        ahead these are.
+        """
         return lambda shards, ahead: shards
 
     def advance(self, consumed: int) -> None:
-        """Return with ``consumed`` rows of the run noted: nothing to do where the order alone says which rows those were."""
+        """Return with ``consumed`` rows of the run noted: nothing to do where the order alone says
+        which rows those were.
+        """
 
     def record(self) -> dict[str, Any]:
-        """Return what the state of a stream must hold of its rows: only raw text has something to say."""
+        """Return what the state of a stream must hold of its rows: only raw text has something to
+        say.
+        """
         return {}
 
     def close(self) -> None:
-        """Return with nothing left that works for these rows: what prepares them may end in an error."""
+        """Return with nothing left that works for these rows: what prepares them may end in an
+        error.
+        """
         for remote in [manifest.remote for manifest in self.manifests if manifest.remote]:
             remote.cancelled.set()
 
@@ -332,7 +354,9 @@ class TokenRows:
             logger.warning(f"rows are skipped: {error.what} ({error.where})")
 
     def _reader(self, shard: int) -> ShardReader:
-        """Return the open shard; the one that was not used for the longest time is closed to make room."""
+        """Return the open shard; the one that was not used for the longest time is closed to make
+        room.
+        """
         if (shard, -1) in self.damage:
             raise self.damage[
                 shard, -1

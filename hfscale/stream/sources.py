@@ -1,6 +1,8 @@
-"""The sources of a config opened as one: their rows joined, and the order of them, also where a checkpoint left off.
+"""The sources of a config opened as one: their rows joined, and the order of them, also where a
+checkpoint left off.
 
-What a run has read cannot change: sources keep the numbers that they had, and new weights begin at the end of a block.
+What a run has read cannot change: sources keep the numbers that they had, and new weights begin at
+the end of a block.
 """
 
 from __future__ import annotations
@@ -24,12 +26,15 @@ _SOURCES = 3  # purpose of a key; order.py and mixture.py have the others
 def open_mixture(
     config: RunConfig, parts: Sequence[TokenRows], *, saved: Mapping[str, Any] | None = None
 ) -> tuple[TokenRows, Mixture]:
-    """Return the rows of ``data.sources`` (``parts``, in the order of the config) joined, and their order.
+    """Return the rows of ``data.sources`` (``parts``, in the order of the config) joined, and their
+    order.
 
-    ``saved`` is the state of the checkpoint that the run goes on from. Sources keep the numbers that they had there; new ones follow.
+    ``saved`` is the state of the checkpoint that the run goes on from. Sources keep the numbers
+    that they had there; new ones follow.
 
     Raises:
-        ConfigError: if a weight is too small for the block, a stage comes out of order, or the sources do not last for the run.
+        ConfigError: if a weight is too small for the block, a stage comes out of order, or the
+            sources do not last for the run.
         DataError: if a source of the checkpoint is gone or has other data.
     """
     data, train = config.data, config.train
@@ -111,7 +116,8 @@ def open_mixture(
     )  # a run of one source can turn into a mixture at any row
     if end is not None and consumed + (steps - step) * train.global_batch > end:
         raise ConfigError(
-            f"every source has given its max_epochs after step {step + (end - consumed) // train.global_batch} of {steps}",
+            "every source has given its max_epochs after step "
+            f"{step + (end - consumed) // train.global_batch} of {steps}",
             where="data.sources",
             remedy="give more epochs or more data, or fewer train.steps",
         )
@@ -133,7 +139,8 @@ def _stages(
     step: int,
     consumed: int,
 ) -> list[tuple[int, list[float]]]:
-    """Return the row at which each stage begins, and the weight of each source (``names``) from there on; ``first`` are the first.
+    """Return the row at which each stage begins, and the weight of each source (``names``) from
+    there on; ``first`` are the first.
 
     Raises:
         ConfigError: if a stage comes out of order, or a weight gives no row in a block.
@@ -159,7 +166,8 @@ def _stages(
         for name, weight, count in zip(names, values, rows, strict=True):
             if weight > 0 and count == 0:
                 raise ConfigError(
-                    f"the weight of {name} is too small: it gives no row in a block of {data.block}",
+                    f"the weight of {name} is too small: it gives no row in a block of "
+                    f"{data.block}",
                     value=weight,
                     where=f"data.stages.{number - 1}.weights" if number else "data.sources",
                     remedy="give a larger weight or data.block, or weight 0",
@@ -173,7 +181,8 @@ def _lanes_of_text(
     """Return the lanes of a run that reads raw text.
 
     Raises:
-        ConfigError: if they do not divide the global batch, a source has no sample for each, or the run's length is given in epochs.
+        ConfigError: if they do not divide the global batch, a source has no sample for each, or the
+            run's length is given in epochs.
     """
     epochs = [
         f"max_epochs of source {source.name}"
@@ -184,7 +193,8 @@ def _lanes_of_text(
         raise ConfigError(
             "how many rows raw text has is not known before it is tokenized",
             where=[*epochs, "train.epochs"][0],
-            remedy="give train.steps or train.tokens and no max_epochs, or make token shards: `hfscale shards build CONFIG`",
+            remedy="give train.steps or train.tokens and no max_epochs, or make token shards: "
+            "`hfscale shards build CONFIG`",
         )
     batch, lanes = (
         config.train.global_batch,
@@ -198,7 +208,8 @@ def _lanes_of_text(
         where, value = ("data.lanes", lanes) if state is None else ("train.global_batch", batch)
         near = fit if state is None else [batch // lanes * lanes, -(-batch // lanes) * lanes]
         raise ConfigError(
-            "raw text needs lanes that divide the global batch, and a sample of each source for each lane",
+            "raw text needs lanes that divide the global batch, and a sample of each source "
+            "for each lane",
             where=where,
             value=f"{lanes} lanes, global batch {batch}, {samples:,} samples",
             remedy=f"{where}={nearest_text(near, value)}",
@@ -207,12 +218,16 @@ def _lanes_of_text(
 
 
 def kept_manifest(run_dir: Path, fingerprint: str) -> Path:
-    """Return the folder where a run keeps a copy of a source's manifest, to say what has changed if it is resumed on other data."""
+    """Return the folder where a run keeps a copy of a source's manifest, to say what has changed if
+    it is resumed on other data.
+    """
     return run_dir / "data" / fingerprint[:12]
 
 
 def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Path) -> list[str]:
-    """Return the names of the sources that a checkpoint has seen, in its order, after checking that they are here and the same."""
+    """Return the names of the sources that a checkpoint has seen, in its order, after checking that
+    they are here and the same.
+    """
     if state is None:
         return []
     of_one = next(

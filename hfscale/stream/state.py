@@ -1,4 +1,6 @@
-"""What a checkpoint holds of a stream. Needs no torch: the login node looks at it before a run goes on."""
+"""What a checkpoint holds of a stream. Needs no torch: the login node looks at it before a run goes
+on.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ STATE_VERSION = 1
 
 @dataclass(frozen=True)
 class StreamState:
-    """Where a stream stands, and what must be the same for that to mean anything. The same on all ranks; JSON under 1 kB, and of raw text
-    two numbers a lane."""
+    """Where a stream stands, and what must be the same for that to mean anything. The same on all
+    ranks; JSON under 1 kB, and of raw text two numbers a lane.
+    """
 
     __pydantic_config__ = STRICT
 
@@ -34,7 +37,8 @@ class StreamState:
     cursors: list[list[list[int]]] = field(
         default_factory=list
     )  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
-    text: int = 2  # of raw text: 1, from before, made control tokens of text that spells them; so it goes on
+    # of raw text: 1, from before, made control tokens of text that spells them; so it goes on
+    text: int = 2
     version: int = STATE_VERSION
 
     def to_dict(self) -> dict[str, Any]:
@@ -58,7 +62,8 @@ class StreamState:
                 "a stream state of an unknown version",
                 where="the checkpoint's state.json",
                 value=content.get("version"),
-                remedy=f"this program reads version {STATE_VERSION}: resume with the version of hfscale that saved it",
+                remedy=f"this program reads version {STATE_VERSION}: resume with the version "
+                "of hfscale that saved it",
             )
         begun = {"text": 1 if content.get("cursors") else 2}  # of a state that does not say it
         begun |= {name: value for name, value in content.items() if name != "consumed_tokens"}

@@ -1,14 +1,18 @@
-"""Rows of raw text, tokenized on the fly. How many rows there are is not known, so every lane has a cursor of its own.
+"""Rows of raw text, tokenized on the fly. How many rows there are is not known, so every lane has a
+cursor of its own.
 
-Position P of the run lies in lane P % C. The samples of a source are put in order as rows are (``order.py``, with C lanes); a lane's
-samples, laid end to end, are cut into the rows that the source has on the positions of that lane. Worked example: 10 samples, C = 4,
-L = 4. Lane 1 holds samples 1, 5 and 9 of each epoch's order. Say they have 3, 9 and 2 ids, end-of-document id included: the first row is
-ids [0, 5) of them, the second [4, 9), after which the cursor is (sample 1 of the lane, 5 of its ids), the third [8, 13), and the fourth
-takes two from the lane's sample 3: number 10 + 1 in the order, which belongs to the next epoch.
+Position P of the run lies in lane P % C. The samples of a source are put in order as rows are
+(``order.py``, with C lanes); a lane's samples, laid end to end, are cut into the rows that the
+source has on the positions of that lane. Worked example: 10 samples, C = 4, L = 4. Lane 1 holds
+samples 1, 5 and 9 of each epoch's order. Say they have 3, 9 and 2 ids, end-of-document id included:
+the first row is ids [0, 5) of them, the second [4, 9), after which the cursor is (sample 1 of the
+lane, 5 of its ids), the third [8, 13), and the fourth takes two from the lane's sample 3: number 10
++ 1 in the order, which belongs to the next epoch.
 
-A cursor a lane is the whole state, and C divides the global batch, so it does not matter how lanes are dealt to ranks. A slice that
-ends within a lane makes two ranks walk that lane: each its own rows, the other's are passed over. Each lane has tasks under way in the
-tokenizing processes beyond the ids that it holds, small ones at first.
+A cursor a lane is the whole state, and C divides the global batch, so it does not matter how lanes
+are dealt to ranks. A slice that ends within a lane makes two ranks walk that lane: each its own
+rows, the other's are passed over. Each lane has tasks under way in the tokenizing processes beyond
+the ids that it holds, small ones at first.
 
 Shape legend: n rows asked for, of L + 1 tokens; C lanes; R sources of raw text.
 """
@@ -41,9 +45,9 @@ if TYPE_CHECKING:
 
 TASK_BYTES = 2**14, 2**18  # of text that a process takes at once, least and most
 TYPICAL_BYTES = 2**11  # of a sample, until a lane has seen its own
-AHEAD_BYTES = (
-    2**23
-)  # of text that all lanes of a rank should hold and have asked for: what a start must tokenize beside its rows
+# of text that all lanes of a rank should hold and have asked for: what a start must tokenize beside
+# its rows
+AHEAD_BYTES = 2**23
 FIRST_BYTES = (
     8  # a token of the first row: a lane's first task is small, the next twice that, and so on
 )
@@ -56,7 +60,9 @@ def open_encoders(
     local_ranks: int = 1,
     forged: bool = False,
 ) -> Encoders:
-    """Return the tokenizing processes of one of the ranks of this node; ``forged`` for a stream that began with it (``state.py``)."""
+    """Return the tokenizing processes of one of the ranks of this node; ``forged`` for a stream
+    that began with it (``state.py``).
+    """
     procs = (
         max(1, available_cores() // local_ranks - 1)
         if config.data.tokenize_procs == "auto"
@@ -73,7 +79,9 @@ def open_encoders(
 
 
 class Piece(NamedTuple):
-    """A row, and where it lies: its first token's sample (counted in the lane) and place in that, the cursor after it."""
+    """A row, and where it lies: its first token's sample (counted in the lane) and place in that,
+    the cursor after it.
+    """
 
     ids: np.ndarray  # (L + 1)
     sample: int
@@ -84,7 +92,9 @@ class Piece(NamedTuple):
 
 
 class Lane:
-    """One lane of one source: its samples' ids end to end, from a cursor (sample, ids of it that are in rows) on."""
+    """One lane of one source: its samples' ids end to end, from a cursor (sample, ids of it that
+    are in rows) on.
+    """
 
     def __init__(self, rows: TextRows, source: int, number: int) -> None:
         self.source, self.number, self._rows = source, number, rows
@@ -112,7 +122,9 @@ class Lane:
         return list(zip(found.shard.tolist(), found.row.tolist(), strict=True))
 
     def ask(self) -> None:
-        """Return with as many tasks under way as there should be, each of whole samples that come to about ``_size`` bytes of text."""
+        """Return with as many tasks under way as there should be, each of whole samples that come
+        to about ``_size`` bytes of text.
+        """
         while len(self._tasks) < min(self._rows.ahead, 1 + self._pulls):
             samples, size = list[Sample](), 0
             for place in self.places(self._asked, -(-self._size // self._mean_size)):
@@ -150,7 +162,9 @@ class Lane:
         )
 
     def _pull(self) -> None:
-        """Return with the next task's ids behind those that are left; samples that are used up make room."""
+        """Return with the next task's ids behind those that are left; samples that are used up make
+        room.
+        """
         self.ask()
         ids, ends, damage = self._tasks.popleft()()
         self._pulls += 1
@@ -174,9 +188,11 @@ class Lane:
 
 
 class TextRows(TokenRows):
-    """The rows of a mixture in which some sources are raw text: ``prepare`` gives the rows of a rank, step after step, and no others.
+    """The rows of a mixture in which some sources are raw text: ``prepare`` gives the rows of a
+    rank, step after step, and no others.
 
-    ``rows`` are those of all sources, joined; ``state`` is where the stream begins. ``encoders`` are closed with it.
+    ``rows`` are those of all sources, joined; ``state`` is where the stream begins. ``encoders``
+    are closed with it.
     """
 
     plan_tokens = 2**20  # tokenizing takes longer than reading
@@ -238,7 +254,8 @@ class TextRows(TokenRows):
         """Return the rows (n) of a rank at ``positions`` of the run, ready to be copied.
 
         Raises:
-            DataError: if a tokenizing process was killed, or an index is missing. Damage stops the first row that needs it.
+            DataError: if a tokenizing process was killed, or an index is missing. Damage stops the
+                first row that needs it.
         """
         assert positions is not None
         n, L, wanted = (
@@ -292,7 +309,9 @@ class TextRows(TokenRows):
         return order.locate(epoch * order.rows + i * lanes + lane)
 
     def sample(self, source: int, shard: int, number: int) -> Sample:
-        """Return where the text of a sample lies: at -1, where its shard cannot be had and is to be skipped."""
+        """Return where the text of a sample lies: at -1, where its shard cannot be had and is to be
+        skipped.
+        """
         manifest, whole = self.manifests[source], int(self._first_shards[source]) + shard
         entry = manifest.shards[shard]
         try:
@@ -308,7 +327,9 @@ class TextRows(TokenRows):
         return manifest.folder / entry.name, offset, size, checksum
 
     def wanted(self) -> Callable[[np.ndarray, int], np.ndarray]:
-        """Return what tells which shards are wanted, given those of rows, so many steps ahead: as if a step took a sample of each lane."""
+        """Return what tells which shards are wanted, given those of rows, so many steps ahead: as
+        if a step took a sample of each lane.
+        """
         held = np.array(
             [(lane.source, lane.number, lane.first) for lane in [*self._lanes.values()]], np.int64
         ).reshape(-1, 3)
@@ -331,7 +352,9 @@ class TextRows(TokenRows):
             self.cursors[self.order.raw.index(lane.source), lane.number] = cursor
 
     def record(self) -> dict[str, Any]:
-        """Return the cursors (R, C, 2) for the state of the stream, gathered from all ranks: they call this together."""
+        """Return the cursors (R, C, 2) for the state of the stream, gathered from all ranks: they
+        call this together.
+        """
         return {
             "cursors": sum_over_ranks(torch.from_numpy(self.cursors * self._owned[:, None]))
             .long()
@@ -344,7 +367,9 @@ class TextRows(TokenRows):
         self.encoders.close()
 
     def locate(self, k: int) -> tuple[str, int, str, tuple[int, int]]:
-        """Return where row ``k`` of those prepared last begins (tar, token of its sample, member) and the numbers of its samples."""
+        """Return where row ``k`` of those prepared last begins (tar, token of its sample, member)
+        and the numbers of its samples.
+        """
         lane, piece = self.pieces[k]
         between = lane.places(
             piece.sample, piece.after[0] - piece.sample + (piece.after[1] > 0)
@@ -353,7 +378,9 @@ class TextRows(TokenRows):
         return path.name, piece.offset, name_at(path, offset), (between[0][1], between[-1][1])
 
     def _walk(self, positions: np.ndarray) -> list[tuple[int, Lane]]:
-        """Return position and lane of the rows of raw text, up to each of ``positions`` (n) in its lane, that were not walked before."""
+        """Return position and lane of the rows of raw text, up to each of ``positions`` (n) in its
+        lane, that were not walked before.
+        """
         lanes, last = self.order.lanes, np.full(self.order.lanes, -1)
         np.maximum.at(last, positions % lanes, positions)
         line = np.arange(self._next[positions % lanes].min(), positions.max() + 1)
@@ -393,7 +420,9 @@ class TextRows(TokenRows):
 
 
 class HeldOutText(TokenRows):
-    """The first ``count`` rows of a corpus of raw text, its samples permuted as a whole: tokenized once, kept in memory."""
+    """The first ``count`` rows of a corpus of raw text, its samples permuted as a whole: tokenized
+    once, kept in memory.
+    """
 
     def __init__(self, rows: TokenRows, encoders: Encoders, *, count: int) -> None:
         vars(self).update(vars(rows))

@@ -2,12 +2,17 @@
 
 A task is an objective whose rows are *features*, made from labelled *examples*:
 
-    row of a file --columns--> example {role: value, "id"} --features--> one or more features --collate--> Batch --loss--> sums
-                                                                                          --predict--> an output a feature
-    outputs of an example --answer--> {"id", "prediction", ...} --score, with the examples themselves as references--> {name: number}
+    row of a file    --columns-->   example {role: value, "id"}
+    example          --features-->  one or more features
+    features         --collate-->   Batch
+    Batch            --loss-->      sums
+    Batch            --predict-->   an output a feature
+    outputs of an example --answer-->  {"id", "prediction", ...}
+    predictions      --score, with the examples themselves as references-->  {name: number}
 
-One example gives one feature as a rule, and several where a long text is read in windows. Features and outputs are plain lists,
-numbers and texts, so features can be cached as Arrow and predictions written as JSONL. Shape legend: B features, T tokens.
+One example gives one feature as a rule, and several where a long text is read in windows. Features
+and outputs are plain lists, numbers and texts, so features can be cached as Arrow and predictions
+written as JSONL. Shape legend: B features, T tokens.
 """
 
 from __future__ import annotations
@@ -84,16 +89,16 @@ WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 class Task(Objective):
-    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``measure``, and for the one pass of a model ``term``,
-    ``row_losses`` and ``outputs``; those that need more than its logits give ``weights``, ``loss``, ``predict`` and ``judge``.
+    """Base of all tasks. Subclasses give ``columns``, ``features``, ``collate``, ``measure``, and
+    for the one pass of a model ``term``, ``row_losses`` and ``outputs``; those that need more than
+    its logits give ``weights``, ``loss``, ``predict`` and ``judge``.
 
-    ``setting`` holds the tokenizer, ``seq_len`` (the longest feature, in tokens) and ``facts``: what ``facts()`` found in the training
-    split, or ``known()`` in a finished model's config.
+    ``setting`` holds the tokenizer, ``seq_len`` (the longest feature, in tokens) and ``facts``:
+    what ``facts()`` found in the training split, or ``known()`` in a finished model's config.
     """
 
-    columns: ClassVar[
-        dict[str, str]
-    ] = {}  # role -> what it holds; a role is read from the column of its name, or what data.columns says
+    # role -> what it holds; a role is read from the column of its name, or what data.columns says
+    columns: ClassVar[dict[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
     answers: ClassVar[frozenset[str]] = (
         frozenset()
@@ -102,7 +107,9 @@ class Task(Objective):
     token_loss: ClassVar[bool] = False
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
     code: str | None = (
-        None  # a module whose file goes along with exports, where transformers has no such pipeline any more
+        # a module whose file goes along with exports, where transformers has no such pipeline any
+        # more
+        None
     )
     metrics: ClassVar[frozenset[str]] = (
         frozenset()
@@ -112,22 +119,27 @@ class Task(Objective):
         False  # its model does, so that only texts of one length are asked together
     )
 
-    # ------------------------------------------------------------------------------------------ before training
+    # ------------------------------------------------------------------------------ before training
     def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse what ``Objective.check`` does, and look whether the model's answers depend on padding."""
+        """Refuse what ``Objective.check`` does, and look whether the model's answers depend on
+        padding.
+        """
         super().check(model, device=device)
         if self.auto_model in WRITERS:  # tasks/generation.py looks at what each setting reads
             return
         self.reads_padding = reads_padding(model, pad_id=self.pad_id, device=device)
         if self.reads_padding:
             logger.warning(
-                "the answers of this architecture depend on the padding beside a text: predictions are made of texts "
-                "of one length at a time; in training and its validations a batch of unlike lengths moves them"
+                "the answers of this architecture depend on the padding beside a text: "
+                "predictions are made of texts "
+                "of one length at a time; in training and its validations a batch of unlike "
+                "lengths moves them"
             )
 
     @classmethod
     def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
-        """Return what must be known of all training examples before features can be made (labels, say), as JSON.
+        """Return what must be known of all training examples before features can be made (labels,
+        say), as JSON.
 
         Raises:
             BadExample: (``hfscale.stream.examples``) if they contradict each other.
@@ -145,26 +157,34 @@ class Task(Objective):
 
     @classmethod
     def known(cls, config: PretrainedConfig) -> dict[str, Any]:
-        """Return the facts as the config of a model that was fine-tuned for this task, by anybody, says them."""
+        """Return the facts as the config of a model that was fine-tuned for this task, by anybody,
+        says them.
+        """
         return {}
 
     @classmethod
     def question(cls, example: Example) -> Any:
-        """Return what identifies the question that ``example`` asks, as JSON: a share of the examples that is held out is chosen by it,
-        so that equal questions are never in two splits, whatever their answers. By default all roles but the answers."""
+        """Return what identifies the question that ``example`` asks, as JSON: a share of the
+        examples that is held out is chosen by it, so that equal questions are never in two splits,
+        whatever their answers. By default all roles but the answers.
+        """
         return all_but_answers(example, cls)
 
     def model_overrides(self) -> dict[str, Any]:
-        """Return values that the model's config must have: ``num_labels``, ``id2label``, ... They are exported with it."""
+        """Return values that the model's config must have: ``num_labels``, ``id2label``, ... They
+        are exported with it.
+        """
         return {}
 
     def features(self, example: Example) -> list[Feature]:
         """Return the features of ``example``, with labels where it has its answers.
 
-        Depends on the example, the options, the setting's tokenizer, ``seq_len`` and ``facts`` alone: it is cached.
+        Depends on the example, the options, the setting's tokenizer, ``seq_len`` and ``facts``
+        alone: it is cached.
 
         Raises:
-            BadExample: if there is nothing to learn or predict from it; such examples are counted and shown.
+            BadExample: if there is nothing to learn or predict from it; such examples are counted
+                and shown.
         """
         raise NotImplementedError
 
@@ -176,9 +196,11 @@ class Task(Objective):
         """
         return self.features(example)
 
-    # --------------------------------------------------------------------------------------------- with a model
+    # --------------------------------------------------------------------------------- with a model
     def collate(self, rows: Examples) -> Batch:
-        """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler) counts nothing."""
+        """Return the batch of ``rows``, padded to the longest; a row that is not valid (a filler)
+        counts nothing.
+        """
         raise NotImplementedError
 
     def validated(self) -> set[str]:
@@ -186,11 +208,14 @@ class Task(Objective):
         return super().validated() | self.metrics
 
     def outputs(self, logits: Tensor, rows: Examples) -> list[dict[str, Any]]:
-        """Return one JSON-able output for each row, fillers too. For tasks whose loss and outputs both come of the logits of one pass."""
+        """Return one JSON-able output for each row, fillers too. For tasks whose loss and outputs
+        both come of the logits of one pass.
+        """
         raise NotImplementedError
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's device, gradients are off.
+        """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's
+        device, gradients are off.
 
         ``model`` is an engine or a bare model in eval mode. All ranks call this equally often.
         """
@@ -203,15 +228,19 @@ class Task(Objective):
         logits = self.logits(model, batch)
         return {self.term: self.row_losses(logits, batch)}, self.outputs(logits, rows)
 
-    # ----------------------------------------------------------------------------------------- without a model
+    # ------------------------------------------------------------------------------ without a model
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the prediction for ``example``, ``{"prediction": ..., ...}``, from the outputs of its features in order."""
+        """Return the prediction for ``example``, ``{"prediction": ..., ...}``, from the outputs of
+        its features in order.
+        """
         return outputs[0]
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return the metrics, of which there are also confidence intervals. Both have one entry an example, in the same order; pure."""
+        """Return the metrics, of which there are also confidence intervals. Both have one entry an
+        example, in the same order; pure.
+        """
         raise NotImplementedError
 
     def score(
@@ -221,9 +250,11 @@ class Task(Objective):
         return self.measure(predictions, references).scores()
 
     def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
-        """Return with what an export shall carry along put into ``model.config``, ``model.generation_config`` and ``tokenizer``."""
+        """Return with what an export shall carry along put into ``model.config``,
+        ``model.generation_config`` and ``tokenizer``.
+        """
 
-    # ------------------------------------------------------------------------------------------------- helpers
+    # -------------------------------------------------------------------------------------- helpers
     @property
     def pad_id(self) -> int:
         """The id that fills up: the tokenizer's, or what is masked anyway."""
@@ -238,9 +269,11 @@ class Task(Objective):
         )
 
     def encode(self, text: str, pair: str | None = None) -> Feature:
-        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the longer text first).
+        """Return one feature of a text or a pair, special tokens and all, cut to ``seq_len`` (the
+        longer text first).
 
-        Control tokens that a text spells are text; so they are wherever a task encodes one, with ``text_alone`` or ``Quoted``.
+        Control tokens that a text spells are text; so they are wherever a task encodes one, with
+        ``text_alone`` or ``Quoted``.
         """
         with text_alone(self.setting.tokenizer, text, pair):
             return self.cut(partial(self.setting.tokenizer, text, pair))
@@ -254,7 +287,9 @@ class Task(Objective):
         return {**made, "truncated": truncated}
 
     def inputs(self, rows: Examples) -> dict[str, Tensor]:
-        """Return what the tokenizer gave, padded; but no types of tokens for a model that knows none."""
+        """Return what the tokenizer gave, padded; but no types of tokens for a model that knows
+        none.
+        """
         config = self.setting.model_config
         typed = config is None or bool(getattr(config, "type_vocab_size", 0))
         return {
@@ -264,7 +299,9 @@ class Task(Objective):
         }
 
     def padded(self, rows: Examples, name: str) -> Tensor:
-        """Return the lists under ``name`` as one int64 (B, T), filled up on the right: ids by the padding id, all else by 0."""
+        """Return the lists under ``name`` as one int64 (B, T), filled up on the right: ids by the
+        padding id, all else by 0.
+        """
         return pad_rows(
             [row[name] for row in rows.features], self.pad_id if name == "input_ids" else 0
         )[0]
@@ -277,7 +314,9 @@ class Task(Objective):
         labels: Tensor,
         counts: dict[str, Tensor],
     ) -> Batch:
-        """Return the batch, whose tokens are the rows' ``input_ids`` without padding; fillers count nothing."""
+        """Return the batch, whose tokens are the rows' ``input_ids`` without padding; fillers count
+        nothing.
+        """
         return Batch(
             inputs=inputs,
             labels_BT=labels,
@@ -290,7 +329,9 @@ class Task(Objective):
 
 
 def names_of(config: Any) -> list[str]:
-    """Return the labels of a model in the order of their numbers, whatever the order in which its config lists them."""
+    """Return the labels of a model in the order of their numbers, whatever the order in which its
+    config lists them.
+    """
     numbered = config.id2label or {}
     return [numbered[number] for number in sorted(numbered, key=int)]
 
@@ -298,7 +339,9 @@ def names_of(config: Any) -> list[str]:
 def pad_rows(
     rows: Sequence[list[int]], pad_id: int, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
-    """Return ``(ids_BT, mask_BT)`` (int64): the rows with ``pad_id`` to the longest, and 0 in the mask where it stands."""
+    """Return ``(ids_BT, mask_BT)`` (int64): the rows with ``pad_id`` to the longest, and 0 in the
+    mask where it stands.
+    """
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
     return pad(ids, padding_value=pad_id), pad([torch.ones_like(row) for row in ids])
@@ -324,7 +367,9 @@ def load_task(named: Named, setting: Setting) -> Task:
 
 
 def code_digest(kind: type[Task]) -> str:
-    """Return the digest of the code of a task, of what tasks share, and of the metrics: what was made by other code is not found in a cache."""
+    """Return the digest of the code of a task, of what tasks share, and of the metrics: what was
+    made by other code is not found in a cache.
+    """
     rooms = Path(__file__).parent, Path(__file__).parents[1] / "metrics"
     files = {Path(inspect.getfile(kind)), *(file for room in rooms for file in room.glob("*.py"))}
     code = hashlib.blake2b(digest_size=8)
@@ -353,14 +398,18 @@ def cache_key(task: Task) -> str:
 
 
 def label_name(label: Any) -> str:
-    """Return a label as text; 1.0 is 1, as a table with gaps has it, also where the number is text, as csv has it."""
+    """Return a label as text; 1.0 is 1, as a table with gaps has it, also where the number is text,
+    as csv has it.
+    """
     if isinstance(label, float) and label.is_integer():
         return str(int(label))
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label))
 
 
 def named(label: Any, labels: Sequence[str]) -> str:
-    """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in data sets of the hub."""
+    """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in
+    data sets of the hub.
+    """
     name = str(label) if str(label) in labels else label_name(label)
     if (
         name in labels
@@ -373,10 +422,12 @@ def named(label: Any, labels: Sequence[str]) -> str:
 
 
 def known_labels(own: list[str], given: list[str] | None) -> list[str]:
-    """Return the labels of a model: its ``own``, or those ``given`` where its own are but numbers (LABEL_0).
+    """Return the labels of a model: its ``own``, or those ``given`` where its own are but numbers
+    (LABEL_0).
 
     Raises:
-        ConfigError: if those given are not its own: they say how the data's labels are numbered, and all must be known to the model.
+        ConfigError: if those given are not its own: they say how the data's labels are numbered,
+            and all must be known to the model.
     """
     if not given or not own:
         return own
@@ -413,12 +464,15 @@ def number(role: str, value: Any) -> float:
 
 
 def all_labels(values: Iterable[Any]) -> list[str]:
-    """Return the distinct labels (of lists, their members) as texts: numbers by size, also as texts, else by the alphabet.
+    """Return the distinct labels (of lists, their members) as texts: numbers by size, also as
+    texts, else by the alphabet.
 
-    What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then names the example.
+    What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then
+    names the example.
 
     Raises:
-        BadExample: for two that look alike: they differ by spaces around them, or by how a letter is written in Unicode.
+        BadExample: for two that look alike: they differ by spaces around them, or by how a letter
+            is written in Unicode.
     """
     members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
     found = {

@@ -1,9 +1,12 @@
-"""Text embeddings from pairs that belong together, by the contrastive objective; judged by similarity scores (STS) or retrieval.
+"""Text embeddings from pairs that belong together, by the contrastive objective; judged by
+similarity scores (STS) or retrieval.
 
-    loss = - sum over i of log( exp(a_i . p_i / tau) / sum over candidates c of exp(a_i . c / tau) )  /  number of pairs
+    loss = - sum over i of log( exp(a_i . p_i / tau) / sum over candidates c of exp(a_i . c / tau) )
+           / number of pairs
 
-Candidates are all positives of the global batch, and all hard negatives where there are (Karpukhin et al. 2020, DPR, sec. 3.2).
-Shape legend: B examples, V views of each (text, positive, negative), H width, N examples of a data set.
+Candidates are all positives of the global batch, and all hard negatives where there are (Karpukhin
+et al. 2020, DPR, sec. 3.2). Shape legend: B examples, V views of each (text, positive, negative), H
+width, N examples of a data set.
 """
 
 from __future__ import annotations
@@ -61,7 +64,8 @@ class Embedding(Contrastive, Task):
 
     @classmethod
     def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
-        """Return how many examples repeat a text or a positive, which then are no negatives of each other.
+        """Return how many examples repeat a text or a positive, which then are no negatives of each
+        other.
 
         Raises:
             BadExample: for examples that cannot be compared with each other.
@@ -88,7 +92,9 @@ class Embedding(Contrastive, Task):
         return {"text": example.get("text")}
 
     def features(self, example: Example) -> list[Feature]:
-        """Return the one feature: ``input_ids`` of the text, and the ids of what it is compared with."""
+        """Return the one feature: ``input_ids`` of the text, and the ids of what it is compared
+        with.
+        """
         views = [
             view
             for view in VIEWS
@@ -125,13 +131,17 @@ class Embedding(Contrastive, Task):
         )
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return ``{"prediction": vector}`` a row, and the vector of the ``positive`` where there is one."""
+        """Return ``{"prediction": vector}`` a row, and the vector of the ``positive`` where there
+        is one.
+        """
         return _outputs(self.embed(model, batch))
 
     def judge(
         self, model: Model, batch: Batch, rows: Examples
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Return the losses among the examples of this micro-batch on all ranks, and the vectors, of one pass."""
+        """Return the losses among the examples of this micro-batch on all ranks, and the vectors,
+        of one pass.
+        """
         z_VBH = self.embed(model, batch)
         valid_B = batch.counts["contrastive"].to(z_VBH.device)
         return self.compare(z_VBH, valid_B, text_keys(batch))[1], _outputs(z_VBH)
@@ -139,9 +149,11 @@ class Embedding(Contrastive, Task):
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return ``pearson`` and ``spearman`` of the cosines with the scores; without scores ``accuracy``, ``recall_at_10``, ``mrr``.
+        """Return ``pearson`` and ``spearman`` of the cosines with the scores; without scores
+        ``accuracy``, ``recall_at_10``, ``mrr``.
 
-        These are of finding a positive of an example's text among the distinct positives of all examples.
+        These are of finding a positive of an example's text among the distinct positives of all
+        examples.
         """
         texts_NH, positives_NH = (
             np.array([p[name] for p in predictions]) for name in ("prediction", "positive")
@@ -177,7 +189,10 @@ class Embedding(Contrastive, Task):
         )
         if len(first) == len(references) == len(right):
             return found
-        note = f"{len(right):,} texts and {len(first):,} positives differ; any positive of a text is right"
+        note = (
+            f"{len(right):,} texts and {len(first):,} positives differ; any positive of a "
+            "text is right"
+        )
         return replace(found, notes={"repeated": note})
 
     def finish(self, model: Any, tokenizer: Any) -> None:

@@ -1,12 +1,15 @@
 """Extractive question answering: the answer is a span of the context, or none (SQuAD 1.1 and 2.0).
 
-    loss = - sum over windows of (log softmax(start)_s + log softmax(end)_e) / 2  /  number of windows
+    loss = - sum over windows of (log softmax(start)_s + log softmax(end)_e) / 2
+           / number of windows
 
-A context too long for the model is read in overlapping windows. Where a window does not hold the answer, (s, e) is its first token:
-"nothing here". An answer that no window holds whole teaches nothing, and is counted; it is scored like any other. A span scores
-start + end; the answer is the best of all windows, and it is none where the first token's score, the lowest of all windows, exceeds it
-by more than a threshold. Padding is left out of the softmax, so how a batch is cut changes nothing.
-Shape legend: B windows, T tokens. Sources: Devlin et al. 2019, BERT, sec. 4.2 and 4.3; the postprocessing of transformers' run_qa.py.
+A context too long for the model is read in overlapping windows. Where a window does not hold the
+answer, (s, e) is its first token: "nothing here". An answer that no window holds whole teaches
+nothing, and is counted; it is scored like any other. A span scores start + end; the answer is the
+best of all windows, and it is none where the first token's score, the lowest of all windows,
+exceeds it by more than a threshold. Padding is left out of the softmax, so how a batch is cut
+changes nothing. Shape legend: B windows, T tokens. Sources: Devlin et al. 2019, BERT, sec. 4.2 and
+4.3; the postprocessing of transformers' run_qa.py.
 """
 
 from __future__ import annotations
@@ -62,8 +65,10 @@ class ExtractiveQA(Task):
     columns: ClassVar = {
         "question": "a question",
         "context": "the text that may hold its answer",
-        "answers": 'a text, a list of texts or {"text": [...], "answer_start": [...]}; empty: there is none',
-        "answer_start": "at which character of the context it begins (or each); without it, where it first occurs",
+        "answers": 'a text, a list of texts or {"text": [...], "answer_start": [...]}; empty: '
+        "there is none",
+        "answer_start": "at which character of the context it begins (or each); without it, "
+        "where it first occurs",
     }
     optional: ClassVar = frozenset({"answer_start"})
     answers: ClassVar = frozenset({"answers"})
@@ -145,7 +150,9 @@ class ExtractiveQA(Task):
         }
 
     def features(self, example: Example) -> list[Feature]:
-        """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not of it), and ``labels`` (start, end)."""
+        """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not
+        of it), and ``labels`` (start, end).
+        """
         asked: dict[str, Any] = {role: example.get(role) for role in ("question", "context")}
         for role, text in asked.items():
             check_text(role, text)
@@ -163,7 +170,9 @@ class ExtractiveQA(Task):
         return [{**window, "labels": label} for window, label in zip(made, labels, strict=True)]
 
     def _span(self, example: Example) -> tuple[int, int]:
-        """Return the characters of the first answer that is in the context where it should be, else anywhere; (-1, -1) for no answer."""
+        """Return the characters of the first answer that is in the context where it should be, else
+        anywhere; (-1, -1) for no answer.
+        """
         answers, context = _answers(example), example["context"]
         for text, start in answers:
             if context[start : start + len(text)] == text or (start := context.find(text)) >= 0:
@@ -173,7 +182,9 @@ class ExtractiveQA(Task):
         return -1, -1
 
     def collate(self, rows: Examples) -> Batch:
-        """Return the padded windows, and labels (B, 2): the tokens at which the answer starts and ends."""
+        """Return the padded windows, and labels (B, 2): the tokens at which the answer starts and
+        ends.
+        """
         labels = torch.tensor([row.get("labels", [IGNORE_INDEX] * 2) for row in rows.features])
         counts = {self.term: (labels[:, 0] != IGNORE_INDEX).long()}
         return self.batch(rows, inputs=self.inputs(rows), labels=labels, counts=counts)
@@ -193,20 +204,26 @@ class ExtractiveQA(Task):
         )
 
     def outputs(self, logits_B2T: Tensor, rows: Examples) -> list[dict[str, Any]]:
-        """Return for each window its best ``spans`` (score, first and one past the last character) and the score of ``none``."""
+        """Return for each window its best ``spans`` (score, first and one past the last character)
+        and the score of ``none``.
+        """
         return [
             best_spans(start_T, end_T, window=row, how=self.how)
             for (start_T, end_T), row in zip(logits_B2T.cpu(), rows.features, strict=True)
         ]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return what ``choose`` does: ``prediction``, ``start``, ``end``, ``score``, ``no_answer_score``, ``n_best``."""
+        """Return what ``choose`` does: ``prediction``, ``start``, ``end``, ``score``,
+        ``no_answer_score``, ``n_best``.
+        """
         return choose(example["context"], outputs, how=self.how)
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return SQuAD's exact match and F1 at the threshold of the options, by kind of question where there are both."""
+        """Return SQuAD's exact match and F1 at the threshold of the options, by kind of question
+        where there are both.
+        """
         texts, true, scores = _compared(predictions, references)
         return squad(
             texts,
@@ -226,7 +243,9 @@ class ExtractiveQA(Task):
 def _compared(
     predictions: Sequence[dict[str, Any]], references: Sequence[Example]
 ) -> tuple[list[str], list[list[str]], list[float]]:
-    """Return the best spans, the true answers, and how much "none" beats each span. Those of others, or mended ones, count as they are."""
+    """Return the best spans, the true answers, and how much "none" beats each span. Those of
+    others, or mended ones, count as they are.
+    """
     spans = [
         p["n_best"][0]["text"] if p.get("n_best") and not p["prediction"] else p["prediction"]
         for p in predictions
@@ -236,7 +255,9 @@ def _compared(
 
 
 def _answers(example: Example) -> list[tuple[str, int]]:
-    """Return the answers with where they should begin (-1: not said), of any of the forms that data sets have."""
+    """Return the answers with where they should begin (-1: not said), of any of the forms that data
+    sets have.
+    """
     texts: Any = example["answers"]
     starts = example.get("answer_start")
     try:
@@ -256,12 +277,15 @@ def _answers(example: Example) -> list[tuple[str, int]]:
         ]
     except (TypeError, ValueError, KeyError, AttributeError):
         raise BadExample(
-            f"the answers are neither texts nor as in SQuAD, with as many places: {example['answers']!r:.60}"
+            "the answers are neither texts nor as in SQuAD, with as many places: "
+            f"{example['answers']!r:.60}"
         ) from None
 
 
 def _label(window: Feature, start: int, end: int) -> list[int]:
-    """Return the first and last token of the characters from ``start`` to ``end``; the first of all where the window does not hold them."""
+    """Return the first and last token of the characters from ``start`` to ``end``; the first of all
+    where the window does not hold them.
+    """
     begins, ends = window["begins"], window["ends"]
     own = [n for n, begin in enumerate(begins) if begin >= 0]
     if start < 0 or begins[own[0]] > start or ends[own[-1]] < end:

@@ -1,11 +1,14 @@
-"""Batched generation by transformers' ``generate``, for every task that answers in text, at any ZeRO stage.
+"""Batched generation by transformers' ``generate``, for every task that answers in text, at any
+ZeRO stage.
 
-What is generated follows, in this order, the options of the user, the model's own generation_config.json, and what the task knows. An
-answer ends with any of the model's own end tokens, or of those that the task teaches.
-An answer depends on its own prompt, the settings and, where tokens are drawn, on (seed, key of the prompt): never on the prompts
-beside it, the rank or what was generated before. So a prediction that was interrupted goes on as if it had not been.
+What is generated follows, in this order, the options of the user, the model's own
+generation_config.json, and what the task knows. An answer ends with any of the model's own end
+tokens, or of those that the task teaches. An answer depends on its own prompt, the settings and,
+where tokens are drawn, on (seed, key of the prompt): never on the prompts beside it, the rank or
+what was generated before. So a prediction that was interrupted goes on as if it had not been.
 
-Shape legend: B prompts, T tokens of the longest of them, V vocabulary. Decoders' prompts are padded on the left, encoders' on the right.
+Shape legend: B prompts, T tokens of the longest of them, V vocabulary. Decoders' prompts are padded
+on the left, encoders' on the right.
 """
 
 from __future__ import annotations
@@ -46,7 +49,8 @@ from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Task, pad_rows
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
-UNFOLLOWED = (  # settings of transformers that give another number of answers, or depend on the clock
+# settings of transformers that give another number of answers, or depend on the clock
+UNFOLLOWED = (
     "num_return_sequences",
     "return_dict_in_generate",
     "output_scores",
@@ -78,14 +82,17 @@ NEUTRAL = {
     "guidance_scale": (1.0,),
     "num_beam_groups": (1,),
 }
-OF_ONES_OWN_TEXT = {  # of an encoder-decoder: these look at what was written, which has no padding before it
+# of an encoder-decoder: these look at what was written, which has no padding before it
+OF_ONES_OWN_TEXT = {
     *("repetition_penalty", "no_repeat_ngram_size", "bad_words_ids", "sequence_bias"),
     *("forced_bos_token_id", "forced_eos_token_id", "begin_suppress_tokens"),
 }
 
 
 class Generation(Section):
-    """How answers are generated, in the words of transformers' GenerationConfig. None: as the model's own generation_config says."""
+    """How answers are generated, in the words of transformers' GenerationConfig. None: as the
+    model's own generation_config says.
+    """
 
     max_new_tokens: Positive | None = None
     min_new_tokens: Annotated[int, Field(ge=0)] | None = None
@@ -109,7 +116,9 @@ class Generation(Section):
     def carry(
         self, model: Any, *, ends: Sequence[int], limit: int, pad_id: int, **settings: Any
     ) -> None:
-        """Put what ``resolve`` says into the generation_config.json that is saved with ``model``."""
+        """Put what ``resolve`` says into the generation_config.json that is saved with
+        ``model``.
+        """
         own = resolve(model, self, ends=ends, limit=limit, settings=settings)
         own.do_sample = bool(own.do_sample)  # pipelines have other defaults
         own.pad_token_id = pad_id
@@ -125,9 +134,11 @@ def resolve(
     limit: int = NEW_TOKENS,
     settings: Mapping[str, Any] | None = None,
 ) -> GenerationConfig:
-    """Return how ``model`` generates: ``options``, then ``settings`` (of the task, said by the user), then as it says itself.
+    """Return how ``model`` generates: ``options``, then ``settings`` (of the task, said by the
+    user), then as it says itself.
 
-    Where nobody says how many tokens, they are ``limit``. ``ends`` (ids) end an answer as the model's own do.
+    Where nobody says how many tokens, they are ``limit``. ``ends`` (ids) end an answer as the
+    model's own do.
     """
     own: GenerationConfig = deepcopy(model.generation_config)
     said = {**(settings or {}), **options.settings()}
@@ -171,13 +182,15 @@ def generate(
     limit: int = NEW_TOKENS,
     **settings: Any,
 ) -> list[list[int]]:
-    """Return the new ids of each prompt (ids) up to its end token, which is left out; what is set as ``resolve`` says.
+    """Return the new ids of each prompt (ids) up to its end token, which is left out; what is set
+    as ``resolve`` says.
 
-    ``model`` is an engine or a bare model in evaluation mode. Under ZeRO 3 on several ranks all must call, with any number of prompts:
-    a rank that has finished goes on until the last has.
+    ``model`` is an engine or a bare model in evaluation mode. Under ZeRO 3 on several ranks all
+    must call, with any number of prompts: a rank that has finished goes on until the last has.
 
     Raises:
-        ConfigError: for a prompt that leaves no room in the model's positions, unless ``options.truncate``.
+        ConfigError: for a prompt that leaves no room in the model's positions, unless
+            ``options.truncate``.
     """
     model = getattr(model, "module", model)
     config = resolve(model, options, ends=ends, limit=limit, settings=settings)
@@ -229,7 +242,8 @@ def generate(
 def _of_one_answer(
     config: GenerationConfig, pad_id: int
 ) -> tuple[GenerationConfig | None, GenerationConfig]:
-    """Return how tokens are drawn, if they are, and the rest of ``config``, for one answer a prompt.
+    """Return how tokens are drawn, if they are, and the rest of ``config``, for one answer a
+    prompt.
 
     Raises:
         ConfigError: where tokens are both drawn and found by beam search.
@@ -255,7 +269,9 @@ def _of_one_answer(
 
 @contextmanager
 def _generating_as(model: Any, config: GenerationConfig) -> Iterator[None]:
-    """Let ``model`` have this generation_config inside: what a config that is given leaves open is filled from the model's own."""
+    """Let ``model`` have this generation_config inside: what a config that is given leaves open is
+    filled from the model's own.
+    """
     own, model.generation_config = model.generation_config, config
     try:
         yield
@@ -264,7 +280,8 @@ def _generating_as(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _reads_padding(model: Any, config: GenerationConfig) -> bool:
-    """Return whether an answer could depend on how its prompt is padded: no setting that looks at the ids is known not to.
+    """Return whether an answer could depend on how its prompt is padded: no setting that looks at
+    the ids is known not to.
 
     A model with a state of its own takes padding in.
     """
@@ -292,7 +309,8 @@ def written(
     strings: Sequence[str] = (),
     **settings: Any,
 ) -> list[str]:
-    """Return the text that ``model`` writes for each row: to the ids under ``of``, drawn if at all by the number of its example.
+    """Return the text that ``model`` writes for each row: to the ids under ``of``, drawn if at all
+    by the number of its example.
 
     It ends before any of ``strings``, and those that the model says itself.
     """
@@ -312,10 +330,11 @@ def written(
 
 
 def prompt_ids(tokenizer: Any, text: str, *, encode: Callable[..., Any] | None = None) -> list[int]:
-    """Return the ids of a text that is gone on with: where the tokenizer puts a token before texts this is there, but none after.
+    """Return the ids of a text that is gone on with: where the tokenizer puts a token before texts
+    this is there, but none after.
 
-    Of those before only the beginning of a text stays: [CLS] is the other half of a frame. ``encode`` is the tokenizer, or
-    what takes its place for texts of others in a template.
+    Of those before only the beginning of a text stays: [CLS] is the other half of a frame.
+    ``encode`` is the tokenizer, or what takes its place for texts of others in a template.
     """
     encode = encode or tokenizer
     whole = list(encode(text)["input_ids"])
@@ -331,7 +350,9 @@ def decoder_start(config: PretrainedConfig | None, pad_id: int) -> int:
 
 
 def longest_prompt(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a prompt may have; None: positions are relative, and it may have any number."""
+    """Return how many tokens a prompt may have; None: positions are relative, and it may have any
+    number.
+    """
     return (
         None
         if (longest := longest_row(config)) is None
@@ -350,7 +371,8 @@ def check_prompt(task: Task, ids: Sequence[int], options: Generation) -> None:
     )
     if longest is not None and len(ids) > longest and not options.truncate:
         raise BadExample(
-            f"the prompt has {len(ids)} tokens, and the model's positions have room for {longest}: shorten it, or set "
+            f"the prompt has {len(ids)} tokens, and the model's positions have room for "
+            f"{longest}: shorten it, or set "
             "generation.truncate"
         )
 
@@ -364,7 +386,9 @@ def _fit(
     truncate: bool,
     apart: bool,
 ) -> _Asked:
-    """Return the prompt, cut if that is allowed and needed, and how many tokens may and must follow."""
+    """Return the prompt, cut if that is allowed and needed, and how many tokens may and must
+    follow.
+    """
     encoder, longest = config.is_encoder_decoder, longest_prompt(config)
     before = 1 if encoder else len(prompt)  # lengths count what the decoder has seen
     most = how.max_new_tokens or (how.max_length or 0) - before
@@ -391,7 +415,9 @@ def _fit(
 
 
 class _Draw(LogitsProcessor):
-    """Leaves one token a row, drawn by inversion: one uniform number a token, from a generator of the row's own (Philox)."""
+    """Leaves one token a row, drawn by inversion: one uniform number a token, from a generator of
+    the row's own (Philox).
+    """
 
     def __init__(self, config: GenerationConfig, seed: int, keys: list[str]) -> None:
         numbers = [

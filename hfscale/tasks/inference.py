@@ -1,4 +1,5 @@
-"""Pretrained models as they are, with nothing to train: masks filled, hidden states, continuations; the answers of transformers' pipelines.
+"""Pretrained models as they are, with nothing to train: masks filled, hidden states, continuations;
+the answers of transformers' pipelines.
 
 Shape legend: B texts, T tokens, V vocabulary, H width.
 """
@@ -59,7 +60,9 @@ class FillMaskOptions(Section):
 
 
 class FillMask(Inference):
-    """What most likely stands in place of the tokenizer's mask token; for any architecture of ``AutoModelForMaskedLM``."""
+    """What most likely stands in place of the tokenizer's mask token; for any architecture of
+    ``AutoModelForMaskedLM``.
+    """
 
     Options = FillMaskOptions
     options: FillMaskOptions
@@ -77,7 +80,9 @@ class FillMask(Inference):
         return [feature]
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return the candidates, the likeliest first, as the pipeline does: a list; of several masks, a list for each."""
+        """Return the candidates, the likeliest first, as the pipeline does: a list; of several
+        masks, a list for each.
+        """
         tokenizer, mask, outputs = self.setting.tokenizer, self.setting.tokenizer.mask_token_id, []
         for row, logits_TV in zip(rows.features, self.logits(model, batch).float(), strict=True):
             ids, masks = (
@@ -135,7 +140,9 @@ class TextGeneration(Inference):
     columns: ClassVar = {"prompt": "the text to go on with"}
 
     def features(self, example: Example) -> list[Feature]:
-        """Return the one feature; an empty prompt starts a document, as the corpus does after every document's end."""
+        """Return the one feature; an empty prompt starts a document, as the corpus does after every
+        document's end.
+        """
         tokenizer, prompt = self.setting.tokenizer, example["prompt"]
         if not isinstance(prompt, str):
             raise BadExample(f"the prompt is not text: {prompt!r:.60}")

@@ -1,12 +1,16 @@
-"""Instruction tuning: a causal model learns to answer in conversations. Only answers are scored; several examples share a row.
+"""Instruction tuning: a causal model learns to answer in conversations. Only answers are scored;
+several examples share a row.
 
-    loss = - sum over tokens of answers of log p(x_t | its conversation up to t)  /  number of tokens of answers
+    loss = - sum over tokens of answers of log p(x_t | its conversation up to t)
+           / number of tokens of answers
 
-The tokenizer's chat template lays a conversation out, or DEFAULT_TEMPLATE where it has none. What belongs to an answer is found in
-the template's own text: from where a prompt for it ends to where the conversation up to it does. Worked example, two examples in one row
-(documents apart: a token sees its own example alone, positions begin at 0 in each):
+The tokenizer's chat template lays a conversation out, or DEFAULT_TEMPLATE where it has none. What
+belongs to an answer is found in the template's own text: from where a prompt for it ends to where
+the conversation up to it does. Worked example, two examples in one row (documents apart: a token
+sees its own example alone, positions begin at 0 in each):
 
-    input      <|user|> hi <|assistant|> hello </s>  <|user|> 1 + 1 <|assistant|> 2    labels, one to the left:
+    input      <|user|> hi <|assistant|> hello </s>  <|user|> 1 + 1 <|assistant|> 2    labels, one
+               to the left:
     labels     -        -  hello         </s>  -     -        - - - 2             </s>
 
 Shape legend: B examples, R <= B packed rows, T tokens of a row (the longest example).
@@ -66,7 +70,9 @@ class InstructionOptions(Section):
 
 
 class Instruction(Task, CausalLM):
-    """For any architecture of ``AutoModelForCausalLM``; packed, for those that can keep documents apart."""
+    """For any architecture of ``AutoModelForCausalLM``; packed, for those that can keep documents
+    apart.
+    """
 
     Options = InstructionOptions
     options: InstructionOptions  # type: ignore[assignment]
@@ -94,7 +100,9 @@ class Instruction(Task, CausalLM):
 
     @classmethod
     def question(cls, example: Example) -> Any:
-        """Return what the user says first, in either form: conversations that begin alike are in one split."""
+        """Return what the user says first, in either form: conversations that begin alike are in
+        one split.
+        """
         messages = example.get("messages")
         turns = messages if isinstance(messages, list) else []
         asked = [
@@ -105,9 +113,11 @@ class Instruction(Task, CausalLM):
         first = asked[0] if asked else example.get("prompt") or messages
         return {"prompt": first.strip() if isinstance(first, str) else first}
 
-    # ------------------------------------------------------------------------------------------------- features
+    # ------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
-        """Return the one feature: ``input_ids``, ``prompt`` of the last answer; where there are answers ``labels`` and the ``bytes`` they are of."""
+        """Return the one feature: ``input_ids``, ``prompt`` of the last answer; where there are
+        answers ``labels`` and the ``bytes`` they are of.
+        """
         messages, quoted = self._quoted(self._messages(example))
         answered = messages[-1]["role"] == "assistant"
         before = self._render(messages[:-1] if answered else messages, prompt=True)
@@ -216,12 +226,15 @@ class Instruction(Task, CausalLM):
             raise BadExample(f"the chat template refuses the conversation: {error}") from error
         if of is not None and not of.startswith(text):
             raise BadExample(
-                "the chat template writes an answer differently once the conversation goes on; give it one answer an example"
+                "the chat template writes an answer differently once the conversation goes on; "
+                "give it one answer an example"
             )
         return str(text)
 
     def _quoted(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Quoted]:
-        """Return the messages as they go into the template: control tokens that they spell are marked, so that none is made of them."""
+        """Return the messages as they go into the template: control tokens that they spell are
+        marked, so that none is made of them.
+        """
         quoted = Quoted(self.setting.tokenizer, *_texts(messages))
         texts = [*_texts(messages)]
         signs = {sign for text in texts for sign in SIGN.findall(text)}
@@ -249,7 +262,9 @@ class Instruction(Task, CausalLM):
 
     @cached_property
     def _ends(self) -> tuple[list[int], list[str]]:
-        """With what the template ends an answer: ids of tokens, or where there is no such token texts."""
+        """With what the template ends an answer: ids of tokens, or where there is no such token
+        texts.
+        """
         whole, answer = "", {"role": "assistant", "content": MARK}
         for roles in (["user"], ["system", "user"]):  # some templates want more than a question
             with suppress(BadExample):
@@ -272,7 +287,9 @@ class Instruction(Task, CausalLM):
         return [], [text] if text else []
 
     def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
-        """Return the examples packed into R rows as long as the longest; ``document_ids_BT`` (R, T) numbers them, B is padding."""
+        """Return the examples packed into R rows as long as the longest; ``document_ids_BT`` (R, T)
+        numbers them, B is padding.
+        """
         lengths = [len(row["input_ids"]) for row in rows.features]
         packs = pack(lengths) if self.options.packed else [[n] for n in range(len(lengths))]
         shifted = [
@@ -298,7 +315,7 @@ class Instruction(Task, CausalLM):
         )
         return replace(batch, document_ids_BT=owner_RT.int())
 
-    # --------------------------------------------------------------------------------------------- with a model
+    # --------------------------------------------------------------------------------- with a model
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"answers": sums_B}`` in nats."""
         owner_RT, counts_B = batch.document_ids_BT, batch.counts["answers"]
@@ -313,7 +330,9 @@ class Instruction(Task, CausalLM):
         return {"answers": sums_B * (counts_B > 0).to(sums_B.device)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the answers that are there, if any."""
+        """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the
+        answers that are there, if any.
+        """
         ends, strings = self._ends
         options = self.options.generation
         texts = written(self, model, rows, of="prompt", options=options, ends=ends, strings=strings)
@@ -327,12 +346,16 @@ class Instruction(Task, CausalLM):
     def judge(
         self, model: Model, batch: Batch, rows: Examples
     ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
-        """Return the loss, and outputs without an answer: to write one for every example takes longer than to train on it."""
+        """Return the loss, and outputs without an answer: to write one for every example takes
+        longer than to train on it.
+        """
         loss = self.loss(model, batch)
         return loss, self._known(loss, batch, rows)
 
     def _known(self, loss: dict[str, Tensor], batch: Batch, rows: Examples) -> list[dict[str, Any]]:
-        """Return the nats of the answers of each row, and of how many tokens and bytes they are: of what was read, if it was cut."""
+        """Return the nats of the answers of each row, and of how many tokens and bytes they are: of
+        what was read, if it was cut.
+        """
         return [
             {"nats": nats, "tokens": n, "bytes": row.get("bytes", 0)}
             for nats, n, row in zip(
@@ -346,7 +369,9 @@ class Instruction(Task, CausalLM):
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the generated ones, where they were."""
+        """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the
+        generated ones, where they were.
+        """
         known = language_model(
             [p["nats"] for p in predictions],
             [p["tokens"] for p in predictions],
@@ -384,12 +409,16 @@ def _each_text(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _is_answer(whole: str, begin: int, end: int, first: int, last: int) -> bool:
-    """Return whether a token is of the answer ``first .. last``: a word may hold the white space that the prompt ends in."""
+    """Return whether a token is of the answer ``first .. last``: a word may hold the white space
+    that the prompt ends in.
+    """
     return first < end <= last and begin < end and (first <= begin or whole[begin:first].isspace())
 
 
 def _cut(places: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:
-    """Return how many characters, and tokens, are read of a text that is cut after ``longest`` tokens: none of half a character."""
+    """Return how many characters, and tokens, are read of a text that is cut after ``longest``
+    tokens: none of half a character.
+    """
     kept = longest
     while kept and places[kept - 1][1] > places[longest][0]:
         kept -= 1  # a token of bytes, with the rest of its character behind the cut
@@ -399,7 +428,8 @@ def _cut(places: Sequence[tuple[int, int]], longest: int) -> tuple[int, int]:
 def _scored_bytes(whole: str, read: int, *, span: tuple[int, int], content: str, mark: str) -> int:
     """Return how many bytes of an answer are among the first ``read`` characters.
 
-    What the template puts behind it is no text of it, nor is the ``mark`` in what spells a control token.
+    What the template puts behind it is no text of it, nor is the ``mark`` in what spells a control
+    token.
     """
     first, last = span
     for said in (content, content.strip()):  # templates strip
@@ -411,7 +441,9 @@ def _scored_bytes(whole: str, read: int, *, span: tuple[int, int], content: str,
 
 
 def pack(lengths: Sequence[int]) -> list[list[int]]:
-    """Return rows, each a list of numbers of examples in order, none longer than the longest example: first fit, the longest first."""
+    """Return rows, each a list of numbers of examples in order, none longer than the longest
+    example: first fit, the longest first.
+    """
     room = max(lengths)
     packs: list[tuple[int, list[int]]] = []
     for n in sorted(range(len(lengths)), key=lambda n: -lengths[n]):

@@ -1,7 +1,9 @@
-"""Does a model's answer depend on the padding beside its text? Asked of the live model, since no list of architectures is complete.
+"""Does a model's answer depend on the padding beside its text? Asked of the live model, since no
+list of architectures is complete.
 
-A mask keeps padding out of attention, but FNet mixes all positions, ConvBERT's kernels reach over the end of a text, and XLNet
-summarizes the last position, whatever stands there. Legend: T tokens of a text, P of padding.
+A mask keeps padding out of attention, but FNet mixes all positions, ConvBERT's kernels reach over
+the end of a text, and XLNet summarizes the last position, whatever stands there. Legend: T tokens
+of a text, P of padding.
 """
 
 from __future__ import annotations
@@ -22,7 +24,8 @@ OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 @torch.no_grad()
 def reads_padding(model: Any, *, pad_id: int, device: torch.device | str) -> bool:
-    """Return whether an answer of ``model`` (an engine, or bare; in eval mode) moves when its row is filled up.
+    """Return whether an answer of ``model`` (an engine, or bare; in eval mode) moves when its row
+    is filled up.
 
     True also where the model does not take the probe: who reckons with padding is right either way.
     """

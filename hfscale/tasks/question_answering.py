@@ -1,8 +1,10 @@
-"""Windows of a context, the choice of an answer among their spans, and the pipeline for it, which transformers 5 dropped.
+"""Windows of a context, the choice of an answer among their spans, and the pipeline for it, which
+transformers 5 dropped.
 
 A copy of this file goes along with exports, so it knows torch and transformers alone:
-``pipeline("question-answering", FOLDER, trust_remote_code=True)(question=..., context=...)``. ``how`` holds the options of the task,
-``max_length`` and ``no_answer``; an export has it in its config. Shape legend: W windows, T tokens.
+``pipeline("question-answering", FOLDER, trust_remote_code=True)(question=..., context=...)``.
+``how`` holds the options of the task, ``max_length`` and ``no_answer``; an export has it in its
+config. Shape legend: W windows, T tokens.
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 def windows(
     tokenizer: Any, how: dict[str, Any], *, question: str, context: str
 ) -> list[dict[str, Any]]:
-    """Return the windows: what the tokenizer gives, and where each token ``begins`` and ``ends`` in the context (-1: it is not of it,
-    or nothing but white space, which answers nothing).
+    """Return the windows: what the tokenizer gives, and where each token ``begins`` and ``ends`` in
+    the context (-1: it is not of it, or nothing but white space, which answers nothing).
 
-    A question longer than half a window is cut, and all are ``truncated``. None is returned where the context has no token.
+    A question longer than half a window is cut, and all are ``truncated``. None is returned where
+    the context has no token.
     """
     max_length, stride = how["max_length"], how["stride"]
     asked = tokenizer(
@@ -69,7 +72,9 @@ def windows(
 
 
 def parts(tokens: int, *, room: int, stride: int) -> list[range]:
-    """Return which of so many ``tokens`` each window holds: at most ``room``, ``stride`` of them shared, half of them at most."""
+    """Return which of so many ``tokens`` each window holds: at most ``room``, ``stride`` of them
+    shared, half of them at most.
+    """
     stride = min(stride, room // 2)
     starts = range(0, max(1, tokens - stride), room - stride)
     return [range(start, min(start + room, tokens)) for start in starts]
@@ -78,7 +83,9 @@ def parts(tokens: int, *, room: int, stride: int) -> list[range]:
 def best_spans(
     start_T: torch.Tensor, end_T: torch.Tensor, *, window: dict[str, Any], how: dict[str, Any]
 ) -> dict[str, Any]:
-    """Return the best ``spans`` of a window (score, first and one past the last character), and the score of ``none``, the first token."""
+    """Return the best ``spans`` of a window (score, first and one past the last character), and the
+    score of ``none``, the first token.
+    """
     begins, ends = window["begins"], window["ends"]
     own = [n for n, begin in enumerate(begins) if begin >= 0]
     scores = (
@@ -98,7 +105,8 @@ def best_spans(
 
 
 def choose(context: str, found: Sequence[dict[str, Any]], *, how: dict[str, Any]) -> dict[str, Any]:
-    """Return the ``prediction`` ("" for none) with ``start``, ``end`` and ``score``, and the ``n_best`` spans of all windows.
+    """Return the ``prediction`` ("" for none) with ``start``, ``end`` and ``score``, and the
+    ``n_best`` spans of all windows.
 
     ``no_answer_score`` is what the threshold is for: by how much "none" beats the best span.
     """
@@ -132,7 +140,9 @@ def choose(context: str, found: Sequence[dict[str, Any]], *, how: dict[str, Any]
 
 
 class QuestionAnsweringPipeline(Pipeline):
-    """``pipe(question=..., context=...)``, or a list of ``{"question", "context"}``: ``{"answer", "start", "end", "score"}`` each."""
+    """``pipe(question=..., context=...)``, or a list of ``{"question", "context"}``: ``{"answer",
+    "start", "end", "score"}`` each.
+    """
 
     _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]

@@ -1,4 +1,5 @@
-"""The pipeline that transformers has not: a text in, its vector of length 1 out, pooled as in training.
+"""The pipeline that transformers has not: a text in, its vector of length 1 out, pooled as in
+training.
 
 A copy of this file goes along with exports, so it knows transformers alone:
 ``pipeline("sentence-embedding", FOLDER, trust_remote_code=True)``.
@@ -14,7 +15,9 @@ from transformers import Pipeline
 
 
 class SentenceEmbeddingPipeline(Pipeline):
-    """``model.config.pooling`` says how: the state of the first token, of the last one, or the mean of all."""
+    """``model.config.pooling`` says how: the state of the first token, of the last one, or the mean
+    of all.
+    """
 
     _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]

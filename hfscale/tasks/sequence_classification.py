@@ -1,12 +1,14 @@
-"""Sequence classification: one label, several, or a number for a text or a pair of texts. Sentiment analysis is the first example.
+"""Sequence classification: one label, several, or a number for a text or a pair of texts. Sentiment
+analysis is the first example.
 
     single label   loss = - sum over examples of w_y log softmax(z)_y  /  number of examples
-    multi-label    loss =   sum over examples and labels of binary cross-entropy(z_c, y_c) / (number of examples * C)
+    multi-label    loss =   sum over examples and labels of binary cross-entropy(z_c, y_c)
+                            / (number of examples * C)
     regression     loss =   sum over examples of (z - y)^2  /  number of examples
 
-With ``class_weights: balanced`` w_c = N / (C * N_c) over the training examples, whose mean is 1, so the divisor stays their number.
-Label smoothing e gives the true class 1 - e + e / C and every other e / C (Szegedy et al. 2016, sec. 7).
-Shape legend: B examples, T tokens, C classes.
+With ``class_weights: balanced`` w_c = N / (C * N_c) over the training examples, whose mean is 1, so
+the divisor stays their number. Label smoothing e gives the true class 1 - e + e / C and every other
+e / C (Szegedy et al. 2016, sec. 7). Shape legend: B examples, T tokens, C classes.
 """
 
 from __future__ import annotations
@@ -54,7 +56,9 @@ Problem = Literal[
 
 
 class ClassificationOptions(Section):
-    """What is asked of a text. Without ``problem`` the labels say it: lists are several labels, fractions are regression."""
+    """What is asked of a text. Without ``problem`` the labels say it: lists are several labels,
+    fractions are regression.
+    """
 
     problem: Problem | None = None
     labels: Labels | None = (
@@ -134,7 +138,9 @@ class SequenceClassification(Task):
 
     @property
     def labels(self) -> list[str]:
-        """The labels in the model's order; ``task.options.labels`` say in which order the data count them."""
+        """The labels in the model's order; ``task.options.labels`` say in which order the data
+        count them.
+        """
         return known_labels(self.setting.facts.get("labels", []), self.options.labels)
 
     def names(self, value: Any) -> list[str]:
@@ -142,7 +148,9 @@ class SequenceClassification(Task):
         return _names(value, labels=self.labels, numbered=self.options.labels or self.labels)
 
     def model_overrides(self) -> dict[str, Any]:
-        """Return the labels and the kind of problem; and the padding id, by which decoders find the last token."""
+        """Return the labels and the kind of problem; and the padding id, by which decoders find the
+        last token.
+        """
         labels = self.labels or ["LABEL_0"]
         return {
             "num_labels": len(labels),
@@ -157,7 +165,9 @@ class SequenceClassification(Task):
         tokenizer.model_max_length = self.setting.seq_len
 
     def features(self, example: Example) -> list[Feature]:
-        """Return the one feature; its ``labels`` is a class's number, a list of C zeros and ones, or a number."""
+        """Return the one feature; its ``labels`` is a class's number, a list of C zeros and ones,
+        or a number.
+        """
         text, pair = example["text"], example.get("pair")
         check_text("text", text)
         if pair:
@@ -199,7 +209,9 @@ class SequenceClassification(Task):
         )
 
     def row_losses(self, logits_BC: Tensor, batch: Batch) -> Tensor:
-        """Return each row's loss; smoothed and weighted while training, plain where it is told or compared."""
+        """Return each row's loss; smoothed and weighted while training, plain where it is told or
+        compared.
+        """
         learning = torch.is_grad_enabled()
         logits_BC, valid_B = logits_BC.float(), batch.counts[self.term].to(logits_BC.device)
         if self.problem == "regression":
@@ -226,7 +238,9 @@ class SequenceClassification(Task):
         return losses_B * valid_B
 
     def outputs(self, logits_BC: Tensor, rows: Examples) -> list[dict[str, Any]]:
-        """Return label and probabilities a row; of several labels, those above the threshold; of a regression, the number."""
+        """Return label and probabilities a row; of several labels, those above the threshold; of a
+        regression, the number.
+        """
         logits_BC = logits_BC.float()
         if self.problem == "regression":
             return [{"prediction": value} for value in logits_BC.squeeze(1).tolist()]
@@ -248,7 +262,9 @@ class SequenceClassification(Task):
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations and the mean squared error."""
+        """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations
+        and the mean squared error.
+        """
         true = [_split(reference["label"], self.options) for reference in references]
         if lacking := [
             reference["id"]
@@ -277,7 +293,8 @@ class SequenceClassification(Task):
         if numbers and not self.options.labels:
             order = ", ".join(f"{n} is {label}" for n, label in enumerate(self.labels))
             notes["numbered labels"] = (
-                f"{order:.200}: the model's order; where the data count otherwise, say task.options.labels"
+                f"{order:.200}: the model's order; where the data count otherwise, say "
+                "task.options.labels"
             )
         if "f1" in found.scores():
             notes["f1"] = f"of {self.labels[1]!r}, the second label"
@@ -291,7 +308,9 @@ def _split(value: Any, options: ClassificationOptions) -> Any:
 
 
 def _names(value: Any, *, labels: Sequence[str], numbered: Sequence[str]) -> list[str]:
-    """Return the names that a cell says; ``numbered`` is the order in which numbers count, and zeros and ones stand for each."""
+    """Return the names that a cell says; ``numbered`` is the order in which numbers count, and
+    zeros and ones stand for each.
+    """
     if isinstance(value, list) and len(value) == len(numbered) and _is_vector(value, labels):
         return [label for label, member in zip(numbered, value, strict=True) if float(member)]
     return [named(label, numbered) for label in (value if isinstance(value, list) else [value])]
@@ -304,7 +323,9 @@ def _is_number(value: Any, labels: Sequence[str]) -> bool:
 
 
 def _is_vector(value: list[Any], labels: Sequence[str] = ()) -> bool:
-    """Return whether a list has a zero or a one for each label: it cannot be a list of labels that are named so."""
+    """Return whether a list has a zero or a one for each label: it cannot be a list of labels that
+    are named so.
+    """
     return len(value) > 1 and all(
         isinstance(member, bool)
         or (label_name(member) in ("0", "1") and label_name(member) not in labels)
@@ -313,7 +334,9 @@ def _is_vector(value: list[Any], labels: Sequence[str] = ()) -> bool:
 
 
 def _check_vectors(values: Sequence[Any], labels: list[str] | None) -> None:
-    """Refuse (BadExample) lists of one length with numbers for each label, unless the labels have names."""
+    """Refuse (BadExample) lists of one length with numbers for each label, unless the labels have
+    names.
+    """
     lists = [value for value in values if isinstance(value, list)]
     lengths = {len(value) for value in lists}
     if len(lists) < len(values) or len(lengths) != 1 or min(lengths) < 2:
@@ -321,16 +344,20 @@ def _check_vectors(values: Sequence[Any], labels: list[str] | None) -> None:
     (n,) = lengths
     if any(_kind(member) == "fraction" for value in lists for member in value):
         raise BadExample(
-            f"the labels are lists of {n} fractions, such as {lists[0]!r:.60}: these are no labels; give those that hold"
+            f"the labels are lists of {n} fractions, such as {lists[0]!r:.60}: these are no "
+            "labels; give those that hold"
         )
     if all(_is_vector(value, labels or ()) for value in lists) and len(labels or ()) != n:
         raise BadExample(
-            f"the labels are lists of {n} zeros and ones, such as {lists[0]!r:.60}: name the {n} labels in their order as task.options.labels"
+            f"the labels are lists of {n} zeros and ones, such as {lists[0]!r:.60}: name the "
+            f"{n} labels in their order as task.options.labels"
         )
 
 
 def _kind(value: Any) -> str:
-    """Return list, fraction (it can only be a number to predict: 2.5, or "2.5" in csv), whole (a number, or a label) or label."""
+    """Return list, fraction (it can only be a number to predict: 2.5, or "2.5" in csv), whole (a
+    number, or a label) or label.
+    """
     if isinstance(value, list):
         return "list"
     try:

@@ -1,6 +1,8 @@
-"""The pipeline that transformers 5 dropped: a text in, the text that an encoder-decoder makes of it out.
+"""The pipeline that transformers 5 dropped: a text in, the text that an encoder-decoder makes of it
+out.
 
-A copy of this file goes along with exports, so it knows transformers alone: ``pipeline("translation", FOLDER, trust_remote_code=True)``.
+A copy of this file goes along with exports, so it knows transformers alone:
+``pipeline("translation", FOLDER, trust_remote_code=True)``.
 """
 
 from __future__ import annotations
@@ -13,7 +15,9 @@ KEYS = {"translation": "translation_text", "summarization": "summary_text"}  # a
 
 
 class TextToTextPipeline(Pipeline):
-    """Generates as the folder's generation_config.json says, unless a call says otherwise: ``num_beams=4``, ..."""
+    """Generates as the folder's generation_config.json says, unless a call says otherwise:
+    ``num_beams=4``, ...
+    """
 
     _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]
@@ -21,7 +25,9 @@ class TextToTextPipeline(Pipeline):
     tokenizer: Any
 
     def __call__(self, inputs: Any, *args: Any, **options: Any) -> Any:
-        """Return ``[{"translation_text": text}]``: one for a text, and one for each of a list of texts."""
+        """Return ``[{"translation_text": text}]``: one for a text, and one for each of a list of
+        texts.
+        """
         made = super().__call__(inputs, *args, **options)
         return [answers[0] for answers in made] if isinstance(inputs, list) else made
 

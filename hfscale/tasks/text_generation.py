@@ -1,8 +1,11 @@
-"""Text to text: translation and summarization, by an encoder-decoder or by a causal model with a prompt.
+"""Text to text: translation and summarization, by an encoder-decoder or by a causal model with a
+prompt.
 
-    loss = - sum over target tokens of log p(y_t | y_1 .. y_{t-1}, source)  /  number of target tokens, the end token among them
+    loss = - sum over target tokens of log p(y_t | y_1 .. y_{t-1}, source)
+           / number of target tokens, the end token among them
 
-With label smoothing e the target is (1 - e) y_t + e / V, in training alone. Worked example, ``prompt: "{source} =>"``:
+With label smoothing e the target is (1 - e) y_t + e / V, in training alone. Worked example,
+``prompt: "{source} =>"``:
 
     encoder-decoder   in   prefix a b c </s>            decoder in  <start> x y     labels  x y </s>
     causal            in   a b c => x y                 labels      - - - x y </s>
@@ -88,7 +91,8 @@ class TextToText(Task):
         if self._causal:  # a prompt ends with no mark: it goes on
             begins = prompt_ids(setting.tokenizer, "a")[:1] == [setting.tokenizer.bos_token_id]
             self.frame = ("bos_token", None) if begins else ()
-        # what only a user says; where nobody does, the model's own setting, or else the longest target
+        # what only a user says; where nobody does, the model's own setting, or else the longest
+        # target
         self._said: dict[str, Any] = (
             {"max_new_tokens": self._target_length} if options.max_target_length else {}
         )
@@ -108,7 +112,8 @@ class TextToText(Task):
                 "this tokenizer has no such language",
                 where="task.options",
                 value=code,
-                remedy="give a code that stands in its vocabulary (mBART: en_XX, NLLB: eng_Latn), or leave it out",
+                remedy="give a code that stands in its vocabulary (mBART: en_XX, NLLB: "
+                "eng_Latn), or leave it out",
             )
         setattr(tokenizer, side, code)
         if side == "tgt_lang" and tokenizer(text_target="a")["input_ids"][0] == number:
@@ -116,9 +121,11 @@ class TextToText(Task):
         elif side == "tgt_lang":  # mBART-25 has it behind the text, and begins with it
             self._start = self._said["decoder_start_token_id"] = number
 
-    # ------------------------------------------------------------------------------------------------- features
+    # ------------------------------------------------------------------------------------- features
     def features(self, example: Example) -> list[Feature]:
-        """Return the one feature: ``input_ids`` of source or prompt, and the target's ids as ``labels``."""
+        """Return the one feature: ``input_ids`` of source or prompt, and the target's ids as
+        ``labels``.
+        """
         for role in self.columns:
             if role in example:
                 check_text(role, example[role])
@@ -163,13 +170,16 @@ class TextToText(Task):
                 ]
             if (kept := len(offsets) + limit - len(ids)) <= 0:
                 raise BadExample(
-                    f"the prompt alone has more than {limit} tokens (data.max_length - max_target_length)"
+                    f"the prompt alone has more than {limit} tokens (data.max_length - "
+                    "max_target_length)"
                 )
             source = source[: offsets[kept][0]]
         return {"input_ids": ids, "truncated": source != whole}
 
     def collate(self, rows: Examples) -> Batch:
-        """Return encoder inputs (B, S), decoder inputs and labels (B, U); of a causal model, inputs and labels (B, T)."""
+        """Return encoder inputs (B, S), decoder inputs and labels (B, U); of a causal model, inputs
+        and labels (B, T).
+        """
         sources, targets = (
             [list(row.get(name, [])) for row in rows.features] for name in ("input_ids", "labels")
         )
@@ -200,7 +210,7 @@ class TextToText(Task):
             counts={"text": (labels_BU != IGNORE_INDEX).sum(1)},
         )
 
-    # --------------------------------------------------------------------------------------------- with a model
+    # --------------------------------------------------------------------------------- with a model
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"text": sums_B}`` in nats; smoothed while training."""
         smoothing = self.options.label_smoothing if torch.is_grad_enabled() else 0.0
@@ -228,7 +238,9 @@ class TextToText(Task):
         return self.loss(model, batch), self.predict(model, batch, rows)
 
     def finish(self, model: Any, tokenizer: Any) -> None:
-        """Carry along how to generate, the prefix or the prompt (as a chat template), and the pipeline that transformers 5 dropped."""
+        """Carry along how to generate, the prefix or the prompt (as a chat template), and the
+        pipeline that transformers 5 dropped.
+        """
         self.options.generation.carry(model, pad_id=self.pad_id, **self._generation, **self._said)
         tokenizer.model_max_length = self.setting.seq_len
         if self._causal:

@@ -2,12 +2,12 @@
 
     loss = - sum over words of log softmax(z of the word's first token)_tag  /  number of words
 
-A sentence is words with a tag each: ``O``, ``B-PER``, ``I-PER``, ... in any of the usual schemes, or any other set. For prediction it
-may be a text, which is cut into words: runs of letters and digits, single characters of scripts without spaces, single marks. Each
-word is tokenized with the space before it, as in running text. Long sentences are read in overlapping windows, and every word is
-judged once, where it has most context.
-Shape legend: B windows, T tokens, C tags.
-Source: Devlin et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for it).
+A sentence is words with a tag each: ``O``, ``B-PER``, ``I-PER``, ... in any of the usual schemes,
+or any other set. For prediction it may be a text, which is cut into words: runs of letters and
+digits, single characters of scripts without spaces, single marks. Each word is tokenized with the
+space before it, as in running text. Long sentences are read in overlapping windows, and every word
+is judged once, where it has most context. Shape legend: B windows, T tokens, C tags. Source: Devlin
+et al. 2019, BERT, sec. 5.3 (the first piece of a word stands for it).
 """
 
 from __future__ import annotations
@@ -47,7 +47,9 @@ if TYPE_CHECKING:
 
 
 class TokenOptions(Section):
-    """The whole set of tags, in its order; without it, those of the training examples. Numbers in the data count from 0 in it."""
+    """The whole set of tags, in its order; without it, those of the training examples. Numbers in
+    the data count from 0 in it.
+    """
 
     labels: Labels | None = None
 
@@ -81,7 +83,8 @@ class TokenClassification(Task):
         )
         if found and all(label.isdigit() for label in found):
             raise BadExample(
-                f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as task.options.labels"
+                f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as "
+                "task.options.labels"
             )
         labels = options.labels or sorted(found, key=lambda label: label != OUTSIDE)
         try:
@@ -109,7 +112,9 @@ class TokenClassification(Task):
         }
 
     def features(self, example: Example) -> list[Feature]:
-        """Return the windows: ``input_ids``, ..., which ``words`` each judges, at which ``positions``, and their ``labels``."""
+        """Return the windows: ``input_ids``, ..., which ``words`` each judges, at which
+        ``positions``, and their ``labels``.
+        """
         words, spaced, _ = _words(example)
         targets = self._targets(example, len(words)) if "tags" in example else None
         length = self.setting.seq_len
@@ -162,7 +167,8 @@ class TokenClassification(Task):
             raise BadExample(f"there are {words} words and {len(tags)} tags")
         if unknown := set(tags) - {*self.labels}:
             raise BadExample(
-                f"the tag {min(unknown)!r:.60} is not in the set; {nearest(min(unknown), self.labels)}"
+                f"the tag {min(unknown)!r:.60} is not in the set; "
+                f"{nearest(min(unknown), self.labels)}"
             )
         return [self.labels.index(tag) for tag in tags]
 
@@ -195,7 +201,9 @@ class TokenClassification(Task):
         ]
 
     def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Return the ``prediction``, a tag a word; of a text also its ``words``, and of tags that part entities these, with their places in it."""
+        """Return the ``prediction``, a tag a word; of a text also its ``words``, and of tags that
+        part entities these, with their places in it.
+        """
         words, _, places = _words(example)
         tags, scores = (
             [OUTSIDE] * len(words),
@@ -235,7 +243,8 @@ class TokenClassification(Task):
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
     ) -> Measure:
-        """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags part no entities.
+        """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags
+        part no entities.
 
         Raises:
             DataError: for tags of a scheme that is not known, and predictions of other words.
@@ -259,7 +268,9 @@ class TokenClassification(Task):
 
 
 def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
-    """Return the words, whether a space comes before each, and where they begin in the text (empty where they came as words)."""
+    """Return the words, whether a space comes before each, and where they begin in the text (empty
+    where they came as words).
+    """
     import regex
 
     if example.get("words"):

@@ -21,14 +21,18 @@ if TYPE_CHECKING:  # a login node checks a run without DeepSpeed
 
 
 class Evaluator:
-    """Scores ``objective`` on fixed rows. Every rank gets as many micro-batches, so ZeRO 3 never waits for one that has none."""
+    """Scores ``objective`` on fixed rows. Every rank gets as many micro-batches, so ZeRO 3 never
+    waits for one that has none.
+    """
 
     def __init__(self, objective: Objective, rows: Iterable[Rows]) -> None:
         self._objective, self._rows = objective, rows
 
     @torch.no_grad()
     def run(self, engine: Engine) -> dict[str, float]:
-        """Return the validation loss and what else the objective reports (all ranks together); the engine's mode is restored."""
+        """Return the validation loss and what else the objective reports (all ranks together); the
+        engine's mode is restored.
+        """
         objective = self._objective
         beat("validation")
         batches = [objective.collate(rows) for rows in self._rows]
@@ -53,7 +57,9 @@ class Evaluator:
 
 
 class TaskEvaluator:
-    """Scores a task on a whole split: its loss, and its metrics over predictions of which each example has one, whatever the ranks."""
+    """Scores a task on a whole split: its loss, and its metrics over predictions of which each
+    example has one, whatever the ranks.
+    """
 
     def __init__(
         self, task: Task, rows: Iterable[Examples], *, examples: Sequence[Example], of: np.ndarray
@@ -63,7 +69,9 @@ class TaskEvaluator:
 
     @torch.no_grad()
     def run(self, engine: Engine) -> dict[str, float]:
-        """Return the validation loss and metrics (all ranks together); the engine's mode is restored."""
+        """Return the validation loss and metrics (all ranks together); the engine's mode is
+        restored.
+        """
         task, counts, outputs = (
             self._task,
             dict.fromkeys(self._task.weights(), 0),
@@ -105,9 +113,11 @@ class TaskEvaluator:
 def global_losses(
     objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()
 ) -> dict[str, Any]:
-    """Return the ``loss`` of what ``objective.losses`` went through on all ranks, its terms, and ``source_loss`` where there are several.
+    """Return the ``loss`` of what ``objective.losses`` went through on all ranks, its terms, and
+    ``source_loss`` where there are several.
 
-    ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN, not 0.
+    ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN, not
+    0.
     """
     sums, weights = objective.take_sums(), objective.weights()
     names = sorted(sums)

@@ -1,7 +1,9 @@
-"""The training loop: everything that happens in a step, in order, and nothing about any model or objective.
+"""The training loop: everything that happens in a step, in order, and nothing about any model or
+objective.
 
-A step takes its micro-batches, agrees with the other ranks on counts and flags, runs one backward pass a micro-batch, updates the
-weights once, and only then advances. What observes a step (metrics, validation) comes after it and changes nothing.
+A step takes its micro-batches, agrees with the other ranks on counts and flags, runs one backward
+pass a micro-batch, updates the weights once, and only then advances. What observes a step (metrics,
+validation) comes after it and changes nothing.
 """
 
 from __future__ import annotations
@@ -36,9 +38,9 @@ SKIPPED, TOKENS = (
     "skipped_rows",
     "tokens",
 )  # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
-SKIP_FLOOR_ROWS = (
-    2**20
-)  # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in lumps
+# data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in
+# lumps
+SKIP_FLOOR_ROWS = 2**20
 
 
 @dataclass
@@ -52,7 +54,9 @@ class TrainState:
 
 @dataclass
 class Trainer:
-    """The parts of a run, and the loop over them. ``learning_rate`` gives the rate of an update, counted from 1."""
+    """The parts of a run, and the loop over them. ``learning_rate`` gives the rate of an update,
+    counted from 1.
+    """
 
     engine: Engine
     stream: Stream | ExampleStream
@@ -83,7 +87,8 @@ class Trainer:
     )  # of the last step that was logged; the same on all ranks but for times
 
     def run(self) -> bool:
-        """Return True when all steps are done, False when stopped on request; either way the last step is saved.
+        """Return True when all steps are done, False when stopped on request; either way the last
+        step is saved.
 
         Raises:
             UnhealthyError: on every rank, before a non-finite gradient reaches the weights.
@@ -119,13 +124,16 @@ class Trainer:
                 return False
         if self._stopped_early():
             logger.info(
-                f"no new best in {self.checkpoints.stale} validations: train.patience ends the run at step {self.state.step}"
+                f"no new best in {self.checkpoints.stale} validations: train.patience ends the "
+                f"run at step {self.state.step}"
             )
         self.checkpoints.wait()
         return True
 
     def _stopped_early(self) -> bool:
-        """Return whether the metric of ``checkpoint.keep_best`` has been no better for as many validations as patience allows."""
+        """Return whether the metric of ``checkpoint.keep_best`` has been no better for as many
+        validations as patience allows.
+        """
         return self.patience is not None and self.checkpoints.stale >= self.patience
 
     def _step(self) -> tuple[Agreed, StepStats]:
@@ -178,8 +186,10 @@ class Trainer:
             raise DataError(
                 "more data is damaged than data.max_skipped allows",
                 where=f"step {self.state.step + 1}",
-                value=f"{self.state.skipped_rows:,} rows skipped of {stream.consumed_rows:,} read, {int(allowed):,} allowed",
-                remedy="restore the shards that the log names (`hfscale shards verify` lists all damage), or raise it",
+                value=f"{self.state.skipped_rows:,} rows skipped of {stream.consumed_rows:,} "
+                f"read, {int(allowed):,} allowed",
+                remedy="restore the shards that the log names (`hfscale shards verify` lists "
+                "all damage), or raise it",
             )
 
     def _logged(self, step: int) -> bool:
@@ -237,8 +247,10 @@ class Trainer:
         """Say once if Slurm's signal leaves less time than a step and a save take."""
         if self.warned_s is not None and needed_s > self.warned_s:
             logger.warning(
-                f"step and save take {needed_s:.0f} s, but Slurm warns {self.warned_s:.0f} s before the end: the next job of "
-                f"this run wants cluster.signal_s={2 * needed_s:.0f} (sbatch --signal=USR1@{2 * needed_s:.0f})"
+                f"step and save take {needed_s:.0f} s, but Slurm warns {self.warned_s:.0f} s "
+                "before the end: the next job of "
+                f"this run wants cluster.signal_s={2 * needed_s:.0f} (sbatch "
+                f"--signal=USR1@{2 * needed_s:.0f})"
             )
             self.warned_s = None
 
@@ -250,7 +262,9 @@ class Trainer:
         self.engine.close()
 
     def snapshot(self) -> dict[str, Any]:
-        """Return what a checkpoint of this moment says of the run, beside the engine's state (JSON)."""
+        """Return what a checkpoint of this moment says of the run, beside the engine's state
+        (JSON).
+        """
         figures = {
             key: value
             for key, value in self.record.items()

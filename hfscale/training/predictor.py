@@ -17,7 +17,9 @@ from hfscale.tasks.base import Example, Task
 
 
 def stopped(stop: StopRequest, *, together: bool) -> bool:
-    """Return whether this process was asked to stop; of those that compute ``together``, whether any was. Collective then."""
+    """Return whether this process was asked to stop; of those that compute ``together``, whether
+    any was. Collective then.
+    """
     return any(from_all_ranks(stop.requested)) if together else stop.requested
 
 
@@ -35,9 +37,10 @@ def predict(
 ) -> list[dict[str, Any]] | None:
     """Return ``{"id", "prediction", ...}`` of each example, in order.
 
-    One that cannot be used has a ``problem`` and no prediction; one that was cut, because it is longer than allowed, is ``truncated``.
-    None: it was asked to ``stop`` before the last batch.
-    ``first`` is the number of the first of them among all. Where the ranks compute ``together`` all must call, with any examples or none.
+    One that cannot be used has a ``problem`` and no prediction; one that was cut, because it is
+    longer than allowed, is ``truncated``. None: it was asked to ``stop`` before the last batch.
+    ``first`` is the number of the first of them among all. Where the ranks compute ``together`` all
+    must call, with any examples or none.
     """
     rows, owners, problems, cut = list[dict[str, Any]](), list[int](), dict[int, str](), set[int]()
     for number, example in enumerate(examples):

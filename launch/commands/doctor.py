@@ -1,6 +1,8 @@
-"""`hfscale doctor`: one process a rank looks at its node and measures it; what they found becomes a table.
+"""`hfscale doctor`: one process a rank looks at its node and measures it; what they found becomes a
+table.
 
-On this machine they are plain processes; inside an allocation they are one step of srun, with what slurm/site.sh sets.
+On this machine they are plain processes; inside an allocation they are one step of srun, with what
+slurm/site.sh sets.
 """
 
 from __future__ import annotations
@@ -40,14 +42,13 @@ from launch.local import gpu_count
 from launch.queue import client, cores_per_rank, has_slurm, ranks_per_node
 from launch.request import Request
 
-TIMEOUT_S, KILL_S, SLURM_S = (
-    40.0,
-    5.0,
-    5.0,
-)  # for the ranks; for them to end after that; for Slurm to answer
+TIMEOUT_S = 40.0  # for the ranks
+KILL_S = 5.0  # for them to end after that
+SLURM_S = 5.0  # for Slurm to answer
 RANK = "hfscale.reports.machine"
 STEP = """source slurm/start.sh
-exec "${SRUN[@]}" --overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2 "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
+SRUN+=(--overlap --kill-on-bad-exit=0 --wait=20 --ntasks-per-node=$1 --ntasks=$2)
+exec "${SRUN[@]}" "${CONTAINER[@]}" "$PYTHON" -m "$3" "$4"
 """
 
 
@@ -71,10 +72,12 @@ def doctor(
         ),
     ] = False,
 ) -> None:
-    """Check and measure what a run needs: this machine or, inside an allocation, each of its nodes. Takes less than a minute.
+    """Check and measure what a run needs: this machine or, inside an allocation, each of its nodes.
+    Takes less than a minute.
 
-    The exit code is 1 if anything failed. Nodes that a job should leave out are named.
-    Examples: hfscale doctor; hfscale doctor configs/pretrain/gpt2_small.yaml; hfscale doctor runs/first --json
+    The exit code is 1 if anything failed. Nodes that a job should leave out are named. Examples:
+    hfscale doctor; hfscale doctor configs/pretrain/gpt2_small.yaml; hfscale doctor runs/first
+    --json
     """
     grant(overrides or ())
     wanted = Request(config, tuple(overrides or ())).load().config if config else None
@@ -114,7 +117,9 @@ def _tried(check: str, look: Callable[[], Sequence[str]]) -> Finding:
 def _before(
     config: TrainConfig | None, here: Allocation | None, task: dict[str, Any]
 ) -> Iterator[Finding]:
-    """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what they are to look at."""
+    """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what
+    they are to look at.
+    """
     asked = (
         client(
             ["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"]
@@ -172,7 +177,9 @@ def _procs(here: Allocation | None) -> int:
 
 
 def _await(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
-    """Return when all have ended, or were asked to (srun ends its ranks), and have had some time for it."""
+    """Return when all have ended, or were asked to (srun ends its ranks), and have had some time
+    for it.
+    """
     until = time.monotonic() + TIMEOUT_S
     try:
         for rank in ranks:

@@ -54,13 +54,15 @@ def evaluate(
     ] = None,
     procs: Procs = 1,
 ) -> None:
-    """Score MODEL: on labelled examples for its task, a pretrained one on shards (loss, perplexity, bits per byte).
+    """Score MODEL: on labelled examples for its task, a pretrained one on shards (loss, perplexity,
+    bits per byte).
 
     Predictions and scores are kept, in the run directory or in ./evaluations, and found again.
 
-    Examples: hfscale evaluate runs/sentiment --all; hfscale evaluate runs/gpt2-small; hfscale evaluate exports/x --data a.csv --data b.csv;
-    hfscale evaluate runs/llama-70b --procs 8 engine.zero_stage=3;
-    hfscale evaluate --task extractive_qa --data test.jsonl --predictions answers.jsonl
+    Examples: hfscale evaluate runs/sentiment --all; hfscale evaluate runs/gpt2-small; hfscale
+    evaluate exports/x --data a.csv --data b.csv; hfscale evaluate runs/llama-70b --procs 8
+    engine.zero_stage=3; hfscale evaluate --task extractive_qa --data test.jsonl --predictions
+    answers.jsonl
     """
     from hfscale.checkpoint import layout
     from hfscale.jobs import evaluate as job
@@ -112,7 +114,8 @@ def evaluate(
         )
     typer.echo(job.table(found))
     typer.echo(
-        f"kept in {home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}"
+        "kept in "
+        f"{home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}"
     )
 
 
@@ -155,7 +158,9 @@ def _rescored(
     predictions: Path,
     said: Sequence[str],
 ) -> dict[str, Any]:
-    """Return the scores of a file of predictions; without a ``model``, of which at most the labels are read."""
+    """Return the scores of a file of predictions; without a ``model``, of which at most the labels
+    are read.
+    """
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.asked import settle
 
@@ -200,7 +205,9 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
 def _on_harness(
     name: str, tasks: str, folder: Path | None, said: Sequence[str], procs: int
 ) -> Path:
-    """Return the folder with scores that were made now: whether the data of the tasks has changed is not known here."""
+    """Return the folder with scores that were made now: whether the data of the tasks has changed
+    is not known here.
+    """
     try:
         from hfscale.jobs.harness import settle
     except ImportError as error:

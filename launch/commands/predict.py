@@ -1,4 +1,6 @@
-"""`hfscale predict`: predictions of any model for a text, or for a table in as many processes as there are devices."""
+"""`hfscale predict`: predictions of any model for a text, or for a table in as many processes as
+there are devices.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,8 @@ Overrides = Annotated[
         metavar="key=value...",
         show_default=False,
         help=(
-            "Options of the task (threshold=0.3, generation.max_new_tokens=20), or of a section: data.columns.text=review predict.batch=64 "
+            "Options of the task (threshold=0.3, generation.max_new_tokens=20), or of a "
+            "section: data.columns.text=review predict.batch=64 "
             "engine.precision=bf16"
         ),
     ),
@@ -43,7 +46,8 @@ Procs = Annotated[
     typer.Option(
         min=1,
         help=(
-            "Processes: one a GPU, or some of the CPU. Each has the whole model; with engine.zero_stage=3 a share of it."
+            "Processes: one a GPU, or some of the CPU. Each has the whole model; with "
+            "engine.zero_stage=3 a share of it."
         ),
     ),
 ]
@@ -72,10 +76,12 @@ def predict(
     context: Annotated[str | None, typer.Option(help="The text that --question is about.")] = None,
     procs: Procs = 1,
 ) -> None:
-    """Predict with MODEL: {"id", "prediction", ...} a line, in the order of DATA. Killed, the same command with --out goes on.
+    """Predict with MODEL: {"id", "prediction", ...} a line, in the order of DATA. Killed, the same
+    command with --out goes on.
 
-    Examples: hfscale predict runs/sentiment --text "What a film!"; hfscale predict runs/sentiment@best --data new.csv --out stars.jsonl;
-    hfscale predict exports/gpt --prompt "Once upon" generation.max_new_tokens=20
+    Examples: hfscale predict runs/sentiment --text "What a film!"; hfscale predict
+    runs/sentiment@best --data new.csv --out stars.jsonl; hfscale predict exports/gpt --prompt "Once
+    upon" generation.max_new_tokens=20
     """
     if (data is None) == (text is None and question is None) or (out and data is None):
         raise ConfigError(
@@ -130,7 +136,8 @@ def predict(
 
 
 def make(config: PredictConfig, *, procs: int) -> int:
-    """Return how many predictions are now in the config's ``out``; they are made by ``procs`` processes, this one if that is one.
+    """Return how many predictions are now in the config's ``out``; they are made by ``procs``
+    processes, this one if that is one.
 
     Raises:
         UserError: for what speaks against it before a process is started, or in this one.

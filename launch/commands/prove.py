@@ -1,6 +1,8 @@
-"""`hfscale prove resume`: a short run of your config is killed, resumed, and compared with a twin that nobody disturbed.
+"""`hfscale prove resume`: a short run of your config is killed, resumed, and compared with a twin
+that nobody disturbed.
 
-Both are ordinary runs of `hfscale pretrain`, in processes of their own and in a new folder beside the run that the config names.
+Both are ordinary runs of `hfscale pretrain`, in processes of their own and in a new folder beside
+the run that the config names.
 """
 
 from __future__ import annotations
@@ -65,9 +67,11 @@ def resume(
         Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")
     ] = None,
 ) -> None:
-    """Kill -9 a short run of CONFIG at random moments, start it again each time, and compare it with an undisturbed twin, bit for bit.
+    """Kill -9 a short run of CONFIG at random moments, start it again each time, and compare it
+    with an undisturbed twin, bit for bit.
 
-    Exit code 0: equal, the runs are removed and the certificate stays. 1: not equal, the certificate names the first difference.
+    Exit code 0: equal, the runs are removed and the certificate stays. 1: not equal, the
+    certificate names the first difference.
     """
     from hfscale.reports.prove import first_difference, observe
 
@@ -136,17 +140,18 @@ def resume(
     write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())
     if not difference:
         shutil.rmtree(home)
-    logger.info(
-        f"{f'DIFFERENT: {difference}; both runs are kept in {home}' if difference else 'equal, bit for bit'}; "
-        f"certificate: {out}"
-    )
+    verdict = "equal, bit for bit"
+    if difference:
+        verdict = f"DIFFERENT: {difference}; both runs are kept in {home}"
+    logger.info(f"{verdict}; certificate: {out}")
     raise typer.Exit(1 if difference else 0)
 
 
 def _plan(
     wanted: Loaded[TrainConfig], *, kills: int, rng: random.Random
 ) -> tuple[list[int], list[str]]:
-    """Return the steps after which to kill, and the overrides that make the run short, save often, keep all and log all.
+    """Return the steps after which to kill, and the overrides that make the run short, save often,
+    keep all and log all.
 
     Raises:
         ConfigError: if what the command line says leaves no room for the kills.
@@ -185,7 +190,9 @@ def _finish(command: list[str], run: Path) -> None:
 def _kill(
     command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random
 ) -> dict[str, Any]:
-    """Return which process was killed at a random moment of the step after ``step``; nothing if the run was done before."""
+    """Return which process was killed at a random moment of the step after ``step``; nothing if the
+    run was done before.
+    """
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             while (
@@ -214,7 +221,9 @@ def _kill(
 
 
 def ranks_of(launcher: int) -> list[int]:
-    """Return the process ids of a local launcher's ranks, not of the other processes that it started (``tee``)."""
+    """Return the process ids of a local launcher's ranks, not of the other processes that it
+    started (``tee``).
+    """
     found = []
     for child in Path(f"/proc/{launcher}/task/{launcher}/children").read_text().split():
         with suppress(OSError):  # it has just ended

@@ -1,4 +1,6 @@
-"""Verbs about a run and its model. What each needs is imported when it is used, so that `--help` stays fast."""
+"""Verbs about a run and its model. What each needs is imported when it is used, so that `--help`
+stays fast.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,8 @@ def pretrain(
     port: Port = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Train from CONFIG in its run directory, run.root/run.name. The same command again goes on where it stopped.
+    """Train from CONFIG in its run directory, run.root/run.name. The same command again goes on
+    where it stopped.
 
     Examples:
     hfscale pretrain configs/pretrain/gpt2_small.yaml run.name=first --procs 8;
@@ -95,11 +98,12 @@ def finetune(
     port: Port = None,
     dry_run: DryRun = False,
 ) -> None:
-    """Fine-tune a model for the task of CONFIG on labelled examples. The same command again goes on where it stopped.
+    """Fine-tune a model for the task of CONFIG on labelled examples. The same command again goes on
+    where it stopped.
 
-    Examples:
-    hfscale finetune configs/finetune/sentiment.yaml data.train=reviews.csv data.columns.text=review data.columns.label=stars;
-    hfscale finetune runs/sentiment train.epochs=5
+    Examples: hfscale finetune configs/finetune/sentiment.yaml data.train=reviews.csv
+    data.columns.text=review data.columns.label=stars; hfscale finetune runs/sentiment
+    train.epochs=5
     """
     pretrain(config_or_run, overrides, launcher, procs, port, dry_run)
 
@@ -116,7 +120,8 @@ def compare(
         Path | None, typer.Option(help="Draw it here, with confidence intervals.")
     ] = None,
 ) -> None:
-    """Print a table of what each run scored: its evaluations, its best and its newest validation; and means over runs of several seeds.
+    """Print a table of what each run scored: its evaluations, its best and its newest validation;
+    and means over runs of several seeds.
 
     Example: hfscale compare runs/sentiment-* --csv scores.csv --png scores.png
     """
@@ -130,7 +135,8 @@ def compare(
 
 
 def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
-    """Print where RUN is: its job and the queue, step, loss, tokens a second, expected end, last checkpoint, restarts.
+    """Print where RUN is: its job and the queue, step, loss, tokens a second, expected end, last
+    checkpoint, restarts.
 
     Example: hfscale status runs/first
     """
@@ -177,7 +183,8 @@ def logs(
         int, typer.Option("--lines", "-n", min=1, help="How many of the last lines.")
     ] = 50,
 ) -> None:
-    """Print the last lines of rank 0 and of the newest Slurm job; the other ranks' logs lie beside them.
+    """Print the last lines of rank 0 and of the newest Slurm job; the other ranks' logs lie beside
+    them.
 
     Example: hfscale logs runs/first -f
     """
@@ -214,9 +221,11 @@ def show(
         bool, typer.Option("--schema", help="Print the JSON schema instead, for editors.")
     ] = False,
 ) -> None:
-    """Print every value of CONFIG, where it came from (default, file:line, command line), and the numbers that follow.
+    """Print every value of CONFIG, where it came from (default, file:line, command line), and the
+    numbers that follow.
 
-    Examples: hfscale show configs/pretrain/gpt2_small.yaml train.steps=100; hfscale show --schema > schema.json
+    Examples: hfscale show configs/pretrain/gpt2_small.yaml train.steps=100; hfscale show --schema >
+    schema.json
     """
     from hfscale.reports.show import show_config, show_schema
     from launch.request import config_file
@@ -239,7 +248,8 @@ def batch(
         bool, typer.Option("--full", help="Print each text whole, not its first 200 characters.")
     ] = False,
 ) -> None:
-    """Print what a step was trained on, rebuilt from the shards alone. The exit code is 1 if its digest is not the logged one.
+    """Print what a step was trained on, rebuilt from the shards alone. The exit code is 1 if its
+    digest is not the logged one.
 
     Example: hfscale batch runs/quickstart --step 100
     """
@@ -251,7 +261,8 @@ def batch(
         documents = "-".join(map(str, dict.fromkeys(row.documents)))
         typer.echo(
             shown(
-                f"row {row.position:,}  {row.source}  {row.shard}  tokens from {row.start:,}  {row.member}  documents {documents}"
+                f"row {row.position:,}  {row.source}  {row.shard}  tokens from {row.start:,}  "
+                f"{row.member}  documents {documents}"
             )
         )
         typer.echo("    " + (row.text if full else row.text[:200]).replace("\n", "\n    "))
@@ -261,7 +272,8 @@ def batch(
         else "equals the logged one"
         if rebuilt.logged == rebuilt.digest
         else (
-            f"is NOT the logged one ({rebuilt.logged}): other shards, or another config than this step was trained with"
+            f"is NOT the logged one ({rebuilt.logged}): other shards, or another config than "
+            "this step was trained with"
         )
     )
     older = " (version 1: of the inputs, without the last label of a row)"
@@ -291,9 +303,11 @@ def checkpoints(
         ),
     ] = False,
 ) -> None:
-    """List the checkpoints of RUN, oldest first, and why each is kept. With --verify the exit code is 1 if one is damaged.
+    """List the checkpoints of RUN, oldest first, and why each is kept. With --verify the exit code
+    is 1 if one is damaged.
 
-    Examples: hfscale checkpoints runs/quickstart --verify; hfscale checkpoints runs/quickstart --pin 1000 --prune
+    Examples: hfscale checkpoints runs/quickstart --verify; hfscale checkpoints runs/quickstart
+    --pin 1000 --prune
     """
     from hfscale.checkpoint import layout
     from hfscale.reports.checkpoints import list_checkpoints, open_folder, rejected
@@ -308,7 +322,8 @@ def checkpoints(
     if prune:
         gone, free = prune_run(run)
         typer.echo(
-            f"removed {', '.join(path.name for path in gone) or 'nothing'}; {free / 1e9:,.1f} GB free"
+            f"removed {', '.join(path.name for path in gone) or 'nothing'}; {free / 1e9:,.1f} "
+            "GB free"
         )
     found = list(list_checkpoints(run, verify=verify))
     for line, problems in found:
@@ -346,7 +361,8 @@ def export(
         ),
     ] = False,
 ) -> None:
-    """Write OUT as a transformers folder, after proving that transformers computes the logits that the training engine had.
+    """Write OUT as a transformers folder, after proving that transformers computes the logits that
+    the training engine had.
 
     Example: hfscale export runs/quickstart exports/quickstart
     """

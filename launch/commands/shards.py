@@ -20,7 +20,8 @@ SHOWN = 20  # findings that are printed in full
 
 
 @app.command(
-    epilog="Example: hfscale shards build corpus.yaml source.path=books shards.path=data/books shards.procs=8"
+    epilog="Example: hfscale shards build corpus.yaml source.path=books shards.path=data/books "
+    "shards.procs=8"
 )
 def build(
     config: Annotated[
@@ -36,7 +37,9 @@ def build(
         ),
     ] = None,
 ) -> None:
-    """Tokenize a corpus into PATH/train and PATH/validation. A killed build continues when it is run again."""
+    """Tokenize a corpus into PATH/train and PATH/validation. A killed build continues when it is
+    run again.
+    """
     from hfscale.config.load import load_config
     from hfscale.config.schema import CorpusConfig
 
@@ -73,7 +76,8 @@ def build(
         return
     for side, manifest in built.items():
         print(
-            f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents {len(manifest.shards):>5,} shards  "
+            f"{side:<10} {manifest.tokens:>15,} tokens {manifest.documents:>11,} documents "
+            f"{len(manifest.shards):>5,} shards  "
             f"{manifest.folder}"
         )
     print(seen_line(built["train"].source["seen"]))
@@ -114,7 +118,8 @@ def index(
             checked=lambda _: bar.update(),
         )
     print(
-        f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  {manifest.folder / 'manifest.json'}"
+        f"{manifest.documents:,} samples in {len(manifest.shards):,} tars  "
+        f"{manifest.folder / 'manifest.json'}"
     )
 
 
@@ -139,7 +144,8 @@ def verify(
             found = verify_manifest(manifest, threads=available_cores(), advance=bar.update)
         findings += found
         print(
-            f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, {manifest.tokens:,} tokens, "
+            f"{'damaged' if found else 'good':<8} {len(manifest.shards):,} shards, "
+            f"{manifest.tokens:,} tokens, "
             f"{manifest.documents:,} documents  {manifest.folder}"
         )
     if findings:
@@ -173,7 +179,8 @@ def stats(
     if {"train", "validation"} <= found.keys():
         entropy = unigram_entropy(found["train"], found["validation"])
         print(
-            f"unigram entropy of validation under train: {entropy:.3f} nats a token (a model that learnt frequencies only)"
+            f"unigram entropy of validation under train: {entropy:.3f} nats a token (a model "
+            "that learnt frequencies only)"
         )
     if png is not None:
         draw(found, png)

@@ -16,7 +16,8 @@ app = typer.Typer(
 
 
 @app.command(
-    epilog="Example: hfscale tokenizer train corpus.yaml source.path=books tokenizer.path=data/tokenizer tokenizer.kind=unigram"
+    epilog="Example: hfscale tokenizer train corpus.yaml source.path=books "
+    "tokenizer.path=data/tokenizer tokenizer.kind=unigram"
 )
 def train(
     config: Annotated[
@@ -47,12 +48,14 @@ def train(
         print(f"  {seen_line(report['seen'])}")
     print(
         f"  on {report['measured_on']}: {report['bytes_per_token']:.2f} bytes a token, "
-        f"{report['vocabulary_used']:.1%} of the vocabulary used, {report['unknown']:.2%} unknown tokens"
+        f"{report['vocabulary_used']:.1%} of the vocabulary used, {report['unknown']:.2%} "
+        "unknown tokens"
     )
 
 
 @app.command(
-    epilog="Example: hfscale tokenizer add data/tokenizer data/tokenizer-mlm mask='<mask>' cls='<s>' pad='<pad>' sentinels=100"
+    epilog="Example: hfscale tokenizer add data/tokenizer data/tokenizer-mlm mask='<mask>' "
+    "cls='<s>' pad='<pad>' sentinels=100"
 )
 def add(
     path: Annotated[str, typer.Argument(help="tokenizer folder or hub name")],
@@ -66,7 +69,9 @@ def add(
         ),
     ],
 ) -> None:
-    """Add special tokens that an objective needs. The ids of text stay the same, so shards that were built stay good."""
+    """Add special tokens that an objective needs. The ids of text stay the same, so shards that
+    were built stay good.
+    """
     from hfscale.errors import ConfigError, nearest
     from hfscale.shards.files import whole_folder
     from hfscale.tokenizer import extended, save_files

@@ -1,4 +1,6 @@
-"""A small part of ``benchmarks/fuzz.py``: hostile configs, shards, tars and variables end in no traceback, hang or silent change."""
+"""A small part of ``benchmarks/fuzz.py``: hostile configs, shards, tars and variables end in no
+traceback, hang or silent change.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""Attacks on saves and checkpoints, for test_kill and ``benchmarks/chaos_checkpoints.py``: what the ranks do, and the attacker outside.
+"""Attacks on saves and checkpoints, for test_kill and ``benchmarks/chaos_checkpoints.py``: what the
+ranks do, and the attacker outside.
 
-The ranks say what they save before they save it, so the attacker knows every state that may ever be loaded.
+The ranks say what they save before they save it, so the attacker knows every state that may ever be
+loaded.
 """
 
 from __future__ import annotations
@@ -36,7 +38,7 @@ PHASES = (
 )  # in the order of a save
 
 
-# ---------------------------------------------------------------------------------------- what the ranks do
+# -------------------------------------------------------------------------------- what the ranks do
 def opened(folder: str, stage: int, precision: str, async_: bool) -> tuple[Any, Any, Any]:
     from hfscale.checkpoint.manager import CheckpointManager
     from hfscale.config.schema import Checkpoint
@@ -66,7 +68,9 @@ def fingerprint(engine: Any) -> str:
 
 
 def train(folder: str, stage: int, precision: str, async_: bool, steps: int) -> None:
-    """Go on from the newest checkpoint and save after every step, until killed, or ``steps`` further."""
+    """Go on from the newest checkpoint and save after every step, until killed, or ``steps``
+    further.
+    """
     from tests.engine.tiny import train_step
 
     config, engine, checkpoints = opened(folder, stage, precision, async_)
@@ -91,7 +95,9 @@ def train(folder: str, stage: int, precision: str, async_: bool, steps: int) -> 
 
 
 def load_each(folders: list[str], stage: int, precision: str) -> None:
-    """Load the newest good checkpoint of each folder into one engine, which is spoilt before each."""
+    """Load the newest good checkpoint of each folder into one engine, which is spoilt before
+    each.
+    """
     from hfscale.checkpoint.manager import CheckpointManager
     from hfscale.config.schema import Checkpoint
 
@@ -111,9 +117,11 @@ def load_each(folders: list[str], stage: int, precision: str) -> None:
     engine.close()
 
 
-# ---------------------------------------------------------------------------------- the attacker on the outside
+# ---------------------------------------------------------------------- the attacker on the outside
 def phase(folder: Path, step: int) -> str:
-    """Return how far the save of ``step`` had come when it was interrupted, from what lies on the disk."""
+    """Return how far the save of ``step`` had come when it was interrupted, from what lies on the
+    disk.
+    """
     partial = folder / f"{layout.step_name(step)}{layout.PARTIAL}"
     if (folder / layout.step_name(step)).exists():
         return (
@@ -146,7 +154,9 @@ def _names(folder: Path) -> list[str] | None:
 
 
 def kill(pids: list[int], rng: random.Random) -> str:
-    """Return what was killed: every rank, or one, and the others when they have had a moment to live on."""
+    """Return what was killed: every rank, or one, and the others when they have had a moment to
+    live on.
+    """
     victims, alone = rng.sample(pids, len(pids)), rng.random() < 0.5
     os.kill(victims[0], signal.SIGKILL)
     if alone:
@@ -185,7 +195,9 @@ class Chain:
         )
 
     def start(self) -> tuple[list[int], dict[str, Any]]:
-        """Return the ranks that go on, and whether they loaded the newest committed checkpoint, bit for bit."""
+        """Return the ranks that go on, and whether they loaded the newest committed checkpoint, bit
+        for bit.
+        """
         before = layout.committed(self.folder)
         pids = self.run()
         step, found = self.forks.line("loaded")
@@ -203,7 +215,9 @@ class Chain:
         return step
 
     def gone(self) -> str:
-        """Wait until no rank is left and note what they were saving; return what they said had failed."""
+        """Wait until no rank is left and note what they were saving; return what they said had
+        failed.
+        """
         self.forks.gone()
         failed = ""
         for word, *rest in self.forks.said:
@@ -215,7 +229,9 @@ class Chain:
     def attacked(
         self, rng: random.Random, attack: Callable[[list[int]], str], *, at: str | None = None
     ) -> dict[str, Any]:
-        """Return what one attack did: at a moment uniform over the save's duration, or as soon as the phase ``at`` is seen."""
+        """Return what one attack did: at a moment uniform over the save's duration, or as soon as
+        the phase ``at`` is seen.
+        """
         pids, verdict = self.start()
         step, moment = self.saving(rng.randint(1, 3)), rng.uniform(0, self.save_s)
         if at is None:
@@ -229,7 +245,7 @@ class Chain:
         return {"before": verdict, "attack": what, "phase": hit, "step": step}
 
 
-# ----------------------------------------------------------------------------------------------------- damage
+# ------------------------------------------------------------------------------------------- damage
 def _flip(path: Path, rng: random.Random, _: Path) -> None:
     data = bytearray(path.read_bytes())
     data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
@@ -285,7 +301,9 @@ def contents(checkpoint: Path) -> dict[Path, bytes]:
 
 
 def damaged(folder: Path, rng: random.Random, *, spare: int = 1) -> tuple[int, list[str]]:
-    """Damage the newest checkpoints of ``folder``, all but the oldest ``spare`` at most; return the newest good step and what was done."""
+    """Damage the newest checkpoints of ``folder``, all but the oldest ``spare`` at most; return the
+    newest good step and what was done.
+    """
     found = layout.committed(folder)
     bad, done = found[-rng.randint(1, len(found) - spare) :], []
     for checkpoint in bad:

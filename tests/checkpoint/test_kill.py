@@ -1,4 +1,6 @@
-"""kill -9 from outside, at moments uniform over a save: the next start loads the newest committed checkpoint, bit for bit."""
+"""kill -9 from outside, at moments uniform over a save: the next start loads the newest committed
+checkpoint, bit for bit.
+"""
 
 from __future__ import annotations
 

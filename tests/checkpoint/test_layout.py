@@ -159,7 +159,9 @@ def test_rejecting_never_overwrites(tmp_path):
 
 
 def test_a_checkpoint_behind_a_link_is_read_kept_and_never_pruned(tmp_path):
-    """One that was moved to another disk: its run is where the link lies, and pruning says nothing that it does not do."""
+    """One that was moved to another disk: its run is where the link lies, and pruning says nothing
+    that it does not do.
+    """
     folder, disk = tmp_path / "run" / layout.FOLDER, tmp_path / "disk"
     make(folder, *(layout.step_name(step) for step in (1, 2, 3)))
     disk.mkdir()

@@ -1,4 +1,6 @@
-"""Saves and loads with the real engine on real ranks, across processes, sizes, stages and damage."""
+"""Saves and loads with the real engine on real ranks, across processes, sizes, stages and
+damage.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ def train_and_save(
     dropout: float = 0.0,
     **options: Any,
 ) -> dict[str, Any]:
-    """Train from the newest checkpoint of ``folder`` (or the start) to ``steps``, saving on the way; tell what happened."""
+    """Train from the newest checkpoint of ``folder`` (or the start) to ``steps``, saving on the
+    way; tell what happened.
+    """
     config = tiny_config(stage, precision, world_size=torch.distributed.get_world_size())
     engine, checkpoints = tiny_engine(config, dropout), manager(folder, **options)
     logits(engine)  # a run probes its model before it loads
@@ -288,7 +292,9 @@ def test_a_model_that_computes_no_numbers_is_not_saved(tmp_path):
 
 
 def limited(folder: Path, limit_on: int) -> list[str]:
-    """Save at step 1; then let one rank's writer hit a file size limit, as on a full disk or quota."""
+    """Save at step 1; then let one rank's writer hit a file size limit, as on a full disk or
+    quota.
+    """
     config = tiny_config(1, world_size=2)
     engine, checkpoints = tiny_engine(config), manager(folder)
     train_step(engine, config, 1)

@@ -1,4 +1,6 @@
-"""Pretrained weights under other names, from other heads, with other vocabularies, at every ZeRO stage."""
+"""Pretrained weights under other names, from other heads, with other vocabularies, at every ZeRO
+stage.
+"""
 
 from __future__ import annotations
 
@@ -56,7 +58,9 @@ def build(family: str, seed: int, vocab_size: int = VOCAB) -> Any:
 def loaded(
     model: nn.Module, weights: dict[str, Tensor], stage: int = 0
 ) -> tuple[Match, dict[str, Tensor]]:
-    """Return what matched and the model's tensors, whole, once ``weights`` are in an engine of this stage."""
+    """Return what matched and the model's tensors, whole, once ``weights`` are in an engine of this
+    stage.
+    """
     engine = Engine.create(
         model,
         config=tiny_config(stage, world_size=torch.distributed.get_world_size()),
@@ -75,7 +79,9 @@ def loaded(
 
 
 def own_weights(family: str, stage: int) -> list[str]:
-    """Return the names of tensors that are not those of another model of the family, whose weights were loaded."""
+    """Return the names of tensors that are not those of another model of the family, whose weights
+    were loaded.
+    """
     auto_model, model = FAMILIES[family]
     source = build(family, 1)
     weights = {
@@ -139,8 +145,12 @@ def test_old_names_of_layer_norms() -> None:
     source, model = build("bert", 1), build("bert", 2)
     assert isinstance(source, BertForMaskedLM)
     nn.init.normal_(source.bert.embeddings.LayerNorm.weight)
-    old = {name.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): tensor
-           for name, tensor in source.state_dict().items()}  # fmt: skip
+    old = {
+        name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+            "LayerNorm.bias", "LayerNorm.beta"
+        ): tensor
+        for name, tensor in source.state_dict().items()
+    }
     found, state = one(model, old)
     assert not found.missing
     assert torch.equal(
@@ -168,7 +178,9 @@ def test_weights_that_do_not_fit_are_refused_by_name() -> None:
 
 
 def grown(family: str, stage: int) -> list[str]:
-    """Return the names of tensors that are wrong after a model of 256 ids was loaded into one of 320."""
+    """Return the names of tensors that are wrong after a model of 256 ids was loaded into one of
+    320.
+    """
     source = build(family, 1, vocab_size=256)
     weights = {name: p.detach() for name, p in source.named_parameters()}
     for name in (

@@ -1,4 +1,6 @@
-"""Every kind of model leaves with the output that its engine had: decoders, encoders, and both together, with a head or none."""
+"""Every kind of model leaves with the output that its engine had: decoders, encoders, and both
+together, with a head or none.
+"""
 
 from __future__ import annotations
 
@@ -41,10 +43,20 @@ def save(folder: Path, family: str, auto_model: str | None) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "auto_model"), [
-    ("bert", None), ("t5", None), ("bart", None), ("bert", "AutoModel"), ("bert", "AutoModelForSequenceClassification"),
-    ("bert", "AutoModelForTokenClassification"), ("bert", "AutoModelForQuestionAnswering"), ("gpt2", "AutoModelForSequenceClassification"),
-    ("bart", "AutoModelForSequenceClassification")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("family", "auto_model"),
+    [
+        ("bert", None),
+        ("t5", None),
+        ("bart", None),
+        ("bert", "AutoModel"),
+        ("bert", "AutoModelForSequenceClassification"),
+        ("bert", "AutoModelForTokenClassification"),
+        ("bert", "AutoModelForQuestionAnswering"),
+        ("gpt2", "AutoModelForSequenceClassification"),
+        ("bart", "AutoModelForSequenceClassification"),
+    ],
+)
 def test_an_exported_model_of_any_kind_gives_the_engines_output(
     tmp_path: Path, family: str, auto_model: str | None
 ) -> None:
@@ -80,7 +92,9 @@ def test_a_probe_that_ends_with_padding_does_not_make_transformers_warn(
 
 
 def choices(folder: Path) -> tuple[list[int], bool]:
-    """Save a model that takes (B, C, T), and return the shape that was asked and whether a bare model answers it alike."""
+    """Save a model that takes (B, C, T), and return the shape that was asked and whether a bare
+    model answers it alike.
+    """
     torch.manual_seed(0)
     kind = transformers.BertForMultipleChoice
     config = transformers.BertConfig(vocab_size=VOCAB, **FAMILIES["bert"][1].config)

@@ -248,7 +248,8 @@ def test_the_json_schema_knows_every_section_and_extends():
 
 def test_a_bad_config_is_refused_without_torch(folder: Path):
     code = (
-        "import sys\nfrom hfscale.config.load import load_config\nfrom hfscale.errors import ConfigError\n"
+        "import sys\nfrom hfscale.config.load import load_config\nfrom hfscale.errors import "
+        "ConfigError\n"
         "try:\n    load_config('base.yaml', ['train.stepz=1'])\n"
         "except ConfigError:\n    sys.exit(7 if 'torch' in sys.modules else 0)\n"
     )

@@ -1,4 +1,6 @@
-"""Permission for code of others comes from the command line, never from the file that brings the code."""
+"""Permission for code of others comes from the command line, never from the file that brings the
+code.
+"""
 
 from __future__ import annotations
 

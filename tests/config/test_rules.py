@@ -44,7 +44,9 @@ def config(**sections: dict[str, Any]) -> RunConfig:
     ],
 )
 def test_the_best_is_the_least_loss_or_the_highest_score(best: dict[str, Any], mode: str):
-    """Nobody who names a score and no mode wants its worst checkpoint; what the config says is written out for a resume."""
+    """Nobody who names a score and no mode wants its worst checkpoint; what the config says is
+    written out for a resume.
+    """
     made = Best(**best)
     assert made.mode == mode == Best(**made.model_dump()).mode
 

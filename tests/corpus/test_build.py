@@ -31,7 +31,8 @@ from hfscale.shards.verify import verify
 from hfscale.tokenizer import load_tokenizer
 
 RUN = (
-    "import sys, json; from hfscale.config.schema import CorpusConfig; from hfscale.corpus.build import build_shards; "
+    "import sys, json; from hfscale.config.schema import CorpusConfig; from "
+    "hfscale.corpus.build import build_shards; "
     "build_shards(CorpusConfig.model_validate_json(sys.argv[1]))"
 )
 
@@ -55,7 +56,9 @@ def config(folder: Path, out: str = "shards", **shards: Any) -> CorpusConfig:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """120 documents in two languages, one of them twice, one empty, one not UTF-8, one far longer than a shard; a tokenizer."""
+    """120 documents in two languages, one of them twice, one empty, one not UTF-8, one far longer
+    than a shard; a tokenizer.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(3)
     words = ["shard", "token", "学习", "模型", "loss", "gradient", "数据", "\n", "of", "the"]
@@ -144,7 +147,9 @@ def start(settings: CorpusConfig) -> subprocess.Popen[bytes]:
 
 @pytest.mark.slow
 def test_kill_9_at_any_moment_changes_nothing(corpus: Path, built: dict[str, bytes]) -> None:
-    """An outside process kills the build five times, shortly after the ledger has grown by some lines; then it may finish."""
+    """An outside process kills the build five times, shortly after the ledger has grown by some
+    lines; then it may finish.
+    """
     ledger = corpus / "killed" / "ledger.jsonl"
     rng = random.Random(1)
     for kill in range(5):
@@ -163,7 +168,9 @@ def test_kill_9_at_any_moment_changes_nothing(corpus: Path, built: dict[str, byt
 def test_every_state_that_a_crash_can_leave_is_continued(
     corpus: Path, built: dict[str, bytes], leave: int, tmp_path: Path
 ) -> None:
-    """Keeps ``leave`` ledger lines of a whole build, with files that are ahead of it and a torn last line."""
+    """Keeps ``leave`` ledger lines of a whole build, with files that are ahead of it and a torn
+    last line.
+    """
     out = tmp_path / "shards"
     lines = (corpus / "shards" / "ledger.jsonl").read_bytes().splitlines(keepends=True)
     assert len(lines) > leave
@@ -205,7 +212,9 @@ def interrupted(corpus: Path, out: str) -> CorpusConfig:
 
 @pytest.mark.usefixtures("built")
 def test_a_build_of_an_older_encoding_is_found_finished_and_never_mixed(corpus: Path) -> None:
-    """Until then text that spelled a control token became one: such shards stay, and none are added to them."""
+    """Until then text that spelled a control token became one: such shards stay, and none are added
+    to them.
+    """
     settings = config(corpus, "older")
     shutil.copytree(corpus / "shards", settings.shards.path)
     first, *others = (settings.shards.path / "ledger.jsonl").read_text().splitlines(keepends=True)

@@ -1,4 +1,6 @@
-"""A build in parts comes to the bytes of a build by one process, in whatever order, and however often it is interrupted."""
+"""A build in parts comes to the bytes of a build by one process, in whatever order, and however
+often it is interrupted.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """90 documents in two languages, two longer than a shard, three again at the other end, one empty, one not UTF-8; a tokenizer."""
+    """90 documents in two languages, two longer than a shard, three again at the other end, one
+    empty, one not UTF-8; a tokenizer.
+    """
     folder = tmp_path_factory.mktemp("corpus")
     rng = random.Random(5)
     (folder / "text").mkdir()
@@ -89,7 +93,9 @@ def test_parts_in_any_order_come_to_the_same_bytes(corpus: Path) -> None:
 
 @pytest.mark.parametrize("leave", [1, 2, 6])
 def test_a_merge_that_was_killed_goes_on(corpus: Path, leave: int) -> None:
-    """The ledger holds ``leave`` lines, as one that was killed leaves it. Meanwhile, another process is at work there."""
+    """The ledger holds ``leave`` lines, as one that was killed leaves it. Meanwhile, another
+    process is at work there.
+    """
     settings = config(corpus, f"killed-{leave}")
     whole, path = corpus / "shards", settings.shards.path
     shutil.copytree(whole, path, ignore=shutil.ignore_patterns("manifest.json"))

@@ -1,4 +1,6 @@
-"""Every format gives the same documents in the same order; what cannot be read is named or counted."""
+"""Every format gives the same documents in the same order; what cannot be read is named or
+counted.
+"""
 
 from __future__ import annotations
 
@@ -108,7 +110,9 @@ def linked(root: Path, name: str, target: str) -> None:
 
 
 def test_links_are_followed_and_what_they_lose_is_said(tmp_path: Path) -> None:
-    """Links to folders and files count, circles end where they close, dead links are named; the same on every Python."""
+    """Links to folders and files count, circles end where they close, dead links are named; the
+    same on every Python.
+    """
     root, elsewhere = tmp_path / "root", tmp_path / "elsewhere"
     for folder in (root / "a", elsewhere / "deep"):
         folder.mkdir(parents=True)
@@ -151,7 +155,9 @@ def test_text_without_line_ends_is_cut_between_characters(tmp_path: Path, sign: 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_texts_with_line_ends_are_cut_where_they_always_were(seed: int) -> None:
-    """Pieces of the limit, and on to the end of their last line: as long as no line is longer than the limit."""
+    """Pieces of the limit, and on to the end of their last line: as long as no line is longer than
+    the limit.
+    """
     draw = random.Random(seed)
     lines = [b"a" * draw.randrange(90) + b"\n" for _ in range(200)]
     data, limit = b"".join(lines) + b"b" * draw.randrange(90), 100
@@ -193,7 +199,8 @@ def test_packed_and_empty_files_and_bad_pieces_are_named(tmp_path: Path) -> None
         "undecodable": ["c.txt, bytes 2,010 to 3,002"],
     }
     assert seen_line(counts.record()) == (
-        "5 documents read; left out: 0 duplicates, 1 empty (b.txt), 0 invalid (half of a character), 1 not UTF-8 "
+        "5 documents read; left out: 0 duplicates, 1 empty (b.txt), 0 invalid (half of a "
+        "character), 1 not UTF-8 "
         "(c.txt, bytes 2,010 to 3,002), 1 packed otherwise than .gz (a.zst (zstd)); kept: 2"
     )
 

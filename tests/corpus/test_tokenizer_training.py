@@ -1,4 +1,6 @@
-"""Each kind trains, loads with AutoTokenizer, and carries the special tokens that its models expect."""
+"""Each kind trains, loads with AutoTokenizer, and carries the special tokens that its models
+expect.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Where ranks meet: a name that a node does not know, and ranks that do not come, are said within minutes."""
+"""Where ranks meet: a name that a node does not know, and ranks that do not come, are said within
+minutes.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Nobody from elsewhere reaches the ranks of one machine, nobody without the secret is a rank, and what they say is JSON."""
+"""Nobody from elsewhere reaches the ranks of one machine, nobody without the secret is a rank, and
+what they say is JSON.
+"""
 
 from __future__ import annotations
 

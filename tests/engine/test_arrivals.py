@@ -1,4 +1,6 @@
-"""Gradients where ranks, micro-batches and steps use different parameters, beside plain autograd of one process."""
+"""Gradients where ranks, micro-batches and steps use different parameters, beside plain autograd of
+one process.
+"""
 
 from __future__ import annotations
 
@@ -11,12 +13,15 @@ from tests.engine.tiny import full_state, tiny_config
 from tests.helpers.ranks import RankFailure, run_ranks
 
 LAYERS, WIDTH, ROWS = 4, 6, 3
-# step -> rank -> micro-batch -> layers that are left out; the last layer is left out by both ranks in step 2
+# step -> rank -> micro-batch -> layers that are left out; the last layer is left out by both ranks
+# in step 2
 SKIPS = [[[{0}, {1, 2}], [{1}, set()]], [[{3}, {3}], [{3, 0}, {3}]], [[set(), set()], [{2}, {0}]]]
 
 
 class Branches(nn.Module):
-    """Layers of one size, of which a call names those that it leaves out; and one that is never used."""
+    """Layers of one size, of which a call names those that it leaves out; and one that is never
+    used.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,7 +63,9 @@ def expected(world_size: int) -> list[dict[str, torch.Tensor]]:
 
 
 def gradients(stage: int, options: dict[str, object]) -> list[dict[str, torch.Tensor]]:
-    """Return the same by the engine, out of Adam's first moment. The weights stay: the rate is 0."""
+    """Return the same by the engine, out of Adam's first moment. The weights stay: the rate is
+    0.
+    """
     config = tiny_config(stage, world_size=2, clip_norm=0, **options)
     with construction(config, device_type="cpu"):
         made = Branches()

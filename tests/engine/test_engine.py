@@ -238,7 +238,9 @@ def test_frozen_parameters_and_persistent_buffers_are_state_too(stage):
 
 
 class WithUnusedPart(WithFrozenParts):
-    """A parameter that is trained, says the config, but that no loss reaches (the pooler of an encoder without a head)."""
+    """A parameter that is trained, says the config, but that no loss reaches (the pooler of an
+    encoder without a head).
+    """
 
     def __init__(self) -> None:
         super().__init__()

@@ -1,4 +1,6 @@
-"""A model that only computes: at ZeRO 3 each rank holds a share, and the answers are those of the whole model, bit for bit in fp32."""
+"""A model that only computes: at ZeRO 3 each rank holds a share, and the answers are those of the
+whole model, bit for bit in fp32.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ def whole(precision: str) -> Any:
 
 
 def on_ranks(how: dict[str, Any], precision: str) -> tuple[torch.Tensor, int, bool]:
-    """Return this rank's logits of the tiny model, how many elements it holds, and whether it computes together with others."""
+    """Return this rank's logits of the tiny model, how many elements it holds, and whether it
+    computes together with others.
+    """
     state = whole(precision).state_dict()
 
     def build(context: Any) -> torch.nn.Module:

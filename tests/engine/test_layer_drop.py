@@ -1,4 +1,6 @@
-"""LayerDrop at every stage beside transformers' own, of one process that does one rank's work after the other's."""
+"""LayerDrop at every stage beside transformers' own, of one process that does one rank's work after
+the other's.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def seed_and_ids(step: int, rank: int, micro: int) -> torch.Tensor:
 
 
 def expected(steps: int = 2) -> list[dict[str, torch.Tensor]]:
-    """Return the mean gradient of each step over two ranks with two micro-batches each, by transformers alone."""
+    """Return the mean gradient of each step over two ranks with two micro-batches each, by
+    transformers alone.
+    """
     model, found = tiny_opt(), []
     for step in range(steps):
         for rank in range(2):

@@ -60,7 +60,9 @@ def test_edges():
 def test_another_batch_goes_on_by_the_rows_that_were_seen(
     name: str, warmup: int, after: int, before: int, now: int
 ) -> None:
-    """It never rises, ends at the minimum, and a later resume changes no rate: the rows at the warm-up's end are kept."""
+    """It never rises, ends at the minimum, and a later resume changes no rate: the rows at the
+    warm-up's end are kept.
+    """
     schedule = Schedule.model_validate({"name": name, "warmup_steps": warmup})
     rows = max(20 * before, after * before + 6 * now)
     train = Train(tokens=rows, global_batch=now, micro_batch=now)

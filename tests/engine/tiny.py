@@ -1,6 +1,8 @@
-"""A tiny GPT-2 under the engine, and steps on rows that depend on nothing but the step: used by tests of engine and checkpoint.
+"""A tiny GPT-2 under the engine, and steps on rows that depend on nothing but the step: used by
+tests of engine and checkpoint.
 
-Every step has GLOBAL_ROWS rows with unequal numbers of counted tokens, whatever the number of ranks.
+Every step has GLOBAL_ROWS rows with unequal numbers of counted tokens, whatever the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -74,7 +76,9 @@ def tiny_engine(config: RunConfig, dropout: float = 0.0) -> Engine:
 
 
 def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return ``(ids_BT, counted_BT)`` of the global step. The ids follow a rule that a model can learn."""
+    """Return ``(ids_BT, counted_BT)`` of the global step. The ids follow a rule that a model can
+    learn.
+    """
     rng = torch.Generator().manual_seed(step)
     start = torch.randint(13, (GLOBAL_ROWS, 1), generator=rng)
     ids = (start + torch.arange(TOKENS)) % 13
@@ -120,7 +124,9 @@ def logits(engine: Engine) -> torch.Tensor:
 
 
 def full_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
-    """Return every tensor of the model and optimizer, whole, put together from the fragments of all ranks."""
+    """Return every tensor of the model and optimizer, whole, put together from the fragments of all
+    ranks.
+    """
     mine = [
         (f.name, f.shape, f.start, {key: value.clone() for key, value in f.tensors.items()})
         for f in engine.fragments()
@@ -159,7 +165,9 @@ def tree(folder: Path) -> list[str]:
 
 
 def accumulation_error(stage: int, micro_batches: int) -> float:
-    """Return how far the gradient of a bf16 step is from a float64 sum of the same bf16 micro-gradients, relative to it."""
+    """Return how far the gradient of a bf16 step is from a float64 sum of the same bf16
+    micro-gradients, relative to it.
+    """
     config = tiny_config(
         stage, "bf16", world_size=torch_dist.get_world_size(), accumulation=1, clip_norm=0
     )

@@ -43,6 +43,7 @@ def hfscale(
     )
     if check:
         assert done.returncode == 0, (
-            f"hfscale {' '.join(map(str, args))} ended with {done.returncode}\n{done.stdout}\n{done.stderr}"
+            f"hfscale {' '.join(map(str, args))} ended with "
+            f"{done.returncode}\n{done.stdout}\n{done.stderr}"
         )
     return done

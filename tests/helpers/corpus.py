@@ -1,4 +1,6 @@
-"""A small real corpus: some of Python's own source, its tokenizer and shards, made with the commands a user types."""
+"""A small real corpus: some of Python's own source, its tokenizer and shards, made with the
+commands a user types.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Every kind of damage to a folder of token shards that this project knows of: shared by the tests and by ``benchmarks/damage.py``."""
+"""Every kind of damage to a folder of token shards that this project knows of: shared by the tests
+and by ``benchmarks/damage.py``.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import BLOCK, ShardWriter
 
 CHUNK_TOKENS, CHUNKS, SHARDS = 256, 4, 3
-HURT = 1  # the shard that is damaged, in its third chunk of four: two can be read before it and one after it
+# the shard that is damaged, in its third chunk of four: two can be read before it and one after it
+HURT = 1
 
 
 def write_shards(folder: Path, *, seed: int = 0) -> Manifest:
@@ -77,7 +80,9 @@ def _recount(folder: Path) -> None:
 
 @dataclass(frozen=True)
 class Damage:
-    """One kind: how it is done to a folder, what our reader and ``verify`` say of it (regular expressions), and which chunks are lost."""
+    """One kind: how it is done to a folder, what our reader and ``verify`` say of it (regular
+    expressions), and which chunks are lost.
+    """
 
     do: Callable[[Path], object]
     reader: str

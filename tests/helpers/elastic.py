@@ -1,4 +1,6 @@
-"""Layouts of runs drawn at random, and their rows compared with the oracle's: for the tests and a wide sweep (benchmarks/elastic.py)."""
+"""Layouts of runs drawn at random, and their rows compared with the oracle's: for the tests and a
+wide sweep (benchmarks/elastic.py).
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ CHAINS = [
 
 @dataclass(frozen=True)
 class Attempt:
-    """From a start or a resume to the next stop. ``stages`` are (rows from this attempt's start, weights)."""
+    """From a start or a resume to the next stop. ``stages`` are (rows from this attempt's start,
+    weights).
+    """
 
     world_size: int
     steps: int
@@ -46,7 +50,9 @@ class Layout:
 
 
 def draw(rng: random.Random, *, rows: int = 40, steps: int = 14) -> Layout:
-    """Return a layout. Half have one source; epochs are often shorter than a batch, and stops fall anywhere in them."""
+    """Return a layout. Half have one source; epochs are often shorter than a batch, and stops fall
+    anywhere in them.
+    """
     sources = rng.choice([1, 1, 1, 2, 3, 4])
     shard_rows = [[rng.randint(0, rows) for _ in range(rng.randint(1, 12))] for _ in range(sources)]
     for source in shard_rows:
@@ -91,7 +97,9 @@ def draw(rng: random.Random, *, rows: int = 40, steps: int = 14) -> Layout:
 
 
 def compare(layout: Layout) -> int:
-    """Return how many rows of the run were compared; an AssertionError names the layout and the step that differ."""
+    """Return how many rows of the run were compared; an AssertionError names the layout and the
+    step that differ.
+    """
     sources, consumed, past, begun = len(layout.shard_rows), 0, [Phase(0, (1,))], []
     steps: list[
         tuple[int, list[tuple[int, int, int]]]
@@ -157,7 +165,9 @@ def _open(
 def _steps(
     order: Mixture, layout: Layout, world_size: int, *, start: int, count: int
 ) -> list[tuple[int, list[tuple[int, int, int]]]]:
-    """Return the rows of each step over all ranks, after checking that each rank got its share and each position came once."""
+    """Return the rows of each step over all ranks, after checking that each rank got its share and
+    each position came once.
+    """
     if count == 0:
         return []
     firsts = np.cumsum([0, *(len(rows) for rows in layout.shard_rows)])

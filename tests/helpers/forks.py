@@ -1,12 +1,14 @@
-"""Many worlds of ranks, one after the other: a process imports torch and DeepSpeed once, then forks the ranks of each call.
+"""Many worlds of ranks, one after the other: a process imports torch and DeepSpeed once, then forks
+the ranks of each call.
 
     with Forks() as forks:
         forks.run(function, 8, argument)       # what rank 0 returned
         pids = forks.start(function, 2, argument)
-        forks.line("loaded")                   # waits for what rank 0 has said by say("loaded", 3): [3]
+        forks.line("loaded")  # waits for what rank 0 has said by say("loaded", 3): [3]
         forks.gone()                           # their exit statuses, once all have ended
 
-A fork takes milliseconds where a new process takes seconds. Ranks that are killed hurt nobody else; arguments and what is said are JSON.
+A fork takes milliseconds where a new process takes seconds. Ranks that are killed hurt nobody else;
+arguments and what is said are JSON.
 """
 
 from __future__ import annotations

@@ -41,7 +41,9 @@ def words_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def make_encoder(folder: Path) -> Path:
-    """Return ``folder`` with a tiny BERT without a head, and its tokenizer, as transformers saves them."""
+    """Return ``folder`` with a tiny BERT without a head, and its tokenizer, as transformers saves
+    them.
+    """
     tokenizer = words_tokenizer()
     BertModel(
         BertConfig(
@@ -80,7 +82,9 @@ def write_jsonl(path: Path, rows: list[dict[str, Any]]) -> Path:
 
 
 def task_values(folder: Path, name: str, **sections: dict[str, Any]) -> dict[str, Any]:
-    """Return the values of a small fine-tuning in ``folder``, which holds ``encoder/`` and ``reviews.jsonl``; ``sections`` lie on top."""
+    """Return the values of a small fine-tuning in ``folder``, which holds ``encoder/`` and
+    ``reviews.jsonl``; ``sections`` lie on top.
+    """
     values: dict[str, dict[str, Any]] = {
         "run": {"name": name, "root": str(folder / "runs"), "seed": 3},
         "data": {

@@ -9,5 +9,7 @@ import pytest
 
 
 def lacking(reason: str) -> NoReturn:
-    """Skip the test, for want of what ``reason`` says; in CI nothing is skipped but for want of a GPU, and it fails."""
+    """Skip the test, for want of what ``reason`` says; in CI nothing is skipped but for want of a
+    GPU, and it fails.
+    """
     (pytest.fail if os.environ.get("CI") else pytest.skip)(reason)

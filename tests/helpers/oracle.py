@@ -1,7 +1,9 @@
-"""The order of a run as one process would find it with paper and pencil: every row of an epoch laid out in lists, every block counted.
+"""The order of a run as one process would find it with paper and pencil: every row of an epoch laid
+out in lists, every block counted.
 
-Written from docs/data.md and the papers alone, in Python's integers, and slow on purpose. It shares no code with ``hfscale/stream``:
-where both agree, the closed forms, the array arithmetic and the dealing to ranks are right.
+Written from docs/data.md and the papers alone, in Python's integers, and slow on purpose. It shares
+no code with ``hfscale/stream``: where both agree, the closed forms, the array arithmetic and the
+dealing to ranks are right.
 """
 
 from __future__ import annotations
@@ -29,7 +31,9 @@ def key(*words: int) -> int:
 
 
 def permuted(size: int, name: int) -> list[int]:
-    """Return the image of 0 .. size - 1: six Feistel rounds over the smallest power of two, walked until it falls inside."""
+    """Return the image of 0 .. size - 1: six Feistel rounds over the smallest power of two, walked
+    until it falls inside.
+    """
     bits = (size - 1).bit_length()
     low = bits - bits // 2
 
@@ -105,12 +109,16 @@ class Corpus:
 
 
 def source_seed(seed: int, number: int) -> int:
-    """Return the seed of a run's source ``number``: the first one has the run's, as if it were alone."""
+    """Return the seed of a run's source ``number``: the first one has the run's, as if it were
+    alone.
+    """
     return key(seed, number, 3) if number else seed
 
 
 def shares(weights: Sequence[float], size: int, left: Sequence[float]) -> list[int]:
-    """Return the rows of each source in a block, handed out one by one: the largest remainder first, none more than it has left."""
+    """Return the rows of each source in a block, handed out one by one: the largest remainder
+    first, none more than it has left.
+    """
     fixed: dict[int, int] = {}
     while True:
         open_ = [s for s, weight in enumerate(weights) if weight > 0 and s not in fixed]
@@ -139,8 +147,9 @@ def run(
 ) -> Iterator[tuple[int, int, int]]:
     """Yield (source, shard, row) of the first ``rows`` rows of a run, or as many as the caps leave.
 
-    An attempt is (rows consumed when it began, stages as (first row, weights), most rows of each source): it counts from the end of the
-    block under way, and in its own first row if that is where one ends.
+    An attempt is (rows consumed when it began, stages as (first row, weights), most rows of each
+    source): it counts from the end of the block under way, and in its own first row if that is
+    where one ends.
     """
     at = 0
     while at < rows:

@@ -1,4 +1,6 @@
-"""Every way to pretrain, small: an objective and a model of a family, without dropout, and what they ask of the tokenizer."""
+"""Every way to pretrain, small: an objective and a model of a family, without dropout, and what
+they ask of the tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,9 @@ _GPT2_OFF = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
 _EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "router_aux_loss_coef": 0.5}
 TOKENS = {"mask_token": "<mask>", "cls_token": "<s>", "pad_token": "<pad>"}
 
-# name -> (objective, architecture, its config, learning rate). T5's ReLU has a kink: at 1e-2 a unit within rounding of 0 was once on for
-# one cut and off for another, which moved a gradient norm by 7e-4 and a loss by 8e-5; never with the gated GELU.
+# name -> (objective, architecture, its config, learning rate). T5's ReLU has a kink: at 1e-2 a unit
+# within rounding of 0 was once on for one cut and off for another, which moved a gradient norm by
+# 7e-4 and a loss by 8e-5; never with the gated GELU.
 PRETRAINING: dict[str, tuple[dict[str, Any], str, dict[str, Any], float]] = {
     "gpt2": ({"name": "clm"}, "gpt2", {**GPT2["config"], **_GPT2_OFF}, 1e-2),
     "llama": ({"name": "clm"}, "llama", {**LLAMA["config"]}, 1e-2),
@@ -53,7 +56,9 @@ PRETRAINING: dict[str, tuple[dict[str, Any], str, dict[str, Any], float]] = {
 
 
 def extended_tokenizer(corpus: Path, folder: Path) -> Path:
-    """Return ``folder``, with the corpus' tokenizer and all the special tokens that an objective may need."""
+    """Return ``folder``, with the corpus' tokenizer and all the special tokens that an objective
+    may need.
+    """
     if not folder.exists():
         extended(corpus / "tokenizer", roles=TOKENS, sentinels=20).save_pretrained(folder)
     return folder

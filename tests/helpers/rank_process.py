@@ -1,4 +1,6 @@
-"""One rank of ``tests.helpers.ranks``: joins the gloo group, then answers calls until its pipe closes."""
+"""One rank of ``tests.helpers.ranks``: joins the gloo group, then answers calls until its pipe
+closes.
+"""
 
 from __future__ import annotations
 

@@ -2,15 +2,16 @@
 
     from tests.helpers.ranks import run_ranks
 
-    def total(x):                       # a function of a test module: found again by its module's name in each rank
+    def total(x):  # a function of a test module: found again by its module's name in each rank
         t = torch.tensor(float(x)); torch.distributed.all_reduce(t); return t.item()
 
     def test_total():
         assert run_ranks(total, 2, 3) == [6.0, 6.0]
 
-Starting a rank costs seconds (torch, deepspeed), so the ranks of each world size stay alive for the pytest session. A call that
-fails or times out ends its ranks, and the next call starts new ones; ``fresh=True`` asks for new ones.
-Arguments and results travel as pickles: return plain values, numpy arrays or CPU tensors.
+Starting a rank costs seconds (torch, deepspeed), so the ranks of each world size stay alive for the
+pytest session. A call that fails or times out ends its ranks, and the next call starts new ones;
+``fresh=True`` asks for new ones. Arguments and results travel as pickles: return plain values,
+numpy arrays or CPU tensors.
 """
 
 from __future__ import annotations
@@ -51,11 +52,12 @@ def run_ranks(
 ) -> list[Any]:
     """Return ``function(*args, **kwargs)`` of every rank, in the order of the ranks.
 
-    ``function`` must be importable: at the top level of a test module or of hfscale. Inside it, RANK and the rest of the
-    world's variables are set and the default process group (gloo) is up.
+    ``function`` must be importable: at the top level of a test module or of hfscale. Inside it,
+    RANK and the rest of the world's variables are set and the default process group (gloo) is up.
 
     Raises:
-        RankFailure: with the traceback of the rank that failed first, or the stacks of all ranks after ``timeout_s``.
+        RankFailure: with the traceback of the rank that failed first, or the stacks of all ranks
+            after ``timeout_s``.
     """
     if fresh:
         close_ranks(world_size)
@@ -79,10 +81,13 @@ def close_ranks(world_size: int | None = None) -> None:
 
 
 def _address(function: Callable[..., Any]) -> str:
-    """Return ``module:name``, with a test or benchmark named by its place in the tree, whatever it is called here (``__main__``)."""
+    """Return ``module:name``, with a test or benchmark named by its place in the tree, whatever it
+    is called here (``__main__``).
+    """
     if "<locals>" in function.__qualname__:
         raise ValueError(
-            f"{function.__qualname__} cannot be found by another process: define it at the top of its module"
+            f"{function.__qualname__} cannot be found by another process: define it at the top "
+            "of its module"
         )
     file = Path(function.__code__.co_filename).resolve()
     ours = any(file.is_relative_to(ROOT / top) for top in ("tests", "benchmarks"))

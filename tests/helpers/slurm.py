@@ -1,12 +1,14 @@
-"""A real Slurm cluster on this machine: munged, slurmctld and four slurmd nodes with host names and fake GPUs of their own.
+"""A real Slurm cluster on this machine: munged, slurmctld and four slurmd nodes with host names and
+fake GPUs of their own.
 
-    def test_a_job(cluster):            # a session fixture: one cluster a pytest worker, started in a second
+    def test_a_job(cluster):  # a session fixture: one cluster a pytest worker, started in a second
         job = cluster.sbatch("--nodes=2", script)
         cluster.wait(job)
 
-Three partitions, ``low`` < ``normal`` < ``high``: a job in a higher one preempts those below it. Needs root (host names are made
-with ``unshare``) and the packages of ``tests/apt-packages.txt``. A reaper process ends everything when its pipe closes: at the end
-of the session, after Ctrl-C, and when pytest is killed.
+Three partitions, ``low`` < ``normal`` < ``high``: a job in a higher one preempts those below it.
+Needs root (host names are made with ``unshare``) and the packages of ``tests/apt-packages.txt``. A
+reaper process ends everything when its pipe closes: at the end of the session, after Ctrl-C, and
+when pytest is killed.
 """
 
 from __future__ import annotations
@@ -217,7 +219,10 @@ class Cluster:
         wait_for(lambda: _command(pid)[0] != "slurmctld")
 
     def start_node(self, node: str) -> None:
-        inside = f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec slurmd -D -N {node} -f {self.folder}/slurm.conf"
+        inside = (
+            f"hostname {node} && mount --bind {self.folder}/hosts /etc/hosts && exec "
+            f"slurmd -D -N {node} -f {self.folder}/slurm.conf"
+        )
         self._spawn(node, ["unshare", "--mount", "--uts", "sh", "-c", inside])
 
     def kill_node(self, node: str) -> None:
@@ -251,7 +256,7 @@ class Cluster:
         self._reaper.stdin.close()
         self._reaper.wait(60)
 
-    # ------------------------------------------------------------------------------------------------ clients
+    # -------------------------------------------------------------------------------------- clients
     def run(
         self, *command: object, check: bool = True, timeout_s: float = 60.0, **options: Any
     ) -> str:
@@ -302,7 +307,9 @@ class Cluster:
         }
 
     def processes(self, job: str) -> dict[int, dict[str, str]]:
-        """Return process -> environment of what runs for a job: its ranks, its script, and whatever they started."""
+        """Return process -> environment of what runs for a job: its ranks, its script, and whatever
+        they started.
+        """
         found = {}
         for pid in processes_of(self.folder):
             with contextlib.suppress(OSError):
@@ -368,7 +375,9 @@ def _command(pid: int) -> list[str]:
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Return every process that was started with this cluster's configuration: daemons, job steps and what they started."""
+    """Return every process that was started with this cluster's configuration: daemons, job steps
+    and what they started.
+    """
     mark, found = f"SLURM_CONF={folder}/slurm.conf".encode(), []
     for entry in Path("/proc").iterdir():
         with contextlib.suppress(OSError):
@@ -382,7 +391,9 @@ def processes_of(folder: Path) -> list[int]:
 
 
 def reap(folder: Path) -> None:
-    """Wait for the pipe to close, then kill all there is of the cluster in ``folder`` and remove it."""
+    """Wait for the pipe to close, then kill all there is of the cluster in ``folder`` and remove
+    it.
+    """
     sys.stdin.buffer.read()
     for _ in range(1500):
         pids = processes_of(folder)

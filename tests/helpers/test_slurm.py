@@ -40,7 +40,8 @@ def test_nodes_have_names_gpus_and_reach_each_other():
             "--mem=10",
             f"--output={cluster.folder}/out",
             "--wrap",
-            "srun sh -c 'hostname; echo gpus $CUDA_VISIBLE_DEVICES; getent hosts n1 n2 n3 n4 | wc -l'",
+            "srun sh -c 'hostname; echo gpus $CUDA_VISIBLE_DEVICES; getent hosts n1 n2 n3 n4 | "
+            "wc -l'",
         )
         assert cluster.wait(job) == "COMPLETED"
         assert sorted(cluster.output(job).split("\n")) == [

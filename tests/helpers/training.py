@@ -1,4 +1,6 @@
-"""A short run of the real trainer on ranks that are up already: for tests that look at many runs."""
+"""A short run of the real trainer on ranks that are up already: for tests that look at many
+runs.
+"""
 
 from __future__ import annotations
 

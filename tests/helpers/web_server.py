@@ -4,7 +4,8 @@
         server.statuses += [500, 503, 429]      # answers of the next requests for tars
         Manifest.load(server.url + "/train", folder=cache)
 
-As a program it serves a folder until it is killed, and prints its port: `python -m tests.helpers.web_server FOLDER [BYTES_A_SECOND]`.
+As a program it serves a folder until it is killed, and prints its port: `python -m
+tests.helpers.web_server FOLDER [BYTES_A_SECOND]`.
 """
 
 from __future__ import annotations
@@ -23,7 +24,9 @@ PIECE = 2**14
 
 
 class Server(ThreadingHTTPServer):
-    """``served`` counts the bytes of the bodies that went out, ``asked`` the requests, both by file name."""
+    """``served`` counts the bytes of the bodies that went out, ``asked`` the requests, both by file
+    name.
+    """
 
     daemon_threads = True
     request_queue_size = 64
@@ -139,7 +142,9 @@ def eventually(what: Callable[[], object], timeout_s: float = 60.0) -> None:
 
 @contextmanager
 def serve(folder: Path, *, suffix: str = ".tar") -> Iterator[Server]:
-    """Yield a running server of ``folder``; what goes wrong does so for files whose names end in ``suffix``."""
+    """Yield a running server of ``folder``; what goes wrong does so for files whose names end in
+    ``suffix``.
+    """
     server = Server(folder, suffix=suffix)
     threading.Thread(
         target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True

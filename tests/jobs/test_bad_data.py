@@ -1,4 +1,6 @@
-"""Data that a run cannot take is refused on one screen with exit code 2: what, where, the value and what to do. Nothing is executed."""
+"""Data that a run cannot take is refused on one screen with exit code 2: what, where, the value and
+what to do. Nothing is executed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ SHORT = {"steps": 1, "global_batch": 4, "micro_batch": 4}
 
 @pytest.fixture
 def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Iterator[Refuse]:
-    """The command line in this process: return what it says when it refuses, after checking that it does so in form."""
+    """The command line in this process: return what it says when it refuses, after checking that it
+    does so in form.
+    """
 
     def run(*arguments: object) -> str:
         monkeypatch.setattr("sys.argv", ["hfscale", *map(str, arguments)])
@@ -85,13 +89,25 @@ def edit(folder: Path, **changes: Any) -> None:
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
 
 
-@pytest.mark.parametrize(("second", "data", "words"), [
-    ({"weight": 0}, {"stages": []}, "the weights sum to nothing"),
-    ({"name": "big"}, {}, "two sources are named big"),
-    ({}, {"lanes": 10**6}, r"more lanes than rows[\s\S]*data\.lanes[\s\S]*1000000[\s\S]*holds only [\d,]+ rows"),
-    ({}, {"stages": [{"at": 3, "weights": {"bgi": 1}}]}, "there is no source bgi; did you mean big"),
-    ({"weight": 1e-9}, {}, r"the weight of small is too small[\s\S]*1e-09[\s\S]*data\.block"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("second", "data", "words"),
+    [
+        ({"weight": 0}, {"stages": []}, "the weights sum to nothing"),
+        ({"name": "big"}, {}, "two sources are named big"),
+        (
+            {},
+            {"lanes": 10**6},
+            r"more lanes than rows[\s\S]*data\.lanes[\s\S]*1000000[\s\S]*holds "
+            r"only [\d,]+ rows",
+        ),
+        (
+            {},
+            {"stages": [{"at": 3, "weights": {"bgi": 1}}]},
+            "there is no source bgi; did you mean big",
+        ),
+        ({"weight": 1e-9}, {}, r"the weight of small is too small[\s\S]*1e-09[\s\S]*data\.block"),
+    ],
+)
 def test_sources_that_say_nothing_or_too_much(
     corpus: Path,
     sides: dict[str, Path],
@@ -115,13 +131,23 @@ def test_sources_that_say_nothing_or_too_much(
     assert re.search(words, refuse("pretrain", path, "--dry-run", "--procs", 1))
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"shards": []}, r"an empty source[\s\S]*small[\s\S]*value:  0"),
-    ({"dtype": "uint32"}, r"unlike dtypes[\s\S]*'uint16': 'big', 'uint32': 'small'[\s\S]*one tokenizer gives one dtype"),
-    ({"tokenizer": {"digest": "f" * 64, "vocab_size": 512, "eod_id": 0}}, r"another tokenizer[\s\S]*small[\s\S]*f{16}, not [0-9a-f]{16}"),
-    ({"tokenizer": None}, r"token shards name their tokenizer[\s\S]*small"),
-    ({"version": 7}, r"unknown version[\s\S]*small[\s\S]*7"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"shards": []}, r"an empty source[\s\S]*small[\s\S]*value:  0"),
+        (
+            {"dtype": "uint32"},
+            r"unlike dtypes[\s\S]*'uint16': 'big', 'uint32': 'small'[\s\S]*one "
+            r"tokenizer gives one dtype",
+        ),
+        (
+            {"tokenizer": {"digest": "f" * 64, "vocab_size": 512, "eod_id": 0}},
+            r"another tokenizer[\s\S]*small[\s\S]*f{16}, not [0-9a-f]{16}",
+        ),
+        ({"tokenizer": None}, r"token shards name their tokenizer[\s\S]*small"),
+        ({"version": 7}, r"unknown version[\s\S]*small[\s\S]*7"),
+    ],
+)
 def test_sources_that_do_not_fit_together(
     corpus: Path,
     sides: dict[str, Path],
@@ -177,7 +203,8 @@ def test_nodes_with_different_copies_are_refused_on_every_rank(
     first, second = run_ranks(refused_on_each_rank, 2, [values, other])
     assert first == second
     assert re.search(
-        rf"different data[\s\S]*{what}[\s\S]*[0-9a-f]{{12}} on rank 0 \(.+\), [0-9a-f]{{12}} on rank 1 \(.+\)",
+        rf"different data[\s\S]*{what}[\s\S]*[0-9a-f]{{12}} on rank 0 \(.+\), [0-9a-f]{{12}} "
+        rf"on rank 1 \(.+\)",
         first,
     ), first
 
@@ -193,11 +220,19 @@ def test_a_resume_on_a_changed_manifest_names_what_has_changed(
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     assert len(shards) > 3
     first, second, *others = shards
-    for changed, words in (([*others, second], f"shards removed: 1, the first {first['name']}"),
-                           ([first, {**second, "digest": "0" * 64}, *others], f"shards changed: 1, the first {second['name']}"),
-                           ([{**first, "name": "a.tar", "tokens": 99}, {**second, "max_id": 1}, *others],
-                            f"shards added: 1, the first a.tar; shards removed: 1, the first {first['name']}; shards changed: 1"),
-                           ([second, first, *others], "the order of the shards")):  # fmt: skip
+    for changed, words in (
+        ([*others, second], f"shards removed: 1, the first {first['name']}"),
+        (
+            [first, {**second, "digest": "0" * 64}, *others],
+            f"shards changed: 1, the first {second['name']}",
+        ),
+        (
+            [{**first, "name": "a.tar", "tokens": 99}, {**second, "max_id": 1}, *others],
+            "shards added: 1, the first a.tar; shards removed: 1, the first "
+            f"{first['name']}; shards changed: 1",
+        ),
+        ([second, first, *others], "the order of the shards"),
+    ):
         edit(folder, shards=changed)
         for name in (
             shard["name"] for shard in changed
@@ -250,9 +285,15 @@ def test_pickles_in_a_tar_are_refused_and_never_opened(
         said = refuse("shards", "index", tar, *field)
         assert re.search(r"raw\.tar, sample a[\s\S]*\['pkl'\][\s\S]*never a pickle", said)
     both = write_tar(tmp_path / "both.tar", {"a.txt": b"text", "a.pkl": bomb, "a.npy": bomb})
-    (tmp_path / "corpus.yaml").write_text(yaml.safe_dump({
-        "source": {"format": "webdataset", "path": str(both), "field": "pkl"}, "tokenizer": {"path": str(tmp_path / "tokenizer")},
-        "shards": {"path": str(tmp_path / "shards")}}))  # fmt: skip
+    (tmp_path / "corpus.yaml").write_text(
+        yaml.safe_dump(
+            {
+                "source": {"format": "webdataset", "path": str(both), "field": "pkl"},
+                "tokenizer": {"path": str(tmp_path / "tokenizer")},
+                "shards": {"path": str(tmp_path / "shards")},
+            }
+        )
+    )
     assert re.search(
         r"there is no field 'pkl'[\s\S]*both\.tar, sample a",
         refuse("tokenizer", "train", tmp_path / "corpus.yaml"),

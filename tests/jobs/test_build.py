@@ -77,7 +77,8 @@ def test_a_run_goes_on_from_another_runs_weights_and_then_from_its_own(
 def test_a_run_of_tokens_goes_on_with_another_batch_to_its_end(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """80 rows in steps of 8; after 4 of them in steps of 16, which are 3: none is left out, and the rate goes on falling.
+    """80 rows in steps of 8; after 4 of them in steps of 16, which are 3: none is left out, and the
+    rate goes on falling.
 
     It does so too where that second part is stopped and goes on.
     """

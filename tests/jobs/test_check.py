@@ -30,16 +30,22 @@ def test_what_fits_is_accepted(corpus: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("sections", "words"), [
-    ({"model": {"architecture": "gtp2"}}, ["unknown architecture", "did you mean gpt2"]),
-    ({"model": {"config": {"n_layers": 2}}}, ["no such config key", "n_layer"]),
-    ({"model": LONG}, ["rows of 32 tokens", "16 positions", "n_positions=32"]),
-    ({"model": {"config": {"vocab_size": 100}}}, ["100 ids for a tokenizer of 512"]),
-    ({"objective": {"name": "cml"}}, ["unknown objective", "clm"]),
-    ({"objective": {"options": {"smoothing": 1}}}, ["smoothing", "objective.options"]),
-    ({"data": {"seq_len": 10**6}}, ["no shard is as long as a row", "seq_len"]),
-    ({"tokenizer": {"path": "no/such/tokenizer"}}, ["tokenizer.path", "hfscale tokenizer train"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("sections", "words"),
+    [
+        ({"model": {"architecture": "gtp2"}}, ["unknown architecture", "did you mean gpt2"]),
+        ({"model": {"config": {"n_layers": 2}}}, ["no such config key", "n_layer"]),
+        ({"model": LONG}, ["rows of 32 tokens", "16 positions", "n_positions=32"]),
+        ({"model": {"config": {"vocab_size": 100}}}, ["100 ids for a tokenizer of 512"]),
+        ({"objective": {"name": "cml"}}, ["unknown objective", "clm"]),
+        ({"objective": {"options": {"smoothing": 1}}}, ["smoothing", "objective.options"]),
+        ({"data": {"seq_len": 10**6}}, ["no shard is as long as a row", "seq_len"]),
+        (
+            {"tokenizer": {"path": "no/such/tokenizer"}},
+            ["tokenizer.path", "hfscale tokenizer train"],
+        ),
+    ],
+)
 def test_what_does_not_fit_is_named(
     corpus: Path, tmp_path: Path, sections: dict[str, Any], words: list[str]
 ) -> None:

@@ -1,4 +1,6 @@
-"""A run that stopped on 4 ranks goes on, without a command, on any other number and at any other ZeRO stage: state, data and losses."""
+"""A run that stopped on 4 ranks goes on, without a command, on any other number and at any other
+ZeRO stage: state, data and losses.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ SAVED = {  # engine of the run that stops on 4 ranks -> (world size, engine) of 
 
 
 def live_digests(engine: Any) -> dict[str, str]:
-    """Return the digests of what an engine holds, made as ``digests`` makes them of a checkpoint, from its live tensors."""
+    """Return the digests of what an engine holds, made as ``digests`` makes them of a checkpoint,
+    from its live tensors.
+    """
     from tests.engine.tiny import full_state
 
     state, found = (

@@ -1,4 +1,6 @@
-"""A run that goes on with 2, 3 and 1 ranks after it began on 4, through the command line: every step's batch is that of one rank alone."""
+"""A run that goes on with 2, 3 and 1 ranks after it began on 4, through the command line: every
+step's batch is that of one rank alone.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ STEPS_OF_AN_EPOCH = 5  # and a part of one
 
 
 def test_four_ranks_then_two_then_three_then_one(corpus: Path, tmp_path: Path) -> None:
-    """Stops after steps 3 (in the first epoch), 7 (in the second), 12 (in the third); 2 and 3 ranks each go over an epoch's end."""
+    """Stops after steps 3 (in the first epoch), 7 (in the second), 12 (in the third); 2 and 3 ranks
+    each go over an epoch's end.
+    """
     shards = corpus / "shards" / "validation"
     seq_len = Manifest.load(shards).tokens // (BATCH * STEPS_OF_AN_EPOCH + BATCH // 2)
     model = GPT2 | {"config": GPT2["config"] | {"n_layer": 1, "n_positions": seq_len}}

@@ -1,4 +1,6 @@
-"""A language model on shards: the loss that training saw, perplexity, bits a byte; kept, and found again."""
+"""A language model on shards: the loss that training saw, perplexity, bits a byte; kept, and found
+again.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,9 @@ pytestmark = pytest.mark.slow
 def test_held_out_rows_know_their_documents_where_these_are_kept_apart(
     corpus: Path, tmp_path: Path, together: bool
 ) -> None:
-    """In training and when evaluated: else a model that never saw two documents at once would be asked to."""
+    """In training and when evaluated: else a model that never saw two documents at once would be
+    asked to.
+    """
     config = RunConfig.model_validate(
         run_values(corpus, tmp_path, "run", data={"cross_document": together})
     )

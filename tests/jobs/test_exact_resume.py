@@ -1,7 +1,8 @@
-"""Train 6 = train 3 + resume 3, bit for bit, through the command line in processes of their own; and after any stop at all.
+"""Train 6 = train 3 + resume 3, bit for bit, through the command line in processes of their own;
+and after any stop at all.
 
-Each run accumulates two micro-batches on each of two ranks, has dropout 0.1, ends its warmup after step 4 and its epoch
-before step 6.
+Each run accumulates two micro-batches on each of two ranks, has dropout 0.1, ends its warmup after
+step 4 and its epoch before step 6.
 """
 
 from __future__ import annotations
@@ -32,9 +33,17 @@ def write_config(corpus: Path, folder: Path, name: str, **sections: dict[str, An
     shards = corpus / "shards" / "validation"
     rows = sum((shard.tokens - 1) // 32 for shard in Manifest.load(shards).shards)
     micro_batch = rows // 4 // 4
-    values = run_values(corpus, folder / "runs", name, **{
-        "data": {"sources": [{"shards": str(shards)}]}, "schedule": {"name": "cosine", "warmup_steps": 4},
-        "train": {"steps": 6, "global_batch": 4 * micro_batch, "micro_batch": micro_batch}, **sections})  # fmt: skip
+    values = run_values(
+        corpus,
+        folder / "runs",
+        name,
+        **{
+            "data": {"sources": [{"shards": str(shards)}]},
+            "schedule": {"name": "cosine", "warmup_steps": 4},
+            "train": {"steps": 6, "global_batch": 4 * micro_batch, "micro_batch": micro_batch},
+            **sections,
+        },
+    )
     path = folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(values))
     return path
@@ -110,7 +119,9 @@ def test_any_stop_is_resumed_exactly_and_again(corpus: Path, tmp_path: Path) -> 
 
 
 def stop_after(config: Path, run: Path, how: signal.Signals, *, lines: int) -> int:
-    """Return the exit code of a run that gets a signal once ``metrics.jsonl`` has ``lines`` lines."""
+    """Return the exit code of a run that gets a signal once ``metrics.jsonl`` has ``lines``
+    lines.
+    """
     command = [sys.executable, "-m", "launch.cli", "pretrain", str(config), "--procs", "2"]
     environment = os.environ | {
         "PYTHONPATH": str(ROOT),

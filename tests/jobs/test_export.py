@@ -1,4 +1,6 @@
-"""A run leaves as a transformers folder with the engine's own logits, or not at all; and goes on with prompts."""
+"""A run leaves as a transformers folder with the engine's own logits, or not at all; and goes on
+with prompts.
+"""
 
 from __future__ import annotations
 
@@ -173,7 +175,8 @@ def test_a_head_that_was_tied_by_mistake_is_not_published(run: Path, tmp_path: P
     )
     with pytest.raises(
         CheckpointError,
-        match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint does not",
+        match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint "
+        r"does not",
     ):
         write_weights(tied.reader, tied.skeleton, tmp_path)
     assert not list(tmp_path.iterdir())
@@ -314,10 +317,17 @@ def test_prompts_in_predictions_out(run: Path, tmp_path: Path) -> None:
     )
 
 
-@pytest.mark.parametrize(("content", "message"), [
-    ('{"prompt": ', r"not a JSON line[\s\S]*:1"), ("", "there are no rows in it"), ("[" * 100_000, "not a JSON line"),
-    ('{"text": "a"}', "no column 'prompt'"), ('{"prompt": "a\\ud800"}', "half of a character"),
-    ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"prompt": ', r"not a JSON line[\s\S]*:1"),
+        ("", "there are no rows in it"),
+        ("[" * 100_000, "not a JSON line"),
+        ('{"text": "a"}', "no column 'prompt'"),
+        ('{"prompt": "a\\ud800"}', "half of a character"),
+        ('{"prompt": "a", "id": 1}\n{"prompt": "b", "id": "1"}', "an id occurs twice"),
+    ],
+)
 def test_broken_prompts_name_their_line(
     run: Path, tmp_path: Path, content: str, message: str
 ) -> None:

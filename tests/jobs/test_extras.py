@@ -1,4 +1,6 @@
-"""Adapters, frozen parts, layer-wise learning rates and early stopping, with the real engine on two ranks, resumed to the bit."""
+"""Adapters, frozen parts, layer-wise learning rates and early stopping, with the real engine on two
+ranks, resumed to the bit.
+"""
 
 from __future__ import annotations
 

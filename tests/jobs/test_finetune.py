@@ -1,4 +1,6 @@
-"""Fine-tuning with the real engine: the same numbers for every cut, exact resumes, each validated example counted once; and its verbs."""
+"""Fine-tuning with the real engine: the same numbers for every cut, exact resumes, each validated
+example counted once; and its verbs.
+"""
 
 from __future__ import annotations
 

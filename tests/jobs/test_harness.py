@@ -1,4 +1,6 @@
-"""lm-evaluation-harness on local tasks: a run of adapters beside a run, both partitioned while they were trained, against sums by hand."""
+"""lm-evaluation-harness on local tasks: a run of adapters beside a run, both partitioned while they
+were trained, against sums by hand.
+"""
 
 from __future__ import annotations
 

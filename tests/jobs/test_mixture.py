@@ -1,4 +1,6 @@
-"""Real runs on a mixture: the loss of each source, other numbers of ranks, other weights on a resume, and the batch time machine."""
+"""Real runs on a mixture: the loss of each source, other numbers of ranks, other weights on a
+resume, and the batch time machine.
+"""
 
 from __future__ import annotations
 
@@ -35,12 +37,22 @@ def mixed(
         {"name": "big", "shards": shards[0], "weight": weights[0]},
         {"name": "small", "shards": shards[1], "weight": weights[1]},
     ]
-    return run_values(corpus, root, name, **{"data": {"seq_len": 32, "block": 32, "cross_document": False, "sources": sources},
-                                             "model": {**GPT2, "config": GPT2["config"] | NO_DROPOUT}, **sections})  # fmt: skip
+    return run_values(
+        corpus,
+        root,
+        name,
+        **{
+            "data": {"seq_len": 32, "block": 32, "cross_document": False, "sources": sources},
+            "model": {**GPT2, "config": GPT2["config"] | NO_DROPOUT},
+            **sections,
+        },
+    )
 
 
 def first_step(values: dict[str, Any]) -> list[tuple[int, float, int]]:
-    """Return source, sum of the losses and number of scored tokens of each row of this rank's first step, one row at a time."""
+    """Return source, sum of the losses and number of scored tokens of each row of this rank's first
+    step, one row at a time.
+    """
     from hfscale.dist.world import World
     from hfscale.jobs.build import build_trainer
 
@@ -86,7 +98,9 @@ def test_source_loss_is_a_recomputation_on_any_number_of_ranks(
         {number: sum(n for source, _, n in rows if source == number) for number in (0, 1)}
     )
     assert records[2][0]["loss"] == pytest.approx(
-        (tokens[0] * expected["big"] + tokens[1] * expected["small"]) / tokens.total(), rel=1e-5)  # fmt: skip
+        (tokens[0] * expected["big"] + tokens[1] * expected["small"]) / tokens.total(),
+        rel=1e-5,
+    )
     for one, two in zip(records[1], records[2], strict=True):
         assert one["batch_digest"] == two["batch_digest"]
         assert one["source_loss"] == pytest.approx(two["source_loss"], abs=1e-5)
@@ -105,7 +119,9 @@ def test_one_source_says_nothing_of_sources(corpus: Path, tmp_path: Path) -> Non
 
 
 def test_other_weights_on_a_resume_and_every_step_is_rebuilt(corpus: Path, tmp_path: Path) -> None:
-    """Step 5 of 8 is in the middle of a block when the weights change; the run's record of what it saw stays right."""
+    """Step 5 of 8 is in the middle of a block when the weights change; the run's record of what it
+    saw stays right.
+    """
     length = {"global_batch": 12, "micro_batch": 3}
     first = mixed(corpus, tmp_path, "run", train={"steps": 5, **length})
     second = mixed(corpus, tmp_path, "run", weights=(0.1, 0.9), train={"steps": 9, **length})

@@ -1,4 +1,6 @@
-"""Every way to pretrain, with the real engine: the same losses for any cut, an exact resume, an export that transformers uses."""
+"""Every way to pretrain, with the real engine: the same losses for any cut, an exact resume, an
+export that transformers uses.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""However a step is cut - ZeRO stage, ranks, micro-batches - the losses are those of one plain fp32 process.
+"""However a step is cut - ZeRO stage, ranks, micro-batches - the losses are those of one plain fp32
+process.
 
-Documents are kept apart, so ranks score unequal numbers of tokens; the gradient is clipped in most steps.
+Documents are kept apart, so ranks score unequal numbers of tokens; the gradient is clipped in most
+steps.
 """
 
 from __future__ import annotations
@@ -23,9 +25,15 @@ pytestmark = pytest.mark.slow
 def test_losses_are_those_of_one_process(corpus: Path, tmp_path: Path, model: str) -> None:
     def records(stage: int, ranks: int, micro_batch: int = 4) -> list[dict[str, Any]]:
         values = run_values(
-            corpus, tmp_path, f"{stage}-{ranks}-{micro_batch}", model=MODELS[model], engine={"zero_stage": stage},
-            data={"cross_document": False}, optim={"lr": 1e-2, "clip_norm": 0.3},
-            train={"steps": 10, "global_batch": 16, "micro_batch": micro_batch})  # fmt: skip
+            corpus,
+            tmp_path,
+            f"{stage}-{ranks}-{micro_batch}",
+            model=MODELS[model],
+            engine={"zero_stage": stage},
+            data={"cross_document": False},
+            optim={"lr": 1e-2, "clip_norm": 0.3},
+            train={"steps": 10, "global_batch": 16, "micro_batch": micro_batch},
+        )
         return run_ranks(train, ranks, values)[0]
 
     alone = records(0, 1, micro_batch=16)

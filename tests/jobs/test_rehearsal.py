@@ -1,4 +1,6 @@
-"""What a run cannot keep it does not train: a save, a load and an export are tried before step 1, for every architecture alike."""
+"""What a run cannot keep it does not train: a save, a load and an export are tried before step 1,
+for every architecture alike.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def values(corpus: Path, root: Path, architecture: str, config: dict[str, Any]) 
 
 
 def outcome(values: dict[str, Any]) -> str:
-    """Return how a run ends on this rank: what it was refused for, or nothing. For ``run_ranks``."""
+    """Return how a run ends on this rank: what it was refused for, or nothing. For
+    ``run_ranks``.
+    """
     try:
         train(values)
     except UserError as error:
@@ -73,7 +77,9 @@ def test_it_is_saved_and_is_the_model_that_leaves(
 def test_what_transformers_would_load_otherwise_is_refused_before_step_1(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """Funnel's padding row is set to zero when it is loaded: an export would be another model than was trained."""
+    """Funnel's padding row is set to zero when it is loaded: an export would be another model than
+    was trained.
+    """
     sizes = {"d_model": 32, "d_inner": 48, "n_head": 2, "d_head": 16, "num_decoder_layers": 1}
     blocks = {"block_sizes": [1, 1], "block_repeats": [1, 1]}
     wanted = values(corpus, tmp_path, "funnel", {**sizes, **blocks})

@@ -1,4 +1,6 @@
-"""Runs from a URL, through the command line: the same batches and losses as from the folder, and what is refused before a run starts."""
+"""Runs from a URL, through the command line: the same batches and losses as from the folder, and
+what is refused before a run starts.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ def size_gb(corpus: Path, shards: float) -> float:
 def test_a_run_from_a_url_is_the_run_from_the_folder(
     corpus: Path, server: Server, tmp_path: Path
 ) -> None:
-    """On two ranks, with a cache for fewer shards than there are; the server stumbles now and then."""
+    """On two ranks, with a cache for fewer shards than there are; the server stumbles now and
+    then.
+    """
     server.statuses, server.drops = [503, 500], [100_000]
     cache = {"folder": str(tmp_path / "cache"), "size_gb": size_gb(corpus, 5)}
     (tmp_path / "run.yaml").write_text(
@@ -162,7 +166,9 @@ def test_shards_of_a_url_are_verified_counted_and_printed(
     near = corpus / "shards" / "train"
 
     def said(verb: str, *arguments: object) -> list[str]:
-        """Return what a verb prints of the URL, after checking that it is what it prints of the folder."""
+        """Return what a verb prints of the URL, after checking that it is what it prints of the
+        folder.
+        """
         printed = []
         for place in (f"{server.url}/train", str(near)):
             with pytest.raises(SystemExit) as ended:

@@ -1,4 +1,6 @@
-"""What a whole run saves, keeps and says: the best validation, a disk that gives up, and checkpoints that somebody meddled with."""
+"""What a whole run saves, keeps and says: the best validation, a disk that gives up, and
+checkpoints that somebody meddled with.
+"""
 
 from __future__ import annotations
 

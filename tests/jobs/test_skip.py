@@ -1,4 +1,6 @@
-"""``data.on_error: skip`` in real runs: damaged rows train nothing, are counted alike on any number of ranks, and stop all at once."""
+"""``data.on_error: skip`` in real runs: damaged rows train nothing, are counted alike on any number
+of ranks, and stop all at once.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Models of strangers: none of their code runs, no pickle is opened, and one folder is one model however it is opened."""
+"""Models of strangers: none of their code runs, no pickle is opened, and one folder is one model
+however it is opened.
+"""
 
 from __future__ import annotations
 
@@ -120,7 +122,9 @@ def test_an_adapter_beside_whole_weights_is_refused_however_it_is_opened(model: 
 
 
 def test_every_loader_says_what_it_trusts():
-    """transformers asks on stdin where nothing is said, and opens pickles where there are no safetensors."""
+    """transformers asks on stdin where nothing is said, and opens pickles where there are no
+    safetensors.
+    """
     wrong = []
     for path in MODULES:
         for node in ast.walk(TREES[path]):

@@ -1,4 +1,6 @@
-"""A tag for each word, and answers in a text, end to end: trained, evaluated, predicted, exported, used by transformers alone."""
+"""A tag for each word, and answers in a text, end to end: trained, evaluated, predicted, exported,
+used by transformers alone.
+"""
 
 from __future__ import annotations
 
@@ -185,7 +187,8 @@ def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
 import json, sys
 from transformers import pipeline
 pipe = pipeline("question-answering", sys.argv[1], trust_remote_code=True)
-print(json.dumps([pipe(question=row["question"], context=row["context"]) for row in map(json.loads, open(sys.argv[2]))]))""",
+rows = map(json.loads, open(sys.argv[2]))
+print(json.dumps([pipe(question=row["question"], context=row["context"]) for row in rows]))""",
         tmp_path / "export",
         tmp_path / "asked.jsonl",
         home=tmp_path,

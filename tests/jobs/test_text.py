@@ -1,4 +1,6 @@
-"""Real runs on raw text through the command line: other numbers of ranks, a mixture with token shards, validation."""
+"""Real runs on raw text through the command line: other numbers of ranks, a mixture with token
+shards, validation.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ from tests.helpers.training import train
 
 @pytest.fixture(scope="module")
 def raw(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of tars, written by stock webdataset and indexed by the command, some of them Chinese."""
+    """A folder of tars, written by stock webdataset and indexed by the command, some of them
+    Chinese.
+    """
     folder = tmp_path_factory.mktemp("raw")
     with webdataset.ShardWriter(str(folder / "raw-%03d.tar"), maxcount=12, verbose=0) as tars:
         for k, file in enumerate(sorted((corpus / "text").iterdir())[:40]):
@@ -111,10 +115,15 @@ def test_two_ranks_then_one_then_four_are_one_uninterrupted_run(
     assert refused.returncode == 2 and "train.global_batch=24 or 48" in refused.stderr
 
 
-@pytest.mark.parametrize(("overrides", "says"), [
-    (["train.steps=null", "train.epochs=1"], "train.tokens"), (["data.lanes=5"], "data.lanes=4 or 6"),
-    (["data.sources.0.max_epochs=2"], "max_epochs of source web"), (["data.sources.0.weight=1e-9"], "the weight of web is too small"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["train.steps=null", "train.epochs=1"], "train.tokens"),
+        (["data.lanes=5"], "data.lanes=4 or 6"),
+        (["data.sources.0.max_epochs=2"], "max_epochs of source web"),
+        (["data.sources.0.weight=1e-9"], "the weight of web is too small"),
+    ],
+)
 def test_what_raw_text_cannot_do_is_refused_before_a_rank_starts(
     corpus: Path, raw: Path, tmp_path: Path, overrides: list[str], says: str
 ) -> None:

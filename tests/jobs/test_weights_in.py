@@ -1,4 +1,6 @@
-"""A run starts from another run, checkpoint or export at any ZeRO stage with exactly its model; what does not fit is refused by name."""
+"""A run starts from another run, checkpoint or export at any ZeRO stage with exactly its model;
+what does not fit is refused by name.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,9 @@ def pretrained(path: Path, **config: Any) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def folder(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """``runs/gpt2`` (tied, ZeRO 3, bf16), ``runs/llama`` (not tied, ZeRO 1, fp32), ``export`` of the first, and ``loss.json``."""
+    """``runs/gpt2`` (tied, ZeRO 3, bf16), ``runs/llama`` (not tied, ZeRO 1, fp32), ``export`` of
+    the first, and ``loss.json``.
+    """
     folder, losses = tmp_path_factory.mktemp("weights"), {}
     for name, model, engine in (
         ("gpt2", GPT2, {"zero_stage": 3, "precision": "bf16"}),

@@ -1,4 +1,6 @@
-"""A rank that acts as told by ACT: a real process that needs no torch. Run as `python -m tests.launch.acting_rank CONFIG`."""
+"""A rank that acts as told by ACT: a real process that needs no torch. Run as `python -m
+tests.launch.acting_rank CONFIG`.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,8 @@ import time
 def main() -> int:
     act, rank = os.environ.get("ACT", "fine"), int(os.environ["RANK"])
     print(
-        f"rank {rank} of {os.environ['WORLD_SIZE']} has pid {os.getpid()} and {os.environ['OMP_NUM_THREADS']} threads",
+        f"rank {rank} of {os.environ['WORLD_SIZE']} has pid {os.getpid()} and "
+        f"{os.environ['OMP_NUM_THREADS']} threads",
         flush=True,
     )
     print(f"rank {rank} complains", file=sys.stderr, flush=True)

@@ -1,4 +1,6 @@
-"""A Slurm cluster; a folder with what a launcher looks at before it starts ranks: a config, a manifest, a tokenizer's folder."""
+"""A Slurm cluster; a folder with what a launcher looks at before it starts ranks: a config, a
+manifest, a tokenizer's folder.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""``hfscale tokenizer`` and ``hfscale shards`` as a user types them: from text to verified shards, and one screen for a mistake."""
+"""``hfscale tokenizer`` and ``hfscale shards`` as a user types them: from text to verified shards,
+and one screen for a mistake.
+"""
 
 from __future__ import annotations
 

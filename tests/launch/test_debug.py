@@ -1,4 +1,6 @@
-"""The debug launcher: tiny, in the foreground, in a directory of its own, with a debugger where it breaks."""
+"""The debug launcher: tiny, in the foreground, in a directory of its own, with a debugger where it
+breaks.
+"""
 
 from __future__ import annotations
 
@@ -41,7 +43,8 @@ def test_tiny_values_give_way_to_the_command_line(folder: Path):
 
 def test_any_length_and_precision_becomes_tiny(folder: Path):
     (folder / "long.yaml").write_text(
-        "extends: config.yaml\ntrain: {steps: null, tokens: 1e12, global_batch: 9, micro_batch: 3}\n"
+        "extends: config.yaml\ntrain: {steps: null, tokens: 1e12, global_batch: 9, "
+        "micro_batch: 3}\n"
         "engine: {precision: fp16, compile: true}\n"
     )
     request = Request("long.yaml")

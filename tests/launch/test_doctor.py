@@ -1,4 +1,6 @@
-"""`hfscale doctor` on this machine and in an allocation of a real cluster, with real things that are wrong."""
+"""`hfscale doctor` on this machine and in an allocation of a real cluster, with real things that
+are wrong.
+"""
 
 from __future__ import annotations
 

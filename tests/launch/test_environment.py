@@ -1,4 +1,6 @@
-"""What an attempt leaves on record is enough to make it again: the code with its changes, the command, the data, and equal losses."""
+"""What an attempt leaves on record is enough to make it again: the code with its changes, the
+command, the data, and equal losses.
+"""
 
 from __future__ import annotations
 
@@ -71,7 +73,9 @@ def test_commit_and_patch_give_the_code_that_ran(tmp_path: Path):
 
 
 def test_the_patch_is_of_our_code_alone(tmp_path: Path):
-    """slurm/site.sh, where docs send tokens and proxies, does not end in a run directory that others read."""
+    """slurm/site.sh, where docs send tokens and proxies, does not end in a run directory that
+    others read.
+    """
     for name in ("launch/cli.py", "slurm/site.sh", "README.md"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("1\n")

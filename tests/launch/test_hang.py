@@ -1,4 +1,6 @@
-"""A run that stands still, on real ranks: who is to blame is found and named, stacks are written, the run ends and can go on."""
+"""A run that stands still, on real ranks: who is to blame is found and named, stacks are written,
+the run ends and can go on.
+"""
 
 from __future__ import annotations
 
@@ -68,7 +70,9 @@ def ended(launcher: subprocess.Popen[str], run: Path) -> tuple[str, dict[str, An
 def asleep(
     corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[tuple[Path, subprocess.Popen[str]]]:
-    """A folder, and a launcher in it one of whose ranks falls asleep; it does so beside the first test."""
+    """A folder, and a launcher in it one of whose ranks falls asleep; it does so beside the first
+    test.
+    """
     folder = tmp_path_factory.mktemp("asleep")
     launcher = start(corpus, folder, env={"FAULT": "loader sleeps"}, steps=8)
     yield folder, launcher
@@ -90,7 +94,8 @@ def test_a_rank_that_is_stopped(
     assert (odd["rank"], odd["pid"], odd["node"]) == (1, stopped.pid, os.uname().nodename)
     assert odd["step"] >= stopped.step
     assert re.search(
-        rf"no progress for \d+ s: rank 1 on {odd['node']} stands in \w+ of step {odd['step']} and does not answer; "
+        rf"no progress for \d+ s: rank 1 on {odd['node']} stands in \w+ of step {odd['step']} "
+        rf"and does not answer; "
         r"the others: 1 in \w+ of step \d+",
         out,
     ), out

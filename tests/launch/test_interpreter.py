@@ -24,8 +24,11 @@ def test_every_process_of_ours_is_started_so():
     """``-m`` itself is only printed, in launch/local.py, for who reads what would run."""
     files = [path for path in Path(ROOT, "launch").rglob("*.py") if path.name != "local.py"]
     constants = {
-        path: [node.value for node in ast.walk(ast.parse(path.read_text()))
-               if isinstance(node, ast.Constant)]
+        path: [
+            node.value
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, ast.Constant)
+        ]
         for path in files
-    }  # fmt: skip
+    }
     assert [path.name for path, values in constants.items() if "-m" in values] == []

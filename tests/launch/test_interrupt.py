@@ -14,7 +14,9 @@ from tests.helpers.cli import ROOT
 
 
 def interrupted(words: list[str], cwd: Path, *, when: str) -> subprocess.CompletedProcess[str]:
-    """Return what a command said that got one SIGINT as soon as it had printed ``when`` on stderr."""
+    """Return what a command said that got one SIGINT as soon as it had printed ``when`` on
+    stderr.
+    """
     process = subprocess.Popen(
         [sys.executable, "-m", *words],
         cwd=cwd,

@@ -1,4 +1,6 @@
-"""Real processes under the local launcher: their logs, their failures, requests to stop, and what is left when it dies."""
+"""Real processes under the local launcher: their logs, their failures, requests to stop, and what
+is left when it dies.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,8 @@ from hfscale.errors import UserError
 log.setup()
 local.GRACE_S = float(sys.argv[2])
 try:
-    code = local.launch(Request("config.yaml", worker="tests.launch.acting_rank", procs=int(sys.argv[1])))
+    request = Request("config.yaml", worker="tests.launch.acting_rank", procs=int(sys.argv[1]))
+    code = local.launch(request)
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     code = 2
@@ -167,7 +170,9 @@ def test_a_second_launcher_is_refused_and_told_who_is_there(folder: Path):
 def test_an_attempt_that_is_superseded_leaves_at_once_and_writes_no_more(
     corpus: Path, tmp_path: Path
 ):
-    """As a node that Slurm has lost: the younger attempt has begun elsewhere, and no lock reaches this one."""
+    """As a node that Slurm has lost: the younger attempt has begun elsewhere, and no lock reaches
+    this one.
+    """
     values = run_values(
         corpus,
         tmp_path / "runs",
@@ -198,7 +203,9 @@ def test_an_attempt_that_is_superseded_leaves_at_once_and_writes_no_more(
 
 
 def test_ranks_beside_an_allocation_are_told(folder: Path, monkeypatch: pytest.MonkeyPatch):
-    """`salloc`, then `hfscale pretrain` without a launcher: the ranks would run on the login node."""
+    """`salloc`, then `hfscale pretrain` without a launcher: the ranks would run on the login
+    node.
+    """
     config = Request("config.yaml").load().config
     assert local.unused_allocation(config) == []
     monkeypatch.setenv("SLURM_JOB_ID", "7")

@@ -1,4 +1,6 @@
-"""`hfscale prove resume`: equal for a run as it is, different for one with a planted fault, and refused where it could prove nothing."""
+"""`hfscale prove resume`: equal for a run as it is, different for one with a planted fault, and
+refused where it could prove nothing.
+"""
 
 from __future__ import annotations
 

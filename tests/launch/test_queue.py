@@ -1,4 +1,6 @@
-"""What Slurm says of a job, and what follows where it says nothing: a guard that cannot know refuses."""
+"""What Slurm says of a job, and what follows where it says nothing: a guard that cannot know
+refuses.
+"""
 
 from __future__ import annotations
 

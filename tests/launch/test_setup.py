@@ -1,4 +1,6 @@
-"""What launch/setup.sh says on a machine that lacks something, and that it installs nothing twice."""
+"""What launch/setup.sh says on a machine that lacks something, and that it installs nothing
+twice.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def prepare(tmp_path: Path, *, extra: str = "", **env: str) -> subprocess.CompletedProcess[str]:
-    """Return the finished `prepare_python`, with ``tmp_path/bin`` first on PATH and no active environment."""
+    """Return the finished `prepare_python`, with ``tmp_path/bin`` first on PATH and no active
+    environment.
+    """
     ours = ("VIRTUAL_ENV", "CONDA_PREFIX", "HFSCALE_VENV", "HFSCALE_NO_INSTALL")
     kept = {name: value for name, value in os.environ.items() if name not in ours}
     path = f"{tmp_path / 'bin'}{os.pathsep}/usr/bin{os.pathsep}/bin"

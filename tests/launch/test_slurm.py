@@ -1,4 +1,6 @@
-"""The Slurm launcher on a real cluster: what it submits, what it refuses, who holds a run directory, and an interactive allocation."""
+"""The Slurm launcher on a real cluster: what it submits, what it refuses, who holds a run
+directory, and an interactive allocation.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""Slurm as sites have it: whole nodes, containers without its commands, a prolog that prints, options of an outer allocation, a
-controller that is down at the wrong moment. Everything lies on a path with a space.
+"""Slurm as sites have it: whole nodes, containers without its commands, a prolog that prints,
+options of an outer allocation, a controller that is down at the wrong moment. Everything lies on a
+path with a space.
 """
 
 from __future__ import annotations
@@ -172,7 +173,9 @@ def test_started_by_srun_once_for_each_task(cluster: Cluster, tmp_path: Path):
 
 @pytest.mark.slow
 def test_ctrl_c_in_an_allocation_saves(lab: tuple[Path, Path], cluster: Cluster):
-    """Out of a shell of the allocation: one Ctrl-C reaches launcher, script and srun at once, and the ranks save."""
+    """Out of a shell of the allocation: one Ctrl-C reaches launcher, script and srun at once, and
+    the ranks save.
+    """
     config, _ = lab
     shell = subprocess.Popen(
         [

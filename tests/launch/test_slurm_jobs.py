@@ -1,6 +1,8 @@
-"""Interrupted in every way Slurm has, a run goes on by itself and comes to the numbers of one that was left alone.
+"""Interrupted in every way Slurm has, a run goes on by itself and comes to the numbers of one that
+was left alone.
 
-All jobs run at the same time on one real cluster; the first attempt of each has slow steps, to be caught in the middle.
+All jobs run at the same time on one real cluster; the first attempt of each has slow steps, to be
+caught in the middle.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ pytestmark = pytest.mark.slow
 STEPS, STEP_S = 60, 1.0
 EXACT = ("loss", "lr", "grad_norm", "batch_digest", "tokens_seen")
 SMALL = {"oversubscribe": True, "mem": 100}  # several jobs share a node
-WAYS = {  # name -> nodes, ranks on each, and more of `cluster:`; Slurm warns half a minute before it should
+# name -> nodes, ranks on each, and more of `cluster:`; Slurm warns half a minute before it should
+WAYS = {
     "time limit": (1, 2, {"time": "2", "signal_s": 80, "sbatch": {"nodelist": "n1"}}),
     "signal": (2, 1, {"sbatch": {"nodelist": "n1,n2"}}),
     "requeue": (2, 1, {"signal_s": 1, "sbatch": {"nodelist": "n2,n3"}}),
@@ -94,7 +97,9 @@ def write_config(corpus: Path, folder: Path, way: str, **sections: dict[str, Any
 def jobs(
     cluster: Cluster, corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[Jobs]:
-    """Every job, submitted and interrupted in its way; and ``whole``, the same run that nothing happened to."""
+    """Every job, submitted and interrupted in its way; and ``whole``, the same run that nothing
+    happened to.
+    """
     folder = tmp_path_factory.mktemp("jobs")
     jobs = Jobs(cluster, folder, {})
     slow = {"PYTHONPATH": f"{ROOT}/tests/launch/faults:{ROOT}", "STEP_S": str(STEP_S)}
@@ -138,7 +143,9 @@ def jobs(
 
 
 def check_equal(jobs: Jobs, way: str) -> None:
-    """The run that was interrupted made the steps of the one that was not, and ended with its weights."""
+    """The run that was interrupted made the steps of the one that was not, and ended with its
+    weights.
+    """
     whole = {record["step"]: [record[key] for key in EXACT] for record in jobs.records("whole")}
     assert {record["step"]: [record[key] for key in EXACT] for record in jobs.records(way)} == whole
 
@@ -215,9 +222,8 @@ def test_a_node_that_hangs_twice_is_left_out_by_a_successor_that_goes_on_with_fe
     run = jobs.run("hung twice")
     ended = jobs.end("hung twice")
     first = jobs.cluster.job(jobs.ids["hung twice"])
-    if (
-        ended == "COMPLETED"
-    ):  # n2 was busy when Slurm started it, or started it again: then min_nodes let it go on without n2
+    # n2 was busy when Slurm started it, or started it again: then min_nodes let it go on without n2
+    if ended == "COMPLETED":
         assert first["NodeList"] == "n1" and jobs.records("hung twice")[-1]["step"] == 12, jobs.log(
             "hung twice"
         )

@@ -1,4 +1,6 @@
-"""slurm/shards.sbatch on a real cluster: an array with a task that fails, submitted again, comes to the shards of one process."""
+"""slurm/shards.sbatch on a real cluster: an array with a task that fails, submitted again, comes to
+the shards of one process.
+"""
 
 from __future__ import annotations
 

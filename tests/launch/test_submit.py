@@ -1,4 +1,6 @@
-"""Runs from Python through submitit: on a real Slurm cluster without accounting, on this machine, and in this process."""
+"""Runs from Python through submitit: on a real Slurm cluster without accounting, on this machine,
+and in this process.
+"""
 
 from __future__ import annotations
 

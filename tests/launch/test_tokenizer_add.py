@@ -1,4 +1,6 @@
-"""``hfscale tokenizer add``: special tokens for an objective, and errors whose command runs as printed."""
+"""``hfscale tokenizer add``: special tokens for an objective, and errors whose command runs as
+printed.
+"""
 
 from __future__ import annotations
 
@@ -53,11 +55,23 @@ def test_text_keeps_its_ids_and_special_tokens_get_roles(corpus: Path, tmp_path:
     assert not (tmp_path / "other").exists()
 
 
-@pytest.mark.parametrize(("objective", "model", "asked"), [
-    ({"name": "contrastive", "options": {"pooling": "cls", "mlm_weight": 0.1}}, {"architecture": "bert", "config": BERT}, ["cls", "mask"]),
-    ({"name": "mlm"}, {"architecture": "roberta", "config": BERT}, ["mask", "pad"]),
-    ({"name": "seq2seq"}, {"architecture": "t5", "config": T5}, ["sentinels"]),
-    ({"name": "seq2seq", "options": {"noise": "bart"}}, {"architecture": "t5", "config": T5}, ["mask"])])  # fmt: skip
+@pytest.mark.parametrize(
+    ("objective", "model", "asked"),
+    [
+        (
+            {"name": "contrastive", "options": {"pooling": "cls", "mlm_weight": 0.1}},
+            {"architecture": "bert", "config": BERT},
+            ["cls", "mask"],
+        ),
+        ({"name": "mlm"}, {"architecture": "roberta", "config": BERT}, ["mask", "pad"]),
+        ({"name": "seq2seq"}, {"architecture": "t5", "config": T5}, ["sentinels"]),
+        (
+            {"name": "seq2seq", "options": {"noise": "bart"}},
+            {"architecture": "t5", "config": T5},
+            ["mask"],
+        ),
+    ],
+)
 def test_the_command_in_an_error_runs_as_printed(
     corpus: Path, tmp_path: Path, objective: dict[str, Any], model: dict[str, Any], asked: list[str]
 ) -> None:

@@ -1,4 +1,6 @@
-"""Two of the same command at once: one works, the other is refused before it has written or computed anything."""
+"""Two of the same command at once: one works, the other is refused before it has written or
+computed anything.
+"""
 
 from __future__ import annotations
 

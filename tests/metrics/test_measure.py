@@ -1,4 +1,6 @@
-"""The bootstrap: seeded, of the right width, and equal to drawing examples and scoring them anew."""
+"""The bootstrap: seeded, of the right width, and equal to drawing examples and scoring them
+anew.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_intervals_are_those_of_theory_and_seeded():
 
 
 def test_five_of_five_are_not_all():
-    """Wilson by hand: 5 / (5 + 1.96 ** 2) = 0.5655; no draw moves the other scores, so there is no interval."""
+    """Wilson by hand: 5 / (5 + 1.96 ** 2) = 0.5655; no draw moves the other scores, so there is no
+    interval.
+    """
     found = classification(["a", "b", "a", "b", "a"], ["a", "b", "a", "b", "a"]).intervals()
     assert found["accuracy"] == found["f1_micro"] == pytest.approx((0.5655, 1.0), abs=1e-4)
     assert np.isnan(found["f1_macro"]).all()

@@ -1,4 +1,6 @@
-"""Every metric equals its reference implementation: the library where there is one, else what the official script printed."""
+"""Every metric equals its reference implementation: the library where there is one, else what the
+official script printed.
+"""
 
 from __future__ import annotations
 
@@ -79,7 +81,9 @@ def test_correlation_equals_scipy():
 
 
 def test_entity_f1_is_seqevals():
-    """The examples of seqeval's README and of its own tests; 300 random cases were compared with its source too."""
+    """The examples of seqeval's README and of its own tests; 300 random cases were compared with
+    its source too.
+    """
     true = [["O", "O", "O", "B-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     guessed = [["O", "O", "B-MISC", "I-MISC", "I-MISC", "I-MISC", "O"], ["B-PER", "I-PER", "O"]]
     expected = {"f1": 0.5, "precision": 0.5, "recall": 0.5, "f1_macro": 0.5, "accuracy": 0.8}
@@ -104,7 +108,7 @@ def test_entity_f1_is_seqevals():
 @pytest.mark.parametrize("letters", ["BIES", "BMES", "BILU", "BIEW"])
 @pytest.mark.parametrize("form", ["{}-P", "{}_P", "{}"])
 def test_other_schemes_part_the_same_entities(letters: str, form: str):
-    """王伟丽 in 北京 by 李: B M E, B E, S; compared with seqeval on 16,000 random sequences, mapped."""
+    """王伟丽 in 北京 by 李: B M E, B E, S; compared with seqeval on 16,000 random sequences."""
     begin, inside, end, whole = (form.format(letter) for letter in letters)
     tags = [begin, inside, end, "O", begin, end, whole]
     kind = "P" if "P" in form else "_"

@@ -1,4 +1,6 @@
-"""The bytes that ids stand for are those of the text, however rows cut it; where that cannot be known there is no figure."""
+"""The bytes that ids stand for are those of the text, however rows cut it; where that cannot be
+known there is no figure.
+"""
 
 from __future__ import annotations
 

@@ -14,8 +14,16 @@ _LLAMA_LIKE = {
 }
 _GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 2, "n_positions": 64}
 _T5 = {"d_model": 32, "num_layers": 2, "num_heads": 2, "d_ff": 48, "d_kv": 16}
-_BART = {"d_model": 32, "encoder_layers": 2, "decoder_layers": 2, "encoder_attention_heads": 2, "decoder_attention_heads": 2,
-         "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "max_position_embeddings": 64}  # fmt: skip
+_BART = {
+    "d_model": 32,
+    "encoder_layers": 2,
+    "decoder_layers": 2,
+    "encoder_attention_heads": 2,
+    "decoder_attention_heads": 2,
+    "encoder_ffn_dim": 48,
+    "decoder_ffn_dim": 48,
+    "max_position_embeddings": 64,
+}
 
 FAMILIES: dict[str, tuple[str, Model]] = {
     "gpt2": ("AutoModelForCausalLM", Model(architecture="gpt2", config=_GPT2)),

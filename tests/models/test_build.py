@@ -23,16 +23,25 @@ def check(**model: Any) -> Any:
     return check_model_config(Model(**model), vocab_size=VOCAB, seq_len=32)
 
 
-@pytest.mark.parametrize(("model", "says"), [
-    ({"architecture": "gtp2"}, "did you mean gpt2"),
-    ({"architecture": "gpt2", "config": {"n_layers": 3}}, "did you mean n_layer"),
-    ({"architecture": "gpt2", "config": {"n_layer": "three"}}, "n_layer"),
-    ({"architecture": "gpt2", "config": {"vocab_size": 319}}, "at least 320"),
-    ({"architecture": "gpt2", "config": {"n_positions": 16}}, "model.config.n_positions=32, or data.seq_len=16"),
-    ({"architecture": "roberta", "config": {"max_position_embeddings": 33}}, "max_position_embeddings=34, or data.seq_len=31"),
-    ({}, "model.architecture"),
-    ({"pretrained": "no/such-folder/at-all"}, "model.pretrained"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "says"),
+    [
+        ({"architecture": "gtp2"}, "did you mean gpt2"),
+        ({"architecture": "gpt2", "config": {"n_layers": 3}}, "did you mean n_layer"),
+        ({"architecture": "gpt2", "config": {"n_layer": "three"}}, "n_layer"),
+        ({"architecture": "gpt2", "config": {"vocab_size": 319}}, "at least 320"),
+        (
+            {"architecture": "gpt2", "config": {"n_positions": 16}},
+            "model.config.n_positions=32, or data.seq_len=16",
+        ),
+        (
+            {"architecture": "roberta", "config": {"max_position_embeddings": 33}},
+            "max_position_embeddings=34, or data.seq_len=31",
+        ),
+        ({}, "model.architecture"),
+        ({"pretrained": "no/such-folder/at-all"}, "model.pretrained"),
+    ],
+)
 def test_a_bad_config_is_refused_with_a_remedy(model: dict[str, Any], says: str) -> None:
     with pytest.raises(ConfigError, match="where:") as error:
         check(**model)
@@ -45,11 +54,22 @@ def test_sizes_that_cannot_be_built_are_the_users_error() -> None:
         build_model(model, auto_model="AutoModelForCausalLM", vocab_size=VOCAB, seq_len=32, seed=1)
 
 
-@pytest.mark.parametrize(("model", "auto_model", "says"), [
-    ({"architecture": "gpt2", "config": {**TINY, "n_head": 5}}, "AutoModelForCausalLM", "divisible"),
-    ({"architecture": "t5"}, "AutoModelForCausalLM", "AutoModelForCausalLM"),
-    ({"architecture": "bloom", "attention": "sdpa"}, "AutoModelForCausalLM", "model.attention=auto"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("model", "auto_model", "says"),
+    [
+        (
+            {"architecture": "gpt2", "config": {**TINY, "n_head": 5}},
+            "AutoModelForCausalLM",
+            "divisible",
+        ),
+        ({"architecture": "t5"}, "AutoModelForCausalLM", "AutoModelForCausalLM"),
+        (
+            {"architecture": "bloom", "attention": "sdpa"},
+            "AutoModelForCausalLM",
+            "model.attention=auto",
+        ),
+    ],
+)
 def test_what_transformers_refuses_is_a_config_error(
     model: dict[str, Any], auto_model: str, says: str
 ) -> None:
@@ -67,7 +87,9 @@ def test_the_vocabulary_is_the_tokenizers_unless_the_config_has_room_for_more() 
 def test_a_table_of_positions_that_begins_behind_the_padding_id(
     positions: int, refused: bool
 ) -> None:
-    """M2M-100 adds two rows to its table of sinusoids; before, an IndexError said nothing of the padding id."""
+    """M2M-100 adds two rows to its table of sinusoids; before, an IndexError said nothing of the
+    padding id.
+    """
     model = Model(architecture="m2m_100", config={"max_position_embeddings": positions})
 
     def made() -> Any:

@@ -1,4 +1,6 @@
-"""First weights: a function of seed and path alone, whatever the stage, world size and precision."""
+"""First weights: a function of seed and path alone, whatever the stage, world size and
+precision.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,9 @@ def build(family: str, *, seed: int = 3, **placement: Any) -> nn.Module:
 def digests(
     model: nn.Module, gather: Any = None, dtype: torch.dtype = torch.float32
 ) -> dict[str, str]:
-    """Return a digest of every parameter (whole, as ``dtype``) and float buffer, by name; also of tied names."""
+    """Return a digest of every parameter (whole, as ``dtype``) and float buffer, by name; also of
+    tied names.
+    """
     out = {}
     for name, tensor in [*model.named_parameters(remove_duplicate=False), *model.named_buffers()]:
         if gather and isinstance(tensor, nn.Parameter):
@@ -57,7 +61,9 @@ def digests(
 
 
 def zero3_digests(family: str, precision: str) -> tuple[dict[str, str], int, int]:
-    """Run on each rank: digests of a ZeRO 3 build, numbers held by this rank, numbers in the model."""
+    """Run on each rank: digests of a ZeRO 3 build, numbers held by this rank, numbers in the
+    model.
+    """
     from hfscale.engine.engine import construction, gathered
 
     def gather(params: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
@@ -141,8 +147,17 @@ def test_undrawn_parameters_are_named() -> None:
 
 
 def test_an_architecture_that_reaches_too_deep_is_refused_when_partitioned() -> None:
-    config = SwitchTransformersConfig(vocab_size=50, d_model=8, d_ff=8, d_kv=4, num_layers=2, num_heads=2, num_experts=2,
-                                      num_sparse_encoder_layers=1, num_sparse_decoder_layers=1)  # fmt: skip
+    config = SwitchTransformersConfig(
+        vocab_size=50,
+        d_model=8,
+        d_ff=8,
+        d_kv=4,
+        num_layers=2,
+        num_heads=2,
+        num_experts=2,
+        num_sparse_encoder_layers=1,
+        num_sparse_decoder_layers=1,
+    )
     with no_init_weights():
         model = SwitchTransformersForConditionalGeneration(config)
     initialize(

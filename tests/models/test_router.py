@@ -1,4 +1,6 @@
-"""The load-balancing loss of a mixture of experts: transformers' own figure of one batch, and the same however a step is cut."""
+"""The load-balancing loss of a mixture of experts: transformers' own figure of one batch, and the
+same however a step is cut.
+"""
 
 from __future__ import annotations
 
@@ -60,7 +62,9 @@ def test_it_is_transformers_own(architecture: str) -> None:
 
 
 def losses(model: Any, cut: int, **setting: Any) -> tuple[float, dict[str, float], torch.Tensor]:
-    """Return the loss of 4 rows in micro-batches of ``cut``, its terms' sums, and a router's gradient."""
+    """Return the loss of 4 rows in micro-batches of ``cut``, its terms' sums, and a router's
+    gradient.
+    """
     objective = CausalLM(
         CausalLM.Options(), Setting(seq_len=12, model_config=model.config, **setting)
     )

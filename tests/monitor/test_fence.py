@@ -1,4 +1,6 @@
-"""Attempts of a run: one number each, the older one writes nothing once a younger one has begun, and a lease says who lives."""
+"""Attempts of a run: one number each, the older one writes nothing once a younger one has begun,
+and a lease says who lives.
+"""
 
 from __future__ import annotations
 
@@ -64,7 +66,9 @@ def no_locks(*_: object) -> None:
 
 @pytest.fixture
 def without_locks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A file system without flock, as Lustre is without `-o flock`; leases are looked at for less long."""
+    """A file system without flock, as Lustre is without `-o flock`; leases are looked at for less
+    long.
+    """
     monkeypatch.setattr(fcntl, "flock", no_locks)
     monkeypatch.setattr(files, "WATCH_S", 1.5)
 

@@ -1,4 +1,6 @@
-"""Heartbeats: what a rank writes, who is to blame, and what may take long. Hangs of real ranks are in tests/launch/test_hang.py."""
+"""Heartbeats: what a rank writes, who is to blame, and what may take long. Hangs of real ranks are
+in tests/launch/test_hang.py.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ def test_what_a_rank_does_can_be_read_by_others(watched: Heartbeat, tmp_path: Pa
 def test_a_disk_that_does_not_answer_costs_no_step(
     watched: Heartbeat, monkeypatch: pytest.MonkeyPatch
 ):
-    """Every write of a heartbeat sleeps, as on a slow file system: the training thread makes none."""
+    """Every write of a heartbeat sleeps, as on a slow file system: the training thread makes
+    none.
+    """
     writers = set()
 
     def slow(*_: object) -> int:

@@ -10,7 +10,9 @@ from hfscale.stream.rows import Rows
 def make_rows(
     documents: list[list[int]], *, valid: list[bool] | None = None, seed: int = 0, vocab: int = 320
 ) -> Rows:
-    """Return rows whose documents have these lengths (each row's lengths sum to T + 1), with random ids."""
+    """Return rows whose documents have these lengths (each row's lengths sum to T + 1), with random
+    ids.
+    """
     ids_BL = torch.randint(
         vocab, (len(documents), sum(documents[0])), generator=torch.Generator().manual_seed(seed)
     )

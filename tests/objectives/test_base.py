@@ -65,9 +65,7 @@ def test_unknown_objectives_and_options_name_the_nearest() -> None:
         check_options(Options, {"rte": 0.1, "size": "many"})
 
 
-def test_a_scalar_is_weight_times_sum_times_world_over_count_and_unweighted_terms_are_only_reported() -> (
-    None
-):
+def test_a_scalar_is_weight_times_sum_times_world_over_count() -> None:
     objective = TwoTerms(Options(), Setting(seq_len=3))
     w = torch.tensor(2.0, requires_grad=True)
     batches = [batch_of(torch.ones(2, 3), [3, 2]), batch_of(2 * torch.ones(2, 3), [3, 3])]

@@ -78,7 +78,9 @@ def test_no_document_predicts_the_next_one() -> None:
 
 
 def step_gradient(cuts: list[list[Rows]], model: nn.Module) -> tuple[torch.Tensor, float]:
-    """Return the gradient and loss of one step whose rows are cut into ranks (outer list) and micro-batches (inner list)."""
+    """Return the gradient and loss of one step whose rows are cut into ranks (outer list) and
+    micro-batches (inner list).
+    """
     objective = objective_for(model, cross_document=False)
     ranks = [[objective.collate(rows) for rows in micro_batches] for micro_batches in cuts]
     counts = {"clm": sum(objective.counts(batches)["clm"] for batches in ranks)}
@@ -115,14 +117,36 @@ def test_the_gradient_does_not_depend_on_how_the_batch_is_cut() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize(("architecture", "config"), [
-    ("gpt2", {}), ("llama", {}), ("gpt_neox", {"intermediate_size": 48}), ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
-    ("mistral", {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": None}),
-    ("mistral", {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8}), ("qwen2", {"num_key_value_heads": 2}),
-    ("qwen2", {"num_key_value_heads": 2, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1}),
-    ("gemma3_text", {"num_key_value_heads": 2, "sliding_window": 8, "layer_types": ["sliding_attention", "full_attention"]}),
-    ("roberta", {"is_decoder": True, "pad_token_id": 3}),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "config"),
+    [
+        ("gpt2", {}),
+        ("llama", {}),
+        ("gpt_neox", {"intermediate_size": 48}),
+        ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+        ("mistral", {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": None}),
+        ("mistral", {"intermediate_size": 48, "num_key_value_heads": 2, "sliding_window": 8}),
+        ("qwen2", {"num_key_value_heads": 2}),
+        (
+            "qwen2",
+            {
+                "num_key_value_heads": 2,
+                "use_sliding_window": True,
+                "sliding_window": 8,
+                "max_window_layers": 1,
+            },
+        ),
+        (
+            "gemma3_text",
+            {
+                "num_key_value_heads": 2,
+                "sliding_window": 8,
+                "layer_types": ["sliding_attention", "full_attention"],
+            },
+        ),
+        ("roberta", {"is_decoder": True, "pad_token_id": 3}),
+    ],
+)
 def test_a_document_scores_as_if_it_were_alone(
     architecture: str, config: dict[str, object], attention: str, dtype: torch.dtype
 ) -> None:
@@ -146,19 +170,50 @@ def test_documents_that_leak_are_refused(
 ) -> None:
     model = model_of("gpt2", dtype=dtype)
     whole = model.forward
-    monkeypatch.setattr(model, "forward", lambda attention_mask=None, **inputs: whole(attention_mask=None if attention_mask is None else
-                        torch.ones(attention_mask.shape[::3][0], 32, dtype=torch.long), **inputs))  # fmt: skip
+    monkeypatch.setattr(
+        model,
+        "forward",
+        lambda attention_mask=None, **inputs: whole(
+            attention_mask=None
+            if attention_mask is None
+            else torch.ones(attention_mask.shape[::3][0], 32, dtype=torch.long),
+            **inputs,
+        ),
+    )
     objective_for(model).check(model, device="cpu")  # nothing to keep apart
     with pytest.raises(ConfigError, match=r"documents leak(?s:.*)data\.cross_document=true"):
         objective_for(model, cross_document=False).check(model, device="cpu")
 
 
-@pytest.mark.parametrize(("architecture", "config", "words"), [
-    ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}, "cannot keep documents apart"),
-    ("rwkv", {"hidden_size": 32, "num_hidden_layers": 2, "attention_hidden_size": 32, "context_length": 64}, "documents leak"),
-    ("llama4_text", {**_SMALL, "intermediate_size": 48, "intermediate_size_mlp": 48, "num_key_value_heads": 2, "head_dim": 16,
-                     "num_local_experts": 2, "pad_token_id": 0}, "layers of chunked_attention"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("architecture", "config", "words"),
+    [
+        ("bloom", {"hidden_size": 32, "n_layer": 2, "n_head": 2}, "cannot keep documents apart"),
+        (
+            "rwkv",
+            {
+                "hidden_size": 32,
+                "num_hidden_layers": 2,
+                "attention_hidden_size": 32,
+                "context_length": 64,
+            },
+            "documents leak",
+        ),
+        (
+            "llama4_text",
+            {
+                **_SMALL,
+                "intermediate_size": 48,
+                "intermediate_size_mlp": 48,
+                "num_key_value_heads": 2,
+                "head_dim": 16,
+                "num_local_experts": 2,
+                "pad_token_id": 0,
+            },
+            "layers of chunked_attention",
+        ),
+    ],
+)
 def test_what_cannot_keep_documents_apart_is_refused_only_where_it_must(
     architecture: str, config: dict[str, object], words: str
 ) -> None:

@@ -1,4 +1,6 @@
-"""InfoNCE by gradient caching: the loss and gradient of one big batch for any cut; views, pooling, metrics."""
+"""InfoNCE by gradient caching: the loss and gradient of one big batch for any cut; views, pooling,
+metrics.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +42,13 @@ def contrastive(**options: Any) -> Objective:
 
 def model_for(objective: Objective, *, dropout: float = 0.0) -> torch.nn.Module:
     config = {**BERT, "hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout}
-    return build_model(Model(architecture="bert", config=config), auto_model=objective.auto_model, vocab_size=len(tokenizer()), seq_len=T,
-                       seed=5)  # fmt: skip
+    return build_model(
+        Model(architecture="bert", config=config),
+        auto_model=objective.auto_model,
+        vocab_size=len(tokenizer()),
+        seq_len=T,
+        seed=5,
+    )
 
 
 def rows_of(first: int = 0, stop: int = N) -> Rows:
@@ -96,7 +103,9 @@ def test_gradient_caching_gives_the_gradient_of_one_big_batch() -> None:
 
 
 def of_ranks(micro_batch: int, mlm_weight: float) -> tuple[torch.Tensor, dict[str, float]]:
-    """Return the gradient, averaged over the ranks as the engine does, and the sums of the global batch. Runs on every rank."""
+    """Return the gradient, averaged over the ranks as the engine does, and the sums of the global
+    batch. Runs on every rank.
+    """
     import torch.distributed as torch_dist
 
     rank, world_size = torch_dist.get_rank(), torch_dist.get_world_size()

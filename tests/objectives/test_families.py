@@ -1,4 +1,6 @@
-"""Which architectures each objective takes, from config alone: the first loss is the theory's, and the wrong kind is refused."""
+"""Which architectures each objective takes, from config alone: the first loss is the theory's, and
+the wrong kind is refused.
+"""
 
 from __future__ import annotations
 
@@ -122,11 +124,17 @@ def test_an_encoder_sees_its_own_document_or_is_refused(architecture: str) -> No
     torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("name", "architecture", "config", "message"), [
-    ("clm", "bert", {}, "sees the future"), ("mlm", "bert", {"is_decoder": True}, "sees only the past"),
-    ("clm", "distilbert", {}, r"distilbert has no AutoModelForCausalLM(?s:.*)or objective mlm"),
-    ("mlm", "gpt2", {}, r"gpt2 has no AutoModelForMaskedLM(?s:.*)or objective clm"),
-    ("clm", "t5", {}, "or objective seq2seq"), ("seq2seq", "llama", {}, "or objective clm")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "architecture", "config", "message"),
+    [
+        ("clm", "bert", {}, "sees the future"),
+        ("mlm", "bert", {"is_decoder": True}, "sees only the past"),
+        ("clm", "distilbert", {}, r"distilbert has no AutoModelForCausalLM(?s:.*)or objective mlm"),
+        ("mlm", "gpt2", {}, r"gpt2 has no AutoModelForMaskedLM(?s:.*)or objective clm"),
+        ("clm", "t5", {}, "or objective seq2seq"),
+        ("seq2seq", "llama", {}, "or objective clm"),
+    ],
+)
 def test_the_wrong_kind_of_model_is_refused(
     name: str, architecture: str, config: dict[str, Any], message: str
 ) -> None:

@@ -57,7 +57,7 @@ def test_a_window_is_that_of_transformers(causal: bool, window: int) -> None:
             )
 
 
-# ------------------------------------------------------------------------------------------------- encoders (what mlm will use)
+# --------------------------------------------------------------------- encoders (what mlm will use)
 def encoder(
     architecture: str,
     *,
@@ -83,10 +83,20 @@ def encoder(
 
 BERT = {"num_hidden_layers": 2, "intermediate_size": 48}
 ENCODERS = [
-    ("bert", BERT), ("roberta", {**BERT, "pad_token_id": 3}), ("electra", {**BERT, "embedding_size": 32}),
+    ("bert", BERT),
+    ("roberta", {**BERT, "pad_token_id": 3}),
+    ("electra", {**BERT, "embedding_size": 32}),
     ("distilbert", {"n_layers": 2, "hidden_dim": 48}),
-    ("modernbert", {**BERT, "local_attention": 8, "layer_types": ["full_attention", "sliding_attention"], "pad_token_id": 0}),
-]  # fmt: skip
+    (
+        "modernbert",
+        {
+            **BERT,
+            "local_attention": 8,
+            "layer_types": ["full_attention", "sliding_attention"],
+            "pad_token_id": 0,
+        },
+    ),
+]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -136,7 +146,7 @@ def test_encoders_that_cannot_are_refused(architecture: str, words: str, micro_b
         check_apart(logits, (micro_batch, 32), config=model.config)
 
 
-# ---------------------------------------------------------------------------------------------------------------- the probe
+# ---------------------------------------------------------------------------------------- the probe
 def one_hot_sum(ids_BT: Tensor, *, seen: slice) -> Tensor:
     """Logits of a model that sees each token itself, and also the tokens of ``seen``."""
     logits_BTV = torch.nn.functional.one_hot(ids_BT, 50).float()

@@ -1,4 +1,6 @@
-"""Masking: the fractions, what is never touched, whole words and spans, and that a row is masked alike whoever holds it."""
+"""Masking: the fractions, what is never touched, whole words and spans, and that a row is masked
+alike whoever holds it.
+"""
 
 from __future__ import annotations
 

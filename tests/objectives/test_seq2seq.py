@@ -1,4 +1,6 @@
-"""Span corruption and text infilling: nothing is lost, lengths are fixed, spans are as long as the papers say."""
+"""Span corruption and text infilling: nothing is lost, lengths are fixed, spans are as long as the
+papers say.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ def rows_of(count: int, *, first: int = 0) -> Rows:
 
 
 def put_back(inputs: list[int], target: list[int], marks: set[int]) -> list[int]:
-    """Return the text that T5 inputs and targets stand for: every mark replaced by what follows it in the target."""
+    """Return the text that T5 inputs and targets stand for: every mark replaced by what follows it
+    in the target.
+    """
     spans: dict[int, list[int]] = {}
     for number in target[:-1]:
         if number in marks:
@@ -102,7 +106,9 @@ def test_bart_hides_poisson_spans_behind_one_mask_each_and_asks_for_everything()
     [("t5", None, 3), ("t5", 0.5, 4.5), ("bart", None, 3), ("bart", 0.15, 1)],
 )
 def test_nothing_is_padded_whatever_is_drawn(noise: str, hidden: float | None, span: float) -> None:
-    """Every row has as many hidden tokens and spans, so its lengths are known before anything is drawn: padding is 0 by design."""
+    """Every row has as many hidden tokens and spans, so its lengths are known before anything is
+    drawn: padding is 0 by design.
+    """
     batch = corruption(noise, hidden=hidden, span=span).collate(rows_of(300))
     pad = tokenizer().pad_token_id
     assert all(

@@ -1,4 +1,6 @@
-"""Any step of a run is rebuilt from the shards alone, and its digest is the one that the ranks logged."""
+"""Any step of a run is rebuilt from the shards alone, and its digest is the one that the ranks
+logged.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,9 @@ from tests.helpers.training import train
 def run(
     corpus: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Path, list[dict[str, Any]]]:
-    """A run directory and its records; of seven steps, the second, fourth, sixth and last were logged."""
+    """A run directory and its records; of seven steps, the second, fourth, sixth and last were
+    logged.
+    """
     root = tmp_path_factory.mktemp("runs")
     values = run_values(corpus, root, "run", train={"steps": 7}, metrics={"every_steps": 2})
     records = run_ranks(train, 2, values)[0]
@@ -46,7 +50,9 @@ def test_every_step_is_rebuilt(run: tuple[Path, list[dict[str, Any]]]) -> None:
 def test_a_record_of_before_is_compared_by_what_it_was_of(
     run: tuple[Path, list[dict[str, Any]]], tmp_path: Path
 ) -> None:
-    """Metrics without a version are of the inputs alone; the command says so and still proves them."""
+    """Metrics without a version are of the inputs alone; the command says so and still proves
+    them.
+    """
     now = rebuild(run[0], step=2)
     ids = [row.ids for row in now.rows]
     shutil.copytree(run[0], tmp_path / "run")

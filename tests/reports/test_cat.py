@@ -1,4 +1,6 @@
-"""``shards cat``: any document or row comes back as the tokens that were written, and samples of raw text by position and key."""
+"""``shards cat``: any document or row comes back as the tokens that were written, and samples of
+raw text by position and key.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The list of checkpoints and why each is kept, what verification finds, and what --pin and --prune do."""
+"""The list of checkpoints and why each is kept, what verification finds, and what --pin and --prune
+do.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""`hfscale compare`: evaluations and validations of runs in one table, as text, csv and a picture."""
+"""`hfscale compare`: evaluations and validations of runs in one table, as text, csv and a
+picture.
+"""
 
 from __future__ import annotations
 

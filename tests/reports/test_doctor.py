@@ -1,4 +1,6 @@
-"""What the findings of all ranks come to: one line where they agree, and the nodes that stand out."""
+"""What the findings of all ranks come to: one line where they agree, and the nodes that stand
+out.
+"""
 
 from __future__ import annotations
 

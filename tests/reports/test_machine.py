@@ -51,7 +51,8 @@ def test_ranks_read_shards_of_their_own_and_all_are_looked_at(corpus: Path, tmp_
 def test_a_package_out_of_range_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     setup = tmp_path / "setup.cfg"
     setup.write_text(
-        "[options]\ninstall_requires =\n    numpy>=99\n    torch>=2\n    nothing>=1; python_version < '3'\n"
+        "[options]\ninstall_requires =\n    numpy>=99\n    torch>=2\n    nothing>=1; "
+        "python_version < '3'\n"
     )
     monkeypatch.setattr(machine, "SETUP", setup)
     [one] = machine.packages(None, World())

@@ -1,4 +1,6 @@
-"""The first difference between two runs is the one that made the others; digests of a state do not depend on its cut."""
+"""The first difference between two runs is the one that made the others; digests of a state do not
+depend on its cut.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""The numbers that follow from a config, with data of every kind: what cannot be known is said, not guessed."""
+"""The numbers that follow from a config, with data of every kind: what cannot be known is said, not
+guessed.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +16,43 @@ from tests.helpers.corpus import run_values
 from tests.shards.test_verify import write_tar
 
 
-@pytest.mark.parametrize(("kinds", "train", "facts"), [
-    (["tokens"], {}, ["tokens a step  512", "steps          6", "tokens         3,072", r"of {rows:,} rows"]),
-    (["tokens"], {"steps": None, "epochs": 2}, ["epochs         2 of {rows:,} rows"]),
-    (["text"], {}, ["steps          6", "epochs         not known before raw text is tokenized: 3 samples"]),
-    (["text", "tokens"], {}, ["tokens         3,072", "epochs         not known before raw text is tokenized: 3 samples"]),
-    (["text"], {"steps": None, "epochs": 2}, ["steps          not known before raw text is tokenized: 3 samples"]),
-    (["nothing"], {"steps": None, "epochs": 2}, ["steps          not known before there are shards at "]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kinds", "train", "facts"),
+    [
+        (
+            ["tokens"],
+            {},
+            ["tokens a step  512", "steps          6", "tokens         3,072", r"of {rows:,} rows"],
+        ),
+        (["tokens"], {"steps": None, "epochs": 2}, ["epochs         2 of {rows:,} rows"]),
+        (
+            ["text"],
+            {},
+            [
+                "steps          6",
+                "epochs         not known before raw text is tokenized: 3 samples",
+            ],
+        ),
+        (
+            ["text", "tokens"],
+            {},
+            [
+                "tokens         3,072",
+                "epochs         not known before raw text is tokenized: 3 samples",
+            ],
+        ),
+        (
+            ["text"],
+            {"steps": None, "epochs": 2},
+            ["steps          not known before raw text is tokenized: 3 samples"],
+        ),
+        (
+            ["nothing"],
+            {"steps": None, "epochs": 2},
+            ["steps          not known before there are shards at "],
+        ),
+    ],
+)
 def test_what_follows_from_a_config(
     corpus: Path, tmp_path: Path, kinds: list[str], train: dict[str, int], facts: list[str]
 ) -> None:

@@ -75,6 +75,7 @@ def test_progress_is_in_steps_tokens_or_epochs(tmp_path: Path):
 def test_steps_that_are_left_are_of_the_present_batch(tmp_path: Path):
     assert steps_left(config(tmp_path, steps=50), RECORD) == 25
     assert steps_left(config(tmp_path, steps=20), RECORD) == 0
-    # 25 steps read 2,500 tokens, more than a batch of 4 rows of 8 tokens each time: the batch was larger
+    # 25 steps read 2,500 tokens, more than a batch of 4 rows of 8 tokens each time: the batch was
+    # larger
     assert steps_left(config(tmp_path, tokens=10_000), RECORD) == 7500 / 32
     assert steps_left(config(tmp_path, epochs=2), RECORD) == 75

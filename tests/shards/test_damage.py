@@ -1,4 +1,6 @@
-"""Every kind of damage is found and named by the reader and by ``shards verify``, and can be skipped without losing more than it hit."""
+"""Every kind of damage is found and named by the reader and by ``shards verify``, and can be
+skipped without losing more than it hit.
+"""
 
 from __future__ import annotations
 

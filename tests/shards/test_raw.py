@@ -1,4 +1,6 @@
-"""Tars of text made by others: whatever stock webdataset makes of them, so do we; what we cannot read is named when it is indexed."""
+"""Tars of text made by others: whatever stock webdataset makes of them, so do we; what we cannot
+read is named when it is indexed.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ class Bomb:
 
 
 def write(path: Path, members: dict[str, bytes], *, form: int = tarfile.PAX_FORMAT) -> Path:
-    """Return a tar of these members made by hand, with a folder, a link and other things that are no samples between them."""
+    """Return a tar of these members made by hand, with a folder, a link and other things that are
+    no samples between them.
+    """
     with tarfile.open(path, "w", format=form) as tar:
         for k, (name, content) in enumerate(members.items()):
             info = tarfile.TarInfo(name)
@@ -88,11 +92,26 @@ def test_odd_names_are_read_as_webdataset_reads_them(tmp_path, form):
         if form == tarfile.USTAR_FORMAT
         else {f"{LONG}.jpg": b"\xff", f"{LONG}.txt": "长".encode()}
     )
-    path = write(tmp_path / "odd.tar", {
-        "v1.0/a/one.jpg": b"\xff\xd8", "v1.0/a/one.txt": "一".encode(), "./two.TXT": b"two", "three.seg.txt": b"not this",
-        "three.txt": b"three", "four.pickle": pickle.dumps(Bomb()), "four.pyd": pickle.dumps(Bomb()), "four.txt": b"",
-        "noextension": b"x", "__meta__/x.txt": b"meta", "数据/五.txt": "五".encode(), **long, "six.cls": b"1",
-        "six.txt": "\ufeff六".encode()}, form=form)  # fmt: skip
+    path = write(
+        tmp_path / "odd.tar",
+        {
+            "v1.0/a/one.jpg": b"\xff\xd8",
+            "v1.0/a/one.txt": "一".encode(),
+            "./two.TXT": b"two",
+            "three.seg.txt": b"not this",
+            "three.txt": b"three",
+            "four.pickle": pickle.dumps(Bomb()),
+            "four.pyd": pickle.dumps(Bomb()),
+            "four.txt": b"",
+            "noextension": b"x",
+            "__meta__/x.txt": b"meta",
+            "数据/五.txt": "五".encode(),
+            **long,
+            "six.cls": b"1",
+            "six.txt": "\ufeff六".encode(),
+        },
+        form=form,
+    )
     manifest = index_tars([path], folder=tmp_path, field="txt", threads=1)
     expected = [text.decode("utf-8-sig") for text in stock([path], "txt")]
     assert (
@@ -138,17 +157,25 @@ def test_a_place_in_json_goes_as_deep_as_its_dots(tmp_path):
     ) == ["深"]
 
 
-@pytest.mark.parametrize(("members", "field", "says"), [
-    ({"a.json": b"{}"}, "json.text", r"is not under 'json\.text'[\s\S]*member a\.json"),
-    ({"a.json": b'{"text": 3}'}, "json.text", r"is no string: 3[\s\S]*member a\.json"),
-    ({"a.json": b'{"text": null}'}, "json", "is no string: None"),
-    ({"a.json": b'{"text": "\\ud800"}'}, "json", "is not UTF-8"),
-    ({"a.json": b"[1"}, "json", "is not in JSON"),
-    ({"a.json": b"[1]"}, "json", "not an object"),
-    ({"a.txt": "é".encode("latin-1")}, "txt", r"is not UTF-8[\s\S]*member a\.txt"),
-    ({"doc.1.txt": b"x", "doc.2.txt": b"y"}, "txt", r"no text[\s\S]*sample doc[\s\S]*'1\.txt', '2\.txt'"),  # one key, as for webdataset
-    ({"a.txt": b"x", "b.jpg": b"y"}, "txt", r"no text[\s\S]*sample b[\s\S]*'jpg'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("members", "field", "says"),
+    [
+        ({"a.json": b"{}"}, "json.text", r"is not under 'json\.text'[\s\S]*member a\.json"),
+        ({"a.json": b'{"text": 3}'}, "json.text", r"is no string: 3[\s\S]*member a\.json"),
+        ({"a.json": b'{"text": null}'}, "json", "is no string: None"),
+        ({"a.json": b'{"text": "\\ud800"}'}, "json", "is not UTF-8"),
+        ({"a.json": b"[1"}, "json", "is not in JSON"),
+        ({"a.json": b"[1]"}, "json", "not an object"),
+        ({"a.txt": "é".encode("latin-1")}, "txt", r"is not UTF-8[\s\S]*member a\.txt"),
+        # one key, as for webdataset
+        (
+            {"doc.1.txt": b"x", "doc.2.txt": b"y"},
+            "txt",
+            r"no text[\s\S]*sample doc[\s\S]*'1\.txt', " r"'2\.txt'",
+        ),
+        ({"a.txt": b"x", "b.jpg": b"y"}, "txt", r"no text[\s\S]*sample b[\s\S]*'jpg'"),
+    ],
+)
 def test_what_has_no_text_is_refused_by_name(tmp_path, members, field, says):
     with pytest.raises(DataError, match=says):
         index_tars([write(tmp_path / "x.tar", members)], folder=tmp_path, field=field, threads=1)
@@ -163,11 +190,14 @@ def test_a_compressed_tar_says_unpack(tmp_path):
     assert done.returncode == 2 and "must be unpacked" in done.stderr
 
 
-@pytest.mark.parametrize(("change", "says"), [
-    ({"shards": [{"documents": 4}]}, "the index counts 3 samples, the manifest 4"),
-    ({"source": {"field": "json.text"}}, "member 0.txt at offset 512: the text is not in JSON"),
-    ({"source": {}}, "the manifest is damaged: raw text names the field that holds it"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"shards": [{"documents": 4}]}, "the index counts 3 samples, the manifest 4"),
+        ({"source": {"field": "json.text"}}, "member 0.txt at offset 512: the text is not in JSON"),
+        ({"source": {}}, "the manifest is damaged: raw text names the field that holds it"),
+    ],
+)
 def test_a_wrong_manifest_is_found(tmp_path: Path, change: dict[str, Any], says: str) -> None:
     tar = write_tar(tmp_path / "a.tar", {f"{k}.txt": b"a text" for k in range(3)})
     index_tars([tar], folder=tmp_path, field=None, threads=1)

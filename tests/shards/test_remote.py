@@ -1,4 +1,6 @@
-"""Shards of a URL against real servers that misbehave: what comes is right, counted in bytes, and what cannot come is named."""
+"""Shards of a URL against real servers that misbehave: what comes is right, counted in bytes, and
+what cannot come is named.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,7 @@ def size_of(folder: Path) -> int:
     return total
 
 
-# --------------------------------------------------------------------------------------------------- transport
+# ---------------------------------------------------------------------------------------- transport
 def test_a_reader_sees_a_local_folder_and_nothing_comes_twice(
     server: Server, folder: Path, tmp_path: Path
 ) -> None:
@@ -167,7 +169,8 @@ def test_what_cannot_be_had_is_named(
 ) -> None:
     manifest = load(server, tmp_path, retries=3)
     server.statuses = [status] * 10
-    named = f"{'FileNotFound' if status == 404 else f'ClientResponseError: {status}'}[\\s\\S]*{server.url}/train/s-000002.tar"
+    error = "FileNotFound" if status == 404 else f"ClientResponseError: {status}"
+    named = f"{error}[\\s\\S]*{server.url}/train/s-000002.tar"
     with pytest.raises(DataError, match=f"cannot fetch, attempt {asked}: {named}"):
         fetch(manifest, 2)
     assert server.asked["s-000002.tar"] == asked
@@ -296,7 +299,7 @@ def test_pipes_give_the_files(folder: Path, tmp_path: Path) -> None:
         fetch(manifest, 1)
 
 
-# --------------------------------------------------------------------------------------------------- manifest
+# ----------------------------------------------------------------------------------------- manifest
 def test_the_newest_manifest_counts_and_the_cached_one_where_there_is_no_server(
     server: Server, folder: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -353,7 +356,7 @@ def test_a_url_names_a_folder_or_a_file(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-# ------------------------------------------------------------------------------------------------------- room
+# --------------------------------------------------------------------------------------------- room
 def test_the_limit_holds_and_the_least_recently_used_goes(server: Server, tmp_path: Path) -> None:
     foreign = tmp_path / "shards" / "foreign.tar"
     foreign.parent.mkdir()
@@ -442,7 +445,7 @@ def test_a_cancelled_fetch_ends_soon(server: Server, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-# --------------------------------------------------------------------------------------------------- other kinds
+# -------------------------------------------------------------------------------------- other kinds
 def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Against moto's S3 server, found by the standard variables."""
     import s3fs
@@ -475,7 +478,8 @@ def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         bucket.pipe("corpus/mine/train/s-000003.tar", b"short" * 10_000)
         with pytest.raises(
             DataError,
-            match=r"not the one of the manifest[\s\S]*corpus/mine/train/s-000003.tar[\s\S]*50,000 bytes",
+            match=r"not the one of the "
+            r"manifest[\s\S]*corpus/mine/train/s-000003.tar[\s\S]*50,000 bytes",
         ):
             fetch(manifest, 3)
         bucket.rm("corpus/mine/train/s-000003.tar")

@@ -1,4 +1,6 @@
-"""Verification finds every kind of damage in one report; statistics and the index of foreign tars."""
+"""Verification finds every kind of damage in one report; statistics and the index of foreign
+tars.
+"""
 
 from __future__ import annotations
 
@@ -231,7 +233,9 @@ def test_tars_that_cannot_be_indexed_are_refused(tmp_path: Path) -> None:
 def test_an_index_counts_what_is_there(
     tmp_path: Path, name: str, member: int, value: int, said: str
 ) -> None:
-    """With a good checksum, as one who makes an index himself has it: it is neither read nor called good."""
+    """With a good checksum, as one who makes an index himself has it: it is neither read nor called
+    good.
+    """
     manifest = make(tmp_path, DOCUMENTS)
     [entry, *_] = manifest.shards
     path = tmp_path / entry.index_name

@@ -15,7 +15,9 @@ from hfscale.shards.writer import ShardWriter
 
 @dataclass
 class Corpus:
-    """A folder of shards, and what must be read from it: tokens and exclusive document ends of each shard."""
+    """A folder of shards, and what must be read from it: tokens and exclusive document ends of each
+    shard.
+    """
 
     folder: Path
     tokens: list[np.ndarray]
@@ -24,7 +26,9 @@ class Corpus:
 
 @pytest.fixture(scope="session")
 def make_corpus(tmp_path_factory) -> Callable[..., Corpus]:
-    """Return a maker of corpora: ``tokens`` random tokens in documents of about ``mean`` tokens, in small chunks and shards."""
+    """Return a maker of corpora: ``tokens`` random tokens in documents of about ``mean`` tokens, in
+    small chunks and shards.
+    """
 
     def make(
         tokens: int = 30_000,

@@ -1,4 +1,6 @@
-"""Streams of remote shards: what is fetched ahead, in which order and how much, and what a slow or missing server does to training."""
+"""Streams of remote shards: what is fetched ahead, in which order and how much, and what a slow or
+missing server does to training.
+"""
 
 from __future__ import annotations
 
@@ -78,7 +80,9 @@ def here(rows: TokenRows) -> list[str]:
 
 
 def settle(rows: TokenRows) -> None:
-    """Return when the thread has looked ahead once more, from here to the end, and so has fetched all that it wants."""
+    """Return when the thread has looked ahead once more, from here to the end, and so has fetched
+    all that it wants.
+    """
     after = rows.manifest.remote.cancelled.rounds + 2
     eventually(lambda: rows.manifest.remote.cancelled.rounds >= after)
 

@@ -1,4 +1,6 @@
-"""Any chain of stops and sizes yields the rows of a naive oracle of one process: 100 layouts here, thousands in benchmarks/elastic.py."""
+"""Any chain of stops and sizes yields the rows of a naive oracle of one process: 100 layouts here,
+thousands in benchmarks/elastic.py.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +17,15 @@ def test_the_rows_of_a_chain_are_those_of_the_oracle(first: int) -> None:
     assert sum(compare(draw(random.Random(first + k))) for k in range(10)) > 1000
 
 
-@pytest.mark.parametrize(("what", "wrong"), [
-    ("ROUNDS", 5), ("_BLOCKS", 3), ("_SHARDS", 5), ("deal", lambda positions, lanes, *, rank, world_size: positions[:, ::2]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ("ROUNDS", 5),
+        ("_BLOCKS", 3),
+        ("_SHARDS", 5),
+        ("deal", lambda positions, lanes, *, rank, world_size: positions[:, ::2]),
+    ],
+)
 def test_the_oracle_notices_another_order(
     monkeypatch: pytest.MonkeyPatch, what: str, wrong: object
 ) -> None:

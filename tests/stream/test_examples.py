@@ -1,4 +1,6 @@
-"""The order of labelled examples: each once an epoch, the same steps for every cut, alike in length."""
+"""The order of labelled examples: each once an epoch, the same steps for every cut, alike in
+length.
+"""
 
 from __future__ import annotations
 

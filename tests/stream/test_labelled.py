@@ -1,4 +1,6 @@
-"""Labelled examples: every format read alike, splits that do not leak, a cache that is never wrong, and bad input named with its place."""
+"""Labelled examples: every format read alike, splits that do not leak, a cache that is never wrong,
+and bad input named with its place.
+"""
 
 from __future__ import annotations
 
@@ -172,7 +174,10 @@ def test_a_row_without_any_of_the_columns_that_may_be_missing(
 ) -> None:
     path = tmp_path / "x.jsonl"
     path.write_text('{"tokens": ["a"], "tags": ["O"]}\n')
-    words = r"none of the columns text, words[\s\S]*x.jsonl:1[\s\S]*data.columns.text=[\s\S]*columns are tokens, tags"
+    words = (
+        r"none of the columns text, "
+        r"words[\s\S]*x.jsonl:1[\s\S]*data.columns.text=[\s\S]*columns are tokens, tags"
+    )
     with pytest.raises(DataError, match=words):
         [*read_examples(str(path), EitherRoles, columns={}, answers=answers)]
     assert [

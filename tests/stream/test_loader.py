@@ -52,7 +52,9 @@ def open_stream(
 def train(
     corpus, steps: int, *, world_size=1, state=None, **options
 ) -> tuple[list[int], list[np.ndarray], StreamState]:
-    """Return digest and sorted positions of each step over all ranks, and the state after them, by way of JSON."""
+    """Return digest and sorted positions of each step over all ranks, and the state after them, by
+    way of JSON.
+    """
     streams = [
         open_stream(corpus, rank=rank, world_size=world_size, state=state, **options)
         for rank in range(world_size)
@@ -73,7 +75,9 @@ def train(
 
 
 def test_any_chain_of_stops_gives_the_uninterrupted_run(make_corpus):
-    """Stops and resumes on 1, 2, 4, 3 and 6 ranks with several micro-batches, over two ends of an epoch of 900 rows."""
+    """Stops and resumes on 1, 2, 4, 3 and 6 ranks with several micro-batches, over two ends of an
+    epoch of 900 rows.
+    """
     corpus = make_corpus()
     oracle, positions, last = train(corpus, 90)
     np.testing.assert_array_equal(np.concatenate(positions), np.arange(90 * 24))
@@ -97,7 +101,9 @@ def test_any_chain_of_stops_gives_the_uninterrupted_run(make_corpus):
 
 
 def test_batches_are_those_of_the_first_version(make_corpus):
-    """Rows, their order and their documents never change: a checkpoint of any version goes on with the same data."""
+    """Rows, their order and their documents never change: a checkpoint of any version goes on with
+    the same data.
+    """
     digests, _, _ = train(make_corpus(), 90)
     assert hashlib.sha256(repr(digests).encode()).hexdigest().startswith("f3bab5c65023fd67")
     stream, documents = open_stream(make_corpus(), with_documents=True), hashlib.sha256()
@@ -210,7 +216,9 @@ def test_a_resume_on_other_data_is_refused(make_corpus):
 
 
 def test_a_stream_of_raw_text_of_before_goes_on_as_it_began():
-    """Its state does not say how text was encoded: as then, where there are cursors in tokens of it."""
+    """Its state does not say how text was encoded: as then, where there are cursors in tokens of
+    it.
+    """
     state = StreamState("0", 1, 8, 4, 64, 100).to_dict()
     assert state["text"] == 2
     del state["text"]
@@ -240,7 +248,9 @@ def test_damage_stops_the_step_that_needs_it_and_no_earlier_one(make_corpus):
 
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_skipped_rows_keep_their_places(make_corpus, world_size):
-    """With a shard missing, the same rows are not valid on any number of ranks, no other is touched, and evaluation leaves them out."""
+    """With a shard missing, the same rows are not valid on any number of ranks, no other is
+    touched, and evaluation leaves them out.
+    """
     corpus = make_corpus()
     lost = sorted(corpus.folder.glob("*.tar"))[4]
     order = order_of(TokenRows(corpus.folder, seq_len=SEQ).shard_rows, seed=3, lanes=7, block=16)
@@ -303,7 +313,7 @@ def test_close_ends_the_thread(make_corpus):
         stream.take()
 
 
-# ------------------------------------------------------------------------------------------------------------ evaluation
+# --------------------------------------------------------------------------------------- evaluation
 def evaluation(corpus, world_size: int, **options) -> Iterator[EvaluationRows]:
     for rank in range(world_size):
         yield EvaluationRows(

@@ -1,4 +1,6 @@
-"""A mixture in closed form against counting, and what stages, caps and resumes with other weights do to each source's own order."""
+"""A mixture in closed form against counting, and what stages, caps and resumes with other weights
+do to each source's own order.
+"""
 
 from __future__ import annotations
 
@@ -70,7 +72,9 @@ def layouts(draw):
 @settings(max_examples=300, deadline=None)
 @given(layouts())
 def test_closed_form_is_counting(layout):
-    """Block by block: each source's rows are its next ones, all of them; and any position alone gives what it gives among others."""
+    """Block by block: each source's rows are its next ones, all of them; and any position alone
+    gives what it gives among others.
+    """
     sizes, stages, block, caps = layout
     mixture = make(sizes, stages, block=block, caps=caps)
     blocks = brute_force(stages, block, caps, 500)
@@ -97,7 +101,9 @@ def test_closed_form_is_counting(layout):
 @settings(max_examples=200, deadline=None)
 @given(layouts(), layouts(), st.lists(st.integers(0, 200), min_size=1, max_size=4))
 def test_any_chain_of_weights_repeats_and_loses_nothing(layout, other, steps):
-    """At each stop the weights, stages, caps and block change to and fro; each source still gives its rows one after the other."""
+    """At each stop the weights, stages, caps and block change to and fro; each source still gives
+    its rows one after the other.
+    """
     sizes, consumed, past, read = layout[0], 0, [], []
     for turn, count in enumerate(steps):
         _, stages, _, caps = (layout, other)[turn % 2]
@@ -250,12 +256,18 @@ def test_shares_of_a_block():
     assert share([1, 1], 8, [0, 0]) == (0, 0)
 
 
-# ------------------------------------------------------------------------------------------------------- from a config
+# ------------------------------------------------------------------------------------ from a config
 def config_of(data: dict[str, Any], **train: Any) -> RunConfig:
-    return RunConfig.model_validate({
-        "run": {"name": "x", "seed": 3}, "tokenizer": {"path": "none"}, "model": {"architecture": "gpt2"}, "objective": {"name": "clm"},
-        "data": {"seq_len": SEQ, "block": 16, "lanes": 4, **data},
-        "train": {"steps": 90, "global_batch": 24, "micro_batch": 2, **train}})  # fmt: skip
+    return RunConfig.model_validate(
+        {
+            "run": {"name": "x", "seed": 3},
+            "tokenizer": {"path": "none"},
+            "model": {"architecture": "gpt2"},
+            "objective": {"name": "clm"},
+            "data": {"seq_len": SEQ, "block": 16, "lanes": 4, **data},
+            "train": {"steps": 90, "global_batch": 24, "micro_batch": 2, **train},
+        }
+    )
 
 
 def open_parts(config: RunConfig, saved: dict[str, Any] | None = None) -> tuple[TokenRows, Mixture]:
@@ -269,7 +281,9 @@ def open_parts(config: RunConfig, saved: dict[str, Any] | None = None) -> tuple[
 def train(
     config: RunConfig, steps: int, *, world_size: int = 1, saved: dict[str, Any] | None = None
 ):
-    """Return (digest, source and position of each row) of each step over all ranks, and what a checkpoint after them says."""
+    """Return (digest, source and position of each row) of each step over all ranks, and what a
+    checkpoint after them says.
+    """
     streams = []
     for rank in range(world_size):
         rows, order = open_parts(config, saved)
@@ -345,7 +359,9 @@ def rows_of(folder: Path) -> set[tuple[int, ...]]:
 
 
 def test_any_chain_of_stops_gives_the_uninterrupted_run(web, code, maths):
-    """With a stage in the middle, a cap that is reached, and rows of each source that are really its own."""
+    """With a stage in the middle, a cap that is reached, and rows of each source that are really
+    its own.
+    """
     mixed = config_of(
         {
             **sources(web=(web, 0.6), code=(code, 0.3), maths=(maths, 0.1, 1.0)),
@@ -444,7 +460,8 @@ def test_what_cannot_be_mixed_is_refused(web, code, maths, make_corpus):
         open_parts(config_of(sources(web=(web, 1, 1))))
     with pytest.raises(
         DataError,
-        match=r"unlike dtypes[\s\S]*'uint16': 'web', 'uint32': 'wide'[\s\S]*one tokenizer gives one dtype",
+        match=r"unlike dtypes[\s\S]*'uint16': 'web', 'uint32': 'wide'[\s\S]*one tokenizer "
+        r"gives one dtype",
     ):
         open_parts(
             config_of(sources(web=(web, 1), wide=(make_corpus(2_000, dtype="uint32").folder, 1)))

@@ -1,4 +1,6 @@
-"""The order is brute-forced: every layout small enough to list is listed, and the large ones are sampled."""
+"""The order is brute-forced: every layout small enough to list is listed, and the large ones are
+sampled.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ def test_every_epoch_holds_every_row_exactly_once(layout, epoch):
 @settings(max_examples=200, deadline=None)
 @given(layouts, st.lists(st.tuples(st.integers(1, 6), st.integers(1, 8)), min_size=1, max_size=8))
 def test_any_chain_of_sizes_yields_the_oracle(layout, chain):
-    """World size and global batch change at every stop; the chain straddles epoch ends, and often a batch is longer than an epoch."""
+    """World size and global batch change at every stop; the chain straddles epoch ends, and often a
+    batch is longer than an epoch.
+    """
     order, position, read = make(layout), 0, []
     for world_size, share in chain:
         step = global_step(order, position, world_size * share, world_size)
@@ -153,7 +157,7 @@ def test_a_step_reads_from_as_many_lanes_as_it_can():
     assert len(set(places.shard.tolist())) >= 60  # 64 distant places of a line of 100 shards
 
 
-# ------------------------------------------------------------------------------------------ quality of the permutation
+# ----------------------------------------------------------------------- quality of the permutation
 @pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 17, 100, 1000, 1024, 1025])
 def test_permute_is_a_bijection_for_every_key(size):
     x = np.arange(size, dtype=np.int64)
@@ -169,7 +173,9 @@ def chi2_per_degree(counts: np.ndarray) -> float:
 
 @pytest.mark.parametrize("size", [16, 24, 64, 100])
 def test_every_place_gets_every_row_equally_often(size):
-    """Over 20,000 keys each (place, row) pair comes equally often: chi-square a degree of freedom is 1 within 5 sigma."""
+    """Over 20,000 keys each (place, row) pair comes equally often: chi-square a degree of freedom
+    is 1 within 5 sigma.
+    """
     keys = mix(np.arange(20_000, dtype=np.uint64))
     counts = np.zeros((size, size))
     for x in range(size):
@@ -181,7 +187,9 @@ def test_every_place_gets_every_row_equally_often(size):
 
 @pytest.mark.parametrize("size", [64, 1024])
 def test_neighbours_are_torn_apart(size):
-    """The image of x + 1, seen from that of x, is uniform over the other places: no low bit survives."""
+    """The image of x + 1, seen from that of x, is uniform over the other places: no low bit
+    survives.
+    """
     keys = mix(np.arange(40_000, dtype=np.uint64))
     x = (mix(keys) % np.uint64(size - 1)).astype(np.int64)
     domain = np.full(keys.size, size)
@@ -210,7 +218,9 @@ def test_every_input_bit_moves_every_output_bit(bits):
 @pytest.mark.parametrize("changed", range(3))
 @pytest.mark.parametrize("bit", [0, 1, 7, 20, 40])
 def test_every_bit_of_a_seed_an_epoch_or_a_block_moves_every_bit_of_its_key(changed: int, bit: int):
-    """Seeds, epochs and blocks are small numbers that differ in low bits: 1 and 2 must give keys as unlike as any."""
+    """Seeds, epochs and blocks are small numbers that differ in low bits: 1 and 2 must give keys as
+    unlike as any.
+    """
     flips = np.zeros(64)
     for number in range(500):
         words = [number, number % 7, 1 + number % 4]
@@ -224,7 +234,9 @@ def test_every_bit_of_a_seed_an_epoch_or_a_block_moves_every_bit_of_its_key(chan
 
 @pytest.fixture(scope="module")
 def epochs_of_blocks() -> np.ndarray:
-    """Which row of its block stands at each place, for 8 epochs of 3 seeds (blocks x 256 places): as a run meets them."""
+    """Which row of its block stands at each place, for 8 epochs of 3 seeds (blocks x 256 places):
+    as a run meets them.
+    """
     blocks = []
     for seed in range(3):
         order = Order([2048] * 8, seed=seed, lanes=8, block=256)
@@ -264,7 +276,9 @@ def test_places_and_rows_are_not_correlated(epochs_of_blocks: np.ndarray):
 
 
 def test_every_row_comes_at_every_place_of_a_block_equally_often(epochs_of_blocks: np.ndarray):
-    """Chi-square over (16 places x 16 rows) of a run's own blocks, and of the first place alone over all 256 rows."""
+    """Chi-square over (16 places x 16 rows) of a run's own blocks, and of the first place alone
+    over all 256 rows.
+    """
     coarse = np.zeros((16, 16))
     for place in range(256):
         coarse[place // 16] += np.bincount(epochs_of_blocks[:, place] // 16, minlength=16)
@@ -288,9 +302,11 @@ def test_blocks_of_lanes_and_epochs_are_permuted_apart():
     assert np.abs(corr[np.triu_indices(128, 1)]).max() < 0.62  # 8128 pairs of 64: 5 sigma of chance
 
 
-# ------------------------------------------------------------------------------------------------------- size and errors
+# ---------------------------------------------------------------------------------- size and errors
 def test_a_trillion_tokens_start_at_once():
-    """100,000 shards, 1e12 tokens, 4,096 ranks, at 50 %: in little memory, whatever the position (its time: benchmarks/stream.py)."""
+    """100,000 shards, 1e12 tokens, 4,096 ranks, at 50 %: in little memory, whatever the position
+    (its time: benchmarks/stream.py).
+    """
     shard_rows = np.full(100_000, 9765) + np.arange(100_000) % 7
     tracemalloc.start()
     order = order_of(shard_rows, seed=1, lanes="auto", block=1024)

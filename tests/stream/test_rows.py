@@ -21,7 +21,9 @@ def every_row(rows: TokenRows) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("seq_len", [8, 100, 1000])  # 1000: every row crosses a chunk
 @pytest.mark.parametrize("few", [False, True])
 def test_rows_are_the_tokens(make_corpus, dtype, seq_len, few):
-    """Every row of every shard, in a random order, all prepared at once or few at a time, and copied in parts; with documents."""
+    """Every row of every shard, in a random order, all prepared at once or few at a time, and
+    copied in parts; with documents.
+    """
     corpus = make_corpus(dtype=dtype)
     rows = TokenRows(corpus.folder, seq_len=seq_len)
     assert rows.shard_rows.tolist() == [(len(tokens) - 1) // seq_len for tokens in corpus.tokens]
@@ -61,7 +63,9 @@ def test_documents_are_numbered_within_their_row():
 
 
 def test_rows_in_order_are_the_tokens_too(make_corpus):
-    """Rows that follow each other are copied as one slice, also over the edges of chunks and shards, and where two are the same."""
+    """Rows that follow each other are copied as one slice, also over the edges of chunks and
+    shards, and where two are the same.
+    """
     corpus = make_corpus()
     rows = TokenRows(corpus.folder, seq_len=8)
     shards, numbers = every_row(rows)

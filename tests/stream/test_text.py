@@ -1,4 +1,6 @@
-"""Raw text, tokenized on the fly, against a reader written naively: one process, every lane a growing list of ids."""
+"""Raw text, tokenized on the fly, against a reader written naively: one process, every lane a
+growing list of ids.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +63,9 @@ def texts(count: int, *, seed: int, mean: float) -> list[str]:
 
 
 def write(folder: Path, shards: list[list[str]], *, field: str = "txt") -> Path:
-    """Return ``folder`` with tars of these texts, written by stock webdataset, and their manifest."""
+    """Return ``folder`` with tars of these texts, written by stock webdataset, and their
+    manifest.
+    """
     folder.mkdir(parents=True)
     for number, shard in enumerate(shards):
         with webdataset.TarWriter(str(folder / f"raw-{number:03}.tar")) as tar:
@@ -127,9 +131,15 @@ def config_of(
         {"name": name, "shards": str(folder), "weight": weight}
         for name, (folder, weight) in sources.items()
     ]
-    return RunConfig.model_validate(run_values(corpus, Path("none"), "x", train={
-        "steps": 1000, "global_batch": global_batch, "micro_batch": 1}, data={
-        "seq_len": SEQ, "block": 8, "lanes": 12, "sources": listed, **data}))  # fmt: skip
+    return RunConfig.model_validate(
+        run_values(
+            corpus,
+            Path("none"),
+            "x",
+            train={"steps": 1000, "global_batch": global_batch, "micro_batch": 1},
+            data={"seq_len": SEQ, "block": 8, "lanes": 12, "sources": listed, **data},
+        )
+    )
 
 
 def open_stream(
@@ -176,7 +186,9 @@ def train(
     world_size: int = 1,
     saved: dict[str, Any] | None = None,
 ) -> tuple[dict[int, tuple[Any, ...]], dict[str, Any]]:
-    """Return what stood at each position (ids, documents, source, valid) over all ranks, and what a checkpoint says after ``steps``."""
+    """Return what stood at each position (ids, documents, source, valid) over all ranks, and what a
+    checkpoint says after ``steps``.
+    """
     streams = [
         open_stream(config, encoders, rank=rank, world_size=world_size, saved=saved)
         for rank in range(world_size)
@@ -205,7 +217,9 @@ def train(
 
 
 class Oracle:
-    """The same run, one row after the other: nothing is shared with ``text.py`` but the order of samples and the mixture."""
+    """The same run, one row after the other: nothing is shared with ``text.py`` but the order of
+    samples and the mixture.
+    """
 
     def __init__(
         self,
@@ -241,7 +255,9 @@ class Oracle:
         return self.shards[source][int(place.shard[0])][int(place.row[0])]
 
     def row(self, position: int) -> tuple[list[int], list[int], bool]:
-        """Return ids, documents and validity at a position of raw text. Each position once, rising."""
+        """Return ids, documents and validity at a position of raw text. Each position once,
+        rising.
+        """
         source, lane = int(self.order.place(np.array([position]))[0][0]), position % self.lanes
         ids, owner, read = (
             part.setdefault((source, lane), []) for part in (self.ids, self.owner, self.read)
@@ -405,7 +421,9 @@ def test_a_tar_that_cannot_be_had_is_skipped_as_a_missing_one(
 def test_any_chain_of_a_mixture_with_token_shards_too(
     corpus, encoders, tokenizer, web, news, make_corpus
 ):
-    """Two sources of raw text and one of tokens, whose rows stay what they are without the text; the weights change on a resume."""
+    """Two sources of raw text and one of tokens, whose rows stay what they are without the text;
+    the weights change on a resume.
+    """
     coded = make_corpus(9_000, seed=5).folder
     mixed = {"code": (coded, 0.4), "web": (web, 0.35), "news": (news, 0.25)}
     config = config_of(corpus, mixed)
@@ -418,8 +436,12 @@ def test_any_chain_of_a_mixture_with_token_shards_too(
     prepared.fill(slice(0, 24 * 50), ids)
     for row, boundaries in zip(documents, prepared.boundaries, strict=True):
         row[:] = np.isin(np.arange(SEQ + 1), boundaries + 1).cumsum()
-    expected = [(ids[p].tolist(), documents[p].tolist(), 0, True) if s == 0 else (*oracle.row(p)[:2], s, True)
-                for p, s in enumerate(source.tolist())]  # fmt: skip
+    expected = [
+        (ids[p].tolist(), documents[p].tolist(), 0, True)
+        if s == 0
+        else (*oracle.row(p)[:2], s, True)
+        for p, s in enumerate(source.tolist())
+    ]
     saved, seen = None, {}
     for world_size, steps in [(2, 3), (8, 11), (3, 1), (6, 20), (1, 15)]:
         part, saved = train(config, encoders, steps, world_size=world_size, saved=saved)
@@ -468,7 +490,9 @@ def test_a_source_of_text_joins_a_run_of_tokens(corpus, encoders, tokenizer, new
 
 
 def test_every_sample_once_an_epoch_and_epochs_are_counted(corpus, encoders, tokenizer, news):
-    """What each lane has read, ids end to end, is each text of that epoch's lane once; ``epoch`` is the samples used up over all."""
+    """What each lane has read, ids end to end, is each text of that epoch's lane once; ``epoch`` is
+    the samples used up over all.
+    """
     config = config_of(corpus, {"news": (news, 1)}, lanes=1, global_batch=6)
     stream = open_stream(config, encoders)
     ids: list[int] = []
@@ -586,11 +610,22 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
         HeldOutText(TokenRows(web, seq_len=10**6), encoders, count=3)
 
 
-@pytest.mark.parametrize(("train_section", "data", "says"), [
-    ({"steps": None, "epochs": 1.0}, {}, r"not known before it is tokenized[\s\S]*train.epochs[\s\S]*train.tokens"),
-    ({}, {"lanes": 7}, r"divide the global batch[\s\S]*7 lanes, global batch 24[\s\S]*data\.lanes=6 or 8"),
-    ({}, {"lanes": 24}, r"24 lanes[\s\S]*13 samples[\s\S]*data\.lanes=12"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("train_section", "data", "says"),
+    [
+        (
+            {"steps": None, "epochs": 1.0},
+            {},
+            r"not known before it is " r"tokenized[\s\S]*train.epochs[\s\S]*train.tokens",
+        ),
+        (
+            {},
+            {"lanes": 7},
+            r"divide the global batch[\s\S]*7 lanes, global batch " r"24[\s\S]*data\.lanes=6 or 8",
+        ),
+        ({}, {"lanes": 24}, r"24 lanes[\s\S]*13 samples[\s\S]*data\.lanes=12"),
+    ],
+)
 def test_what_raw_text_cannot_do_is_refused(corpus, news, train_section, data, says):
     config = config_of(corpus, {"news": (news, 1)}, **data)
     config = RunConfig.model_validate(
@@ -619,8 +654,15 @@ def test_lanes_are_chosen_once(corpus, encoders, news):
     ):
         lanes(saved, lanes="auto", global_batch=32)
     capped = config_of(corpus, {"news": (news, 1)})
-    capped = RunConfig.model_validate({**capped.model_dump(by_alias=True), "data": {**capped.data.model_dump(), "sources": [
-        {"name": "news", "shards": str(news), "max_epochs": 2}]}})  # fmt: skip
+    capped = RunConfig.model_validate(
+        {
+            **capped.model_dump(by_alias=True),
+            "data": {
+                **capped.data.model_dump(),
+                "sources": [{"name": "news", "shards": str(news), "max_epochs": 2}],
+            },
+        }
+    )
     with pytest.raises(ConfigError, match="max_epochs of source news"):
         open_mixture(capped, [TokenRows(news, seq_len=SEQ)])
 
@@ -632,7 +674,9 @@ def test_other_text_on_a_resume_is_refused(corpus, encoders, web, news):
 
 
 def test_memory_is_bounded_whatever_the_epoch(corpus, encoders, web, monkeypatch):
-    """After many epochs no lane holds more than its tasks and the sample under way, and nothing waits for ``advance``."""
+    """After many epochs no lane holds more than its tasks and the sample under way, and nothing
+    waits for ``advance``.
+    """
     monkeypatch.setattr(text, "TASK_BYTES", (256, 512))
     stream = open_stream(config_of(corpus, {"web": (web, 1)}), encoders)
     for _ in range(300):

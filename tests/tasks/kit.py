@@ -1,4 +1,6 @@
-"""What the tests of tasks share: tokenizers that mark sentences as BERT's does, micro-batches, and a few steps of training."""
+"""What the tests of tasks share: tokenizers that mark sentences as BERT's does, micro-batches, and
+a few steps of training.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Embeddings: InfoNCE with hard negatives by hand, toy pairs learnt, STS and retrieval scores, the export's hidden states."""
+"""Embeddings: InfoNCE with hard negatives by hand, toy pairs learnt, STS and retrieval scores, the
+export's hidden states.
+"""
 
 from __future__ import annotations
 
@@ -144,7 +146,9 @@ def test_scores() -> None:
 
 
 def test_equal_texts_are_no_negatives_of_each_other() -> None:
-    """Each positive twice, perfect vectors: the loss is 0 (it was ln 2), and every answer of a question is right."""
+    """Each positive twice, perfect vectors: the loss is 0 (it was ln 2), and every answer of a
+    question is right.
+    """
     task, _, _ = embedding()
     pairs = [("a", "x"), ("b", "y"), ("c", "x"), ("a", "z")]
     axes = {"x": 0, "y": 1, "z": 2}
@@ -170,7 +174,9 @@ def test_equal_texts_are_no_negatives_of_each_other() -> None:
 
 @pytest.mark.parametrize("pooling", ["cls", "mean", "last"])
 def test_an_export_says_to_sentence_transformers_how_it_pools(pooling: str) -> None:
-    """Its vectors are then ours to all digits (tried with 5.1); without these files it takes the mean, and no unit vectors."""
+    """Its vectors are then ours to all digits (tried with 5.1); without these files it takes the
+    mean, and no unit vectors.
+    """
     task, model, _ = embedding(pooling=pooling)
     files = {path: json.loads(text) for path, text in task.files(model.config).items()}
     assert [module["type"].rpartition(".")[2] for module in files["modules.json"]] == [
@@ -211,7 +217,9 @@ def test_what_cannot_be_learnt_from() -> None:
 def test_what_cannot_be_learnt_from_can_be_scored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Pairs with a score, or with hard negatives here and there: by the command, on predictions that are there."""
+    """Pairs with a score, or with hard negatives here and there: by the command, on predictions
+    that are there.
+    """
     pairs = [{"id": str(n), "text": "old", "positive": "slow", "score": n} for n in range(3)]
     vectors = [
         {"id": str(n), "prediction": [1.0, 0.0], "positive": [float(np.cos(n)), float(np.sin(n))]}

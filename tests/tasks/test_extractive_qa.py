@@ -1,4 +1,6 @@
-"""Extractive question answering: labels, windows, the loss by hand, the choice of the answer, and a toy problem learnt."""
+"""Extractive question answering: labels, windows, the loss by hand, the choice of the answer, and a
+toy problem learnt.
+"""
 
 from __future__ import annotations
 
@@ -117,7 +119,9 @@ def test_an_answer_that_no_window_holds_whole_teaches_nothing():
 @pytest.mark.parametrize("kind", ["wordpiece", "bpe", "unigram"])
 @pytest.mark.parametrize(("seq_len", "stride"), [(32, 8), (40, 0), (64, 24)])
 def test_windows_are_those_that_the_tokenizer_would_cut(kind: str, seq_len: int, stride: int):
-    """A version of tokenizers that loses what overflows (0.23.1) loses nothing here: cut by hand, of one whole encoding."""
+    """A version of tokenizers that loses what overflows (0.23.1) loses nothing here: cut by hand,
+    of one whole encoding.
+    """
     tokenizer = marking_tokenizer(kind)
     how = {"max_length": seq_len, "stride": stride}
     for context in (EN, ZH * 5, EN * 4 + ZH):
@@ -137,7 +141,9 @@ def test_windows_are_those_that_the_tokenizer_would_cut(kind: str, seq_len: int,
 
 
 def test_white_space_is_no_answer():
-    """Byte-level tokenizers have tokens of nothing else, as in code: they gave "", which ended before it began."""
+    """Byte-level tokenizers have tokens of nothing else, as in code: they gave "", which ended
+    before it began.
+    """
     task = task_of("bpe", EXAMPLES[:4])
     context = "old river\n\n   \n ran"
     [window] = task.features({"id": "0", "question": "what?", "context": context, "answers": "ran"})
@@ -180,7 +186,9 @@ def test_the_loss_by_hand_does_not_depend_on_padding():
 
 
 def test_the_choice_equals_a_search_over_all_spans_of_all_windows():
-    """Written out as run_qa.py has it: the best start + end of ordered spans of the context; none is the lowest score of [CLS]."""
+    """Written out as run_qa.py has it: the best start + end of ordered spans of the context; none
+    is the lowest score of [CLS].
+    """
     task = task_of(seq_len=40, stride=8, max_answer_tokens=5, n_best=4)
     model = bert(task, BertForQuestionAnswering)
     example = {"id": "0", "question": "Under the what?", "context": ZH + EN + ZH}

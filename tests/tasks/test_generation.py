@@ -1,4 +1,6 @@
-"""Generation: the answers of transformers, whatever stands beside a prompt; draws of each prompt's own; no hang at ZeRO 3."""
+"""Generation: the answers of transformers, whatever stands beside a prompt; draws of each prompt's
+own; no hang at ZeRO 3.
+"""
 
 from __future__ import annotations
 
@@ -157,7 +159,9 @@ def own(model: Any, **settings: Any) -> Iterator[None]:
 
 
 def alone(model: Any, prompt: list[int]) -> list[int]:
-    """Return what transformers answers to one prompt, by the model's own settings, end token and all."""
+    """Return what transformers answers to one prompt, by the model's own settings, end token and
+    all.
+    """
     with torch.no_grad():
         out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt)))
     return out[0, 1 if model.config.is_encoder_decoder else len(prompt) :].tolist()
@@ -263,7 +267,9 @@ def test_drawing_and_beam_search_do_not_go_together() -> None:
 
 
 def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
-    """Return what each way of generating gave on this rank, with unequal numbers of prompts and of new tokens."""
+    """Return what each way of generating gave on this rank, with unequal numbers of prompts and of
+    new tokens.
+    """
     import torch.distributed as torch_dist
 
     from hfscale.engine.engine import Engine, construction

@@ -1,4 +1,6 @@
-"""Masks, hidden states and continuations: what transformers' pipelines answer on the same model and texts, in batches of any lengths."""
+"""Masks, hidden states and continuations: what transformers' pipelines answer on the same model and
+texts, in batches of any lengths.
+"""
 
 from __future__ import annotations
 
@@ -94,7 +96,9 @@ def test_one_prompt_without_room_does_not_stop_the_others(name: str) -> None:
 
 
 def test_an_encoder_is_not_asked_as_a_causal_model(tmp_path: Path) -> None:
-    """What training refuses is refused by prediction, evaluation and the harness: a BERT sees what it is to say."""
+    """What training refuses is refused by prediction, evaluation and the harness: a BERT sees what
+    it is to say.
+    """
     words, how = tokenizer(), {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = BertConfig(vocab_size=len(words), intermediate_size=16, **how)
     BertLMHeadModel(config).save_pretrained(tmp_path)

@@ -1,4 +1,6 @@
-"""Instruction tuning: what is an answer, packed rows that change nothing, a toy that answers, alike in transformers' pipeline."""
+"""Instruction tuning: what is an answer, packed rows that change nothing, a toy that answers, alike
+in transformers' pipeline.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,8 @@ EXAMPLES = [
     {"id": "2", "prompt": "桥?", "response": "在城里"},
 ]
 CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' "
+    "+ '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
@@ -47,7 +50,9 @@ CUT: dict[str, Any] = {"family": "gpt2", "model": {"n_positions": 400}}
 
 @pytest.mark.parametrize("form", ["messages", "prompt"])
 def test_a_turn_that_spells_control_tokens_forges_nothing(form: str) -> None:
-    """The end of an answer comes once, where the template puts it; what the texts spell is learnt as text."""
+    """The end of an answer comes once, where the template puts it; what the texts spell is learnt
+    as text.
+    """
     task, _ = load("instruction", tokenizer(), family="gpt2", seq_len=64)
     asked, answer = "say </s> and [MASK]", "</s> it is"
     turns = [{"role": "user", "content": asked}, {"role": "assistant", "content": answer}]
@@ -174,7 +179,9 @@ def test_a_prediction_without_an_answer_to_compare_with_is_the_text_alone() -> N
 
 @pytest.mark.parametrize("longest", [400, 44, 43, 42, 41, 36])
 def test_bits_a_byte_are_of_the_bytes_that_were_scored(longest: int) -> None:
-    """Of an answer that is cut, nats and bytes of what was read: each letter a token, each character of Chinese three."""
+    """Of an answer that is cut, nats and bytes of what was read: each letter a token, each
+    character of Chinese three.
+    """
     prompt, answer = "a?", "slow old 古老的桥在城里" * 2
     task, model = load("instruction", tokenizer(), seq_len=longest, **CUT)
     example = {"id": "0", "prompt": prompt, "response": answer}
@@ -301,7 +308,10 @@ def test_what_cannot_be_learnt_from() -> None:
     assert "labels" not in task.features(question)[0]  # to be predicted
     with pytest.raises(BadExample, match="no answer"):
         task.answered_features(question)
-    forgets = "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] + ';' }}{% endif %}{% endfor %}"
+    forgets = (
+        "{% for m in messages %}{% if loop.last or m['role'] == 'user' %}{{ m['content'] "
+        "+ ';' }}{% endif %}{% endfor %}"
+    )
     for template, why in (
         (forgets, "writes an answer differently"),
         ("{{ raise_exception('no') }}", "refuses the conversation: no"),

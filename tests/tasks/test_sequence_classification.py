@@ -94,7 +94,9 @@ def test_a_single_label():
 
 
 def test_a_validation_loss_is_plain():
-    """Neither smoothed nor weighted: else runs of other options could not be compared, nor tasks."""
+    """Neither smoothed nor weighted: else runs of other options could not be compared, nor
+    tasks.
+    """
     task = make(ONE, class_weights="balanced", label_smoothing=0.3)
     rows = rows_of(task, ONE)
     model, batch = model_of(task), task.collate(rows)
@@ -257,7 +259,7 @@ def test_a_long_text_is_cut_and_says_so():
     assert len(feature["input_ids"]) == 4 and feature["truncated"]
 
 
-# ---------------------------------------------------------------------------------------------- what labels are
+# ---------------------------------------------------------------------------------- what labels are
 def facts_of(values: list[Any], **options: Any) -> dict[str, Any]:
     kind = task_class("sequence_classification")
     examples = [{"id": str(n), "text": "x", "label": label} for n, label in enumerate(values)]
@@ -348,7 +350,9 @@ def test_numbers_count_in_the_order_that_the_user_says() -> None:
 
 
 def test_labels_have_the_order_of_their_numbers() -> None:
-    """Whatever order config.json lists them in: JSON that was sorted by its keys has 10 before 2."""
+    """Whatever order config.json lists them in: JSON that was sorted by its keys has 10 before
+    2.
+    """
     numbered = {int(key): f"l{key}" for key in sorted(map(str, range(12)))}
     config = BertConfig(num_labels=12)
     config.id2label = numbered

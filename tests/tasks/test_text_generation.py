@@ -1,4 +1,6 @@
-"""Translation and summarization: losses by hand, toy languages learnt in seconds, exports that answer in transformers' pipelines."""
+"""Translation and summarization: losses by hand, toy languages learnt in seconds, exports that
+answer in transformers' pipelines.
+"""
 
 from __future__ import annotations
 

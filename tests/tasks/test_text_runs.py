@@ -1,4 +1,6 @@
-"""A fine-tuning that generates while it validates, on two ranks at ZeRO 3; run, export and transformers' pipeline answer alike."""
+"""A fine-tuning that generates while it validates, on two ranks at ZeRO 3; run, export and
+transformers' pipeline answer alike.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""Token classification: alignment, windows, the loss by hand, equality with transformers' pipeline, and a toy problem learnt."""
+"""Token classification: alignment, windows, the loss by hand, equality with transformers' pipeline,
+and a toy problem learnt.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ def test_it_learns_and_finds_entities_in_text_as_the_pipeline_does():
 
 
 def test_other_schemes_are_scored_and_told_as_entities():
-    """BMES, BILOU and bare tags; a scheme that is not known is refused before anything is trained."""
+    """BMES, BILOU and bare tags; a scheme that is not known is refused before anything is
+    trained.
+    """
     tagged = [{"id": "0", "words": "王 伟 丽 来", "tags": "B-P M-P E-P O"}]
     task = make_task("token_classification", tagged, tokenizer=marking_tokenizer("wordpiece"))
     assert task.score([{"prediction": ["B-P", "M-P", "E-P", "O"]}], tagged)["f1"] == 1.0

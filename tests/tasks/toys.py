@@ -1,4 +1,6 @@
-"""Tiny models, a byte-level tokenizer of two languages, and a few seconds of training, for tests of tasks that write text."""
+"""Tiny models, a byte-level tokenizer of two languages, and a few seconds of training, for tests of
+tasks that write text.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,9 @@ from tests.models.families import FAMILIES
 
 
 def words_tokenizer(words: str, **special: str) -> PreTrainedTokenizerFast:
-    """Return a tokenizer of these words (separated by spaces) and every Chinese character in them."""
+    """Return a tokenizer of these words (separated by spaces) and every Chinese character in
+    them.
+    """
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
     special = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"} | special
@@ -32,7 +36,9 @@ def words_tokenizer(words: str, **special: str) -> PreTrainedTokenizerFast:
 
 
 def rows_of(task: Task, examples: list[dict[str, Any]], *, fillers: int = 0) -> Examples:
-    """Return the features of the examples as one micro-batch; the last ``fillers`` of them are not valid."""
+    """Return the features of the examples as one micro-batch; the last ``fillers`` of them are not
+    valid.
+    """
     features = [
         {**feature, "example": number}
         for number, example in enumerate(examples)
@@ -89,7 +95,9 @@ def train(
     lr: float = 3e-3,
     batch: int = 32,
 ) -> float:
-    """Return the mean loss of the last step, after AdamW on ``examples`` in turn, as the loop does it."""
+    """Return the mean loss of the last step, after AdamW on ``examples`` in turn, as the loop does
+    it.
+    """
     adamw = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(steps):
         rows = [examples[(step * batch + k) % len(examples)] for k in range(batch)]

@@ -1,4 +1,6 @@
-"""Predictions of every kind of task at ZeRO 3 on two ranks, uneven and empty shares among them: those of one process that has all."""
+"""Predictions of every kind of task at ZeRO 3 on two ranks, uneven and empty shares among them:
+those of one process that has all.
+"""
 
 from __future__ import annotations
 
@@ -75,7 +77,9 @@ def parts(name: str, words: Any) -> tuple[Any, Any, list[dict[str, Any]]]:
 
 
 def rounded(value: Any) -> Any:
-    """Return the value with numbers that can be compared: kernels round by where weights lie in the memory."""
+    """Return the value with numbers that can be compared: kernels round by where weights lie in the
+    memory.
+    """
     if isinstance(value, dict):
         return {name: rounded(item) for name, item in value.items()}
     if isinstance(value, list):

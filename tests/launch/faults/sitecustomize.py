@@ -1,7 +1,8 @@
-"""On a PYTHONPATH, this makes one rank of a job's first attempt fail as FAULT says, at the step after the AT-th; steps take STEP_S seconds.
+"""On a PYTHONPATH, this makes one rank of a job's first attempt fail as FAULT says, at the step
+after the AT-th; steps take STEP_S seconds.
 
-FAULT: "raise" in the loop, "loader exits" (its thread ends the interpreter), "loader sleeps", "slow".
-FAULT_NODE: on this node in every attempt.
+FAULT: "raise" in the loop, "loader exits" (its thread ends the interpreter), "loader sleeps",
+"slow". FAULT_NODE: on this node in every attempt.
 """
 
 import os

@@ -1,4 +1,6 @@
-"""A planted fault, for test_prove: with this folder in PYTHONPATH a rank that resumes forgets Adam's first moment."""
+"""A planted fault, for test_prove: with this folder in PYTHONPATH a rank that resumes forgets
+Adam's first moment.
+"""
 
 import sys
 
