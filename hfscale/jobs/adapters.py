@@ -22,17 +22,9 @@ from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_toget
 from hfscale.config.schema import Lora
 from hfscale.errors import ConfigError, literal, shown
 from hfscale.jobs.opening import RunModel
+from hfscale.models.kinds import BY_CLASS
 from hfscale.models.trained import transposed
 from hfscale.tasks.base import Task
-
-KINDS = {  # what peft calls them: its Auto classes and transformers' then find the model
-    "AutoModelForCausalLM": "CAUSAL_LM",
-    "AutoModelForSeq2SeqLM": "SEQ_2_SEQ_LM",
-    "AutoModelForSequenceClassification": "SEQ_CLS",
-    "AutoModelForTokenClassification": "TOKEN_CLS",
-    "AutoModelForQuestionAnswering": "QUESTION_ANS",
-    "AutoModel": "FEATURE_EXTRACTION",
-}
 
 
 class Beside:
@@ -81,6 +73,7 @@ def write_adapter(source: RunModel, folder: Path) -> None:
     buffers = dict(source.skeleton.named_buffers())
     whole = {name: name.rpartition(".")[0] for name in reader.own if name not in buffers}
     chosen = [module for module in reader.targets if module not in whole.values()]
+    purpose = BY_CLASS.get(source.objective.auto_model)
     LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -89,7 +82,7 @@ def write_adapter(source: RunModel, folder: Path) -> None:
         modules_to_save=sorted(set(whole.values())) or None,
         fan_in_fan_out=any(reader.targets.values()),
         inference_mode=True,
-        task_type=KINDS.get(source.objective.auto_model),
+        task_type=purpose.peft if purpose else None,
         base_model_name_or_path=lora_base(source),
     ).save_pretrained(str(folder))
     tensors = {name: reader.read(name) for name in whole} | {

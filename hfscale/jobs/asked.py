@@ -20,24 +20,10 @@ from hfscale.hub import checked_files, local_folder
 from hfscale.jobs.material import run_config, tokenizer_folder
 from hfscale.log import logger
 from hfscale.models.build import longest_row, read_config
+from hfscale.models.kinds import BY_CLASS, architecture, purpose_of
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.tasks.base import TASKS, load_task, task_class
 from hfscale.tokenizer import load_tokenizer
-
-SUGGESTED = {
-    "ForSequenceClassification": "sequence_classification",
-    "ForTokenClassification": "token_classification",
-    "ForQuestionAnswering": "extractive_qa",
-    "ForMaskedLM": "fill_mask",
-    "ForCausalLM": "text_generation",
-    "LMHeadModel": "text_generation",
-}  # end of an architecture's name -> task
-CLASSES = {
-    "ForCausalLM": "AutoModelForCausalLM",
-    "LMHeadModel": "AutoModelForCausalLM",
-    "ForConditionalGeneration": "AutoModelForSeq2SeqLM",
-}
-OF_OBJECTIVES = {"clm": "text_generation", "mlm": "fill_mask", "contrastive": "feature_extraction"}
 
 
 def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
@@ -67,13 +53,14 @@ def tell_of_best(name: str, checkpoint: Path) -> None:
 
 
 def auto_model_of(name: str) -> str:
-    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it writes
+    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it is for
     no text.
     """
     if checkpoint := layout.checkpoint_of(name):
         return objective_of(run_config(checkpoint), checkpoint).auto_model
-    architecture = (model_and_tokenizer(name)[0].architectures or [""])[0]
-    return next((kind for end, kind in CLASSES.items() if architecture.endswith(end)), architecture)
+    config, _ = model_and_tokenizer(name)
+    purpose = purpose_of(config)
+    return purpose.auto_model if purpose else architecture(config)
 
 
 def brings_code(name: str) -> CheckpointError:
@@ -140,11 +127,11 @@ def settle(
         tell_of_best(str(name), checkpoint)
         values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
         trained: Any = run_config(checkpoint)
-        suggested = (
-            trained.task.name
-            if isinstance(trained, FinetuneConfig)
-            else OF_OBJECTIVES.get(trained.objective.name)
-        )
+        if isinstance(trained, FinetuneConfig):
+            suggested = trained.task.name
+        else:
+            purpose = BY_CLASS.get(objective_of(trained, checkpoint).auto_model)
+            suggested = purpose.task if purpose else None
         values["data"]["max_length"] = trained.data.seq_len
         if isinstance(trained, FinetuneConfig) and task in (None, trained.task.name):
             values["task"]["options"] = trained.task.options
@@ -156,10 +143,8 @@ def settle(
             )
     elif name is not None:
         config, _ = model_and_tokenizer(name)
-        architecture = (config.architectures or [""])[0]
-        suggested = next(
-            (found for end, found in SUGGESTED.items() if architecture.endswith(end)), None
-        )
+        purpose = purpose_of(config)
+        suggested = purpose.task if purpose else None
         values["data"]["max_length"] = min(512, longest_row(config) or 512)
         if (said := getattr(config, "hfscale", None)) and task in (
             None,

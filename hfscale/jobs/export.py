@@ -30,9 +30,10 @@ from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
 from hfscale.jobs.asked import tell_of_best
 from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
+from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Objective
 from hfscale.shards.files import whole_folder
-from hfscale.tasks.base import WRITERS, Task
+from hfscale.tasks.base import Task
 from hfscale.tokenizer import save_tokenizer
 
 # relative L2 difference of logits that rounding explains: on the run's kind of device, and on

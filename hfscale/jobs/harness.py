@@ -32,12 +32,12 @@ from hfscale.jobs.asked import auto_model_of
 from hfscale.jobs.evaluate import caution, folder_of, keep
 from hfscale.jobs.opening import open_model
 from hfscale.metrics.measure import Proportion
+from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Setting
 from hfscale.objectives.clm import CausalLM
 
 PROPORTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 of each example
 PROBED = 16  # tokens, of which the later are changed to see whether the earlier notice
-WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 class EngineLM(HFLM):

@@ -44,6 +44,7 @@ from hfscale.models.build import (
     read_config,
 )
 from hfscale.models.init import restore_buffers
+from hfscale.models.kinds import BY_CLASS
 from hfscale.objectives.base import Objective, Setting, check_options
 from hfscale.tasks.base import Task, task_class
 from hfscale.tokenizer import load_tokenizer, quiet
@@ -294,10 +295,9 @@ def framed(
 
 
 def _no_head(wanted: str, name: str, value: Any) -> CheckpointError:
-    objective = {"AutoModelForMaskedLM": "mlm", "AutoModelForCausalLM": "clm"}.get(wanted)
-    pretrained = (
-        f", or for texts alone pretrain one with objective.name={objective}" if objective else ""
-    )
+    purpose, pretrained = BY_CLASS.get(wanted), ""
+    if purpose and purpose.objective:
+        pretrained = f", or for texts alone pretrain one with objective.name={purpose.objective}"
     return CheckpointError(
         f"this model has no head for the task: it is not one of {wanted}",
         where=name,

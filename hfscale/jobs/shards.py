@@ -29,12 +29,12 @@ from hfscale.jobs.predict import model_digest, model_folder
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.token_bytes import TokenBytes
+from hfscale.models.kinds import CAUSAL, MASKED, architecture, purpose_of
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.stream.loader import EvaluationRows
 from hfscale.tokenizer import end_of_document_id
 
 VERSION = 2  # of how scores are made: others are not found again
-OF_ARCHITECTURES = {"ForCausalLM": "clm", "LMHeadModel": "clm", "ForMaskedLM": "mlm"}
 
 
 def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsConfig:
@@ -95,15 +95,12 @@ def _values(name: str, shards: str | None) -> dict[str, Any]:
             values["data"]["sources"] = [{"shards": values["data"]["validation"]["shards"]}]
     else:
         model_config, _ = model_and_tokenizer(name)
-        architecture = (model_config.architectures or [""])[0]
-        objective = next(
-            (found for end, found in OF_ARCHITECTURES.items() if architecture.endswith(end)), None
-        )
-        if shards is None or objective is None:
+        purpose = purpose_of(model_config)
+        if shards is None or purpose not in (CAUSAL, MASKED):  # what T5 heard of, nobody says
             raise ConfigError(
                 "nothing says on what to evaluate this model",
                 where=name,
-                value=architecture,
+                value=architecture(model_config),
                 remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of "
                 "shards",
             )
@@ -111,7 +108,7 @@ def _values(name: str, shards: str | None) -> dict[str, Any]:
             "run": {"name": "evaluate"},
             "tokenizer": {"path": name},
             "model": {"pretrained": name},
-            "objective": {"name": objective},
+            "objective": {"name": purpose.objective},
             "data": {"seq_len": min(1024, getattr(model_config, "max_position_embeddings", 1024))},
             "train": {"steps": 1, "global_batch": 8, "micro_batch": 8},
         }

@@ -18,6 +18,7 @@ from hfscale.errors import ConfigError, UserError, lost_peer, nearest
 from hfscale.hub import foreign_code, local_folder
 from hfscale.log import logger
 from hfscale.models.config_keys import checked_values, known_keys
+from hfscale.models.kinds import PURPOSES
 
 if TYPE_CHECKING:
     import torch
@@ -149,15 +150,10 @@ def check_head(config: PretrainedConfig, auto_model: str) -> None:
         config
     ).__module__.startswith("transformers_modules"):
         return
-    heads = {
-        "clm": "AutoModelForCausalLM",
-        "mlm": "AutoModelForMaskedLM",
-        "seq2seq": "AutoModelForSeq2SeqLM",
-    }
     fit = [
-        objective
-        for objective, head in heads.items()
-        if type(config) in getattr(transformers, head)._model_mapping
+        one.objective
+        for one in PURPOSES
+        if one.objective and type(config) in getattr(transformers, one.auto_model)._model_mapping
     ]
     raise ConfigError(
         f"{config.model_type} has no {auto_model}",

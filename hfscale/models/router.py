@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from hfscale.errors import ConfigError
 from hfscale.models.call import live
+from hfscale.models.kinds import WRITERS
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -108,7 +109,7 @@ def balancing(config: PretrainedConfig | None, auto_model: str) -> Balancing | N
     Raises:
         ConfigError: if the architecture has a loss of its routers that is not the one above.
     """
-    if auto_model not in ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM"):
+    if auto_model not in WRITERS:
         return None  # transformers' other heads of a mixture add nothing
     wanted = {key: getattr(config, key, None) or 0.0 for key in COEFFICIENTS}
     kinds = getattr(transformers, auto_model, None)

@@ -25,6 +25,7 @@ from hfscale.config.schema import Named, Section
 from hfscale.dist.agree import sum_over_ranks
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import call, probe_row
+from hfscale.models.kinds import CAUSAL
 from hfscale.models.router import balancing
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.objectives.draws import random_state
@@ -112,7 +113,7 @@ class Objective:
     """
 
     Options: ClassVar[type[Section]] = Section  # none
-    auto_model: str = "AutoModelForCausalLM"
+    auto_model: str = CAUSAL.auto_model
     pipeline: ClassVar[str | None] = (
         "text-generation"  # the transformers pipeline that uses such a model; None: generate() does
     )
@@ -255,7 +256,7 @@ class Objective:
         Raises:
             ConfigError: with the remedy.
         """
-        if self.auto_model != "AutoModelForCausalLM":
+        if self.auto_model != CAUSAL.auto_model:
             return
         if moved := self.sight(model, device=device):
             raise ConfigError(

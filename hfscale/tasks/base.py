@@ -40,6 +40,7 @@ from hfscale.encoding import text_alone
 from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.metrics.measure import Measure
+from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
@@ -82,10 +83,6 @@ def _distinct(labels: list[str]) -> list[str]:
 
 
 Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in its order
-
-
-# classes of transformers that generate()
-WRITERS = ("AutoModelForCausalLM", "AutoModelForSeq2SeqLM")
 
 
 class Task(Objective):
