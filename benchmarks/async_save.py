@@ -45,8 +45,7 @@ def measure(folder: Path, turns: int) -> tuple[int, dict[str, list[float]]]:
         checkpoints = CheckpointManager(
             folder / name,
             config=Checkpoint.model_validate({"keep_last": 1, "async": behind}),
-            rank=engine.rank,
-            world_size=ranks,
+            place=engine.all,
         )
 
         def save() -> float:

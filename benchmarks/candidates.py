@@ -122,6 +122,7 @@ class Work:
         """Write at most ``limit`` rows for the peers: one epoch or less, in the order in which
         hfscale trains on them.
         """
+        from hfscale.dist.world import Place
         from hfscale.stream.loader import Stream
         from hfscale.stream.rows import TokenRows
         from tests.helpers.orders import order_of
@@ -133,8 +134,7 @@ class Work:
             order,
             global_batch=self.global_batch,
             micro_batch=self.global_batch,
-            rank=0,
-            world_size=1,
+            place=Place(),
         )
         with open(self.rows, "wb") as file:
             for _ in range(min(order.rows, limit) // self.global_batch):

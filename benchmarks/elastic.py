@@ -25,6 +25,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.common import machine, record, table, verdict
+from hfscale.dist.world import Place
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from tests.helpers.elastic import compare, draw
 from tests.helpers.orders import order_of
@@ -43,7 +44,7 @@ before, began = peak_mib(), time.perf_counter()
 rows = TokenRows(sys.argv[1], seq_len=int(sys.argv[2]))
 opened = time.perf_counter()
 order = order_of(rows.shard_rows, seed=1, lanes="auto", block=1024)
-[step] = order.steps(order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096)
+[step] = order.steps(order.rows // 2, count=1, global_batch=8192, place=Place(4095, 4096))
 order.locate(step)
 ended = time.perf_counter()
 print(ended - began, ended - opened, peak_mib() - before, peak_mib())
@@ -96,9 +97,9 @@ def trillion() -> str:
         order.rows - 4096,
         7 * order.rows - 1,
     ):  # the last two straddle an epoch's end
-        alone = order.steps(start, count=1, global_batch=8192, rank=0, world_size=1)[0]
+        alone = order.steps(start, count=1, global_batch=8192, place=Place())[0]
         dealt = [
-            order.steps(start, count=1, global_batch=8192, rank=rank, world_size=RANKS)[0]
+            order.steps(start, count=1, global_batch=8192, place=Place(rank, RANKS))[0]
             for rank in range(RANKS)
         ]
         np.testing.assert_array_equal(np.concatenate(dealt), alone)

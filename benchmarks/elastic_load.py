@@ -42,7 +42,6 @@ def opened(folder: str, stage: int, precision: str, offload: str) -> tuple[Any, 
     from hfscale.engine.engine import Engine, construction
     from tests.engine.tiny import tiny_config
 
-    world_size = torch.distributed.get_world_size()
     config = tiny_config(stage, precision, world_size=1, offload=offload)
     torch.manual_seed(1)
     with construction(config, device_type="cpu"):
@@ -53,9 +52,7 @@ def opened(folder: str, stage: int, precision: str, offload: str) -> tuple[Any, 
         )
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     engine.fragments(owned=False)  # so that moments exist before and after
-    return engine, CheckpointManager(
-        Path(folder), config=Checkpoint(), rank=engine.rank, world_size=world_size
-    )
+    return engine, CheckpointManager(Path(folder), config=Checkpoint(), place=engine.all)
 
 
 def save(folder: str, stage: int, precision: str, offload: str) -> None:
@@ -95,11 +92,9 @@ def _save(engine: Any, folder: str, stage: int) -> None:
     from hfscale.checkpoint.manager import CheckpointManager
     from hfscale.config.schema import Checkpoint
 
-    checkpoints = CheckpointManager(
-        Path(folder), config=Checkpoint(), rank=engine.rank, world_size=engine.world_size
-    )
+    checkpoints = CheckpointManager(Path(folder), config=Checkpoint(), place=engine.all)
     checkpoints.save(
-        engine, {"step": 1, "world_size": engine.world_size, "zero_stage": stage}, step=1
+        engine, {"step": 1, "world_size": engine.all.size, "zero_stage": stage}, step=1
     )
     checkpoints.wait()
 

@@ -104,7 +104,7 @@ def stepper(
     def step() -> float:
         _wait(device)
         began = time.perf_counter()
-        for loss in objective.losses(model, [batch], {"clm": 1}, world_size=1):
+        for loss in objective.losses(model, [batch], {"clm": 1}):
             loss.backward()
         _wait(device)
         model.zero_grad()

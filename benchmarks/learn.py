@@ -136,12 +136,13 @@ def opened(run: Path) -> tuple[Any, Any, Any]:
 
 def held_out(run: Path, objective: Any) -> Any:
     """Return one batch of HELD_OUT rows of the validation shards."""
+    from hfscale.dist.world import Place
     from hfscale.stream.loader import EvaluationRows
     from hfscale.stream.rows import TokenRows
 
     rows = TokenRows(run.parents[1] / "shards" / "validation", seq_len=objective.setting.seq_len)
     [batch] = EvaluationRows(
-        rows, count=HELD_OUT, micro_batch=HELD_OUT, rank=0, world_size=1, with_documents=True
+        rows, count=HELD_OUT, micro_batch=HELD_OUT, place=Place(), with_documents=True
     )
     return objective.collate(batch)
 

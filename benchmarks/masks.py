@@ -78,7 +78,7 @@ def stepper(model: torch.nn.Module, rows: Rows, *, cross_document: bool) -> Call
     def step() -> float:
         began = time.perf_counter()
         batch = objective.collate(rows)
-        for loss in objective.losses(model, [batch], objective.counts([batch]), world_size=1):
+        for loss in objective.losses(model, [batch], objective.counts([batch])):
             loss.backward()
         model.zero_grad()
         return time.perf_counter() - began

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.common import interleaved, machine, ratio, record, spread, table, verdict
+from hfscale.dist.world import Place
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
 from hfscale.stream.loader import Stream
@@ -74,8 +75,7 @@ def run(
             order_of(rows.shard_rows, seed=1, lanes=2, block=1024),
             global_batch=BATCH,
             micro_batch=BATCH,
-            rank=0,
-            world_size=1,
+            place=Place(),
         )
         stream.take()
         first.append(time.perf_counter() - began)

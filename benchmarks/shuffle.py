@@ -21,6 +21,7 @@ import numpy as np
 import webdataset
 
 from benchmarks.common import record, table
+from hfscale.dist.world import Place
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
 from hfscale.stream.loader import Stream
@@ -106,7 +107,7 @@ def ours(folder: Path) -> np.ndarray:
     rows = TokenRows(folder, seq_len=SEQ)
     order = order_of(rows.shard_rows, seed=1, lanes="auto", block=1024)
     stream, batches = (
-        Stream(rows, order, global_batch=BATCH, micro_batch=BATCH, rank=0, world_size=1),
+        Stream(rows, order, global_batch=BATCH, micro_batch=BATCH, place=Place()),
         [],
     )
     for _ in range(order.rows // BATCH):

@@ -49,6 +49,7 @@ from benchmarks.peers.streams import (
     serve,
     tokens_of,
 )
+from hfscale.dist.world import Place
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
 from hfscale.shards.writer import ShardWriter
 from hfscale.stream.loader import SLAB_TOKENS, Stream
@@ -120,8 +121,7 @@ def open_stream(
         order,
         global_batch=BATCH,
         micro_batch=BATCH,
-        rank=0,
-        world_size=1,
+        place=Place(),
         with_documents=with_documents,
         state=StreamState.from_dict(state) if state else None,
     )
@@ -308,13 +308,11 @@ def order_alone(turns: int) -> str:
     for _ in range(turns):
         began = time.perf_counter()
         order = order_of(shard_rows, seed=1, lanes="auto", block=1024)
-        order.locate(
-            order.steps(order.rows // 2, count=1, global_batch=4096, rank=0, world_size=1)[0]
-        )
+        order.locate(order.steps(order.rows // 2, count=1, global_batch=4096, place=Place())[0])
         starts.append(time.perf_counter() - began)
         began = time.perf_counter()
         order.locate(
-            order.steps(order.rows // 3, count=32, global_batch=BATCH, rank=0, world_size=1).ravel()
+            order.steps(order.rows // 3, count=32, global_batch=BATCH, place=Place()).ravel()
         )
         each.append((time.perf_counter() - began) / 1024)
     return (

@@ -109,6 +109,7 @@ def alone(tokenizer_json: str, texts: list[str], procs: int) -> Callable[[], flo
 def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any = None) -> Any:
     """Return a stream of one rank over the tars of a kind."""
     from hfscale.config.schema import RunConfig
+    from hfscale.dist.world import Place
     from hfscale.stream.loader import Stream
     from hfscale.stream.rows import TokenRows
     from hfscale.stream.sources import open_mixture
@@ -135,9 +136,7 @@ def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any 
     rows = TextRows(
         rows, order, open_encoders(config, tokenizer), global_batch=BATCH, state=position
     )
-    return Stream(
-        rows, order, global_batch=BATCH, micro_batch=32, rank=0, world_size=1, state=position
-    )
+    return Stream(rows, order, global_batch=BATCH, micro_batch=32, place=Place(), state=position)
 
 
 def main() -> None:

@@ -68,28 +68,28 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     import torch
 
     world = World.from_environment().sharing(known_secret(config_path.parent))
-    log.setup(rank=world.rank)
+    log.setup(rank=world.all.rank)
     config = load_config(config_path, decided=True).config
     # evaluation on shards has the config of the run that it scores, and lies in a folder of its own
     trains = isinstance(config, TrainConfig) and not isinstance(config, ShardsConfig)
     if trains:
         _refuse_other_folder(config_path, config)
-    if world.rank == 0 and (here := allocation()):
+    if world.all.rank == 0 and (here := allocation()):
         _refuse_second_job(config_path.parent / JOB, here)
     if not torch.cuda.is_available():
         # else DeepSpeed prints on stdout that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     refuse_wrong_versions()
     job, run_dir = job_of(config), config_path.parent
-    fence = attempt_of(run_dir, world) if trains and world.rank == 0 else None
+    fence = attempt_of(run_dir, world) if trains and world.all.rank == 0 else None
     if fence:
         world = replace(world, attempt=fence.number)
     with (
         fence.kept() if fence else nullcontext(),
         watching(
             run_dir,
-            rank=world.rank,
-            world_size=world.world_size,
+            rank=world.all.rank,
+            ranks=world.all.size,
             node=node_name(),
             on_hang=on_hang,
             timeout_s=config.train.hang_timeout_s if trains else None,  # others have no even pace

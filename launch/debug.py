@@ -40,7 +40,7 @@ def launch(request: Request) -> int:
     loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
     config = loaded.config
     batch = solve_batch(
-        config.train.global_batch, micro_batch=config.train.micro_batch, world_size=1
+        config.train.global_batch, micro_batch=config.train.micro_batch, data_size=1
     )
     check(config, device_type="cuda" if on_gpu else "cpu", fresh=True)
     if request.dry_run:

@@ -29,7 +29,7 @@ from hfscale.config.rules import BatchPlan, notices, solve_batch
 from hfscale.config.schema import Section, TrainConfig
 from hfscale.dist.secret import make_secret
 from hfscale.dist.stop import StopRequest
-from hfscale.dist.world import World, allocation, available_cores, listen
+from hfscale.dist.world import Place, World, allocation, available_cores, listen
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
 from hfscale.shards.files import write_atomically
@@ -66,7 +66,7 @@ def launch(request: Request) -> int:
             "the CPU",
         )
     batch = solve_batch(
-        config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs
+        config.train.global_batch, micro_batch=config.train.micro_batch, data_size=procs
     )
     said = [*notices(config), *run_dir.compare(config), *unused_allocation(config)]
     check(config, device_type="cuda" if gpus else "cpu")
@@ -193,10 +193,10 @@ def tensorboard_line(path: Path) -> str:
 
 def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     """Return what a real run would do."""
-    config, procs = path / run_dir.CONFIG, batch.world_size
+    config, procs = path / run_dir.CONFIG, batch.data_size
     lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
     for rank in range(procs):
-        place = World(rank, procs, rank, procs, master_port=port).export()
+        place = World(Place(rank, procs), rank, procs, master_port=port).export()
         command = shlex.join([sys.executable, "-m", request.worker, str(config)])
         lines.append(" ".join([*(f"{name}={value}" for name, value in place.items()), command]))
     return "\n".join(lines)
@@ -249,9 +249,9 @@ def run_ranks(
     try:
         with _forwarding(ranks) as asked:
             for number in range(procs):
-                place = World(number, procs, number, procs, master_port=port, attempt=attempt)
-                place = replace(place, listen_fd=None if number else handle)
-                ranks.append(_start(command, place, logs))
+                world = World(Place(number, procs), number, procs, master_port=port)
+                world = replace(world, attempt=attempt, listen_fd=None if number else handle)
+                ranks.append(_start(command, world, logs))
                 listener.close()  # who knocks after rank 0 has gone hears so
                 if asked:
                     ranks[-1].process.terminate()
@@ -268,8 +268,8 @@ def run_ranks(
 
 
 def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
-    path = logs / f"rank-{world.rank}.log"
-    threads = max(1, available_cores() // world.world_size)
+    path = logs / f"rank-{world.all.rank}.log"
+    threads = max(1, available_cores() // world.all.size)
     env = (
         {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
         | dict(os.environ)
@@ -300,7 +300,7 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
                 start_new_session=True,
             )
             for console in (1, 2)
-            if world.rank == 0
+            if world.all.rank == 0
         ]
         out, err = [tee.stdin for tee in tees] or (file, file)
         process = subprocess.Popen(
@@ -315,7 +315,7 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
         )
     for pipe in (tee.stdin for tee in tees if tee.stdin):
         pipe.close()
-    return Rank(world.rank, process, path, begins, tees)
+    return Rank(world.all.rank, process, path, begins, tees)
 
 
 @contextmanager

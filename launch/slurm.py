@@ -171,7 +171,7 @@ def before(
     Raises:
         UserError: for the first thing that speaks against it.
     """
-    solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, world_size=procs)
+    solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, data_size=procs)
     changed = run_dir.compare(config)
     check(config, device_type="cuda" if gpus else "cpu")
     if on_nodes:

@@ -252,6 +252,32 @@ def test_the_world_is_read_in_one_file():
     assert not wrong, "\n".join(wrong)
 
 
+def test_nobody_reads_a_bare_world_size():
+    """Who asks for a size says of which place (``World.data``, ``World.all``). The word stays in
+    files, in messages and where torch wants it.
+    """
+    allowed = {
+        "hfscale/dist/group.py": "torch's own",
+        "hfscale/dist/rendezvous.py": "torch's own",
+        "hfscale/config/rules.py": "a message",
+        "hfscale/reports/show.py": "a message",
+        "hfscale/checkpoint/layout.py": "state.json",
+        "hfscale/checkpoint/manager.py": "state.json",
+        "hfscale/jobs/build.py": "state.json",
+        "hfscale/reports/checkpoints.py": "state.json",
+    }
+    reading = {relative(p) for p in MODULES if "world_size" in p.read_text()}
+    assert reading == set(allowed)
+    names = [
+        f"{relative(p)}:{n.lineno}"
+        for p in MODULES
+        for n in ast.walk(TREES[p])
+        if "world_size" in (getattr(n, "arg", ""), getattr(n, "attr", ""))
+        and not isinstance(n, ast.keyword)
+    ]
+    assert names == []
+
+
 def test_nothing_pickled_is_opened_outside_the_engine():
     """``torch.load`` and ``pickle.load`` run whatever a file says: checkpoints, exports and tars
     are never read by them.

@@ -34,6 +34,7 @@ from hfscale.checkpoint.weights import verify_together
 from hfscale.config.schema import Checkpoint
 from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import host_group
+from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment, tied
 from hfscale.errors import (
@@ -63,19 +64,12 @@ class CheckpointManager:
         folder: Path,
         *,
         config: Checkpoint,
-        rank: int,
-        world_size: int,
+        place: Place,
         clock: Callable[[], float] = time.monotonic,
         quiet: bool = False,
         fence: Fence | None = None,
     ) -> None:
-        self.folder, self._config, self._rank, self._world_size, self._clock = (
-            folder,
-            config,
-            rank,
-            world_size,
-            clock,
-        )
+        self.folder, self._config, self._place, self._clock = folder, config, place, clock
         self._say = logger.debug if quiet else logger.info
         self._fence = fence
         self._saved_at = clock()
@@ -96,7 +90,7 @@ class CheckpointManager:
         """Return True on rank 0 when ``step`` should be saved; the ranks agree on it by the step's
         all-reduce.
         """
-        if self._rank:
+        if self._place.rank:
             return False
         steps = (self._config.every_steps, self._config.keep_every_steps)
         minutes = self._config.every_minutes
@@ -207,7 +201,7 @@ class CheckpointManager:
             daemon=True,
             kwargs={
                 "snapshot": snapshot,
-                "small": small if self._rank == 0 else {},
+                "small": small if self._place.rank == 0 else {},
                 "step": step,
                 "reused": reused,
             },
@@ -248,7 +242,7 @@ class CheckpointManager:
         need = int(sum_over_ranks(torch.tensor(own))) + HEADROOM_BYTES
         problem: str | None = None
         self._check_fence()  # what is cleared away may be the younger one's
-        if self._rank == 0:
+        if self._place.rank == 0:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 layout.clear_leftovers(self.folder)
@@ -302,12 +296,12 @@ class CheckpointManager:
         began = time.monotonic()
         try:
             partial = self._partial(step)
-            entry = write_file(partial, layout.rank_file(self._rank), serialize(snapshot))
+            entry = write_file(partial, layout.rank_file(self._place.rank), serialize(snapshot))
             sync_folder(partial / layout.ENGINE)
-            record = partial / layout.RECORDS / f"{self._rank}.json"
+            record = partial / layout.RECORDS / f"{self._place.rank}.json"
             record.with_suffix(".new").write_text(json.dumps(asdict(entry)))
             record.with_suffix(".new").rename(record)
-            if self._rank == 0:
+            if self._place.rank == 0:
                 self._commit(
                     [write_file(partial, path, [content]) for path, content in small.items()],
                     step=step,
@@ -330,7 +324,7 @@ class CheckpointManager:
     def _commit(self, own: list[Entry], *, step: int) -> None:
         """Wait for every rank's record, then make the folder a checkpoint. On rank 0 only."""
         partial, target = self._partial(step), self.folder / layout.step_name(step)
-        records = [partial / layout.RECORDS / f"{rank}.json" for rank in range(self._world_size)]
+        records = [partial / layout.RECORDS / f"{rank}.json" for rank in range(self._place.size)]
         while not all(record.exists() for record in records):
             if self._gave_up.wait(POLL_S):
                 raise RuntimeError("another rank could not write its part")
@@ -351,7 +345,7 @@ class CheckpointManager:
         Raises:
             SupersededError: without a word to the other ranks: they lose this one.
         """
-        if self._fence is not None and self._rank == 0:
+        if self._fence is not None and self._place.rank == 0:
             self._fence.check()
 
     def _partial(self, step: int) -> Path:
@@ -403,7 +397,7 @@ class CheckpointManager:
 
     def _reject(self, checkpoint: Path, problems: list[str]) -> None:
         torch_dist.barrier(group=host_group())  # nobody reads it any more
-        if self._rank == 0:
+        if self._place.rank == 0:
             logger.warning(
                 f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept "
                 f"in {layout.reject(checkpoint)}"

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Annotated, Any, Protocol
 
 import torch
-import torch.distributed as torch_dist
 from pydantic import Field
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,6 +20,7 @@ from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.store import FragmentReader, tensors_in
 from hfscale.dist.agree import from_all_ranks
+from hfscale.dist.group import everybody
 from hfscale.errors import CheckpointError
 from hfscale.records import Record, load
 
@@ -142,13 +142,9 @@ def verify_together(checkpoint: Path) -> list[str]:
     """Return what is wrong with a checkpoint, found by all ranks together, each reading its part of
     the files. Collective.
     """
-    rank, world_size = (
-        (torch_dist.get_rank(), torch_dist.get_world_size())
-        if torch_dist.is_initialized()
-        else (0, 1)
-    )
-    everyone = from_all_ranks(verify(checkpoint, part=rank, parts=world_size))
-    return sorted({problem for problems in everyone for problem in problems})
+    place = everybody()
+    by_rank = from_all_ranks(verify(checkpoint, part=place.rank, parts=place.size))
+    return sorted({problem for problems in by_rank for problem in problems})
 
 
 def checked(checkpoint: Path, check: Check = partial(verify, up_to=SMALL)) -> Path:

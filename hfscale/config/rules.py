@@ -186,47 +186,47 @@ def notices(config: TrainConfig, *, rows: int = 0, length: Length | None = None)
 # --------------------------------------------------------------------------------- batch arithmetic
 @dataclass(frozen=True)
 class BatchPlan:
-    """How a global batch is cut. All but ``accumulation`` and ``world_size`` are in sequences."""
+    """How a global batch is cut. All but ``accumulation`` and ``data_size`` are in sequences."""
 
     global_batch: int
     micro_batch: int
     accumulation: int  # micro-batches that a rank takes a step
-    world_size: int
+    data_size: int  # ranks that read different rows
 
     @property
     def equation(self) -> str:
         return (
             f"global_batch {self.global_batch} = micro_batch {self.micro_batch} x accumulation "
             f"{self.accumulation}"
-            f" x world_size {self.world_size}"
+            f" x world_size {self.data_size}"
         )
 
 
-def solve_batch(global_batch: int, *, micro_batch: int, world_size: int) -> BatchPlan:
-    """Return the cut of ``global_batch`` into equal micro-batches of ``world_size`` ranks.
+def solve_batch(global_batch: int, *, micro_batch: int, data_size: int) -> BatchPlan:
+    """Return the cut of ``global_batch`` into equal micro-batches of ``data_size`` ranks.
 
     Raises:
         ConfigError: if there is none; it gives the nearest values that would do.
     """
-    accumulation, rest = divmod(global_batch, micro_batch * world_size)
+    accumulation, rest = divmod(global_batch, micro_batch * data_size)
     if rest == 0:
-        return BatchPlan(global_batch, micro_batch, accumulation, world_size)
-    unit = micro_batch * world_size
+        return BatchPlan(global_batch, micro_batch, accumulation, data_size)
+    unit = micro_batch * data_size
     multiples = [accumulation * unit, (accumulation + 1) * unit]
     offers = [f"train.global_batch={nearest_text(multiples, global_batch)}"]
-    if global_batch % world_size == 0:
+    if global_batch % data_size == 0:
         offers.append(
-            f"train.micro_batch={nearest_text(_divisors(global_batch // world_size), micro_batch)}"
+            f"train.micro_batch={nearest_text(_divisors(global_batch // data_size), micro_batch)}"
         )
     if global_batch % micro_batch == 0:
         offers.append(
-            f"world_size {nearest_text(_divisors(global_batch // micro_batch), world_size)}"
+            f"world_size {nearest_text(_divisors(global_batch // micro_batch), data_size)}"
         )
     raise ConfigError(
         f"global_batch {global_batch} cannot be cut into micro-batches of {micro_batch} on "
-        f"{world_size} ranks",
+        f"{data_size} ranks",
         where="train.global_batch",
-        value=f"{global_batch} / ({micro_batch} x {world_size}) = {global_batch / unit:.3g}",
+        value=f"{global_batch} / ({micro_batch} x {data_size}) = {global_batch / unit:.3g}",
         remedy=", or ".join(offers),
     )
 

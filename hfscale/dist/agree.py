@@ -14,8 +14,9 @@ from typing import Any
 import torch
 import torch.distributed as torch_dist
 
-from hfscale.dist.group import host_group
+from hfscale.dist.group import everybody, host_group
 from hfscale.dist.rendezvous import exchange
+from hfscale.dist.world import Place
 from hfscale.errors import DataError
 
 
@@ -36,7 +37,7 @@ def agree(*, counts: Mapping[str, int], stop: bool, due: bool, failed: bool, dig
     facts = torch.tensor(
         [stop, due, failed, digest, *(counts[name] for name in names)], dtype=torch.int64
     )
-    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+    if everybody().size > 1:
         torch_dist.all_reduce(facts, group=host_group())
     stops, dues, failures, total, *sums = facts.tolist()
     return Agreed(
@@ -51,7 +52,7 @@ def agree(*, counts: Mapping[str, int], stop: bool, due: bool, failed: bool, dig
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """Return ``values`` (any shape, on the host) summed over all ranks, in float64."""
     total = values.detach().to("cpu", torch.float64)
-    if torch_dist.is_initialized() and torch_dist.get_world_size() > 1:
+    if everybody().size > 1:
         torch_dist.all_reduce(total, group=host_group())
     return total
 
@@ -87,12 +88,12 @@ def from_rank_0(value: Any) -> Any:
     return from_all_ranks(value)[0]
 
 
-def gather_from_ranks(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """Return the ``rows`` of all ranks (the same number of each) in the order of ranks, and where
-    this rank's begin; no gradient.
+def gather_rows(rows: torch.Tensor, place: Place) -> tuple[torch.Tensor, int]:
+    """Return the ``rows`` of all ranks of ``place`` (the same number of each) in the order of
+    ranks, and where this rank's begin; no gradient.
     """
-    if not (torch_dist.is_initialized() and torch_dist.get_world_size() > 1):
+    if place.size == 1:
         return rows, 0
-    parts = [torch.empty_like(rows) for _ in range(torch_dist.get_world_size())]
-    torch_dist.all_gather(parts, rows)
-    return torch.cat(parts), torch_dist.get_rank() * len(rows)
+    parts = [torch.empty_like(rows) for _ in range(place.size)]
+    torch_dist.all_gather(parts, rows, group=place.group)
+    return torch.cat(parts), place.rank * len(rows)

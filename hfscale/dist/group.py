@@ -15,7 +15,7 @@ import torch
 import torch.distributed as torch_dist
 
 from hfscale.dist.rendezvous import loopback_interface, open_store, prove, taken
-from hfscale.dist.world import World, allocation, node_name
+from hfscale.dist.world import Place, World, allocation, node_name
 from hfscale.errors import ConfigError, LostError
 
 # above the longest checkpoint write; hangs are found by their heartbeats, sooner
@@ -62,8 +62,8 @@ def start(world: World) -> torch.device:
     torch_dist.init_process_group(
         "nccl" if on_gpu else "gloo",
         store=store,
-        rank=world.rank,
-        world_size=world.world_size,
+        rank=world.all.rank,
+        world_size=world.all.size,
         timeout=TIMEOUT,
         device_id=device if on_gpu else None,
     )
@@ -118,7 +118,7 @@ def _store(world: World) -> tuple[torch_dist.Store, World]:
             raise taken(world) from error
         if "timed out" in said or "timeout" in said:
             raise LostError(
-                f"{world.world_size} ranks did not meet at {place} in {MEETING}: one has not "
+                f"{world.all.size} ranks did not meet at {place} in {MEETING}: one has not "
                 "started, or cannot "
                 "reach it (a firewall, another network): `hfscale doctor` looks at each node"
             ) from error
@@ -164,6 +164,13 @@ def joined(world: World, *, needed: bool) -> Iterator[None]:
     yield
     if needed:
         shutdown()
+
+
+def everybody() -> Place:
+    """Return the place among all ranks of the group that is up; alone where there is none."""
+    if not torch_dist.is_initialized():
+        return Place()
+    return Place(torch_dist.get_rank(), torch_dist.get_world_size())
 
 
 def host_group() -> torch_dist.ProcessGroup | None:

@@ -44,7 +44,7 @@ def open_store(
     Raises:
         OSError: if this rank has to listen, and cannot.
     """
-    master = world.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    master = world.all.rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
     handle = world.listen_fd
     os.environ.pop(LISTEN_FD, None)  # of this process, not of those that it starts
     if master and handle is None and world.on_loopback:
@@ -54,7 +54,7 @@ def open_store(
     store: torch_dist.Store = torch_dist.TCPStore(
         "127.0.0.1" if master and world.on_loopback else world.master_addr,
         world.master_port,
-        world.world_size,
+        world.all.size,
         is_master=master,
         timeout=meeting,
         master_listen_fd=handle if master else None,
@@ -92,7 +92,7 @@ def prove(world: World, group: torch_dist.ProcessGroup | None) -> None:
         ConfigError: naming the ranks that do not.
     """
     said = exchange(secrets.token_hex(16), group)  # so that no answer of another time will do
-    answers = exchange(_digest(world.secret, f"{world.rank} {said}"), group)
+    answers = exchange(_digest(world.secret, f"{world.all.rank} {said}"), group)
     wrong = [
         rank
         for rank, answer in enumerate(answers)

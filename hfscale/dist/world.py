@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
+from typing import Any
 
 from hfscale.errors import ConfigError
 
@@ -26,17 +27,43 @@ HERE = "ranks of this node"
 
 
 @dataclass(frozen=True)
-class World:
-    """Ranks are counted from 0; ``local_*`` are those of this node."""
+class Place:
+    """Where a rank stands among those that do one thing together."""
 
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
+    rank: int = 0  # counted from 0
+    size: int = 1  # how many they are
+    group: Any = None  # torch's group of them; None: everybody
+
+
+@dataclass(frozen=True)
+class World:
+    """The places of a rank. Whoever asks for one says which is meant: ``all`` agree, save, beat and
+    end together; ``data`` have rows of their own; those of ``sequence`` share each row, those of
+    ``tensor`` each weight.
+    """
+
+    all: Place = Place()
+    local_rank: int = 0  # of those on this node
+    local_ranks: int = 1  # how many there are on this node
     master_addr: str = "127.0.0.1"
     master_port: int = 0  # 0: a world of one picks a free port
     listen_fd: int | None = None  # rank 0: an open socket that listens there already
     secret: str = field(default="", repr=False)  # what every rank of the job knows, and nobody else
+
+    @property
+    def data(self) -> Place:
+        """The place among ranks that read different rows, whose gradients are averaged."""
+        return self.all
+
+    @property
+    def sequence(self) -> Place:
+        """The place among ranks that have parts of the same rows: each is alone so far."""
+        return Place()
+
+    @property
+    def tensor(self) -> Place:
+        """The place among ranks that have parts of the same weights: each is alone so far."""
+        return Place()
 
     @property
     def on_loopback(self) -> bool:
@@ -74,10 +101,10 @@ class World:
             env = {**env, HERE: str(tasks[_number(env, "SLURM_NODEID", "0") % len(tasks)])}
         else:
             return cls(attempt=attempt)
-        rank, world_size, local_rank, local_world_size = (
+        rank, size, local_rank, local_ranks = (
             _number(env, name, default) for name, default in zip(names, "0101", strict=True)
         )
-        if not 0 <= rank < world_size or "MASTER_PORT" not in env:
+        if not 0 <= rank < size or "MASTER_PORT" not in env:
             raise ConfigError(
                 "the environment names no place in the world",
                 where="environment",
@@ -85,10 +112,9 @@ class World:
                 remedy="start the job with `hfscale`, torchrun or srun, which set these variables",
             )
         return cls(
-            rank,
-            world_size,
+            Place(rank, size),
             local_rank,
-            local_world_size,
+            local_ranks,
             env.get("MASTER_ADDR", "127.0.0.1"),
             _number(env, "MASTER_PORT", "", most=65_535),
             _number(env, LISTEN_FD, "") if LISTEN_FD in env and rank == 0 else None,
@@ -98,10 +124,10 @@ class World:
     def export(self) -> dict[str, str]:
         """Return the variables that DeepSpeed and torch expect of this place."""
         return {
-            "RANK": str(self.rank),
-            "WORLD_SIZE": str(self.world_size),
+            "RANK": str(self.all.rank),
+            "WORLD_SIZE": str(self.all.size),
             "LOCAL_RANK": str(self.local_rank),
-            "LOCAL_WORLD_SIZE": str(self.local_world_size),
+            "LOCAL_WORLD_SIZE": str(self.local_ranks),
             "MASTER_ADDR": self.master_addr,
             "MASTER_PORT": str(self.master_port),
             **({} if self.listen_fd is None else {LISTEN_FD: str(self.listen_fd)}),

@@ -20,7 +20,7 @@ import torch
 import torch.distributed as torch_dist
 from torch import nn
 
-from hfscale.dist.group import TIMEOUT, host_group
+from hfscale.dist.group import TIMEOUT, everybody, host_group
 from hfscale.errors import ConfigError
 
 
@@ -76,8 +76,9 @@ class Arrivals:
         ranked = torch.full((len(place),), 2 * len(place))
         for number, param in enumerate(self._came):
             ranked[place[param]] = number
-        if torch_dist.get_world_size() > 1:
-            if torch_dist.get_rank() > 0:
+        everyone = everybody()
+        if everyone.size > 1:
+            if everyone.rank > 0:
                 ranked[ranked < len(place)] = len(place)
             torch_dist.all_reduce(ranked, op=torch_dist.ReduceOp.MIN, group=host_group())
         self._order = [

@@ -25,6 +25,7 @@ from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import Tensor, nn
 
 from hfscale.config.schema import TrainConfig
+from hfscale.dist.group import everybody
 from hfscale.engine import fragments as parts
 from hfscale.engine.arrivals import Arrivals, SameModules, fill
 from hfscale.engine.ds_config import deepspeed_config, running_stage
@@ -95,11 +96,11 @@ class Engine:
             config.model.lora is not None
         )  # then the frozen weights are kept where they came from
         self.device: torch.device = ds.device
-        self.rank, self.world_size = torch_dist.get_rank(), torch_dist.get_world_size()
+        self.all = everybody()
         self._trained = [param for param in ds.module.parameters() if param.requires_grad]
         if self.stage >= 2:
             Arrivals(ds.module, self._zero, stage=self.stage)
-        self._modules = SameModules(self._zero) if self.stage == 3 and self.world_size > 1 else None
+        self._modules = SameModules(self._zero) if self.stage == 3 and self.all.size > 1 else None
         adamw.register_step_pre_hook(self._before_update)
 
     @classmethod
@@ -227,11 +228,11 @@ class Engine:
             if fragment.name not in left_out
         )
         if owned:
-            replicated = parts.share(replicated, rank=self.rank, world_size=self.world_size)
+            replicated = parts.share(replicated, place=self.all)
         if self.stage == 0:
             return list(replicated)
         own = parts.partitioned(
-            self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.rank
+            self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.all.rank
         )
         return [*(fragment for fragment in own if fragment.name not in left_out), *replicated]
 

@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hfscale.dist.world import Place
+
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -118,13 +120,13 @@ def _buffers(module: nn.Module) -> Iterator[Fragment]:
                 )
 
 
-def share(fragments: Iterable[Fragment], *, rank: int, world_size: int) -> Iterator[Fragment]:
+def share(fragments: Iterable[Fragment], *, place: Place) -> Iterator[Fragment]:
     """Yield this rank's part of ``fragments`` laid end to end and cut into W nearly equal
     ranges.
     """
     whole = list(fragments)
     total = sum(fragment.numel for fragment in whole)
-    first, last = rank * total // world_size, (rank + 1) * total // world_size
+    first, last = place.rank * total // place.size, (place.rank + 1) * total // place.size
     position = 0
     for fragment in whole:
         start, stop = max(first - position, 0), min(last - position, fragment.numel)

@@ -17,6 +17,7 @@ import torch.distributed as torch_dist
 from torch import nn
 
 from hfscale.config.inference import Inference
+from hfscale.dist.group import everybody
 from hfscale.engine import fragments as parts
 from hfscale.engine.ds_config import inference_config
 from hfscale.engine.fragments import Fragment
@@ -35,11 +36,7 @@ class InferenceEngine:
         self.module = model.eval() if ds or device is None else model.eval().to(device)
         self.device: torch.device = device or model.device
         self._ds = ds
-        self.rank, self.world_size = (
-            (torch_dist.get_rank(), torch_dist.get_world_size())
-            if torch_dist.is_initialized()
-            else (0, 1)
-        )
+        self.all = everybody()
 
     @classmethod
     def create(
@@ -66,7 +63,7 @@ class InferenceEngine:
     @property
     def together(self) -> bool:
         """Whether each forward pass is one of all ranks, which then must be as many on each."""
-        return self._ds is not None and self.world_size > 1
+        return self._ds is not None and self.all.size > 1
 
     def __call__(self, **inputs: Any) -> Any:
         """Return the model's output."""
@@ -75,7 +72,7 @@ class InferenceEngine:
     def fragments(self, *, owned: bool = False) -> list[Fragment]:
         """Return live views of what this rank holds, to be filled before the first pass."""
         assert not owned, "nothing is saved here"
-        return list(parts.held(self.module, rank=self.rank))
+        return list(parts.held(self.module, rank=self.all.rank))
 
     def after_load(self) -> None:
         """Do nothing: the weights that were filled are those that compute."""

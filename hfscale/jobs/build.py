@@ -54,7 +54,7 @@ def build_trainer(
     """
     data, train = config.data, config.train
     batch = solve_batch(
-        train.global_batch, micro_batch=train.micro_batch, world_size=world.world_size
+        train.global_batch, micro_batch=train.micro_batch, data_size=world.data.size
     )
     logger.info(batch.equation)
     fence = fence_of(config, world)
@@ -76,7 +76,7 @@ def build_trainer(
     generate_as(model, folder)
     objective = material.objective(model.config)
     beside = (
-        Beside(model, config.model.lora, folder, rank=world.rank)
+        Beside(model, config.model.lora, folder, rank=world.all.rank)
         if folder and config.model.lora
         else None
     )
@@ -89,8 +89,7 @@ def build_trainer(
     checkpoints = CheckpointManager(
         config.run_dir / "checkpoints",
         config=config.checkpoint,
-        rank=world.rank,
-        world_size=world.world_size,
+        place=world.all,
         fence=fence,
     )
     saved = checkpoints.load_latest(engine)
@@ -104,7 +103,7 @@ def build_trainer(
         config, saved, rows=material.rows, consumed_rows=stream.state().consumed_rows
     )
     steps = length.steps
-    if world.rank == 0:
+    if world.all.rank == 0:
         say_notices(config, rows=material.rows, length=length)
     say_where(state, steps, saved=saved is not None)
 
@@ -116,7 +115,7 @@ def build_trainer(
         checkpoints=checkpoints,
         state=state,
         stop=(stop or StopRequest()).listen(),
-        throughput=Throughput(flops_per_token=flops, peak_flops=peak and peak * world.world_size),
+        throughput=Throughput(flops_per_token=flops, peak_flops=peak and peak * world.all.size),
         learning_rate=lambda step: learning_rate(
             step, peak=config.optim.lr, length=length, schedule=config.schedule
         ),
@@ -126,12 +125,11 @@ def build_trainer(
         total_steps=steps,
         sources=material.names,
         seed=config.run.seed,
-        rank=world.rank,
-        world_size=world.world_size,
+        data=world.data,
         metrics_every=config.metrics.every_steps,
         max_skipped=getattr(data, "max_skipped", 0.0),
         patience=train.patience,
-        warned_s=config.cluster.signal_s if allocation() and world.rank == 0 else None,
+        warned_s=config.cluster.signal_s if allocation() and world.all.rank == 0 else None,
         **material.validation(objective),
         log=MetricsLog(
             config.run_dir,
@@ -140,7 +138,7 @@ def build_trainer(
             tensorboard=config.metrics.tensorboard,
             fence=fence,
         )
-        if world.rank == 0
+        if world.all.rank == 0
         else None,
     )
     if saved is None:
@@ -225,7 +223,7 @@ def describe(
     """Return what every checkpoint of this run says about itself, beside its position."""
     return {
         "device": device_name(device),
-        "world_size": world.world_size,
+        "world_size": world.all.size,
         "zero_stage": config.engine.zero_stage,
         "precision": config.engine.precision,
         **material.describe(),

@@ -28,7 +28,7 @@ def record_ranks(
     """
     ranks = from_all_ranks(f"{socket.gethostname()}: {device_name(device)}")
     file = run_dir / "environment.json"
-    if world.rank:
+    if world.all.rank:
         return
     attempts = (
         load(file, list[dict[str, Any]], what="the record of attempts") if file.is_file() else []

@@ -60,7 +60,7 @@ class EngineLM(HFLM):
         """Return the answers to all, a share from each rank; shares are filled up to equal size, so
         each makes as many passes.
         """
-        rank, ranks = self._engine.rank, self._engine.world_size
+        rank, ranks = self._engine.all.rank, self._engine.all.size
         filled = requests + requests[:1] * (-len(requests) % ranks)
         parts = from_all_ranks(answer(filled[rank::ranks]))
         return [parts[number % ranks][number // ranks] for number in range(len(requests))]
@@ -145,7 +145,7 @@ def settle(
 def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
     """Return True when the scores are kept, with 95 % intervals. A stop saves nothing."""
     wanted = config.harness
-    with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
+    with group.joined(world, needed=world.all.size > 1 or config.engine.zero_stage == 3):
         kind = auto_model_of(wanted.model)
         opened = open_model(wanted.model, kind, config.engine)
         if kind == CausalLM.auto_model:  # one that sees the future would be told the answers
@@ -165,7 +165,7 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
                 "--harness-path",
             ) from error
         opened.engine.close()
-        if world.rank == 0:
+        if world.all.rank == 0:
             keep(wanted.out, wanted.model, _scores(made))
     return True
 

@@ -64,6 +64,7 @@ class TokenMaterial:
                 micro_batch=train.micro_batch,
                 global_batch=train.global_batch,
                 seed=config.run.seed,
+                data=self._world.data,
                 cross_document=config.data.cross_document,
                 sources=len(self._parts),
                 tokenizer=self.tokenizer,
@@ -98,12 +99,12 @@ class TokenMaterial:
         global_batch = config.train.global_batch
         rows, self._order = open_mixture(config, self._parts, saved=saved)
         self.names = self._order.names
-        for part in self._parts if world.rank == 0 else ():
+        for part in self._parts if world.all.rank == 0 else ():
             part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
         position = StreamState.from_dict(saved["stream"]) if saved else None
         if self._order.raw:
             forged = position is not None and position.text == 1
-            if forged and world.rank == 0:
+            if forged and world.all.rank == 0:
                 logger.warning(
                     "this run on raw text began when text that spells a control token became "
                     "one; so it goes on"
@@ -114,21 +115,19 @@ class TokenMaterial:
                 open_encoders(
                     config,
                     self.tokenizer,
-                    local_ranks=world.local_world_size,
+                    local_ranks=world.local_ranks,
                     forged=forged,
                 ),
                 state=position,
                 global_batch=global_batch,
-                rank=world.rank,
-                world_size=world.world_size,
+                place=world.data,
             )
         return Stream(
             rows,
             self._order,
             global_batch=global_batch,
             micro_batch=config.train.micro_batch,
-            rank=world.rank,
-            world_size=world.world_size,
+            place=world.data,
             state=position,
             prefetch_steps=data.prefetch_steps,
             pin_memory=pin_memory,
@@ -196,6 +195,7 @@ class ExampleMaterial:
                 micro_batch=train.micro_batch,
                 global_batch=train.global_batch,
                 seed=config.run.seed,
+                data=self._world.data,
                 tokenizer=self.tokenizer,
                 model_config=model_config,
                 facts=self._facts,
@@ -213,7 +213,7 @@ class ExampleMaterial:
         """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""
         config, world = self._config, self._world
         keep = config.run_dir / TOKENIZER
-        if world.rank == 0 and not keep.is_dir():
+        if world.all.rank == 0 and not keep.is_dir():
             with TemporaryDirectory(dir=config.run_dir, prefix=".tokenizer.") as scratch:
                 self.tokenizer.save_pretrained(Path(scratch) / TOKENIZER)
                 (Path(scratch) / TOKENIZER).rename(keep)
@@ -226,8 +226,7 @@ class ExampleMaterial:
             fingerprint=self._train.fingerprint,
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
-            rank=world.rank,
-            world_size=world.world_size,
+            place=world.data,
             state=saved["stream"] if saved else None,
         )
 
@@ -243,10 +242,9 @@ class ExampleMaterial:
             split.features,
             split.lengths,
             micro_batch=train.micro_batch,
-            rank=world.rank,
-            world_size=world.world_size,
+            place=world.data,
         )
-        examples = split.examples() if world.rank == 0 else []
+        examples = split.examples() if world.all.rank == 0 else []
         return {
             "evaluator": TaskEvaluator(objective, rows, examples=examples, of=split.of),
             "validate_every": self._config.data.validate_every_steps
@@ -307,14 +305,13 @@ def held_out_rows(
     count = count or int(rows.shard_rows.sum())
     if rows.raw:
         rows = HeldOutText(
-            rows, open_encoders(config, tokenizer, local_ranks=world.local_world_size), count=count
+            rows, open_encoders(config, tokenizer, local_ranks=world.local_ranks), count=count
         )
     return EvaluationRows(
         rows,
         count=count,
         micro_batch=config.train.micro_batch,
-        rank=world.rank,
-        world_size=world.world_size,
+        place=world.data,
         with_documents=objective.needs_documents or not config.data.cross_document,
     )
 

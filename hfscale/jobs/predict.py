@@ -178,7 +178,7 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     left = [number for number in range(-(-total // size)) if not _chunk(parts, number).exists()]
     if not left:
         return True
-    alone = world.world_size == 1  # a launcher speaks for its ranks
+    alone = world.all.size == 1  # a launcher speaks for its ranks
     stop.listen(say="stopping after this batch: what is whole is kept" if alone else None)
     with group.joined(world, needed=config.engine.zero_stage == 3):
         engine, task = open_task(config)
@@ -200,15 +200,15 @@ def _predict_chunks(
     parts = parts_of(config.predict.out)
     total, size = _begun(parts)
     shares = [
-        [number for number in left if number % world.world_size == rank]
-        for rank in range(world.world_size)
+        [number for number in left if number % world.data.size == rank]
+        for rank in range(world.data.size)
     ]
-    mine = shares[world.rank]
+    mine = shares[world.data.rank]
     rounds = max(map(len, shares)) if engine.together else len(mine)
     examples, at = examples_of(config), 0
     with progress_bar(
-        "predicting" if world.rank == 0 else "",
-        None if world.rank else sum(min(size, total - n * size) for n in mine),
+        "predicting" if world.all.rank == 0 else "",
+        None if world.all.rank else sum(min(size, total - n * size) for n in mine),
         unit=" examples",
     ) as bar:
         for turn in range(rounds):

@@ -51,15 +51,14 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
     own = sum(t.nbytes for part in engine.fragments() for t in part.tensors.values())
     if before is None or int(sum_over_ranks(torch.tensor(own))) > WRITTEN_BYTES:
         return
-    if engine.rank == 0:
+    if engine.all.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)
     barrier()
     try:
         checkpoints = CheckpointManager(
             folder,
             config=Checkpoint(async_=False),
-            rank=engine.rank,
-            world_size=engine.world_size,
+            place=engine.all,
             quiet=True,
         )
         checkpoints.save(engine, trainer.snapshot(), step=0, probe_inputs=inputs)
@@ -76,7 +75,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
         reader = open_weights(
             saved, check=verify_together
         )  # all ranks: of adapters it asks for the base
-        problem = _export(trainer, config, saved, reader) if engine.rank == 0 else ""
+        problem = _export(trainer, config, saved, reader) if engine.all.rank == 0 else ""
         if problem := from_rank_0(problem):
             raise CheckpointError(
                 "this model cannot be exported as it would be trained; nothing was trained",
@@ -85,7 +84,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
                 remedy="choose another architecture or other values in model.config",
             )
     finally:
-        if engine.rank == 0:
+        if engine.all.rank == 0:
             shutil.rmtree(folder, ignore_errors=True)
 
 

@@ -140,7 +140,7 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
     stop.
     """
     _, tokenizer = model_and_tokenizer(config.evaluate.model)
-    with group.joined(world, needed=world.world_size > 1 or config.engine.zero_stage == 3):
+    with group.joined(world, needed=world.all.size > 1 or config.engine.zero_stage == 3):
         engine = open_model(
             config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine
         ).engine
@@ -150,7 +150,7 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
         scored = held_out_rows(config.data.sources[0].shards, config, objective, world, count=count)
         found = _scores(objective, engine, scored, tokenizer)
         engine.close()
-        if world.rank == 0:
+        if world.all.rank == 0:
             keep(config.evaluate.out, config.evaluate.model, found)
     return True
 
@@ -171,7 +171,8 @@ def _scores(
     except DataError as error:
         token_bytes, unknown = None, error.what
     [term, *_] = [term for term, weight in objective.weights().items() if weight]
-    with progress_bar("evaluating" if engine.rank == 0 else "", len(rows), unit=" batches") as bar:
+    title = "evaluating" if engine.all.rank == 0 else ""
+    with progress_bar(title, len(rows), unit=" batches") as bar:
         for micro in rows:
             batch = objective.collate(micro)
             nats_B, tokens_B = (

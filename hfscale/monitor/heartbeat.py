@@ -85,7 +85,7 @@ def watching(
     run_dir: Path,
     *,
     rank: int,
-    world_size: int,
+    ranks: int,
     node: str,
     timeout_s: float | None,
     on_hang: Callable[[int], None],
@@ -116,7 +116,7 @@ def watching(
         run_dir,
         hang=run_dir / HANGS / str(attempt or len(hung) + 1),
         rank=rank,
-        world_size=world_size,
+        ranks=ranks,
         node=node,
         timeout_s=timeout_s,
         on_hang=on_hang,
@@ -139,13 +139,13 @@ class Heartbeat:
         *,
         hang: Path,
         rank: int,
-        world_size: int,
+        ranks: int,
         node: str,
         timeout_s: float,
         on_hang: Callable[[int], None],
     ) -> None:
         self._run_dir, self._hang, self._on_hang = run_dir, hang, on_hang
-        self._rank, self._world_size, self._timeout_s = rank, world_size, timeout_s
+        self._rank, self._ranks, self._timeout_s = rank, ranks, timeout_s
         (run_dir / FOLDER).mkdir(exist_ok=True)
         file = run_dir / FOLDER / f"rank-{rank}"
         self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
@@ -212,7 +212,7 @@ class Heartbeat:
                 limit_s, file=2
             )  # if this thread is never let run again
             if self._rank == 0 and time.monotonic() - looked > min(ROUND_S, self._timeout_s):
-                beats = read_beats(self._run_dir, range(self._world_size))
+                beats = read_beats(self._run_dir, range(self._ranks))
                 for line in slow_ranks(earlier, beats):
                     logger.warning(line)
                 earlier, looked = beats, time.monotonic()
@@ -234,7 +234,7 @@ class Heartbeat:
             while (silent := self._silent()) and time.monotonic() < until:
                 time.sleep(POLL_S)
             self._look_from_outside(read_beats(self._run_dir, silent))
-            if self._rank == min(set(range(self._world_size)) - set(silent)):
+            if self._rank == min(set(range(self._ranks)) - set(silent)):
                 self._judge(idle_s, silent)
             else:
                 while not (self._hang / REPORT).exists():
@@ -256,7 +256,7 @@ class Heartbeat:
     def _silent(self) -> list[int]:
         """Return the ranks that have not written their stacks."""
         written = set(os.listdir(self._hang))
-        return [rank for rank in range(self._world_size) if self._stacks(rank).name not in written]
+        return [rank for rank in range(self._ranks) if self._stacks(rank).name not in written]
 
     def _dump_nccl(self) -> None:
         torch = sys.modules.get("torch")
@@ -286,10 +286,10 @@ class Heartbeat:
                 )
 
     def _judge(self, idle_s: float, silent: Sequence[int]) -> None:
-        beats = read_beats(self._run_dir, range(self._world_size))
+        beats = read_beats(self._run_dir, range(self._ranks))
         waiting = [
             rank
-            for rank in range(self._world_size)
+            for rank in range(self._ranks)
             if rank not in silent and _waits(self._stacks(rank).read_text())
         ]
         odd = odd_ones(beats, silent=silent, waiting=waiting)

@@ -6,8 +6,8 @@ change the gradient:
 
     gradient of  sum over terms  weight * (sum over all rows of all ranks) / (global count)
 
-Each backward gets ``weight * its sum * world_size / global count``: the engine averages gradients
-over ``world_size`` ranks. A term of weight 0 is only reported (an accuracy, say). Shape legend: B
+Each backward gets ``weight * its sum * data.size / global count``: the engine averages gradients
+over the ranks of ``data``. A term of weight 0 is only reported (an accuracy, say). Shape legend: B
 rows, T tokens, L = ``seq_len``.
 """
 
@@ -23,6 +23,7 @@ from torch import Tensor
 
 from hfscale.config.schema import Named, Section
 from hfscale.dist.agree import sum_over_ranks
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import call, probe_row
 from hfscale.models.kinds import CAUSAL
@@ -58,6 +59,7 @@ class Setting:
     global_batch: int = 0  # 0: not known
     seed: int = 0  # of masks, spans and crops: they are drawn from (seed, position of the row)
     cross_document: bool = True
+    data: Place = field(default_factory=Place)  # among ranks that have rows of their own
     sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
     tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
     model_config: PretrainedConfig | None = None  # None: before there is a model
@@ -301,10 +303,8 @@ class Objective:
         model: Model,
         batches: Iterable[Batch],
         global_counts: Mapping[str, int],
-        *,
-        world_size: int,
     ) -> Iterator[Tensor]:
-        """Yield one scalar for each backward of the step, ``weight * sum * world_size / global
+        """Yield one scalar for each backward of the step, ``weight * sum * data.size / global
         count``; fp32.
 
         By default one micro-batch after the other. What was measured is there for ``take_sums`` at
@@ -319,7 +319,7 @@ class Objective:
         ):
             self.record(sums, batch)
             scales = {
-                term: weight * world_size / max(1, global_counts[term])
+                term: weight * self.setting.data.size / max(1, global_counts[term])
                 for term, weight in self.weights().items()
                 if weight and term in sums
             }

@@ -31,7 +31,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Section
-from hfscale.dist.agree import gather_from_ranks
+from hfscale.dist.agree import gather_rows
 from hfscale.errors import ConfigError
 from hfscale.models.call import call
 from hfscale.models.pooling import Pooling, pool
@@ -217,14 +217,12 @@ class Contrastive(Objective):
         model: Model,
         batches: Iterable[Batch],
         global_counts: Mapping[str, int],
-        *,
-        world_size: int,
     ) -> Iterator[Tensor]:
         """Yield one surrogate a micro-batch: its gradient is that of the global loss. In evaluation
         nothing has to be yielded.
         """
         self._sums = {}
-        batches = list(batches)
+        batches, ranks = list(batches), self.setting.data.size
         states, parts = [], []
         keys_Vn = torch.cat([text_keys(batch) for batch in batches], dim=1)
         with torch.no_grad():
@@ -236,7 +234,7 @@ class Contrastive(Objective):
         with torch.enable_grad():
             loss, sums = self.compare(own_VnH, valid_n, keys_Vn)
             (grad_VnH,) = torch.autograd.grad(
-                loss * (world_size / max(1, global_counts["contrastive"])), own_VnH
+                loss * (ranks / max(1, global_counts["contrastive"])), own_VnH
             )
         at = 0
         for batch, state, part in zip(batches, states, parts, strict=True):
@@ -254,7 +252,7 @@ class Contrastive(Objective):
                     mlm_B = token_losses(out.logits, batch.labels_BT).sum(1)
                     self.record({"mlm": mlm_B}, batch)
                     scalar = scalar + mlm_B.sum() * (
-                        self.options.mlm_weight * world_size / max(1, global_counts["mlm"])
+                        self.options.mlm_weight * ranks / max(1, global_counts["mlm"])
                     )
                 yield scalar
             at += n
@@ -269,10 +267,11 @@ class Contrastive(Objective):
         beside all answers. No candidate is a text that equals the one that asks or its answer, nor
         the answer of an equal text: ``keys_Vn`` says which are equal; without it none are.
         """
-        others, first = gather_from_ranks(
-            own_VnH.detach().transpose(0, 1).contiguous()
+        data = self.setting.data
+        others, first = gather_rows(
+            own_VnH.detach().transpose(0, 1).contiguous(), data
         )  # (N, V, H)
-        valid_N = gather_from_ranks(valid_n)[0].bool()
+        valid_N = gather_rows(valid_n, data)[0].bool()
         n = own_VnH.shape[1]
         mine = slice(first, first + n)
         all_VNH = torch.cat(
@@ -283,7 +282,7 @@ class Contrastive(Objective):
             None
         ]  # C: candidates, N of each view but the first
         if keys_Vn is not None:
-            wrong_NC = wrong_NC | _no_negatives(gather_from_ranks(keys_Vn.T.contiguous())[0].T)
+            wrong_NC = wrong_NC | _no_negatives(gather_rows(keys_Vn.T.contiguous(), data)[0].T)
         scores_NC = (
             anchors_NH @ all_VNH[1:].flatten(0, 1).T / self.options.temperature
         ).masked_fill(wrong_NC, float("-inf"))

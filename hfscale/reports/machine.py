@@ -109,10 +109,7 @@ def gpu(task: Any, world: World) -> Iterator[Finding]:
         return
     free, total = (size / 2**30 for size in torch.cuda.mem_get_info(world.local_rank))
     driver = DRIVER.read_text().split("Module")[-1].split()[0] if DRIVER.is_file() else "unknown"
-    kind = (
-        f"{world.local_world_size} x {torch.cuda.get_device_name(world.local_rank)}, "
-        f"{total:.0f} GiB"
-    )
+    kind = f"{world.local_ranks} x {torch.cuda.get_device_name(world.local_rank)}, {total:.0f} GiB"
     yield Finding("GPU", "ok", f"{kind}, driver {driver}, CUDA {torch.version.cuda}")
     taken = f"GPU {world.local_rank}: {total - free:.1f} GiB are taken"
     yield Finding(
@@ -126,7 +123,7 @@ def memory(task: Any, world: World) -> Iterator[Finding]:
         for line in MEMORY.read_text().split("\n")
         if line.startswith("MemAvailable")
     )
-    yield _measured("memory", free, "GiB free a node", least=2.0 * world.local_world_size)
+    yield _measured("memory", free, "GiB free a node", least=2.0 * world.local_ranks)
 
 
 def matrix_products(task: Any, world: World) -> Iterator[Finding]:
@@ -170,7 +167,7 @@ def limits(task: Any, world: World) -> Iterator[Finding]:
         "fail" if files < 512 else "warn" if files < 4096 else "ok",
         f"at most {files}",
     )
-    over_network = torch.cuda.is_available() and world.world_size > world.local_world_size
+    over_network = torch.cuda.is_available() and world.all.size > world.local_ranks
     yield Finding(
         "locked memory",
         "warn" if over_network and locked < float("inf") else "ok",
@@ -264,7 +261,7 @@ def reading(task: Any, world: World) -> Iterator[Finding]:
                 value=", ".join(wrong[:3]),
                 remedy="restore them from a copy, or build the shards again",
             )
-        shard, begun = manifest.shards[world.rank % len(manifest.shards)], time.perf_counter()
+        shard, begun = manifest.shards[world.all.rank % len(manifest.shards)], time.perf_counter()
         if manifest.remote:
             done += manifest.remote.sample(shard)
         else:
@@ -288,16 +285,14 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
     device = group.start(world)
     group.barrier()
     yield Finding(
-        "rendezvous", "ok", f"{world.world_size} ranks at {world.master_addr}:{world.master_port}"
+        "rendezvous", "ok", f"{world.all.size} ranks at {world.master_addr}:{world.master_port}"
     )
-    if world.world_size > 1:
+    if world.all.size > 1:
         tensor = torch.ones(2**25 if device.type == "cuda" else 2**22, device=device)
         took = _seconds(
             lambda: (torch_dist.all_reduce(tensor), float(tensor[0])), 5
         )  # the second waits for the first
-        moved = (
-            2 * (world.world_size - 1) / world.world_size * tensor.numel() * tensor.element_size()
-        )
+        moved = 2 * (world.all.size - 1) / world.all.size * tensor.numel() * tensor.element_size()
         yield _measured(
             "all-reduce",
             moved / took / 1e9,
@@ -306,7 +301,7 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
         )
         group.barrier()
         times = from_all_ranks(time.time())
-        off = round(abs(times[world.rank] - times[0]), 2)
+        off = round(abs(times[world.all.rank] - times[0]), 2)
         yield Finding(
             "clocks",
             "fail" if off > 30 else "warn" if off > 1 else "ok",

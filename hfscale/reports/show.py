@@ -66,7 +66,7 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
             (
                 "batch",
                 solve_batch(
-                    train.global_batch, micro_batch=train.micro_batch, world_size=procs
+                    train.global_batch, micro_batch=train.micro_batch, data_size=procs
                 ).equation,
             )
         )

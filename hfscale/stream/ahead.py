@@ -36,7 +36,7 @@ def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> 
     warned = False
     while shards:
         remote = next(iter(shards.values()))[0].remote
-        room = SHARE * remote.limit / World.from_environment().local_world_size
+        room = SHARE * remote.limit / World.from_environment().local_ranks
         size, seen = 0, set[int]()
         for look, found in enumerate(wanted()):
             for shard in [

@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.stream.order import Order, key_of, mix
 
@@ -116,16 +117,10 @@ class ExampleStream:
         fingerprint: str,
         global_batch: int,
         micro_batch: int,
-        rank: int,
-        world_size: int,
+        place: Place,
         state: dict[str, Any] | None = None,
     ) -> None:
-        self._features, self._order, self._rank, self._world_size = (
-            features,
-            order,
-            rank,
-            world_size,
-        )
+        self._features, self._order, self._place = features, order, place
         self._global_batch, self._micro_batch = global_batch, micro_batch
         self._state = ExampleState(
             fingerprint,
@@ -184,7 +179,7 @@ class ExampleStream:
         )
         numbers, positions = numbers[by_length], positions[by_length]
         width = self._micro_batch
-        firsts = range(self._rank * width, self._global_batch, self._world_size * width)
+        firsts = range(self._place.rank * width, self._global_batch, self._place.size * width)
         return [
             micro_batch(
                 self._features, numbers[first : first + width], positions[first : first + width]
@@ -199,19 +194,19 @@ class ExampleRows:
     """
 
     def __init__(
-        self, features: Any, lengths: np.ndarray, *, micro_batch: int, rank: int, world_size: int
+        self, features: Any, lengths: np.ndarray, *, micro_batch: int, place: Place
     ) -> None:
         self._features, self._by_length, self._micro_batch = (
             features,
             np.argsort(lengths, kind="stable"),
             micro_batch,
         )
-        self._rank, self._world_size = rank, world_size
+        self._place = place
 
     def __iter__(self) -> Iterator[Examples]:
         """Yield this rank's micro-batches; ``position`` is the number of the feature."""
-        n, turn = len(self._by_length), self._world_size * self._micro_batch
-        for first in range(self._rank * self._micro_batch, -(-n // turn) * turn, turn):
+        n, turn = len(self._by_length), self._place.size * self._micro_batch
+        for first in range(self._place.rank * self._micro_batch, -(-n // turn) * turn, turn):
             places = np.arange(first, first + self._micro_batch)
             numbers = self._by_length[np.minimum(places, n - 1)]
             yield micro_batch(self._features, numbers, numbers, valid=places < n)

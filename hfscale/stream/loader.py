@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.stream.ahead import fetch_ahead
 from hfscale.stream.mixture import Mixture
@@ -42,7 +43,7 @@ PLAN_ROWS = 2**15
 class Stream:
     """This rank's micro-batches of each step, from any state on, on any number of ranks.
 
-    ``global_batch`` must divide by ``world_size * micro_batch``; the reader prepares
+    ``global_batch`` must divide by ``place.size * micro_batch``; the reader prepares
     ``prefetch_steps`` ahead, or what PLAN_ROWS and ``rows.plan_tokens`` allow, where that is more.
     ``take`` and ``advance`` belong to one thread.
 
@@ -57,18 +58,14 @@ class Stream:
         *,
         global_batch: int,
         micro_batch: int,
-        rank: int,
-        world_size: int,
+        place: Place,
         state: StreamState | None = None,
         prefetch_steps: int = 2,
         with_documents: bool = False,
         pin_memory: bool = False,
     ) -> None:
-        assert global_batch % (world_size * micro_batch) == 0, (
-            global_batch,
-            world_size,
-            micro_batch,
-        )  # rules.py has checked it
+        # rules.py has checked it
+        assert global_batch % (place.size * micro_batch) == 0, (global_batch, place, micro_batch)
         self._rows, self._order = rows, order
         fresh = StreamState(
             rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows
@@ -78,8 +75,8 @@ class Stream:
         )  # a source may have come to a mixture
         _check_same(fresh, self._opened)
         self._consumed = self._opened.consumed_rows
-        self._global_batch, self._rank, self._world_size = global_batch, rank, world_size
-        self._share = global_batch // world_size  # rows of this rank in a step
+        self._global_batch, self._place = global_batch, place
+        self._share = global_batch // place.size  # rows of this rank in a step
         self._plan_steps = max(
             prefetch_steps, min(PLAN_ROWS, rows.plan_tokens // rows.seq_len) // global_batch
         )
@@ -189,8 +186,7 @@ class Stream:
             start,
             count=steps,
             global_batch=self._global_batch,
-            rank=self._rank,
-            world_size=self._world_size,
+            place=self._place,
         ).ravel()
         return positions, self._order.locate(positions)
 
@@ -209,16 +205,10 @@ class EvaluationRows:
         *,
         count: int,
         micro_batch: int,
-        rank: int,
-        world_size: int,
+        place: Place,
         with_documents: bool = False,
     ) -> None:
-        self._rows, self._micro_batch, self._rank, self._world_size = (
-            rows,
-            micro_batch,
-            rank,
-            world_size,
-        )
+        self._rows, self._micro_batch, self._place = rows, micro_batch, place
         self._ends = np.cumsum(rows.shard_rows)
         self.available = int(self._ends[-1])
         self.count = min(count, self.available)
@@ -226,12 +216,12 @@ class EvaluationRows:
 
     def __len__(self) -> int:
         """The number of micro-batches of each rank."""
-        return -(-self.count // (self._world_size * self._micro_batch))
+        return -(-self.count // (self._place.size * self._micro_batch))
 
     def __iter__(self) -> Iterator[Rows]:
         """Yield this rank's micro-batches."""
         for turn in range(len(self)):
-            first = (turn * self._world_size + self._rank) * self._micro_batch
+            first = (turn * self._place.size + self._place.rank) * self._micro_batch
             position = np.arange(first, first + self._micro_batch)
             line = np.minimum(position, self.count - 1) * self.available // self.count
             shard = np.searchsorted(self._ends, line, side="right")

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from hfscale.dist.world import Place
 from hfscale.stream.order import Order, Places, deal, key_of, mix, permute
 
 _SLOTS = 4  # purpose of a key; order.py and sources.py have the others
@@ -202,14 +203,12 @@ class Mixture:
             self._ends[phase, source] - count
         )
 
-    def steps(
-        self, start: int, *, count: int, global_batch: int, rank: int, world_size: int
-    ) -> np.ndarray:
-        """Return the positions (count, global_batch / world_size) that ``rank`` reads in ``count``
+    def steps(self, start: int, *, count: int, global_batch: int, place: Place) -> np.ndarray:
+        """Return the positions (count, global_batch / place.size) that this rank reads in ``count``
         steps from ``start`` on.
 
         A step takes ``global_batch`` positions in a row; they are sorted by lane and cut into
-        ``world_size`` equal slices, so where lanes divide the global batch a rank stays with its
+        ``place.size`` equal slices, so where lanes divide the global batch a rank stays with its
         lanes' shards. Whatever the slices, the step is the same.
         """
         positions = start + np.arange(count * global_batch, dtype=np.int64)
@@ -221,8 +220,7 @@ class Mixture:
         return deal(
             positions.reshape(count, global_batch),
             lane.reshape(count, global_batch),
-            rank=rank,
-            world_size=world_size,
+            place=place,
         )
 
     def locate(self, positions: np.ndarray) -> Places:

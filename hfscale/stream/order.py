@@ -28,6 +28,7 @@ from typing import Literal, Union
 
 import numpy as np
 
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, DataError
 
 AUTO_LANES = (
@@ -142,13 +143,14 @@ class Order:
         )
 
 
-def deal(positions: np.ndarray, lanes: np.ndarray, *, rank: int, world_size: int) -> np.ndarray:
-    """Return the share of ``rank`` in each step (count, global_batch / world_size) of
+def deal(positions: np.ndarray, lanes: np.ndarray, *, place: Place) -> np.ndarray:
+    """Return the share of ``place`` in each step (count, global_batch / place.size) of
     ``positions``, whose ``lanes`` are alike in shape.
     """
     by_lane = np.argsort(lanes, axis=1, kind="stable")
-    share = positions.shape[1] // world_size
-    return np.take_along_axis(positions, by_lane[:, rank * share : (rank + 1) * share], axis=1)
+    share = positions.shape[1] // place.size
+    first = place.rank * share
+    return np.take_along_axis(positions, by_lane[:, first : first + share], axis=1)
 
 
 def mix(x: np.ndarray) -> np.ndarray:

@@ -27,7 +27,7 @@ import numpy as np
 import torch
 
 from hfscale.dist.agree import sum_over_ranks
-from hfscale.dist.world import available_cores
+from hfscale.dist.world import Place, available_cores
 from hfscale.encoding import Encoders
 from hfscale.errors import DataError
 from hfscale.shards.raw import Encoded, Sample, encode_samples, samples_of
@@ -204,24 +204,20 @@ class TextRows(TokenRows):
         encoders: Encoders,
         *,
         global_batch: int,
-        rank: int = 0,
-        world_size: int = 1,
+        place: Place = Place(),
         state: StreamState | None = None,
     ) -> None:
         vars(self).update(vars(rows))
         self.order, self.encoders, lanes = order, encoders, order.lanes
         self.options = (self.verify, np.full(self.seq_len, FILLER_ID, "<u4"))
-        share, each = (
-            global_batch // world_size,
-            global_batch // lanes,
-        )  # rows of a rank, and of a lane, in a step
+        share = global_batch // place.size  # rows of a rank in a step
+        each = global_batch // lanes  # rows of a lane in a step
+        first = place.rank * share
         ends = (np.arange(lanes) + 1) * each  # of each lane's rows in a step that is sorted by lane
-        self._owned = (
-            ends - 1
-        ) // share == rank  # lanes whose last row is this rank's: their cursors are right here
-        width = len(order.raw) * int(
-            ((ends > rank * share) & (ends - each < (rank + 1) * share)).sum()
-        )
+        # lanes whose last row is this rank's: their cursors are right here
+        self._owned = (ends - 1) // share == place.rank
+        own_lanes = int(((ends > first) & (ends - each < first + share)).sum())
+        width = len(order.raw) * own_lanes
         self.ahead = max(4, -(-2 * encoders.procs // width))  # tasks of each lane
         self.task_bytes = max(
             TASK_BYTES[0], min(TASK_BYTES[1], AHEAD_BYTES // width // (1 + self.ahead))

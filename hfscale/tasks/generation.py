@@ -23,7 +23,6 @@ from typing import Annotated, Any
 
 import numpy as np
 import torch
-import torch.distributed as torch_dist
 from pydantic import Field
 from torch import Tensor
 from transformers import (
@@ -41,7 +40,8 @@ from transformers import (
 )
 
 from hfscale.config.schema import Positive, Section
-from hfscale.dist.agree import gather_from_ranks
+from hfscale.dist.agree import from_all_ranks
+from hfscale.dist.group import everybody
 from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.models.build import longest_row
@@ -210,13 +210,9 @@ def generate(
         one = asked[row]
         groups.setdefault((one.most, one.least, one.alike), []).append(row)
     passes = [(most, least, rows) for (most, least, _), rows in groups.items()]
-    synced = (
-        torch_dist.is_initialized()
-        and torch_dist.get_world_size() > 1
-        and any(hasattr(p, "ds_id") for p in model.parameters())
-    )
+    synced = everybody().size > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
     if synced:
-        count = int(gather_from_ranks(torch.tensor([len(passes)], device=model.device))[0].max())
+        count = max(from_all_ranks(len(passes)))
         passes += [(1, 0, [])] * (count - len(passes))
     answers: list[list[int]] = [[]] * len(prompts)
     for most, least, rows in passes:

@@ -47,7 +47,7 @@ class Evaluator:
         )
         with engine.eval_mode():
             for _ in objective.losses(
-                engine, (batch.to(engine.device) for batch in batches), counts, world_size=1
+                engine, (batch.to(engine.device) for batch in batches), counts
             ):
                 beat("validation")  # what was measured is in the sums
         losses = global_losses(objective, counts)

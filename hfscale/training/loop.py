@@ -20,6 +20,7 @@ import torch
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.dist.agree import Agreed, agree
 from hfscale.dist.stop import StopRequest
+from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine, StepStats
 from hfscale.errors import CheckpointError, DataError, UnhealthyError
 from hfscale.log import logger
@@ -68,8 +69,7 @@ class Trainer:
     describe: dict[str, Any]  # what every checkpoint says about the run
     total_steps: int
     seed: int
-    rank: int
-    world_size: int
+    data: Place  # among the ranks that read different rows
     metrics_every: int
     sources: tuple[str, ...] = ("text",)  # names, as the rows number them
     max_skipped: float = 0.0  # of the rows read
@@ -157,11 +157,9 @@ class Trainer:
         )
         self._count_skipped(agreed.counts[SKIPPED])
         on_device = [batch.to(self.engine.device) for batch in batches]
-        losses = self.objective.losses(
-            self.engine, on_device, agreed.counts, world_size=self.world_size
-        )
+        losses = self.objective.losses(self.engine, on_device, agreed.counts)
         beat("forward")
-        for loss in seeded(losses, seed=self.seed, step=step, rank=self.rank):
+        for loss in seeded(losses, seed=self.seed, step=step, rank=self.data.rank):
             beat("backward")
             self.engine.backward(loss)
             beat("forward")

@@ -27,6 +27,7 @@ from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import (
     LISTEN_FD,
     Allocation,
+    Place,
     World,
     allocation,
     available_cores,
@@ -222,7 +223,7 @@ def _measure(
         command, listener = python(RANK, text), listen()
         port, threads = listener.getsockname()[1], str(max(1, available_cores() // procs))
         places = [
-            World(rank, procs, rank, procs, master_port=port).export()
+            World(Place(rank, procs), rank, procs, master_port=port).export()
             | {"OMP_NUM_THREADS": threads}
             for rank in range(procs)
         ]

@@ -22,6 +22,7 @@ from statistics import median
 from typing import Any
 
 from hfscale.checkpoint import layout
+from hfscale.dist.world import Place
 from hfscale.errors import CheckpointError
 from tests.helpers.forks import Forks, say
 
@@ -53,7 +54,7 @@ def manager(kind: Any, options: Any, folder: str, engine: Any, async_: bool) -> 
     config = options.model_validate(
         {"keep_last": KEEP_LAST, "every_minutes": None, "async": async_}
     )
-    return kind(Path(folder), config=config, rank=engine.rank, world_size=RANKS)
+    return kind(Path(folder), config=config, place=Place(engine.all.rank, RANKS))
 
 
 def fingerprint(engine: Any) -> str:

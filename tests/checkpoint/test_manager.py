@@ -21,6 +21,7 @@ from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.probe import read_probe
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.config.schema import Best, Checkpoint
+from hfscale.dist.world import Place
 from hfscale.errors import CheckpointError, ConfigError, UnhealthyError
 from tests.engine.tiny import full_state, logits, same, tiny_config, tiny_engine, train_step
 from tests.helpers.needs import lacking
@@ -33,7 +34,7 @@ def manager(folder: Path, **options: Any) -> CheckpointManager:
     config = Checkpoint.model_validate({"every_minutes": None, **options})
     group = torch.distributed
     return CheckpointManager(
-        folder, config=config, rank=group.get_rank(), world_size=group.get_world_size()
+        folder, config=config, place=Place(group.get_rank(), group.get_world_size())
     )
 
 
@@ -303,7 +304,7 @@ def limited(folder: Path, limit_on: int) -> list[str]:
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     messages = []
     try:
-        if engine.rank == limit_on:
+        if engine.all.rank == limit_on:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
         checkpoints.save(engine, {"step": 2}, step=2)
         for _ in range(2):  # it stays failed
@@ -377,7 +378,7 @@ def two_saves(folder: Path) -> dict[str, Any]:
     config = tiny_config(1, world_size=2)
     engine, checkpoints = (
         tiny_engine(config),
-        SlowDisk(folder, config=Checkpoint(), rank=torch.distributed.get_rank(), world_size=2),
+        SlowDisk(folder, config=Checkpoint(), place=Place(torch.distributed.get_rank(), 2)),
     )
     SlowDisk.gate.clear()
     train_step(engine, config, 1)
@@ -414,9 +415,7 @@ def test_training_goes_on_behind_a_slow_disk_and_the_next_save_waits(tmp_path, c
 
 
 def test_what_improves(tmp_path):
-    checkpoints = CheckpointManager(
-        tmp_path, config=Checkpoint(keep_best=Best()), rank=0, world_size=1
-    )
+    checkpoints = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best()), place=Place())
     losses = [float("nan"), 3.0, 3.0, 2.5, 2.6, 2.4]
     assert [
         checkpoints.improves({"step": step, "validation_loss": loss})
@@ -426,7 +425,7 @@ def test_what_improves(tmp_path):
     with pytest.raises(ConfigError, match=r"keep_best(.|\n)*validation_perplexity"):
         checkpoints.improves({"step": 7, "validation_perplexity": 3.0})
     scores = CheckpointManager(
-        tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1")), rank=0, world_size=1
+        tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1")), place=Place()
     )
     assert [
         scores.improves({"step": step, "validation_f1": value})
@@ -445,7 +444,7 @@ def test_rank_0_decides_by_steps_and_by_the_clock(tmp_path):
     clock = Clock()
     config = Checkpoint(every_steps=100, every_minutes=2, keep_every_steps=70)
     rank0, rank1 = (
-        CheckpointManager(tmp_path, config=config, rank=rank, world_size=2, clock=clock)
+        CheckpointManager(tmp_path, config=config, place=Place(rank, 2), clock=clock)
         for rank in (0, 1)
     )
     assert [step for step in range(1, 211) if rank0.due(step)] == [70, 100, 140, 200, 210]

@@ -26,6 +26,7 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import Match, labels_of, load_pretrained, match, tell
 from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.schema import Checkpoint
+from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.errors import CheckpointError
 from hfscale.models.build import build_model
@@ -213,7 +214,7 @@ def trained(folder: Path) -> torch.Tensor:
     config = tiny_config(3, "bf16", world_size=2)
     engine = tiny_engine(config)
     train_step(engine, config, 1)
-    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
     checkpoints.save(engine, {"step": 1}, step=1)
     checkpoints.wait()
     state = full_state(engine)

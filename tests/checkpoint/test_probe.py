@@ -17,6 +17,7 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.probe import Probe, read_probe
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import Checkpoint
+from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError
 from hfscale.models.build import build_model
@@ -36,7 +37,7 @@ def save(folder: Path, family: str, auto_model: str | None) -> None:
         config=tiny_config(3, world_size=2),
         device=torch.device("cpu"),
     )
-    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
     checkpoints.save(engine, {"step": 1}, step=1)
     checkpoints.wait()
     engine.close()
@@ -102,7 +103,7 @@ def choices(folder: Path) -> tuple[list[int], bool]:
         kind(config), config=tiny_config(3, world_size=1), device=torch.device("cpu")
     )
     inputs = {"input_ids": torch.randint(VOCAB, (1, 3, 8))}
-    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=0, world_size=1)
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place())
     checkpoints.save(engine, {"step": 1}, step=1, probe_inputs=inputs)
     checkpoints.wait()
     engine.close()

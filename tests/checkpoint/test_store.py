@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from hfscale.checkpoint.manifest import write_file
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
+from hfscale.dist.world import Place
 from hfscale.engine.fragments import Fragment, share
 from hfscale.errors import CheckpointError
 
@@ -37,7 +38,7 @@ def save(folder: Path, fragments: list[Fragment], *, world_size: int) -> Fragmen
         write_file(
             folder,
             f"engine/rank-{rank:05}.safetensors",
-            serialize(list(share(fragments, rank=rank, world_size=world_size))),
+            serialize(list(share(fragments, place=Place(rank, world_size)))),
         )
     return FragmentReader(folder)
 
@@ -47,7 +48,7 @@ def save(folder: Path, fragments: list[Fragment], *, world_size: int) -> Fragmen
 def test_any_cut_reads_what_any_other_cut_wrote(tmp_path_factory, writers, readers):
     saved, empty = whole(), whole(seed=1)
     reader = save(tmp_path_factory.mktemp("cut"), saved, world_size=writers)
-    parts = [list(share(empty, rank=rank, world_size=readers)) for rank in range(readers)]
+    parts = [list(share(empty, place=Place(rank, readers))) for rank in range(readers)]
     sizes = [sum(fragment.numel for fragment in part) for part in parts]
     assert max(sizes) - min(sizes) <= 1
     for part in parts:

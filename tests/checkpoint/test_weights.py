@@ -11,6 +11,7 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.probe import read_probe
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import Checkpoint
+from hfscale.dist.world import Place
 from hfscale.errors import CheckpointError
 from tests.engine.tiny import full_state, tiny_config, tiny_engine, tiny_model, train_step
 from tests.helpers.ranks import run_ranks
@@ -21,7 +22,7 @@ def saved_run(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     config = tiny_config(stage, "bf16", world_size=2)
     engine = tiny_engine(config)
     checkpoints = CheckpointManager(
-        folder / "checkpoints", config=Checkpoint(), rank=engine.rank, world_size=2
+        folder / "checkpoints", config=Checkpoint(), place=Place(engine.all.rank, 2)
     )
     for step in (1, 2):
         train_step(engine, config, step)

@@ -117,7 +117,7 @@ def test_notices():
 
 
 def test_batch_equation():
-    plan = solve_batch(512, micro_batch=8, world_size=16)
+    plan = solve_batch(512, micro_batch=8, data_size=16)
     assert plan.equation == "global_batch 512 = micro_batch 8 x accumulation 4 x world_size 16"
 
 
@@ -139,7 +139,7 @@ def test_a_batch_that_does_not_divide_offers_values_that_do(
     global_batch: int, micro_batch: int, world_size: int, offers: tuple[str, ...]
 ):
     with pytest.raises(ConfigError) as caught:
-        solve_batch(global_batch, micro_batch=micro_batch, world_size=world_size)
+        solve_batch(global_batch, micro_batch=micro_batch, data_size=world_size)
     for offer in offers:
         assert offer in str(caught.value)
 

@@ -14,7 +14,7 @@ from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import host_group
 from hfscale.dist.rendezvous import prove
 from hfscale.dist.secret import SECRET, known_secret, make_secret
-from hfscale.dist.world import LISTEN_FD, World, listen
+from hfscale.dist.world import LISTEN_FD, Place, World, listen
 from hfscale.errors import ConfigError
 from tests.helpers.ranks import run_ranks
 
@@ -45,7 +45,7 @@ def proven(secrets: list[str]) -> str:
     """Return what a rank is told that knows one of ``secrets``."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     try:
-        prove(World(rank, size, secret=secrets[rank]), host_group())
+        prove(World(Place(rank, size), secret=secrets[rank]), host_group())
     except ConfigError as error:
         return str(error)
     return ""

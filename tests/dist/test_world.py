@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from hfscale.dist.world import Allocation, World, allocation, copies, counts, free_port
+from hfscale.dist.world import Allocation, Place, World, allocation, copies, counts, free_port
 from hfscale.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def test_torchruns_variables():
         "MASTER_PORT": "2950",
     }
     world = World.from_environment(env)
-    assert world == World(3, 4, 1, 2, "node7", 2950)
+    assert world == World(Place(3, 4), 1, 2, "node7", 2950)
     assert World.from_environment(world.export()) == world
 
 
@@ -36,10 +36,10 @@ def test_slurms_variables_count_only_for_more_than_one_task():
         "MASTER_ADDR": "n1",
         "MASTER_PORT": "29500",
     }
-    assert World.from_environment(slurm) == World(5, 8, 1, 4, "n1", 29500)
+    assert World.from_environment(slurm) == World(Place(5, 8), 1, 4, "n1", 29500)
     uneven = slurm | {"SLURM_STEP_TASKS_PER_NODE": "2(x2),4", "SLURM_NODEID": "2"}
-    assert World.from_environment(uneven).local_world_size == 4
-    assert World.from_environment(uneven | {"SLURM_NODEID": "1"}).local_world_size == 2, (
+    assert World.from_environment(uneven).local_ranks == 4
+    assert World.from_environment(uneven | {"SLURM_NODEID": "1"}).local_ranks == 2, (
         "whatever SLURM_NTASKS_PER_NODE an outer allocation has handed on"
     )
     assert World.from_environment({"SLURM_NTASKS": "8", "SLURM_PROCID": "0"}) == World(), (

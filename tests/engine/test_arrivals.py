@@ -77,8 +77,8 @@ def gradients(stage: int, options: dict[str, object]) -> list[dict[str, torch.Te
     engine = Engine.create(made, config=config, device=torch.device("cpu"))
     beta, before, steps = config.optim.betas[0], {}, []
     for step, ranks in enumerate(SKIPS):
-        for micro, skip in enumerate(ranks[engine.rank]):
-            engine.backward(engine(x=inputs(step, engine.rank, micro), skip=skip))
+        for micro, skip in enumerate(ranks[engine.all.rank]):
+            engine.backward(engine(x=inputs(step, engine.all.rank, micro), skip=skip))
         engine.step(0.0)
         moments = {name: tensors["exp_avg"] for name, tensors in full_state(engine).items()}
         steps.append(
@@ -132,7 +132,7 @@ def diverging() -> None:
         made = Branches()
     engine = Engine.create(made, config=config, device=torch.device("cpu"))
     for step in range(2):
-        engine.backward(engine(x=inputs(step, engine.rank, 0), skip={engine.rank}))
+        engine.backward(engine(x=inputs(step, engine.all.rank, 0), skip={engine.all.rank}))
         engine.step(0.0)
 
 

@@ -133,7 +133,7 @@ def poisoned(stage: int, precision: str) -> tuple[str, list[str], bool]:
     before, seen = full_state(engine), logits(engine)
     out = engine(input_ids=rows(2)[0]).logits
     engine.backward(
-        out.float().mean() * (float("nan") if engine.rank == 1 else 1.0)
+        out.float().mean() * (float("nan") if engine.all.rank == 1 else 1.0)
     )  # one rank only
     message = ""
     try:

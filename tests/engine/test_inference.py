@@ -48,7 +48,7 @@ def on_ranks(how: dict[str, Any], precision: str) -> tuple[torch.Tensor, int, bo
                 state[fragment.name].flatten()[fragment.start : fragment.start + fragment.numel]
             )
         engine.after_load()
-        logits = engine(input_ids=rows(engine.rank)[0]).logits.clone()
+        logits = engine(input_ids=rows(engine.all.rank)[0]).logits.clone()
     together = engine.together
     engine.close()
     engine.close()

@@ -78,7 +78,7 @@ def gradients(stage: int, steps: int = 2, **options: object) -> list[dict[str, t
     beta, before, found = config.optim.betas[0], {}, []
     for step in range(steps):
         for micro in range(2):
-            ids = seed_and_ids(step, engine.rank, micro)
+            ids = seed_and_ids(step, engine.all.rank, micro)
             engine.backward(engine(input_ids=ids, labels=ids).loss)
         engine.step(0.0)
         moments = {name: tensors["exp_avg"] for name, tensors in full_state(engine).items()}

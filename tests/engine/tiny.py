@@ -92,8 +92,8 @@ def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, Ste
     ids, counted = rows(step)
     count = counted[:, 1:].sum()
     mine = slice(
-        engine.rank * GLOBAL_ROWS // engine.world_size,
-        (engine.rank + 1) * GLOBAL_ROWS // engine.world_size,
+        engine.all.rank * GLOBAL_ROWS // engine.all.size,
+        (engine.all.rank + 1) * GLOBAL_ROWS // engine.all.size,
     )
     total = torch.zeros(())
     batches = zip(
@@ -102,12 +102,12 @@ def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, Ste
         strict=True,
     )
     for number, (micro, asked) in enumerate(batches):
-        torch.manual_seed(step * 1000 + engine.rank * 100 + number)  # dropout
+        torch.manual_seed(step * 1000 + engine.all.rank * 100 + number)  # dropout
         logits = engine(input_ids=micro).logits[:, :-1].float()
         losses = F.cross_entropy(logits.flatten(0, 1), micro[:, 1:].flatten(), reduction="none")
         loss = (losses * asked[:, 1:].flatten()).sum()
         total += loss.detach()
-        engine.backward(loss * engine.world_size / count)
+        engine.backward(loss * engine.all.size / count)
     torch_dist.all_reduce(total)
     return (total / count).item(), engine.step(rate(config, step))
 
@@ -131,7 +131,7 @@ def full_state(engine: Engine) -> dict[str, dict[str, torch.Tensor]]:
         (f.name, f.shape, f.start, {key: value.clone() for key, value in f.tensors.items()})
         for f in engine.fragments()
     ]
-    everyone: list[Any] = [None] * engine.world_size
+    everyone: list[Any] = [None] * engine.all.size
     torch_dist.all_gather_object(everyone, mine)
     state: dict[str, dict[str, torch.Tensor]] = {}
     seen: dict[str, torch.Tensor] = {}
@@ -173,8 +173,8 @@ def accumulation_error(stage: int, micro_batches: int) -> float:
     )
     engine = tiny_engine(config)
     rng = torch.Generator().manual_seed(7)
-    ids = torch.randint(VOCAB, (engine.world_size, micro_batches, 1, TOKENS), generator=rng)
-    for row in ids[engine.rank]:
+    ids = torch.randint(VOCAB, (engine.all.size, micro_batches, 1, TOKENS), generator=rng)
+    for row in ids[engine.all.rank]:
         engine.backward(_mean_loss(engine, row) / micro_batches)
     engine.step(0.0)
     moments = full_state(engine)

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from hfscale.dist.world import Place
 from hfscale.stream.mixture import Mixture, Phase, plan
 from hfscale.stream.order import Order
 from tests.helpers import oracle
@@ -174,7 +175,7 @@ def _steps(
     found: dict[int, tuple[int, int, int]] = {}
     for rank in range(world_size):
         positions = order.steps(
-            start, count=count, global_batch=layout.global_batch, rank=rank, world_size=world_size
+            start, count=count, global_batch=layout.global_batch, place=Place(rank, world_size)
         )
         assert positions.shape == (count, layout.global_batch // world_size), layout
         assert (

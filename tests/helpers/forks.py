@@ -26,7 +26,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfscale.dist.world import World, listen
+from hfscale.dist.world import Place, World, listen
 from tests.helpers.ranks import ROOT, _address
 
 PR_SET_PDEATHSIG = 1
@@ -129,7 +129,7 @@ def main() -> None:
                 try:
                     if rank:
                         listener.close()
-                    place = World(rank, world_size, rank, world_size, "127.0.0.1", port)
+                    place = World(Place(rank, world_size), rank, world_size, "127.0.0.1", port)
                     group.start(place if rank else replace(place, listen_fd=handle))
                     say("returned", function(*args))
                     group.shutdown()

@@ -22,6 +22,7 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.weights import CheckpointWeights
 from hfscale.config.schema import Checkpoint, CorpusConfig, RunConfig, Section
 from hfscale.corpus.tokenizer_training import train_tokenizer
+from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError, DataError
 from hfscale.jobs import export, origin
@@ -200,7 +201,7 @@ def saved_family(folder: Path, family: str, stage: int) -> None:
             10 if parameter.ndim == 2 else 1
         )  # as large as trained ones: at first a layer hardly adds to the stream
     engine = Engine.create(built, config=config, device=torch.device("cpu"))
-    checkpoints = CheckpointManager(folder, config=Checkpoint(), rank=engine.rank, world_size=2)
+    checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
     checkpoints.save(engine, {"step": 1, "device": "cpu"}, step=1)
     checkpoints.wait()
     engine.close()

@@ -82,7 +82,7 @@ def losses(model: Any, cut: int, **setting: Any) -> tuple[float, dict[str, float
     ]
     model.zero_grad()
     total = 0.0
-    for loss in objective.losses(model, batches, objective.counts(batches), world_size=1):
+    for loss in objective.losses(model, batches, objective.counts(batches)):
         loss.backward()
         total += loss.item()
     sums = {term: value.item() for term, value in objective.take_sums().items()}

@@ -28,9 +28,7 @@ from tests.helpers.slurm import wait_for
 
 @pytest.fixture
 def watched(tmp_path: Path) -> Iterator[Heartbeat]:
-    with watching(
-        tmp_path, rank=3, world_size=4, node="n7", timeout_s=60.0, on_hang=lambda rank: None
-    ):
+    with watching(tmp_path, rank=3, ranks=4, node="n7", timeout_s=60.0, on_hang=lambda rank: None):
         assert heartbeat._current is not None
         yield heartbeat._current
 
@@ -85,9 +83,7 @@ def test_start_first_step_and_saves_may_take_long(watched: Heartbeat):
 
 
 def test_without_a_limit_nothing_is_watched_or_written(tmp_path: Path):
-    with watching(
-        tmp_path, rank=0, world_size=1, node="n1", timeout_s=None, on_hang=lambda rank: None
-    ):
+    with watching(tmp_path, rank=0, ranks=1, node="n1", timeout_s=None, on_hang=lambda rank: None):
         beat("data", 1)
     assert list(tmp_path.iterdir()) == []
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Named, Section
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import (
     OBJECTIVES,
@@ -66,13 +67,11 @@ def test_unknown_objectives_and_options_name_the_nearest() -> None:
 
 
 def test_a_scalar_is_weight_times_sum_times_world_over_count() -> None:
-    objective = TwoTerms(Options(), Setting(seq_len=3))
+    objective = TwoTerms(Options(), Setting(seq_len=3, data=Place(0, 4)))
     w = torch.tensor(2.0, requires_grad=True)
     batches = [batch_of(torch.ones(2, 3), [3, 2]), batch_of(2 * torch.ones(2, 3), [3, 3])]
     assert objective.counts(batches) == {"main": 11, "accuracy": 4}
-    scalars = list(
-        objective.losses(lambda x: w * x, batches, {"main": 22, "accuracy": 8}, world_size=4)
-    )
+    scalars = list(objective.losses(lambda x: w * x, batches, {"main": 22, "accuracy": 8}))
     assert [s.item() for s in scalars] == [
         pytest.approx(0.5 * 12 * 4 / 22),
         pytest.approx(0.5 * 24 * 4 / 22),
@@ -85,7 +84,7 @@ def test_a_scalar_is_weight_times_sum_times_world_over_count() -> None:
 def test_a_step_in_which_nothing_is_asked_has_a_zero_loss_and_no_nan() -> None:
     objective = TwoTerms(Options(), Setting(seq_len=3))
     (scalar,) = objective.losses(
-        lambda x: x, [batch_of(torch.zeros(2, 3), [0, 0])], {"main": 0, "accuracy": 0}, world_size=1
+        lambda x: x, [batch_of(torch.zeros(2, 3), [0, 0])], {"main": 0, "accuracy": 0}
     )
     assert scalar.item() == 0.0
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from hfscale.config.schema import Model, Named
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError
 from hfscale.models.build import build_model
 from hfscale.objectives import isolation
@@ -47,11 +48,12 @@ def model_of(
 
 
 def objective_for(
-    model: nn.Module, *, cross_document: bool = True, micro_batch: int = 2
+    model: nn.Module, *, cross_document: bool = True, micro_batch: int = 2, data: Place = Place()
 ) -> Objective:
     setting = Setting(
         seq_len=32,
         micro_batch=micro_batch,
+        data=data,
         cross_document=cross_document,
         model_config=model.config,
     )
@@ -81,13 +83,13 @@ def step_gradient(cuts: list[list[Rows]], model: nn.Module) -> tuple[torch.Tenso
     """Return the gradient and loss of one step whose rows are cut into ranks (outer list) and
     micro-batches (inner list).
     """
-    objective = objective_for(model, cross_document=False)
+    objective = objective_for(model, cross_document=False, data=Place(0, len(cuts)))
     ranks = [[objective.collate(rows) for rows in micro_batches] for micro_batches in cuts]
     counts = {"clm": sum(objective.counts(batches)["clm"] for batches in ranks)}
     model.zero_grad()
     total = 0.0
     for batches in ranks:
-        for scalar in objective.losses(model, batches, counts, world_size=len(ranks)):
+        for scalar in objective.losses(model, batches, counts):
             (scalar / len(ranks)).backward()  # as the engine averages over ranks
         total += objective.take_sums()["clm"].item()
     return torch.cat([p.grad.flatten() for p in model.parameters()]), total / counts["clm"]
@@ -247,7 +249,7 @@ def test_the_mask_is_made_once_a_batch_for_all_layers(
             )
     objective = objective_for(model, cross_document=False)
     batches = [objective.collate(make_rows([[9, 24], [33, 0]], seed=seed)) for seed in range(3)]
-    for loss in objective.losses(model, batches, objective.counts(batches), world_size=1):
+    for loss in objective.losses(model, batches, objective.counts(batches)):
         loss.backward()
     Evaluator(objective, [make_rows([[9, 24], [33, 0]])]).run(Bare(model))  # type: ignore[arg-type]
     assert len(made) == 4

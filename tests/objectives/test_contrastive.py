@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 
 from hfscale.config.schema import Model, Named
+from hfscale.dist.group import everybody
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError
 from hfscale.models.build import build_model
 from hfscale.models.pooling import pool
@@ -33,10 +35,10 @@ BERT = {
 }
 
 
-def contrastive(**options: Any) -> Objective:
+def contrastive(data: Place = Place(), **options: Any) -> Objective:
     return load_objective(
         Named(name="contrastive", options=options),
-        Setting(seq_len=T, global_batch=N, seed=3, tokenizer=tokenizer()),
+        Setting(seq_len=T, global_batch=N, seed=3, tokenizer=tokenizer(), data=data),
     )
 
 
@@ -56,14 +58,14 @@ def rows_of(first: int = 0, stop: int = N) -> Rows:
 
 
 def gradient(
-    objective: Objective, model: torch.nn.Module, batches: list[Batch], *, world_size: int = 1
+    objective: Objective, model: torch.nn.Module, batches: list[Batch]
 ) -> tuple[torch.Tensor, dict[str, Any]]:
     counts = dict.fromkeys(objective.weights(), N)
     if "mlm" in counts:
         counts["mlm"] = 40  # any number, the same for every cut
     model.zero_grad()
-    for scalar in objective.losses(model, batches, counts, world_size=world_size):
-        (scalar / world_size).backward()
+    for scalar in objective.losses(model, batches, counts):
+        (scalar / objective.setting.data.size).backward()
     flat = torch.cat(
         [
             torch.zeros_like(p).flatten() if p.grad is None else p.grad.flatten()
@@ -108,12 +110,12 @@ def of_ranks(micro_batch: int, mlm_weight: float) -> tuple[torch.Tensor, dict[st
     """
     import torch.distributed as torch_dist
 
-    rank, world_size = torch_dist.get_rank(), torch_dist.get_world_size()
-    objective = contrastive(mlm_weight=mlm_weight)
-    share = N // world_size
-    starts = range(rank * share, (rank + 1) * share, micro_batch)
+    place = everybody()
+    objective = contrastive(mlm_weight=mlm_weight, data=place)
+    share = N // place.size
+    starts = range(place.rank * share, (place.rank + 1) * share, micro_batch)
     batches = [objective.collate(rows_of(first, first + micro_batch)) for first in starts]
-    got, sums = gradient(objective, model_for(objective), batches, world_size=world_size)
+    got, sums = gradient(objective, model_for(objective), batches)
     totals = torch.tensor([sums[term] for term in sorted(sums)])
     torch_dist.all_reduce(got)
     torch_dist.all_reduce(totals)

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hfscale.dist.world import World
+from hfscale.dist.world import Place, World
 from hfscale.errors import DataError
 from hfscale.reports import machine
 from tests.helpers.web_server import serve
@@ -36,7 +36,9 @@ def test_ranks_read_shards_of_their_own_and_all_are_looked_at(corpus: Path, tmp_
     folder = tmp_path / "train"
     shutil.copytree(corpus / "shards" / "train", folder)
     for rank in range(3):
-        [one] = machine.reading(shards(folder, corpus / "shards" / "validation"), World(rank, 3))
+        [one] = machine.reading(
+            shards(folder, corpus / "shards" / "validation"), World(Place(rank, 3))
+        )
         assert one.value is not None
         assert one.value > 0
     with open(folder / "shard-000001.tar", "ab") as file:

@@ -12,6 +12,7 @@ import torch
 
 from hfscale.checkpoint.manifest import write_file
 from hfscale.checkpoint.store import serialize
+from hfscale.dist.world import Place
 from hfscale.engine.fragments import Fragment, share
 from hfscale.reports.prove import COMPONENTS, LOGGED, digests, first_difference
 
@@ -71,7 +72,7 @@ def save(folder: Path, fragments: list[Fragment], world_size: int) -> dict[str, 
         write_file(
             folder,
             f"engine/rank-{rank:05}.safetensors",
-            serialize(list(share(fragments, rank=rank, world_size=world_size))),
+            serialize(list(share(fragments, place=Place(rank, world_size)))),
         )
     return digests(folder)
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.shards import remote
 from hfscale.shards.reader import ShardReader
@@ -64,8 +65,7 @@ def open_stream(
         order_of(rows.shard_rows, seed=1, lanes=lanes, block=block),
         global_batch=BATCH,
         micro_batch=BATCH,
-        rank=0,
-        world_size=1,
+        place=Place(),
     ), rows
 
 

@@ -23,7 +23,7 @@ def test_the_rows_of_a_chain_are_those_of_the_oracle(first: int) -> None:
         ("ROUNDS", 5),
         ("_BLOCKS", 3),
         ("_SHARDS", 5),
-        ("deal", lambda positions, lanes, *, rank, world_size: positions[:, ::2]),
+        ("deal", lambda positions, lanes, *, place: positions[:, ::2]),
     ],
 )
 def test_the_oracle_notices_another_order(

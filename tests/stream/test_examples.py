@@ -7,6 +7,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 
@@ -18,15 +19,14 @@ def made(n: int) -> tuple[list[dict], np.ndarray]:
     return [{"input_ids": [i] * int(length)} for i, length in enumerate(lengths)], lengths
 
 
-def stream(features, order, *, rank=0, world_size=1, micro_batch=4, global_batch=24, state=None):
+def stream(features, order, *, place=Place(), micro_batch=4, global_batch=24, state=None):
     return ExampleStream(
         features,
         order,
         fingerprint="f",
         global_batch=global_batch,
         micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
+        place=place,
         state=state,
     )
 
@@ -55,7 +55,7 @@ def test_steps_do_not_depend_on_the_cut_and_resume():
     steps: dict[tuple, list] = {}
     for world_size, micro_batch in ((1, 24), (1, 4), (2, 4), (3, 4), (4, 2)):
         ranks = [
-            stream(features, order, rank=rank, world_size=world_size, micro_batch=micro_batch)
+            stream(features, order, place=Place(rank, world_size), micro_batch=micro_batch)
             for rank in range(world_size)
         ]
         seen = []
@@ -106,7 +106,7 @@ def test_batches_are_alike_in_length():
 def test_validation_rows_come_once(n, world_size):
     features, lengths = made(n)
     ranks = [
-        [*ExampleRows(features, lengths, micro_batch=3, rank=rank, world_size=world_size)]
+        [*ExampleRows(features, lengths, micro_batch=3, place=Place(rank, world_size))]
         for rank in range(world_size)
     ]
     assert len({len(batches) for batches in ranks}) == 1

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.stream import loader
 from hfscale.stream.digest import batch_digest
@@ -24,8 +25,7 @@ SEQ = 32
 def open_stream(
     corpus,
     *,
-    rank=0,
-    world_size=1,
+    place=Place(),
     global_batch=24,
     micro_batch=2,
     state=None,
@@ -42,8 +42,7 @@ def open_stream(
         order,
         global_batch=global_batch,
         micro_batch=micro_batch,
-        rank=rank,
-        world_size=world_size,
+        place=place,
         state=state,
         **options,
     )
@@ -56,7 +55,7 @@ def train(
     way of JSON.
     """
     streams = [
-        open_stream(corpus, rank=rank, world_size=world_size, state=state, **options)
+        open_stream(corpus, place=Place(rank, world_size), state=state, **options)
         for rank in range(world_size)
     ]
     digests, positions = [], []
@@ -152,7 +151,7 @@ def test_one_epoch_holds_every_row_once(make_corpus):
 
 
 def test_micro_batches_and_their_fields(make_corpus):
-    stream = open_stream(make_corpus(), rank=1, world_size=2, micro_batch=4, with_documents=True)
+    stream = open_stream(make_corpus(), place=Place(1, 2), micro_batch=4, with_documents=True)
     batches = stream.take()
     assert [rows.ids_BL.shape for rows in batches] == [(4, SEQ + 1)] * 3
     for rows in batches:
@@ -265,8 +264,7 @@ def test_skipped_rows_keep_their_places(make_corpus, world_size):
             order,
             global_batch=24,
             micro_batch=2,
-            rank=rank,
-            world_size=world_size,
+            place=Place(rank, world_size),
             with_documents=True,
         )
         for rank in range(world_size)
@@ -294,8 +292,7 @@ def test_skipped_rows_keep_their_places(make_corpus, world_size):
             TokenRows(corpus.folder, seq_len=SEQ, skip=True),
             count=10**9,
             micro_batch=5,
-            rank=rank,
-            world_size=world_size,
+            place=Place(rank, world_size),
         )
         for rank in range(world_size)
     ]
@@ -317,7 +314,7 @@ def test_close_ends_the_thread(make_corpus):
 def evaluation(corpus, world_size: int, **options) -> Iterator[EvaluationRows]:
     for rank in range(world_size):
         yield EvaluationRows(
-            TokenRows(corpus.folder, seq_len=SEQ), rank=rank, world_size=world_size, **options
+            TokenRows(corpus.folder, seq_len=SEQ), place=Place(rank, world_size), **options
         )
 
 

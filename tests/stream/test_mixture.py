@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfscale.config.schema import RunConfig
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, DataError
 from hfscale.stream.digest import batch_digest
 from hfscale.stream.loader import Stream
@@ -174,7 +175,7 @@ def test_one_source_is_its_own_order():
     ):
         np.testing.assert_array_equal(ours, theirs)
     step = mixture.steps(
-        24, count=1, global_batch=12, rank=0, world_size=1
+        24, count=1, global_batch=12, place=Place()
     )  # by lane, as that order has them
     assert np.diff(order.locate(step[0]).lane).min() == 0 and sorted(step[0]) == list(range(24, 36))
     assert (mixture.record(100), mixture.epochs(100)) == ({}, {"epoch": 2.5})
@@ -197,7 +198,7 @@ def test_every_number_of_ranks_gets_the_same_steps(layout, start, ranks):
     sizes, stages, block, _ = layout
     mixture = make(sizes, stages, block=block)
     shares = [
-        mixture.steps(start, count=3, global_batch=12, rank=rank, world_size=ranks)
+        mixture.steps(start, count=3, global_batch=12, place=Place(rank, ranks))
         for rank in range(ranks)
     ]
     np.testing.assert_array_equal(
@@ -293,8 +294,7 @@ def train(
                 order,
                 global_batch=24,
                 micro_batch=2,
-                rank=rank,
-                world_size=world_size,
+                place=Place(rank, world_size),
                 state=StreamState.from_dict(saved["stream"]) if saved else None,
                 with_documents=True,
             )
@@ -421,7 +421,7 @@ def test_the_state_stays_small(make_corpus):
         "lanes": "auto",
     }
     rows, order = open_mixture(config_of(values, steps=10**6), parts)
-    stream = Stream(rows, order, global_batch=24, micro_batch=2, rank=0, world_size=1)
+    stream = Stream(rows, order, global_batch=24, micro_batch=2, place=Place())
     stream._consumed = 24 * 10**6
     assert len(json.dumps(stream.state().to_dict())) < 1024
     assert len(stream.epochs()["source_epoch"]) == 10
@@ -475,7 +475,7 @@ def test_what_cannot_be_mixed_is_refused(web, code, maths, make_corpus):
 
 def test_a_stream_never_goes_beyond_its_end(web, code):
     rows, order = open_parts(config_of(sources(web=(web, 1, 0.1), code=(code, 1, 0.1)), steps=6))
-    stream = Stream(rows, order, global_batch=24, micro_batch=2, rank=0, world_size=1)
+    stream = Stream(rows, order, global_batch=24, micro_batch=2, place=Place())
     for _ in range(order.end // 24):
         stream.take()
         stream.advance()

@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, DataError
 from hfscale.stream.mixture import Mixture
 from hfscale.stream.order import Order, key_of, mix, permute, resolve_lanes
@@ -31,7 +32,7 @@ def make(layout) -> Mixture:
 
 def global_step(order: Mixture, start: int, global_batch: int, world_size: int) -> np.ndarray:
     slices = [
-        order.steps(start, count=1, global_batch=global_batch, rank=r, world_size=world_size)[0]
+        order.steps(start, count=1, global_batch=global_batch, place=Place(r, world_size))[0]
         for r in range(world_size)
     ]
     return np.concatenate(slices)
@@ -72,15 +73,14 @@ def test_any_chain_of_sizes_yields_the_oracle(layout, chain):
 def test_many_steps_at_once_are_the_steps_one_by_one(layout, start, count, world_size):
     order = make(layout)
     many = order.steps(
-        start, count=count, global_batch=4 * world_size, rank=world_size - 1, world_size=world_size
+        start, count=count, global_batch=4 * world_size, place=Place(world_size - 1, world_size)
     )
     for k in range(count):
         one = order.steps(
             start + k * 4 * world_size,
             count=1,
             global_batch=4 * world_size,
-            rank=world_size - 1,
-            world_size=world_size,
+            place=Place(world_size - 1, world_size),
         )
         np.testing.assert_array_equal(many[k], one[0])
 
@@ -150,9 +150,7 @@ def test_epochs_and_seeds_differ():
 
 def test_a_step_reads_from_as_many_lanes_as_it_can():
     order = order_of([1000] * 100, seed=3, lanes=64, block=256)
-    places = order.locate(
-        order.steps(12345 * 64, count=1, global_batch=64, rank=0, world_size=1)[0]
-    )
+    places = order.locate(order.steps(12345 * 64, count=1, global_batch=64, place=Place())[0])
     assert places.lane.tolist() == list(range(64))
     assert len(set(places.shard.tolist())) >= 60  # 64 distant places of a line of 100 shards
 
@@ -310,9 +308,7 @@ def test_a_trillion_tokens_start_at_once():
     shard_rows = np.full(100_000, 9765) + np.arange(100_000) % 7
     tracemalloc.start()
     order = order_of(shard_rows, seed=1, lanes="auto", block=1024)
-    positions = order.steps(
-        order.rows // 2, count=1, global_batch=8192, rank=4095, world_size=4096
-    )[0]
+    positions = order.steps(order.rows // 2, count=1, global_batch=8192, place=Place(4095, 4096))[0]
     places = order.locate(positions)
     assert tracemalloc.get_traced_memory()[1] < 50e6
     tracemalloc.stop()

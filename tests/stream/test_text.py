@@ -23,6 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hfscale.config.schema import RunConfig
+from hfscale.dist.world import Place
 from hfscale.encoding import Encoders
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.raw import index_tars
@@ -146,8 +147,7 @@ def open_stream(
     config: RunConfig,
     encoders: Encoders,
     *,
-    rank: int = 0,
-    world_size: int = 1,
+    place: Place = Place(),
     saved: dict[str, Any] | None = None,
 ) -> Stream:
     skip = config.data.on_error == "skip"
@@ -163,16 +163,13 @@ def open_stream(
         StreamState.from_dict(saved["stream"]) if saved else None,
         config.train.global_batch,
     )
-    rows = TextRows(
-        rows, order, encoders, global_batch=batch, rank=rank, world_size=world_size, state=state
-    )
+    rows = TextRows(rows, order, encoders, global_batch=batch, place=place, state=state)
     return Stream(
         rows,
         order,
         global_batch=batch,
         micro_batch=1,
-        rank=rank,
-        world_size=world_size,
+        place=place,
         state=state,
         with_documents=True,
     )
@@ -190,7 +187,7 @@ def train(
     checkpoint says after ``steps``.
     """
     streams = [
-        open_stream(config, encoders, rank=rank, world_size=world_size, saved=saved)
+        open_stream(config, encoders, place=Place(rank, world_size), saved=saved)
         for rank in range(world_size)
     ]
     seen: dict[int, tuple[Any, ...]] = {}
@@ -470,7 +467,7 @@ def test_a_source_of_text_joins_a_run_of_tokens(corpus, encoders, tokenizer, new
         config_of(corpus, {"code": (coded, 0.5), "news": (news, 0.5)}),
     )
     rows, order = open_mixture(alone, [TokenRows(coded, seq_len=SEQ)])
-    stream = Stream(rows, order, global_batch=24, micro_batch=1, rank=0, world_size=1)
+    stream = Stream(rows, order, global_batch=24, micro_batch=1, place=Place())
     for _ in range(3):
         stream.take()
         stream.advance()
@@ -594,7 +591,7 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
     seen = []
     for rank in range(world_size):
         for batch in EvaluationRows(
-            rows(30), count=30, micro_batch=4, rank=rank, world_size=world_size, with_documents=True
+            rows(30), count=30, micro_batch=4, place=Place(rank, world_size), with_documents=True
         ):
             seen += [
                 tuple(row)

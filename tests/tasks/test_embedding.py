@@ -51,7 +51,7 @@ def test_the_loss_is_over_all_positives_and_hard_negatives(pairs: list[dict[str,
     task, model, _ = embedding(temperature=0.1)
     one, two = task.collate(rows_of(task, pairs[:2])), task.collate(rows_of(task, pairs[2:]))
     counts = task.counts([one, two])
-    sum(loss for loss in task.losses(model, [one, two], counts, world_size=1)).backward()
+    sum(loss for loss in task.losses(model, [one, two], counts)).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
 

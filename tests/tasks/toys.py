@@ -106,7 +106,7 @@ def train(
         for group in adamw.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps))
         adamw.zero_grad()
-        for loss in task.losses(model, batches, counts, world_size=1):
+        for loss in task.losses(model, batches, counts):
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()

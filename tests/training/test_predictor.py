@@ -106,7 +106,7 @@ def on_ranks(name: str, words: Any, cuts: list[int]) -> list[list[dict[str, Any]
                 state[fragment.name].flatten()[fragment.start : fragment.start + fragment.numel]
             )
     made = [
-        predict(task, engine, examples[:cut] if engine.rank == 0 else examples[cut:], batch=2)
+        predict(task, engine, examples[:cut] if engine.all.rank == 0 else examples[cut:], batch=2)
         for cut in cuts
     ]
     engine.close()
