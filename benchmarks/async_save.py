@@ -29,6 +29,7 @@ def measure(folder: Path, turns: int) -> tuple[int, dict[str, list[float]]]:
     from transformers import GPT2Config, GPT2LMHeadModel
 
     from hfscale.checkpoint.manager import CheckpointManager
+    from hfscale.checkpoint.state import CheckpointState
     from hfscale.config.schema import Checkpoint
     from hfscale.engine.engine import Engine
     from tests.engine.tiny import tiny_config
@@ -51,7 +52,7 @@ def measure(folder: Path, turns: int) -> tuple[int, dict[str, list[float]]]:
         def save() -> float:
             nonlocal step
             step += 1
-            checkpoints.save(engine, {"step": step}, step=step)
+            checkpoints.save(engine, CheckpointState(step=step))
             checkpoints.wait()  # nothing writes during the next turn
             return checkpoints.stall_s
 

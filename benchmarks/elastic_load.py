@@ -90,12 +90,11 @@ def load(folder: str, stage: int, precision: str, offload: str, again: str | Non
 
 def _save(engine: Any, folder: str, stage: int) -> None:
     from hfscale.checkpoint.manager import CheckpointManager
+    from hfscale.checkpoint.state import CheckpointState
     from hfscale.config.schema import Checkpoint
 
     checkpoints = CheckpointManager(Path(folder), config=Checkpoint(), place=engine.all)
-    checkpoints.save(
-        engine, {"step": 1, "world_size": engine.all.size, "zero_stage": stage}, step=1
-    )
+    checkpoints.save(engine, CheckpointState(step=1, world_size=engine.all.size, zero_stage=stage))
     checkpoints.wait()
 
 

@@ -108,12 +108,12 @@ def alone(tokenizer_json: str, texts: list[str], procs: int) -> Callable[[], flo
 
 def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any = None) -> Any:
     """Return a stream of one rank over the tars of a kind."""
+    from hfscale.checkpoint.state import CheckpointState
     from hfscale.config.schema import RunConfig
     from hfscale.dist.world import Place
     from hfscale.stream.loader import Stream
     from hfscale.stream.rows import TokenRows
     from hfscale.stream.sources import open_mixture
-    from hfscale.stream.state import StreamState
     from hfscale.stream.text import TextRows, open_encoders
 
     config = RunConfig.model_validate(
@@ -130,9 +130,9 @@ def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any 
             },
         }
     )
-    saved = {"step": 0, "stream": state} if state else None
+    saved = CheckpointState(step=0, stream=state) if state else None
     rows, order = open_mixture(config, [TokenRows(folder / kind, seq_len=SEQ)], saved=saved)
-    position = StreamState.from_dict(state) if state else None
+    position = saved.position if saved else None
     rows = TextRows(
         rows, order, open_encoders(config, tokenizer), global_batch=BATCH, state=position
     )

@@ -304,7 +304,8 @@ def _tokenizer_digests(path: Path, tokenizer: str) -> list[str]:
     """Return the digest that the newest checkpoint of the run speaks of, and that of the folder
     ``tokenizer`` if it is another.
     """
-    then = (layout.newest_state(path) or {}).get("tokenizer_digest")
+    newest = layout.newest_state(path)
+    then = newest.tokenizer_digest if newest else ""
     return (
         list(dict.fromkeys([then, tokenizer_digest(tokenizer)]))
         if then and Path(tokenizer).is_dir()

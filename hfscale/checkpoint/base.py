@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from typing import Any
 import torch.distributed as torch_dist
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.state import Adapters
 from hfscale.dist.agree import from_rank_0
 from hfscale.errors import CheckpointError
 from hfscale.shards.files import file_digest, write_atomically
@@ -44,14 +44,14 @@ def changed(folder: Path) -> str:
     return json.dumps([[str(file), *_stamp(file)] for file in _files(folder)])
 
 
-def check_base(saved: Mapping[str, Any], *, where: Path | str) -> None:
+def check_base(saved: Adapters, *, where: Path | str) -> None:
     """Return if the base of the adapters in checkpoint ``where`` is what it was; ``saved`` is what
     that says of it. Collective.
 
     Raises:
         CheckpointError: on all ranks, if it has changed, or is gone.
     """
-    folder = Path(saved["folder"])
+    folder = Path(saved.folder)
     here = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
     now: dict[str, Any] = from_rank_0({"sizes": sizes(folder)} if here else None)
     if not now["sizes"]:
@@ -61,15 +61,15 @@ def check_base(saved: Mapping[str, Any], *, where: Path | str) -> None:
             value=f"the base of {where}",
             remedy="give them back; an export (merged) would need them no more",
         )
-    if now["sizes"] == saved.get("sizes", now["sizes"]):
+    if saved.sizes in (None, now["sizes"]):
         now = identity(folder)
-        if now["digests"] == saved["digests"]:
+        if now["digests"] == saved.digests:
             return
-    was, is_ = (part.get("digests", part["sizes"]) for part in (saved, now))
+    files = ", ".join(sorted({*saved.digests, *now["sizes"]}))
     raise CheckpointError(
         "the weights that the adapters stand beside have changed",
         where=folder,
-        value=f"{', '.join(sorted({*was, *is_}))}; the base of {where}",
+        value=f"{files}; the base of {where}",
         remedy="give them back, or begin another run.name",
     )
 

@@ -17,11 +17,10 @@ import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
+from hfscale.checkpoint.state import Best, CheckpointState, read_state
 from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError, UserError
-from hfscale.records import Count, Record, load
 
 FOLDER = "checkpoints"  # of a run directory
 MANIFEST = "manifest.json"
@@ -66,68 +65,13 @@ def run_of(checkpoint: Path) -> Path:
     return checkpoint.parents[1]
 
 
-class Best(Record):
-    """The best validation yet of a metric."""
-
-    metric: str
-    step: Count
-    value: float
-    stale: Count = 0
-
-
-class Match(Record):
-    """Where the weights of adapters' base come from (``weights.Match``)."""
-
-    sources: dict[str, str]
-    missing: list[str]
-    unexpected: list[str]
-    grown: list[str]
-    rows: list[Count]
-
-
-class Adapters(Record):
-    """What adapters stand beside (``jobs/adapters.py``)."""
-
-    folder: str
-    scale: float
-    match: Match
-    targets: dict[str, bool]
-    sizes: dict[str, Count] = {}
-    digests: dict[str, str]
-
-
-class State(Record):
-    """What a checkpoint says of itself. What only some versions or some runs say has a default."""
-
-    step: Count
-    tokens_seen: Count = 0
-    skipped_rows: Count = 0
-    device: str = ""
-    world_size: Count = 0
-    zero_stage: Count = 0
-    precision: str = ""
-    tokenizer_digest: str = ""
-    data_fingerprint: str = ""
-    pretrained: str | None = None
-    engine: dict[str, Any] = {}
-    stream: dict[str, Any] = {}
-    tied: dict[str, str] = {}
-    metrics: dict[str, Any] = {}
-    facts: dict[str, Any] = {}
-    versions: dict[str, str] = {}
-    best: Best | None = None
-    adapters: Adapters | None = None
-
-
-def state_of(checkpoint: Path) -> dict[str, Any]:
+def state_of(checkpoint: Path) -> CheckpointState:
     """Return what a checkpoint says of itself.
 
     Raises:
-        CheckpointError: if that cannot be read, or is not of its shape.
+        CheckpointError: as ``read_state``.
     """
-    what, remedy = "the state of a checkpoint", "name another checkpoint of the run"
-    path = checkpoint / STATE
-    return load(path, State, what=what, remedy=remedy, error=CheckpointError).as_dict()
+    return read_state(checkpoint / STATE)
 
 
 def candidates(folder: Path) -> list[Path]:
@@ -149,7 +93,7 @@ def committed(folder: Path) -> list[Path]:
     return [path for path in candidates(folder) if (path / MANIFEST).is_file()]
 
 
-def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] | None:
+def newest_state(run_dir: Path, *, before: int | None = None) -> CheckpointState | None:
     """Return what the newest committed checkpoint of a run (from ``before`` a step) says of itself;
     None: none that can be read.
     """
@@ -158,11 +102,17 @@ def newest_state(run_dir: Path, *, before: int | None = None) -> dict[str, Any] 
     )
 
 
-def _newest(found: list[Path]) -> dict[str, Any] | None:
-    for checkpoint in reversed(found):
+def _newest(saved: list[Path]) -> CheckpointState | None:
+    for checkpoint in reversed(saved):
         with suppress(UserError):  # damaged: a job that loads says so, and falls back as this does
             return state_of(checkpoint)
     return None
+
+
+def _best(saved: list[Path]) -> Best | None:
+    """Return what the newest of the checkpoints ``saved`` knows of the best one."""
+    newest = _newest(saved)
+    return newest.best if newest else None
 
 
 def checkpoint_of(name: str | Path) -> Path | None:
@@ -192,10 +142,10 @@ def checkpoint_of(name: str | Path) -> Path | None:
 
 
 def _chosen(folder: Path, which: str) -> Path:
-    found = committed(folder)
-    there = {str(step_of(path)): path for path in found}
-    if best := (_newest(found) or {}).get("best"):
-        there["best"] = folder / step_name(best["step"])
+    saved = committed(folder)
+    there = {str(step_of(path)): path for path in saved}
+    if best := _best(saved):
+        there["best"] = folder / step_name(best.step)
     if which not in there:
         hint = "" if best else "; a best one, where checkpoint.keep_best names a metric"
         raise CheckpointError(
@@ -239,22 +189,22 @@ def kept(folder: Path, policy: Checkpoint) -> dict[Path, list[str]]:
     """Return why each committed checkpoint stays, oldest first; without a reason it goes at the
     next pruning.
     """
-    found = committed(folder)
-    best = (_newest(found) or {}).get("best") or {}
+    saved = committed(folder)
+    best = _best(saved)
 
     def reasons(path: Path) -> Iterator[str]:
-        if path in found[-policy.keep_last :]:
+        if path in saved[-policy.keep_last :]:
             yield "last"
         if policy.keep_every_steps and step_of(path) % policy.keep_every_steps == 0:
             yield "permanent"
-        if best.get("step") == step_of(path):
-            yield f"best {best['metric']} {best['value']:.6g}"
+        if best and best.step == step_of(path):
+            yield f"best {best.metric} {best.value:.6g}"
         if (path / PINNED).exists():
             yield "pinned"
         if path.is_symlink():  # it lies elsewhere: taking the link away would free nothing
             yield "link"
 
-    return {path: list(reasons(path)) for path in found}
+    return {path: list(reasons(path)) for path in saved}
 
 
 def prune(folder: Path, policy: Checkpoint, *, spare: Path | None = None) -> list[Path]:

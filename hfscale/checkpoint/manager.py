@@ -29,6 +29,7 @@ from torch import Tensor
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import Entry, write_file, write_manifest
 from hfscale.checkpoint.probe import make_probe
+from hfscale.checkpoint.state import Best, CheckpointState
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
 from hfscale.checkpoint.weights import verify_together
 from hfscale.config.schema import Checkpoint
@@ -152,13 +153,12 @@ class CheckpointManager:
     def save(
         self,
         engine: Engine,
-        state: dict[str, Any],
+        state: CheckpointState,
         *,
-        step: int,
         probe_inputs: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Save the engine and ``state`` (JSON) as the checkpoint of ``step``; with ``async`` it is
-        committed behind.
+        """Save the engine as the checkpoint of ``state``'s step; with ``async`` it is committed
+        behind.
 
         ``probe_inputs`` are what the model is asked for the checkpoint's probe, by default a row of
         text.
@@ -170,14 +170,10 @@ class CheckpointManager:
         """
         began = self._clock()
         self.wait()
-        about = {
-            **state,
-            "engine": engine.scalars(),
-            "tied": tied(engine.module),
-            "best": self._best if self._config.keep_best else None,
-        }
+        best = Best(**self._best) if self._best and self._config.keep_best else None
+        own = {"engine": engine.scalars(), "tied": tied(engine.module), "best": best}
         small = {
-            layout.STATE: json.dumps(about, indent=1).encode(),
+            layout.STATE: state.model_copy(update=own).to_json(),
             layout.CONFIG: engine.module.config.to_json_string().encode(),
         }
         if how := getattr(engine.module, "generation_config", None):
@@ -190,19 +186,19 @@ class CheckpointManager:
                 )
             small[layout.PROBE] = probe.to_bytes()
         fragments = engine.fragments(frozen=not engine.adapted)
-        self._prepare(fragments, step=step)
+        self._prepare(fragments, step=state.step)
         reused = bool(self._buffers)
         snapshot = self._snapshot(fragments)
         self._saved_at = self._clock()
         self.stall_s = self._saved_at - began
         self._thread = threading.Thread(
             target=self._write,
-            name=f"checkpoint-{step}",
+            name=f"checkpoint-{state.step}",
             daemon=True,
             kwargs={
                 "snapshot": snapshot,
                 "small": small if self._place.rank == 0 else {},
-                "step": step,
+                "step": state.step,
                 "reused": reused,
             },
         )
@@ -354,7 +350,7 @@ class CheckpointManager:
         return self.folder / (layout.step_name(step) + attempt + layout.PARTIAL)
 
     # ----------------------------------------------------------------------------------------- load
-    def load_latest(self, engine: Engine) -> dict[str, Any] | None:
+    def load_latest(self, engine: Engine) -> CheckpointState | None:
         """Return the state of the newest good checkpoint, now loaded into ``engine``; None if the
         run has none yet.
 
@@ -376,12 +372,12 @@ class CheckpointManager:
             reader = FragmentReader(checkpoint)
             load_fragments(reader, engine.fragments(owned=False, frozen=not engine.adapted))
             reader.close()
-            engine.load_scalars(state["engine"])
+            engine.load_scalars(state.engine)
             engine.after_load()
-            self._best = state.get("best")
+            self._best = state.best.as_dict() if state.best else None
             self._say(
-                f"loaded {checkpoint}, saved on {state.get('world_size')} ranks at ZeRO "
-                f"{state.get('zero_stage')}: "
+                f"loaded {checkpoint}, saved on {state.world_size} ranks at ZeRO "
+                f"{state.zero_stage}: "
                 f"{time.monotonic() - began:.1f} s, peak memory of this rank "
                 f"{peak_memory_gib(engine.device):.2f} GiB"
             )

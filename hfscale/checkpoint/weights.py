@@ -18,6 +18,7 @@ from torch import Tensor
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
+from hfscale.checkpoint.state import Adapters
 from hfscale.checkpoint.store import FragmentReader, tensors_in
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import everybody
@@ -124,11 +125,11 @@ def open_weights(path: str | Path, *, check: Check = verify) -> WeightsReader:
             its adapters has changed.
     """
     if checkpoint := layout.checkpoint_of(path):
-        saved, state = CheckpointWeights(checkpoint, check=check), layout.state_of(checkpoint)
-        if "adapters" not in state:
+        saved = CheckpointWeights(checkpoint, check=check)
+        if saved.state.adapters is None:
             return saved
-        check_base(state["adapters"], where=checkpoint)
-        return MergedWeights(saved, check=check, **state["adapters"])
+        check_base(saved.state.adapters, where=checkpoint)
+        return MergedWeights(saved, saved.state.adapters, check=check)
     if not Path(path).is_dir():
         raise CheckpointError(
             "there is no such folder",
@@ -172,7 +173,8 @@ class CheckpointWeights(WeightsReader):
 
     def __init__(self, checkpoint: Path, *, check: Check = verify) -> None:
         self._reader = FragmentReader(checked(checkpoint, check))
-        self._tied: dict[str, str] = layout.state_of(checkpoint)["tied"]
+        self.state = layout.state_of(checkpoint)
+        self._tied = self.state.tied
 
     def names(self) -> list[str]:
         return [*self._reader.shapes, *self._tied]
@@ -192,31 +194,15 @@ class CheckpointWeights(WeightsReader):
 
 class MergedWeights(WeightsReader):
     """What adapters were trained to: W + scale * B A of each target; the rest as it is in their
-    checkpoint, or in ``folder``.
+    checkpoint, or in the base's ``folder``.
     """
 
-    def __init__(
-        self,
-        saved: CheckpointWeights,
-        *,
-        check: Check,
-        folder: str,
-        scale: float,
-        match: dict[str, Any],
-        targets: dict[str, bool],
-        **_: Any,
-    ) -> None:
-        self.saved, self.folder, self.base, self.scale, self.targets = (
-            saved,
-            folder,
-            open_weights(folder, check=check),
-            scale,
-            targets,
-        )
-        self.match, trained = (
-            Match(**match),
-            [name for name in saved.names() if ".lora_" not in name],
-        )
+    def __init__(self, saved: CheckpointWeights, adapters: Adapters, *, check: Check) -> None:
+        self.saved, self.folder = saved, adapters.folder
+        self.scale, self.targets = adapters.scale, adapters.targets
+        self.base = open_weights(self.folder, check=check)
+        self.match = Match(**adapters.match.as_dict())
+        trained = [name for name in saved.names() if ".lora_" not in name]
         self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
         self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}
 

@@ -28,7 +28,7 @@ from hfscale.tokenizer import load_tokenizer
 
 def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
     """Return the objective or task of a run, with what its training examples said."""
-    facts = layout.state_of(checkpoint).get("facts", {})
+    facts = layout.state_of(checkpoint).facts
     setting = Setting(
         seq_len=config.data.seq_len,
         tokenizer=load_tokenizer(tokenizer_folder(config, None)),
@@ -42,13 +42,12 @@ def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
 
 def tell_of_best(name: str, checkpoint: Path) -> None:
     """Say so where a run's name stands for its newest checkpoint, and an older one was better."""
-    best = layout.state_of(checkpoint).get("best") or {}
+    best = layout.state_of(checkpoint).best
     named = "@" in name or Path(name).absolute() == checkpoint.absolute()
-    if not named and best.get("step", layout.step_of(checkpoint)) != layout.step_of(checkpoint):
+    if best and not named and best.step != layout.step_of(checkpoint):
         logger.info(
             f"this is the newest checkpoint, of step {layout.step_of(checkpoint)}; the best by "
-            f"{best['metric']} is "
-            f"{name}@best, of step {best['step']}"
+            f"{best.metric} is {name}@best, of step {best.step}"
         )
 
 

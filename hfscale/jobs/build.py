@@ -18,6 +18,7 @@ from transformers import PreTrainedTokenizerFast
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import open_weights, verify_together
 from hfscale.config.rules import Length, run_length, solve_batch, warmed_rows
 from hfscale.config.schema import TrainConfig
@@ -94,11 +95,11 @@ def build_trainer(
     )
     saved = checkpoints.load_latest(engine)
     begin(engine, folder, beside, material.tokenizer, saved=saved, run_dir=config.run_dir)
-    origin = saved.get("pretrained") if saved else folder and str(folder)
+    origin = saved.pretrained if saved else folder and str(folder)
     stream = material.open(objective, saved=saved, pin_memory=device.type == "cuda")
     state = TrainState()
     if saved:
-        state = TrainState(saved["step"], saved["tokens_seen"], saved.get("skipped_rows", 0))
+        state = TrainState(saved.step, saved.tokens_seen, saved.skipped_rows)
     length, warmed = how_long(
         config, saved, rows=material.rows, consumed_rows=stream.state().consumed_rows
     )
@@ -164,21 +165,20 @@ def fence_of(config: TrainConfig, world: World) -> Fence | None:
 
 
 def how_long(
-    config: TrainConfig, saved: dict[str, Any] | None, *, rows: int, consumed_rows: int
+    config: TrainConfig, saved: CheckpointState | None, *, rows: int, consumed_rows: int
 ) -> tuple[Length, int]:
     """Return the length of a run that goes on from ``saved``, and after how many rows its warm-up
     ended, or will.
     """
     train, warmup_steps = config.train, config.schedule.warmup_steps
-    step = saved["step"] if saved else 0
-    before = saved or {}
-    same = before.get("schedule", {}).get("warmup_steps") == warmup_steps
+    step = saved.step if saved else 0
+    same = saved is not None and saved.schedule.get("warmup_steps") == warmup_steps
     warmed = warmed_rows(
         warmup_steps,
         global_batch=train.global_batch,
         step=step,
         consumed_rows=consumed_rows,
-        saved=before.get("warmed_rows") if same else None,
+        saved=saved.warmed_rows if saved and same else None,
     )
     length = run_length(
         train, rows=rows, seq_len=config.data.seq_len, step=step, consumed_rows=consumed_rows
@@ -194,14 +194,14 @@ def begin(
     beside: Beside | None,
     tokenizer: PreTrainedTokenizerFast,
     *,
-    saved: dict[str, Any] | None,
+    saved: CheckpointState | None,
     run_dir: Path,
 ) -> None:
     """Give the engine the pretrained weights that are not in its checkpoint: all of ``folder``, or
     those adapters stand beside.
     """
-    if saved and beside:
-        check_base(saved["adapters"], where=run_dir)
+    if saved and saved.adapters and beside:
+        check_base(saved.adapters, where=run_dir)
     if folder is None or (saved and not beside):
         return
     logger.info(f"{'beside' if beside else 'starting from'} the weights of {folder}")

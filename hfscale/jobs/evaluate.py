@@ -96,8 +96,8 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
     facts: dict[str, Any] = {}
     if model:
         checkpoint = layout.checkpoint_of(config.predict.model)
-        state = layout.state_of(checkpoint) if checkpoint else {}
-        facts = state.get("facts") or kind.known(model_and_tokenizer(config.predict.model)[0])
+        facts = layout.state_of(checkpoint).facts if checkpoint else {}
+        facts = facts or kind.known(model_and_tokenizer(config.predict.model)[0])
     chosen = [rows[example["id"]] for example in usable]
     try:
         task = kind(

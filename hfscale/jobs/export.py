@@ -205,7 +205,7 @@ def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
         got = probe.ask(model, device=device)
     assert got is not None, "it had logits when it was saved"
     plain = not source.config.engine.compile and not source.config.model.lora
-    same = plain and device_name(device) == layout.state_of(source.checkpoint)["device"]
+    same = plain and device_name(device) == layout.state_of(source.checkpoint).device
     return compare_logits(
         got,
         probe.logits,
@@ -220,7 +220,7 @@ def _started_from(source: RunModel) -> str | None:
     said = source.config.model.pretrained
     if said is None or not Path(said).is_absolute():
         return said
-    return layout.state_of(source.checkpoint).get("pretrained") or said
+    return layout.state_of(source.checkpoint).pretrained or said
 
 
 def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
@@ -236,17 +236,17 @@ def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
         "architecture": f"{source.skeleton.config.model_type}, "
         f"{sum(p.numel() for p in source.skeleton.parameters()):,} parameters",
         "started from": _started_from(source) or "new weights",
-        "trained on": f"{at['tokens_seen']:,} tokens in {at['step']:,} steps of "
+        "trained on": f"{at.tokens_seen:,} tokens in {at.step:,} steps of "
         f"{config.train.global_batch} x {config.data.seq_len} tokens",
-        "data": f"{data}; fingerprint {at['data_fingerprint'][:16]}, tokenizer "
-        f"{at['tokenizer_digest'][:16]}",
+        "data": f"{data}; fingerprint {at.data_fingerprint[:16]}, tokenizer "
+        f"{at.tokenizer_digest[:16]}",
         "figures": ", ".join(
             f"{key} {value:,.6g}"
-            for key, value in at["metrics"].items()
+            for key, value in at.metrics.items()
             if isinstance(value, int | float)
         )
         or "none",
-        "versions": f"{at['versions']}, exported by transformers {transformers.__version__}",
+        "versions": f"{at.versions}, exported by transformers {transformers.__version__}",
         "proof": f"logits equal to the training engine's, relative difference {difference:.1e}",
     }
     # not the rest of the config: a card is for everybody, and that names folders, hosts and

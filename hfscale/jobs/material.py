@@ -9,7 +9,6 @@ come first; once there is a model and perhaps a checkpoint, ``open`` gives the s
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,6 +17,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig, TrainConfig
@@ -30,7 +30,6 @@ from hfscale.stream.labelled import LabelledData
 from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import kept_manifest, open_mixture
-from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
 from hfscale.tasks.base import Task, cache_key, code_digest, load_task, task_class
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size
@@ -92,7 +91,7 @@ class TokenMaterial:
         )
 
     def open(
-        self, objective: Objective, *, saved: dict[str, Any] | None, pin_memory: bool
+        self, objective: Objective, *, saved: CheckpointState | None, pin_memory: bool
     ) -> Stream:
         """Return the stream, where ``saved`` left it."""
         config, data, world = self._config, self._config.data, self._world
@@ -101,7 +100,7 @@ class TokenMaterial:
         self.names = self._order.names
         for part in self._parts if world.all.rank == 0 else ():
             part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
-        position = StreamState.from_dict(saved["stream"]) if saved else None
+        position = saved.position if saved else None
         if self._order.raw:
             forged = position is not None and position.text == 1
             if forged and world.all.rank == 0:
@@ -208,7 +207,7 @@ class ExampleMaterial:
         return {key: split.fingerprint for key, split in splits.items() if split is not None}
 
     def open(
-        self, objective: Objective, *, saved: Mapping[str, Any] | None, pin_memory: bool
+        self, objective: Objective, *, saved: CheckpointState | None, pin_memory: bool
     ) -> ExampleStream:
         """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""
         config, world = self._config, self._world
@@ -227,7 +226,7 @@ class ExampleMaterial:
             global_batch=config.train.global_batch,
             micro_batch=config.train.micro_batch,
             place=world.data,
-            state=saved["stream"] if saved else None,
+            state=saved.stream if saved else None,
         )
 
     def validation(self, objective: Objective) -> dict[str, Any]:

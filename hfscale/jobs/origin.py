@@ -45,10 +45,11 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
     """
     if (name := config.model.pretrained) is None:
         return None
-    if config.model.lora and (state := layout.newest_state(config.run_dir)):
-        base = Path(state["adapters"]["folder"])  # which the run does not save
+    state = layout.newest_state(config.run_dir) if config.model.lora else None
+    if state and state.adapters:
+        base = Path(state.adapters.folder)  # which the run does not save
         if not base.is_dir():
-            check_base(state["adapters"], where=config.run_dir)
+            check_base(state.adapters, where=config.run_dir)
         return base
     saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
     if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
@@ -77,11 +78,11 @@ def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
     state, theirs = folder / layout.STATE, None
     if state.is_file() or (folder / "tokenizer.json").is_file():
         theirs = (
-            layout.state_of(folder).get("tokenizer_digest")
+            layout.state_of(folder).tokenizer_digest
             if state.is_file()
             else tokenizer_digest(folder)
         )
-    if theirs not in (None, tokenizer_digest(tokenizer)):
+    if theirs not in (None, "", tokenizer_digest(tokenizer)):
         logger.warning(
             f"the weights of {folder} are those of another tokenizer: what id means what token "
             "must be the same"

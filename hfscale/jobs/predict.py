@@ -105,8 +105,8 @@ def model_digest(folder: Path) -> str:
             if large
             else read_file(file)
         )
-    if (folder / layout.STATE).is_file() and (beside := layout.state_of(folder).get("adapters")):
-        model.update(changed(Path(beside["folder"])).encode())
+    if (folder / layout.STATE).is_file() and (beside := layout.state_of(folder).adapters):
+        model.update(changed(Path(beside.folder)).encode())
     return model.hexdigest()
 
 

@@ -61,7 +61,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
             place=engine.all,
             quiet=True,
         )
-        checkpoints.save(engine, trainer.snapshot(), step=0, probe_inputs=inputs)
+        checkpoints.save(engine, trainer.snapshot(), probe_inputs=inputs)
         checkpoints.load_latest(engine)
         after = make_probe(engine, inputs)
         if after is None or not torch.equal(after.logits, before.logits):

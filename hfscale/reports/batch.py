@@ -22,7 +22,6 @@ from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import VERSION, digest_rows
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import open_mixture
-from hfscale.stream.state import StreamState
 from hfscale.stream.text import TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer
 
@@ -98,7 +97,7 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     if order.raw:  # its lanes are walked from the nearest checkpoint on
         saved, newest = newest_state(run_dir, before=step), newest_state(run_dir)
         older = (
-            StreamState.from_dict(newest["stream"]).text == 1
+            newest.position.text == 1
             if newest
             else "digest_version" not in next(iter(logged.values()))
         )
@@ -107,7 +106,7 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
             order,
             open_encoders(config, tokenizer, forged=older),
             global_batch=config.train.global_batch,
-            state=StreamState.from_dict(saved["stream"]) if saved else None,
+            state=saved.position if saved else None,
         )
     places = order.locate(positions)
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)

@@ -78,10 +78,10 @@ def _describe(path: Path, reasons: list[str]) -> str:
     try:
         state = layout.state_of(path)
         facts = (
-            f"{state['tokens_seen']:>16,} tokens  ZeRO {state['zero_stage']} "
-            f"{state['precision']} on {state['world_size']} ranks"
+            f"{state.tokens_seen:>16,} tokens  ZeRO {state.zero_stage} "
+            f"{state.precision} on {state.world_size} ranks"
         )
-    except (CheckpointError, KeyError):
+    except CheckpointError:
         facts = f"{layout.STATE} cannot be read"
     why = ", ".join(reasons) or "nothing keeps it: goes at the next pruning"
     return (

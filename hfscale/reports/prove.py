@@ -35,12 +35,12 @@ def observe(run_dir: Path) -> Evidence:
     for checkpoint in layout.committed(run_dir / layout.FOLDER):
         state = layout.state_of(checkpoint)
         saved = {
-            "optimizer": state["engine"],
-            "random state": state["rng"],
-            "position in the data": state["stream"],
+            "optimizer": state.engine,
+            "random state": state.rng,
+            "position in the data": state.stream,
             **digests(checkpoint),
         }
-        seen.setdefault(state["step"], {}).update({name: [value] for name, value in saved.items()})
+        seen.setdefault(state.step, {}).update({name: [value] for name, value in saved.items()})
     return seen
 
 

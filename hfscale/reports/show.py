@@ -90,7 +90,7 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
     if rows or train.epochs is None:
         # of a run that goes on, perhaps with another batch
         state = newest_state(config.run_dir)
-        step, read = (state["step"], state["stream"]["consumed_rows"]) if state else (0, 0)
+        step, read = (state.step, state.position.consumed_rows) if state else (0, 0)
         length = run_length(train, rows=rows, seq_len=seq_len, step=step, consumed_rows=read)
         in_all = read + (length.steps - step) * train.global_batch
         facts.append(("steps", f"{length.steps:,}"))

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from hfscale.config.rules import Length, nearest_text, run_length
 from hfscale.config.schema import RunConfig, Source
@@ -18,13 +17,13 @@ from hfscale.shards.manifest import Manifest
 from hfscale.stream.mixture import ALONE, Mixture, Phase, plan, share
 from hfscale.stream.order import AUTO_LANES, Order, key_of
 from hfscale.stream.rows import TokenRows
-from hfscale.stream.state import StreamState
+from hfscale.stream.state import Saved, StreamState
 
 _SOURCES = 3  # purpose of a key; order.py and mixture.py have the others
 
 
 def open_mixture(
-    config: RunConfig, parts: Sequence[TokenRows], *, saved: Mapping[str, Any] | None = None
+    config: RunConfig, parts: Sequence[TokenRows], *, saved: Saved | None = None
 ) -> tuple[TokenRows, Mixture]:
     """Return the rows of ``data.sources`` (``parts``, in the order of the config) joined, and their
     order.
@@ -38,7 +37,7 @@ def open_mixture(
         DataError: if a source of the checkpoint is gone or has other data.
     """
     data, train = config.data, config.train
-    state = StreamState.from_dict(saved["stream"]) if saved else None
+    state = saved.position if saved else None
     given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
     if (
         len(
@@ -85,7 +84,7 @@ def open_mixture(
         for number, name in enumerate(names)
     ]
 
-    step, consumed = (saved["step"], state.consumed_rows) if saved and state else (0, 0)
+    step, consumed = (saved.step, state.consumed_rows) if saved and state else (0, 0)
     length = run_length(
         train,
         rows=sum(order.rows for order in orders),

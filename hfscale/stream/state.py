@@ -7,12 +7,22 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 from hfscale.errors import DataError
 from hfscale.records import STRICT, Count, Damaged, parse
 
 STATE_VERSION = 1
+
+
+class Saved(Protocol):
+    """What a checkpoint says of a run of tokens that its data ask for (``checkpoint/state.py``)."""
+
+    @property
+    def step(self) -> int: ...
+
+    @property
+    def position(self) -> StreamState: ...
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.dist.agree import Agreed, agree
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import Place
@@ -259,30 +260,27 @@ class Trainer:
             self.log.close()
         self.engine.close()
 
-    def snapshot(self) -> dict[str, Any]:
-        """Return what a checkpoint of this moment says of the run, beside the engine's state
-        (JSON).
-        """
+    def snapshot(self) -> CheckpointState:
+        """Return what a checkpoint of this moment says of the run, beside the engine's state."""
         figures = {
             key: value
             for key, value in self.record.items()
             if key == "step" or "loss" in key or key.startswith("validation_")
         }
-        return {
+        return CheckpointState(
             **self.describe,
-            "step": self.state.step,
-            "tokens_seen": self.state.tokens_seen,
-            SKIPPED: self.state.skipped_rows,
-            "stream": self.stream.state().to_dict(),
-            "metrics": figures,
-        }
+            step=self.state.step,
+            tokens_seen=self.state.tokens_seen,
+            skipped_rows=self.state.skipped_rows,
+            stream=self.stream.state().to_dict(),
+            metrics=figures,
+        )
 
     def _save(self) -> None:
         beat("save")
         self.checkpoints.save(
             self.engine,
             self.snapshot(),
-            step=self.state.step,
             probe_inputs=self.objective.probe_inputs(self.engine.module.config),
         )
 

@@ -72,18 +72,19 @@ def train(folder: str, stage: int, precision: str, async_: bool, steps: int) -> 
     """Go on from the newest checkpoint and save after every step, until killed, or ``steps``
     further.
     """
+    from hfscale.checkpoint.state import CheckpointState
     from tests.engine.tiny import train_step
 
     config, engine, checkpoints = opened(folder, stage, precision, async_)
     loaded = checkpoints.load_latest(engine)
-    start = loaded["step"] if loaded else 0
+    start = loaded.step if loaded else 0
     say("loaded", start, fingerprint(engine))
     try:
         for step in range(start + 1, start + steps + 1):
             train_step(engine, config, step)
             found = fingerprint(engine)
             say("saving", step, found)
-            checkpoints.save(engine, {"step": step}, step=step)
+            checkpoints.save(engine, CheckpointState(step=step))
             if steps < 100:  # to measure
                 checkpoints.wait()
                 say("took", checkpoints.stall_s + (checkpoints.write_s if async_ else 0.0))
@@ -112,7 +113,7 @@ def load_each(folders: list[str], stage: int, precision: str) -> None:
             loaded = manager(CheckpointManager, Checkpoint, folder, engine, False).load_latest(
                 engine
             )
-            say("case", loaded["step"] if loaded else 0, fingerprint(engine))
+            say("case", loaded.step if loaded else 0, fingerprint(engine))
         except Exception as error:  # a CheckpointError, or a defect
             say("case", None, str(error))
     engine.close()

@@ -19,6 +19,7 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.probe import read_probe
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.config.schema import Best, Checkpoint
 from hfscale.dist.world import Place
@@ -55,13 +56,13 @@ def train_and_save(
     engine, checkpoints = tiny_engine(config, dropout), manager(folder, **options)
     logits(engine)  # a run probes its model before it loads
     loaded = checkpoints.load_latest(engine)
-    start = loaded["step"] if loaded else 0
+    start = loaded.step if loaded else 0
     at_start, seen = full_state(engine), logits(engine)
     losses, states = {}, {}
     for step in range(start + 1, steps + 1):
         losses[step] = train_step(engine, config, step)[0]
         if step in save_at:
-            checkpoints.save(engine, {"step": step, "note": "kept"}, step=step)
+            checkpoints.save(engine, CheckpointState(step=step, note="kept"))
             states[step] = full_state(engine)  # while the writer works
     checkpoints.wait()
     result = {
@@ -98,7 +99,7 @@ def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path):
     again = run_ranks(each, 2, tmp_path, cases, fresh=True, **options)[0]  # 5 -> 6
     for case, first in straight.items():
         for other, start in ((resumed[case], 3), (again[case], 5)):
-            assert other["start"] == start and other["loaded"]["note"] == "kept"
+            assert other["start"] == start and other["loaded"].note == "kept"
             assert same(other["end"], first["end"]) == [], case
             assert other["losses"] == {
                 step: loss for step, loss in first["losses"].items() if step > start
@@ -248,7 +249,7 @@ def write_another_model(folder: Path) -> str:
     )
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     before = full_state(engine)
-    manager(folder).save(engine, {"step": 1}, step=1)
+    manager(folder).save(engine, CheckpointState(step=1))
     checkpoints = manager(folder)
     torch.distributed.barrier()
     while not layout.committed(folder):
@@ -278,7 +279,7 @@ def ruined(folder: Path) -> str:
         fragment.tensors["weight"].fill_(float("inf"))
     engine.after_load()
     try:
-        manager(folder).save(engine, {"step": 1}, step=1)
+        manager(folder).save(engine, CheckpointState(step=1))
     except UnhealthyError as error:
         return str(error)
     finally:
@@ -299,14 +300,14 @@ def limited(folder: Path, limit_on: int) -> list[str]:
     config = tiny_config(1, world_size=2)
     engine, checkpoints = tiny_engine(config), manager(folder)
     train_step(engine, config, 1)
-    checkpoints.save(engine, {"step": 1}, step=1)
+    checkpoints.save(engine, CheckpointState(step=1))
     checkpoints.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     messages = []
     try:
         if engine.all.rank == limit_on:
             resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-        checkpoints.save(engine, {"step": 2}, step=2)
+        checkpoints.save(engine, CheckpointState(step=2))
         for _ in range(2):  # it stays failed
             with pytest.raises(CheckpointError) as error:
                 checkpoints.wait()
@@ -382,13 +383,13 @@ def two_saves(folder: Path) -> dict[str, Any]:
     )
     SlowDisk.gate.clear()
     train_step(engine, config, 1)
-    checkpoints.save(engine, {"step": 1}, step=1)
+    checkpoints.save(engine, CheckpointState(step=1))
     at_first = full_state(engine)
     train_step(engine, config, 2)  # while nothing is written
     committed = len(layout.committed(folder))
     threading.Timer(0.5, SlowDisk.gate.set).start()
     checkpoints.save(
-        engine, {"step": 2}, step=2
+        engine, CheckpointState(step=2)
     )  # one set of buffers: it has to wait for the first
     there = [path.name for path in layout.committed(folder)]
     checkpoints.wait()

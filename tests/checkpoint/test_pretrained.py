@@ -24,6 +24,7 @@ from transformers import (
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import Match, labels_of, load_pretrained, match, tell
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.dist.world import Place
@@ -215,7 +216,7 @@ def trained(folder: Path) -> torch.Tensor:
     engine = tiny_engine(config)
     train_step(engine, config, 1)
     checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
-    checkpoints.save(engine, {"step": 1}, step=1)
+    checkpoints.save(engine, CheckpointState(step=1))
     checkpoints.wait()
     state = full_state(engine)
     engine.close()

@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.probe import Probe, read_probe
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.dist.world import Place
@@ -38,7 +39,7 @@ def save(folder: Path, family: str, auto_model: str | None) -> None:
         device=torch.device("cpu"),
     )
     checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
-    checkpoints.save(engine, {"step": 1}, step=1)
+    checkpoints.save(engine, CheckpointState(step=1))
     checkpoints.wait()
     engine.close()
 
@@ -104,7 +105,7 @@ def choices(folder: Path) -> tuple[list[int], bool]:
     )
     inputs = {"input_ids": torch.randint(VOCAB, (1, 3, 8))}
     checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place())
-    checkpoints.save(engine, {"step": 1}, step=1, probe_inputs=inputs)
+    checkpoints.save(engine, CheckpointState(step=1), probe_inputs=inputs)
     checkpoints.wait()
     engine.close()
     probe, other = read_probe(folder / "step-00000001"), kind(config).eval()

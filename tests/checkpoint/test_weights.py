@@ -9,6 +9,7 @@ import torch
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.probe import read_probe
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.dist.world import Place
@@ -26,7 +27,7 @@ def saved_run(folder: Path, stage: int) -> dict[str, torch.Tensor]:
     )
     for step in (1, 2):
         train_step(engine, config, step)
-    checkpoints.save(engine, {"step": 2}, step=2)
+    checkpoints.save(engine, CheckpointState(step=2))
     checkpoints.wait()
     weights = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
     engine.close()

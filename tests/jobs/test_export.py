@@ -19,6 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GPT2Co
 
 from hfscale.checkpoint.export import untied, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import CheckpointWeights
 from hfscale.config.schema import Checkpoint, CorpusConfig, RunConfig, Section
 from hfscale.corpus.tokenizer_training import train_tokenizer
@@ -202,7 +203,7 @@ def saved_family(folder: Path, family: str, stage: int) -> None:
         )  # as large as trained ones: at first a layer hardly adds to the stream
     engine = Engine.create(built, config=config, device=torch.device("cpu"))
     checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
-    checkpoints.save(engine, {"step": 1, "device": "cpu"}, step=1)
+    checkpoints.save(engine, CheckpointState(step=1, device="cpu"))
     checkpoints.wait()
     engine.close()
 

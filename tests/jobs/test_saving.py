@@ -52,13 +52,14 @@ def test_the_best_validation_is_saved_at_once_and_kept_also_by_a_resume(
         6,
     ]
     state = layout.newest_state(tmp_path / "run")
-    assert state is not None and state["best"] == {
+    assert state is not None and state.best is not None
+    assert state.best.as_dict() == {
         "metric": "validation_loss",
         "step": best,
         "value": losses[best],
         "stale": 6 - best,
     }
-    assert state["metrics"]["validation_loss"] == losses[6]
+    assert state.metrics["validation_loss"] == losses[6]
 
 
 def on_a_full_disk(values: dict[str, Any]) -> str:

@@ -96,7 +96,7 @@ def test_the_first_loss_is_the_sources(
     records = run_ranks(train, 2, ours)[0]
     assert records[0]["validation_loss"] == json.loads((folder / "loss.json").read_text())[name]
     state = layout.newest_state(tmp_path / "runs" / "run")
-    assert state is not None and state["pretrained"].startswith(str(folder / source))
+    assert state is not None and str(state.pretrained).startswith(str(folder / source))
 
 
 def test_a_larger_tokenizer_grows_the_vocabulary_and_hardly_moves_the_loss(

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.schema import RunConfig
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, DataError
@@ -23,7 +24,6 @@ from hfscale.stream.mixture import Mixture, Phase, plan, share
 from hfscale.stream.order import Order
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import open_mixture
-from hfscale.stream.state import StreamState
 
 SEQ = 32
 
@@ -271,7 +271,9 @@ def config_of(data: dict[str, Any], **train: Any) -> RunConfig:
     )
 
 
-def open_parts(config: RunConfig, saved: dict[str, Any] | None = None) -> tuple[TokenRows, Mixture]:
+def open_parts(
+    config: RunConfig, saved: CheckpointState | None = None
+) -> tuple[TokenRows, Mixture]:
     return open_mixture(
         config,
         [TokenRows(source.shards, seq_len=SEQ) for source in config.data.sources],
@@ -280,7 +282,7 @@ def open_parts(config: RunConfig, saved: dict[str, Any] | None = None) -> tuple[
 
 
 def train(
-    config: RunConfig, steps: int, *, world_size: int = 1, saved: dict[str, Any] | None = None
+    config: RunConfig, steps: int, *, world_size: int = 1, saved: CheckpointState | None = None
 ):
     """Return (digest, source and position of each row) of each step over all ranks, and what a
     checkpoint after them says.
@@ -295,7 +297,7 @@ def train(
                 global_batch=24,
                 micro_batch=2,
                 place=Place(rank, world_size),
-                state=StreamState.from_dict(saved["stream"]) if saved else None,
+                state=saved.position if saved else None,
                 with_documents=True,
             )
         )
@@ -317,7 +319,7 @@ def train(
     return (
         digests,
         seen,
-        {"step": (saved["step"] if saved else 0) + steps, "stream": json.loads(text)},
+        CheckpointState(step=(saved.step if saved else 0) + steps, stream=json.loads(text)),
     )
 
 
@@ -396,13 +398,13 @@ def test_other_weights_and_a_new_source_on_a_resume_repeat_and_lose_nothing(web,
         digests, part, after = train(changed, steps, saved=saved)
         assert train(changed, steps, world_size=3, saved=saved)[::2] == (digests, after)
         seen, saved = seen + part, after
-    assert list(saved["stream"]["sources"]) == ["renamed", "code", "maths"]
+    assert list(saved.stream["sources"]) == ["renamed", "code", "maths"]
     taken = [Counter(ids for source, ids in seen if source == number) for number in range(3)]
     assert [sum(times.values()) for times in taken] == [
-        rows for _, rows in saved["stream"]["sources"].values()
+        rows for _, rows in saved.stream["sources"].values()
     ]
     assert all(max(times.values()) == 1 for times in taken)
-    assert saved["stream"]["phases"][0] == [0, [1, 0, 0]]
+    assert saved.stream["phases"][0] == [0, [1, 0, 0]]
     oracle = train(alone, 22)[
         1
     ]  # the first source goes on in its own order, as if it had been alone

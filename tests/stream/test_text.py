@@ -22,6 +22,7 @@ import webdataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.schema import RunConfig
 from hfscale.dist.world import Place
 from hfscale.encoding import Encoders
@@ -31,7 +32,6 @@ from hfscale.stream import ahead, text
 from hfscale.stream.loader import EvaluationRows, Stream
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import open_mixture
-from hfscale.stream.state import StreamState
 from hfscale.stream.text import HeldOutText, TextRows
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
@@ -148,7 +148,7 @@ def open_stream(
     encoders: Encoders,
     *,
     place: Place = Place(),
-    saved: dict[str, Any] | None = None,
+    saved: CheckpointState | None = None,
 ) -> Stream:
     skip = config.data.on_error == "skip"
     rows, order = open_mixture(
@@ -160,7 +160,7 @@ def open_stream(
         saved=saved,
     )
     state, batch = (
-        StreamState.from_dict(saved["stream"]) if saved else None,
+        saved.position if saved else None,
         config.train.global_batch,
     )
     rows = TextRows(rows, order, encoders, global_batch=batch, place=place, state=state)
@@ -181,8 +181,8 @@ def train(
     steps: int,
     *,
     world_size: int = 1,
-    saved: dict[str, Any] | None = None,
-) -> tuple[dict[int, tuple[Any, ...]], dict[str, Any]]:
+    saved: CheckpointState | None = None,
+) -> tuple[dict[int, tuple[Any, ...]], CheckpointState]:
     """Return what stood at each position (ids, documents, source, valid) over all ranks, and what a
     checkpoint says after ``steps``.
     """
@@ -207,10 +207,10 @@ def train(
         stream.close()
     # between processes the sum is an all-reduce; the ranks of this test are in one
     state = replace(states[0], cursors=np.sum([state.cursors for state in states], axis=0).tolist())
-    return seen, {
-        "step": (saved["step"] if saved else 0) + steps,
-        "stream": json.loads(json.dumps(state.to_dict())),
-    }
+    return seen, CheckpointState(
+        step=(saved.step if saved else 0) + steps,
+        stream=json.loads(json.dumps(state.to_dict())),
+    )
 
 
 class Oracle:
@@ -302,7 +302,7 @@ def expected(corpus: Path, tokenizer: Any, web: Path) -> list[tuple[Any, ...]]:
 def test_one_process_reads_what_the_oracle_reads(corpus, encoders, web, expected):
     seen, saved = train(config_of(corpus, {"web": (web, 1)}), encoders, 60)
     assert [seen[position] for position in range(24 * 60)] == expected
-    assert saved["stream"]["consumed_rows"] == 24 * 60
+    assert saved.stream["consumed_rows"] == 24 * 60
 
 
 @pytest.mark.slow
@@ -444,8 +444,8 @@ def test_any_chain_of_a_mixture_with_token_shards_too(
         part, saved = train(config, encoders, steps, world_size=world_size, saved=saved)
         seen |= part
     assert [seen[position] for position in range(24 * 50)] == expected
-    assert list(saved["stream"]["sources"]) == ["code", "web", "news"] and np.shape(
-        saved["stream"]["cursors"]
+    assert list(saved.stream["sources"]) == ["code", "web", "news"] and np.shape(
+        saved.stream["cursors"]
     ) == (2, 12, 2)
     only_news = config_of(corpus, {"news": (news, 1), "web": (web, 0), "code": (coded, 0)})
     after, _ = train(only_news, encoders, 9, world_size=4, saved=saved)
@@ -471,9 +471,9 @@ def test_a_source_of_text_joins_a_run_of_tokens(corpus, encoders, tokenizer, new
     for _ in range(3):
         stream.take()
         stream.advance()
-    saved = {"step": 3, "stream": stream.state().to_dict()}
+    saved = CheckpointState(step=3, stream=stream.state().to_dict())
     stream.close()
-    assert "cursors" not in saved["stream"]
+    assert "cursors" not in saved.stream
     seen, saved = train(both, encoders, 20, world_size=3, saved=saved)
     oracle = Oracle(both, tokenizer, {1: NEWS})
     _, oracle.order = open_mixture(
