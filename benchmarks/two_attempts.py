@@ -27,6 +27,7 @@ from pathlib import Path
 import yaml
 
 from benchmarks.common import machine, record, spread, table, verdict
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.monitor import fence
 from tests.helpers.corpus import run_values
@@ -133,7 +134,7 @@ def one_round(corpus: Path, home: Path, random_s: float) -> tuple[int, int, floa
         os.waitpid(pid, 0)
     late = [what for at, what in written(logs[0]) if at > began]
     of_younger = [what for _, what in written(logs[1])]
-    assert not (run / layout.FOLDER / layout.REJECTED).exists(), "the two met"
+    assert not (run / run_files.CHECKPOINTS / layout.REJECTED).exists(), "the two met"
     return (
         late.count("record"),
         late.count("commit"),

@@ -20,7 +20,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from hfscale import log
+from hfscale import log, run_files
 from hfscale.config.inference import ShardsConfig
 from hfscale.config.load import load_config
 from hfscale.config.schema import Section, TrainConfig
@@ -40,8 +40,6 @@ from hfscale.monitor.fence import Fence, newest, take
 from hfscale.monitor.heartbeat import watching
 from hfscale.packages import refuse_wrong_versions
 
-# in a run directory: the id of the Slurm job that holds it, or held it last (launch/queue.py)
-JOB = "job"
 # the section of a config that names the job -> its module
 JOBS = {
     "predict": "hfscale.jobs.predict",
@@ -75,7 +73,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     if trains:
         _refuse_other_folder(config_path, config)
     if world.all.rank == 0 and (here := allocation()):
-        _refuse_second_job(config_path.parent / JOB, here)
+        _refuse_second_job(config_path.parent / run_files.JOB, here)
     if not torch.cuda.is_available():
         # else DeepSpeed prints on stdout that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

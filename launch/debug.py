@@ -19,6 +19,7 @@ from hfscale.config.rules import solve_batch
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
+from hfscale.run_files import LOCK, is_run
 from launch import run_dir
 from launch.local import gpu_count
 from launch.request import Request, check, refuse_copies
@@ -55,11 +56,11 @@ def launch(request: Request) -> int:
         )
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
-        if (config.run_dir / run_dir.CONFIG).is_file():
+        if is_run(config.run_dir):
             run_dir.made_by_alone(config.run_dir, launcher="debug")
             logger.info(f"replacing the earlier debug run in {config.run_dir}")
             for old in config.run_dir.iterdir():
-                if old.name != run_dir.LOCK:
+                if old.name != LOCK:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
         file = run_dir.record(loaded, launcher="debug", procs=1)
         try:

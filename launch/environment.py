@@ -14,6 +14,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
+from hfscale.run_files import PATCH
 from hfscale.shards.files import write_atomically
 
 MAX_PATCH_BYTES = 16 * 2**20
@@ -68,6 +69,6 @@ def code(root: Path, run_dir: Path) -> dict[str, Any]:
     if len(patch) > MAX_PATCH_BYTES:
         found["patch"] = f"not kept: {len(patch):,} bytes"
     elif patch:
-        found["patch"] = f"environment-{hashlib.sha256(patch).hexdigest()[:12]}.patch"
+        found["patch"] = PATCH.format(hashlib.sha256(patch).hexdigest()[:12])
         write_atomically(run_dir / found["patch"], patch)
     return found

@@ -31,15 +31,14 @@ from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import Allocation, allocation, gpus_here, job_port
 from hfscale.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, exit_code
 from hfscale.log import logger
-from hfscale.monitor.fence import HANGS, Fence
-from hfscale.monitor.heartbeat import REPORT
+from hfscale.monitor.fence import Fence
 from hfscale.records import Count, Record, load
+from hfscale.run_files import CHECKPOINTS, EXCLUDED, HANGS, JOB, LOGS, RANK_LOG, REPORT, RESTARTS
 from hfscale.shards.files import write_atomically
-from hfscale.worker import JOB
 from launch import run_dir
 from launch.queue import TOLD, NoAnswer, asked, cores_per_rank, facts, hold, ranks_per_node
 from launch.request import Request, quote
-from launch.slurm import EXCLUDED, SCRIPT, before, excluded, prepare, sbatch_options
+from launch.slurm import SCRIPT, before, excluded, prepare, sbatch_options
 
 MARK = "hfscale: "  # before each line that is for slurm/train.sbatch
 TWICE = 2  # hangs of a node, after which the run leaves it out
@@ -124,7 +123,7 @@ def begin(source: str, overrides: Sequence[str]) -> Begun:
     logger.info(
         f"job {here.job_id}, restart {here.restarts}: {nodes * tasks} ranks on {nodes} of the "
         "nodes "
-        f"{here.node_list}{idle if nodes < here.nodes else ''}; logs: {config.run_dir / 'logs'}"
+        f"{here.node_list}{idle if nodes < here.nodes else ''}; logs: {config.run_dir / LOGS}"
     )
     return Begun(
         nodes,
@@ -156,9 +155,9 @@ def take(config: TrainConfig, here: Allocation) -> None:
         UserError: if another one does, or this one was restarted too often without coming further.
     """
     hold(config.run_dir, here.job_id)
-    saved = layout.committed(config.run_dir / layout.FOLDER)
+    saved = layout.committed(config.run_dir / CHECKPOINTS)
     start = {"job": here.job_id, "checkpoint": saved[-1].name if saved else None}
-    file = config.run_dir / run_dir.RESTARTS
+    file = config.run_dir / RESTARTS
     last = load(file, _Start, what="the record of restarts").as_dict() if file.is_file() else {}
     restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
     if restarts > config.cluster.max_restarts:
@@ -190,7 +189,7 @@ def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
     ]
     if left:
         code = left[0]
-        log_file = run / "logs" / f"rank-{left[1]}.log"
+        log_file = run / LOGS / RANK_LOG.format(left[1])
         own = run / HANGS / str(attempt) / REPORT
         if code == EXIT_HUNG and own.is_file():
             logger.info(f"no progress: {load(own, _Hang, what='the report of a hang').verdict}")

@@ -32,6 +32,7 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import Place, World, allocation, available_cores, listen
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
+from hfscale.run_files import CONFIG, LOGS, RANK_LOG, TENSORBOARD
 from hfscale.shards.files import write_atomically
 from hfscale.worker import job_of
 from launch import run_dir
@@ -107,7 +108,7 @@ def launch(request: Request) -> int:
                 python(request.worker, file),
                 procs=procs,
                 listener=listener,
-                logs=config.run_dir / "logs",
+                logs=config.run_dir / LOGS,
                 attempt=attempt.number,
             )
         attempt.end(code)
@@ -161,7 +162,7 @@ def start(config: Section, file: Path, *, procs: int) -> None:
                 python("hfscale.worker", file),
                 procs=procs,
                 listener=listener,
-                logs=file.parent / "logs",
+                logs=file.parent / LOGS,
             )
     if code == EXIT_STOPPED:
         logger.info("stopped; run the same command again")
@@ -185,7 +186,7 @@ def tensorboard_line(path: Path) -> str:
     """Return the command that shows a run's curves, and the tunnel to it when this is a remote
     machine.
     """
-    line = f"curves: tensorboard --logdir {quote(path / 'tensorboard')}"
+    line = f"curves: tensorboard --logdir {quote(path / TENSORBOARD)}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line
@@ -193,7 +194,7 @@ def tensorboard_line(path: Path) -> str:
 
 def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
     """Return what a real run would do."""
-    config, procs = path / run_dir.CONFIG, batch.data_size
+    config, procs = path / CONFIG, batch.data_size
     lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
     for rank in range(procs):
         place = World(Place(rank, procs), rank, procs, master_port=port).export()
@@ -268,7 +269,7 @@ def run_ranks(
 
 
 def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
-    path = logs / f"rank-{world.all.rank}.log"
+    path = logs / RANK_LOG.format(world.all.rank)
     threads = max(1, available_cores() // world.all.size)
     env = (
         {"OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}

@@ -23,7 +23,7 @@ from hfscale.errors import (
 )
 from hfscale.log import logger
 from hfscale.monitor.fence import newest
-from hfscale.worker import JOB
+from hfscale.run_files import JOB
 
 UNKNOWN = "Invalid job id specified"  # scontrol, of a job that has been forgotten
 NEVER = ("presently disabled", UNKNOWN, "denied")  # scontrol, of a job that is not to be requeued

@@ -20,6 +20,7 @@ from hfscale.dist.world import copies
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError, DataError
 from hfscale.packages import refuse_wrong_versions
+from hfscale.run_files import CONFIG, is_run
 from hfscale.shards.tables import table_files
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import open_mixture
@@ -30,7 +31,6 @@ LAUNCHERS = {
     "slurm": "launch.slurm:launch",
     "submitit": "launch.submit:launch",
 }
-CONFIG = "config.yaml"
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ def config_file(source: str) -> Path:
         ConfigError: if it is a folder that is not a run's.
     """
     path = Path(source)
-    if path.is_dir() and not (path / CONFIG).is_file():
+    if path.is_dir() and not is_run(path):
         raise ConfigError(
             "this folder is not a run directory",
             where=path,

@@ -29,22 +29,30 @@ from hfscale.config import permission
 from hfscale.config.load import Loaded, load_config, to_yaml
 from hfscale.config.rules import Difference, differences, resume_differences
 from hfscale.config.schema import TrainConfig
-from hfscale.dist.secret import SECRET, make_secret
+from hfscale.dist.secret import make_secret
 from hfscale.dist.world import allocation
 from hfscale.errors import EXIT_USER_ERROR, CheckpointError, ConfigError, DataError
 from hfscale.log import logger
 from hfscale.monitor import fence
-from hfscale.monitor.heartbeat import FOLDER
 from hfscale.records import load
+from hfscale.run_files import (
+    ATTEMPTS,
+    CHECKPOINTS,
+    CONFIG,
+    ENVIRONMENT,
+    HEARTBEATS,
+    JOB,
+    LOCK,
+    LOGS,
+    METRICS,
+    RESTARTS,
+    SECRET,
+    is_run,
+)
 from hfscale.shards.files import flock, open_lock, write_atomically
 from hfscale.tokenizer import tokenizer_digest
 from launch.environment import describe
-from launch.queue import JOB, refuse_holder
-from launch.request import CONFIG
-
-ENVIRONMENT = "environment.json"
-LOCK = "lock"
-RESTARTS = "restarts.json"  # how often which job began from which checkpoint
+from launch.queue import refuse_holder
 
 
 def compare(config: TrainConfig) -> list[str]:
@@ -57,7 +65,7 @@ def compare(config: TrainConfig) -> list[str]:
     path = config.run_dir
     if path.exists() and not path.is_dir():
         raise CheckpointError("the run directory is a file", where=path, remedy=_other_name(config))
-    if not (path / CONFIG).is_file():
+    if not is_run(path):
         names = (
             {p.name for p in path.iterdir() if not p.name.startswith(".")}
             if path.exists()
@@ -68,7 +76,7 @@ def compare(config: TrainConfig) -> list[str]:
             JOB,
             RESTARTS,
             SECRET,
-            fence.FOLDER,
+            ATTEMPTS,
         }  # what a job that has just begun has written, or an early kill leaves
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(
@@ -78,7 +86,7 @@ def compare(config: TrainConfig) -> list[str]:
                 remedy=_other_name(config),
             )
         return []
-    if not (layout.candidates(path / layout.FOLDER) or _logged_bytes(path)):  # it has not trained
+    if not (layout.candidates(path / CHECKPOINTS) or _logged_bytes(path)):  # it has not trained
         return []
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
     digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
@@ -144,7 +152,7 @@ def _refuse_links(path: Path) -> None:
     Raises:
         CheckpointError: naming the first.
     """
-    for folder in (path, path / "logs"):
+    for folder in (path, path / LOGS):
         for entry in os.scandir(folder) if folder.is_dir() else ():
             if entry.is_symlink() and not entry.is_dir():
                 raise CheckpointError(
@@ -203,7 +211,7 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
     """
     path = loaded.config.run_dir
     compare(loaded.config)
-    old = load_config(path / CONFIG).config if (path / CONFIG).is_file() else None
+    old = load_config(path / CONFIG).config if is_run(path) else None
     here = allocation()
     entry = {
         "started": _now(),
@@ -217,7 +225,7 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
         "sources": loaded.sources,
     }
     text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
-    shutil.rmtree(path / FOLDER, ignore_errors=True)  # heartbeats of the attempt before
+    shutil.rmtree(path / HEARTBEATS, ignore_errors=True)  # heartbeats of the attempt before
     write_atomically(
         path / ENVIRONMENT, text.encode()
     )  # first, so that a replaced value is on record
@@ -296,7 +304,7 @@ def attempts(path: Path) -> list[dict[str, Any]]:
 
 
 def _logged_bytes(path: Path) -> int:
-    metrics = path / "metrics.jsonl"
+    metrics = path / METRICS
     return metrics.stat().st_size if metrics.is_file() else 0
 
 

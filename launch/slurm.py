@@ -26,13 +26,13 @@ from hfscale.errors import EXIT_DONE, ConfigError
 from hfscale.hub import local_folder
 from hfscale.log import logger
 from hfscale.reports.status import last_record
+from hfscale.run_files import CODE, EXCLUDED, LOGS, RANK_LOG, SLURM_LOG, TENSORBOARD
 from launch import run_dir
 from launch.queue import client, has_slurm, hold, longest, ranks_per_node, seconds
 from launch.request import Request, check, quote, refuse_copies
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "slurm/train.sbatch"
-EXCLUDED = "excluded_nodes.txt"  # in a run directory
 SHIPPED = ("hfscale", "launch", "slurm")  # the folders of the checkout that a job needs
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
 LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
@@ -87,10 +87,9 @@ def launch(request: Request) -> int:
             hold(run, job)
     if here:
         return watched(command, code)
-    print(
-        f"job {job}: {procs} ranks on {cluster.nodes} "
-        f"nodes\n{followed(job, config, log=f'{run}/logs/slurm-{job}.log and rank-*.log')}"
-    )
+    log = f"{run / LOGS / SLURM_LOG.format(job)} and {RANK_LOG.format('*')}"
+    nodes = f"{procs} ranks on {cluster.nodes} nodes"
+    print(f"job {job}: {nodes}\n{followed(job, config, log=log)}")
     return EXIT_DONE
 
 
@@ -147,7 +146,7 @@ def followed(job: str, config: TrainConfig, *, log: str) -> str:
         f"run directory {run}\nlogs          {log}\n"
         f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
         f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
-        f"curves        tensorboard --logdir {quote(config.run_dir / 'tensorboard')}"
+        f"curves        tensorboard --logdir {quote(config.run_dir / TENSORBOARD)}"
     )
 
 
@@ -199,7 +198,7 @@ def prepare(
                 ignore=shutil.ignore_patterns("__pycache__"),
                 dirs_exist_ok=True,
             )
-    logs = loaded.config.run_dir / "logs"
+    logs = loaded.config.run_dir / LOGS
     try:
         logs.mkdir(exist_ok=True)
         tempfile.TemporaryFile(dir=logs).close()
@@ -215,7 +214,7 @@ def code_folder(run: Path) -> Path:
     """Return where a job's snapshot of the code lies: it runs what was submitted, whatever becomes
     of the checkout.
     """
-    return run / "code" / str(len(run_dir.attempts(run)) + 1)
+    return run / CODE / str(len(run_dir.attempts(run)) + 1)
 
 
 def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
@@ -238,7 +237,7 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
     values: dict[str, Any] = {
         "job-name": config.run.name,
         "chdir": code,
-        "output": config.run_dir / "logs" / "slurm-%j.log",
+        "output": config.run_dir / LOGS / SLURM_LOG.format("%j"),
         "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else cluster.nodes,
         "gpus-per-node": cluster.gpus_per_node or None,
         "partition": cluster.partition,

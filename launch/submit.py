@@ -34,6 +34,7 @@ from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hfscale.log import logger
 from hfscale.reports.status import last_record
+from hfscale.run_files import CONFIG
 from launch import run_dir
 from launch.job import take
 from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
@@ -246,7 +247,7 @@ def _submit(
     executor.update_parameters(**parameters)
     try:
         jobs = executor.map_array(
-            Train(), [str(loaded.config.run_dir / run_dir.CONFIG) for loaded in loads]
+            Train(), [str(loaded.config.run_dir / CONFIG) for loaded in loads]
         )
     except submitit.core.utils.FailedJobError as error:
         raise refusal(

@@ -15,10 +15,12 @@ from pathlib import Path
 from packaging.requirements import Requirement
 from packaging.version import Version
 
+from hfscale import run_files
+
 ROOT = Path(__file__).resolve().parents[1]
 # a module imports from lower floors, and from its own package; errors.py is under everything
 FLOORS = [
-    {"errors", "registry", "log", "records", "packages", "deadline"},
+    {"errors", "registry", "log", "records", "packages", "deadline", "run_files"},
     {"hub"},
     {"config", "shards", "tokenizer", "encoding", "dist", "monitor", "metrics"},
     {"corpus", "stream", "models", "engine"},
@@ -325,6 +327,31 @@ def test_files_of_json_are_read_by_their_shape():
         )
     ]
     assert not wrong, "\n".join(wrong)
+
+
+def test_names_of_a_run_directory_are_said_once():
+    """``hfscale/run_files.py`` has them. Those that are words too count where a path is put
+    together; shards, corpora and caches have such files of their own.
+    """
+    names = {value for name, value in vars(run_files).items() if name.isupper()}
+    files = {name for name in names if "." in name} - {run_files.REPORT}
+    wrong = []
+    for path in MODULES:
+        joined = {
+            node.right
+            for node in ast.walk(TREES[path])
+            if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Div)
+        }
+        elsewhere = path.parent.name in ("shards", "corpus", "stream")
+        for node in ast.walk(TREES[path]):
+            if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+                continue
+            part_of_path = not elsewhere and (
+                node in joined or re.fullmatch(r"\S*/\S*", node.value)
+            )
+            if set(node.value.split("/")) & (names if part_of_path else files):
+                wrong.append(f"{relative(path)}:{node.lineno} {node.value!r}")
+    assert [line for line in wrong if not line.startswith("hfscale/run_files.py")] == []
 
 
 def test_no_error_is_swallowed():

@@ -11,18 +11,17 @@ rejected/                what failed verification, kept for inspection, never lo
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
+from hfscale import run_files
 from hfscale.checkpoint.state import Best, CheckpointState, read_state
 from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError, UserError
 
-FOLDER = "checkpoints"  # of a run directory
 MANIFEST = "manifest.json"
 STATE = "state.json"
 PROBE = "probe.safetensors"
@@ -46,23 +45,6 @@ def step_of(checkpoint: Path) -> int:
 
 def rank_file(rank: int) -> str:
     return f"{ENGINE}/rank-{rank:05}.safetensors"
-
-
-def run_of(checkpoint: Path) -> Path:
-    """Return the run directory that a checkpoint is in, by its name: a checkpoint that was moved to
-    another disk may be a link there.
-
-    Raises:
-        CheckpointError: if it is named by another place, where its run is not known.
-    """
-    checkpoint = Path(os.path.abspath(checkpoint))
-    if checkpoint.parent.name != FOLDER:
-        raise CheckpointError(
-            "this checkpoint lies outside of a run directory, which says what it is of",
-            where=checkpoint,
-            remedy=f"name it as RUN/{FOLDER}/{checkpoint.name}, where it may be a link",
-        )
-    return checkpoint.parents[1]
 
 
 def state_of(checkpoint: Path) -> CheckpointState:
@@ -98,7 +80,11 @@ def newest_state(run_dir: Path, *, before: int | None = None) -> CheckpointState
     None: none that can be read.
     """
     return _newest(
-        [path for path in committed(run_dir / FOLDER) if before is None or step_of(path) < before]
+        [
+            path
+            for path in committed(run_dir / run_files.CHECKPOINTS)
+            if before is None or step_of(path) < before
+        ]
     )
 
 
@@ -124,15 +110,15 @@ def checkpoint_of(name: str | Path) -> Path | None:
     """
     path = Path(name)
     run, _, which = str(name).rpartition("@")
-    if run and not path.exists() and (Path(run) / FOLDER).is_dir():
-        return _chosen(Path(run) / FOLDER, which)
+    if run and not path.exists() and (Path(run) / run_files.CHECKPOINTS).is_dir():
+        return _chosen(Path(run) / run_files.CHECKPOINTS, which)
     if not path.is_dir() or NAME.fullmatch(path.name):
         return path if path.is_dir() else None
-    if not (path / FOLDER).is_dir() and (
-        (path / "config.json").is_file() or not (path / "config.yaml").is_file()
+    if not (path / run_files.CHECKPOINTS).is_dir() and (
+        (path / CONFIG).is_file() or not run_files.is_run(path)
     ):
         return None
-    if found := candidates(path / FOLDER):
+    if found := candidates(path / run_files.CHECKPOINTS):
         return found[-1]
     raise CheckpointError(
         "this run has no checkpoint yet",

@@ -8,7 +8,7 @@ import os
 import secrets
 from pathlib import Path
 
-SECRET = "secret"
+from hfscale.run_files import SECRET
 
 
 def make_secret(folder: Path) -> None:

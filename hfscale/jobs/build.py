@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hfscale import run_files
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.pretrained import labels_of, load_pretrained, match, tell
@@ -88,7 +89,7 @@ def build_trainer(
         accepted(partial(objective.check, engine, device=device), config.model)
 
     checkpoints = CheckpointManager(
-        config.run_dir / "checkpoints",
+        config.run_dir / run_files.CHECKPOINTS,
         config=config.checkpoint,
         place=world.all,
         fence=fence,

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hfscale import run_files
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import device_name
 from hfscale.dist.world import World
@@ -27,7 +28,7 @@ def record_ranks(
     so another entry is added.
     """
     ranks = from_all_ranks(f"{socket.gethostname()}: {device_name(device)}")
-    file = run_dir / "environment.json"
+    file = run_dir / run_files.ENVIRONMENT
     if world.all.rank:
         return
     attempts = (

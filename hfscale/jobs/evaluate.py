@@ -20,6 +20,7 @@ from math import isfinite
 from pathlib import Path
 from typing import Any
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
@@ -34,15 +35,15 @@ from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
 from hfscale.tasks.base import task_class
 
-FOLDER, SCORES, PREDICTIONS = "evaluations", "scores.json", "predictions.jsonl"
-
 
 def folder_of(name: str, what: str, key: dict[str, str]) -> Path:
     """Return where the evaluation of MODEL ``name`` belongs: in its run, or here."""
     short = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
     if (checkpoint := layout.checkpoint_of(name)) is None:
-        return Path(FOLDER).absolute() / what / f"{Path(name).name}-{short}"
-    return layout.run_of(checkpoint) / FOLDER / what / f"{checkpoint.name}-{short}"
+        return Path(run_files.EVALUATIONS).absolute() / what / f"{Path(name).name}-{short}"
+    return (
+        run_files.run_of(checkpoint) / run_files.EVALUATIONS / what / f"{checkpoint.name}-{short}"
+    )
 
 
 def with_folder(config: PredictConfig) -> PredictConfig:
@@ -50,7 +51,7 @@ def with_folder(config: PredictConfig) -> PredictConfig:
     table, split = Path(config.data.train), config.predict.split
     held_out = config.data.validation or config.data.test
     what = f"{config.task.name}-{split if held_out else table.name.split('.')[0]}"
-    out = folder_of(config.predict.model, what, key_of(config)) / PREDICTIONS
+    out = folder_of(config.predict.model, what, key_of(config)) / run_files.PREDICTIONS
     out.parent.mkdir(parents=True, exist_ok=True)
     return config.model_copy(update={"predict": config.predict.model_copy(update={"out": out})})
 
@@ -162,13 +163,15 @@ def keep(folder: Path, model: str, found: dict[str, Any]) -> None:
     """Write scores to ``folder``, and of a run to its TensorBoard at the checkpoint's step."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
-        folder / SCORES,
+        folder / run_files.SCORES,
         json.dumps({"model": model, **found}, indent=1, ensure_ascii=False).encode(),
     )
     if checkpoint := layout.checkpoint_of(model):
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(layout.run_of(checkpoint) / "tensorboard" / FOLDER)) as board:
+        with SummaryWriter(
+            str(run_files.run_of(checkpoint) / run_files.TENSORBOARD / run_files.EVALUATIONS)
+        ) as board:
             for name, value in flatten(found["scores"]):
                 with suppress(TypeError):  # null
                     board.add_scalar(

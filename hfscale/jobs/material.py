@@ -16,6 +16,7 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.finetune import FinetuneConfig
@@ -37,7 +38,6 @@ from hfscale.training.evaluator import Evaluator, TaskEvaluator
 
 FEW = 50  # examples, below which a score says little
 # in the run directory of a fine-tuning, whatever becomes of the model that it began with
-TOKENIZER = "tokenizer"
 
 
 class TokenMaterial:
@@ -211,11 +211,11 @@ class ExampleMaterial:
     ) -> ExampleStream:
         """Return the stream, where ``saved`` left it. The run keeps its tokenizer."""
         config, world = self._config, self._world
-        keep = config.run_dir / TOKENIZER
+        keep = config.run_dir / run_files.TOKENIZER
         if world.all.rank == 0 and not keep.is_dir():
             with TemporaryDirectory(dir=config.run_dir, prefix=".tokenizer.") as scratch:
-                self.tokenizer.save_pretrained(Path(scratch) / TOKENIZER)
-                (Path(scratch) / TOKENIZER).rename(keep)
+                self.tokenizer.save_pretrained(Path(scratch) / run_files.TOKENIZER)
+                (Path(scratch) / run_files.TOKENIZER).rename(keep)
         order = ExampleOrder(
             self._train.lengths, seed=config.run.seed, grouped=config.data.length_grouping
         )
@@ -275,8 +275,8 @@ def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str
     """
     if config.tokenizer is not None:
         return config.tokenizer.path
-    if (config.run_dir / TOKENIZER).is_dir():
-        return config.run_dir / TOKENIZER
+    if (config.run_dir / run_files.TOKENIZER).is_dir():
+        return config.run_dir / run_files.TOKENIZER
     assert pretrained is not None, "config/rules.py has refused it"
     if not (pretrained / layout.STATE).is_file():
         return pretrained
@@ -285,9 +285,9 @@ def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str
 
 def run_config(checkpoint: Path) -> TrainConfig:
     """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
-    run_dir = layout.run_of(checkpoint)
+    run_dir = run_files.run_of(checkpoint)
     moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
-    return load_config(run_dir / "config.yaml", moved).config
+    return load_config(run_dir / run_files.CONFIG, moved).config
 
 
 def held_out_rows(

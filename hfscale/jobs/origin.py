@@ -17,6 +17,7 @@ from transformers import (
 )
 from transformers.utils import is_flash_attn_2_available
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
@@ -51,7 +52,7 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
         if not base.is_dir():
             check_base(state.adapters, where=config.run_dir)
         return base
-    saved = reversed(layout.committed(config.run_dir / layout.FOLDER))
+    saved = reversed(layout.committed(config.run_dir / run_files.CHECKPOINTS))
     if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
         return own
     theirs = layout.checkpoint_of(name)

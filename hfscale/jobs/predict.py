@@ -22,6 +22,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import changed
 from hfscale.config.inference import PredictConfig
@@ -168,7 +169,7 @@ def prepare(config: PredictConfig) -> Path:
     write_atomically(
         file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode()
     )
-    return parts / "config.yaml"
+    return parts / run_files.CONFIG
 
 
 def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers.utils.logging import disable_progress_bar
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.export import untied, write_weights
 from hfscale.checkpoint.manager import CheckpointManager
@@ -35,7 +36,6 @@ from hfscale.jobs.origin import skeleton
 from hfscale.models.build import accepted
 from hfscale.training.loop import Trainer
 
-FOLDER = "rehearsal"  # in the run directory, while it lasts
 WRITTEN_BYTES = 2**30  # a larger checkpoint is not written for a trial
 
 
@@ -45,7 +45,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
     Raises:
         UserError: on every rank, with what cannot be done.
     """
-    engine, folder = trainer.engine, config.run_dir / FOLDER
+    engine, folder = trainer.engine, config.run_dir / run_files.REHEARSAL
     inputs = trainer.objective.probe_inputs(engine.module.config)
     before = accepted(partial(make_probe, engine, inputs), config.model)
     own = sum(t.nbytes for part in engine.fragments() for t in part.tensors.values())

@@ -29,9 +29,8 @@ from pathlib import Path
 from hfscale.errors import EXIT_HUNG, SupersededError
 from hfscale.log import logger
 from hfscale.records import Damaged, parse, read_file
+from hfscale.run_files import ATTEMPTS, ENDED, EXIT_CODE, HANGS, OWNER
 
-FOLDER, OWNER, EXIT_CODE, ENDED = "attempts", "owner.json", "exit_code", "ended"
-HANGS = "hangs"  # in a run directory: a folder for each attempt that hung, by its number
 RENEW_S = 1.0
 SETTLE_S = 0.2  # for an older attempt that has just looked, and is about to write
 WATCH_S = 5.0  # a lease that does not change for so long is nobody's
@@ -62,12 +61,12 @@ class Fence:
 
     @property
     def folder(self) -> Path:
-        return self.run_dir / FOLDER / str(self.number)
+        return self.run_dir / ATTEMPTS / str(self.number)
 
     def passed(self) -> bool:
         """Return whether a younger attempt has begun."""
         try:
-            os.stat(self.run_dir / FOLDER / str(self.number + 1))
+            os.stat(self.run_dir / ATTEMPTS / str(self.number + 1))
         except FileNotFoundError:
             return False
         return True
@@ -183,8 +182,8 @@ def take(run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0) 
     """
     started = datetime.now().astimezone().isoformat(timespec="seconds")
     owner = Owner(socket.gethostname(), os.getpid(), launcher, job, restart, started)
-    (run_dir / FOLDER).mkdir(exist_ok=True)
-    number = max([0, *_numbers(run_dir / FOLDER), *_numbers(run_dir / HANGS)]) + 1
+    (run_dir / ATTEMPTS).mkdir(exist_ok=True)
+    number = max([0, *_numbers(run_dir / ATTEMPTS), *_numbers(run_dir / HANGS)]) + 1
     while True:
         fence = Fence(run_dir, number)
         try:
@@ -202,7 +201,7 @@ def take(run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0) 
 
 def newest(run_dir: Path) -> Fence | None:
     """Return the newest attempt of a run; None if there is none, as in runs of older versions."""
-    numbers = _numbers(run_dir / FOLDER)
+    numbers = _numbers(run_dir / ATTEMPTS)
     return Fence(run_dir, max(numbers)) if numbers else None
 
 

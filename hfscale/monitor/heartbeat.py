@@ -33,9 +33,8 @@ from typing import NoReturn
 
 from hfscale.errors import EXIT_HUNG
 from hfscale.log import logger
-from hfscale.monitor.fence import HANGS
+from hfscale.run_files import HANGS, HEARTBEATS, REPORT
 
-FOLDER, REPORT = "heartbeats", "report.json"
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
 LONG, LONG_S = (
     ("start", "save"),
@@ -146,8 +145,8 @@ class Heartbeat:
     ) -> None:
         self._run_dir, self._hang, self._on_hang = run_dir, hang, on_hang
         self._rank, self._ranks, self._timeout_s = rank, ranks, timeout_s
-        (run_dir / FOLDER).mkdir(exist_ok=True)
-        file = run_dir / FOLDER / f"rank-{rank}"
+        (run_dir / HEARTBEATS).mkdir(exist_ok=True)
+        file = run_dir / HEARTBEATS / f"rank-{rank}"
         self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._node, self._whose = node, f"{os.getpid()} {node}"
         self._count, self._step, self._phase = 0, 0, "start"
@@ -326,7 +325,7 @@ def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
     for rank in ranks:
         with suppress(OSError, ValueError):
             count, step, phase, own_s, pid, node = (
-                (run_dir / FOLDER / f"rank-{rank}").read_text().split()
+                (run_dir / HEARTBEATS / f"rank-{rank}").read_text().split()
             )
             beats[rank] = Beat(rank, int(count), int(step), phase, float(own_s), int(pid), node)
     return list(beats.values())

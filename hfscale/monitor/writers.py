@@ -18,6 +18,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from hfscale import run_files
 from hfscale.errors import CheckpointError
 from hfscale.log import logger
 from hfscale.monitor.fence import Fence
@@ -51,7 +52,7 @@ class MetricsLog:
         if fence is not None:
             fence.check()  # before a torn line is cut off: it may be the younger one's
         self.run_dir, self.total_steps = run_dir, total_steps
-        path = run_dir / "metrics.jsonl"
+        path = run_dir / run_files.METRICS
         self.attempt = _repair(path) + 1
         # One unbuffered write a record: a kill can tear at most the last line, and the next start
         # removes a torn one.
@@ -60,7 +61,7 @@ class MetricsLog:
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=first_step)
+            self._board = SummaryWriter(str(run_dir / run_files.TENSORBOARD), purge_step=first_step)
 
     def write(self, record: dict[str, Any]) -> None:
         """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what

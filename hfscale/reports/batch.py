@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from hfscale import run_files
 from hfscale.checkpoint.layout import newest_state
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
@@ -62,7 +63,7 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     Raises:
         DataError: if the step lies outside the run, or the shards are not those of the run.
     """
-    config = load_config(run_dir / "config.yaml").config
+    config = load_config(run_dir / run_files.CONFIG).config
     if not isinstance(config, RunConfig):
         raise DataError(
             "this run was not trained on shards",
@@ -75,7 +76,7 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     if not logged:
         raise DataError(
             "this run has logged nothing yet",
-            where=run_dir / "metrics.jsonl",
+            where=run_dir / run_files.METRICS,
             remedy="name a run directory that has trained",
         )
     start, stop = _positions(logged, config, step, where=run_dir)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from hfscale import run_files
 from hfscale.errors import DataError
 from hfscale.records import open_file
 from hfscale.shards.manifest import Manifest
@@ -38,7 +39,7 @@ def find_tokenizer(manifest: Manifest, path: str | None) -> PreTrainedTokenizerF
     beside = [
         str(folder)
         for place in places
-        for folder in (place / "tokenizer", place)
+        for folder in (place / run_files.TOKENIZER, place)
         if (folder / FILE_NAME).is_file()
     ]
     for candidate in beside if path is None else [path]:

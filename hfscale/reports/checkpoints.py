@@ -10,6 +10,7 @@ from contextlib import suppress
 from datetime import datetime
 from pathlib import Path
 
+from hfscale import run_files
 from hfscale.checkpoint import layout, manifest
 from hfscale.config.load import load_config
 from hfscale.config.schema import Checkpoint
@@ -22,13 +23,15 @@ def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
     Raises:
         CheckpointError: if there is no run.
     """
-    if not (run_dir / "config.yaml").is_file():
+    if not run_files.is_run(run_dir):
         raise CheckpointError(
             "no run directory",
             where=run_dir,
             remedy="name the folder that holds config.yaml and checkpoints/",
         )
-    return run_dir / layout.FOLDER, load_config(run_dir / "config.yaml").config.checkpoint
+    return run_dir / run_files.CHECKPOINTS, load_config(
+        run_dir / run_files.CONFIG
+    ).config.checkpoint
 
 
 def list_checkpoints(run_dir: Path, *, verify: bool) -> Iterator[tuple[str, list[str] | None]]:
@@ -58,7 +61,7 @@ def prune(run_dir: Path) -> tuple[list[Path], int]:
 
 def rejected(run_dir: Path) -> list[Path]:
     """Return what failed verification when a job wanted to load it."""
-    folder = run_dir / layout.FOLDER / layout.REJECTED
+    folder = run_dir / run_files.CHECKPOINTS / layout.REJECTED
     return sorted(folder.iterdir()) if folder.is_dir() else []
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any
 
+from hfscale import run_files
 from hfscale.config.load import read_tree
 from hfscale.errors import DataError
 from hfscale.metrics.kept import read_scores
@@ -39,9 +40,7 @@ def find(sources: Sequence[Path]) -> list[Line]:
         tuple[str, str], dict[Path, Line]
     ] = {}  # (what was scored, config) -> the newest line of each run
     for source in sources:
-        config = (
-            read_tree(source / "config.yaml").values if (source / "config.yaml").is_file() else {}
-        )
+        config = read_tree(source / run_files.CONFIG).values if run_files.is_run(source) else {}
         lines = [*_evaluations(source), *_validations(source, config)]
         if not lines:
             raise DataError(
@@ -72,7 +71,11 @@ def find(sources: Sequence[Path]) -> list[Line]:
 
 def _evaluations(source: Path) -> Iterator[tuple[str, Line]]:
     """Yield what each file of scores of a run, or the file ``source``, is of and says."""
-    files = [source] if source.is_file() else sorted(source.glob("evaluations/*/*/scores.json"))
+    files = (
+        [source]
+        if source.is_file()
+        else sorted(source.glob(f"{run_files.EVALUATIONS}/*/*/{run_files.SCORES}"))
+    )
     lines = [_evaluation(file) for file in files]
     names = Counter([line["name"] for line in lines])
     for file, line in zip(files, lines, strict=True):

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.store import FragmentReader
 from hfscale.reports.status import records
@@ -32,7 +33,7 @@ def observe(run_dir: Path) -> Evidence:
     for record in records(run_dir):
         for name in LOGGED:
             seen.setdefault(record["step"], {}).setdefault(name, []).append(record[name])
-    for checkpoint in layout.committed(run_dir / layout.FOLDER):
+    for checkpoint in layout.committed(run_dir / run_files.CHECKPOINTS):
         state = layout.state_of(checkpoint)
         saved = {
             "optimizer": state.engine,

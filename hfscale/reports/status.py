@@ -9,6 +9,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import DataError
@@ -36,7 +37,7 @@ def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[st
 
     With ``last_bytes`` only those that lie in them as a whole.
     """
-    file = run_dir / "metrics.jsonl"
+    file = run_dir / run_files.METRICS
     if not file.is_file():
         return
     with open_file(file) as log:
@@ -92,10 +93,10 @@ def describe(
     ``running`` has no expected end.
     """
     now, run = time.time() if now is None else now, config.run_dir
-    record, saved = last_record(run), layout.committed(run / layout.FOLDER)
+    record, saved = last_record(run), layout.committed(run / run_files.CHECKPOINTS)
     lines = [("run", str(run))]
     if record:
-        part, quiet_s = progress(config, record), now - os.stat(run / "metrics.jsonl").st_mtime
+        part, quiet_s = progress(config, record), now - os.stat(run / run_files.METRICS).st_mtime
         left_s = steps_left(config, record) * record["step_s"]
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
         left = f"{_time(left_s)} of training left"

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hfscale import run_files
 from hfscale.config.rules import Length, nearest_text, run_length
 from hfscale.config.schema import RunConfig, Source
 from hfscale.errors import ConfigError, DataError
@@ -220,7 +221,7 @@ def kept_manifest(run_dir: Path, fingerprint: str) -> Path:
     """Return the folder where a run keeps a copy of a source's manifest, to say what has changed if
     it is resumed on other data.
     """
-    return run_dir / "data" / fingerprint[:12]
+    return run_dir / run_files.DATA / fingerprint[:12]
 
 
 def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Path) -> list[str]:

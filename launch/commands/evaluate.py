@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from hfscale import run_files
 from hfscale.config import permission
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.shards.files import alone
@@ -83,7 +84,7 @@ def evaluate(
         )
     names = [model]
     if every:
-        names = [str(path) for path in layout.committed(Path(model) / layout.FOLDER)]
+        names = [str(path) for path in layout.committed(Path(model) / run_files.CHECKPOINTS)]
         if not names:
             raise CheckpointError(
                 "no run with checkpoints here",
@@ -105,7 +106,7 @@ def evaluate(
                 label = "  ".join(
                     filter(None, [name, *one] if any(one) else [name, home.parent.name])
                 )  # on what: its own split, or --data
-                found.append({**read_scores(home / job.SCORES), "model": label})
+                found.append({**read_scores(home / run_files.SCORES), "model": label})
     if not found:
         raise CheckpointError(
             "every checkpoint was pruned before it was scored",
@@ -186,8 +187,8 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
     if task is None and is_pretraining(name, data):
         on_shards = settle_shards(name, data, said)
         with alone(on_shards.evaluate.out):
-            if not (on_shards.evaluate.out / job.SCORES).is_file():
-                start(on_shards, on_shards.evaluate.out / "config.yaml", procs=procs)
+            if not (on_shards.evaluate.out / run_files.SCORES).is_file():
+                start(on_shards, on_shards.evaluate.out / run_files.CONFIG, procs=procs)
         return on_shards.evaluate.out
     rest, _ = permission.split(said)
     config = job.with_folder(
@@ -195,7 +196,7 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
     )
     home = config.predict.out.parent
     with alone(home):
-        if not (home / job.SCORES).is_file():
+        if not (home / run_files.SCORES).is_file():
             if not config.predict.out.is_file():
                 make(config, procs=procs)
             job.keep(home, name, job.score(config, config.predict.out))
@@ -220,5 +221,5 @@ def _on_harness(
 
     config = settle(name, tasks.split(","), folder, permission.split(said)[0])
     with alone(config.harness.out):
-        start(config, config.harness.out / "config.yaml", procs=procs)
+        start(config, config.harness.out / run_files.CONFIG, procs=procs)
     return config.harness.out

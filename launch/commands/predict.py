@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from hfscale.errors import ConfigError
+from hfscale.run_files import PREDICTIONS
 from hfscale.shards.files import alone
 
 if TYPE_CHECKING:
@@ -130,7 +131,7 @@ def predict(
         typer.echo(f"{make(config, procs=procs):,} predictions in {out}")
         return
     with TemporaryDirectory() as scratch:
-        here = config.predict.model_copy(update={"out": Path(scratch) / "predictions.jsonl"})
+        here = config.predict.model_copy(update={"out": Path(scratch) / PREDICTIONS})
         make(config.model_copy(update={"predict": here}), procs=procs)
         typer.echo(here.out.read_text("utf-8"), nl=False)
 

@@ -21,6 +21,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import TrainConfig
@@ -196,7 +197,7 @@ def _kill(
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             while (
-                not layout.committed(run / layout.FOLDER)
+                not layout.committed(run / run_files.CHECKPOINTS)
                 or (now := last_record(run))["attempt"] < attempt
                 or now["step"] < step
             ):

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from hfscale.errors import CheckpointError, ConfigError, shown
+from hfscale.run_files import JOB, LOGS, RANK_LOG, SLURM_LOG
 
 Source = Annotated[
     str,
@@ -142,7 +143,7 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
     """
     from hfscale.monitor.fence import newest
     from hfscale.reports.status import describe
-    from launch.queue import JOB, facts
+    from launch.queue import facts
     from launch.request import Request
 
     file, attempt = Path(run) / JOB, newest(Path(run))
@@ -188,13 +189,12 @@ def logs(
 
     Example: hfscale logs runs/first -f
     """
-    from launch.queue import JOB
     from launch.request import config_file, quote
 
     home = config_file(run).resolve().parent
-    folder, held = home / "logs", home / JOB
-    jobs = sorted(folder.glob("slurm-*.log"), key=lambda file: file.stat().st_mtime)[-1:]
-    files = [*jobs, *folder.glob("rank-0.log")]
+    folder, held = home / LOGS, home / JOB
+    jobs = sorted(folder.glob(SLURM_LOG.format("*")), key=lambda file: file.stat().st_mtime)[-1:]
+    files = [*jobs, *folder.glob(RANK_LOG.format(0))]
     if held.is_file() and (job := held.read_text().strip()):  # of submitit: rank 0's two
         files += sorted((home.parent / "submitit").glob(f"*/{job}_0_log.*"))
     if not files:

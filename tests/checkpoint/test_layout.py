@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError
@@ -162,16 +163,16 @@ def test_a_checkpoint_behind_a_link_is_read_kept_and_never_pruned(tmp_path):
     """One that was moved to another disk: its run is where the link lies, and pruning says nothing
     that it does not do.
     """
-    folder, disk = tmp_path / "run" / layout.FOLDER, tmp_path / "disk"
+    folder, disk = tmp_path / "run" / run_files.CHECKPOINTS, tmp_path / "disk"
     make(folder, *(layout.step_name(step) for step in (1, 2, 3)))
     disk.mkdir()
     (folder / "step-00000001").rename(disk / "step-00000001")
     (folder / "step-00000001").symlink_to(disk / "step-00000001")
     for left in ("step-00000008.partial", "step-00000009.old"):
         (folder / left).symlink_to(disk)
-    assert layout.run_of(folder / "step-00000001") == tmp_path / "run"
+    assert run_files.run_of(folder / "step-00000001") == tmp_path / "run"
     with pytest.raises(CheckpointError, match="outside of a run directory"):
-        layout.run_of(disk / "step-00000001")
+        run_files.run_of(disk / "step-00000001")
     gone = layout.prune(folder, Checkpoint(keep_last=1))
     assert [path.name for path in gone] == ["step-00000002"]
     layout.clear_leftovers(folder)
