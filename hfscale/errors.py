@@ -109,26 +109,37 @@ class SupersededError(LostError):
 def exit_code(error: BaseException) -> int | None:
     """Return the exit code for an error that is not a defect of ours, after printing it; None for a
     defect.
-
-    Of the system's errors those of ``USERS_MATTER`` are the user's.
     """
-    if isinstance(error, OSError) and (remedy := USERS_MATTER.get(error.errno or 0)):
-        error = UserError(
-            f"cannot read or write: {error.strerror}",
-            where=error.filename or "",
-            remedy=remedy,
-        )
-    if isinstance(error, MemoryError):
-        error = UserError(
-            "memory ran out",
-            value=str(error) or "MemoryError",
-            remedy="give this process more, or less to hold at once: shorter rows, a smaller batch",
-        )
+    error = _in_our_words(error)
     for kind, name, code in KINDS:
         if isinstance(error, kind):
             print(f"{name}: {error}", file=sys.stderr)
             return code
     return None
+
+
+def code_of(error: BaseException) -> int:
+    """Return the exit code of a rank that an error ends, whatever it is."""
+    ours = _in_our_words(error)
+    other = EXIT_HUNG if lost_peer(error) else 1
+    return next((code for kind, _, code in KINDS if isinstance(ours, kind)), other)
+
+
+def _in_our_words(error: BaseException) -> BaseException:
+    """Return the user's error that one of the system is (``USERS_MATTER``), or else ``error``."""
+    if isinstance(error, OSError) and (remedy := USERS_MATTER.get(error.errno or 0)):
+        return UserError(
+            f"cannot read or write: {error.strerror}",
+            where=error.filename or "",
+            remedy=remedy,
+        )
+    if isinstance(error, MemoryError):
+        return UserError(
+            "memory ran out",
+            value=str(error) or "MemoryError",
+            remedy="give this process more, or less to hold at once: shorter rows, a smaller batch",
+        )
+    return error
 
 
 KINDS = (

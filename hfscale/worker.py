@@ -33,6 +33,7 @@ from hfscale.errors import (
     EXIT_STOPPED,
     CheckpointError,
     ConfigError,
+    code_of,
     exit_code,
     lost_peer,
 )
@@ -117,11 +118,20 @@ def attempt_of(run_dir: Path, world: World) -> Fence:
             value=str(old.owner()),
             remedy="wait for it, stop it, or start this one under another run.name",
         )
+    return take_attempt(run_dir, launcher="none")
+
+
+def take_attempt(run_dir: Path, *, launcher: str) -> Fence:
+    """Return the attempt that begins now: every older one that still lives can write no more."""
+    here = allocation()
+    if here is None:
+        return take(run_dir, launcher=launcher)
     return take(
         run_dir,
-        launcher="none",
-        job=here.job_id if here else "",
-        restart=here.restarts if here else 0,
+        launcher=launcher,
+        job=here.job_id,
+        restart=here.restarts,
+        nodes=here.node_list,
     )
 
 
@@ -178,7 +188,7 @@ def main() -> None:
         if known is None:
             traceback.print_exc()
         peer_ended = known is None and lost_peer(error)
-        code = known or (EXIT_HUNG if peer_ended else 1)
+        code = code_of(error)
     if code and not peer_ended and (job := allocation()):
         fence.tell(code, job.rank)
     sys.stdout.flush()

@@ -51,6 +51,7 @@ from hfscale.run_files import (
 )
 from hfscale.shards.files import flock, open_lock, write_atomically
 from hfscale.tokenizer import tokenizer_digest
+from hfscale.worker import take_attempt
 from launch.environment import describe
 from launch.queue import refuse_holder
 
@@ -190,16 +191,11 @@ def _at_work(path: Path, who: str) -> CheckpointError:
 
 
 def take(path: Path, *, launcher: str) -> fence.Fence:
-    """Return the attempt that begins now: every older one that still lives can write no more. Call
-    it under ``locked``.
-    """
-    here = allocation()
-    return fence.take(
-        path,
-        launcher=launcher,
-        job=here.job_id if here else "",
-        restart=here.restarts if here else 0,
-    )
+    """Return the attempt that begins now, as ``take_attempt``. Call it under ``locked``."""
+    attempt = take_attempt(path, launcher=launcher)
+    # of the attempt before, whose end was taken from them
+    shutil.rmtree(path / HEARTBEATS, ignore_errors=True)
+    return attempt
 
 
 def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
@@ -225,7 +221,6 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
         "sources": loaded.sources,
     }
     text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
-    shutil.rmtree(path / HEARTBEATS, ignore_errors=True)  # heartbeats of the attempt before
     write_atomically(
         path / ENVIRONMENT, text.encode()
     )  # first, so that a replaced value is on record

@@ -82,6 +82,7 @@ def test_the_first_that_leaves_is_the_one_that_is_told(corpus: Path, tmp_path: P
     assert first.told() == (1, 5)
     second = fence.Fence(tmp_path, 2)
     assert second.told() == (2, 0), "an older attempt's file is its own"
+    assert second.ended() == 2, "without a launcher, rank 0 writes the end"
     second.tell(1, 3)
     assert second.told() == (2, 0)
 

@@ -5,7 +5,8 @@ out, and leaves.
                                    any file system, without locks
     RUN_DIR/attempts/N/owner.json  who it is; touched once a second while it lives (the lease)
     RUN_DIR/attempts/N/exit_code   code and rank of the first rank that left by itself and not well
-    RUN_DIR/attempts/N/ended       the exit code, once rank 0 has left in order
+    RUN_DIR/attempts/N/ended       when and how it ended; of an attempt that was killed the next one
+                                   writes it, from the last sign of life
 
 Rank 0 asks before it commits a checkpoint and before it appends to the metrics, and a thread of it
 asks once a second. No clock of another machine is ever compared with one of ours: a lease is alive
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import sys
 import threading
@@ -26,13 +28,15 @@ from dataclasses import asdict, dataclass
 from datetime import datetime
 from pathlib import Path
 
-from hfscale.errors import EXIT_HUNG, SupersededError
+from hfscale.errors import EXIT_HUNG, SupersededError, code_of
 from hfscale.log import logger
+from hfscale.monitor.heartbeat import last_beat
 from hfscale.records import Damaged, parse, read_file
-from hfscale.run_files import ATTEMPTS, ENDED, EXIT_CODE, HANGS, OWNER
+from hfscale.run_files import ATTEMPTS, ENDED, EXIT_CODE, HANGS, OWNER, REPORT
 
 RENEW_S = 1.0
 SETTLE_S = 0.2  # for an older attempt that has just looked, and is about to write
+STALE_S = 60.0  # a heartbeat that is so much older than a lease is not of its attempt
 WATCH_S = 5.0  # a lease that does not change for so long is nobody's
 
 
@@ -46,10 +50,30 @@ class Owner:
     job: str = ""
     restart: int = 0
     started: str = ""
+    nodes: str = ""  # of the job, as Slurm writes them; "": the host alone
 
     def __str__(self) -> str:
         job = f", job {self.job} (restart {self.restart})" if self.job else ""
         return f"process {self.pid} on {self.host}{job}, since {self.started}"
+
+
+@dataclass(frozen=True)
+class End:
+    """How an attempt ended. Where that is not known, ``time`` is of its last sign of life."""
+
+    time: str
+    code: int | None = None
+    signal: str = ""  # that killed it: SIGKILL
+    doing: str = ""  # of an attempt that was closed: what it was last seen at
+    closed_by: int = 0  # the attempt that wrote this, as this one could not
+
+    def __str__(self) -> str:
+        if not self.closed_by:
+            return f"ended {self.time} with code {self.code}"
+        at = f", in {self.doing}" if self.doing else ""
+        known = "" if self.code is None else f", and a rank of it left with code {self.code}"
+        seen = f"its last sign of life is of {self.time}{at}{known}"
+        return f"left no end: it was killed, or its machine was lost; {seen}"
 
 
 @dataclass(frozen=True)
@@ -125,17 +149,53 @@ class Fence:
         except OSError:
             return None
 
-    def ended(self) -> int | None:
-        """Return the code with which the attempt has ended in order; None if it has not."""
+    def ending(self) -> End | None:
+        """Return how the attempt ended; None if that is not written down."""
+        file = self.folder / ENDED
         try:
-            return int((self.folder / ENDED).read_text())
-        except (OSError, ValueError):
+            content = read_file(file, most=1 << 16)
+            if content.strip().isdigit():  # version 0.1 wrote the code alone
+                return End(_clock(file.stat().st_mtime), int(content))
+            return parse(End, content)
+        except (OSError, Damaged):
             return None
+
+    def ended(self) -> int | None:
+        """Return the code with which the attempt has ended; None if it has not, or nobody knows."""
+        end = self.ending()
+        return end.code if end else None
 
     def end(self, code: int) -> None:
         """Write down that the attempt has ended."""
         with suppress(OSError):
-            (self.folder / ENDED).write_text(f"{code}\n")
+            self._write(ENDED, End(_clock(), code, signal=_signal(code)))
+
+    def close(self, *, by: int) -> End:
+        """Return the end of an attempt that could not write it down, which attempt ``by`` now has:
+        of one that was killed.
+        """
+        seen = (self._lease() or 0) / 1e9
+        last = last_beat(self.run_dir)
+        doing = ""
+        if last and last[0] > seen - STALE_S:  # else it is an older attempt's
+            seen, doing = max(seen, last[0]), f"{last[1].phase} of step {last[1].step}"
+        told = self.told()
+        code = told[0] if told else None
+        if (self.run_dir / HANGS / str(self.number) / REPORT).is_file():
+            code = EXIT_HUNG
+        end = End(_clock(seen), code, _signal(code), doing, closed_by=by)
+        with suppress(OSError):
+            self._write(ENDED, end)
+        return end
+
+    def _write(self, name: str, content: Owner | End) -> None:
+        """Write a file of the attempt, whole or not at all; others may write it at this moment."""
+        new = self.folder / f".{name}.{socket.gethostname()}.{os.getpid()}"
+        with open(new, "w") as file:
+            file.write(json.dumps(asdict(content)))
+            file.flush()
+            os.fsync(file.fileno())
+        new.rename(self.folder / name)
 
     def tell(self, code: int, rank: int) -> None:
         """Write down why a rank leaves, if it is the first one."""
@@ -155,13 +215,16 @@ class Fence:
     @contextmanager
     def kept(self, *, leave: bool = True) -> Iterator[None]:
         """Renew the lease inside; once superseded, ``leave`` with EXIT_HUNG, wherever this process
-        is.
+        is. An error that comes out ends the attempt.
         """
         over = threading.Event()
         thread = threading.Thread(target=self._keep, args=[over, leave], daemon=True)
         thread.start()
         try:
             yield
+        except BaseException as error:
+            self.end(code_of(error))
+            raise
         finally:
             over.set()
 
@@ -171,17 +234,19 @@ class Fence:
             with suppress(OSError):  # a disk that does not answer: asked again, and by every commit
                 if leave and self.passed():
                     logger.error(self.superseded())
+                    self.end(EXIT_HUNG)
                     sys.stderr.flush()
                     os._exit(EXIT_HUNG)
             over.wait(RENEW_S)
 
 
-def take(run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0) -> Fence:
+def take(
+    run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0, nodes: str = ""
+) -> Fence:
     """Return the next attempt of a run, taken by this process. From now on every older one is
-    superseded.
+    superseded, and each has an end.
     """
-    started = datetime.now().astimezone().isoformat(timespec="seconds")
-    owner = Owner(socket.gethostname(), os.getpid(), launcher, job, restart, started)
+    owner = Owner(socket.gethostname(), os.getpid(), launcher, job, restart, _clock(), nodes)
     (run_dir / ATTEMPTS).mkdir(exist_ok=True)
     number = max([0, *_numbers(run_dir / ATTEMPTS), *_numbers(run_dir / HANGS)]) + 1
     while True:
@@ -191,18 +256,35 @@ def take(run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0) 
         except FileExistsError:
             number += 1
             continue
-        new = fence.folder / f".{OWNER}"
-        new.write_text(json.dumps(asdict(owner)))
-        new.rename(fence.folder / OWNER)
-        if number > 1 and Fence(run_dir, number - 1).ended() is None:
+        fence._write(OWNER, owner)
+        open_ones = [old for old in attempts(run_dir) if old.number < number and not old.ending()]
+        if open_ones:
             time.sleep(SETTLE_S)
+        for old in open_ones:
+            logger.info(f"attempt {old.number} of this run {old.ending() or old.close(by=number)}")
         return fence
+
+
+def attempts(run_dir: Path) -> list[Fence]:
+    """Return the attempts of a run, oldest first."""
+    return [Fence(run_dir, number) for number in sorted(_numbers(run_dir / ATTEMPTS))]
 
 
 def newest(run_dir: Path) -> Fence | None:
     """Return the newest attempt of a run; None if there is none, as in runs of older versions."""
-    numbers = _numbers(run_dir / ATTEMPTS)
-    return Fence(run_dir, max(numbers)) if numbers else None
+    return [None, *attempts(run_dir)][-1]
+
+
+def _clock(seconds: float | None = None) -> str:
+    """Return a time of the epoch (None: now) as it is written down: local, to the second."""
+    now = datetime.now() if seconds is None else datetime.fromtimestamp(seconds)
+    return now.astimezone().isoformat(timespec="seconds")
+
+
+def _signal(code: int | None) -> str:
+    """Return the signal that an exit code of a shell, or of srun, stands for, if it is one."""
+    numbers = {int(one) for one in signal.Signals}
+    return signal.Signals(code - 128).name if code and code - 128 in numbers else ""
 
 
 def _numbers(folder: Path) -> list[int]:

@@ -331,6 +331,16 @@ def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
     return list(beats.values())
 
 
+def last_beat(run_dir: Path) -> tuple[float, Beat] | None:
+    """Return when a rank of the run was last heard (seconds of the epoch), and what it did then."""
+    files = [*(run_dir / HEARTBEATS).glob("rank-*")]
+    if not files:
+        return None
+    newest = max(files, key=lambda file: file.stat().st_mtime)
+    [beat] = read_beats(run_dir, [int(newest.name.removeprefix("rank-"))])
+    return newest.stat().st_mtime, beat
+
+
 def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[int]) -> list[Beat]:
     """Return the ranks to blame: those that do not answer, else those that are behind, else those
     that are not ``waiting`` for others.

@@ -12,10 +12,26 @@ from typing import Any
 from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.schema import TrainConfig
-from hfscale.errors import DataError
+from hfscale.errors import (
+    EXIT_DONE,
+    EXIT_HUNG,
+    EXIT_STOPPED,
+    EXIT_UNHEALTHY,
+    EXIT_USER_ERROR,
+    DataError,
+)
+from hfscale.monitor.fence import End, Fence, attempts
 from hfscale.records import Count, Damaged, Record, open_file, parse
 
 TAIL_BYTES = 65536
+LAST = 5  # attempts that are shown
+ENDS = {
+    EXIT_DONE: "done",
+    EXIT_USER_ERROR: "refused",
+    EXIT_STOPPED: "stopped and saved",
+    EXIT_UNHEALTHY: "unhealthy numbers",
+    EXIT_HUNG: "hung, lost, or superseded",
+}
 
 
 class Metrics(Record):
@@ -121,7 +137,34 @@ def describe(
         if saved
         else "none"
     )
-    return [*lines, ("last checkpoint", last), ("attempts", str(record.get("attempt", 0)))]
+    return [
+        *lines,
+        ("last checkpoint", last),
+        ("attempts", str(record.get("attempt", 0))),
+        *((f"attempt {one.number}", _attempt(one)) for one in attempts(run)[-LAST:]),
+    ]
+
+
+def _attempt(attempt: Fence) -> str:
+    """Return where an attempt ran, when, and how it ended."""
+    owner, end = attempt.owner(), attempt.ending()
+    words = []
+    if owner:
+        job = f", job {owner.job} (restart {owner.restart})" if owner.job else ""
+        words.append(f"{owner.launcher} on {owner.nodes or owner.host}{job}, since {owner.started}")
+    if end is None:
+        words.append("no end yet")
+    elif end.closed_by:
+        words.append(str(end))
+    else:
+        words.append(f"until {end.time}: {_how(end)}")
+    return ", ".join(words)
+
+
+def _how(end: End) -> str:
+    if end.signal:
+        return f"killed by {end.signal}"
+    return ENDS.get(end.code or 0, "failed") + f" (exit code {end.code})"
 
 
 def _time(seconds: float) -> str:

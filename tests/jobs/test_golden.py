@@ -13,6 +13,8 @@ import yaml
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.state import VERSION, read_state
 from hfscale.errors import CheckpointError
+from hfscale.monitor.fence import attempts
+from launch import run_dir
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
@@ -46,6 +48,17 @@ def test_a_run_of_0_1_goes_on_as_it_would_have_then(old: Path) -> None:
     )
     assert after.keys() == before.keys() | {"version"}
     assert not layout.state_of(run / "checkpoints/step-00000006").model_extra, "each key has a name"
+
+
+def test_attempts_of_0_1_have_ends(old: Path) -> None:
+    first, second = attempts(old / "run")
+    end = first.ending()
+    assert end is not None and end.code == 0
+    assert second.ending() is None
+    run_dir.take(old / "run", launcher="local")
+    end = second.ending()
+    assert end is not None and (end.code, end.closed_by) == (None, 3)
+    assert end.doing == "save of step 4"
 
 
 def test_what_checkpoints_of_0_1_say(old: Path) -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hfscale.monitor.fence import attempts
 from launch import slurm
 from launch.request import Request
 from tests.helpers.cli import ROOT, hfscale
@@ -207,6 +208,10 @@ def test_a_killed_rank_takes_the_others_with_it_and_the_job_starts_again(jobs: J
     check_equal(jobs, "killed rank")
     assert "a rank was killed from outside; back into the queue" in jobs.log("killed rank")
     assert jobs.cluster.job(jobs.ids["killed rank"])["Restarts"] == "1"
+    killed, other = attempts(jobs.run("killed rank"))
+    ends, owner = (killed.ending(), other.ending()), killed.owner()
+    assert [end and (end.code, end.signal) for end in ends] == [(137, "SIGKILL"), (0, "")]
+    assert owner is not None and (owner.job, owner.nodes) == (jobs.ids["killed rank"], "n1")
 
 
 def test_unhealthy_numbers_are_not_requeued(jobs: Jobs):

@@ -8,10 +8,13 @@ import errno
 import fcntl
 import os
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -22,6 +25,7 @@ from hfscale.monitor.fence import Fence, newest, take
 from hfscale.monitor.writers import MetricsLog
 from hfscale.shards import files
 from launch import run_dir
+from tests.helpers.cli import ROOT
 
 RECORD = {"step": 1, "loss": 1.0, "step_s": 1.0, "tokens_per_s": 1.0, "data_wait_s": 0.0}
 
@@ -58,6 +62,75 @@ def test_ends_belong_to_an_attempt(tmp_path: Path):
     assert (older.told(), younger.told()) == ((75, 1), None)
     older.end(75)
     assert (older.ended(), younger.ended()) == (75, None)
+
+
+def test_an_end_says_when_and_how(tmp_path: Path):
+    attempt = take(tmp_path, launcher="slurm", job="7", nodes="n[1-2]")
+    assert attempt.ending() is None
+    attempt.end(137)
+    end, owner = attempt.ending(), attempt.owner()
+    assert end is not None and (end.code, end.signal, end.closed_by) == (137, "SIGKILL", 0)
+    assert owner is not None and (owner.job, owner.nodes) == ("7", "n[1-2]")
+    assert owner.started <= end.time
+    with pytest.raises(MemoryError), attempt.kept():
+        raise MemoryError
+    assert attempt.ended() == 2, "of an error that comes out, as the process ends with it"
+    (attempt.folder / "ended").write_text("75\n")  # as version 0.1 wrote it
+    old = attempt.ending()
+    assert old is not None and (old.code, old.signal) == (75, "") and old.time >= end.time
+
+
+KILLED = """
+import sys, time
+from pathlib import Path
+from hfscale.monitor.fence import take
+from hfscale.monitor.heartbeat import beat, watching
+run = Path(sys.argv[1])
+attempt = take(run, launcher="local")
+watched = watching(run, rank=0, ranks=1, node="n1", timeout_s=60, on_hang=print, attempt=1)
+with attempt.kept(), watched:
+    beat("save", 7)
+    while not (run / "heartbeats/rank-0").read_text().startswith("2 7 save"):
+        time.sleep(0.05)
+    print("ready", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_the_next_start_closes_an_attempt_that_was_killed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    process = subprocess.Popen(
+        [sys.executable, "-c", KILLED, str(tmp_path)], stdout=subprocess.PIPE, cwd=ROOT
+    )
+    assert process.stdout is not None and process.stdout.readline() == b"ready\n"
+    process.kill()
+    process.wait()
+    killed = Fence(tmp_path, 1)
+    assert killed.ending() is None
+    later = time.time() + 3600  # the machine was away for a while
+    os.utime(tmp_path / "heartbeats" / "rank-0", (later - 5, later - 5))
+    os.utime(killed.folder / "owner.json", (later - 6, later - 6))
+    with caplog.at_level("INFO"):
+        run_dir.take(tmp_path, launcher="local")
+    end = killed.ending()
+    assert end is not None and (end.code, end.doing, end.closed_by) == (None, "save of step 7", 2)
+    assert datetime.fromisoformat(end.time).timestamp() == int(later - 5)
+    assert f"attempt 1 of this run {end}" in caplog.text and "it was killed" in str(end)
+    assert [file.name for file in sorted(killed.folder.iterdir())] == ["ended", "owner.json"]
+    assert not (tmp_path / "heartbeats").exists(), "of the attempt that begins there are none yet"
+    assert killed.ended() is None
+
+
+def test_what_a_killed_attempt_left_is_told_with_its_end(tmp_path: Path):
+    told, hung = take(tmp_path), take(tmp_path)
+    told.tell(139, 3)
+    (tmp_path / "hangs" / "2").mkdir(parents=True)
+    (tmp_path / "hangs" / "2" / "report.json").write_text("{}")
+    (told.folder / "ended").unlink()
+    take(tmp_path)
+    ends = [attempt.ending() for attempt in (told, hung)]
+    assert [end and (end.code, end.signal) for end in ends] == [(139, "SIGSEGV"), (EXIT_HUNG, "")]
 
 
 def no_locks(*_: object) -> None:

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from hfscale.config.schema import RunConfig
+from hfscale.monitor.fence import take
 from hfscale.reports.status import describe, last_record, progress, steps_left
 
 RECORD = {
@@ -41,6 +42,22 @@ def test_a_run_that_has_not_begun(tmp_path: Path):
         "none",
         "0",
     )
+
+
+def test_how_each_attempt_ended(tmp_path: Path):
+    run = tmp_path / "r"
+    run.mkdir()
+    take(run, launcher="slurm", job="7", nodes="n[1-2]").end(75)
+    take(run, launcher="local").end(137)
+    take(run, launcher="local")
+    take(run, launcher="local")
+    lines = dict(describe(config(tmp_path, steps=100)))
+    first = lines["attempt 1"]
+    assert first.startswith("slurm on n[1-2], job 7 (restart 0), since 20")
+    assert first.endswith(": stopped and saved (exit code 75)")
+    assert lines["attempt 2"].endswith(": killed by SIGKILL")
+    assert "it was killed, or its machine was lost" in lines["attempt 3"]
+    assert lines["attempt 4"].endswith("no end yet")
 
 
 def test_a_run_under_way(tmp_path: Path):
