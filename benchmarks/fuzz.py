@@ -616,7 +616,7 @@ def on_records(rng: Random, home: Path) -> Act:
     """What a run has written of itself: metrics, environment, scores, its config."""
     run = home / "runs" / "r"
     which = rng.choice(
-        ["metrics.jsonl", "metrics.jsonl", "environment.json", "scores", "config.yaml"]
+        ["metrics.jsonl", "environment.json", "attempts/1/ended", "scores", "config.yaml"]
     )
     if which == "metrics.jsonl":
         bend_lines(rng, run / which)

@@ -1,13 +1,8 @@
 """The run directory: made once, then only added to. One launcher at a time may work in it.
 
-RUN_DIR/config.yaml       the resolved config of the newest attempt; every earlier value is in
-                          environment.json
-RUN_DIR/environment.json  one entry an attempt: command, packages, code, hosts, data, sources of
-                          values, changes
-RUN_DIR/environment-*.patch  what the code had in it beside its commit
-RUN_DIR/secret            by which the ranks know each other; nobody else can read it
-RUN_DIR/lock              held by the launcher (or job) that works here
-RUN_DIR/attempts/         who has worked here, and who does: hfscale/monitor/fence.py
+What lies in it: ``hfscale/run_files.py``. Its config.yaml is that of the newest attempt; every
+earlier value is in environment.json, which has an entry an attempt: command, packages, code (its
+commit, and the patch beside it), hosts, data, sources of values, changes.
 """
 
 from __future__ import annotations

@@ -333,12 +333,16 @@ def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
 
 def last_beat(run_dir: Path) -> tuple[float, Beat] | None:
     """Return when a rank of the run was last heard (seconds of the epoch), and what it did then."""
-    files = [*(run_dir / HEARTBEATS).glob("rank-*")]
-    if not files:
+    heard = []
+    with suppress(OSError):
+        for file in os.scandir(run_dir / HEARTBEATS):
+            rank = file.name.removeprefix("rank-")
+            if rank.isdecimal():
+                heard.append((file.stat().st_mtime, int(rank)))
+    if not heard:
         return None
-    newest = max(files, key=lambda file: file.stat().st_mtime)
-    [beat] = read_beats(run_dir, [int(newest.name.removeprefix("rank-"))])
-    return newest.stat().st_mtime, beat
+    seconds, last = max(heard)
+    return seconds, read_beats(run_dir, [last])[0]
 
 
 def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[int]) -> list[Beat]:

@@ -25,7 +25,7 @@ from hfscale.records import Count, Damaged, Record, open_file, parse
 
 TAIL_BYTES = 65536
 LAST = 5  # attempts that are shown
-ENDS = {
+ENDS: dict[int | None, str] = {
     EXIT_DONE: "done",
     EXIT_USER_ERROR: "refused",
     EXIT_STOPPED: "stopped and saved",
@@ -164,7 +164,7 @@ def _attempt(attempt: Fence) -> str:
 def _how(end: End) -> str:
     if end.signal:
         return f"killed by {end.signal}"
-    return ENDS.get(end.code or 0, "failed") + f" (exit code {end.code})"
+    return ENDS.get(end.code, "failed") + f" (exit code {end.code})"
 
 
 def _time(seconds: float) -> str:
