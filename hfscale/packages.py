@@ -16,9 +16,10 @@ from hfscale.errors import ConfigError
 WRONG = (
     (
         "deepspeed",
-        "<0.19.5",
-        "at ZeRO 1 and 2 it keeps the gradient of the last micro-batch only",
-        "deepspeed>=0.19.5",
+        "<0.19.8",
+        "it trains on where the gradient is not a number, adds micro-batches up in 16 bits "
+        "at ZeRO 2, and below 0.19.4 keeps the last one's gradient alone",
+        "deepspeed>=0.19.8",
     ),
     (
         "tokenizers",

@@ -28,6 +28,7 @@ VERBS = {  # a verb is listed when it works
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
     "logs": "Print a run's log, and follow it.",
     "doctor": "Check and measure this machine, or the nodes of an allocation, for a run.",
+    "configs": "List the configs that come with hfscale, or copy them to edit.",
     "show": "Print a config as it resolves, and where each value came from.",
     "batch": "Print the texts that a step of a run was trained on.",
     "checkpoints": "List a run's checkpoints and why each is kept; verify, pin, prune.",

@@ -30,10 +30,10 @@ from hfscale.run_files import CODE, EXCLUDED, LOGS, RANK_LOG, SLURM_LOG, TENSORB
 from launch import run_dir
 from launch.queue import client, has_slurm, hold, longest, ranks_per_node, seconds
 from launch.request import Request, check, quote, refuse_copies
+from launch.share import ROOT, scripts_home
 
-ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = "slurm/train.sbatch"
-SHIPPED = ("hfscale", "launch", "slurm")  # the folders of the checkout that a job needs
+PACKAGES = ("hfscale", "launch")  # what a job's snapshot of the code has beside slurm/
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
 LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 REFUSED = {
@@ -51,9 +51,9 @@ def launch(request: Request) -> int:
             Nothing is submitted then.
     """
     refuse_copies()
-    refuse_without_scripts()
     loaded, here = request.load(), allocation()
     config = loaded.config
+    scripts_home(config.cluster)
     run, cluster = config.run_dir, config.cluster
     no_ranks(request)
     procs = here.nodes * ranks_per_node(here) if here else cluster.nodes * tasks_per_node(cluster)
@@ -67,7 +67,10 @@ def launch(request: Request) -> int:
     command = (
         ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
     )
-    said += differences(cluster, here) if here else accepted(options, dry_run=request.dry_run)
+    if here:
+        said += differences(cluster, here)
+    else:
+        said += accepted(options, home=scripts_home(cluster), dry_run=request.dry_run)
     from hfscale.jobs.check import check as check_parts  # slow to import
 
     check_parts(config)
@@ -107,21 +110,6 @@ def watched(command: Sequence[str], folder: Path) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-
-
-def refuse_without_scripts() -> None:
-    """Return if the scripts of slurm/ are there.
-
-    Raises:
-        ConfigError: if hfscale was installed without them.
-    """
-    if not (ROOT / SCRIPT).is_file():
-        raise ConfigError(
-            "hfscale was installed without its scripts for Slurm",
-            where=ROOT / SCRIPT,
-            remedy="use a checkout (pip install -e . in it), or submit slurm/train.sbatch of "
-            "one yourself",
-        )
 
 
 def no_ranks(request: Request) -> None:
@@ -191,10 +179,11 @@ def prepare(
     """
     run_dir.record(loaded, launcher=launcher, procs=procs)
     if code:
-        for folder in SHIPPED:
+        scripts = scripts_home(loaded.config.cluster) / "slurm"
+        for folder in (*(ROOT / name for name in PACKAGES), scripts):
             shutil.copytree(
-                ROOT / folder,
-                code / folder,
+                folder,
+                code / folder.name,
                 ignore=shutil.ignore_patterns("__pycache__"),
                 dirs_exist_ok=True,
             )
@@ -269,8 +258,9 @@ def excluded(run: Path) -> list[str]:
     )
 
 
-def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
-    """Return what Slurm says of a job with these options, without submitting it.
+def accepted(options: Sequence[str], *, home: Path, dry_run: bool) -> list[str]:
+    """Return what Slurm says of a job with these options, of the scripts in ``home``, without
+    submitting it.
 
     Raises:
         ConfigError: in Slurm's own words, if it refuses.
@@ -292,7 +282,7 @@ def accepted(options: Sequence[str], *, dry_run: bool) -> list[str]:
             *(option for option in options if not option.startswith("--chdir")),
             SCRIPT,
         ],
-        cwd=ROOT,
+        cwd=home,
     )
     if tried.returncode:
         raise refusal(tried.stderr, options)

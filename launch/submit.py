@@ -39,6 +39,7 @@ from launch import run_dir
 from launch.job import take
 from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
 from launch.request import Request, quote
+from launch.share import scripts_home
 from launch.slurm import (
     before,
     code_folder,
@@ -46,7 +47,6 @@ from launch.slurm import (
     no_ranks,
     prepare,
     refusal,
-    refuse_without_scripts,
     tasks_per_node,
 )
 
@@ -192,8 +192,6 @@ def _checked(
     """Return the configs that were asked for, looked at before the first one writes, and what
     submitit is told.
     """
-    if cluster == "slurm":
-        refuse_without_scripts()
     if cluster == "slurm" and not has_slurm():
         raise ConfigError(
             "there is no Slurm on this machine",
@@ -202,6 +200,8 @@ def _checked(
         )
     loads = [request.load() for request in requests]
     first = loads[0].config
+    if cluster == "slurm":
+        scripts_home(first.cluster)
     parameters = _parameters(first, cluster) | first.cluster.submitit | options
     nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
     for loaded in loads:

@@ -14,8 +14,8 @@ from hfscale.packages import refuse_wrong_versions
     ("package", "version", "refused"),
     [
         ("deepspeed", "0.19.3", True),
-        ("deepspeed", "0.19.4", True),
-        ("deepspeed", "0.19.5", False),
+        ("deepspeed", "0.19.7", True),
+        ("deepspeed", "0.19.8", False),
         ("deepspeed", "0.19.8+cu130", False),
         ("tokenizers", "0.23.1", True),
         ("tokenizers", "0.23.2", True),

@@ -345,6 +345,7 @@ class Cluster(Section):
         10  # of one job in a row that come no further than the one before
     )
     allow_local_disk: bool = False  # a run directory on a disk that only this machine sees
+    scripts: str | None = None  # the folder that holds your own slurm/: `hfscale configs copy`
     sbatch: dict[str, Any] = {}  # any other option by its long name; true for one without a value
     submitit: dict[str, Any] = {}
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from hfscale.config.permission import grant
-from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.config.schema import Cluster, RunConfig, TrainConfig
 from hfscale.dist.world import (
     LISTEN_FD,
     Allocation,
@@ -42,6 +42,7 @@ from launch.interpreter import python
 from launch.local import gpu_count
 from launch.queue import client, cores_per_rank, has_slurm, ranks_per_node
 from launch.request import Request
+from launch.share import scripts_home
 
 TIMEOUT_S = 40.0  # for the ranks
 KILL_S = 5.0  # for them to end after that
@@ -90,7 +91,13 @@ def doctor(
     ) or [node_name()]
     found = [
         *_before(wanted, here, task),
-        *_measure(wanted.run_dir if wanted else Path.cwd(), task, here, names),
+        *_measure(
+            wanted.run_dir if wanted else Path.cwd(),
+            task,
+            here,
+            names,
+            home=scripts_home(wanted.cluster if wanted else Cluster()),
+        ),
     ]
     findings = judge(found, nodes=names)
     bad, ok = bad_nodes(findings), all(one.state != "fail" for one in findings)
@@ -148,7 +155,11 @@ def _before(
             "request",
             lambda: [
                 line
-                for line in slurm.accepted(slurm.sbatch_options(config, Path()), dry_run=False)
+                for line in slurm.accepted(
+                    slurm.sbatch_options(config, Path()),
+                    home=scripts_home(cluster),
+                    dry_run=False,
+                )
                 if " to start at " not in line
             ],
         )
@@ -194,9 +205,14 @@ def _await(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 
 def _measure(
-    place: Path, task: dict[str, Any], here: Allocation | None, names: Sequence[str]
+    place: Path,
+    task: dict[str, Any],
+    here: Allocation | None,
+    names: Sequence[str],
+    *,
+    home: Path,
 ) -> Iterator[Finding]:
-    """Yield what the ranks found, and which nodes said nothing."""
+    """Yield what the ranks found, and which nodes said nothing; ``home`` holds slurm/."""
     place, procs = (
         next(folder for folder in (place, *place.parents) if folder.is_dir()),
         _procs(here),
@@ -235,7 +251,7 @@ def _measure(
         ranks = [
             subprocess.Popen(
                 command,
-                cwd=slurm.ROOT,
+                cwd=home,
                 env=os.environ | env,
                 stdin=subprocess.DEVNULL,
                 stdout=out.open("a"),  # a line is one write, and goes to the end

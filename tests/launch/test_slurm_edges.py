@@ -50,7 +50,7 @@ def lab(
         monkeypatch.setenv(name, cluster.env[name])
     lab = tmp_path / "my lab"
     code, image = lab / "hfscale", lab / "image"
-    for folder in slurm.SHIPPED:
+    for folder in (*slurm.PACKAGES, "slurm"):
         shutil.copytree(ROOT / folder, code / folder)
     image.mkdir()
     for name in ("sh", "cat", "uname", "git"):
