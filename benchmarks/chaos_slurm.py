@@ -35,7 +35,7 @@ from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.corpus import GPT2, make_corpus, run_values
 from tests.helpers.slurm import Cluster, missing, running, wait_for
 
-STEPS, AT, SAVE_EVERY, STEP_S, DISK_MB, LIMIT_S = 24, 5, 4, 0.4, 96, 60.0
+STEPS, AT, SAVE_EVERY, STEP_S, DISK_MB, LIMIT_S = 24, 5, 4, 0.4, 192, 60.0
 CLOSE = 1e-3  # of losses near 5, after steps of another cut (fp32)
 DROPOUT = dict.fromkeys(
     ("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0
