@@ -71,7 +71,7 @@ def export_phases(run: str, out: str) -> dict[str, tuple[int, int]]:
 
     from hfscale.checkpoint.export import write_weights
     from hfscale.jobs import export
-    from hfscale.jobs.opening import open_run
+    from hfscale.run.model import RunModel, find
 
     phases, folder = {}, Path(out)
     folder.mkdir()
@@ -81,12 +81,22 @@ def export_phases(run: str, out: str) -> dict[str, tuple[int, int]]:
             work()
         phases[name] = (peak.anonymous, peak.files)
 
-    source = open_run(run)
-    assert source is not None
-    phase("writing", lambda: write_weights(source.reader, source.skeleton, folder))
-    source.skeleton.config.save_pretrained(folder)
+    source = find(run)
+    assert isinstance(source, RunModel)
+    shapes = source.skeleton
+    phase("writing", lambda: write_weights(source.weights, shapes, folder))
+    shapes.config.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
-    phase("the gate (transformers loads it)", lambda: export.prove(source, folder))
+    phase(
+        "the gate (transformers loads it)",
+        lambda: export.prove(
+            folder,
+            source.trained,
+            skeleton=shapes,
+            checkpoint=source.checkpoint,
+            config=source.run,
+        ),
+    )
     return phases
 
 

@@ -116,14 +116,14 @@ def cycles(rng: np.random.Generator) -> Iterator[np.ndarray]:
 def opened(run: Path) -> tuple[Any, Any, Any]:
     """Return model, tokenizer and objective of a run."""
     from hfscale.config.schema import RunConfig
-    from hfscale.jobs.opening import open_run
     from hfscale.objectives.base import Setting, load_objective
+    from hfscale.run.model import RunModel, find
 
-    found = open_run(str(run))
-    assert found is not None and isinstance(found.config, RunConfig), run
-    data = found.config.data
+    found = find(run)
+    assert isinstance(found, RunModel) and isinstance(found.run, RunConfig), run
+    data = found.run.data
     objective = load_objective(
-        found.config.objective,
+        found.run.objective,
         Setting(
             seq_len=data.seq_len,
             seed=99,

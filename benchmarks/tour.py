@@ -304,18 +304,22 @@ def table(folder: Path) -> None:
     """
     from hfscale.jobs.asked import settle
     from hfscale.jobs.evaluate import score
+    from hfscale.run.model import find
 
     beaten = True
     print(f"{'task':<15}{'metric':<10}{'tested':>7}   {'model (95 %)':<26}{'baseline (95 %)':<26}")
     samples = []
     for name, (_, _, _, metric) in TASKS.items():
         run = Path("runs") / f"tour-{name}"
-        config = settle(str(run), task=None, data=None, out=Path("-"), overrides=[], answers=True)
+        model = find(run)
+        config = settle(model, task=None, data=None, out=Path("-"), overrides=[], answers=True)
         home = max(
             (run / "evaluations").glob("*-test/*/predictions.jsonl"),
             key=lambda file: file.stat().st_mtime,
         )
-        ours, trivial = (score(config, file) for file in (home, folder / name / "baseline.jsonl"))
+        ours, trivial = (
+            score(config, file, model=model) for file in (home, folder / name / "baseline.jsonl")
+        )
         cells = [
             (found["scores"][metric], *found["intervals"][metric]) for found in (ours, trivial)
         ]

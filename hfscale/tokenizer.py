@@ -156,6 +156,48 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
     ).hexdigest()
 
 
+def framed(
+    tokenizer: PreTrainedTokenizerFast,
+    frame: tuple[str | None, ...] | None,
+    config: Any,
+) -> PreTrainedTokenizerFast:
+    """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame``
+    before a text and after it.
+
+    Where there is no ``eos_token`` documents end with the ``sep_token``. Without any role nothing
+    is put, as shards are made: a prompt that ends in [SEP] would be a document's end. None: what
+    the tokenizer puts itself.
+    """
+    if not getattr(config, "type_vocab_size", 0):
+        tokenizer.model_input_names = [
+            name for name in tokenizer.model_input_names if name != "token_type_ids"
+        ]
+    if frame is None:
+        return tokenizer
+    from tokenizers import processors
+
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    ends = {"eos_token": tokenizer.eos_token or tokenizer.sep_token}
+    has = [role and ends.get(role, getattr(tokenizer, role)) for role in frame]
+    puts, own = tokenizer("a")["input_ids"], tokenizer.backend_tokenizer.post_processor
+    ends_itself = bool(frame) and frame[-1] is None and puts[-1:] != bare[-1:]
+    if not frame and puts != bare:
+        tokenizer.backend_tokenizer.post_processor = processors.Sequence([])
+    elif any(has) and (puts == bare or ends_itself):
+        before, after = (f"{token} " if token else "" for token in has)
+        around = processors.TemplateProcessing(
+            single=f"{before}$A {after}".strip(),
+            pair=f"{before}$A {after}$B {after}".strip(),
+            special_tokens=[
+                (token, tokenizer.convert_tokens_to_ids(token)) for token in has if token
+            ],
+        )
+        tokenizer.backend_tokenizer.post_processor = (
+            processors.Sequence([own, around]) if own and not ends_itself else around
+        )
+    return tokenizer
+
+
 def is_panic(error: BaseException) -> bool:
     """Return whether ``error`` is the end of Rust code, which is no ``Exception`` to Python."""
     return type(error).__name__ == "PanicException"

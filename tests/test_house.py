@@ -27,6 +27,7 @@ FLOORS = [
     {"objectives", "checkpoint"},
     {"tasks"},
     {"training"},
+    {"run"},
     {"jobs", "reports"},
     {"worker"},
 ]

@@ -8,7 +8,7 @@ import shlex
 import warnings
 from contextlib import suppress
 from copy import copy
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,8 @@ from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
 from hfscale.config.schema import Lora
 from hfscale.errors import ConfigError, literal, shown
-from hfscale.jobs.opening import RunModel
-from hfscale.models.kinds import BY_CLASS
 from hfscale.models.trained import transposed
+from hfscale.run.model import RunModel
 from hfscale.tasks.base import Task
 
 
@@ -63,7 +62,7 @@ def write_adapter(source: RunModel, folder: Path) -> None:
     """
     from peft import LoraConfig
 
-    reader, lora = source.reader, source.config.model.lora
+    reader, lora = source.weights, source.run.model.lora
     if lora is None or not isinstance(reader, MergedWeights):
         raise ConfigError(
             "this run has no adapters",
@@ -73,7 +72,6 @@ def write_adapter(source: RunModel, folder: Path) -> None:
     buffers = dict(source.skeleton.named_buffers())
     whole = {name: name.rpartition(".")[0] for name in reader.own if name not in buffers}
     chosen = [module for module in reader.targets if module not in whole.values()]
-    purpose = BY_CLASS.get(source.objective.auto_model)
     LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
@@ -82,7 +80,7 @@ def write_adapter(source: RunModel, folder: Path) -> None:
         modules_to_save=sorted(set(whole.values())) or None,
         fan_in_fan_out=any(reader.targets.values()),
         inference_mode=True,
-        task_type=purpose.peft if purpose else None,
+        task_type=source.purpose.peft if source.purpose else None,
         base_model_name_or_path=lora_base(source),
     ).save_pretrained(str(folder))
     tensors = {name: reader.read(name) for name in whole} | {
@@ -100,31 +98,31 @@ def load_adapter(source: RunModel, folder: Path) -> Any:
     """Return the run's base with the adapter of ``folder``, as peft puts them together."""
     from peft import PeftModel
 
-    base: Any = copy(source.reader)
+    base: Any = copy(source.weights)
     base.targets = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name of old
-        return PeftModel.from_pretrained(replace(source, reader=base).engine().module, str(folder))
+        return PeftModel.from_pretrained(source.engine(reader=base).module, str(folder))
 
 
 def lora_base(source: RunModel) -> str:
     """Return the base as the user said it: a name of the hub, not where this machine keeps it; or
     the path of its weights.
     """
-    said, reader = source.config.model.pretrained, source.reader
+    said, reader = source.run.model.pretrained, source.weights
     assert said is not None and isinstance(reader, MergedWeights)
     return reader.folder if Path(said).is_absolute() else said
 
 
 def use_adapter(source: RunModel, folder: Path | str) -> str:
     """Return lines of Python that use an adapter. Its base may have to be exported first."""
-    kind, base = source.objective.auto_model, lora_base(source)
+    kind, base = source.kind, lora_base(source)
     export = f"# first: hfscale export {shown(shlex.quote(base))} BASE\n"
     first = export if (Path(base) / layout.MANIFEST).is_file() else ""
-    needs = source.objective.model_overrides() if isinstance(source.objective, Task) else {}
+    needs = source.trained.model_overrides() if isinstance(source.trained, Task) else {}
     said = "".join(
         f", {key}={value!r}"
-        for key, value in {**needs, **source.config.model.config}.items()
+        for key, value in {**needs, **source.run.model.config}.items()
         if key.isidentifier()
     )
     return f"""{first}from peft import PeftModel

@@ -1,5 +1,5 @@
-"""What MODEL on a command line means, and what is to be done with it: settled on the login node,
-with nothing read of its weights.
+"""What is to be done with the MODEL on a command line: settled on the login node, with nothing read
+of its weights.
 """
 
 from __future__ import annotations
@@ -8,96 +8,38 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import PretrainedConfig, PreTrainedTokenizerFast
-
 from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import load_values
-from hfscale.config.schema import RunConfig, TrainConfig
-from hfscale.errors import CheckpointError, ConfigError
-from hfscale.hub import checked_files, local_folder
-from hfscale.jobs.material import run_config, tokenizer_folder
+from hfscale.config.schema import RunConfig
+from hfscale.errors import ConfigError
 from hfscale.log import logger
-from hfscale.models.build import longest_row, read_config
-from hfscale.models.kinds import BY_CLASS, architecture, purpose_of
-from hfscale.objectives.base import Objective, Setting, load_objective
-from hfscale.tasks.base import TASKS, load_task, task_class
-from hfscale.tokenizer import load_tokenizer
+from hfscale.models.build import longest_row
+from hfscale.run.model import Model, RunModel
+from hfscale.tasks.base import TASKS, task_class
 
 
-def objective_of(config: TrainConfig, checkpoint: Path) -> Objective:
-    """Return the objective or task of a run, with what its training examples said."""
-    facts = layout.state_of(checkpoint).facts
-    setting = Setting(
-        seq_len=config.data.seq_len,
-        tokenizer=load_tokenizer(tokenizer_folder(config, None)),
-        facts=facts,
-    )
-    if isinstance(config, FinetuneConfig):
-        return load_task(config.task, setting)
-    assert isinstance(config, RunConfig)
-    return load_objective(config.objective, setting)
-
-
-def tell_of_best(name: str, checkpoint: Path) -> None:
+def tell_of_best(model: RunModel) -> None:
     """Say so where a run's name stands for its newest checkpoint, and an older one was better."""
-    best = layout.state_of(checkpoint).best
-    named = "@" in name or Path(name).absolute() == checkpoint.absolute()
-    if best and not named and best.step != layout.step_of(checkpoint):
+    step, best = layout.step_of(model.checkpoint), model.state.best
+    named = "@" in model.name or Path(model.name).absolute() == model.checkpoint.absolute()
+    if best and not named and best.step != step:
         logger.info(
-            f"this is the newest checkpoint, of step {layout.step_of(checkpoint)}; the best by "
-            f"{best.metric} is {name}@best, of step {best.step}"
+            f"this is the newest checkpoint, of step {step}; the best by {best.metric} is "
+            f"{model.name}@best, of step {best.step}"
         )
 
 
-def auto_model_of(name: str) -> str:
-    """Return the class of transformers that MODEL ``name`` is one of; its own name, where it is for
-    no text.
-    """
-    if checkpoint := layout.checkpoint_of(name):
-        return objective_of(run_config(checkpoint), checkpoint).auto_model
-    config, _ = model_and_tokenizer(name)
-    purpose = purpose_of(config)
-    return purpose.auto_model if purpose else architecture(config)
-
-
-def brings_code(name: str) -> CheckpointError:
-    """Return the error to raise for a MODEL that only code of its own can open."""
-    return CheckpointError(
-        "this model brings code of its own, which is not run",
-        where=name,
-        remedy="name a model that transformers knows itself; training from it: "
-        "model.pretrained=FOLDER model.trust_remote_code=true",
-    )
-
-
-def model_and_tokenizer(name: str) -> tuple[PretrainedConfig, PreTrainedTokenizerFast]:
-    """Return the config and tokenizer of MODEL ``name``; nothing is read of the weights."""
-    if checkpoint := layout.checkpoint_of(name):
-        run = run_config(checkpoint)
-        config = read_config(
-            checked_files(checkpoint),
-            where="MODEL",
-            trust_remote_code=run.model.trust_remote_code,
-        )
-        return config, load_tokenizer(tokenizer_folder(run, None))
-    folder = local_folder(
-        name, where="MODEL", remedy="name a run, a checkpoint, an export, a transformers folder"
-    )
-    return read_config(folder, where="MODEL"), load_tokenizer(folder)
-
-
-def is_pretraining(name: str, data: str | None) -> bool:
-    """Return whether MODEL ``name`` is to be evaluated on shards, where no task is named."""
+def is_pretraining(model: Model, data: str | None) -> bool:
+    """Return whether ``model`` is to be evaluated on shards, where no task is named."""
     if data is not None:
         return (Path(data) / "manifest.json").is_file() or Path(data).name == "manifest.json"
-    checkpoint = layout.checkpoint_of(name)
-    return checkpoint is not None and isinstance(run_config(checkpoint), RunConfig)
+    return isinstance(model, RunModel) and isinstance(model.run, RunConfig)
 
 
 def settle(
-    name: str | None,
+    model: Model | None,
     *,
     task: str | None,
     data: str | None,
@@ -105,10 +47,10 @@ def settle(
     overrides: Sequence[str],
     answers: bool = False,
 ) -> PredictConfig:
-    """Return what predicting with MODEL ``name`` means: as its run was trained, or as its
-    architecture suggests; ``overrides`` go on top.
+    """Return what predicting with ``model`` means: as its run was trained, or as its architecture
+    suggests; ``overrides`` go on top.
 
-    Without a name there are predictions already. An override is of a section
+    Without a model there are predictions already. An override is of a section
     (``data.columns.text=review``), or else of the task's options. Without ``data`` it is the
     held-out split of the run. Nothing is read of the weights.
 
@@ -116,47 +58,20 @@ def settle(
         UserError: if there is no such model, or nothing says the task or the data.
     """
     values: dict[str, Any] = {
-        "predict": {"model": name or "-", "out": str(out), "answers": answers},
-        "task": {"options": {}},
+        "predict": {"model": model.address if model else "-", "out": str(out), "answers": answers},
+        "task": {"name": task, "options": {}},
         "data": {},
         "engine": {},
     }
-    suggested, checkpoint = None, None if name is None else layout.checkpoint_of(name)
-    if checkpoint:
-        tell_of_best(str(name), checkpoint)
-        values["predict"]["model"] = str(checkpoint.absolute())  # a run goes on meanwhile
-        trained: Any = run_config(checkpoint)
-        if isinstance(trained, FinetuneConfig):
-            suggested = trained.task.name
-        else:
-            purpose = BY_CLASS.get(objective_of(trained, checkpoint).auto_model)
-            suggested = purpose.task if purpose else None
-        values["data"]["max_length"] = trained.data.seq_len
-        if isinstance(trained, FinetuneConfig) and task in (None, trained.task.name):
-            values["task"]["options"] = trained.task.options
-            values["data"] = trained.data.model_dump(
-                mode="json", exclude={"train", "validation", "test"} if data else None
-            )
-            values["predict"]["split"] = (
-                "train" if data else "test" if trained.data.test else "validation"
-            )
-    elif name is not None:
-        config, _ = model_and_tokenizer(name)
-        purpose = purpose_of(config)
-        suggested = purpose.task if purpose else None
-        values["data"]["max_length"] = min(512, longest_row(config) or 512)
-        if (said := getattr(config, "hfscale", None)) and task in (
-            None,
-            said["task"]["name"],
-        ):  # an export of ours
-            suggested, values["task"]["options"] = said["task"]["name"], said["task"]["options"]
-            values["data"]["max_length"] = said["max_length"]
-    values["task"]["name"] = task or suggested
+    if isinstance(model, RunModel):
+        _as_trained(values, model, data=data)
+    elif model is not None:
+        _as_suggested(values, model)
     if values["task"]["name"] is None:
         raise ConfigError(
             "nothing says what this model is for",
             where="--task",
-            value=name,
+            value=model and model.name,
             remedy=f"name the task: {', '.join(TASKS)}",
         )
     if answers and not task_class(values["task"]["name"]).scored:
@@ -171,7 +86,7 @@ def settle(
         raise ConfigError(
             "nothing says which examples to score the model on",
             where="--data",
-            value=name,
+            value=model and model.name,
             remedy="--data FILE",
         )
     if data:
@@ -181,3 +96,35 @@ def settle(
         for text in overrides
     ]
     return load_values(values, sections, schema=PredictConfig)
+
+
+def _as_trained(values: dict[str, Any], model: RunModel, *, data: str | None) -> None:
+    """Complete ``values`` by what the run of ``model`` was trained for, and on."""
+    tell_of_best(model)
+    run, task = model.run, values["task"]
+    values["data"]["max_length"] = run.data.seq_len
+    if not isinstance(run, FinetuneConfig):
+        task["name"] = task["name"] or (model.purpose and model.purpose.task)
+        return
+    task["name"] = task["name"] or run.task.name
+    if task["name"] != run.task.name:
+        return
+    task["options"] = run.task.options
+    splits = {"train", "validation", "test"} if data else None
+    values["data"] = run.data.model_dump(mode="json", exclude=splits)
+    held_out = "test" if run.data.test else "validation"
+    values["predict"]["split"] = "train" if data else held_out
+
+
+def _as_suggested(values: dict[str, Any], model: Model) -> None:
+    """Complete ``values`` by what a folder says of its model: an export of ours its task, others
+    their architecture.
+    """
+    model.read()
+    task, own = values["task"], getattr(model.config, "hfscale", None)
+    values["data"]["max_length"] = min(512, longest_row(model.config) or 512)
+    if own and task["name"] in (None, own["task"]["name"]):
+        values["task"] = dict(own["task"])
+        values["data"]["max_length"] = own["max_length"]
+    elif model.purpose:
+        task["name"] = task["name"] or model.purpose.task

@@ -32,14 +32,15 @@ from hfscale.engine.schedule import learning_rate
 from hfscale.jobs.adapters import Beside
 from hfscale.jobs.check import say_notices
 from hfscale.jobs.material import ExampleMaterial, TokenMaterial, open_material
-from hfscale.jobs.origin import generate_as, model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.jobs.rehearsal import rehearse
 from hfscale.log import logger
-from hfscale.models.build import accepted, build_model
+from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.fence import Fence
 from hfscale.monitor.throughput import Throughput
 from hfscale.monitor.writers import MetricsLog
+from hfscale.run.model import check_live
+from hfscale.run.origin import generate_as, model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.tokenizer import tokenizer_digest
 from hfscale.training.loop import Trainer, TrainState
 
@@ -86,7 +87,7 @@ def build_trainer(
     flops = flops_per_token(model, seq_len=data.seq_len)
     engine = Engine.create(model, config=config, device=device)
     with engine.eval_mode():
-        accepted(partial(objective.check, engine, device=device), config.model)
+        check_live(objective, engine, device=device, said=config.model)
 
     checkpoints = CheckpointManager(
         config.run_dir / run_files.CHECKPOINTS,

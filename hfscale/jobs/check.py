@@ -15,11 +15,16 @@ from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import World
 from hfscale.errors import ConfigError, nearest
 from hfscale.jobs.material import open_material
-from hfscale.jobs.origin import model_needs, pretrained_folder, skeleton, warn_of_tokenizer
 from hfscale.log import logger
-from hfscale.models.build import OFFSET_POSITIONS, accepted, check_head, check_model_config
+from hfscale.models.build import accepted, check_head, check_model_config
 from hfscale.models.trained import choose_trained
-from hfscale.objectives.draws import lacking
+from hfscale.run.origin import (
+    check_padding,
+    model_needs,
+    pretrained_folder,
+    skeleton,
+    warn_of_tokenizer,
+)
 
 
 def check(config: TrainConfig) -> None:
@@ -45,15 +50,7 @@ def check(config: TrainConfig) -> None:
         **model_needs(config, material.tokenizer, folder, also=material.needs)
     )
     check_head(model_config, objective.auto_model)
-    if (
-        model_config.model_type in OFFSET_POSITIONS - {"mpnet"}
-        and model_config.pad_token_id is None
-    ):
-        why = (
-            f"{model_config.model_type} counts positions from a padding token, and this "
-            "tokenizer has none of its own"
-        )
-        raise lacking(material.tokenizer, why, add="pad='<pad>'")
+    check_padding(model_config, material.tokenizer)
     if material.rows or config.train.epochs is None:
         length = run_length(config.train, rows=material.rows, seq_len=config.data.seq_len)
         say_notices(config, rows=material.rows, length=length)

@@ -25,40 +25,36 @@ from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
 from hfscale.errors import DataError, counted
-from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.material import FEW
 from hfscale.jobs.predict import examples_of, key_of
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options
+from hfscale.run.model import Model, RunModel
 from hfscale.shards.files import write_atomically
 from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
 from hfscale.tasks.base import task_class
 
 
-def folder_of(name: str, what: str, key: dict[str, str]) -> Path:
-    """Return where the evaluation of MODEL ``name`` belongs: in its run, or here."""
+def folder_of(model: Model, what: str, key: dict[str, str]) -> Path:
+    """Return where the evaluation of ``model`` belongs: in its run, or here."""
     short = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
-    if (checkpoint := layout.checkpoint_of(name)) is None:
-        return Path(run_files.EVALUATIONS).absolute() / what / f"{Path(name).name}-{short}"
-    return (
-        run_files.run_of(checkpoint) / run_files.EVALUATIONS / what / f"{checkpoint.name}-{short}"
-    )
+    return model.home / run_files.EVALUATIONS / what / f"{model.label}-{short}"
 
 
-def with_folder(config: PredictConfig) -> PredictConfig:
+def with_folder(config: PredictConfig, model: Model) -> PredictConfig:
     """Return ``config`` with its predictions in the folder of its evaluation."""
     table, split = Path(config.data.train), config.predict.split
     held_out = config.data.validation or config.data.test
     what = f"{config.task.name}-{split if held_out else table.name.split('.')[0]}"
-    out = folder_of(config.predict.model, what, key_of(config)) / run_files.PREDICTIONS
+    out = folder_of(model, what, key_of(config, model)) / run_files.PREDICTIONS
     out.parent.mkdir(parents=True, exist_ok=True)
     return config.model_copy(update={"predict": config.predict.model_copy(update={"out": out})})
 
 
-def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> dict[str, Any]:
-    """Return the scores of a file of predictions. Of the ``model`` only what it says of labels is
-    read, or nothing at all.
+def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> dict[str, Any]:
+    """Return the scores of a file of predictions. Of the ``model``, if there is one, only what it
+    says of labels is read.
 
     Raises:
         DataError: if a line is broken, or predictions and references are not of the same examples.
@@ -94,11 +90,7 @@ def score(config: PredictConfig, predictions: Path, *, model: bool = True) -> di
             remedy="mend them",
             value=[f"{name}: {row['problem']}" for name, row in islice(rows.items(), 3)],
         )
-    facts: dict[str, Any] = {}
-    if model:
-        checkpoint = layout.checkpoint_of(config.predict.model)
-        facts = layout.state_of(checkpoint).facts if checkpoint else {}
-        facts = facts or kind.known(model_and_tokenizer(config.predict.model)[0])
+    facts = model.facts(kind) if model else {}
     chosen = [rows[example["id"]] for example in usable]
     try:
         task = kind(
@@ -159,23 +151,22 @@ def _defined(scores: dict[str, float]) -> dict[str, float | None]:
     return {name: value if isfinite(value) else None for name, value in scores.items()}
 
 
-def keep(folder: Path, model: str, found: dict[str, Any]) -> None:
+def keep(folder: Path, model: Model, found: dict[str, Any]) -> None:
     """Write scores to ``folder``, and of a run to its TensorBoard at the checkpoint's step."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / run_files.SCORES,
-        json.dumps({"model": model, **found}, indent=1, ensure_ascii=False).encode(),
+        json.dumps({"model": model.name, **found}, indent=1, ensure_ascii=False).encode(),
     )
-    if checkpoint := layout.checkpoint_of(model):
+    if isinstance(model, RunModel):
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(
-            str(run_files.run_of(checkpoint) / run_files.TENSORBOARD / run_files.EVALUATIONS)
-        ) as board:
+        drawn = model.home / run_files.TENSORBOARD / run_files.EVALUATIONS
+        with SummaryWriter(str(drawn)) as board:
             for name, value in flatten(found["scores"]):
                 with suppress(TypeError):  # null
                     board.add_scalar(
-                        f"{folder.parent.name}/{name}", value, layout.step_of(checkpoint)
+                        f"{folder.parent.name}/{name}", value, layout.step_of(model.checkpoint)
                     )
 
 

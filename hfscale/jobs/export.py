@@ -9,7 +9,10 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from textwrap import indent
@@ -24,14 +27,15 @@ from hfscale.checkpoint.export import compare_logits, write_weights
 from hfscale.checkpoint.probe import read_probe
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import to_yaml
+from hfscale.config.schema import TrainConfig
 from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError, literal, shown
 from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
 from hfscale.jobs.asked import tell_of_best
-from hfscale.jobs.opening import RunModel, framed, open_run
 from hfscale.log import logger
 from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Objective
+from hfscale.run.model import RunModel, check_live, find
 from hfscale.shards.files import whole_folder
 from hfscale.tasks.base import Task
 from hfscale.tokenizer import save_tokenizer
@@ -70,20 +74,21 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             where=out,
             remedy="name another folder, or remove it",
         )
-    source = open_run(name)
-    if source is None:
+    source = find(name)
+    if not isinstance(source, RunModel):
         raise CheckpointError(
             "no run or checkpoint of hfscale here",
             where=name,
             remedy="name a run directory, or a folder in its checkpoints/",
         )
-    tell_of_best(name, source.checkpoint)
-    with whole_folder(out) as partial:
+    weights, skeleton = source.weights, source.skeleton
+    tell_of_best(source)
+    with whole_folder(out) as folder:
         try:
             if adapter:
-                write_adapter(source, partial)
+                write_adapter(source, folder)
             else:
-                write_weights(source.reader, source.skeleton, partial)
+                write_weights(weights, skeleton, folder)
         except OSError as error:
             raise CheckpointError(
                 "the weights cannot be written; nothing was published",
@@ -91,35 +96,41 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
                 value=error.strerror,
                 remedy="make room, or export to another disk",
             ) from error
-        if isinstance(source.objective, Task):
-            config: Any = source.config
-            source.skeleton.config.hfscale = {
+        objective = source.trained
+        if isinstance(objective, Task):
+            config: Any = source.run
+            skeleton.config.hfscale = {
                 "task": config.task.model_dump(mode="json"),
                 "max_length": config.data.max_length,
             }
-            source.objective.finish(source.skeleton, source.tokenizer)
-            if source.objective.code and not adapter:
-                shutil.copy(str(import_module(source.objective.code).__file__), partial)
-        source.skeleton.config.architectures = [
-            type(source.skeleton).__name__
-        ]  # by which others, and we, know what it is for
+            objective.finish(skeleton, source.tokenizer)
+            if objective.code and not adapter:
+                shutil.copy(str(import_module(objective.code).__file__), folder)
+        # by which others, and we, know what it is for
+        skeleton.config.architectures = [type(skeleton).__name__]
         if not adapter:  # transformers takes a folder with a config.json for a whole model
-            source.skeleton.config.save_pretrained(partial)
-            _write_files(source.objective.files(source.skeleton.config), partial)
-        if source.skeleton.can_generate():
+            skeleton.config.save_pretrained(folder)
+            _write_files(objective.files(skeleton.config), folder)
+        if skeleton.can_generate():
             # not by save_pretrained: it refuses what published models say (a temperature without
             # do_sample)
-            how = source.skeleton.generation_config.to_json_string()
-            (partial / layout.GENERATION).write_text(how, "utf-8")
-        tokenizer = framed(source.tokenizer, source.objective.frame, source.skeleton.config)
-        save_tokenizer(_padding(tokenizer, source.skeleton), partial)
-        difference = prove(source, partial, adapter=adapter)
-        (partial / "README.md").write_text(card(source, difference, adapter=adapter), "utf-8")
+            how = skeleton.generation_config.to_json_string()
+            (folder / layout.GENERATION).write_text(how, "utf-8")
+        save_tokenizer(_padding(source.framed, skeleton), folder)
+        difference = prove(
+            folder,
+            source.trained,
+            skeleton=skeleton,
+            checkpoint=source.checkpoint,
+            config=source.run,
+            load=partial(load_adapter, source) if adapter else None,
+        )
+        (folder / "README.md").write_text(card(source, difference, adapter=adapter), "utf-8")
     logger.info(
         f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to "
         f"{difference:.1e}"
     )
-    return use_adapter(source, out) if adapter else usage(source.objective, out)
+    return use_adapter(source, out) if adapter else usage(source.trained, out)
 
 
 def _write_files(files: dict[str, str], folder: Path) -> None:
@@ -169,64 +180,61 @@ use = pipeline("{task}", model={place}{trusted})
 print(use({text}))"""
 
 
-def prove(source: RunModel, folder: Path, *, adapter: bool = False) -> float:
-    """Return the relative difference between the engine's logits at the save and those of
-    ``folder`` loaded by transformers.
+def prove(
+    folder: Path,
+    objective: Objective,
+    *,
+    skeleton: PreTrainedModel,
+    checkpoint: Path,
+    config: TrainConfig,
+    load: Callable[[Path], Any] | None = None,
+) -> float:
+    """Return the relative difference between the engine's logits at the save of ``checkpoint`` and
+    those of ``folder``, loaded by transformers unless ``load`` loads it.
 
     Raises:
         CheckpointError: if they differ by more than rounding explains.
+        ConfigError: if training with ``objective`` would refuse what was loaded.
     """
-    device, size = (
-        default_device(),
-        sum(file.stat().st_size for file in folder.glob("*.safetensors")),
-    )
-    attention = source.skeleton.config._attn_implementation
+    device, attention = default_device(), skeleton.config._attn_implementation
+    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
-        device, attention = (
-            torch.device("cpu"),
-            None,
-        )  # where files are mapped: a model larger than the memory is slow there, but goes
-    model: Any = (
-        load_adapter(source, folder)
-        if adapter
-        else type(source.skeleton).from_pretrained(
-            folder,
-            dtype=source.skeleton.dtype,
-            attn_implementation=attention,
-            use_safetensors=True,
+        # where files are mapped: a model larger than the memory is slow there, but goes
+        device, attention = torch.device("cpu"), None
+    if load:
+        model = load(folder)
+    else:
+        model = type(skeleton).from_pretrained(
+            folder, dtype=skeleton.dtype, attn_implementation=attention, use_safetensors=True
         )
-    )
     model.to(device).eval()
-    known = replace(source.objective.setting, model_config=model.config)
-    source.objective.setting = known
-    source.objective.check(model, device=device)  # as training and predicting with it would
-    probe = read_probe(source.checkpoint)
+    objective = copy(objective)  # the run may train with it
+    objective.setting = replace(objective.setting, model_config=model.config)
+    check_live(objective, model, device=device, said=config.model)
+    probe = read_probe(checkpoint)
     with torch.no_grad():
         got = probe.ask(model, device=device)
     assert got is not None, "it had logits when it was saved"
-    plain = not source.config.engine.compile and not source.config.model.lora
-    same = plain and device_name(device) == layout.state_of(source.checkpoint).device
-    return compare_logits(
-        got,
-        probe.logits,
-        tolerance=(SAME_DEVICE if same else OTHER_DEVICE)[source.config.engine.precision],
-    )
+    plain = not config.engine.compile and not config.model.lora
+    same = plain and device_name(device) == layout.state_of(checkpoint).device
+    tolerance = (SAME_DEVICE if same else OTHER_DEVICE)[config.engine.precision]
+    return compare_logits(got, probe.logits, tolerance=tolerance)
 
 
 def _started_from(source: RunModel) -> str | None:
     """Return what the user said: a name of the hub as it is, not where this machine keeps it; of a
     path what was found there.
     """
-    said = source.config.model.pretrained
+    said = source.run.model.pretrained
     if said is None or not Path(said).is_absolute():
         return said
-    return layout.state_of(source.checkpoint).pretrained or said
+    return source.state.pretrained or said
 
 
 def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
     """Return the model card: the run's facts, and how to use the model."""
-    at, finetuned = layout.state_of(source.checkpoint), isinstance(source.config, FinetuneConfig)
-    config: Any = source.config
+    at, finetuned = source.state, isinstance(source.run, FinetuneConfig)
+    config: Any = source.run
     data = (
         Path(config.data.train).name
         if finetuned
@@ -260,7 +268,7 @@ def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
     base = config.model.pretrained
     hub = f"\nbase_model: {literal(base)}" if base and not Path(base).is_absolute() else ""
     place = "PATH_OF_THIS_FOLDER"
-    used = use_adapter(source, place) if adapter else usage(source.objective, place)
+    used = use_adapter(source, place) if adapter else usage(source.trained, place)
     return f"""---
 library_name: {"peft" if adapter else "transformers"}{hub}
 tags: [hfscale]

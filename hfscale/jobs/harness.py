@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,6 @@ from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
 from transformers import PreTrainedTokenizerFast
 
-from hfscale.checkpoint import layout
 from hfscale.config.inference import HarnessConfig
 from hfscale.config.load import load_values
 from hfscale.dist import group
@@ -28,13 +28,11 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError, nearest
-from hfscale.jobs.asked import auto_model_of
 from hfscale.jobs.evaluate import caution, folder_of, keep
-from hfscale.jobs.opening import open_model
 from hfscale.metrics.measure import Proportion
 from hfscale.models.kinds import WRITERS
-from hfscale.objectives.base import Setting
-from hfscale.objectives.clm import CausalLM
+from hfscale.objectives.base import Objective, Setting
+from hfscale.run.model import Model, find
 
 PROPORTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 of each example
 PROBED = 16  # tokens, of which the later are changed to see whether the earlier notice
@@ -96,19 +94,19 @@ class EngineLM(HFLM):
 
 
 def settle(
-    name: str, tasks: Sequence[str], folder: Path | None, overrides: Sequence[str]
+    model: Model, tasks: Sequence[str], folder: Path | None, overrides: Sequence[str]
 ) -> HarnessConfig:
-    """Return what scoring MODEL ``name`` on ``tasks`` means. With ``folder`` only its YAMLs are
+    """Return what scoring ``model`` on ``tasks`` means. With ``folder`` only its YAMLs are
     tasks; else those of the harness.
 
     Raises:
         UserError: if a task is unknown, or the model writes no text.
     """
-    if (kind := auto_model_of(name)) not in WRITERS:
+    if _class(model) not in WRITERS:
         raise ConfigError(
             "the harness asks for likelihoods of texts, which this model does not give",
-            where=name,
-            value=kind,
+            where=model.name,
+            value=model.kind,
             remedy="name a causal model or an encoder-decoder",
         )
     if unknown := [task for task in tasks if task not in _known(folder).all_tasks]:
@@ -118,22 +116,11 @@ def settle(
             value=unknown[0],
             remedy=nearest(unknown[0], _known(folder).all_tasks),
         )
-    checkpoint = layout.checkpoint_of(name)
-    model = (
-        str(checkpoint.absolute())
-        if checkpoint
-        else str(Path(name).absolute())
-        if Path(name).exists()
-        else name
-    )
-    home = folder_of(
-        name,
-        "harness-" + "-".join(tasks)[:80],
-        {"model": model, "tasks": ",".join(tasks), "folder": str(folder)},
-    )
+    key = {"model": model.address, "tasks": ",".join(tasks), "folder": str(folder)}
+    home = folder_of(model, "harness-" + "-".join(tasks)[:80], key)
     values = {
         "harness": {
-            "model": model,
+            "model": model.address,
             "out": str(home),
             "tasks": [*tasks],
             "folder": folder and str(folder),
@@ -144,17 +131,17 @@ def settle(
 
 def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
     """Return True when the scores are kept, with 95 % intervals. A stop saves nothing."""
-    wanted = config.harness
+    wanted, model = config.harness, find(config.harness.model)
     with group.joined(world, needed=world.all.size > 1 or config.engine.zero_stage == 3):
-        kind = auto_model_of(wanted.model)
-        opened = open_model(wanted.model, kind, config.engine)
-        if kind == CausalLM.auto_model:  # one that sees the future would be told the answers
-            setting = Setting(seq_len=PROBED, model_config=opened.engine.module.config)
-            CausalLM(CausalLM.Options(), setting).check(opened.engine, device=opened.engine.device)
-        model = EngineLM(opened.engine, opened.tokenizer, wanted.batch)
+        auto_model = _class(model)
+        engine = model.engine(auto_model, config.engine)
+        # one that sees the future would be told the answers
+        setting = Setting(seq_len=PROBED, tokenizer=model.framed)
+        model.objective(partial(_Writing, auto_model), setting, engine)
+        asked = EngineLM(engine, model.framed, wanted.batch)
         try:
             made: Any = simple_evaluate(
-                model, tasks=[*wanted.tasks], task_manager=_known(wanted.folder)
+                asked, tasks=[*wanted.tasks], task_manager=_known(wanted.folder)
             )
         except (ConnectionError, FileNotFoundError) as error:
             raise DataError(
@@ -164,10 +151,23 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
                 remedy="fetch it once where there is a network, or name tasks of files here: "
                 "--harness-path",
             ) from error
-        opened.engine.close()
+        engine.close()
         if world.all.rank == 0:
-            keep(wanted.out, wanted.model, _scores(made))
+            keep(wanted.out, model, _scores(made))
     return True
+
+
+def _class(model: Model) -> str:
+    """Return the class of transformers that the harness asks, if it writes text."""
+    return model.purpose.auto_model if model.purpose else ""
+
+
+class _Writing(Objective):
+    """What is asked of the live model: to write, as that class of transformers."""
+
+    def __init__(self, auto_model: str, setting: Setting) -> None:
+        self.auto_model = auto_model
+        super().__init__(self.Options(), setting)
 
 
 def _known(folder: Path | None) -> TaskManager:

@@ -17,15 +17,14 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale import run_files
-from hfscale.checkpoint import layout
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.finetune import FinetuneConfig
-from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import World
 from hfscale.errors import DataError, counted
 from hfscale.log import logger
 from hfscale.objectives.base import Objective, Setting, check_options, load_objective
+from hfscale.run.origin import tokenizer_folder
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 from hfscale.stream.labelled import LabelledData
 from hfscale.stream.loader import EvaluationRows, Stream
@@ -37,7 +36,6 @@ from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_dige
 from hfscale.training.evaluator import Evaluator, TaskEvaluator
 
 FEW = 50  # examples, below which a score says little
-# in the run directory of a fine-tuning, whatever becomes of the model that it began with
 
 
 class TokenMaterial:
@@ -267,27 +265,6 @@ def open_material(
         return ExampleMaterial(config, world, pretrained)
     assert isinstance(config, RunConfig)
     return TokenMaterial(config, world)
-
-
-def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str:
-    """Return where the run's tokenizer is: as the config says, or the run's own, or that of the
-    model it begins with.
-    """
-    if config.tokenizer is not None:
-        return config.tokenizer.path
-    if (config.run_dir / run_files.TOKENIZER).is_dir():
-        return config.run_dir / run_files.TOKENIZER
-    assert pretrained is not None, "config/rules.py has refused it"
-    if not (pretrained / layout.STATE).is_file():
-        return pretrained
-    return tokenizer_folder(run_config(pretrained), None)
-
-
-def run_config(checkpoint: Path) -> TrainConfig:
-    """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
-    run_dir = run_files.run_of(checkpoint)
-    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
-    return load_config(run_dir / run_files.CONFIG, moved).config
 
 
 def held_out_rows(

@@ -16,6 +16,8 @@ import hashlib
 import json
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,18 +25,16 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from hfscale import run_files
-from hfscale.checkpoint import layout
-from hfscale.checkpoint.base import changed
 from hfscale.config.inference import PredictConfig
 from hfscale.dist import group
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import DataError, counted
-from hfscale.hub import local_folder
-from hfscale.jobs.opening import open_task
 from hfscale.log import logger, progress_bar
+from hfscale.objectives.base import Setting, check_options
 from hfscale.records import Count, Record, load, parse, read_file
+from hfscale.run.model import Model, find
 from hfscale.shards.files import cannot_write, whole, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
@@ -80,48 +80,13 @@ def examples_of(config: PredictConfig) -> Iterator[Example]:
         )
 
 
-def model_folder(name: str) -> Path:
-    """Return the folder that MODEL ``name`` stands for: a checkpoint, or one of transformers with
-    weights.
-
-    Raises:
-        UserError: if there is none.
-    """
-    return layout.checkpoint_of(name) or local_folder(name, where="MODEL", weights=True)
-
-
-def model_digest(folder: Path) -> str:
-    """Return what names the content of a model's folder, and of the base of its adapters: another
-    model in the same place is another one.
-    """
-    model = hashlib.blake2b(digest_size=16)
-    for file in sorted(
-        file for file in folder.iterdir() if file.is_file() and file.name != layout.PINNED
-    ):
-        large = (
-            file.suffix == ".safetensors"
-        )  # of a checkpoint of ours the manifest has their digests
-        model.update(
-            f"{file.name} {file.stat().st_size} {file.stat().st_mtime_ns}".encode()
-            if large
-            else read_file(file)
-        )
-    if (folder / layout.STATE).is_file() and (beside := layout.state_of(folder).adapters):
-        model.update(changed(Path(beside.folder)).encode())
-    return model.hexdigest()
-
-
-def key_of(config: PredictConfig) -> dict[str, str]:
+def key_of(config: PredictConfig, model: Model) -> dict[str, str]:
     """Return digests of all that the predictions depend on: model, data, task."""
-    kind, data, model = (
-        task_class(config.task.name),
-        config.data,
-        model_folder(config.predict.model),
-    )
+    kind, data = task_class(config.task.name), config.data
     how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
     task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
     return {
-        "model": model_digest(model),
+        "model": model.digest,
         "data": LabelledData(data, kind, about="").digest(config.predict.split),
         "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest(),
     }
@@ -134,7 +99,7 @@ def prepare(config: PredictConfig) -> Path:
     Raises:
         DataError: for bad rows, an OUT that exists, and parts of predictions of something else.
     """
-    out, key = config.predict.out, key_of(config)
+    out, key = config.predict.out, key_of(config, find(config.predict.model))
     if out.exists():
         raise DataError(
             "this file exists already; nothing was written",
@@ -170,6 +135,21 @@ def prepare(config: PredictConfig) -> Path:
         file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode()
     )
     return parts / run_files.CONFIG
+
+
+def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
+    """Return the model that predicts, and its task.
+
+    Raises:
+        UserError: if there is no such model, it has no head for the task, or training would refuse
+            it.
+    """
+    kind, model = task_class(config.task.name), find(config.predict.model)
+    options = check_options(kind.Options, config.task.options, where="task.options")
+    setting = Setting(seq_len=config.data.max_length)
+    engine = model.engine(kind(options, setting).auto_model, config.engine)
+    setting = replace(setting, tokenizer=model.framed, facts=model.facts(kind))
+    return engine, model.objective(partial(kind, options), setting, engine)
 
 
 def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:

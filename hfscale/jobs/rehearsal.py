@@ -18,6 +18,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 from transformers.utils.logging import disable_progress_bar
 
 from hfscale import run_files
@@ -31,9 +32,8 @@ from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import barrier
 from hfscale.errors import CheckpointError, UserError
 from hfscale.jobs.export import prove
-from hfscale.jobs.opening import RunModel
-from hfscale.jobs.origin import skeleton
 from hfscale.models.build import accepted
+from hfscale.run.origin import skeleton
 from hfscale.training.loop import Trainer
 
 WRITTEN_BYTES = 2**30  # a larger checkpoint is not written for a trial
@@ -94,20 +94,13 @@ def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path, reader: Wei
     """
     disable_progress_bar()
     objective, live = trainer.objective, trainer.engine.module.config
-    source = RunModel(
-        config,
-        objective,
-        checkpoint,
-        skeleton(config, deepcopy(live), objective.auto_model),
-        reader,
-        objective.setting.tokenizer,
-    )
+    shapes = skeleton(config, deepcopy(live), objective.auto_model)
     try:
         with TemporaryDirectory(dir=checkpoint.parent) as name:
-            write_weights(source.reader, source.skeleton, Path(name))
-            source.skeleton.config.save_pretrained(name)
-            prove(source, Path(name))
-            return _changed_by_loading(source, Path(name) / "raised")
+            write_weights(reader, shapes, Path(name))
+            shapes.config.save_pretrained(name)
+            prove(Path(name), objective, skeleton=shapes, checkpoint=checkpoint, config=config)
+            return _changed_by_loading(shapes, reader, Path(name) / "raised")
     except UserError as error:
         return str(error)
     except Exception as error:  # whatever transformers does with what it has written itself
@@ -135,15 +128,14 @@ class _Raised(WeightsReader):
         return self.reader.home(name)
 
 
-def _changed_by_loading(source: RunModel, folder: Path) -> str:
+def _changed_by_loading(shapes: PreTrainedModel, reader: WeightsReader, folder: Path) -> str:
     """Return which tensors transformers loads otherwise than they were written, or nothing."""
-    raised = _Raised(source.reader)
+    raised = _Raised(reader)
     folder.mkdir()
-    write_weights(raised, source.skeleton, folder)
-    source.skeleton.config.save_pretrained(folder)
-    dtype = source.skeleton.dtype
-    kind = type(source.skeleton)
-    loaded = untied(kind.from_pretrained(folder, dtype=dtype, use_safetensors=True))
+    write_weights(raised, shapes, folder)
+    shapes.config.save_pretrained(folder)
+    kind = type(shapes)
+    loaded = untied(kind.from_pretrained(folder, dtype=shapes.dtype, use_safetensors=True))
     changed = [
         name
         for name, tensor in loaded.items()

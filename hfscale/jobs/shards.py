@@ -4,14 +4,14 @@ the ranks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
-from hfscale.checkpoint import layout
 from hfscale.config.inference import ShardsConfig
 from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig
@@ -21,24 +21,23 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError
-from hfscale.jobs.asked import model_and_tokenizer
 from hfscale.jobs.evaluate import described, folder_of, keep
-from hfscale.jobs.material import held_out_rows, open_rows, run_config
-from hfscale.jobs.opening import open_model
-from hfscale.jobs.predict import model_digest, model_folder
+from hfscale.jobs.material import held_out_rows, open_rows
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.token_bytes import TokenBytes
-from hfscale.models.kinds import CAUSAL, MASKED, architecture, purpose_of
+from hfscale.models.build import longest_row
+from hfscale.models.kinds import CAUSAL, MASKED
 from hfscale.objectives.base import Objective, Setting, load_objective
+from hfscale.run.model import Model, RunModel, find
 from hfscale.stream.loader import EvaluationRows
 from hfscale.tokenizer import end_of_document_id
 
 VERSION = 2  # of how scores are made: others are not found again
 
 
-def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsConfig:
-    """Return what scoring MODEL ``name`` on ``shards`` (of a run: on its validation) means, and
+def settle(model: Model, shards: str | None, overrides: Sequence[str]) -> ShardsConfig:
+    """Return what scoring ``model`` on ``shards`` (of a run: on its validation) means, and
     where its scores are kept.
 
     Nothing is read of the weights.
@@ -47,69 +46,67 @@ def settle(name: str, shards: str | None, overrides: Sequence[str]) -> ShardsCon
         UserError: if there is no such model or shards, or they do not fit together, or the model
             has no perplexity.
     """
-    values = _values(name, shards) | {"evaluate": {"model": name, "out": "."}}
+    model.read()
+    values = _values(model, shards) | {"evaluate": {"model": model.name, "out": "."}}
     config = load_values(values, overrides, schema=ShardsConfig)
-    _, tokenizer = model_and_tokenizer(name)
-    if not _objective(config, tokenizer).token_loss:
+    if not _objective(config)(_setting(config, model)).token_loss:
         raise ConfigError(
             "such a model has no perplexity",
-            where=name,
+            where=model.name,
             value=config.objective.name,
             remedy="name a task: --task",
         )
-    rows = open_rows(config.data.sources[0].shards, config, tokenizer)
-    folder = model_folder(name)
+    rows = open_rows(config.data.sources[0].shards, config, model.tokenizer)
     cut = config.data.model_dump_json(exclude={"sources", "validation"})
     key = {
-        "model": model_digest(folder),
+        "model": model.digest,
         "data": rows.fingerprint,
         "config": f"{cut} {config.engine.precision} {VERSION}",
     }
     where = {
-        "model": str(folder.absolute()),
-        "out": folder_of(name, "shards", key),
+        "model": str(model.weights_folder.absolute()),
+        "out": folder_of(model, "shards", key),
     }  # a run goes on meanwhile
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
 
 
-def _values(name: str, shards: str | None) -> dict[str, Any]:
+def _values(model: Model, shards: str | None) -> dict[str, Any]:
     """Return what says how shards are read for the model: its run's config, or one that its
     architecture suggests.
     """
-    if checkpoint := layout.checkpoint_of(name):
-        trained = run_config(checkpoint)
+    if isinstance(model, RunModel):
+        trained = model.run
         if not isinstance(trained, RunConfig):
             raise ConfigError(
                 "this run was fine-tuned; it is evaluated on examples",
-                where=name,
+                where=model.name,
                 remedy="--data FILE, or a test split",
             )
         values = trained.model_dump(mode="json", by_alias=True, exclude={"engine"})
         if shards is None and trained.data.validation is None:
             raise ConfigError(
                 "this run has no validation shards",
-                where=name,
+                where=model.name,
                 remedy="name shards: --data MANIFEST",
             )
         if shards is None:
             values["data"]["sources"] = [{"shards": values["data"]["validation"]["shards"]}]
     else:
-        model_config, _ = model_and_tokenizer(name)
-        purpose = purpose_of(model_config)
+        purpose = model.purpose
         if shards is None or purpose not in (CAUSAL, MASKED):  # what T5 heard of, nobody says
             raise ConfigError(
                 "nothing says on what to evaluate this model",
-                where=name,
-                value=architecture(model_config),
+                where=model.name,
+                value=model.kind,
                 remedy="--task NAME --data FILE; or, of a language model, --data MANIFEST of "
                 "shards",
             )
         values = {
             "run": {"name": "evaluate"},
-            "tokenizer": {"path": name},
-            "model": {"pretrained": name},
+            "tokenizer": {"path": model.name},
+            "model": {"pretrained": model.name},
             "objective": {"name": purpose.objective},
-            "data": {"seq_len": min(1024, getattr(model_config, "max_position_embeddings", 1024))},
+            "data": {"seq_len": min(1024, longest_row(model.config) or 1024)},
             "train": {"steps": 1, "global_batch": 8, "micro_batch": 8},
         }
     if shards is not None:
@@ -119,19 +116,17 @@ def _values(name: str, shards: str | None) -> dict[str, Any]:
     return values
 
 
-def _objective(
-    config: ShardsConfig, tokenizer: PreTrainedTokenizerFast, model_config: Any = None
-) -> Objective:
-    return load_objective(
-        config.objective,
-        Setting(
-            seq_len=config.data.seq_len,
-            cross_document=config.data.cross_document,
-            micro_batch=config.train.micro_batch,
-            tokenizer=tokenizer,
-            seed=config.run.seed,
-            model_config=model_config,
-        ),
+def _objective(config: ShardsConfig) -> Callable[[Setting], Objective]:
+    return partial(load_objective, config.objective)
+
+
+def _setting(config: ShardsConfig, model: Model) -> Setting:
+    return Setting(
+        seq_len=config.data.seq_len,
+        cross_document=config.data.cross_document,
+        micro_batch=config.train.micro_batch,
+        tokenizer=model.tokenizer,
+        seed=config.run.seed,
     )
 
 
@@ -139,19 +134,17 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
     """Return True when the scores are kept. They are soon made again: nothing is saved at a
     stop.
     """
-    _, tokenizer = model_and_tokenizer(config.evaluate.model)
+    model, make = find(config.evaluate.model), _objective(config)
     with group.joined(world, needed=world.all.size > 1 or config.engine.zero_stage == 3):
-        engine = open_model(
-            config.evaluate.model, _objective(config, tokenizer).auto_model, config.engine
-        ).engine
-        objective = _objective(config, tokenizer, engine.module.config)
-        objective.check(engine, device=engine.device)  # what training refuses is not scored either
+        setting = _setting(config, model)
+        engine = model.engine(make(setting).auto_model, config.engine)
+        objective = model.objective(make, setting, engine)
         count = config.data.validation.rows if config.data.validation else None
         scored = held_out_rows(config.data.sources[0].shards, config, objective, world, count=count)
-        found = _scores(objective, engine, scored, tokenizer)
+        found = _scores(objective, engine, scored, model.tokenizer)
         engine.close()
         if world.all.rank == 0:
-            keep(config.evaluate.out, config.evaluate.model, found)
+            keep(config.evaluate.out, model, found)
     return True
 
 

@@ -164,6 +164,7 @@ def _rescored(
     """
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.asked import settle
+    from hfscale.run.model import find
 
     [(task, data), *more] = asked
     if more or (model is None and not (task and data)):
@@ -173,8 +174,9 @@ def _rescored(
             remedy="name MODEL, or one --task and one --data",
         )
     rest, _ = permission.split(said)
-    config = settle(model, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
-    return {"model": str(predictions), **job.score(config, predictions, model=model is not None)}
+    known = None if model is None else find(model)
+    config = settle(known, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
+    return {"model": str(predictions), **job.score(config, predictions, model=known)}
 
 
 def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], procs: int) -> Path:
@@ -182,24 +184,25 @@ def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], 
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.asked import is_pretraining, settle
     from hfscale.jobs.shards import settle as settle_shards
+    from hfscale.run.model import find
     from launch.local import start
 
-    if task is None and is_pretraining(name, data):
-        on_shards = settle_shards(name, data, said)
+    model = find(name)
+    if task is None and is_pretraining(model, data):
+        on_shards = settle_shards(model, data, said)
         with alone(on_shards.evaluate.out):
             if not (on_shards.evaluate.out / run_files.SCORES).is_file():
                 start(on_shards, on_shards.evaluate.out / run_files.CONFIG, procs=procs)
         return on_shards.evaluate.out
     rest, _ = permission.split(said)
-    config = job.with_folder(
-        settle(name, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
-    )
+    config = settle(model, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
+    config = job.with_folder(config, model)
     home = config.predict.out.parent
     with alone(home):
         if not (home / run_files.SCORES).is_file():
             if not config.predict.out.is_file():
                 make(config, procs=procs)
-            job.keep(home, name, job.score(config, config.predict.out))
+            job.keep(home, model, job.score(config, config.predict.out, model=model))
     return home
 
 
@@ -217,9 +220,10 @@ def _on_harness(
             where="--harness",
             remedy="pip install 'hfscale[eval]'",
         ) from error
+    from hfscale.run.model import find
     from launch.local import start
 
-    config = settle(name, tasks.split(","), folder, permission.split(said)[0])
+    config = settle(find(name), tasks.split(","), folder, permission.split(said)[0])
     with alone(config.harness.out):
         start(config, config.harness.out / run_files.CONFIG, procs=procs)
     return config.harness.out

@@ -93,11 +93,16 @@ def predict(
     from hfscale.config.permission import grant
     from hfscale.jobs.asked import settle
     from hfscale.jobs.predict import predict_texts
+    from hfscale.run.model import find
     from hfscale.stream.labelled import is_text
     from hfscale.tasks.base import task_class
 
     config = settle(
-        model, task=task, data=data or "-", out=out or Path("-"), overrides=grant(overrides or ())
+        find(model),
+        task=task,
+        data=data or "-",
+        out=out or Path("-"),
+        overrides=grant(overrides or ()),
     )
     if data is None:
         kind = task_class(config.task.name)

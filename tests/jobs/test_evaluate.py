@@ -18,6 +18,7 @@ from hfscale.errors import ConfigError
 from hfscale.jobs import export
 from hfscale.jobs.material import held_out_rows, open_material
 from hfscale.jobs.shards import settle
+from hfscale.run.model import find
 from launch.commands.evaluate import evaluate
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -73,7 +74,7 @@ def test_a_pretrained_model_on_shards(
     )
     low, high = found["intervals"]["loss"]
     assert low < found["scores"]["loss"] < high
-    assert settle(str(run), None, []).evaluate.out == file.parent
+    assert settle(find(run), None, []).evaluate.out == file.parent
     before = file.read_bytes()
     file.unlink()
     evaluate(
@@ -96,10 +97,10 @@ def test_a_pretrained_model_on_shards(
     )
     [theirs] = tmp_path.glob("evaluations/shards/exported-*/scores.json")
     assert json.loads(theirs.read_text())["examples"] > 37
-    before = settle(str(tmp_path / "exported"), shards, []).evaluate.out
+    before = settle(find(tmp_path / "exported"), shards, []).evaluate.out
     os.utime(tmp_path / "exported" / "model.safetensors", (1, 1))
-    assert settle(str(tmp_path / "exported"), shards, []).evaluate.out != before, (
+    assert settle(find(tmp_path / "exported"), shards, []).evaluate.out != before, (
         "another model in the same place: other scores"
     )
     with pytest.raises(ConfigError, match="nothing says on what"):
-        settle(str(tmp_path / "exported"), None, [])
+        settle(find(tmp_path / "exported"), None, [])

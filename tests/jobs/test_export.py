@@ -7,7 +7,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +26,13 @@ from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine
 from hfscale.errors import CheckpointError, DataError
-from hfscale.jobs import export, origin
-from hfscale.jobs.opening import RunModel, open_run
-from hfscale.jobs.origin import model_needs
+from hfscale.jobs import export
 from hfscale.models.build import build_model, check_model_config
 from hfscale.objectives.base import Objective, Setting
-from hfscale.tokenizer import load_tokenizer
+from hfscale.run import origin
+from hfscale.run.model import RunModel, find
+from hfscale.run.origin import model_needs
+from hfscale.tokenizer import framed, load_tokenizer
 from launch.commands.predict import predict
 from tests.engine.tiny import tiny_config
 from tests.helpers.cli import hfscale
@@ -115,6 +116,17 @@ def test_a_tied_tensor_is_counted_and_written_once(corpus: Path, tmp_path: Path)
     )
 
 
+def opened(run: Path) -> RunModel:
+    source = find(run)
+    assert isinstance(source, RunModel)
+    return source
+
+
+def prove(source: RunModel, folder: Path) -> float:
+    about = {"skeleton": source.skeleton, "checkpoint": source.checkpoint, "config": source.run}
+    return export.prove(folder, source.trained, **about)
+
+
 class Planted:
     """A weights reader with a fault: tensors by another name."""
 
@@ -129,36 +141,33 @@ class Planted:
 
 
 def test_swapped_layers_are_not_published(run: Path, tmp_path: Path) -> None:
-    source = open_run(str(run))
-    assert source is not None
+    source = opened(run)
     swap = {"layers.0.": "layers.1.", "layers.1.": "layers.0."}
     names = {
         name: name.replace(layer, other)
-        for name in source.reader.names()
+        for name in source.weights.names()
         for layer, other in swap.items()
         if layer in name
     }
-    write_weights(Planted(source.reader, names), source.skeleton, tmp_path)  # type: ignore[arg-type]
+    write_weights(Planted(source.weights, names), source.skeleton, tmp_path)  # type: ignore[arg-type]
     source.skeleton.config.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="does not give the run's logits"):
-        export.prove(source, tmp_path)
+        prove(source, tmp_path)
 
 
 def test_missing_tensors_are_named(run: Path, tmp_path: Path) -> None:
-    source = open_run(str(run))
-    assert source is not None
-    reader = Planted(source.reader, {})
-    reader.names = lambda: [name for name in source.reader.names() if "norm" not in name]  # type: ignore[method-assign]
+    source = opened(run)
+    reader = Planted(source.weights, {})
+    reader.names = lambda: [name for name in source.weights.names() if "norm" not in name]  # type: ignore[method-assign]
     with pytest.raises(CheckpointError, match="missing, misshapen") as error:
         write_weights(reader, source.skeleton, tmp_path)  # type: ignore[arg-type]
     assert "layernorm" in str(error.value)
 
 
 def test_empty_tensors_are_named(run: Path, tmp_path: Path) -> None:
-    source = open_run(str(run))
-    assert source is not None
-    reader = Planted(source.reader, {})
-    reader.shape = lambda name: (0,) if "mlp" in name else source.reader.shape(name)  # type: ignore[attr-defined]
+    source = opened(run)
+    reader = Planted(source.weights, {})
+    reader.shape = lambda name: (0,) if "mlp" in name else source.weights.shape(name)  # type: ignore[attr-defined]
     with pytest.raises(
         CheckpointError,
         match=r"6 tensors of the model are missing, misshapen(.|\n)*mlp.gate_proj.weight: \[0\]",
@@ -168,27 +177,26 @@ def test_empty_tensors_are_named(run: Path, tmp_path: Path) -> None:
 
 
 def test_a_head_that_was_tied_by_mistake_is_not_published(run: Path, tmp_path: Path) -> None:
-    source = open_run(str(run))
-    assert source is not None and not source.skeleton.config.tie_word_embeddings
+    source = opened(run)
+    assert not source.skeleton.config.tie_word_embeddings
     mistaken = copy.deepcopy(source.skeleton.config)
     mistaken.tie_word_embeddings = True
-    tied = replace(
-        source, skeleton=origin.skeleton(source.config, mistaken, "AutoModelForCausalLM")
-    )
+    tied = opened(run)
+    tied.skeleton = origin.skeleton(source.run, mistaken, "AutoModelForCausalLM")
     with pytest.raises(
         CheckpointError,
         match=r"lm_head.weight: the model ties it to model.embed_tokens.weight, the checkpoint "
         r"does not",
     ):
-        write_weights(tied.reader, tied.skeleton, tmp_path)
+        write_weights(tied.weights, tied.skeleton, tmp_path)
     assert not list(tmp_path.iterdir())
-    write_weights(source.reader, source.skeleton, tmp_path)  # and if somebody else wrote it so
+    write_weights(source.weights, source.skeleton, tmp_path)  # and if somebody else wrote it so
     weights = load_file(tmp_path / "model.safetensors")
     del weights["lm_head.weight"]
     save_file(weights, tmp_path / "model.safetensors", metadata={"format": "pt"})
     mistaken.save_pretrained(tmp_path)
     with pytest.raises(CheckpointError, match="does not give the run's logits"):
-        export.prove(tied, tmp_path)
+        prove(tied, tmp_path)
 
 
 def saved_family(folder: Path, family: str, stage: int) -> None:
@@ -220,23 +228,24 @@ def test_every_kind_of_model_has_a_probe_and_an_export(
     objective = Objective(Section(), Setting(seq_len=16))
     objective.auto_model = FAMILIES[family][0]
     reader = CheckpointWeights(checkpoint)
-    source = RunModel(config, objective, checkpoint, skeleton, reader, None)  # type: ignore[arg-type]
-    write_weights(source.reader, skeleton, out)
+    write_weights(reader, skeleton, out)
     skeleton.config.save_pretrained(out)
-    assert export.prove(source, out) < 1e-6
+    proved = partial(
+        export.prove, out, objective, skeleton=skeleton, checkpoint=checkpoint, config=config
+    )
+    assert proved() < 1e-6
     swapped = load_file(out / "model.safetensors")
     one = next(name for name in swapped if ".0." in name and swapped[name].ndim == 2)
     other = one.replace(".0.", ".1.", 1)  # the same weight of the next layer
     swapped[one], swapped[other] = swapped[other], swapped[one]
     save_file(swapped, out / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(CheckpointError, match="does not give the run's logits"):
-        export.prove(source, out)
+        proved()
 
 
 def test_shards_hold_every_tensor_once(run: Path, tmp_path: Path) -> None:
-    source = open_run(str(run))
-    assert source is not None
-    write_weights(source.reader, source.skeleton, tmp_path, shard_bytes=20_000)
+    source = opened(run)
+    write_weights(source.weights, source.skeleton, tmp_path, shard_bytes=20_000)
     source.skeleton.config.save_pretrained(tmp_path)
     files = sorted(tmp_path.glob("model-*.safetensors"))
     assert len(files) > 2
@@ -245,7 +254,7 @@ def test_shards_hold_every_tensor_once(run: Path, tmp_path: Path) -> None:
         json.loads((tmp_path / "model.safetensors.index.json").read_text())["weight_map"]
     )
     assert len(names) == len(set(names))
-    assert export.prove(source, tmp_path) < 1e-6
+    assert prove(source, tmp_path) < 1e-6
 
 
 def test_a_damaged_checkpoint_is_not_exported(run: Path, tmp_path: Path) -> None:
@@ -272,7 +281,7 @@ def test_the_newest_checkpoint_is_meant_even_when_it_lost_its_manifest(
     shutil.copytree(newest, newest.with_name("step-00000005"))
     (newest / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match=r"manifest.json"):
-        open_run(str(copy))
+        assert opened(copy).weights
 
 
 @pytest.mark.parametrize("kind", ["wordpiece", "unigram"])
@@ -292,7 +301,7 @@ def test_an_exported_causal_model_gets_prompts_without_an_end(tmp_path: Path, ki
     tokenizer = load_tokenizer(tmp_path / kind)
     bare = tokenizer("the cat", add_special_tokens=False)["input_ids"]
     assert tokenizer("the cat")["input_ids"] != bare
-    export.framed(tokenizer, (), GPT2Config()).save_pretrained(tmp_path / "exported")
+    framed(tokenizer, (), GPT2Config()).save_pretrained(tmp_path / "exported")
     assert AutoTokenizer.from_pretrained(tmp_path / "exported")("the cat")["input_ids"] == bare
 
 

@@ -21,8 +21,9 @@ from hfscale.errors import CheckpointError, ConfigError
 from hfscale.jobs import export
 from hfscale.jobs.asked import settle
 from hfscale.jobs.check import check
-from hfscale.jobs.origin import pretrained_folder
-from hfscale.jobs.predict import model_digest, predict_texts
+from hfscale.jobs.predict import predict_texts
+from hfscale.run.model import find
+from hfscale.run.origin import pretrained_folder
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -182,16 +183,16 @@ def test_another_base_is_refused(folder: Path) -> None:
         model={"pretrained": str(folder / "other"), "lora": {}},
         train={"steps": 1},
     )
-    moved, sized = newest(folder, "moved"), model_digest(newest(folder, "moved"))
+    moved, sized = newest(folder, "moved"), find(newest(folder, "moved")).digest
     open_weights(moved)
     make_encoder(folder / "other")  # drawn anew, and of the same size
-    assert model_digest(moved) != sized, "or scores of the old base would be found for the new one"
+    assert find(moved).digest != sized, "or scores of the old base would be found for the new one"
     for use in (
         lambda: open_weights(moved),
         lambda: export.run(str(moved), folder / "moved-merged"),
         lambda: export.run(str(moved), folder / "moved-alone", adapter=True),
         lambda: predict_texts(
-            settle(str(moved), task=None, data="x.jsonl", out=folder / "x", overrides=[]),
+            settle(find(moved), task=None, data="x.jsonl", out=folder / "x", overrides=[]),
             {"id": "0", "text": "a film"},
         ),
     ):

@@ -24,7 +24,8 @@ from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
 from hfscale.jobs import export
 from hfscale.jobs.asked import settle
 from hfscale.jobs.check import check
-from hfscale.jobs.opening import open_task
+from hfscale.jobs.predict import open_task
+from hfscale.run.model import find
 from launch.commands.evaluate import evaluate
 from launch.commands.predict import predict
 from tests.helpers.cli import ROOT, hfscale
@@ -399,7 +400,7 @@ def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path:
     with pytest.raises(CheckpointError, match="no head for the task"):
         open_task(
             settle(
-                str(folder / "encoder"),
+                find(folder / "encoder"),
                 task="sequence_classification",
                 data="-",
                 out=tmp_path / "x",

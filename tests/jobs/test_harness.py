@@ -17,7 +17,7 @@ from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError, DataError
 from hfscale.jobs import export
-from hfscale.jobs.opening import open_run
+from hfscale.run.model import RunModel, find
 from launch.commands.evaluate import evaluate
 from tests.helpers.corpus import GPT2, run_values
 from tests.helpers.labelled import make_encoder, write_jsonl
@@ -130,8 +130,8 @@ def test_scores_are_those_computed_by_hand(
         str(run), split, harness="my_choices,my_texts,my_words", harness_path=tasks, procs=2
     )  # three questions on two ranks
     assert json.loads(kept.read_text())["scores"] == pytest.approx(scores, rel=1e-6)
-    opened = open_run(str(run))
-    assert opened is not None
+    opened = find(run)
+    assert isinstance(opened, RunModel)
     model, tokenizer = opened.engine(), opened.tokenizer
 
     def likelihood(context: str, text: str) -> float:

@@ -21,12 +21,12 @@ from hfscale.config.inference import Inference
 from hfscale.config.permission import ALLOWED
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
-from hfscale.jobs.asked import model_and_tokenizer, settle
+from hfscale.jobs.asked import settle
 from hfscale.jobs.check import check
 from hfscale.jobs.export import _block, _cell, usage
-from hfscale.jobs.opening import open_model
 from hfscale.objectives.base import Setting
 from hfscale.objectives.mlm import MaskedLM
+from hfscale.run.model import find
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
 from tests.test_house import MODULES, TREES, relative
@@ -78,10 +78,10 @@ def test_code_that_a_model_brings_is_neither_run_nor_asked_about(corpus: Path, m
         tokenizer={"path": str(corpus / "tokenizer")},
     )
     for look in (
-        lambda: model_and_tokenizer(str(model)),
-        lambda: settle(str(model), task=None, data="-", out=Path("-"), overrides=[]),
-        lambda: open_model(str(model), CAUSAL, Inference()),
-        lambda: open_model(str(model), CAUSAL, Inference(zero_stage=3)),
+        lambda: find(model).read(),
+        lambda: settle(find(model), task=None, data="-", out=Path("-"), overrides=[]),
+        lambda: find(model).engine(CAUSAL, Inference()),
+        lambda: find(model).engine(CAUSAL, Inference(zero_stage=3)),
         lambda: check(RunConfig.model_validate(values)),
     ):
         with pytest.raises((CheckpointError, ConfigError), match="brings code of its own"):
@@ -103,7 +103,7 @@ def test_no_pickle_is_opened(model: Path):
     torch.save({}, model / "pytorch_model.bin")
     for stage in (0, 3):
         with pytest.raises(CheckpointError, match="safetensors"):
-            open_model(str(model), CAUSAL, Inference(zero_stage=stage))
+            find(model).engine(CAUSAL, Inference(zero_stage=stage))
 
 
 def test_an_adapter_beside_whole_weights_is_refused_however_it_is_opened(model: Path):
@@ -111,8 +111,8 @@ def test_an_adapter_beside_whole_weights_is_refused_however_it_is_opened(model: 
     (model / "adapter_config.json").write_text("{}")
     said = set()
     for look in (
-        lambda: open_model(str(model), CAUSAL, Inference()),
-        lambda: open_model(str(model), CAUSAL, Inference(zero_stage=3)),
+        lambda: find(model).engine(CAUSAL, Inference()),
+        lambda: find(model).engine(CAUSAL, Inference(zero_stage=3)),
         lambda: open_weights(model),
     ):
         with pytest.raises(CheckpointError) as error:

@@ -18,7 +18,8 @@ from hfscale.checkpoint import layout
 from hfscale.config.schema import CorpusConfig, RunConfig
 from hfscale.corpus.build import build_shards
 from hfscale.errors import CheckpointError, ConfigError
-from hfscale.jobs import check, export, origin
+from hfscale.jobs import check, export
+from hfscale.run import origin
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import GPT2, LLAMA, run_values
 from tests.helpers.ranks import run_ranks

@@ -17,9 +17,9 @@ from transformers import GPT2Config
 
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError
-from hfscale.jobs.opening import framed
 from hfscale.models.build import build_model
 from hfscale.tasks.generation import Generation, generate, prompt_ids, resolve
+from hfscale.tokenizer import framed
 from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, SPECIAL_IDS, VOCAB
 from tests.tasks.toys import load, words_tokenizer

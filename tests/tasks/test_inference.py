@@ -13,7 +13,8 @@ from transformers import BertConfig, BertLMHeadModel, pipeline
 
 from hfscale.errors import ConfigError
 from hfscale.jobs.asked import settle
-from hfscale.jobs.opening import open_task
+from hfscale.jobs.predict import open_task
+from hfscale.run.model import find
 from hfscale.stream.examples import BadExample
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict
@@ -108,7 +109,7 @@ def test_an_encoder_is_not_asked_as_a_causal_model(tmp_path: Path) -> None:
         prompt = ['prompt="{source} ="'] if task == "translation" else []
         said = asked | {"task": task, "overrides": ["data.max_length=16", *prompt]}
         with pytest.raises(ConfigError, match="sees the future"):
-            open_task(settle(str(tmp_path), **said))
+            open_task(settle(find(tmp_path), **said))
 
 
 def test_there_is_nothing_to_train() -> None:

@@ -15,6 +15,7 @@ from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.jobs import export, predict
 from hfscale.jobs.asked import settle
+from hfscale.run.model import find
 from launch.commands.predict import predict as predict_command
 from tests.helpers.labelled import task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
@@ -115,7 +116,7 @@ def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None
         ("export", tmp_path / "export"),
     ):  # the export says what task it is for, and how
         config = settle(
-            str(model),
+            find(model),
             task=None,
             data=str(data),
             out=tmp_path / f"{name}.jsonl",

@@ -1,9 +1,10 @@
-"""What the model of a run is made from: its config, its shapes, and the weights that it begins
-with.
+"""What the model of a run is made from: its config, its tokenizer, its shapes, and the weights that
+it begins with.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,15 +23,38 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.weights import checked
+from hfscale.config.load import load_config
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import ConfigError
 from hfscale.hub import GenerationFile, local_folder
 from hfscale.log import logger
-from hfscale.models.build import accepted, construct, first_line, special_ids
+from hfscale.models.build import OFFSET_POSITIONS, accepted, construct, first_line, special_ids
+from hfscale.objectives.draws import lacking
 from hfscale.records import load
 from hfscale.tokenizer import tokenizer_digest, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str:
+    """Return where the run's tokenizer is: as the config says, or the run's own, or that of the
+    model it begins with.
+    """
+    if config.tokenizer is not None:
+        return config.tokenizer.path
+    if (config.run_dir / run_files.TOKENIZER).is_dir():
+        return config.run_dir / run_files.TOKENIZER
+    assert pretrained is not None, "config/rules.py has refused it"
+    if not (pretrained / layout.STATE).is_file():
+        return pretrained
+    return tokenizer_folder(run_config(pretrained), None)
+
+
+def run_config(checkpoint: Path) -> TrainConfig:
+    """Return the config of the run that ``checkpoint`` is of, wherever the run lies now."""
+    run_dir = run_files.run_of(checkpoint)
+    moved = [f"run.root={json.dumps(str(run_dir.parent))}", f"run.name={json.dumps(run_dir.name)}"]
+    return load_config(run_dir / run_files.CONFIG, moved).config
 
 
 def pretrained_folder(config: TrainConfig) -> Path | None:
@@ -57,6 +81,16 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
         return own
     theirs = layout.checkpoint_of(name)
     return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
+
+
+def check_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
+    """Refuse (ConfigError) a model that counts positions from a padding token, and has none."""
+    if config.model_type in OFFSET_POSITIONS - {"mpnet"} and config.pad_token_id is None:
+        why = (
+            f"{config.model_type} counts positions from a padding token, and this "
+            "tokenizer has none of its own"
+        )
+        raise lacking(tokenizer, why, add="pad='<pad>'")
 
 
 def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
