@@ -57,6 +57,15 @@ def settle(model: Model, shards: str | None, overrides: Sequence[str]) -> Shards
             remedy="name a task: --task",
         )
     rows = open_rows(config.data.sources[0].shards, config, model.tokenizer)
+    vocab_size = model.config.get_text_config().vocab_size
+    if rows.manifest.max_id >= vocab_size:
+        raise DataError(
+            "these shards hold ids that the model does not have",
+            where=config.data.sources[0].shards,
+            value=f"id {rows.manifest.max_id}, vocabulary {vocab_size}",
+            remedy="name the model that its tokenizer belongs to, or train from it, which makes "
+            "it larger",
+        )
     cut = config.data.model_dump_json(exclude={"sources", "validation"})
     key = {
         "model": model.digest,

@@ -26,7 +26,7 @@ from hfscale.dist.agree import sum_over_ranks
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import call, probe_row
-from hfscale.models.kinds import CAUSAL
+from hfscale.models.kinds import CAUSAL, MASKED
 from hfscale.models.router import balancing
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.objectives.draws import random_state
@@ -252,20 +252,31 @@ class Objective:
         """Refuse a live model that this objective cannot train. Every rank calls it alike, in eval
         mode, before step 1.
 
-        Here that is a causal model that sees the future (an encoder), or another document where
-        they are to be kept apart.
+        Here that is a causal model that sees the future (an encoder), one of masks that sees only
+        the past (a decoder), or another document where they are to be kept apart.
 
         Raises:
             ConfigError: with the remedy.
         """
-        if self.auto_model != CAUSAL.auto_model:
+        if self.auto_model not in (CAUSAL.auto_model, MASKED.auto_model):
             return
-        if moved := self.sight(model, device=device):
+        moved = self.sight(model, device=device)
+        model_type = getattr(self.setting.model_config, "model_type", None)
+        if self.auto_model == MASKED.auto_model and not moved:
+            raise ConfigError(
+                "mlm: the model sees only the past: changing later tokens does not move the "
+                "logits of earlier ones",
+                where="model.architecture",
+                value=model_type,
+                remedy="choose an encoder (bert, modernbert, ...) without "
+                "model.config.is_decoder, or use objective clm",
+            )
+        if self.auto_model == CAUSAL.auto_model and moved:
             raise ConfigError(
                 "the model sees the future: changing later tokens moves the logits of earlier "
                 f"ones by {moved:.3g}",
                 where="model.architecture",
-                value=getattr(self.setting.model_config, "model_type", None),
+                value=model_type,
                 remedy="choose a causal architecture (gpt2, llama, ...), set "
                 "model.config.is_decoder=true, or to pretrain "
                 "use objective mlm",

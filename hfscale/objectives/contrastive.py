@@ -334,6 +334,7 @@ class Contrastive(Objective):
 
         And views that would be the same, without dropout.
         """
+        super().check(model, device=device)
         config = self.setting.model_config
         assert config is not None, "check() needs Setting.model_config"
         if self.options.views == "dropout" and not any(

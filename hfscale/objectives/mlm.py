@@ -139,18 +139,3 @@ class MaskedLM(Objective):
             "mlm": token_losses(logits_BTV, batch.labels_BT).sum(1),
             "masked_accuracy": right_BT.sum(1),
         }
-
-    def check(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse a model that sees only the past (a decoder), or another document where documents
-        are to be kept apart.
-        """
-        if not self.sight(model, device=device):
-            raise ConfigError(
-                "mlm: the model sees only the past: changing later tokens does not move the "
-                "logits of earlier ones",
-                where="model.architecture",
-                value=getattr(self.setting.model_config, "model_type", None),
-                remedy="choose an encoder (bert, modernbert, ...) without "
-                "model.config.is_decoder, or use objective clm",
-            )
-        self.check_documents(model, device=device)

@@ -12,9 +12,7 @@ refuses is refused there, whoever asks.
 from __future__ import annotations
 
 import hashlib
-import shlex
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -28,7 +26,6 @@ from transformers.utils.logging import disable_progress_bar
 from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import changed
-from hfscale.checkpoint.pretrained import load_pretrained, match
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import (
     WeightsReader,
@@ -47,15 +44,14 @@ from hfscale.hub import checked_files, foreign_code, local_folder
 from hfscale.models.build import (
     accepted,
     check_head,
-    construct,
     first_line,
     longest_row,
     read_config,
 )
-from hfscale.models.init import restore_buffers
 from hfscale.models.kinds import BY_CLASS, ENCODER, Purpose, architecture, purpose_of
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.records import read_file
+from hfscale.run.filled import filled, no_head
 from hfscale.run.origin import (
     DTYPES,
     check_padding,
@@ -183,7 +179,15 @@ class Model:
             precision: str = how.precision or (saved or ["fp32"])[0]
             if how.zero_stage == 3:
                 check_head(self.config, auto_model)
-                return self._filled(auto_model, self.config, how, precision=precision)
+                return filled(
+                    self.config,
+                    auto_model,
+                    self.weights,
+                    how,
+                    name=self.name,
+                    folder=self.weights_folder,
+                    precision=precision,
+                )
             with quiet():  # its report of what is missing; we say it
                 model, loaded = getattr(transformers, auto_model).from_pretrained(
                     self.weights_folder,
@@ -211,52 +215,8 @@ class Model:
                 remedy=f"name a run, a checkpoint, an export, or a folder that {auto_model} loads",
             ) from error
         if auto_model != ENCODER.auto_model and loaded["missing_keys"]:
-            raise self._no_head(auto_model, sorted(loaded["missing_keys"])[:4])
+            raise no_head(auto_model, self.name, sorted(loaded["missing_keys"])[:4])
         return InferenceEngine(model, device=default_device())
-
-    @torch.no_grad()
-    def _filled(
-        self,
-        auto_model: str,
-        config: PretrainedConfig,
-        how: Inference,
-        *,
-        precision: str,
-        reader: WeightsReader | None = None,
-        trust_remote_code: bool = False,
-    ) -> InferenceEngine:
-        """Return the model of ``config`` with its weights, of which each rank reads what it
-        holds.
-        """
-        reader = reader or self.weights
-
-        def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
-            model = accepted(
-                lambda: construct(
-                    config,
-                    auto_model,
-                    dtype=DTYPES[precision],
-                    attention=config._attn_implementation,
-                    trust_remote_code=trust_remote_code,
-                    context=context,
-                ),
-                schema.Model(pretrained=self.name),
-            )
-            restore_buffers(model)
-            model.tie_weights()
-            return model
-
-        device = default_device()
-        engine = InferenceEngine.create(build, how=how, precision=precision, device=device)
-        generate_as(engine.module, self.weights_folder)
-        filling = match(engine.module, reader)
-        if filling.missing and auto_model != ENCODER.auto_model:
-            raise self._no_head(auto_model, filling.missing[:4])
-        for fragment in engine.fragments():
-            if fragment.name in filling.missing:  # BERT's pooler, on which no hidden state depends
-                fragment.tensors["weight"].zero_()
-        load_pretrained(engine, reader, filling)
-        return engine
 
     def objective(
         self, make: Callable[[Setting], Asked], setting: Setting, engine: InferenceEngine
@@ -280,20 +240,6 @@ class Model:
             )
         check_live(objective, engine, device=engine.device, said=schema.Model(pretrained=self.name))
         return objective
-
-    def _no_head(self, wanted: str, value: Any) -> CheckpointError:
-        purpose, pretrained = BY_CLASS.get(wanted), ""
-        if purpose and purpose.objective:
-            pretrained = (
-                f", or for texts alone pretrain one with objective.name={purpose.objective}"
-            )
-        return CheckpointError(
-            f"this model has no head for the task: it is not one of {wanted}",
-            where=self.name,
-            value=value,
-            remedy="fine-tune it for the task first: hfscale finetune CONFIG "
-            f"{shlex.quote(f'model.pretrained={self.name}')}{pretrained}",
-        )
 
 
 class RunModel(Model):
@@ -402,13 +348,15 @@ class RunModel(Model):
         reader = reader or self.weights  # before any small file is believed
         wanted = auto_model or self.trained.auto_model
         if wanted not in (ENCODER.auto_model, self.trained.auto_model):
-            raise self._no_head(wanted, type(self.skeleton).__name__)
-        return self._filled(
-            wanted,
+            raise no_head(wanted, self.name, type(self.skeleton).__name__)
+        return filled(
             self.skeleton.config,
+            wanted,
+            reader,
             how,
+            name=self.name,
+            folder=self.checkpoint,
             precision=how.precision or self.run.engine.precision,
-            reader=reader,
             trust_remote_code=self.run.model.trust_remote_code,
         )
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import CONFIG_MAPPING, AutoModelForSequenceClassification
+from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassification
 
 from hfscale.config.schema import Named
 from hfscale.engine.inference import InferenceEngine
@@ -36,13 +36,15 @@ SIZES: dict[str, dict[str, Any]] = {
 }
 
 
-def classifier(architecture: str, vocab_size: int) -> Any:
+def classifier(
+    architecture: str, vocab_size: int, head: Any = AutoModelForSequenceClassification
+) -> Any:
     torch.manual_seed(1)
     ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 1}
     config = CONFIG_MAPPING[architecture](
         vocab_size=vocab_size, initializer_range=0.3, **ids, **SIZES[architecture]
     )
-    return AutoModelForSequenceClassification.from_config(config).eval()
+    return head.from_config(config).eval()
 
 
 @pytest.mark.parametrize(
@@ -76,3 +78,19 @@ def test_an_answer_is_that_of_its_text_alone(architecture: str) -> None:
     assert alone is not None and together is not None
     for one, other in zip(alone, together, strict=True):
         assert one["scores"] == pytest.approx(other["scores"], abs=1e-5)
+
+
+def test_a_vector_is_that_of_its_text_alone() -> None:
+    """Of an architecture without a mask, too: embeddings look at padding as all tasks do."""
+    tokenizer = make_tokenizer("wordpiece")
+    model = classifier("fnet", len(tokenizer), AutoModel)
+    setting = Setting(seq_len=48, tokenizer=tokenizer, model_config=model.config)
+    task = load_task(Named(name="embedding", options={"pooling": "mean"}), setting)
+    engine = InferenceEngine(model)
+    task.check(engine, device="cpu")
+    examples = [{"id": n, "text": "the river " * n} for n in (1, 3, 3, 2, 7)]
+    alone = predict(task, engine, examples, batch=1)
+    together = predict(task, engine, examples, batch=8)
+    assert alone is not None and together is not None
+    for one, other in zip(alone, together, strict=True):
+        assert one["prediction"] == pytest.approx(other["prediction"], abs=1e-5)
