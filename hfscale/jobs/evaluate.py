@@ -39,7 +39,7 @@ from hfscale.tasks.base import task_class
 def folder_of(model: Model, what: str, key: dict[str, str]) -> Path:
     """Return where the evaluation of ``model`` belongs: in its run, or here."""
     short = hashlib.blake2b(json.dumps(key, sort_keys=True).encode(), digest_size=4).hexdigest()
-    return model.home / run_files.EVALUATIONS / what / f"{model.label}-{short}"
+    return model.home / run_files.EVALUATIONS / what / f"{Path(model.address).name}-{short}"
 
 
 def with_folder(config: PredictConfig, model: Model) -> PredictConfig:

@@ -7,6 +7,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -85,24 +86,21 @@ def architecture(config: PretrainedConfig) -> str:
 
 
 def purpose_of(config: PretrainedConfig) -> Purpose | None:
-    """Return what a model of ``config`` is for, by the name of its class; None: no text model, or
-    one that transformers does not know.
+    """Return what a model of ``config`` is for, by the name of its class; None: not for text alone,
+    or of a class that transformers does not know.
     """
     name = architecture(config)
-    return next(
-        (one for one in reversed(PURPOSES) if name in _names(one) and _is(one, config)), None
-    )
+    known = (one for one in reversed(PURPOSES) if name in _names(one) and _of_text(one, config))
+    return next(known, None)
 
 
-def _is(one: Purpose, config: PretrainedConfig) -> bool:
-    """Return whether a table means text: those of headless and of encoder-decoder models hold
-    models of sound and pictures too.
+def _of_text(one: Purpose, config: PretrainedConfig) -> bool:
+    """Return whether a model of a table is one of text: some hold models of sound and pictures too,
+    whose config has a part for text, and of its own no vocabulary.
     """
-    if one is SEQ2SEQ:
-        return bool(config.is_encoder_decoder)
     if one is ENCODER:
         return config.model_type in _table(MASKED) and not config.is_encoder_decoder
-    return True
+    return one not in (CAUSAL, MASKED, SEQ2SEQ) or hasattr(config, "vocab_size")
 
 
 def _table(one: Purpose) -> Any:
@@ -111,8 +109,6 @@ def _table(one: Purpose) -> Any:
 
 @cache
 def _names(one: Purpose) -> frozenset[str]:
-    """Return the architectures in the table of a purpose: a name, or several, a model type."""
-    names: set[str] = set()
-    for entry in _table(one).values():
-        names.update([entry] if isinstance(entry, str) else entry)
-    return frozenset(names)
+    """Return the architectures of a purpose: its table has one for a model type, or several."""
+    entries = _table(one).values()
+    return frozenset(chain(*([entry] if isinstance(entry, str) else entry for entry in entries)))

@@ -260,8 +260,16 @@ class Objective:
         """
         if self.auto_model not in (CAUSAL.auto_model, MASKED.auto_model):
             return
-        moved = self.sight(model, device=device)
         model_type = getattr(self.setting.model_config, "model_type", None)
+        if not hasattr(self.setting.model_config, "vocab_size"):
+            raise ConfigError(
+                "this model reads more than text",
+                where="model.architecture",
+                value=model_type,
+                remedy="choose one of text alone, such as the text part of this one saved by "
+                "itself",
+            )
+        moved = self.sight(model, device=device)
         if self.auto_model == MASKED.auto_model and not moved:
             raise ConfigError(
                 "mlm: the model sees only the past: changing later tokens does not move the "

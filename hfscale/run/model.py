@@ -85,7 +85,6 @@ class Model:
         self.name = name
         # what a config names it by, wherever that is read
         self.address = str(Path(name).absolute()) if Path(name).exists() else name
-        self.label = Path(name).name  # of its evaluations
 
     @property
     def home(self) -> Path:
@@ -248,7 +247,7 @@ class RunModel(Model):
     def __init__(self, name: str, checkpoint: Path) -> None:
         super().__init__(name)
         self.checkpoint = checkpoint
-        self.address, self.label = str(checkpoint.absolute()), checkpoint.name
+        self.address = str(checkpoint.absolute())
 
     @cached_property
     def run(self) -> TrainConfig:

@@ -15,8 +15,7 @@ OF_TEXT = {
         *("bert BertLMHeadModel", "bert-generation BertGenerationDecoder"),
         *("reformer ReformerModelWithLMHead", "xlnet XLNetLMHeadModel", "mamba MambaForCausalLM"),
         *("openai-gpt OpenAIGPTLMHeadModel", "ctrl CTRLLMHeadModel", "bart BartForCausalLM"),
-        # of pictures as well, and AutoModelForCausalLM opens it for text alone
-        *("gemma3 Gemma3ForConditionalGeneration", "gemma3_text Gemma3ForCausalLM"),
+        *("gemma3_text Gemma3ForCausalLM", "bloom BloomForCausalLM", "rwkv RwkvForCausalLM"),
     ],
     "AutoModelForMaskedLM": [
         *("bert BertForMaskedLM", "roberta RobertaForMaskedLM", "modernbert ModernBertForMaskedLM"),
@@ -26,7 +25,7 @@ OF_TEXT = {
     "AutoModelForSeq2SeqLM": [
         *("t5 T5ForConditionalGeneration", "mt5 MT5ForConditionalGeneration"),
         *("marian MarianMTModel", "bart BartForConditionalGeneration"),
-        *("m2m_100 M2M100ForConditionalGeneration", "encoder-decoder EncoderDecoderModel"),
+        *("m2m_100 M2M100ForConditionalGeneration", "led LEDForConditionalGeneration"),
         *("seamless_m4t SeamlessM4TForTextToText", "fsmt FSMTForConditionalGeneration"),
         *("mbart MBartForConditionalGeneration", "t5gemma2 T5Gemma2ForConditionalGeneration"),
     ],
@@ -42,6 +41,8 @@ OF_TEXT = {
 }
 OF_NO_TEXT = [
     *("whisper WhisperForConditionalGeneration", "mistral3 Mistral3ForConditionalGeneration"),
+    # in the table of causal models too, but its text is a part beside the pictures
+    "gemma3 Gemma3ForConditionalGeneration",
     *("qwen2_audio Qwen2AudioForConditionalGeneration", "vit ViTModel"),
     *("llava LlavaForConditionalGeneration", "wav2vec2 Wav2Vec2ForSequenceClassification"),
     *("vilt ViltForQuestionAnswering", "blip-2 Blip2ForConditionalGeneration"),
@@ -52,9 +53,8 @@ OF_NO_TEXT = [
 
 def config_of(case: str) -> PretrainedConfig:
     model_type, architecture = case.split()
-    kind = CONFIG_MAPPING[model_type]
-    config = PretrainedConfig(is_encoder_decoder=kind().is_encoder_decoder)
-    config.model_type, config.architectures = model_type, [architecture]
+    config = CONFIG_MAPPING[model_type]()
+    config.architectures = [architecture]
     return config
 
 

@@ -14,6 +14,8 @@ from transformers import (
     BertConfig,
     BertForMaskedLM,
     BertLMHeadModel,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
     GPT2Config,
     GPT2LMHeadModel,
     MarianConfig,
@@ -115,6 +117,17 @@ def test_shards_with_ids_that_the_model_does_not_know_are_refused(
     folder = gpt2(tmp_path, words, vocab_size=len(words) // 2)
     with pytest.raises(DataError, match="ids that the model does not have"):
         shards.settle(find(folder), str(corpus / "shards" / "validation"), [])
+
+
+def test_a_model_of_pictures_is_not_asked_as_one_of_text(tmp_path: Path) -> None:
+    words = make_tokenizer()
+    text = TINY | {"vocab_size": len(words), "num_key_value_heads": 1, "head_dim": 8}
+    seen = TINY | {"image_size": 8, "patch_size": 4}
+    config = Gemma3Config(text_config=text, vision_config=seen, mm_tokens_per_image=4)
+    folder = saved(tmp_path, Gemma3ForConditionalGeneration, config, words)
+    assert find(folder).purpose is None
+    with pytest.raises(ConfigError, match="reads more than text"):
+        task_of(folder, "text_generation", "data.max_length=16")
 
 
 def test_positions_that_count_from_no_padding_token_are_refused(tmp_path: Path) -> None:
