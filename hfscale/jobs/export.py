@@ -96,27 +96,7 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
                 value=error.strerror,
                 remedy="make room, or export to another disk",
             ) from error
-        objective = source.trained
-        if isinstance(objective, Task):
-            config: Any = source.run
-            skeleton.config.hfscale = {
-                "task": config.task.model_dump(mode="json"),
-                "max_length": config.data.max_length,
-            }
-            objective.finish(skeleton, source.tokenizer)
-            if objective.code and not adapter:
-                shutil.copy(str(import_module(objective.code).__file__), folder)
-        # by which others, and we, know what it is for
-        skeleton.config.architectures = [type(skeleton).__name__]
-        if not adapter:  # transformers takes a folder with a config.json for a whole model
-            skeleton.config.save_pretrained(folder)
-            _write_files(objective.files(skeleton.config), folder)
-        if skeleton.can_generate():
-            # not by save_pretrained: it refuses what published models say (a temperature without
-            # do_sample)
-            how = skeleton.generation_config.to_json_string()
-            (folder / layout.GENERATION).write_text(how, "utf-8")
-        save_tokenizer(_padding(source.framed, skeleton), folder)
+        _write_beside(source, folder, adapter=adapter)
         difference = prove(
             folder,
             source.trained,
@@ -131,6 +111,31 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
         f"{difference:.1e}"
     )
     return use_adapter(source, out) if adapter else usage(source.trained, out)
+
+
+def _write_beside(source: RunModel, folder: Path, *, adapter: bool) -> None:
+    """Write what lies beside the weights: config, tokenizer, how it generates, code of a task."""
+    objective, skeleton = source.trained, source.skeleton
+    if isinstance(objective, Task):
+        config: Any = source.run
+        skeleton.config.hfscale = {
+            "task": config.task.model_dump(mode="json"),
+            "max_length": config.data.max_length,
+        }
+        objective.finish(skeleton, source.tokenizer)
+        if objective.code and not adapter:
+            shutil.copy(str(import_module(objective.code).__file__), folder)
+    # by which others, and we, know what it is for
+    skeleton.config.architectures = [type(skeleton).__name__]
+    if not adapter:  # transformers takes a folder with a config.json for a whole model
+        skeleton.config.save_pretrained(folder)
+        _write_files(objective.files(skeleton.config), folder)
+    if skeleton.can_generate():
+        # not by save_pretrained: it refuses what published models say (a temperature without
+        # do_sample)
+        how = skeleton.generation_config.to_json_string()
+        (folder / layout.GENERATION).write_text(how, "utf-8")
+    save_tokenizer(_padding(source.framed, skeleton), folder)
 
 
 def _write_files(files: dict[str, str], folder: Path) -> None:
