@@ -13,14 +13,12 @@ No thread takes part in a collective: they meet through files, and the ranks' ma
 from __future__ import annotations
 
 import json
-import math
 import shutil
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -29,7 +27,7 @@ from torch import Tensor
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import Entry, write_file, write_manifest
 from hfscale.checkpoint.probe import make_probe
-from hfscale.checkpoint.state import Best, CheckpointState
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
 from hfscale.checkpoint.weights import verify_together
 from hfscale.config.schema import Checkpoint
@@ -40,10 +38,8 @@ from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment, tied
 from hfscale.errors import (
     CheckpointError,
-    ConfigError,
     SupersededError,
     UnhealthyError,
-    nearest,
 )
 from hfscale.log import logger
 from hfscale.monitor.fence import Fence
@@ -80,9 +76,6 @@ class CheckpointManager:
         self._thread: threading.Thread | None = None
         self._failure: BaseException | None = None
         self._gave_up = threading.Event()
-        self._best: dict[str, Any] | None = (
-            None  # of the metric of checkpoint.keep_best: {"metric", "step", "value"}
-        )
         self.stall_s = 0.0  # of the last save: how long training waited
         self.write_s = 0.0  # of the last save that was written: how long its writer took
 
@@ -98,45 +91,6 @@ class CheckpointManager:
         return any(every and step % every == 0 for every in steps) or (
             minutes is not None and self._clock() - self._saved_at >= minutes * 60
         )
-
-    def improves(self, record: Mapping[str, Any]) -> bool:
-        """Return True if a step's record has the best value yet of ``checkpoint.keep_best``'s
-        metric: then it should be saved.
-
-        All ranks give the same record, so they agree without asking.
-
-        Raises:
-            ConfigError: if the step was validated, but the metric is not among the figures.
-        """
-        best = self._config.keep_best
-        given = [name for name in record if name.startswith("validation_")]
-        if best is None or not given:
-            return False
-        if best.metric not in given:
-            raise ConfigError(
-                "no validation gives this metric",
-                where="checkpoint.keep_best.metric",
-                value=best.metric,
-                remedy=nearest(best.metric, given),
-            )
-        value, before = (
-            record[best.metric],
-            self._best if self._best and self._best["metric"] == best.metric else None,
-        )
-        if not math.isfinite(value) or (
-            before
-            and (value >= before["value"] if best.mode == "min" else value <= before["value"])
-        ):
-            if before:
-                before["stale"] = before.get("stale", 0) + 1
-            return False
-        self._best = {"metric": best.metric, "step": record["step"], "value": value, "stale": 0}
-        return True
-
-    @property
-    def stale(self) -> int:
-        """How many validations there were since the best one; a resume goes on counting."""
-        return self._best.get("stale", 0) if self._best and self._config.keep_best else 0
 
     def failed(self) -> BaseException | None:
         """Return what stopped this rank's last background write, if anything did.
@@ -170,8 +124,7 @@ class CheckpointManager:
         """
         began = self._clock()
         self.wait()
-        best = Best(**self._best) if self._best and self._config.keep_best else None
-        own = {"engine": engine.scalars(), "tied": tied(engine.module), "best": best}
+        own = {"engine": engine.scalars(), "tied": tied(engine.module)}
         small = {
             layout.STATE: state.model_copy(update=own).to_json(),
             layout.CONFIG: engine.module.config.to_json_string().encode(),
@@ -374,7 +327,6 @@ class CheckpointManager:
             reader.close()
             engine.load_scalars(state.engine)
             engine.after_load()
-            self._best = state.best.as_dict() if state.best else None
             self._say(
                 f"loaded {checkpoint}, saved on {state.world_size} ranks at ZeRO "
                 f"{state.zero_stage}: "

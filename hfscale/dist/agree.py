@@ -28,23 +28,35 @@ class Agreed:
     stop: bool
     due: bool
     failed: bool
+    save: bool  # the step before
+    end: bool
     digest: int  # sum modulo 2^64, as a signed int64
 
 
-def agree(*, counts: Mapping[str, int], stop: bool, due: bool, failed: bool, digest: int) -> Agreed:
+def agree(
+    *,
+    counts: Mapping[str, int],
+    stop: bool,
+    due: bool,
+    failed: bool,
+    save: bool,
+    end: bool,
+    digest: int,
+) -> Agreed:
     """Return the sums over all ranks, in one collective of a few dozen bytes."""
     names = sorted(counts)
-    facts = torch.tensor(
-        [stop, due, failed, digest, *(counts[name] for name in names)], dtype=torch.int64
-    )
+    flags = [stop, due, failed, save, end]
+    facts = torch.tensor([*flags, digest, *(counts[name] for name in names)], dtype=torch.int64)
     if everybody().size > 1:
         torch_dist.all_reduce(facts, group=host_group())
-    stops, dues, failures, total, *sums = facts.tolist()
+    stops, dues, failures, saves, ends, total, *sums = facts.tolist()
     return Agreed(
         counts=dict(zip(names, sums, strict=True)),
         stop=stops > 0,
         due=dues > 0,
         failed=failures > 0,
+        save=saves > 0,
+        end=ends > 0,
         digest=total,
     )
 

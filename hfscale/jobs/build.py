@@ -6,6 +6,7 @@ Each part is built from the config and from parts above it, and from nothing bel
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
@@ -43,6 +44,10 @@ from hfscale.run.model import check_live
 from hfscale.run.origin import generate_as, model_needs, pretrained_folder, warn_of_tokenizer
 from hfscale.tokenizer import tokenizer_digest
 from hfscale.training.loop import Trainer, TrainState
+from hfscale.training.observers.base import Observer
+from hfscale.training.observers.best import KeepBest
+from hfscale.training.observers.log import Figures, Log
+from hfscale.training.observers.validate import Validate
 
 
 def build_trainer(
@@ -126,27 +131,51 @@ def build_trainer(
         | {"pretrained": origin, "warmed_rows": warmed}
         | (beside.about if beside else {}),
         total_steps=steps,
-        sources=material.names,
         seed=config.run.seed,
-        data=world.data,
-        metrics_every=config.metrics.every_steps,
         max_skipped=getattr(data, "max_skipped", 0.0),
-        patience=train.patience,
-        warned_s=config.cluster.signal_s if allocation() and world.all.rank == 0 else None,
-        **material.validation(objective),
-        log=MetricsLog(
+    )
+    log = None
+    if world.all.rank == 0:
+        log = MetricsLog(
             config.run_dir,
             first_step=state.step + 1,
             total_steps=steps,
             tensorboard=config.metrics.tensorboard,
             fence=fence,
         )
-        if world.all.rank == 0
-        else None,
-    )
+    trainer.observers = [*observers(config, material, trainer, log=log, saved=saved)]
     if saved is None:
         rehearse(trainer, config)
     return trainer
+
+
+def observers(
+    config: TrainConfig,
+    material: TokenMaterial | ExampleMaterial,
+    trainer: Trainer,
+    *,
+    log: MetricsLog | None,
+    saved: CheckpointState | None,
+) -> Iterator[Observer]:
+    """Yield what looks at each step of ``trainer``, in this order; ``log`` on rank 0 only."""
+    yield Figures(
+        engine=trainer.engine,
+        stream=trainer.stream,
+        objective=trainer.objective,
+        checkpoints=trainer.checkpoints,
+        throughput=trainer.throughput,
+        every_steps=config.metrics.every_steps,
+        sources=material.names,
+        warned_s=config.cluster.signal_s if log and allocation() else None,
+    )
+    if validation := material.validation(trainer.objective):
+        evaluator, every_steps = validation
+        yield Validate(trainer.engine, evaluator, every_steps, trainer.total_steps)
+    if log:
+        yield Log(log)
+    if best := config.checkpoint.keep_best:
+        before = saved.best if saved else None
+        yield KeepBest(best, patience=config.train.patience, saved=before)
 
 
 def say_where(state: TrainState, steps: int, *, saved: bool) -> None:

@@ -131,16 +131,16 @@ class TokenMaterial:
             with_documents=objective.needs_documents or not data.cross_document,
         )
 
-    def validation(self, objective: Objective) -> dict[str, Any]:
-        """Return the trainer's parts for held-out loss, or nothing where the config asks for
-        none.
+    def validation(self, objective: Objective) -> tuple[Evaluator, int] | None:
+        """Return what scores the held-out rows, and after how many steps each time; None where the
+        config asks for none.
         """
         if (held_out := self._config.data.validation) is None:
-            return {}
+            return None
         scored = held_out_rows(
             held_out.shards, self._config, objective, self._world, count=held_out.rows
         )
-        return {"evaluator": Evaluator(objective, scored), "validate_every": held_out.every_steps}
+        return Evaluator(objective, scored), held_out.every_steps
 
     def describe(self) -> dict[str, Any]:
         """Return what every checkpoint says of the data."""
@@ -227,12 +227,12 @@ class ExampleMaterial:
             state=saved.stream if saved else None,
         )
 
-    def validation(self, objective: Objective) -> dict[str, Any]:
-        """Return the trainer's parts for loss and metrics of the validation split, or nothing where
+    def validation(self, objective: Objective) -> tuple[TaskEvaluator, int] | None:
+        """Return what scores the validation split, and after how many steps each time; None where
         the config asks for none.
         """
         if self._validation is None:
-            return {}
+            return None
         assert isinstance(objective, Task)
         split, train, world = self._validation, self._config.train, self._world
         rows = ExampleRows(
@@ -242,11 +242,9 @@ class ExampleMaterial:
             place=world.data,
         )
         examples = split.examples() if world.all.rank == 0 else []
-        return {
-            "evaluator": TaskEvaluator(objective, rows, examples=examples, of=split.of),
-            "validate_every": self._config.data.validate_every_steps
-            or -(-self.rows // train.global_batch),
-        }
+        evaluator = TaskEvaluator(objective, rows, examples=examples, of=split.of)
+        an_epoch = -(-self.rows // train.global_batch)
+        return evaluator, self._config.data.validate_every_steps or an_epoch
 
     def describe(self) -> dict[str, Any]:
         """Return what every checkpoint says of the data, labels and all."""

@@ -45,6 +45,13 @@ class Throughput:
         yield
         self._wait_s += self._clock() - start
 
+    @contextmanager
+    def aside(self) -> Iterator[None]:
+        """Leave out of the time of the step under way what is done inside."""
+        start = self._clock()
+        yield
+        self._step_s -= self._clock() - start
+
     def count(self, tokens: int) -> None:
         """Add the tokens of all ranks in the step under way."""
         self._tokens += tokens

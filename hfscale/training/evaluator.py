@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from math import exp, nan
+from math import exp
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -15,6 +15,7 @@ from hfscale.objectives.base import Objective
 from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
 from hfscale.tasks.base import Example, Task
+from hfscale.training.accounting import global_losses
 
 if TYPE_CHECKING:  # a login node checks a run without DeepSpeed
     from hfscale.engine.engine import Engine
@@ -108,44 +109,3 @@ class TaskEvaluator:
             for begin, end, example in cuts
         ]
         return self._task.score(predictions, self._examples)
-
-
-def global_losses(
-    objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Return the ``loss`` of what ``objective.losses`` went through on all ranks, its terms, and
-    ``source_loss`` where there are several.
-
-    ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN, not
-    0.
-    """
-    sums, weights = objective.take_sums(), objective.weights()
-    names = sorted(sums)
-    by_source = dict(
-        zip(
-            names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True
-        )
-    )
-    means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
-    trained = [term for term in names if weights[term]]
-    losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
-    reported = objective.report(means)
-    losses |= {term: reported[term] for term in names if not weights[term]}
-    losses |= {f"loss_{term}": means[term] for term in trained} if len(trained) > 1 else {}
-
-    def of_source(number: int) -> float | None:  # None: no row of it was in this step
-        asked = [term for term in trained if counts[f"{term}/{number}"]]
-        return (
-            sum(
-                weights[term] * by_source[term][number] / counts[f"{term}/{number}"]
-                for term in asked
-            )
-            if asked
-            else None
-        )
-
-    return losses | (
-        {"source_loss": {source: of_source(number) for number, source in enumerate(sources)}}
-        if len(sources) > 1
-        else {}
-    )

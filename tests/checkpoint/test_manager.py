@@ -21,9 +21,9 @@ from hfscale.checkpoint.manifest import verify
 from hfscale.checkpoint.probe import read_probe
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.store import FragmentReader
-from hfscale.config.schema import Best, Checkpoint
+from hfscale.config.schema import Checkpoint
 from hfscale.dist.world import Place
-from hfscale.errors import CheckpointError, ConfigError, UnhealthyError
+from hfscale.errors import CheckpointError, UnhealthyError
 from tests.engine.tiny import full_state, logits, same, tiny_config, tiny_engine, train_step
 from tests.helpers.needs import lacking
 from tests.helpers.ranks import run_ranks
@@ -413,25 +413,6 @@ def test_training_goes_on_behind_a_slow_disk_and_the_next_save_waits(tmp_path, c
         )
         assert rank["wrong"] == [], "what was trained meanwhile is not in it"
     assert [path.name for path in layout.committed(tmp_path)] == ["step-00000001", "step-00000002"]
-
-
-def test_what_improves(tmp_path):
-    checkpoints = CheckpointManager(tmp_path, config=Checkpoint(keep_best=Best()), place=Place())
-    losses = [float("nan"), 3.0, 3.0, 2.5, 2.6, 2.4]
-    assert [
-        checkpoints.improves({"step": step, "validation_loss": loss})
-        for step, loss in enumerate(losses)
-    ] == [False, True, False, True, False, True]
-    assert not checkpoints.improves({"step": 6, "loss": 0.1}), "not validated"
-    with pytest.raises(ConfigError, match=r"keep_best(.|\n)*validation_perplexity"):
-        checkpoints.improves({"step": 7, "validation_perplexity": 3.0})
-    scores = CheckpointManager(
-        tmp_path, config=Checkpoint(keep_best=Best(metric="validation_f1")), place=Place()
-    )
-    assert [
-        scores.improves({"step": step, "validation_f1": value})
-        for step, value in enumerate([0.1, 0.3, 0.2])
-    ] == [True, True, False]
 
 
 class Clock:

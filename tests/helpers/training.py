@@ -15,15 +15,17 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     from hfscale.config.schema import RunConfig
     from hfscale.dist.world import World
     from hfscale.jobs.build import build_trainer
+    from hfscale.training.observers.log import Log
 
     torch.set_num_threads(1)
     config = (FinetuneConfig if "task" in values else RunConfig).model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
     records: list[dict[str, Any]] = []
-    if trainer.log is not None:
-        write = trainer.log.write
-        trainer.log.write = lambda record: (records.append(record), write(record))[1]  # type: ignore[method-assign]
+    logs = [one for one in trainer.observers if isinstance(one, Log)]
+    if logs:
+        write = logs[0].writer.write
+        logs[0].writer.write = lambda record: (records.append(record), write(record))[1]  # type: ignore[method-assign]
     trainer.run()
     trainer.close()
     return records
