@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +34,8 @@ from hfscale.engine.groups import param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.errors import ConfigError, UnhealthyError
 
+# says of the norm of a gradient whether the update may be made
+Allow = Callable[[float], bool]
 BLOCK = 1024  # elements that are added up in the gradient's own precision
 LOSS_SCALE_STATE = (
     "cur_scale",
@@ -51,6 +53,7 @@ class StepStats:
     # high and has been lowered
     grad_norm: float
     lr: float
+    updated: bool = True  # False: ``allow`` said no, or the loss scale was too high
 
 
 def construction(config: TrainConfig, *, device_type: str) -> AbstractContextManager[Any]:
@@ -101,7 +104,10 @@ class Engine:
         if self.stage >= 2:
             Arrivals(ds.module, self._zero, stage=self.stage)
         self._modules = SameModules(self._zero) if self.stage == 3 and self.all.size > 1 else None
-        adamw.register_step_pre_hook(self._before_update)
+        self._allow: Allow | None = None
+        self._allowed: bool | None = None  # None: not asked yet
+        self._update = adamw.step
+        adamw.step = self._guarded_update  # type: ignore[method-assign]
 
     @classmethod
     def create(cls, model: nn.Module, *, config: TrainConfig, device: torch.device) -> Engine:
@@ -156,9 +162,14 @@ class Engine:
             self._modules.check()
         self._ds.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float) -> StepStats:
+    def step(self, lr: float, *, allow: Allow | None = None) -> StepStats:
         """Return what the update with everything accumulated since the last step did: clip, check,
         AdamW at ``lr``.
+
+        ``allow`` is asked once, before AdamW changes anything, with the norm that ``StepStats``
+        will give. Where it says no, weights and moments stay as they are, bit for bit, and training
+        may go on. The norm is the same on all ranks, and ``allow`` must answer alike on all: it
+        looks at this norm and at what the ranks have agreed on, so no collective is needed.
 
         Raises:
             UnhealthyError: on every rank, with weights and moments untouched, if the gradient is
@@ -168,27 +179,32 @@ class Engine:
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_share"]
         self._lr_used.clear()
+        self._allow, self._allowed = allow, None
         if self.stage < 2:
             fill(self._zero, self._trained, stage=self.stage)
         self._ds.step()
         if getattr(self._zero, "overflow", False):
             if self.precision != "fp16":
                 raise UnhealthyError("the gradient is not finite; weights were not changed")
-            return StepStats(float("inf"), lr)
+            return StepStats(float("inf"), lr, updated=False)
         expected = {lr * group["lr_share"] for group in self._adamw.param_groups}
         assert self._lr_used == expected, (
             f"AdamW used learning rates {self._lr_used}, not {expected}"
         )
-        return StepStats(self._norm, lr)
+        return StepStats(self._norm, lr, updated=self._allowed is not False)
 
-    def _before_update(self, adamw: torch.optim.Optimizer, *_: Any) -> None:
-        """Run by torch just before AdamW changes anything: the last moment to look at the gradient.
-        ZeRO has clipped it by now.
+    def _guarded_update(self, closure: Any = None) -> Any:
+        """Let AdamW change the weights, unless ``allow`` says no. DeepSpeed calls it in place of
+        ``AdamW.step``, once for each of its groups of parameters; ZeRO has clipped by now.
         """
+        adamw = self._adamw
         self._lr_used.update(group["lr"] for group in adamw.param_groups)
         self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
         if not math.isfinite(self._norm):
             raise UnhealthyError("the gradient is not finite; weights were not changed")
+        if self._allowed is None:
+            self._allowed = self._allow is None or self._allow(self._norm)
+        return self._update(closure) if self._allowed else None
 
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""

@@ -126,6 +126,36 @@ def test_vectors_do_not_decay():
     assert run_ranks(decay_groups, 2, 3)[0] == [(0.1, -1), (0.0, -1)]
 
 
+def vetoed(stage: int, precision: str) -> dict[str, object]:
+    config = tiny_config(stage, precision, world_size=2)
+    norms: list[float] = []
+    states = []
+    for veto in (True, False):
+        engine = tiny_engine(config)
+        train_step(engine, config, 1)
+        before, seen, scalars = full_state(engine), logits(engine), engine.scalars()
+        if veto:
+            _, stats = train_step(engine, config, 2, allow=lambda norm: bool(norms.append(norm)))
+            assert norms == [stats.grad_norm] and not stats.updated
+            assert same(before, full_state(engine)) == [], "weights and moments"
+            assert torch.equal(seen, logits(engine)) and scalars == engine.scalars()
+        for step in (3, 4):
+            _, stats = train_step(engine, config, step, allow=lambda norm: norm > 0)
+            assert stats.updated
+        states.append(full_state(engine))
+        engine.close()
+    return {"norms": norms, "differ": same(*states)}
+
+
+@pytest.mark.parametrize(("stage", "precision"), [*((n, "fp32") for n in STAGES), (2, "bf16")])
+def test_a_vetoed_update_changes_nothing_on_any_rank_and_training_goes_on(stage, precision):
+    one, other = run_ranks(vetoed, 2, stage, precision)
+    assert one["norms"] == other["norms"]
+    assert one["differ"] == other["differ"] == [], (
+        "as if the step had not been: no gradient is left over"
+    )
+
+
 def poisoned(stage: int, precision: str) -> tuple[str, list[str], bool]:
     config = tiny_config(stage, precision, world_size=2)
     engine = tiny_engine(config)

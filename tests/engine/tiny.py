@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from hfscale.config.rules import Length
 from hfscale.config.schema import RunConfig
-from hfscale.engine.engine import Engine, StepStats
+from hfscale.engine.engine import Allow, Engine, StepStats
 from hfscale.engine.schedule import learning_rate
 
 VOCAB, TOKENS, GLOBAL_ROWS, TOTAL_STEPS = 97, 16, 8, 12
@@ -87,7 +87,9 @@ def rows(step: int) -> tuple[torch.Tensor, torch.Tensor]:
     ]
 
 
-def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, StepStats]:
+def train_step(
+    engine: Engine, config: RunConfig, step: int, *, allow: Allow | None = None
+) -> tuple[float, StepStats]:
     """Return the global mean loss before update ``step``, and what the update did."""
     ids, counted = rows(step)
     count = counted[:, 1:].sum()
@@ -109,7 +111,7 @@ def train_step(engine: Engine, config: RunConfig, step: int) -> tuple[float, Ste
         total += loss.detach()
         engine.backward(loss * engine.all.size / count)
     torch_dist.all_reduce(total)
-    return (total / count).item(), engine.step(rate(config, step))
+    return (total / count).item(), engine.step(rate(config, step), allow=allow)
 
 
 def rate(config: RunConfig, step: int) -> float:
