@@ -21,8 +21,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # a module imports from lower floors, and from its own package; errors.py is under everything
 FLOORS = [
     {"errors", "registry", "log", "records", "packages", "deadline", "run_files"},
-    {"hub"},
-    {"config", "shards", "tokenizer", "encoding", "dist", "monitor", "metrics"},
+    {"hub", "metrics"},
+    {"config", "shards", "tokenizer", "encoding", "dist", "monitor"},
     {"corpus", "stream", "models", "engine"},
     {"objectives", "checkpoint"},
     {"tasks"},

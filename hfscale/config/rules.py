@@ -13,8 +13,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import LESS, Data, Section, Train, TrainConfig
+from hfscale.config.schema import Data, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
+from hfscale.metrics.better import lower_is_better
 
 # What DeepSpeed accepts without a word though losses are then not those of one process (seen with
 # benchmarks.parity), or nothing happens.
@@ -78,7 +79,11 @@ def problems(config: TrainConfig) -> list[tuple[str, str]]:
                 f"there is no validation to find the best by: set {setting}, or take it back",
             )
         )
-    if (best := config.checkpoint.keep_best) and best.mode == "max" and LESS.search(best.metric):
+    if (
+        (best := config.checkpoint.keep_best)
+        and best.mode == "max"
+        and lower_is_better(best.metric)
+    ):
         found.append(
             (
                 "checkpoint.keep_best.mode",

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal, Union
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
 
+from hfscale.metrics.better import lower_is_better
 from hfscale.records import is_name
 
 
@@ -288,17 +289,14 @@ class Engine(Section):
     extra: dict[str, Any] = {}
 
 
-LESS = re.compile(
-    "loss|perplexity|bits|mse|alignment|uniformity"
-)  # in the names of figures that are better the lower they are
-
-
 class Best(Section):
     """A figure of a validation, as it is named in ``metrics.jsonl``, and which way is better."""
 
     metric: Annotated[str, Field(pattern="^validation_")] = "validation_loss"
-    mode: Literal["min", "max"] = Field(  # without it, as the name of the metric says
-        default_factory=lambda said: "min" if LESS.search(said.get("metric", "loss")) else "max"
+    mode: Literal["min", "max"] = Field(  # without it, as metrics/better.py says
+        default_factory=lambda given: (
+            "min" if lower_is_better(given.get("metric", "loss")) else "max"
+        )
     )
 
 
