@@ -45,37 +45,53 @@ def classification(
     """
     N = paired(predictions, references)
     single = isinstance(references[0], str)
-    pairs = [
-        ([str(p)], [str(r)]) if single else (list(p), list(r))
-        for p, r in zip(predictions, references, strict=True)
-    ]
-    names = [
-        *labels,
-        *sorted({label for pair in pairs for side in pair for label in side} - set(labels)),
-    ]
-    column, C = {name: k for k, name in enumerate(names)}, len(names)
-    rows = np.zeros((N, 3 * C + 2))  # predicted, true, both; exactly right; 1
-    for row, (predicted, true) in zip(rows, pairs, strict=True):
-        row[[column[label] for label in predicted]] = 1
-        row[[C + column[label] for label in true]] = 1
-    rows[:, 2 * C : 3 * C] = rows[:, :C] * rows[:, C : 2 * C]
-    rows[:, -2], rows[:, -1] = (rows[:, :C] == rows[:, C : 2 * C]).all(1), 1
+    sides = [_label_sets(side, single=single) for side in (predictions, references)]
+    unnamed = set().union(*sides[0], *sides[1]) - set(labels)
+    names = [*labels, *sorted(unnamed)]
+    C = len(names)
+    predicted_NC, true_NC = (_indicators(side, names) for side in sides)
+    right_N = (predicted_NC == true_NC).all(1)
+    rows_NK = np.c_[predicted_NC, true_NC, predicted_NC * true_NC, right_N, np.ones(N)]
 
-    def finish(sums: np.ndarray) -> Scores:
-        predicted, true, both = np.split(sums[:, :-2], 3, axis=1)
+    def finish(sums_RK: np.ndarray) -> Scores:
+        predicted_RC, true_RC, both_RC = np.split(sums_RK[:, :-2], 3, axis=1)
+        right_R, n_R = sums_RK[:, -2], sums_RK[:, -1]
         scores = {
-            "accuracy": sums[:, -2] / sums[:, -1],
-            "f1_macro": mean_f1(both, predicted, true),
-            "f1_micro": f1(both.sum(1), predicted.sum(1), true.sum(1)),
+            "accuracy": right_R / n_R,
+            "f1_macro": mean_f1(both_RC, predicted_RC, true_RC),
+            "f1_micro": f1(both_RC.sum(1), predicted_RC.sum(1), true_RC.sum(1)),
         }
         if single:
-            n = sums[:, -1]
-            spread = (n**2 - (predicted**2).sum(1)) * (n**2 - (true**2).sum(1))
-            scores["mcc"] = ratio(both.sum(1) * n - (predicted * true).sum(1), np.sqrt(spread))
-        return scores | (
-            {"f1": f1(both[:, 1], predicted[:, 1], true[:, 1])} if single and C == 2 else {}
-        )
+            scores["mcc"] = _mcc(both_RC, predicted_RC, true_RC, n_R)
+        if single and C == 2:
+            scores["f1"] = f1(both_RC[:, 1], predicted_RC[:, 1], true_RC[:, 1])
+        return scores
 
-    share = Proportion(float(rows[:, -2].sum()), N)
-    shares = {"accuracy": share, **({"f1_micro": share} if single else {})}  # which are the same
-    return replace(from_sums(rows, finish), proportions=shares)
+    share = Proportion(float(right_N.sum()), N)
+    shares = {"accuracy": share}
+    if single:  # where it is the same
+        shares["f1_micro"] = share
+    return replace(from_sums(rows_NK, finish), proportions=shares)
+
+
+def _label_sets(side: Sequence[str] | Sequence[Sequence[str]], *, single: bool) -> list[list[str]]:
+    """Return the labels of each example."""
+    return [[str(labels)] if single else list(labels) for labels in side]
+
+
+def _indicators(label_sets: Sequence[Sequence[str]], names: Sequence[str]) -> np.ndarray:
+    """Return ``is_NC``: 1 where example n has label ``names[c]``."""
+    column = {name: c for c, name in enumerate(names)}
+    is_NC = np.zeros((len(label_sets), len(names)))
+    for n, labels in enumerate(label_sets):
+        is_NC[n, [column[label] for label in labels]] = 1
+    return is_NC
+
+
+def _mcc(
+    both_RC: np.ndarray, predicted_RC: np.ndarray, true_RC: np.ndarray, n_R: np.ndarray
+) -> np.ndarray:
+    """Return Matthews' correlation of each draw of ``n_R`` examples; 0 where it is undefined."""
+    spread_R = (n_R**2 - (predicted_RC**2).sum(1)) * (n_R**2 - (true_RC**2).sum(1))
+    agreement_R = both_RC.sum(1) * n_R - (predicted_RC * true_RC).sum(1)
+    return ratio(agreement_R, np.sqrt(spread_R))

@@ -76,15 +76,15 @@ def entities(tags: Sequence[str]) -> list[tuple[str, int, int]]:
     Raises:
         DataError: as ``placed``.
     """
-    found: list[tuple[str, int, int]] = []
+    spans: list[tuple[str, int, int]] = []
     before = OUTSIDE
     for at, tag in enumerate(map(placed, tags)):
         if tag != OUTSIDE:
             goes_on = tag[0] in "IE" and before[0] in "BI" and before[1:] == tag[1:]
-            first = found.pop()[1] if goes_on else at
-            found.append((tag[2:], first, at + 1))
+            first = spans.pop()[1] if goes_on else at
+            spans.append((tag[2:], first, at + 1))
         before = tag
-    return found
+    return spans
 
 
 def entity_f1(predictions: Sequence[Sequence[str]], references: Sequence[Sequence[str]]) -> Measure:
@@ -95,19 +95,18 @@ def entity_f1(predictions: Sequence[Sequence[str]], references: Sequence[Sequenc
         DataError: if there are no sentences.
     """
     paired(predictions, references)
-    found = [
-        (set(entities(p)), set(entities(r))) for p, r in zip(predictions, references, strict=True)
-    ]
-    types = sorted({entity[0] for pair in found for side in pair for entity in side})
+    predicted = [set(entities(tags)) for tags in predictions]
+    true = [set(entities(tags)) for tags in references]
+    types = sorted({kind for kind, _, _ in set().union(*predicted, *true)})
 
-    def counts(side: set[tuple[str, int, int]]) -> list[int]:
-        names = [entity[0] for entity in side]
-        return [names.count(name) for name in types]
+    def counts(spans: set[tuple[str, int, int]]) -> list[int]:
+        kinds = [kind for kind, _, _ in spans]
+        return [kinds.count(kind) for kind in types]
 
-    rows = [
-        [*counts(p & r), *counts(p), *counts(r), sum(map(str.__eq__, tags, true)), len(true)]
-        for (p, r), tags, true in zip(found, predictions, references, strict=True)
-    ]
+    rows = []
+    for p, r, tags, answers in zip(predicted, true, predictions, references, strict=True):
+        alike = sum(map(str.__eq__, tags, answers))
+        rows.append([*counts(p & r), *counts(p), *counts(r), alike, len(answers)])
 
     def finish(sums: np.ndarray) -> Scores:
         by_type = np.split(sums[:, :-2], 3, axis=1)

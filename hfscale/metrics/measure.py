@@ -52,19 +52,15 @@ class Measure:
 
     examples: int
     of: Callable[[np.ndarray], Scores]  # weights_RN -> {name: scores_R}
-    notes: dict[str, str] = field(
-        default_factory=dict
-    )  # what a reader must know to compare: sacreBLEU's signature
-    proportions: dict[str, Proportion] = field(
-        default_factory=dict
-    )  # of the scores that are shares of examples
+    # what a reader must know to compare: sacreBLEU's signature
+    notes: dict[str, str] = field(default_factory=dict)
+    # of the scores that are shares of examples
+    proportions: dict[str, Proportion] = field(default_factory=dict)
 
     def scores(self) -> dict[str, float]:
         """Return ``{name: score}``."""
-        return {
-            name: float(score_R[0])
-            for name, score_R in self._of(np.ones((1, self.examples))).items()
-        }
+        plain = self._of(np.ones((1, self.examples)))
+        return {name: float(score_R[0]) for name, score_R in plain.items()}
 
     def intervals(
         self, *, confidence: float = 0.95, draws: int = 1000, seed: int = 0
@@ -75,25 +71,22 @@ class Measure:
         NaN where no draw moves a score: that says nothing about it.
         """
         rng, N = np.random.default_rng(seed), self.examples
+        at_once = max(1, NUMBERS_IN_FLIGHT // N)
         parts: list[Scores] = []
-        for begin in range(0, draws, step := max(1, NUMBERS_IN_FLIGHT // N)):
-            R = min(step, draws - begin)
+        for begin in range(0, draws, at_once):
+            R = min(at_once, draws - begin)
             drawn_RN = rng.integers(N, size=(R, N)) + N * np.arange(R)[:, None]
-            parts.append(
-                self._of(np.bincount(drawn_RN.ravel(), minlength=R * N).reshape(R, N).astype(float))
-            )
+            times_RN = np.bincount(drawn_RN.ravel(), minlength=R * N).reshape(R, N)
+            parts.append(self._of(times_RN.astype(float)))
         tails = [(1 - confidence) / 2, (1 + confidence) / 2]
-        ends = {
-            name: np.nanquantile(np.concatenate([part[name] for part in parts]), tails)
-            for name in self.scores()
-        }
-        found = {
-            name: (float(low), float(high)) if low < high else (nan, nan)
-            for name, (low, high) in ends.items()
-        }
-        return found | {
-            name: share.interval(confidence=confidence) for name, share in self.proportions.items()
-        }
+        intervals: dict[str, tuple[float, float]] = {}
+        for name in self.scores():
+            drawn = np.concatenate([part[name] for part in parts])
+            low, high = np.nanquantile(drawn, tails)
+            intervals[name] = (float(low), float(high)) if low < high else (nan, nan)
+        for name, share in self.proportions.items():
+            intervals[name] = share.interval(confidence=confidence)
+        return intervals
 
     def __or__(self, other: Measure) -> Measure:
         """Return both measures, of the same examples, as one."""

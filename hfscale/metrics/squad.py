@@ -19,9 +19,8 @@ import numpy as np
 
 from hfscale.metrics.measure import Measure, Proportion, Scores, from_sums, paired
 
-_BY_CHARACTER = re.compile(
-    r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
-)  # kana, Han
+# kana, Han
+_BY_CHARACTER = re.compile(r"[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
 
 
 def answer_tokens(text: str) -> list[str]:
@@ -31,9 +30,8 @@ def answer_tokens(text: str) -> list[str]:
     text = "".join(c for c in text.lower() if c not in string.punctuation)
     if not _BY_CHARACTER.search(text):
         return re.sub(r"\b(a|an|the)\b", " ", text).split()
-    return _BY_CHARACTER.sub(
-        r" \g<0> ", "".join(c for c in text if unicodedata.category(c)[0] != "P")
-    ).split()
+    unmarked = "".join(c for c in text if unicodedata.category(c)[0] != "P")
+    return _BY_CHARACTER.sub(r" \g<0> ", unmarked).split()
 
 
 def answer_f1(predicted: list[str], true: list[str]) -> float:
@@ -69,35 +67,22 @@ def squad(
             "" if score > threshold else text
             for text, score in zip(predictions, no_answer, strict=True)
         ]
-    rows = [
-        (
-            exact,
-            f1,
-            has := any(map(answer_tokens, true)),
-            exact * has,
-            f1 * has,
-            exact * (not has),
-            1,
-        )
-        for (exact, f1), true in zip(_raw_scores(predictions, references), references, strict=True)
-    ]
-    both = {row[2] for row in rows} == {True, False}
+    exact_N, f1_N = np.array(_raw_scores(predictions, references), dtype=float).T
+    has_N = np.array([any(map(answer_tokens, answers)) for answers in references], dtype=float)
+    both = {*has_N} == {0.0, 1.0}
+    of_has = [has_N, exact_N * has_N, f1_N * has_N]
+    rows = np.array([exact_N, f1_N, *of_has, exact_N * (1 - has_N), np.ones_like(has_N)]).T
 
     def finish(sums: np.ndarray) -> Scores:
         exact, f1, has, has_exact, has_f1, none_exact, n = sums.T
-        parts = {
-            "has_answer_exact_match": has_exact / has,
-            "has_answer_f1": has_f1 / has,
-            "no_answer_accuracy": none_exact / (n - has),
-        }
-        return {
-            name: 100 * score
-            for name, score in (
-                {"exact_match": exact / n, "f1": f1 / n} | (parts if both else {})
-            ).items()
-        }
+        scores = {"exact_match": exact / n, "f1": f1 / n}
+        if both:
+            scores["has_answer_exact_match"] = has_exact / has
+            scores["has_answer_f1"] = has_f1 / has
+            scores["no_answer_accuracy"] = none_exact / (n - has)
+        return {name: 100 * score for name, score in scores.items()}
 
-    exact, _, has, has_exact, _, none_exact, n = np.sum(np.asarray(rows, dtype=float), axis=0)
+    exact, _, has, has_exact, _, none_exact, n = rows.sum(axis=0)
     shares = {"exact_match": Proportion(exact, n, scale=100)}
     if both:
         shares["has_answer_exact_match"] = Proportion(has_exact, has, scale=100)
@@ -111,17 +96,13 @@ def best_threshold(
     """Return ``best_f1`` and the ``best_f1_threshold`` of ``no_answer`` that gives it. Choose it on
     validation data.
     """
-    gains = [
-        f1
-        if any(map(answer_tokens, true))
-        else -float(bool(text))  # of answering, against saying nothing
-        for (_, f1), text, true in zip(
-            _raw_scores(predictions, references), predictions, references, strict=True
-        )
-    ]
+    f1_N = np.array([f1 for _, f1 in _raw_scores(predictions, references)])
+    has_N = np.array([any(map(answer_tokens, answers)) for answers in references])
+    answers_N = np.array([bool(text) for text in predictions], dtype=float)
+    gain_N = np.where(has_N, f1_N, -answers_N)  # of answering, against saying nothing
     order = np.argsort(no_answer, kind="stable")
-    silent = sum(not any(map(answer_tokens, true)) for true in references)
-    totals = silent + np.cumsum([0.0, *np.asarray(gains)[order]])
+    silent = (~has_N).sum()
+    totals = silent + np.cumsum([0.0, *gain_N[order]])
     best = int(np.argmax(totals))
     threshold = no_answer[order[best - 1]] if best else min(0.0, min(no_answer) - 1)
     return {

@@ -87,15 +87,10 @@ def _parts(component: Any) -> list[dict[str, Any]]:
     """Return what a part of a tokenizer consists of, one after the other."""
     if component is None:
         return []
-    inner = next(
-        (
-            component[key]
-            for key in ("normalizers", "pretokenizers", "decoders")
-            if key in component
-        ),
-        None,
-    )
-    return [component] if inner is None else [part for one in inner for part in _parts(one)]
+    for key in ("normalizers", "pretokenizers", "decoders"):
+        if key in component:
+            return [part for one in component[key] for part in _parts(one)]
+    return [component]
 
 
 def _is_space_sign(part: dict[str, Any]) -> bool:

@@ -19,9 +19,8 @@ from hfscale.metrics.measure import Measure, from_sums, paired
 
 _KANA = re.compile(r"[\u3040-\u30ff]")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
-_OTHER_UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]"
-)  # Thai, Lao, Burmese, Khmer
+# Thai, Lao, Burmese, Khmer
+_OTHER_UNSPACED = re.compile(r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff]")
 
 
 def bleu_tokenizer(texts: Sequence[str]) -> str:
@@ -33,11 +32,8 @@ def bleu_tokenizer(texts: Sequence[str]) -> str:
     if 3 * (kana + han + other) <= sum(map(str.isalpha, text)):
         return "13a"
     if kana > 0.1 * han:
-        return (
-            "ja-mecab"
-            if importlib.util.find_spec("MeCab") and importlib.util.find_spec("ipadic")
-            else "char"
-        )
+        has_mecab = importlib.util.find_spec("MeCab") and importlib.util.find_spec("ipadic")
+        return "ja-mecab" if has_mecab else "char"
     return "zh" if han > other else "char"
 
 
@@ -67,9 +63,8 @@ def translation(
             remedy=nearest(tokenize, ["auto", *BLEU.TOKENIZERS]),
         )
     streams = list(zip_longest(*several))  # None: this example has fewer
-    return _corpus("bleu", BLEU(tokenize=tokenize, force=True), predictions, streams) | _corpus(
-        "chrf", CHRF(), predictions, streams
-    )
+    bleu = _corpus("bleu", BLEU(tokenize=tokenize, force=True), predictions, streams)
+    return bleu | _corpus("chrf", CHRF(), predictions, streams)
 
 
 def _corpus(name: str, metric: Any, predictions: Sequence[str], streams: Any) -> Measure:
