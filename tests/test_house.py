@@ -217,6 +217,13 @@ def test_only_the_engine_imports_deepspeed():
     ] == []
 
 
+def test_a_manifest_knows_no_network():
+    """``shards/open.py`` alone chooses between a folder and a URL; only it knows ``Remote``."""
+    remote = "hfscale.shards.remote"
+    knowing = {relative(p) for p in MODULES for _, name in imports(p) if name.startswith(remote)}
+    assert knowing == {"hfscale/shards/open.py"}
+
+
 def test_a_model_is_called_in_one_place():
     """Objectives, tasks and probes ask a model by ``models/call.py``, so that all of them ask
     alike.

@@ -194,7 +194,7 @@ class Data(Section):
 
     @property
     def remote(self) -> dict[str, Any]:
-        """How shards of a URL are fetched, as keywords of ``Manifest.load``."""
+        """How shards of a URL are fetched, as keywords of ``open_manifest``."""
         return {**self.cache.model_dump(), "allow_pipe": self.allow_pipe}
 
 

@@ -41,7 +41,7 @@ from hfscale.errors import DataError
 from hfscale.models.flops import peak_flops
 from hfscale.reports.doctor import MARK, Finding, failed
 from hfscale.shards.files import flock
-from hfscale.shards.manifest import Manifest
+from hfscale.shards.open import open_manifest
 
 SECONDS, FILE_BYTES, PIECE = (
     1.0,
@@ -242,7 +242,7 @@ def writing(task: Any, world: World) -> Iterator[Finding]:
 
 def reading(task: Any, world: World) -> Iterator[Finding]:
     done, took = 0, 0.0
-    for manifest in (Manifest.load(path, **task.remote) for path in task.shards):
+    for manifest in (open_manifest(path, **task.remote) for path in task.shards):
         sizes = (
             {}
             if manifest.remote

@@ -15,7 +15,8 @@ from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_
 from hfscale.config.rules import notices, run_length, solve_batch
 from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
 from hfscale.errors import DataError, shown
-from hfscale.shards.manifest import PIPE, TEXT, Manifest
+from hfscale.shards.manifest import TEXT, Manifest
+from hfscale.shards.open import is_remote
 
 
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
@@ -109,14 +110,10 @@ def _rows(config: TrainConfig) -> tuple[int, str]:
     """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than
     it predicts.
     """
-    if far := [
-        s.shards for s in config.data.sources if "://" in s.shards or s.shards.startswith(PIPE)
-    ]:
+    if far := [source.shards for source in config.data.sources if is_remote(source.shards)]:
         return 0, f"{', '.join(far)} is fetched, which looking does not do"
     try:
-        manifests = [
-            Manifest.load(source.shards, **config.data.remote) for source in config.data.sources
-        ]
+        manifests = [Manifest.load(source.shards) for source in config.data.sources]
     except DataError:
         return (
             0,

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Protocol
 
 import numpy as np
 from pydantic import Field
@@ -28,7 +29,6 @@ FILE_NAME = "manifest.json"
 TEXT = "text"  # the dtype of raw-text shards
 DTYPES = ("uint16", "uint32", TEXT)
 REMEDY = "restore it, or build the shards again"
-PIPE = "pipe:"  # begins a command that prints the files
 FileName = Annotated[str, Field(min_length=1, max_length=4096, pattern=r"^[^\x00]+$")]
 
 
@@ -62,6 +62,19 @@ class ShardEntry:
     def index_name(self) -> str:
         """The name of the index, always beside the manifest."""
         return Path(self.name).with_suffix(".idx").name
+
+
+class Fetcher(Protocol):
+    """Where shards come from that are not here for good: who opens one holds it meanwhile."""
+
+    limit: int  # bytes that it keeps here at once
+    cancelled: threading.Event  # set, it ends whatever is on its way in CancelledError
+
+    def hold(self, folder: Path, entry: ShardEntry) -> AbstractContextManager[None]:
+        """Return a context that keeps a shard and its index in ``folder``."""
+
+    def sample(self, entry: ShardEntry) -> int:
+        """Return how many bytes of a shard came in answer to one question."""
 
 
 class _Version(Record):
@@ -109,23 +122,17 @@ class Manifest:
     folder: Path = field(
         default=Path("."), compare=False
     )  # where it was loaded from; not part of the data
-    remote: Any = field(
-        default=None, compare=False
-    )  # the Remote of which ``folder`` is a copy in the making
+    # what ``folder`` is a copy of, in the making
+    remote: Fetcher | None = field(default=None, compare=False)
 
     @classmethod
-    def load(cls, path: str | Path, **remote: Any) -> Manifest:
-        """Return the manifest at ``path``: the file itself, the folder that holds it, or the URL of
-        one; ``remote`` is for ``Remote``.
+    def load(cls, path: str | Path) -> Manifest:
+        """Return the manifest at ``path``: the file itself, or the folder that holds it.
 
         Raises:
             DataError: if it is missing, not a manifest, or of a version that this program does not
                 know.
         """
-        if "://" in str(path) or str(path).startswith(PIPE):
-            from hfscale.shards.remote import Remote
-
-            return Remote(str(path), **remote).manifest()
         path = Path(path)
         path = path / FILE_NAME if path.is_dir() else path
         try:

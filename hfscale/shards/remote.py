@@ -33,7 +33,7 @@ from hfscale.errors import PASSWORD, ConfigError, DataError
 from hfscale.log import logger
 from hfscale.shards.files import file_digest, flock, locked, publish, sync, write_atomically
 from hfscale.shards.index import ShardIndex
-from hfscale.shards.manifest import FILE_NAME, PIPE, Manifest, ShardEntry
+from hfscale.shards.manifest import FILE_NAME, Manifest, ShardEntry
 
 # bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
 BLOCK, LEAST_BLOCK = (
@@ -42,6 +42,7 @@ BLOCK, LEAST_BLOCK = (
 )
 BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2
 SHARD_NAME = re.compile(r"\w[\w.\-]*\.tar", re.ASCII)
+PIPE = "pipe:"  # begins a command that prints the files
 INDEX_SHARE = 0.05  # of a shard, at most: 40 bytes for each member, which takes at least 1024
 
 

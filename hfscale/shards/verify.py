@@ -13,6 +13,7 @@ from hfscale.errors import DataError
 from hfscale.shards.files import file_digest
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, TEXT, Manifest, ShardEntry
+from hfscale.shards.open import open_manifest
 from hfscale.shards.raw import text_of
 from hfscale.shards.reader import member_name, npy_header
 from hfscale.shards.tars import walk
@@ -30,7 +31,7 @@ def manifests_at(path: str | Path) -> list[Manifest]:
         if folder.is_dir() and not (folder / FILE_NAME).exists()
         else []
     )
-    return [Manifest.load(one) for one in inner] or [Manifest.load(path)]
+    return [Manifest.load(one) for one in inner] or [open_manifest(path)]
 
 
 def verify(

@@ -33,10 +33,12 @@ def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> 
         for number, (manifest, entry) in enumerate(every)
         if manifest.remote
     }
+    remote = next((manifest.remote for manifest in rows.manifests if manifest.remote), None)
+    if remote is None:
+        return
+    room = SHARE * remote.limit / World.from_environment().local_ranks  # one limit for all
     warned = False
     while shards:
-        remote = next(iter(shards.values()))[0].remote
-        room = SHARE * remote.limit / World.from_environment().local_ranks
         size, seen = 0, set[int]()
         for look, found in enumerate(wanted()):
             for shard in [

@@ -24,6 +24,7 @@ from numpy.lib.stride_tricks import as_strided
 from hfscale.errors import DataError
 from hfscale.log import logger
 from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
+from hfscale.shards.open import open_manifest
 from hfscale.shards.reader import ShardReader
 
 GATHERED_TOKENS = 2**17  # at once: what is between shard and output stays in the cache
@@ -158,7 +159,7 @@ class TokenRows:
         skip: bool = False,
         **remote: Any,
     ) -> None:
-        self.manifest = path if isinstance(path, Manifest) else Manifest.load(path, **remote)
+        self.manifest = path if isinstance(path, Manifest) else open_manifest(path, **remote)
         self.manifests = [self.manifest]
         self._first_shards = np.array([0])  # of each manifest, shards numbered through
         self.raw, self.seq_len, self.verify, self._skip = (

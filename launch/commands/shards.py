@@ -217,9 +217,10 @@ def cat(
     ):
         raise ConfigError("give one of --document N, --key K, or --row N with --seq-len L")
     from hfscale.reports.cat import documents, find_tokenizer, rows, samples
-    from hfscale.shards.manifest import TEXT, Manifest
+    from hfscale.shards.manifest import TEXT
+    from hfscale.shards.open import open_manifest
 
-    manifest = Manifest.load(path)
+    manifest = open_manifest(path)
     if manifest.dtype == TEXT:
         if row is not None:
             raise DataError(

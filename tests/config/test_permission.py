@@ -15,7 +15,7 @@ from hfscale.config.load import load_config
 from hfscale.config.permission import ALLOWED, CODE, PIPE, grant
 from hfscale.errors import ConfigError, DataError
 from hfscale.reports.show import show_config
-from hfscale.shards.manifest import Manifest
+from hfscale.shards.open import open_manifest
 from launch import run_dir
 from launch.request import Request, check
 from tests.launch.conftest import CONFIG, folder
@@ -105,7 +105,7 @@ def test_the_name_of_a_remote_shard_is_a_plain_name(folder: Path, name: str):
     content["shards"][0]["name"] = name
     file.write_text(json.dumps(content))
     with pytest.raises(DataError, match="letters, digits"):
-        Manifest.load(f"pipe:cat {folder}/shards/{{}}", folder=folder / "cache", allow_pipe=True)
+        open_manifest(f"pipe:cat {folder}/shards/{{}}", folder=folder / "cache", allow_pipe=True)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,7 @@
 
     with serve(folder) as server:
         server.statuses += [500, 503, 429]      # answers of the next requests for tars
-        Manifest.load(server.url + "/train", folder=cache)
+        open_manifest(server.url + "/train", folder=cache)
 
 As a program it serves a folder until it is killed, and prints its port: `python -m
 tests.helpers.web_server FOLDER [BYTES_A_SECOND]`.

@@ -24,6 +24,7 @@ import pytest
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards import remote
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
+from hfscale.shards.open import open_manifest
 from hfscale.shards.reader import ShardReader
 from hfscale.shards.verify import verify
 from hfscale.shards.writer import ShardWriter
@@ -74,7 +75,7 @@ def _small_and_quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def load(server: Server, cache: Path, **options: Any) -> Manifest:
-    return Manifest.load(f"{server.url}/train", folder=cache, **options)
+    return open_manifest(f"{server.url}/train", folder=cache, **options)
 
 
 def fetch(manifest: Manifest, *numbers: int) -> None:
@@ -214,9 +215,9 @@ FETCHER = f"""
 import sys
 from pathlib import Path
 from hfscale.shards import remote
-from hfscale.shards.manifest import Manifest
+from hfscale.shards.open import open_manifest
 remote.BLOCK = {BLOCK}
-manifest = Manifest.load(sys.argv[1], folder=Path(sys.argv[2]))
+manifest = open_manifest(sys.argv[1], folder=Path(sys.argv[2]))
 print("ready", flush=True)
 sys.stdin.readline()
 for number in sys.argv[3].split(","):
@@ -288,8 +289,8 @@ def test_pipes_give_the_files(folder: Path, tmp_path: Path) -> None:
         ConfigError,
         match=r"needs permission[\s\S]*s a folder. && cat {}[\s\S]*data.allow_pipe=true",
     ):
-        Manifest.load(url)
-    manifest = Manifest.load(url, folder=tmp_path / "cache", allow_pipe=True, retries=1)
+        open_manifest(url)
+    manifest = open_manifest(url, folder=tmp_path / "cache", allow_pipe=True, retries=1)
     fetch(manifest, 0, 3)
     assert (manifest.folder / "s-000003.tar").read_bytes() == (
         folder / "train" / "s-000003.tar"
@@ -327,7 +328,7 @@ def test_what_is_no_manifest_is_named(server: Server, tmp_path: Path) -> None:
     with pytest.raises(
         DataError, match=rf"FileNotFoundError[\s\S]*{server.url}/nothing/manifest.json"
     ):
-        Manifest.load(f"{server.url}/nothing/", folder=tmp_path)
+        open_manifest(f"{server.url}/nothing/", folder=tmp_path)
 
 
 @pytest.mark.parametrize("name", ["../../elsewhere.tar", "/tmp/elsewhere.tar", "manifest.json"])
@@ -347,7 +348,7 @@ def test_a_url_names_a_folder_or_a_file(server: Server, tmp_path: Path) -> None:
     assert (
         len(
             {
-                Manifest.load(f"{server.url}/train{end}", folder=tmp_path).folder
+                open_manifest(f"{server.url}/train{end}", folder=tmp_path).folder
                 for end in ("", "/", "/manifest.json")
             }
         )
@@ -466,7 +467,7 @@ def test_s3(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
         bucket = s3fs.S3FileSystem()
         bucket.mkdir("corpus")
         bucket.put(f"{folder}/train/", "corpus/mine/train/", recursive=True)
-        manifest = Manifest.load("s3://corpus/mine/train", folder=tmp_path, retries=1)
+        manifest = open_manifest("s3://corpus/mine/train", folder=tmp_path, retries=1)
         fetch(manifest, 0, 2)
         assert (manifest.folder / "s-000002.tar").read_bytes() == (
             folder / "train" / "s-000002.tar"
@@ -491,13 +492,13 @@ def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "s3fs", None)
     monkeypatch.delitem(importlib.import_module("fsspec.registry")._registry, "s3", raising=False)
     with pytest.raises(ConfigError, match=r"s3fs[\s\S]*pip install 'hfscale\[s3\]'"):
-        Manifest.load("s3://bucket/train")
+        open_manifest("s3://bucket/train")
     with pytest.raises(ConfigError, match=r"cannot be opened[\s\S]*carrier"):
-        Manifest.load("carrier://pigeon/train")
+        open_manifest("carrier://pigeon/train")
 
 
 def test_a_folder_of_this_machine_may_be_a_url(folder: Path, tmp_path: Path) -> None:
     """File systems that are not asynchronous know no timeout."""
-    manifest = Manifest.load(f"file://{folder}/train", folder=tmp_path)
+    manifest = open_manifest(f"file://{folder}/train", folder=tmp_path)
     fetch(manifest, 0)
     assert there(manifest) == [0]
