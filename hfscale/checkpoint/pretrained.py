@@ -51,86 +51,42 @@ def match(
         CheckpointError: if nothing matches, shapes differ by more than new ids, or what is one
             tensor here are two there.
     """
-    parameters, saved, available = (
-        dict(model.named_parameters()),
-        model.state_dict(),
-        reader.names(),
-    )
-    tensors = parameters | {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    parameters, saved = dict(model.named_parameters()), model.state_dict()
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in saved}
+    tensors = parameters | buffers
     shapes = {
         name: tuple(getattr(tensor, "ds_shape", tensor.shape)) for name, tensor in tensors.items()
     }
-    names = {
-        name: [
-            name.replace(BASE, "."),
-            *(alias for alias, first in tied(model).items() if first == name),
-        ]
-        for name in tensors
-    }
-    found = {
-        name: [
-            there
-            for alias in names[name]
-            for there in _spellings(alias, model.base_model_prefix)
-            if there in available
-        ]
-        for name in tensors
-    }
-    words = next(
-        name for name, tensor in tensors.items() if tensor is model.get_input_embeddings().weight
-    )
-    rows = (reader.shape(found[words][0])[0], shapes[words][0]) if found[words] else (0, 0)
-    renamed, grown, wrong = labels is not None and _renamed(labels, model.config.id2label), [], []
-    for name, (first, *others) in ((name, there) for name, there in found.items() if there):
-        have, want = tuple(reader.shape(first)), shapes[name]
-        head = want[:1] == (model.config.num_labels,) and not name.startswith(
-            f"{model.base_model_prefix}."
-        )
-        if (
-            have != want
-            and rows[0] < rows[1]
-            and want == tuple(rows[1] if size == rows[0] else size for size in have)
-        ):
+    available = reader.names()
+    sources = _sources(model, list(tensors), set(available))
+    rows = _ids(model, reader, tensors, shapes, sources)
+    renamed = labels is not None and _renamed(labels, model.config.id2label)
+    grown, wrong = list[str](), list[str]()
+    for name, there in sources.items():
+        if not there:
+            continue
+        have, want = tuple(reader.shape(there[0])), shapes[name]
+        if have != want and rows[0] < rows[1] and want == _grow(have, rows):
             grown.append(name)
-        elif head and (renamed or have[:1] != want[:1]):
-            found[name] = []  # it starts fresh
+        elif _in_head(model, name, want) and (renamed or have[:1] != want[:1]):
+            sources[name] = []  # it starts fresh
         elif have != want:
             wrong.append(f"{name}: {list(want)}, there {list(have)}")
-        if any(
-            reader.home(other) != reader.home(first)
-            and not torch.equal(reader.read(other), reader.read(first))
-            for other in others
-        ):
-            wrong.append(
-                f"{name}: this model ties {' and '.join([first, *others])}, which differ there"
-            )
-    if wrong or not any(found.values()):
-        what = (
-            f"{len(wrong)} pretrained weights do not fit the model"
-            if wrong
-            else "none of the pretrained weights is one of the model's"
-        )
-        raise CheckpointError(
-            what,
-            where=f"model.pretrained, {type(model).__name__}",
-            value=wrong[:NAMED] or available[:3],
-            remedy="they must belong to one architecture: check model.pretrained, and what "
-            "model.config changes in it",
-        )
-    used, ignored = (
-        {there for all_ in found.values() for there in all_},
-        model._keys_to_ignore_on_load_unexpected or (),
-    )
+        if _differ(reader, there):
+            wrong.append(f"{name}: this model ties {' and '.join(there)}, which differ there")
+    if wrong or not any(sources.values()):
+        raise _no_match(model, wrong, available)
+    used = {name for there in sources.values() for name in there}
+    ignored = model._keys_to_ignore_on_load_unexpected or ()
     unexpected = [
         name
         for name in available
         if name not in used and not any(re.search(pattern, name) for pattern in ignored)
     ]
-    missing = [
-        name for name in parameters if not found[name]
-    ]  # buffers have their constructor's value
+    # buffers have their constructor's value
+    missing = [name for name in parameters if not sources[name]]
     return Match(
-        {name: there[0] for name, there in found.items() if there},
+        {name: there[0] for name, there in sources.items() if there},
         tuple(missing),
         tuple(sorted(unexpected)),
         tuple(grown),
@@ -138,10 +94,84 @@ def match(
     )
 
 
+def _sources(
+    model: PreTrainedModel, names: Sequence[str], available: set[str]
+) -> dict[str, list[str]]:
+    """Return the names under which the files hold each of the model's tensors: none, or several
+    that the model ties.
+    """
+    aliases = {name: [name.replace(BASE, ".")] for name in names}
+    for alias, first in tied(model).items():
+        if first in aliases:
+            aliases[first].append(alias)
+    prefix = model.base_model_prefix
+    return {
+        name: [
+            there
+            for alias in aliases[name]
+            for there in _spellings(alias, prefix)
+            if there in available
+        ]
+        for name in names
+    }
+
+
+def _ids(
+    model: PreTrainedModel,
+    reader: WeightsReader,
+    tensors: Mapping[str, Any],
+    shapes: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, Sequence[str]],
+) -> tuple[int, int]:
+    """Return how many ids the embedding has there, and in the model; (0, 0): it is not there."""
+    weight = model.get_input_embeddings().weight
+    words = next(name for name, tensor in tensors.items() if tensor is weight)
+    if not sources[words]:
+        return 0, 0
+    return reader.shape(sources[words][0])[0], shapes[words][0]
+
+
+def _grow(shape: tuple[int, ...], rows: tuple[int, int]) -> tuple[int, ...]:
+    """Return ``shape`` with a row for each of the new ids."""
+    old, new = rows
+    return tuple(new if size == old else size for size in shape)
+
+
+def _in_head(model: PreTrainedModel, name: str, shape: tuple[int, ...]) -> bool:
+    """Return whether a tensor has a row (or number) a label."""
+    outside = not name.startswith(f"{model.base_model_prefix}.")
+    return outside and shape[:1] == (model.config.num_labels,)
+
+
+def _differ(reader: WeightsReader, names: Sequence[str]) -> bool:
+    """Return whether what the model ties are unlike tensors in the files."""
+    first, *others = names
+    return any(
+        reader.home(other) != reader.home(first)
+        and not torch.equal(reader.read(other), reader.read(first))
+        for other in others
+    )
+
+
+def _no_match(
+    model: PreTrainedModel, wrong: Sequence[str], available: Sequence[str]
+) -> CheckpointError:
+    """Return the error to raise for weights that do not fit."""
+    what = "none of the pretrained weights is one of the model's"
+    if wrong:
+        what = f"{len(wrong)} pretrained weights do not fit the model"
+    return CheckpointError(
+        what,
+        where=f"model.pretrained, {type(model).__name__}",
+        value=list(wrong[:NAMED]) or list(available[:3]),
+        remedy="they must belong to one architecture: check model.pretrained, and what "
+        "model.config changes in it",
+    )
+
+
 def _renamed(there: Mapping[int, str], here: Any) -> bool:
-    numbers = any(
-        re.fullmatch(r"(LABEL_)?\d+", name) for name in (*there.values(), *here.values())
-    )  # which say nothing
+    names = (*there.values(), *here.values())
+    numbers = any(re.fullmatch(r"(LABEL_)?\d+", name) for name in names)  # which say nothing
     return bool(there) and there != here and not numbers
 
 
@@ -187,11 +217,9 @@ def _spellings(name: str, prefix: str) -> Iterator[str]:
     """Yield the names under which a file may hold the model's ``name``."""
     for spelled in dict.fromkeys([name, name.removeprefix(f"{prefix}."), f"{prefix}.{name}"]):
         yield spelled
-        if spelled != (
-            old := spelled.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
-                "LayerNorm.bias", "LayerNorm.beta"
-            )
-        ):
+        old = spelled.replace("LayerNorm.weight", "LayerNorm.gamma")
+        old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+        if old != spelled:
             yield old
 
 

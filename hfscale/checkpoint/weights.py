@@ -65,18 +65,17 @@ class Match:
     sources: dict[str, str]  # name in the model -> name in the reader
     missing: Sequence[str]
     unexpected: Sequence[str]
-    grown: Sequence[
-        str
-    ]  # names in the model of what has a row (or number) an id, and more ids than its source
+    # names in the model of what has a row (or number) an id, and more ids than its source
+    grown: Sequence[str]
     rows: Sequence[int]  # ids there, and in the model
 
     def shape(self, reader: WeightsReader, name: str) -> tuple[int, ...]:
         """Return the shape of the model's tensor ``name``."""
-        old, new = self.rows
         there = reader.shape(self.sources[name])
-        return (
-            tuple(new if size == old else size for size in there) if name in self.grown else there
-        )
+        if name not in self.grown:
+            return there
+        old, new = self.rows
+        return tuple(new if size == old else size for size in there)
 
     def read_slice(self, reader: WeightsReader, name: str, *, start: int, numel: int) -> Tensor:
         """Return elements of the model's flattened tensor ``name``; fp32, where it has grown.
@@ -87,7 +86,8 @@ class Match:
         there = self.sources[name]
         if name not in self.grown:
             return reader.read_slice(there, start=start, numel=numel)
-        size, values = torch.Size(reader.shape(there)).numel(), torch.empty(numel)
+        size = torch.Size(reader.shape(there)).numel()
+        values = torch.empty(numel)
         old = min(max(size - start, 0), numel)
         if old:
             values[:old] = reader.read_slice(there, start=start, numel=old)

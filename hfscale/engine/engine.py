@@ -280,13 +280,12 @@ class Engine:
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over what ``scalars`` returned, on whatever stage and world size."""
         # also for flat weights that are nothing but padding on this rank, and so have no fragments
-        flat = (
-            self._zero.single_partition_of_fp32_groups
-            if self.stage in (1, 2)
-            else self._zero.fp32_partitioned_groups_flat
-            if (self.stage == 3)
-            else [param for group in self._adamw.param_groups for param in group["params"]]
-        )
+        if self.stage == 0:
+            flat = [param for group in self._adamw.param_groups for param in group["params"]]
+        elif self.stage == 3:
+            flat = self._zero.fp32_partitioned_groups_flat
+        else:
+            flat = self._zero.single_partition_of_fp32_groups
         for weight in flat:
             parts.trained(self._adamw, weight)
             self._adamw.state[weight]["step"].fill_(scalars["adam_step"])

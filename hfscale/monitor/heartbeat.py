@@ -351,12 +351,11 @@ def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[
 
     Nobody, if that would be everybody.
     """
-    behind = min(beat.count for beat in beats)
-    for odd in (
-        [beat for beat in beats if beat.rank in silent],
-        [beat for beat in beats if beat.count == behind],
-        [beat for beat in beats if beat.rank not in waiting],
-    ):
+    fewest = min(beat.count for beat in beats)
+    mute = [beat for beat in beats if beat.rank in silent]
+    behind = [beat for beat in beats if beat.count == fewest]
+    busy = [beat for beat in beats if beat.rank not in waiting]
+    for odd in (mute, behind, busy):
         if odd and (len(odd) < len(beats) or len(beats) == 1):
             return odd
     return []

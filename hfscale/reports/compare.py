@@ -59,14 +59,15 @@ def find(sources: Sequence[Path]) -> list[Line]:
     ]
     tasks = [line.pop("task") for line in found]
     if len(set(tasks)) > 1:  # a name, such as f1, may then be of several scales
-        found = [
-            {
-                name if name == "name" or not task else f"{task} {name}": value
-                for name, value in line.items()
-            }
-            for task, line in zip(tasks, found, strict=True)
-        ]
+        found = [_named_by_task(line, task) for task, line in zip(tasks, found, strict=True)]
     return found
+
+
+def _named_by_task(line: Line, task: str | None) -> Line:
+    """Return a line whose scores have their task before their names."""
+    if not task:
+        return line
+    return {name if name == "name" else f"{task} {name}": value for name, value in line.items()}
 
 
 def _evaluations(source: Path) -> Iterator[tuple[str, Line]]:

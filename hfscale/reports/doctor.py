@@ -150,10 +150,10 @@ def bad_nodes(findings: Iterable[Finding]) -> list[str]:
 def table(findings: Sequence[Finding]) -> str:
     """Return the findings as lines, with what to do below those that are not ok."""
     width = max(len(one.check) for one in findings)
-    return "\n".join(
-        f"{one.state:<6}{one.check:<{width}}  "
-        + (f"{', '.join(one.nodes)}: " if one.nodes else "")
-        + shown(one.said, lines=True)
-        + (f"\n{'':{width + 8}}-> {one.remedy}" if one.remedy else "")
-        for one in findings
-    )
+    lines = []
+    for one in findings:
+        nodes = f"{', '.join(one.nodes)}: " if one.nodes else ""
+        lines.append(f"{one.state:<6}{one.check:<{width}}  {nodes}{shown(one.said, lines=True)}")
+        if one.remedy:
+            lines.append(f"{'':{width + 8}}-> {one.remedy}")
+    return "\n".join(lines)

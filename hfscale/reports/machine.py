@@ -154,19 +154,18 @@ def _seconds(act: Callable[[], object], count: int) -> float:
     return (time.perf_counter() - begun) / count
 
 
+def _limit(kind: int) -> float:
+    """Return what the system allows of ``kind`` (``resource.RLIMIT_...``)."""
+    soft, _ = resource.getrlimit(kind)
+    return float("inf") if soft == resource.RLIM_INFINITY else soft
+
+
 def limits(task: Any, world: World) -> Iterator[Finding]:
-    files, locked = (
-        float("inf") if limit == resource.RLIM_INFINITY else limit
-        for limit in (
-            resource.getrlimit(kind)[0]
-            for kind in (resource.RLIMIT_NOFILE, resource.RLIMIT_MEMLOCK)
-        )
-    )
-    yield Finding(
-        "open files",
-        "fail" if files < 512 else "warn" if files < 4096 else "ok",
-        f"at most {files}",
-    )
+    files, locked = _limit(resource.RLIMIT_NOFILE), _limit(resource.RLIMIT_MEMLOCK)
+    state = "ok"
+    if files < 4096:
+        state = "fail" if files < 512 else "warn"
+    yield Finding("open files", state, f"at most {files}")
     over_network = torch.cuda.is_available() and world.all.size > world.local_ranks
     yield Finding(
         "locked memory",

@@ -42,60 +42,84 @@ def predict(
     ``first`` is the number of the first of them among all. Where the ranks compute ``together`` all
     must call, with any examples or none.
     """
-    rows, owners, problems, cut = list[dict[str, Any]](), list[int](), dict[int, str](), set[int]()
+    features = _Features()
     for number, example in enumerate(examples):
+        features.add(task, number, example, refuse_long=refuse_long, answers=answers)
+    rows = [{**row, "example": first + owner} for row, owner in zip(features.rows, features.owners)]
+    batches = [(rows, numbers) for numbers in _batches(task, rows, size=batch)]
+    own = len(batches)
+    if engine.together:
+        # equally many passes on each rank: the last ones of some are of a row that nobody asks for
+        everyone = from_all_ranks((own, rows[:1]))
+        spare = [row for _, some in everyone for row in some]
+        most = max(count for count, _ in everyone)
+        batches += [(spare, np.zeros(1, int))] * (most - own)
+    output_of: dict[int, dict[str, Any]] = {}
+    for turn, (some, numbers) in enumerate(batches):
+        if stop is not None and stopped(stop, together=engine.together):
+            return None
+        taken = micro_batch(some, numbers, numbers)
+        outputs = task.predict(engine, task.collate(taken).to(engine.device), taken)
+        if turn < own:
+            output_of |= zip(numbers.tolist(), outputs, strict=True)
+    answered: list[list[dict[str, Any]]] = [[] for _ in examples]
+    for number, owner in enumerate(features.owners):
+        answered[owner].append(output_of[number])
+    return [
+        features.prediction(task, number, example, answered[number])
+        for number, example in enumerate(examples)
+    ]
+
+
+class _Features:
+    """What a task makes of examples, and what is to be said of each."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, Any]] = []
+        self.owners: list[int] = []  # number of the example that a row is of
+        self._problems: dict[int, str] = {}
+        self._cut: set[int] = set()
+
+    def add(
+        self, task: Task, number: int, example: Example, *, refuse_long: bool, answers: bool
+    ) -> None:
+        """Take the features of one example, or remember why there are none."""
         try:
-            made = task.answered_features(example) if answers else task.features(example)
-            truncated = [feature.pop("truncated", False) for feature in made]
+            rows = task.answered_features(example) if answers else task.features(example)
+            truncated = [row.pop("truncated", False) for row in rows]
             if any(truncated):
                 if refuse_long:
                     raise BadExample(
                         f"it is longer than {task.setting.seq_len} tokens (data.max_length)"
                     )
-                cut.add(number)
+                self._cut.add(number)
         except (BadExample, NotText) as error:
-            problems[number] = str(error)
-            continue
-        rows += [{**feature, "example": first + number} for feature in made]
-        owners += [number] * len(made)
-    by_length = np.argsort(
-        [-len(row["input_ids"]) for row in rows], kind="stable"
-    )  # what is too large for the memory shows at once
+            self._problems[number] = str(error)
+            return
+        self.rows += rows
+        self.owners += [number] * len(rows)
+
+    def prediction(
+        self, task: Task, number: int, example: Example, outputs: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        """Return what is written of an example."""
+        said: dict[str, Any] = {"id": example["id"]}
+        if number in self._problems:
+            said |= {"prediction": None, "problem": self._problems[number]}
+        else:
+            said |= task.answer(example, outputs)
+        if number in self._cut:
+            said["truncated"] = True
+        return said
+
+
+def _batches(task: Task, rows: Sequence[dict[str, Any]], *, size: int) -> list[np.ndarray]:
+    """Return numbers of rows in batches, the longest first: what is too large for the memory shows
+    at once. A model that reads padding is asked one length at a time.
+    """
+    lengths = np.array([len(row["input_ids"]) for row in rows], int)
+    by_length = np.argsort(-lengths, kind="stable")
     alike = [by_length]
     if task.reads_padding:
-        lengths = np.array([len(rows[n]["input_ids"]) for n in by_length])
-        alike = np.split(by_length, np.flatnonzero(np.diff(lengths)) + 1)
-    batches = [
-        (rows, group[begin : begin + batch])
-        for group in alike
-        for begin in range(0, len(group), batch)
-    ]
-    own, found = len(batches), dict[int, dict[str, Any]]()
-    if (
-        engine.together
-    ):  # equally many passes on each rank: the last ones of some are of a row that nobody asks for
-        everyone = from_all_ranks((own, rows[:1]))
-        spare = [row for _, some in everyone for row in some]
-        batches += [(spare, np.zeros(1, int))] * (max(count for count, _ in everyone) - own)
-    for turn, (features, numbers) in enumerate(batches):
-        if stop is not None and stopped(stop, together=engine.together):
-            return None
-        taken = micro_batch(features, numbers, numbers)
-        made_here = task.predict(engine, task.collate(taken).to(engine.device), taken)
-        if turn < own:
-            found |= zip(numbers.tolist(), made_here, strict=True)
-    outputs: list[list[dict[str, Any]]] = [[] for _ in examples]
-    for number, owner in enumerate(owners):
-        outputs[owner].append(found[number])
-    return [
-        {
-            "id": example["id"],
-            **(
-                {"prediction": None, "problem": problems[number]}
-                if number in problems
-                else task.answer(example, outputs[number])
-            ),
-            **({"truncated": True} if number in cut else {}),
-        }
-        for number, example in enumerate(examples)
-    ]
+        alike = np.split(by_length, np.flatnonzero(np.diff(lengths[by_length])) + 1)
+    return [group[begin : begin + size] for group in alike for begin in range(0, len(group), size)]
