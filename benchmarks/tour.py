@@ -298,6 +298,21 @@ def make(folder: Path) -> None:
         (folder / name / "run.yaml").write_text(json.dumps(finetuning(name, folder)), "utf-8")
 
 
+def ends(found: dict[str, Any], metric: str) -> tuple[float, float]:
+    """Return the ends of a score's interval; twice the score, where no draw moved it."""
+    value = found["scores"][metric]
+    return found["intervals"].get(metric, (value, value))
+
+
+def cell(found: dict[str, Any], metric: str) -> str:
+    """Return a score with its interval, if it has one."""
+    value = f"{found['scores'][metric]:.3f}"
+    if metric not in found["intervals"]:
+        return value
+    low, high = found["intervals"][metric]
+    return f"{value} ({low:.3f} - {high:.3f})"
+
+
 def table(folder: Path) -> None:
     """Print model and baseline of each task with 95 % intervals, and a few outputs; exit with 1 if
     one does not beat its baseline.
@@ -320,12 +335,10 @@ def table(folder: Path) -> None:
         ours, trivial = (
             score(config, file, model=model) for file in (home, folder / name / "baseline.jsonl")
         )
-        cells = [
-            (found["scores"][metric], *found["intervals"][metric]) for found in (ours, trivial)
-        ]
-        better = cells[0][1] > cells[1][2]
+        low, high = ends(ours, metric)[0], ends(trivial, metric)[1]
+        better = low > high
         beaten &= better
-        shown = [f"{value:.3f} ({low:.3f} - {high:.3f})" for value, low, high in cells]
+        shown = [cell(ours, metric), cell(trivial, metric)]
         print(
             f"{name:<15}{metric:<10}{ours['examples']:>7}   "
             f"{shown[0]:<26}{shown[1]:<26}{'' if better else 'NOT beaten'}"
