@@ -28,6 +28,7 @@ from hfscale.run.origin import tokenizer_folder
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 from hfscale.stream.labelled import LabelledData
 from hfscale.stream.loader import EvaluationRows, Stream
+from hfscale.stream.prepared import RowSource, RunRows
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import kept_manifest, open_mixture
 from hfscale.stream.text import HeldOutText, TextRows, open_encoders
@@ -94,7 +95,8 @@ class TokenMaterial:
         """Return the stream, where ``saved`` left it."""
         config, data, world = self._config, self._config.data, self._world
         global_batch = config.train.global_batch
-        rows, self._order = open_mixture(config, self._parts, saved=saved)
+        tokens, self._order = open_mixture(config, self._parts, saved=saved)
+        rows: RunRows = tokens
         self.names = self._order.names
         for part in self._parts if world.all.rank == 0 else ():
             part.manifest.save(kept_manifest(config.run_dir, part.fingerprint))
@@ -107,7 +109,7 @@ class TokenMaterial:
                     "one; so it goes on"
                 )
             rows = TextRows(
-                rows,
+                tokens,
                 self._order,
                 open_encoders(
                     config,
@@ -275,12 +277,12 @@ def held_out_rows(
         DataError: as ``open_rows``.
     """
     tokenizer = objective.setting.tokenizer
-    rows = open_rows(shards, config, tokenizer)
-    count = count or int(rows.shard_rows.sum())
-    if rows.raw:
-        rows = HeldOutText(
-            rows, open_encoders(config, tokenizer, local_ranks=world.local_ranks), count=count
-        )
+    tokens = open_rows(shards, config, tokenizer)
+    rows: RowSource = tokens
+    count = count or int(tokens.shard_rows.sum())
+    if tokens.raw:
+        encoders = open_encoders(config, tokenizer, local_ranks=world.local_ranks)
+        rows = HeldOutText(tokens, encoders, count=count)
     return EvaluationRows(
         rows,
         count=count,

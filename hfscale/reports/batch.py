@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -21,10 +21,15 @@ from hfscale.errors import DataError
 from hfscale.reports.status import records
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import VERSION, digest_rows
+from hfscale.stream.mixture import Mixture
+from hfscale.stream.prepared import RunRows
 from hfscale.stream.rows import TokenRows
 from hfscale.stream.sources import open_mixture
 from hfscale.stream.text import TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 
 @dataclass(frozen=True)
@@ -80,63 +85,82 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
             remedy="name a run directory that has trained",
         )
     start, stop = _positions(logged, config, step, where=run_dir)
-    skip = config.data.on_error == "skip"
-    parts = [
-        TokenRows(
-            source.shards,
-            seq_len=config.data.seq_len,
-            verify=config.data.verify,
-            skip=skip,
-            **config.data.remote,
-        )
-        for source in config.data.sources
-    ]
-    data, order = open_mixture(
-        config, parts, saved=newest_state(run_dir)
-    )  # it knows the weights of earlier attempts
-    tokenizer, positions = load_tokenizer(config.tokenizer.path), np.arange(start, stop)
-    if order.raw:  # its lanes are walked from the nearest checkpoint on
-        saved, newest = newest_state(run_dir, before=step), newest_state(run_dir)
-        older = (
-            newest.position.text == 1
-            if newest
-            else "digest_version" not in next(iter(logged.values()))
-        )
-        data = TextRows(
-            data,
-            order,
-            open_encoders(config, tokenizer, forged=older),
-            global_batch=config.train.global_batch,
-            state=saved.position if saved else None,
-        )
+    # the newest state knows the weights of earlier attempts
+    tokens, order = open_mixture(config, _sources(config), saved=newest_state(run_dir))
+    tokenizer = load_tokenizer(config.tokenizer.path)
+    data: RunRows = tokens
+    text = None
+    if order.raw:
+        data = text = _text(config, tokens, order, tokenizer, run_dir, step=step, logged=logged)
+    positions = np.arange(start, stop)
     places = order.locate(positions)
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
-    prepared, rows = data.prepare(places.shard, places.row, positions=positions), []
+    prepared = data.prepare(places.shard, places.row, positions=positions)
     prepared.fill(slice(0, len(positions)), ids_BL)
-    sources = [order.names[number] for number in data.source_of(places.shard)]
+    sources = tokens.source_of(places.shard).tolist()
+    rows = []
     for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
-        (manifest, entry), first = data.shard(shard), row * config.data.seq_len
-        text = str(tokenizer.decode(ids_BL[k, :-1].tolist())) if prepared.valid[k] else "(skipped)"
-        if isinstance(data, TextRows) and k in data.pieces:
-            place: tuple[str, int, str, tuple[int, ...]] = data.locate(k)
-        elif prepared.valid[k]:
-            with manifest.local(entry):
-                reader = ShardReader(
-                    manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False
-                )  # `fill` has verified it
-            (member, begins), (_, ends) = (
-                reader.locate(first),
-                reader.locate(first + config.data.seq_len - 1),
-            )
-            place = entry.name, first, member, (begins, ends)
-        else:
-            place = entry.name, first, "damaged", ()
-        rows.append(Row(start + k, sources[k], *place, text, ids_BL[k].tolist()))
+        valid = bool(prepared.valid[k])
+        of_text = text if text and k in text.pieces else None
+        place = of_text.locate(k) if of_text else _locate(tokens, shard, row, valid=valid)
+        words = str(tokenizer.decode(ids_BL[k, :-1].tolist())) if valid else "(skipped)"
+        rows.append(Row(start + k, order.names[sources[k]], *place, words, ids_BL[k].tolist()))
     data.close()
     record = logged.get(step, {})
     version = record.get("digest_version", 1 if record else VERSION)
     digest = digest_rows(ids_BL[:, :-1] if version == 1 else ids_BL)
     return Step(rows, digest, record.get("batch_digest"), version)
+
+
+def _sources(config: RunConfig) -> list[TokenRows]:
+    data = config.data
+    skip = data.on_error == "skip"
+    return [
+        TokenRows(source.shards, seq_len=data.seq_len, verify=data.verify, skip=skip, **data.remote)
+        for source in data.sources
+    ]
+
+
+def _text(
+    config: RunConfig,
+    tokens: TokenRows,
+    order: Mixture,
+    tokenizer: PreTrainedTokenizerFast,
+    run_dir: Path,
+    *,
+    step: int,
+    logged: Mapping[int, Mapping[str, Any]],
+) -> TextRows:
+    """Return the rows of a run with raw text: its lanes are walked from the nearest checkpoint
+    on.
+    """
+    saved, newest = newest_state(run_dir, before=step), newest_state(run_dir)
+    if newest:
+        older = newest.position.text == 1
+    else:
+        older = "digest_version" not in next(iter(logged.values()))
+    return TextRows(
+        tokens,
+        order,
+        open_encoders(config, tokenizer, forged=older),
+        global_batch=config.train.global_batch,
+        state=saved.position if saved else None,
+    )
+
+
+def _locate(
+    tokens: TokenRows, shard: int, row: int, *, valid: bool
+) -> tuple[str, int, str, tuple[int, ...]]:
+    """Return shard, first token, member and documents of a row of token shards."""
+    manifest, entry = tokens.shard(shard)
+    first = row * tokens.seq_len
+    if not valid:
+        return entry.name, first, "damaged", ()
+    with manifest.local(entry):  # the row was verified when it was read
+        reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)
+    member, begins = reader.locate(first)
+    _, ends = reader.locate(first + tokens.seq_len - 1)
+    return entry.name, first, member, (begins, ends)
 
 
 def _positions(

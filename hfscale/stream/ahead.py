@@ -17,13 +17,13 @@ import numpy as np
 from hfscale.dist.world import World
 from hfscale.errors import UserError
 from hfscale.log import logger
-from hfscale.stream.rows import TokenRows
+from hfscale.stream.prepared import RunRows
 
 SHARE = 0.8  # of the cache: the rest is for shards on their way and validation
 ROUND_S = 1.0  # between rounds
 
 
-def fetch_ahead(rows: TokenRows, wanted: Callable[[], Iterator[np.ndarray]]) -> None:
+def fetch_ahead(rows: RunRows, wanted: Callable[[], Iterator[np.ndarray]]) -> None:
     """Return when ``rows`` are closed, or hold nothing remote. ``wanted`` yields the shards that
     this rank wants, look after look.
     """

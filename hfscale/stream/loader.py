@@ -31,7 +31,8 @@ from hfscale.errors import DataError
 from hfscale.stream.ahead import fetch_ahead
 from hfscale.stream.mixture import Mixture
 from hfscale.stream.order import Places
-from hfscale.stream.rows import Prepared, Rows, TokenRows
+from hfscale.stream.prepared import Prepared, RowSource, RunRows
+from hfscale.stream.rows import Rows
 from hfscale.stream.state import StreamState
 
 SPARSE = 16  # a look further ahead is further from the one before, by the 16th of its distance
@@ -53,7 +54,7 @@ class Stream:
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: RunRows,
         order: Mixture,
         *,
         global_batch: int,
@@ -201,7 +202,7 @@ class EvaluationRows:
 
     def __init__(
         self,
-        rows: TokenRows,
+        rows: RowSource,
         *,
         count: int,
         micro_batch: int,

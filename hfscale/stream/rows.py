@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -19,17 +19,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.lib.stride_tricks import as_strided
 
 from hfscale.errors import DataError
 from hfscale.log import logger
 from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
 from hfscale.shards.open import open_manifest
 from hfscale.shards.reader import ShardReader
+from hfscale.stream.prepared import FILLER_ID, Prepared, address_of
 
-GATHERED_TOKENS = 2**17  # at once: what is between shard and output stays in the cache
 PAGE = 4096  # bytes
-FILLER_ID = 0  # of the tokens of a row that is skipped: an id that every vocabulary has
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
     from torch import Tensor
@@ -60,82 +58,6 @@ class Rows:
         return begins_BL.cumsum(1).int()
 
 
-class Prepared:
-    """n rows that can be copied at once. Where each row's tokens lie in memory is known: in mapped
-    shards, or in arrays made for them.
-
-    So rows of any shards are gathered by one call over one view of all the memory between the
-    lowest and the highest of them.
-    """
-
-    def __init__(
-        self,
-        address: np.ndarray,
-        held: Sequence[np.ndarray],
-        *,
-        length: int,
-        valid: np.ndarray,
-        source: np.ndarray,
-        boundaries: Sequence[np.ndarray],
-        blocked: Mapping[int, DataError],
-    ) -> None:
-        self.valid, self.source, self.boundaries, self.blocked = valid, source, boundaries, blocked
-        self._held = held  # while they are, addresses are good
-        lowest = min(held, key=_address)
-        self._index = address - _address(lowest)
-        self._steps = np.diff(self._index, append=0)
-        self._breaks = np.cumsum(
-            np.diff(self._steps, prepend=0) != 0
-        )  # where rows stop being equally far apart
-        self._windows = as_strided(
-            lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False
-        )
-
-    @classmethod
-    def copied(
-        cls, ids: np.ndarray, begins: Sequence[np.ndarray], documents_per: int, **fields: Any
-    ) -> Prepared:
-        """Return the rows ``ids`` (n, L + 1), in each of which documents begin at ``begins``
-        (n).
-        """
-        length, per = ids.shape[1], max(1, documents_per)
-        flat = [begin - 1 + k % per * (length - 1) for k, begin in enumerate(begins)]
-        boundaries = (
-            [np.concatenate(flat[k : k + per]) for k in range(0, len(flat), per)]
-            if documents_per
-            else []
-        )
-        return cls(
-            _address(ids) + np.arange(len(ids)) * length,
-            [ids.reshape(-1)],
-            length=length,
-            boundaries=boundaries,
-            **fields,
-        )
-
-    def fill(self, part: slice, ids_BL: np.ndarray) -> None:
-        """Return with ``ids_BL`` (B, L + 1; any integer dtype) filled with the B rows of ``part``.
-
-        Raises:
-            DataError: if one of them is of a shard that is missing or damaged and not to be
-                skipped.
-        """
-        if self.blocked and (bad := sorted(self.blocked.keys() & range(part.start, part.stop))):
-            raise self.blocked[bad[0]]
-        first, step = int(self._index[part.start]), int(self._steps[part.start])
-        near = (
-            0 < step <= ids_BL.shape[1]
-        )  # what lies between farther ones may be `ids_BL`: numpy would copy without end
-        if (
-            len(ids_BL) > 1 and near and self._breaks[part.start] == self._breaks[part.stop - 2]
-        ):  # in order: no copy between
-            ids_BL[:] = self._windows[first : first + len(ids_BL) * step : step]
-            return
-        index, rows = self._index[part], max(1, GATHERED_TOKENS // ids_BL.shape[1])
-        for k in range(0, len(index), rows):
-            ids_BL[k : k + rows] = self._windows[index[k : k + rows]]
-
-
 class TokenRows:
     """The rows of the shards of one manifest. Not for two threads at once.
 
@@ -161,8 +83,8 @@ class TokenRows:
     ) -> None:
         self.manifest = path if isinstance(path, Manifest) else open_manifest(path, **remote)
         self.manifests = [self.manifest]
-        self._first_shards = np.array([0])  # of each manifest, shards numbered through
-        self.raw, self.seq_len, self.verify, self._skip = (
+        self.first_shards = np.array([0])  # of each manifest, shards numbered through
+        self.raw, self.seq_len, self.verify, self.skip = (
             self.manifest.dtype == TEXT,
             seq_len,
             verify,
@@ -199,7 +121,7 @@ class TokenRows:
         """
         rows = copy(parts[0])
         rows.manifests = [part.manifest for part in parts]
-        rows._first_shards = np.cumsum([0, *(len(part.shard_rows) for part in parts[:-1])])
+        rows.first_shards = np.cumsum([0, *(len(part.shard_rows) for part in parts[:-1])])
         rows.shard_rows = np.concatenate([part.shard_rows for part in parts])
         rows._filler = max((part._filler for part in parts), key=lambda filler: filler.itemsize)
         rows._open, rows.damage = OrderedDict(), {}
@@ -207,13 +129,13 @@ class TokenRows:
 
     def source_of(self, shards: np.ndarray) -> np.ndarray:
         """Return which of the joined corpora each of the shards (n) belongs to."""
-        return np.searchsorted(self._first_shards, shards, side="right") - 1
+        return np.searchsorted(self.first_shards, shards, side="right") - 1
 
     def shard(self, number: int) -> tuple[Manifest, ShardEntry]:
         """Return a shard's entry, and the manifest that it stands in."""
         source = int(self.source_of(np.array(number)))
         manifest = self.manifests[source]
-        return manifest, manifest.shards[number - int(self._first_shards[source])]
+        return manifest, manifest.shards[number - int(self.first_shards[source])]
 
     @property
     def fingerprint(self) -> str:
@@ -239,7 +161,7 @@ class TokenRows:
         n, L = len(shards), self.seq_len
         starts, address, valid = (
             rows * L,
-            np.full(n, _address(self._filler)),
+            np.full(n, address_of(self._filler)),
             np.zeros(n, dtype=bool),
         )
         first_end, last_end = np.zeros((2, n), dtype=np.int64)  # of each row, in `ends`
@@ -252,7 +174,7 @@ class TokenRows:
             try:
                 reader = self._reader(shard)
             except DataError as error:
-                self._note(shard, -1, error)
+                self.note(shard, -1, error)
                 blocked |= dict.fromkeys(at.tolist(), error)
                 continue
             first, last = reader.chunks_of(starts[at]), reader.chunks_of(starts[at] + L)
@@ -271,10 +193,12 @@ class TokenRows:
                     touched.remove(chunk)
                     hit = at[(first <= chunk) & (chunk <= last)]
                     valid[hit] = False
-                    self._note(shard, chunk, error)
+                    self.note(shard, chunk, error)
                     blocked |= dict.fromkeys(hit.tolist(), error)
             address[at] = np.where(
-                valid[at], _address(reader.memory) + reader.indices(starts[at], first), address[at]
+                valid[at],
+                address_of(reader.memory) + reader.indices(starts[at], first),
+                address[at],
             )
             if (
                 direct := reader.memory.itemsize == self._filler.itemsize
@@ -286,7 +210,7 @@ class TokenRows:
                     np.empty_like(self._filler)
                 )  # it goes on in another chunk, or is of a source with narrower ids
                 reader.read_tokens(int(starts[k]), int(starts[k]) + L + 1, copies[-1])
-                address[k] = _address(copies[-1])
+                address[k] = address_of(copies[-1])
             if documents_per:
                 before = sum(map(len, ends))
                 ends.append(reader.ends_in(touched))
@@ -309,7 +233,7 @@ class TokenRows:
             valid=valid,
             source=self.source_of(shards),
             boundaries=boundaries,
-            blocked={} if self._skip else blocked,
+            blocked={} if self.skip else blocked,
         )
 
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:
@@ -348,9 +272,9 @@ class TokenRows:
         for remote in [manifest.remote for manifest in self.manifests if manifest.remote]:
             remote.cancelled.set()
 
-    def _note(self, shard: int, chunk: int, error: DataError) -> None:
+    def note(self, shard: int, chunk: int, error: DataError) -> None:
         """Log damage that is to be skipped when it is first met."""
-        if self._skip and (shard, chunk) not in self.damage:
+        if self.skip and (shard, chunk) not in self.damage:
             self.damage[shard, chunk] = error
             logger.warning(f"rows are skipped: {error.what} ({error.where})")
 
@@ -378,12 +302,7 @@ class TokenRows:
                     entry,
                     dtype=manifest.numpy_dtype,
                     verify=self.verify,
-                    partial=self._skip,
+                    partial=self.skip,
                 )
         self._open.move_to_end(shard)
         return self._open[shard]
-
-
-def _address(array: np.ndarray) -> int:
-    """Return where an array lies in memory, counted in its items."""
-    return int(array.__array_interface__["data"][0]) // array.itemsize

@@ -15,7 +15,8 @@ from hfscale.errors import DataError
 from hfscale.shards.manifest import Manifest
 from hfscale.shards.reader import ShardReader
 from hfscale.shards.verify import verify
-from hfscale.stream.rows import FILLER_ID, TokenRows
+from hfscale.stream.prepared import FILLER_ID
+from hfscale.stream.rows import TokenRows
 from tests.helpers.damage import CHUNK_TOKENS, CHUNKS, HURT, KINDS, SHARDS, write_shards
 
 SEQ = 16

@@ -577,7 +577,7 @@ def test_a_killed_process_is_a_clear_error(corpus, tokenizer, web):
 @pytest.mark.slow
 @pytest.mark.parametrize("world_size", [1, 3])
 def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenizer, web, world_size):
-    def rows(count: int) -> TokenRows:
+    def rows(count: int) -> HeldOutText:
         return HeldOutText(TokenRows(web, seq_len=SEQ), encoders, count=count)
 
     everything = rows(200)
@@ -601,7 +601,7 @@ def test_validation_rows_are_spread_samples_each_once(corpus, encoders, tokenize
             begins = (batch.ids_BL[:, :-1] == tokenizer.eos_token_id).cumsum(1)
             assert torch.equal(batch.document_ids_BL[:, 1:].long(), begins)
     kept = np.empty((30, SEQ + 1), np.int64)
-    everything.fill(np.zeros(30, int), np.arange(30), kept)
+    everything.prepare(np.zeros(30, int), np.arange(30)).fill(slice(0, 30), kept)
     assert sorted(seen) == sorted(map(tuple, kept.tolist()))
     with pytest.raises(DataError, match="not text enough"):
         HeldOutText(TokenRows(web, seq_len=10**6), encoders, count=3)
