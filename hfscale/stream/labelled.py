@@ -1,5 +1,4 @@
-"""Labelled examples: rows of tables as {role: value, "id"}, split by a hash, and their features,
-cached by content.
+"""Labelled examples, split by a hash, and their features, cached by content.
 
     CACHE/examples/DIGEST/features.arrow    one row a feature: what the task made, "example" (a
                                             number) and "length" (tokens)
@@ -16,163 +15,27 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, ClassVar, Protocol
+from typing import Any
 
 import numpy as np
 
 from hfscale.config.finetune import Examples
 from hfscale.encoding import NotText
-from hfscale.errors import ConfigError, DataError, counted, nearest
+from hfscale.errors import ConfigError, DataError, counted
 from hfscale.log import logger, progress_bar
 from hfscale.records import load
 from hfscale.shards.files import locked
-from hfscale.shards.tables import table_digest, table_rows
+from hfscale.shards.tables import table_digest
 from hfscale.stream.examples import BadExample
+from hfscale.stream.roles import Roles, fraction_of, read_examples
 
 SHOWN = 3  # bad examples that a report names
 VERSION = 4  # of what is cached
-MISSING = object()  # None is a cell that is empty
-
-
-class Roles(Protocol):
-    """What a task says of its examples, on its class."""
-
-    columns: ClassVar[dict[str, str]]
-    optional: ClassVar[frozenset[str]]
-    answers: ClassVar[frozenset[str]]
-
-
-def read_examples(
-    table: str,
-    roles: Roles | type[Roles],
-    *,
-    columns: Mapping[str, str],
-    answers: bool = True,
-    **hub: Any,
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers``
-    they may be missing.
-
-    Raises:
-        DataError: for a role or column that is not there, an id that occurs twice, a row that
-            cannot be read.
-    """
-    known = {*roles.columns, "id"}
-    if wrong := sorted(columns.keys() - known):
-        raise ConfigError(
-            "the task has no such role",
-            where=f"data.columns.{wrong[0]}",
-            value=wrong[0],
-            remedy=nearest(wrong[0], known),
-        )
-    seen = set[str]()
-    may_lack = roles.optional | (frozenset() if answers else roles.answers) | {"id"}
-    asked = [role for role in roles.columns if role not in roles.answers]
-    if (
-        table.endswith(".txt") and "text" not in roles.columns
-    ):  # a text a line is what is asked about, whatever its role's name
-        columns = {asked[0]: "text", **columns}
-    for number, (where, row) in enumerate(table_rows(table, **hub)):
-        example = {}
-        there = ", ".join(_columns(row)) or "none"
-        for role in (*roles.columns, "id"):
-            if (cell := _cell(row, column := columns.get(role, role))) is not MISSING:
-                example[role] = cell
-            elif role not in may_lack or (role in columns and role not in roles.answers):
-                raise DataError(
-                    f"there is no column {column!r} ({role}: {roles.columns.get(role, 'the ids')})",
-                    where=where,
-                    value=column,
-                    remedy=f"say which column it is: data.columns.{role}=COLUMN; the columns "
-                    f"are {there}",
-                )
-        if not any(role in example for role in asked):  # each of them alone may be missing
-            raise DataError(
-                f"there is none of the columns {', '.join(asked)}",
-                where=where,
-                value=there[:80],
-                remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the "
-                f"columns are {there}",
-            )
-        example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
-        if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
-            raise DataError(
-                "a text holds half of a character (a lone surrogate)",
-                where=where,
-                value=ascii(example)[:80],
-                remedy="mend it",
-            )
-        if example["id"] in seen:
-            raise DataError(
-                "an id occurs twice",
-                where=where,
-                value=example["id"],
-                remedy="give each example an id of its own, or no ids",
-            )
-        seen.add(example["id"])
-        yield where, example
-    if not seen:
-        raise DataError(
-            "there are no rows in it",
-            where=table,
-            remedy="give at least one; is it the right file, with a header if csv?",
-        )
-
-
-def _cell(row: Mapping[str, Any], column: str) -> Any:
-    """Return a cell of ``row``, or MISSING; a dot goes into an object: ``translation.en`` of
-    ``{"translation": {"en": ...}}``.
-    """
-    if column in row or "." not in column:
-        return row.get(column, MISSING)
-    outer, _, inner = column.partition(".")
-    return _cell(row[outer], inner) if isinstance(row.get(outer), Mapping) else MISSING
-
-
-def _columns(row: Mapping[str, Any]) -> Iterator[str]:
-    for name, cell in row.items():
-        yield from (
-            (f"{name}.{inner}" for inner in _columns(cell))
-            if isinstance(cell, Mapping) and cell
-            else (str(name),)
-        )
-
-
-def is_text(value: str) -> bool:
-    """Return whether ``value`` can be written as UTF-8; half of a surrogate pair cannot."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
-    """Return a number in [0, 1) that depends on what the example asks alone: the same question is
-    always in the same split.
-    """
-    question = getattr(roles, "question", None)  # of a task; it may be a part of the roles alone
-    asked = question(example) if question else all_but_answers(example, roles)
-    digest = hashlib.blake2b(
-        json.dumps(asked, ensure_ascii=False, default=str).encode(), digest_size=8
-    ).digest()
-    return int.from_bytes(digest, "little") / 2**64
-
-
-def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> dict[str, Any]:
-    """Return what an example asks, where every role that is no answer says a part of it; a role
-    that is empty says nothing.
-    """
-    return {
-        role: value
-        for role, value in sorted(example.items())
-        if role != "id" and role not in roles.answers and value not in (None, "")
-    }
 
 
 def _kept(file: Path) -> dict[str, Any]:
@@ -201,19 +64,19 @@ class Split:
     @cached_property
     def lengths(self) -> np.ndarray:
         """Tokens of each feature (N)."""
-        return self.features.data.column("length").to_numpy()
+        return _column(self.features, "length")
 
     @cached_property
     def of(self) -> np.ndarray:
         """The number of the example of each feature (N)."""
-        return self.features.data.column("example").to_numpy()
+        return _column(self.features, "example")
 
     @property
     def fingerprint(self) -> str:
         """The digest of the features: the same whatever files, options and code they were made
         of.
         """
-        return self.report["digest"]
+        return str(self.report["digest"])
 
     def examples(self) -> list[dict[str, Any]]:
         """Return all examples, in the order of their numbers."""
@@ -458,6 +321,11 @@ class LabelledData:
                     build(partial)
                     partial.rename(folder)
         return folder
+
+
+def _column(features: Any, name: str) -> np.ndarray:
+    numbers: np.ndarray = features.data.column(name).to_numpy()
+    return numbers
 
 
 def _mapped(file: Path) -> Any:

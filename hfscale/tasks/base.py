@@ -44,7 +44,7 @@ from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
 from hfscale.registry import load_plugin
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.stream.labelled import all_but_answers
+from hfscale.stream.roles import all_but_answers
 from hfscale.tasks.padding import reads_padding
 
 if TYPE_CHECKING:

@@ -94,7 +94,7 @@ def predict(
     from hfscale.jobs.asked import settle
     from hfscale.jobs.predict import predict_texts
     from hfscale.run.model import find
-    from hfscale.stream.labelled import is_text
+    from hfscale.stream.roles import is_text
     from hfscale.tasks.base import task_class
 
     config = settle(

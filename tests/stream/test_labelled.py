@@ -19,7 +19,8 @@ from hfscale.config.finetune import Examples
 from hfscale.errors import ConfigError, DataError
 from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
-from hfscale.stream.labelled import LabelledData, fraction_of, read_examples
+from hfscale.stream.labelled import LabelledData
+from hfscale.stream.roles import fraction_of, read_examples
 from hfscale.tasks.base import task_class
 
 ROWS = [
