@@ -37,54 +37,68 @@ def open_mixture(
             sources do not last for the run.
         DataError: if a source of the checkpoint is gone or has other data.
     """
-    data, train = config.data, config.train
+    data = config.data
     state = saved.position if saved else None
     given = {source.name: (source, part) for source, part in zip(data.sources, parts, strict=True)}
-    if (
-        len(
-            dtypes := {
-                part.manifest.dtype: name for name, (_, part) in given.items() if not part.raw
-            }
-        )
-        > 1
-    ):
+    _refuse_unlike_dtypes({name: part for name, (_, part) in given.items()})
+    manifests = {name: part.manifest for name, (_, part) in given.items()}
+    names = list(dict.fromkeys([*_known(state, manifests, config.run_dir), *given]))
+    sources, rows = zip(*(given[name] for name in names), strict=True)
+    raw = [number for number, part in enumerate(rows) if part.raw]
+    orders = _orders(config, sources, rows, state)
+    phases, end = _phases(config, sources, orders, saved)
+    mixture = Mixture(
+        orders,
+        fingerprints={name: part.fingerprint for name, part in zip(names, rows, strict=True)},
+        phases=phases,
+        end=end,
+        raw=raw,
+    )
+    return TokenRows.joined(rows), mixture
+
+
+def _refuse_unlike_dtypes(parts: Mapping[str, TokenRows]) -> None:
+    dtypes = {part.manifest.dtype: name for name, part in parts.items() if not part.raw}
+    if len(dtypes) > 1:
         raise DataError(
             "the sources have ids of unlike dtypes",
             where="data.sources",
             value=dtypes,
             remedy="one tokenizer gives one dtype: build the shards again with the run's",
         )
-    names = list(
-        dict.fromkeys(
-            [
-                *_known(
-                    state,
-                    {name: part.manifest for name, (_, part) in given.items()},
-                    config.run_dir,
-                ),
-                *given,
-            ]
-        )
-    )
-    rows = TokenRows.joined([given[name][1] for name in names])
-    raw = [number for number, name in enumerate(names) if given[name][1].raw]
-    lanes = (
-        _lanes_of_text(config, [given[names[number]] for number in raw], state)
-        if raw
-        else data.lanes
-    )
-    orders = [
-        Order(
-            given[name][1].shard_rows,
-            seed=config.run.seed
-            if number == 0
-            else int(key_of(config.run.seed, number, _SOURCES)[0]),
-            lanes=lanes if number in raw else data.lanes,
-            block=data.block,
-        )
-        for number, name in enumerate(names)
-    ]
 
+
+def _orders(
+    config: RunConfig,
+    sources: Sequence[Source],
+    parts: Sequence[TokenRows],
+    state: StreamState | None,
+) -> list[Order]:
+    """Return the order of each source: its own seed, and lanes that suit raw text where it is."""
+    data = config.data
+    texts = [(source, part) for source, part in zip(sources, parts, strict=True) if part.raw]
+    lanes_of_text = _lanes_of_text(config, texts, state) if texts else None
+    orders = []
+    for number, part in enumerate(parts):
+        seed = config.run.seed
+        if number:
+            seed = int(key_of(config.run.seed, number, _SOURCES)[0])
+        lanes = lanes_of_text if part.raw and lanes_of_text else data.lanes
+        orders.append(Order(part.shard_rows, seed=seed, lanes=lanes, block=data.block))
+    return orders
+
+
+def _phases(
+    config: RunConfig, sources: Sequence[Source], orders: Sequence[Order], saved: Saved | None
+) -> tuple[list[Phase], int | None]:
+    """Return which source gives how many rows of a block from which row of the run on, and the row
+    at which all have given their ``max_epochs``, if they do.
+
+    Raises:
+        ConfigError: as ``open_mixture``.
+    """
+    data, train = config.data, config.train
+    state = saved.position if saved else None
     step, consumed = (saved.step, state.consumed_rows) if saved and state else (0, 0)
     length = run_length(
         train,
@@ -93,61 +107,40 @@ def open_mixture(
         step=step,
         consumed_rows=consumed,
     )
-    steps = length.steps
-    stages = _stages(
-        config,
-        names,
-        [given[name][0].weight for name in names],
-        length,
-        step=step,
-        consumed=consumed,
-    )
+    stages = _stages(config, sources, length, step=step, consumed=consumed)
     caps = [
-        None if (most := given[name][0].max_epochs) is None else int(most * order.rows)
-        for name, order in zip(names, orders)
+        None if source.max_epochs is None else int(source.max_epochs * order.rows)
+        for source, order in zip(sources, orders, strict=True)
     ]
     past = [Phase(begin, tuple(counts)) for begin, counts in state.phases] if state else []
     phases, end = plan(
         stages,
-        block=data.block if len(names) > 1 else 1,
+        block=data.block if len(sources) > 1 else 1,
         caps=caps,
         consumed=consumed,
-        past=past or [ALONE],
-    )  # a run of one source can turn into a mixture at any row
-    if end is not None and consumed + (steps - step) * train.global_batch > end:
+        past=past or [ALONE],  # a run of one source can turn into a mixture at any row
+    )
+    if end is not None and consumed + (length.steps - step) * train.global_batch > end:
         raise ConfigError(
             "every source has given its max_epochs after step "
-            f"{step + (end - consumed) // train.global_batch} of {steps}",
+            f"{step + (end - consumed) // train.global_batch} of {length.steps}",
             where="data.sources",
             remedy="give more epochs or more data, or fewer train.steps",
         )
-    return rows, Mixture(
-        orders,
-        fingerprints={name: given[name][1].fingerprint for name in names},
-        phases=phases,
-        end=end,
-        raw=raw,
-    )
+    return phases, end
 
 
 def _stages(
-    config: RunConfig,
-    names: Sequence[str],
-    first: Sequence[float],
-    length: Length,
-    *,
-    step: int,
-    consumed: int,
+    config: RunConfig, sources: Sequence[Source], length: Length, *, step: int, consumed: int
 ) -> list[tuple[int, list[float]]]:
-    """Return the row at which each stage begins, and the weight of each source (``names``) from
-    there on; ``first`` are the first.
+    """Return the row at which each stage begins, and the weight of each source from there on.
 
     Raises:
         ConfigError: if a stage comes out of order, or a weight gives no row in a block.
     """
     data, global_batch = config.data, config.train.global_batch
-    weights = dict(zip(names, first, strict=True))
-    stages, last = [(0, list(first))], 0.0
+    weights = {source.name: source.weight for source in sources}
+    stages, last = [(0, list(weights.values()))], 0.0
     for number, stage in enumerate(data.stages):
         at: float = stage.at
         if isinstance(stage.at, float):  # of the rows of the whole run
@@ -162,8 +155,8 @@ def _stages(
         weights, last = weights | stage.weights, at
         stages.append((consumed + round((at - step) * global_batch), list(weights.values())))
     for number, (_, values) in enumerate(stages):
-        rows = share(values, data.block, [None] * len(names))
-        for name, weight, count in zip(names, values, rows, strict=True):
+        rows = share(values, data.block, [None] * len(sources))
+        for name, weight, count in zip(weights, values, rows, strict=True):
             if weight > 0 and count == 0:
                 raise ConfigError(
                     f"the weight of {name} is too small: it gives no row in a block of "
@@ -196,10 +189,8 @@ def _lanes_of_text(
             remedy="give train.steps or train.tokens and no max_epochs, or make token shards: "
             "`hfscale shards build CONFIG`",
         )
-    batch, lanes = (
-        config.train.global_batch,
-        state.lanes if state is not None else config.data.lanes,
-    )
+    batch = config.train.global_batch
+    lanes = state.lanes if state is not None else config.data.lanes
     samples = int(min(rows.shard_rows.sum() for _, rows in sources))
     fit = [n for n in range(1, min(batch, samples) + 1) if batch % n == 0]
     if lanes == "auto":
@@ -230,13 +221,12 @@ def _known(state: StreamState | None, given: Mapping[str, Manifest], run_dir: Pa
     """
     if state is None:
         return []
-    of_one = next(
-        (name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint),
-        next(iter(given)),
-    )  # any name
-    seen = {name: print_ for name, (print_, _) in state.sources.items()} or {
-        of_one: state.fingerprint
-    }
+    seen = {name: print_ for name, (print_, _) in state.sources.items()}
+    if not seen:  # a run of one source, under any name
+        same = (
+            name for name, manifest in given.items() if manifest.fingerprint == state.fingerprint
+        )
+        seen = {next(same, next(iter(given))): state.fingerprint}
     for name, print_ in seen.items():
         if name not in given:
             raise DataError(
