@@ -224,6 +224,17 @@ def test_a_manifest_knows_no_network():
     assert knowing == {"hfscale/shards/open.py"}
 
 
+def test_names_of_adapters_are_spelled_in_one_file():
+    names = ("lora_", "base_layer", "base_model.model", "adapter_model", "adapter_config")
+    spelling = {
+        relative(p)
+        for p in MODULES
+        for node in ast.walk(TREES[p])
+        if isinstance(node, ast.Constant) and any(name in str(node.value) for name in names)
+    }
+    assert spelling == {"hfscale/models/adapters.py"}
+
+
 def test_a_model_is_called_in_one_place():
     """Objectives, tasks and probes ask a model by ``models/call.py``, so that all of them ask
     alike.

@@ -17,11 +17,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import PreTrainedModel
 
-from hfscale.checkpoint.weights import BASE, Match, WeightsReader
+from hfscale.checkpoint.weights import Match, WeightsReader
 from hfscale.engine.fragments import tied
 from hfscale.errors import CheckpointError
 from hfscale.hub import ModelConfig
 from hfscale.log import logger
+from hfscale.models.adapters import is_adapter, without_adapter
 from hfscale.records import load
 
 if TYPE_CHECKING:  # a login node matches names without DeepSpeed
@@ -100,7 +101,7 @@ def _sources(
     """Return the names under which the files hold each of the model's tensors: none, or several
     that the model ties.
     """
-    aliases = {name: [name.replace(BASE, ".")] for name in names}
+    aliases = {name: [without_adapter(name)] for name in names}
     for alias, first in tied(model).items():
         if first in aliases:
             aliases[first].append(alias)
@@ -180,7 +181,7 @@ def tell(found: Match, model: PreTrainedModel) -> Match:
     never train.
     """
     _say(
-        [name for name in found.missing if ".lora_" not in name],
+        [name for name in found.missing if not is_adapter(name)],
         "parameters of the model are not among the pretrained weights and start fresh",
     )
     _say(found.unexpected, "pretrained weights have no place in the model and are not read")

@@ -23,11 +23,11 @@ from hfscale.checkpoint.store import FragmentReader, tensors_in
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import everybody
 from hfscale.errors import CheckpointError
+from hfscale.models.adapters import ADAPTER_CONFIG, is_adapter, pair_of, without_adapter
 from hfscale.records import Record, load
 
-BASE, BLOCK_ROWS = ".base_layer.", 4096  # what stands in the name of a matrix that has an adapter
+BLOCK_ROWS = 4096
 Check = Callable[[Path], list[str]]
-ADAPTER = "adapter_config.json"  # of peft
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"  # transformers' names
 
 
@@ -202,15 +202,15 @@ class MergedWeights(WeightsReader):
         self.scale, self.targets = adapters.scale, adapters.targets
         self.base = open_weights(self.folder, check=check)
         self.match = Match(**adapters.match.as_dict())
-        trained = [name for name in saved.names() if ".lora_" not in name]
-        self.own = {name.replace(BASE, "."): name for name in trained if saved.home(name) == name}
-        self.plain = {name.replace(BASE, "."): name for name in [*self.match.sources, *trained]}
+        trained = [name for name in saved.names() if not is_adapter(name)]
+        self.own = {without_adapter(name): name for name in trained if saved.home(name) == name}
+        self.plain = {without_adapter(name): name for name in [*self.match.sources, *trained]}
 
     def names(self) -> list[str]:
         return [*self.plain]
 
     def home(self, name: str) -> str:
-        return self.saved.home(self.plain[name]).replace(BASE, ".")
+        return without_adapter(self.saved.home(self.plain[name]))
 
     def shape(self, name: str) -> tuple[int, ...]:
         inside = self.plain[self.home(name)]
@@ -234,7 +234,7 @@ class MergedWeights(WeightsReader):
         )
         if module == name or module not in self.targets:
             return value
-        a, b = (self.saved.read(f"{module}.lora_{side}.default.weight") for side in "AB")
+        a, b = map(self.saved.read, pair_of(module))
         delta = b @ a * self.scale
         return value.float() + (delta.T if self.targets[module] else delta)
 
@@ -248,14 +248,14 @@ def refuse_adapter(folder: Path) -> None:
     Raises:
         CheckpointError: if it does: some readers would add it, and some would not.
     """
-    if (folder / ADAPTER).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():
         raise CheckpointError(
             "this folder holds an adapter, which is not a model",
             where=folder,
-            value=ADAPTER,
+            value=ADAPTER_CONFIG,
             remedy="merge it into its base (hfscale export RUN OUT without --adapter, or "
             "peft's merge_and_unload); "
-            f"if the weights here are whole without it, take {ADAPTER} away",
+            f"if the weights here are whole without it, take {ADAPTER_CONFIG} away",
         )
 
 

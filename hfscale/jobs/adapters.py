@@ -21,7 +21,13 @@ from hfscale.checkpoint.pretrained import labels_of, match, tell
 from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
 from hfscale.config.schema import Lora
 from hfscale.errors import ConfigError, literal, shown
-from hfscale.models.trained import transposed
+from hfscale.models.adapters import (
+    ADAPTER_WEIGHTS,
+    name_in_folder,
+    pair_of,
+    peft_config,
+    transposed,
+)
 from hfscale.run.model import RunModel
 from hfscale.tasks.base import Task
 
@@ -60,8 +66,6 @@ def write_adapter(source: RunModel, folder: Path) -> None:
     Raises:
         ConfigError: if it is no run of adapters.
     """
-    from peft import LoraConfig
-
     reader, lora = source.weights, source.run.model.lora
     if lora is None or not isinstance(reader, MergedWeights):
         raise ConfigError(
@@ -72,11 +76,9 @@ def write_adapter(source: RunModel, folder: Path) -> None:
     buffers = dict(source.skeleton.named_buffers())
     whole = {name: name.rpartition(".")[0] for name in reader.own if name not in buffers}
     chosen = [module for module in reader.targets if module not in whole.values()]
-    LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,  # type: ignore[arg-type]
-        lora_dropout=lora.dropout,
-        target_modules=chosen,
+    peft_config(
+        lora,
+        chosen,
         modules_to_save=sorted(set(whole.values())) or None,
         fan_in_fan_out=any(reader.targets.values()),
         inference_mode=True,
@@ -84,13 +86,11 @@ def write_adapter(source: RunModel, folder: Path) -> None:
         base_model_name_or_path=lora_base(source),
     ).save_pretrained(str(folder))
     tensors = {name: reader.read(name) for name in whole} | {
-        f"{module}.lora_{side}.weight": reader.saved.read(f"{module}.lora_{side}.default.weight")
-        for module in chosen
-        for side in "AB"
+        name: reader.saved.read(name) for module in chosen for name in pair_of(module)
     }
     save_file(
-        {f"base_model.model.{name}": tensor.contiguous() for name, tensor in tensors.items()},
-        folder / "adapter_model.safetensors",
+        {name_in_folder(name): tensor.contiguous() for name, tensor in tensors.items()},
+        folder / ADAPTER_WEIGHTS,
     )
 
 

@@ -25,6 +25,7 @@ from transformers import PreTrainedModel
 from transformers.initialization import guard_torch_init_functions, no_init_weights
 
 from hfscale.errors import ConfigError
+from hfscale.models.adapters import pairs
 
 Gather = Callable[
     [Sequence[Parameter]], AbstractContextManager[Any]
@@ -84,13 +85,11 @@ def initialize_adapters(model: PreTrainedModel, *, seed: int, gather: Gather | N
     torch) and B zero.
     """
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for path, module in model.named_modules():
-            for name in getattr(module, "lora_A", ()):
-                pair = [module.get_parameter(f"lora_{side}.{name}.weight") for side in "AB"]
-                with gather(pair) if gather else nullcontext(), _fp32_on_cpu(pair, set()):
-                    torch.default_generator.manual_seed(_seed(seed, path))
-                    nn.init.kaiming_uniform_(pair[0], a=math.sqrt(5))
-                    nn.init.zeros_(pair[1])
+        for path, pair in pairs(model):
+            with gather(pair) if gather else nullcontext(), _fp32_on_cpu(pair, set()):
+                torch.default_generator.manual_seed(_seed(seed, path))
+                nn.init.kaiming_uniform_(pair[0], a=math.sqrt(5))
+                nn.init.zeros_(pair[1])
 
 
 def _near(path: str, module: nn.Module, tied: Mapping[str, str]) -> dict[Parameter, bool]:
