@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import Data, Section, Train, TrainConfig
+from hfscale.config.schema import Data, Model, Section, Train, TrainConfig
 from hfscale.errors import ConfigError, nearest
 from hfscale.metrics.better import lower_is_better
 
@@ -33,94 +33,83 @@ UNSAFE = {
 }
 
 
-def problems(config: TrainConfig) -> list[tuple[str, str]]:
-    """Return ``(key, what is wrong)`` for everything that sections of a valid shape contradict each
-    other in.
-    """
-    train, data, model = config.train, config.data, config.model
-    found = []
+Problem = tuple[str, str]  # key, what is wrong
+
+
+def problems(config: TrainConfig) -> list[Problem]:
+    """Return everything that sections of a valid shape contradict each other in."""
+    data, model = config.data, config.model
+    found = [*_length_problems(config.train), *_model_problems(model)]
+    for key, why in UNSAFE.items():
+        if key in config.engine.extra:
+            found.append((f"engine.extra.{key}", f"{why}; take it out"))
+    found += _best_problems(config)
+    if not isinstance(data, Examples):
+        return [*found, *_mixture_problems(data)]
+    if config.train.tokens is not None:
+        found.append(("train.tokens", "examples differ in length: say train.epochs or train.steps"))
+    if config.tokenizer is None and model.pretrained is None:
+        why = "a model with new weights has no tokenizer of its own: set tokenizer.path"
+        found.append(("tokenizer", why))
+    if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
+        found.append(("data.validation", "validation and test leave nothing to train on"))
+    return found
+
+
+def _length_problems(train: Train) -> Iterator[Problem]:
     lengths = [name for name in ("steps", "epochs", "tokens") if getattr(train, name) is not None]
     if len(lengths) != 1:
         given = " and ".join(f"train.{name}" for name in lengths) or "none of them"
         remedy = f"; take one back with train.{lengths[0]}=null" if lengths else ""
-        found.append(
-            (
-                f"train.{lengths[-1]}" if lengths else "train.steps",
-                "a run is as long as exactly one of train.steps, train.epochs and "
-                f"train.tokens says, here {given}{remedy}",
-            )
+        yield (
+            f"train.{lengths[-1]}" if lengths else "train.steps",
+            "a run is as long as exactly one of train.steps, train.epochs and "
+            f"train.tokens says, here {given}{remedy}",
         )
     if train.global_batch % train.micro_batch:
-        found.append(
-            (
-                "train.micro_batch",
-                f"{train.micro_batch} does not divide train.global_batch={train.global_batch}; "
-                f"{nearest_text(_divisors(train.global_batch), train.micro_batch)} would",
-            )
+        divisors = nearest_text(_divisors(train.global_batch), train.micro_batch)
+        yield (
+            "train.micro_batch",
+            f"{train.micro_batch} does not divide train.global_batch={train.global_batch}; "
+            f"{divisors} would",
         )
+
+
+def _model_problems(model: Model) -> Iterator[Problem]:
     if (model.architecture is None) == (model.pretrained is None):
-        found.append(
-            (
-                "model.architecture",
-                "give exactly one of model.architecture (new weights) and model.pretrained (a "
-                "run, a folder or a hub name)",
-            )
+        yield (
+            "model.architecture",
+            "give exactly one of model.architecture (new weights) and model.pretrained (a "
+            "run, a folder or a hub name)",
         )
-    found += [
-        (f"engine.extra.{key}", f"{why}; take it out")
-        for key, why in UNSAFE.items()
-        if key in config.engine.extra
-    ]
-    if config.checkpoint.keep_best and data.validation is None:
-        setting = "data.validation" if isinstance(data, Examples) else "data.validation.shards"
-        found.append(
-            (
-                "checkpoint.keep_best",
-                f"there is no validation to find the best by: set {setting}, or take it back",
-            )
+    if model.lora and model.pretrained is None:
+        yield "model.lora", "adapters stand beside pretrained weights: set model.pretrained"
+    elif model.lora and model.freeze:
+        yield (
+            "model.lora",
+            "all that has pretrained weights is frozen beside adapters: take back model.freeze",
         )
-    if (
-        (best := config.checkpoint.keep_best)
-        and best.mode == "max"
-        and lower_is_better(best.metric)
-    ):
-        found.append(
-            (
-                "checkpoint.keep_best.mode",
-                f"max would keep the worst {best.metric}: set checkpoint.keep_best.mode=min",
-            )
+
+
+def _best_problems(config: TrainConfig) -> Iterator[Problem]:
+    best = config.checkpoint.keep_best
+    if best and config.data.validation is None:
+        examples = isinstance(config.data, Examples)
+        setting = "data.validation" if examples else "data.validation.shards"
+        yield (
+            "checkpoint.keep_best",
+            f"there is no validation to find the best by: set {setting}, or take it back",
         )
-    if train.patience and not config.checkpoint.keep_best:
-        found.append(
-            (
-                "train.patience",
-                "nothing says what shall become better: set checkpoint.keep_best.metric",
-            )
+    if best and best.mode == "max" and lower_is_better(best.metric):
+        yield (
+            "checkpoint.keep_best.mode",
+            f"max would keep the worst {best.metric}: set checkpoint.keep_best.mode=min",
         )
-    if model.lora and (model.pretrained is None or model.freeze):
-        found.append(
-            (
-                "model.lora",
-                "adapters stand beside pretrained weights: set model.pretrained"
-                if model.pretrained is None
-                else "all that has pretrained weights is frozen beside adapters: take back "
-                "model.freeze",
-            )
+    if config.train.patience and not best:
+        yield (
+            "train.patience",
+            "nothing says what shall become better: set checkpoint.keep_best.metric",
         )
-    if not isinstance(data, Examples):
-        return found + list(_mixture_problems(data))
-    if train.tokens is not None:
-        found.append(("train.tokens", "examples differ in length: say train.epochs or train.steps"))
-    if config.tokenizer is None and model.pretrained is None:
-        found.append(
-            (
-                "tokenizer",
-                "a model with new weights has no tokenizer of its own: set tokenizer.path",
-            )
-        )
-    if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
-        found.append(("data.validation", "validation and test leave nothing to train on"))
-    return found
 
 
 def _mixture_problems(data: Data) -> Iterator[tuple[str, str]]:

@@ -15,6 +15,7 @@ import signal
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -83,46 +84,22 @@ def resume(
             value=out,
             remedy="name another file, or move it",
         )
-    rng, wanted = random.Random(seed), Request(config, tuple(overrides or ())).load()
+    rng = random.Random(seed)
+    wanted = Request(config, tuple(overrides or ())).load()
     moments, ours = _plan(wanted, kills=kills, rng=rng)
-    wanted.config.run.root.mkdir(parents=True, exist_ok=True)
-    home = Path(
-        tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=wanted.config.run.root)
-    )
-    command = python(
-        "launch.cli",
-        "pretrain",
-        config,
-        *(overrides or ()),
-        *ours,
-        f"run.root={home}",
-        *(["--procs", procs] if procs else []),
-    )
-    twin, run, out = home / "twin", home / "killed", out or home.with_name(f"{home.name}.json")
+    root = wanted.config.run.root
+    root.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=root))
+    out = out or home.with_name(f"{home.name}.json")
+    asked = [*(overrides or ()), *ours, f"run.root={home}"]
+    if procs:
+        asked += ["--procs", str(procs)]
+    command = python("launch.cli", "pretrain", config, *asked)
+    twin, run = home / "twin", home / "killed"
     logger.info(f"1 of 2: a twin that nobody disturbs, with {' '.join(ours)}")
     _finish([*command, "run.name=twin"], twin)
     logger.info("2 of 2: the same command, killed and started again")
-    for _ in range(TRIES):
-        killed = [
-            _kill([*command, "run.name=killed"], run, attempt=attempt, step=step, rng=rng)
-            for attempt, step in enumerate(moments, 1)
-        ]
-        _finish([*command, "run.name=killed"], run)
-        resumed = {
-            record["attempt"]: record["step"] - 1 for record in reversed([*records(run)])
-        }  # attempt -> the step that it began from
-        if len(resumed) == kills + 1:
-            break
-        shutil.rmtree(
-            run
-        )  # it was done before it could be killed, so a start after that had nothing left to do
-    else:
-        raise ConfigError(
-            "each time, the run was done before it could be killed",
-            where="train.steps",
-            remedy="give it more steps",
-        )
-
+    killed = _killed([*command, "run.name=killed"], run, moments=moments, rng=rng)
     evidence = observe(twin)
     difference = first_difference(evidence, observe(run))
     certificate = {
@@ -130,10 +107,7 @@ def resume(
         "first_difference": difference,
         "seed": seed,
         "command": command,
-        "kills": [
-            {**kill, "resumed_at_step": resumed.get(number)}
-            for number, kill in enumerate(killed, 2)
-        ],
+        "kills": killed,
         "steps": evidence,
         "made": run_dir.attempts(twin)[0],
     }
@@ -146,6 +120,37 @@ def resume(
         verdict = f"DIFFERENT: {difference}; both runs are kept in {home}"
     logger.info(f"{verdict}; certificate: {out}")
     raise typer.Exit(1 if difference else 0)
+
+
+def _killed(
+    command: Sequence[str], run: Path, *, moments: Sequence[int], rng: random.Random
+) -> list[dict[str, Any]]:
+    """Return what was killed and from where the run went on then, once ``command`` was killed after
+    each of the steps ``moments``, and has finished.
+
+    Raises:
+        ConfigError: if, each time, the run was done before it could be killed.
+    """
+    for _ in range(TRIES):
+        kills = [
+            _kill(command, run, attempt=attempt, step=step, rng=rng)
+            for attempt, step in enumerate(moments, 1)
+        ]
+        _finish(command, run)
+        # attempt -> the step that it began from
+        resumed = {record["attempt"]: record["step"] - 1 for record in reversed([*records(run)])}
+        if len(resumed) == len(moments) + 1:
+            return [
+                {**kill, "resumed_at_step": resumed.get(attempt)}
+                for attempt, kill in enumerate(kills, 2)
+            ]
+        # it was done before it could be killed, so a start after that had nothing left to do
+        shutil.rmtree(run)
+    raise ConfigError(
+        "each time, the run was done before it could be killed",
+        where="train.steps",
+        remedy="give it more steps",
+    )
 
 
 def _plan(
@@ -182,14 +187,14 @@ def _plan(
     return sorted(rng.sample(choice, kills)), [f"{key}={value}" for key, value in ours.items()]
 
 
-def _finish(command: list[str], run: Path) -> None:
+def _finish(command: Sequence[str], run: Path) -> None:
     """Return when the run is done."""
     if code := subprocess.run(command).returncode:
         raise _failed(run, code)
 
 
 def _kill(
-    command: list[str], run: Path, *, attempt: int, step: int, rng: random.Random
+    command: Sequence[str], run: Path, *, attempt: int, step: int, rng: random.Random
 ) -> dict[str, Any]:
     """Return which process was killed at a random moment of the step after ``step``; nothing if the
     run was done before.
