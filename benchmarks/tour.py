@@ -31,7 +31,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.tour_examples import (
+from examples.tour import (
     Split,
     baseline,
     docstrings,

@@ -403,7 +403,7 @@ def requirements() -> tuple[set[str], set[str]]:
 
 def test_every_import_is_declared():
     always, extras = requirements()
-    ours = {"hfscale", "launch", "tests", "benchmarks", *sys.stdlib_module_names}
+    ours = {"hfscale", "launch", "tests", "benchmarks", "examples", *sys.stdlib_module_names}
     ours |= {
         "streaming",
         "litdata",
@@ -414,6 +414,7 @@ def test_every_import_is_declared():
         "launch": always,
         "tests": always | extras,
         "benchmarks": always | extras,
+        "examples": always,
     }.items():
         for path in sorted((ROOT / root).rglob("*.py")):
             beside = {
@@ -460,7 +461,17 @@ def tracked_text() -> list[Path]:
     """Return the files that people write, found without git (an export of the tree is tested
     too).
     """
-    folders = ["hfscale", "launch", "configs", "slurm", "tests", "benchmarks", "docs", ".ci"]
+    folders = [
+        "hfscale",
+        "launch",
+        "configs",
+        "slurm",
+        "tests",
+        "benchmarks",
+        "examples",
+        "docs",
+        ".ci",
+    ]
     files = [
         p
         for folder in folders
