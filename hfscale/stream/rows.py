@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import resource
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
@@ -43,9 +43,8 @@ class Rows:
     boundaries: Tensor | None
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: which source of the mixture
-    position: (
-        Tensor  # int64 (B,): the row's place in the order of the run (P), or of the validation rows
-    )
+    # int64 (B,): the row's place in the order of the run (P), or of the validation rows
+    position: Tensor
 
     @property
     def document_ids_BL(self) -> Tensor | None:
@@ -84,12 +83,8 @@ class TokenRows:
         self.manifest = path if isinstance(path, Manifest) else open_manifest(path, **remote)
         self.manifests = [self.manifest]
         self.first_shards = np.array([0])  # of each manifest, shards numbered through
-        self.raw, self.seq_len, self.verify, self.skip = (
-            self.manifest.dtype == TEXT,
-            seq_len,
-            verify,
-            skip,
-        )
+        self.raw = self.manifest.dtype == TEXT
+        self.seq_len, self.verify, self.skip = seq_len, verify, skip
         self.damage: dict[tuple[int, int], DataError] = {}
         rows = [
             shard.documents if self.raw else max(0, shard.tokens - 1) // seq_len
@@ -105,13 +100,11 @@ class TokenRows:
                 remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a "
                 "smaller data.seq_len",
             )
-        self._filler = np.full(
-            seq_len + 1, FILLER_ID, "<u4" if self.raw else self.manifest.numpy_dtype
-        )
+        dtype = "<u4" if self.raw else self.manifest.numpy_dtype
+        self._filler = np.full(seq_len + 1, FILLER_ID, dtype)
         self._open: OrderedDict[int, ShardReader] = OrderedDict()
-        self._near: set[tuple[int, int]] = (
-            set()
-        )  # (shard, chunk): read for the rows that were prepared last
+        # (shard, chunk): read for the rows that were prepared last
+        self._near = set[tuple[int, int]]()
         self._most_open = max(16, min(1024, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2))
 
     @classmethod
@@ -158,82 +151,43 @@ class TokenRows:
         only. What is missing or damaged stops ``Prepared.fill`` at the first row that needs it,
         unless it is to be skipped.
         """
-        n, L = len(shards), self.seq_len
-        starts, address, valid = (
-            rows * L,
-            np.full(n, address_of(self._filler)),
-            np.zeros(n, dtype=bool),
-        )
-        first_end, last_end = np.zeros((2, n), dtype=np.int64)  # of each row, in `ends`
-        maps, copies, ends = [self._filler], list[np.ndarray](), [np.empty(0, np.int64)]
-        blocked, near = dict[int, DataError](), set[tuple[int, int]]()
-        order = np.argsort(shards << 40 | rows)
-        cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
-        for begin, end in pairwise(cuts):
-            at, shard = order[begin:end], int(shards[order[begin]])
+        L = self.seq_len
+        preparing = _Preparing(self._filler, starts=rows * L, most_maps=self._most_open // 3)
+        near = set[tuple[int, int]]()
+        for at, shard in _by_shard(shards, rows):
             try:
                 reader = self._reader(shard)
             except DataError as error:
                 self.note(shard, -1, error)
-                blocked |= dict.fromkeys(at.tolist(), error)
+                preparing.block(at, error)
                 continue
-            first, last = reader.chunks_of(starts[at]), reader.chunks_of(starts[at] + L)
-            rise = np.bincount(first, minlength=last.max() + 2) - np.bincount(last + 1)
-            touched = np.flatnonzero(np.cumsum(rise)).tolist()
-            valid[at] = True
-            for chunk in list(touched):
+            preparing.valid[at] = True
+            first, last = reader.chunks_of(rows[at] * L), reader.chunks_of(rows[at] * L + L)
+            touched = list[int]()
+            for chunk in _touched(first, last):
                 try:
                     tokens, _ = reader.chunk(chunk)
-                    if (shard, chunk) not in self._near:
-                        tokens[
-                            :: PAGE // tokens.itemsize
-                        ].max()  # waits for the disk here, not where the rows are copied
-                    near.add((shard, chunk))
                 except DataError as error:
-                    touched.remove(chunk)
-                    hit = at[(first <= chunk) & (chunk <= last)]
-                    valid[hit] = False
                     self.note(shard, chunk, error)
-                    blocked |= dict.fromkeys(hit.tolist(), error)
-            address[at] = np.where(
-                valid[at],
-                address_of(reader.memory) + reader.indices(starts[at], first),
-                address[at],
-            )
-            if (
-                direct := reader.memory.itemsize == self._filler.itemsize
-                and len(maps) < self._most_open // 3
-            ):  # each is an open file
-                maps.append(reader.memory)
-            for k in at[valid[at] & ((first < last) | (not direct))].tolist():
-                copies.append(
-                    np.empty_like(self._filler)
-                )  # it goes on in another chunk, or is of a source with narrower ids
-                reader.read_tokens(int(starts[k]), int(starts[k]) + L + 1, copies[-1])
-                address[k] = address_of(copies[-1])
+                    preparing.block(at[(first <= chunk) & (chunk <= last)], error)
+                    continue
+                if (shard, chunk) not in self._near:
+                    # waits for the disk here, not where the rows are copied
+                    tokens[:: PAGE // tokens.itemsize].max()
+                near.add((shard, chunk))
+                touched.append(chunk)
+            preparing.place(at, reader, first, last)
             if documents_per:
-                before = sum(map(len, ends))
-                ends.append(reader.ends_in(touched))
-                first_end[at] = before + np.searchsorted(ends[-1], starts[at], side="right")
-                last_end[at] = before + np.searchsorted(ends[-1], starts[at] + L, side="right")
-        self._near, boundaries = near, list[np.ndarray]()
-        if documents_per:
-            count = np.where(valid, last_end - first_end, 0)  # documents that begin within each row
-            cuts, row = np.cumsum(count), np.repeat(np.arange(n), count)
-            begin = np.concatenate(ends)[np.arange(len(row)) + (first_end - cuts + count)[row]]
-            begin += (np.arange(n) % documents_per * L - 1 - starts)[row]
-            boundaries = [
-                begin[first:last]
-                for first, last in pairwise([0, *cuts[documents_per - 1 :: documents_per].tolist()])
-            ]
+                preparing.find_documents(at, reader.ends_in(touched))
+        self._near = near
         return Prepared(
-            address,
-            maps + copies,
+            preparing.address,
+            preparing.maps + preparing.copies,
             length=L + 1,
-            valid=valid,
+            valid=preparing.valid,
             source=self.source_of(shards),
-            boundaries=boundaries,
-            blocked={} if self.skip else blocked,
+            boundaries=preparing.boundaries(documents_per) if documents_per else [],
+            blocked={} if self.skip else preparing.blocked,
         )
 
     def fill(self, shards: np.ndarray, rows: np.ndarray, ids_BL: np.ndarray) -> np.ndarray:
@@ -306,3 +260,78 @@ class TokenRows:
                 )
         self._open.move_to_end(shard)
         return self._open[shard]
+
+
+def _by_shard(shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+    """Yield which of n rows are of one shard, in the order in which they lie there, and the
+    shard.
+    """
+    order = np.argsort(shards << 40 | rows)
+    cuts = np.flatnonzero(np.diff(shards[order], prepend=-1, append=-1)).tolist()
+    for begin, end in pairwise(cuts):
+        yield order[begin:end], int(shards[order[begin]])
+
+
+def _touched(first: np.ndarray, last: np.ndarray) -> list[int]:
+    """Return the chunks that rows from chunk ``first[k]`` to ``last[k]`` touch."""
+    rise = np.bincount(first, minlength=last.max() + 2) - np.bincount(last + 1)
+    return np.flatnonzero(np.cumsum(rise)).tolist()
+
+
+class _Preparing:
+    """Where n rows lie in memory, found shard after shard; ``starts`` (n) are their first tokens,
+    counted in their shards.
+    """
+
+    def __init__(self, filler: np.ndarray, *, starts: np.ndarray, most_maps: int) -> None:
+        n = len(starts)
+        self._filler, self._starts, self._most_maps = filler, starts, most_maps
+        self._length = len(filler) - 1
+        self.address = np.full(n, address_of(filler))
+        self.valid = np.zeros(n, dtype=bool)
+        self.blocked: dict[int, DataError] = {}
+        self.maps, self.copies = [filler], list[np.ndarray]()
+        self._ends = [np.empty(0, np.int64)]  # where documents end, shard after shard
+        self._first_end, self._last_end = np.zeros((2, n), dtype=np.int64)  # of each row, there
+
+    def block(self, at: np.ndarray, error: DataError) -> None:
+        """Note that rows ``at`` cannot be had."""
+        self.valid[at] = False
+        self.blocked |= dict.fromkeys(at.tolist(), error)
+
+    def place(
+        self, at: np.ndarray, reader: ShardReader, first: np.ndarray, last: np.ndarray
+    ) -> None:
+        """Take rows ``at`` from the shard's own memory; a copy of what goes on in another chunk, or
+        has narrower ids than other sources.
+        """
+        there = address_of(reader.memory) + reader.indices(self._starts[at], first)
+        self.address[at] = np.where(self.valid[at], there, self.address[at])
+        alike = reader.memory.itemsize == self._filler.itemsize
+        direct = alike and len(self.maps) < self._most_maps  # each is an open file
+        if direct:
+            self.maps.append(reader.memory)
+        for k in at[self.valid[at] & ((first < last) | (not direct))].tolist():
+            copy_of_row = np.empty_like(self._filler)
+            start = int(self._starts[k])
+            reader.read_tokens(start, start + self._length + 1, copy_of_row)
+            self.copies.append(copy_of_row)
+            self.address[k] = address_of(copy_of_row)
+
+    def find_documents(self, at: np.ndarray, ends: np.ndarray) -> None:
+        """Note which of the shard's ``ends`` of documents lie in rows ``at``."""
+        before, starts = sum(map(len, self._ends)), self._starts[at]
+        self._ends.append(ends)
+        self._first_end[at] = before + np.searchsorted(ends, starts, side="right")
+        self._last_end[at] = before + np.searchsorted(ends, starts + self._length, side="right")
+
+    def boundaries(self, documents_per: int) -> list[np.ndarray]:
+        """Return ``Rows.boundaries`` of each ``documents_per`` rows."""
+        n, L = len(self._starts), self._length
+        count = np.where(self.valid, self._last_end - self._first_end, 0)  # begin within each row
+        stops, row = np.cumsum(count), np.repeat(np.arange(n), count)
+        number = np.arange(len(row)) + (self._first_end - stops + count)[row]
+        begin = np.concatenate(self._ends)[number]
+        begin += (np.arange(n) % documents_per * L - 1 - self._starts)[row]
+        cuts = [0, *stops[documents_per - 1 :: documents_per].tolist()]
+        return [begin[first:last] for first, last in pairwise(cuts)]
