@@ -4,6 +4,7 @@ without repeats or losses.
     .OUT.parts/config.yaml     what is asked for; every process reads it
     .OUT.parts/key.json        what the predictions depend on: only the same question goes on here
     .OUT.parts/00000012.jsonl  chunk 12, whole or absent: it is written under another name first
+    .OUT.parts/00000012.json   how many of its predictions are problems, or of cut texts
     OUT                        all chunks, end to end; then the parts go
 
 Process r of n makes every n-th chunk, if it is not there. At ZeRO stage 3 the processes go through
@@ -15,10 +16,10 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,21 +34,16 @@ from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import DataError, counted
 from hfscale.log import logger, progress_bar
 from hfscale.objectives.base import Setting, check_options
-from hfscale.records import Count, Record, load, parse, read_file
+from hfscale.records import Count, Record, load, read_file
 from hfscale.run.model import Model, find
 from hfscale.shards.files import cannot_write, whole, write_atomically
 from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task, code_digest, task_class
 from hfscale.training.predictor import predict, stopped
 
-PROBLEM, TRUNCATED = (
-    b'"prediction": null, "problem": ',
-    b'"truncated": true',
-)  # in lines; in a text the quotes are escaped
 SHOWN = 3  # problems that a message tells
-CHUNK = (
-    512  # examples: batched by length among themselves, and the most that a kill costs a process
-)
+# examples: batched by length among themselves, and the most that a kill costs a process
+CHUNK = 512
 
 
 class _Asked(Record):
@@ -56,6 +52,24 @@ class _Asked(Record):
     key: dict[str, str]
     examples: Count
     chunk: Annotated[int, Field(gt=0, lt=2**31)]
+
+
+class _Tally(Record):
+    """What is to be said of a chunk's predictions."""
+
+    problems: Count
+    truncated: Count
+    shown: list[str]  # the first problems, with the ids of their examples
+
+    @classmethod
+    def of(cls, predictions: Sequence[Mapping[str, Any]]) -> _Tally:
+        """Return what is to be said of ``predictions``."""
+        bad = [row for row in predictions if "problem" in row]
+        return cls(
+            problems=len(bad),
+            truncated=sum("truncated" in row for row in predictions),
+            shown=[f"{row['id']}: {row['problem']}" for row in bad[:SHOWN]],
+        )
 
 
 def parts_of(out: Path) -> Path:
@@ -156,7 +170,7 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     """Return True when this process's chunks are there, False when it was stopped before."""
     parts = parts_of(config.predict.out)
     total, size = _begun(parts)
-    left = [number for number in range(-(-total // size)) if not _chunk(parts, number).exists()]
+    left = [number for number in range(-(-total // size)) if not _is_there(parts, number)]
     if not left:
         return True
     alone = world.all.size == 1  # a launcher speaks for its ranks
@@ -196,7 +210,7 @@ def _predict_chunks(
             first = mine[turn] * size if turn < len(mine) else total
             chunk = list(islice(examples, first - at, first - at + size))
             at = first + len(chunk)
-            made = predict(
+            predictions = predict(
                 task,
                 engine,
                 chunk,
@@ -206,22 +220,18 @@ def _predict_chunks(
                 answers=config.predict.answers,
                 stop=stop,
             )
-            if made is None:
+            if predictions is None:
                 return False
-            if (
-                config.predict.answers
-                and config.data.on_error == "stop"
-                and (bad := [row for row in made if "problem" in row])
-            ):
+            tally = _Tally.of(predictions)
+            if tally.problems and config.predict.answers and config.data.on_error == "stop":
                 raise DataError(
-                    f"{counted(len(bad), 'example')} cannot be scored",
+                    f"{counted(tally.problems, 'example')} cannot be scored",
                     where=config.data.train,
-                    value=[f"{row['id']}: {row['problem']}" for row in bad[:SHOWN]],
+                    value=tally.shown,
                     remedy="mend them, or leave them out with data.on_error=skip",
                 )
             if chunk:
-                lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made)
-                write_atomically(_chunk(parts, mine[turn]), lines.encode())
+                _write(parts, mine[turn], predictions, tally)
             bar.update(len(chunk))
             if turn + 1 < rounds and stopped(stop, together=engine.together):
                 return False
@@ -231,37 +241,36 @@ def _predict_chunks(
 def join(config: PredictConfig) -> int:
     """Return how many predictions are now in OUT, which appears whole."""
     out, parts = config.predict.out, parts_of(config.predict.out)
-    bad, cut, count = list[bytes](), 0, 0
     total, size = _begun(parts)
+    tallies = []
     with whole(out) as file:
         for number in range(-(-total // size)):
             content = read_file(_chunk(parts, number), most=1 << 34)
-            if (lines := content.count(b"\n")) != (wanted := min(size, total - number * size)):
+            lines, wanted = content.count(b"\n"), min(size, total - number * size)
+            if lines != wanted:
                 raise DataError(
                     "this part of the predictions was changed",
                     where=_chunk(parts, number),
                     value=f"{lines} of {wanted} lines",
                     remedy="remove it, then run the same command again",
                 )
-            count += lines
-            bad += [line for line in content.splitlines() if PROBLEM in line]
-            cut += content.count(TRUNCATED)
+            tallies.append(_tally(parts, number))
             file.write(content)
     shutil.rmtree(parts)
-    if bad:
-        shown = "; ".join(
-            "{id}: {problem}".format(**parse(dict[str, Any], line)) for line in bad[:SHOWN]
-        )
+    problems = sum(tally.problems for tally in tallies)
+    truncated = sum(tally.truncated for tally in tallies)
+    if problems:
+        shown = list(chain.from_iterable(tally.shown for tally in tallies))[:SHOWN]
         logger.warning(
-            f"{len(bad):,} of {counted(count, 'example')} have a problem instead of a "
-            f"prediction, such as {shown}"
+            f"{problems:,} of {counted(total, 'example')} have a problem instead of a "
+            f"prediction, such as {'; '.join(shown)}"
         )
-    if cut:
+    if truncated:
         logger.warning(
-            f"{cut:,} of {counted(count, 'example')} were cut, as they are longer than "
+            f"{truncated:,} of {counted(total, 'example')} were cut, as they are longer than "
             f"data.max_length={config.data.max_length}"
         )
-    return count
+    return total
 
 
 def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
@@ -292,6 +301,29 @@ def _begun(parts: Path) -> tuple[int, int]:
 def _key(parts: Path) -> dict[str, Any]:
     what = "the record of half-made predictions"
     return load(parts / "key.json", _Asked, what=what, remedy="remove that folder").as_dict()
+
+
+def _write(
+    parts: Path, number: int, predictions: Sequence[Mapping[str, Any]], tally: _Tally
+) -> None:
+    """Write chunk ``number``; its tally first, so that a chunk that is there has one."""
+    write_atomically(_tally_file(parts, number), tally.model_dump_json().encode())
+    lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in predictions)
+    write_atomically(_chunk(parts, number), lines.encode())
+
+
+def _is_there(parts: Path, number: int) -> bool:
+    return _chunk(parts, number).exists() and _tally_file(parts, number).exists()
+
+
+def _tally(parts: Path, number: int) -> _Tally:
+    what = "the record of a part of the predictions"
+    remedy = "remove it, then run the same command again"
+    return load(_tally_file(parts, number), _Tally, what=what, remedy=remedy)
+
+
+def _tally_file(parts: Path, number: int) -> Path:
+    return parts / f"{number:08}.json"
 
 
 def _chunk(parts: Path, number: int) -> Path:
