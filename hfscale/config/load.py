@@ -256,18 +256,18 @@ def _nearest_key(parts: list[str], schema: type[BaseModel]) -> str:
     return nearest(name, [*_fields(section)] if section else [])
 
 
+def _by_number(line: str) -> list[int | str]:
+    """Return what sorts lines as people count: 10 comes after 9."""
+    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)]
+
+
 def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:
     """Return one error that lists all problems in the order of their lines."""
     loaded: Loaded[Any] = Loaded(None, tree.sources)
-    lines = sorted(
-        (
-            shown(f"{loaded.source(key, default=str(path))}: {key}: {message}")
-            for key, message in problems
-        ),
-        key=lambda line: [
-            int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)
-        ],
+    said = (
+        f"{loaded.source(key, default=str(path))}: {key}: {message}" for key, message in problems
     )
+    lines = sorted(map(shown, said), key=_by_number)
     return ConfigError(
         "\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),
         remedy="`hfscale show --schema` prints every key with its type and default",

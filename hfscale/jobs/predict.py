@@ -199,11 +199,12 @@ def _predict_chunks(
         for rank in range(world.data.size)
     ]
     mine = shares[world.data.rank]
+    own = sum(min(size, total - number * size) for number in mine)  # examples
     rounds = max(map(len, shares)) if engine.together else len(mine)
     examples, at = examples_of(config), 0
     with progress_bar(
         "predicting" if world.all.rank == 0 else "",
-        None if world.all.rank else sum(min(size, total - n * size) for n in mine),
+        own if world.all.rank == 0 else None,
         unit=" examples",
     ) as bar:
         for turn in range(rounds):

@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
@@ -48,14 +49,8 @@ def index_tars(
     """
     if not tars:
         raise DataError("no tars to index", remedy="give files such as data/*.tar")
-    tars, stems = sorted(tars), [tar.stem for tar in tars]
-    if len(set(stems)) < len(stems):
-        twice = next(stem for stem in stems if stems.count(stem) > 1)
-        raise DataError(
-            "two tars of one name would share an index",
-            value=f"{twice}.idx",
-            remedy="index them into different folders (--out)",
-        )
+    tars = sorted(tars)
+    _refuse_one_name(tars)
     if field is None:
         _, first = next(members_of(tars[0]), ("", {}))
         field = next((known for known in FIELDS if _split(known)[0] in first), FIELDS[0])
@@ -89,6 +84,17 @@ def index_tars(
         index.save(folder / entry.index_name)
     manifest.save(folder)
     return manifest
+
+
+def _refuse_one_name(tars: Sequence[Path]) -> None:
+    stems = Counter(tar.stem for tar in tars)
+    for stem, count in stems.items():
+        if count > 1:
+            raise DataError(
+                "two tars of one name would share an index",
+                value=f"{stem}.idx",
+                remedy="index them into different folders (--out)",
+            )
 
 
 def text_of(payload: bytes, field: str) -> str:

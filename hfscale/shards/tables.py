@@ -303,25 +303,27 @@ def table_files(name: str | Path) -> list[Path]:
         left = ", ".join(file.name for file in texts[:3])
         _say_once(f"{root}: plain text beside tables is left out: {left}")
         files = [file for file in files if file not in texts]
-    no_hub_name = (
-        has_magic(str(name))
-        or path.is_absolute()
-        or path.is_dir()
-        or path.suffix in SUFFIXES
-        or str(name).startswith(".")
-        or len(path.parts) > 2
-    )
-    if not files and no_hub_name:
+    if not files and not _may_be_of_hub(str(name)):
         unread = [name for name in names if unread_kind(Path(name))]
+        value, remedy = str(name), None
+        if unread:
+            value, remedy = f"{root}: {', '.join(unread[:3])}", unread_kind(Path(unread[0]))
         raise DataError(
             "there is no table that can be read" if names else "there is no such table",
             where="data",
-            value=f"{root}: {', '.join(unread[:3])}" if unread else str(name),
-            remedy=(unread_kind(Path(unread[0])) if unread else None)
+            value=value,
+            remedy=remedy
             or f"name a file ({', '.join(SUFFIXES)}), a folder or a glob: data.train=FILE; or "
             "--data FILE",
         )
     return files
+
+
+def _may_be_of_hub(name: str) -> bool:
+    """Return whether the hub could have a data set ``name``."""
+    path = Path(name)
+    here = has_magic(name) or path.is_absolute() or path.is_dir() or name.startswith(".")
+    return not here and path.suffix not in SUFFIXES and len(path.parts) <= 2
 
 
 @cache

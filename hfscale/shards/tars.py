@@ -8,19 +8,15 @@ import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 from hfscale.errors import DataError
 from hfscale.records import open_file
 from hfscale.shards.files import BLOCK
 
-PICKLED = {
-    "pkl",
-    "pickle",
-    "pyd",
-    "pt",
-    "pth",
-    "joblib",
-}  # extensions that nothing here opens: a pickle runs whatever it says
+# extensions that nothing here opens: a pickle runs whatever it says
+PICKLED = {"pkl", "pickle", "pyd", "pt", "pth", "joblib"}
+AGAIN = "fetch or restore this file again"
 
 
 @dataclass(frozen=True)
@@ -39,7 +35,6 @@ def walk(path: Path) -> Iterator[Member]:
         DataError: if the tar cannot be read, is cut short, or has a damaged header; naming the
             offset.
     """
-    remedy = "fetch or restore this file again"
     try:
         size = path.stat().st_size
         file = open_file(path)
@@ -56,23 +51,10 @@ def walk(path: Path) -> Iterator[Member]:
                             f"member {info.name!r} at offset {info.offset:,} says that it has "
                             f"{info.size:,} bytes",
                             where=path,
-                            remedy=remedy,
+                            remedy=AGAIN,
                         )
                     before = tar.offset  # type: ignore[attr-defined]
-                    if info.issparse() or info.type == tarfile.GNUTYPE_SPARSE:
-                        raise DataError(
-                            f"member {info.name!r} at offset {info.offset:,} is sparse: its "
-                            "bytes are not stored as they are",
-                            where=path,
-                            remedy="pack the files again without tar's -S (--sparse)",
-                        )
-                    if info.offset_data + info.size > size:
-                        raise DataError(
-                            f"the tar is cut short inside member {info.name!r} at offset "
-                            f"{info.offset_data:,}",
-                            where=path,
-                            remedy=remedy,
-                        )
+                    _check_stored(info, path, size=size)
                     if info.isfile():
                         yield Member(info.name, info.offset_data, info.size)
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
@@ -81,25 +63,46 @@ def walk(path: Path) -> Iterator[Member]:
             raise DataError(
                 f"not a readable tar: {str(error) or type(error).__name__}",
                 where=path,
-                remedy=remedy + "; a compressed one must be unpacked: samples are "
-                "found by their place in it",
+                remedy=f"{AGAIN}; a compressed one must be unpacked: samples are found by their "
+                "place in it",
             ) from None
-        file.seek(end)
-        if file.read(512).strip(b"\0") or size < end + 512:
+        _check_end(file, path, end=end, size=size)
+
+
+def _check_stored(info: tarfile.TarInfo, path: Path, *, size: int) -> None:
+    """Return if the bytes of a member lie in a tar of ``size`` bytes as they are."""
+    if info.issparse() or info.type == tarfile.GNUTYPE_SPARSE:
+        raise DataError(
+            f"member {info.name!r} at offset {info.offset:,} is sparse: its bytes are not stored "
+            "as they are",
+            where=path,
+            remedy="pack the files again without tar's -S (--sparse)",
+        )
+    if info.offset_data + info.size > size:
+        raise DataError(
+            f"the tar is cut short inside member {info.name!r} at offset {info.offset_data:,}",
+            where=path,
+            remedy=AGAIN,
+        )
+
+
+def _check_end(file: IO[bytes], path: Path, *, end: int, size: int) -> None:
+    """Return if nothing but zeros, and at least a block of them, follows offset ``end``."""
+    file.seek(end)
+    if file.read(512).strip(b"\0") or size < end + 512:
+        raise DataError(
+            f"the tar ends without its closing zero block, or is damaged, at offset {end:,}",
+            where=path,
+            remedy=AGAIN,
+        )
+    while block := file.read(BLOCK):
+        if block.strip(b"\0"):
             raise DataError(
-                f"the tar ends without its closing zero block, or is damaged, at offset {end:,}",
+                f"more follows after the end of the tar, which is at offset {end:,}: another "
+                "tar, or garbage",
                 where=path,
-                remedy=remedy,
+                remedy="keep each tar in a file of its own, or join them with tar --concatenate",
             )
-        while block := file.read(BLOCK):
-            if block.strip(b"\0"):
-                raise DataError(
-                    f"more follows after the end of the tar, which is at offset {end:,}: "
-                    "another tar, or garbage",
-                    where=path,
-                    remedy="keep each tar in a file of its own, or join them with tar "
-                    "--concatenate",
-                )
 
 
 def name_at(path: Path, offset: int) -> str:

@@ -47,9 +47,8 @@ def read_examples(
     seen = set[str]()
     may_lack = roles.optional | (frozenset() if answers else roles.answers) | {"id"}
     asked = [role for role in roles.columns if role not in roles.answers]
-    if (
-        table.endswith(".txt") and "text" not in roles.columns
-    ):  # a text a line is what is asked about, whatever its role's name
+    if table.endswith(".txt") and "text" not in roles.columns:
+        # a text a line is what is asked about, whatever its role's name
         columns = {asked[0]: "text", **columns}
     for number, (where, row) in enumerate(table_rows(table, **hub)):
         example = _example(row, roles, columns, may_lack=may_lack, where=where)
@@ -62,13 +61,7 @@ def read_examples(
                 f"columns are {_named(row)}",
             )
         example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
-        if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
-            raise DataError(
-                "a text holds half of a character (a lone surrogate)",
-                where=where,
-                value=ascii(example)[:80],
-                remedy="mend it",
-            )
+        _refuse_half_characters(example, where=where)
         if example["id"] in seen:
             raise DataError(
                 "an id occurs twice",
@@ -83,6 +76,16 @@ def read_examples(
             "there are no rows in it",
             where=table,
             remedy="give at least one; is it the right file, with a header if csv?",
+        )
+
+
+def _refuse_half_characters(example: Mapping[str, Any], *, where: str) -> None:
+    if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
+        raise DataError(
+            "a text holds half of a character (a lone surrogate)",
+            where=where,
+            value=ascii(example)[:80],
+            remedy="mend it",
         )
 
 

@@ -56,18 +56,13 @@ def windows(
     found = []
     for part in parts(len(own), room=room, stride=max_length // 3 if stride is None else stride):
         tokens = [*range(first), *(first + n for n in part), *range(last, len(sides))]
-        places = [
-            offsets[n] if sides[n] == 1 and context[slice(*offsets[n])].strip() else (-1, -1)
-            for n in tokens
-        ]
-        found.append(
-            {
-                **{name: [made[name][n] for n in tokens] for name in INPUTS if name in made},
-                "truncated": truncated,
-                "begins": [begin for begin, _ in places],
-                "ends": [end for _, end in places],
-            }
-        )
+        places = [(-1, -1)] * len(tokens)
+        for place, n in enumerate(tokens):
+            if sides[n] == 1 and context[slice(*offsets[n])].strip():
+                places[place] = offsets[n]
+        inputs = {name: [made[name][n] for n in tokens] for name in INPUTS if name in made}
+        begins, ends = (list(side) for side in zip(*places, strict=True))
+        found.append({**inputs, "truncated": truncated, "begins": begins, "ends": ends})
     return [window for window in found if max(window["begins"]) >= 0]
 
 

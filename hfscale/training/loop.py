@@ -110,9 +110,7 @@ class Trainer:
 
     def _step(self) -> Step | None:
         number = self.state.step + 1
-        watched = number == self.total_steps or any(
-            observer.wants(number) for observer in self.observers
-        )
+        watched = number == self.total_steps or self._watched(number)
         beat("data", number)
         with self.throughput.waiting():
             rows = self.stream.take()
@@ -141,6 +139,10 @@ class Trainer:
         self.throughput.count(agreed.counts[TOKENS])
         seen, skipped = self.state.tokens_seen, self.state.skipped_rows
         return Step(number, watched, agreed, stats, tokens_seen=seen, skipped_rows=skipped)
+
+    def _watched(self, number: int) -> bool:
+        """Return whether an observer wants all figures of a step."""
+        return any(observer.wants(number) for observer in self.observers)
 
     def _update(self, batches: Sequence[Batch], agreed: Agreed) -> StepStats:
         """Return what one update of the weights with the gradient of ``batches`` did."""
