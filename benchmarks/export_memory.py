@@ -110,18 +110,15 @@ def load_peak(values: dict, stage: int) -> dict[str, float]:
     from hfscale.checkpoint.weights import open_weights
     from hfscale.config.schema import RunConfig
     from hfscale.engine.engine import Engine
-    from hfscale.jobs.build import build
-    from hfscale.tokenizer import load_tokenizer
+    from hfscale.run.live import model_of
+    from hfscale.run.run import Run
 
     config = RunConfig.model_validate(
         {**values, "engine": {"zero_stage": stage, "precision": "bf16"}}
     )
     folder = Path(str(config.model.pretrained))
-    engine = Engine.create(
-        build(config, load_tokenizer(config.tokenizer.path), torch.device("cpu"), folder),
-        config=config,
-        device=torch.device("cpu"),
-    )
+    device = torch.device("cpu")
+    engine = Engine.create(model_of(Run(config), device), config=config, device=device)
     engine.fragments(owned=False)  # makes the moments, which the first step would
     largest = (
         max(p.ds_numel if hasattr(p, "ds_numel") else p.numel() for p in engine.module.parameters())

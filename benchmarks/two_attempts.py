@@ -41,8 +41,8 @@ def attempt(config: Path, number: int, log: Path) -> None:
     """
     from hfscale import worker
     from hfscale.checkpoint.manager import CheckpointManager
-    from hfscale.jobs import build
     from hfscale.monitor.writers import MetricsLog
+    from hfscale.run import live
 
     for name in (1, 2):
         os.dup2(os.open(log.with_suffix(".out"), os.O_WRONLY | os.O_CREAT | os.O_APPEND), name)
@@ -60,7 +60,7 @@ def attempt(config: Path, number: int, log: Path) -> None:
     MetricsLog.write = noted("record", MetricsLog.write)  # type: ignore[method-assign]
     CheckpointManager._commit = noted("commit", CheckpointManager._commit)  # type: ignore[method-assign]
     sys.argv = ["hfscale.worker", str(config)]
-    build.rehearse = lambda trainer, config: None  # not what is measured
+    live.rehearse = lambda trainer, config: None  # not what is measured
     commit = CheckpointManager._commit
 
     def tell_modules(*arguments, **named):  # type: ignore[no-untyped-def]

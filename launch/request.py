@@ -6,24 +6,17 @@ A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS
 
 from __future__ import annotations
 
-import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from hfscale.checkpoint.layout import newest_state
-from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, load_config
-from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import copies
-from hfscale.engine.ds_config import deepspeed_config
-from hfscale.errors import ConfigError, DataError
-from hfscale.packages import refuse_wrong_versions
+from hfscale.errors import ConfigError
+from hfscale.run.run import Run
 from hfscale.run_files import CONFIG, is_run
-from hfscale.shards.tables import table_files
-from hfscale.stream.rows import TokenRows
-from hfscale.stream.sources import open_mixture
 
 LAUNCHERS = {
     "local": "launch.local:launch",
@@ -103,50 +96,4 @@ def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None
         UserError: for what the engine refuses on this device, data or a tokenizer that is not
             there, sources that do not fit together.
     """
-    refuse_wrong_versions()
-    deepspeed_config(config, device_type=device_type)
-    if (
-        config.tokenizer
-        and Path(config.tokenizer.path).is_absolute()
-        and not Path(config.tokenizer.path).exists()
-    ):
-        raise ConfigError(
-            "there is no tokenizer",
-            where="tokenizer.path",
-            value=config.tokenizer.path,
-            remedy="train one with `hfscale tokenizer train CONFIG`, or give a folder or hub "
-            "name that has one",
-        )
-    if isinstance(config, FinetuneConfig):
-        for table in {
-            str(table)
-            for table in (config.data.train, config.data.validation, config.data.test)
-            if isinstance(table, str)
-        }:
-            table_files(table)
-        return
-    held_out = [config.data.validation.shards] if config.data.validation else []
-    parts = []
-    for shards in (*(source.shards for source in config.data.sources), *held_out):
-        parts.append(TokenRows(shards, seq_len=config.data.seq_len, **config.data.remote))
-        manifest = parts[-1].manifest
-        there = set(os.listdir(manifest.folder))
-        missing = [
-            name
-            for shard in manifest.shards
-            for name in (shard.name, shard.index_name)
-            if name not in there and not (manifest.folder / name).exists()
-        ]  # tars of others may lie elsewhere
-        if missing and not manifest.remote and config.data.on_error == "stop":
-            raise DataError(
-                f"{len(missing)} files of the shards are missing",
-                where=manifest.folder,
-                value=missing[:5],
-                remedy="restore them from a copy, or build the shards again",
-            )
-    assert isinstance(config, RunConfig)
-    open_mixture(
-        config,
-        parts[: len(config.data.sources)],
-        saved=None if fresh else newest_state(config.run_dir),
-    )
+    Run(config, fresh=fresh).read(device_type=device_type)

@@ -284,7 +284,7 @@ def test_nobody_reads_a_bare_world_size():
         "hfscale/reports/show.py": "a message",
         "hfscale/checkpoint/state.py": "state.json",
         "hfscale/checkpoint/manager.py": "state.json",
-        "hfscale/jobs/build.py": "state.json",
+        "hfscale/run/live.py": "state.json",
         "hfscale/reports/checkpoints.py": "state.json",
     }
     reading = {relative(p) for p in MODULES if "world_size" in p.read_text()}

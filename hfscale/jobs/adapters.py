@@ -6,57 +6,23 @@ from __future__ import annotations
 
 import shlex
 import warnings
-from contextlib import suppress
 from copy import copy
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save_file
-from transformers import PreTrainedModel
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.base import identity
-from hfscale.checkpoint.pretrained import labels_of, match, tell
-from hfscale.checkpoint.weights import MergedWeights, open_weights, verify_together
-from hfscale.config.schema import Lora
+from hfscale.checkpoint.weights import MergedWeights
 from hfscale.errors import ConfigError, literal, shown
 from hfscale.models.adapters import (
     ADAPTER_WEIGHTS,
     name_in_folder,
     pair_of,
     peft_config,
-    transposed,
 )
 from hfscale.run.model import RunModel
 from hfscale.tasks.base import Task
-
-
-class Beside:
-    """The weights at ``folder``, open, and what of ``model`` they fill. What they do not (a new
-    head) is trained whole.
-    """
-
-    def __init__(self, model: PreTrainedModel, lora: Lora, folder: Path, *, rank: int) -> None:
-        if rank == 0 and (folder / layout.MANIFEST).is_file():
-            with suppress(
-                OSError
-            ):  # a run of somebody else's; one of our own never prunes what adapters need
-                layout.pin(folder.parent, layout.step_of(folder), pinned=True)
-        self.reader = open_weights(folder, check=verify_together)
-        self.match = tell(match(model, self.reader, labels=labels_of(folder)), model)
-        for name in self.match.missing:
-            model.get_parameter(name).requires_grad_(True)
-        # what every checkpoint says of the weights that are not in it
-        self.about = {
-            "adapters": {
-                "folder": str(folder),
-                **identity(folder),
-                "scale": lora.alpha / lora.r,
-                "match": asdict(self.match),
-                "targets": transposed(model),
-            }
-        }
 
 
 def write_adapter(source: RunModel, folder: Path) -> None:

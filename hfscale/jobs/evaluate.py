@@ -25,10 +25,10 @@ from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
 from hfscale.errors import DataError, counted
-from hfscale.jobs.material import FEW
 from hfscale.jobs.predict import examples_of, key_of
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options
+from hfscale.run.examples import FEW
 from hfscale.run.model import Model, RunModel
 from hfscale.shards.files import write_atomically
 from hfscale.shards.tables import table_rows

@@ -9,46 +9,31 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
-from copy import copy
-from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
 from textwrap import indent
 from typing import Any
 
-import torch
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from hfscale.checkpoint import layout
-from hfscale.checkpoint.export import compare_logits, write_weights
-from hfscale.checkpoint.probe import read_probe
+from hfscale.checkpoint.export import write_weights
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import to_yaml
-from hfscale.config.schema import TrainConfig
-from hfscale.dist.group import default_device, device_name
 from hfscale.errors import CheckpointError, literal, shown
 from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
 from hfscale.jobs.asked import tell_of_best
 from hfscale.log import logger
 from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Objective
-from hfscale.run.model import RunModel, check_live, find
+from hfscale.run.model import RunModel, find
+from hfscale.run.proof import prove
 from hfscale.shards.files import whole_folder
 from hfscale.tasks.base import Task
 from hfscale.tokenizer import save_tokenizer
 
-# relative L2 difference of logits that rounding explains: on the run's kind of device, and on
-# another (other kernels, TF32)
-SAME_DEVICE = {
-    "fp32": 1e-5,
-    "bf16": 1e-2,
-    "fp16": 2e-3,
-}  # 3e-3 was seen in bf16: ZeRO 3 hands weights to kernels at other addresses
-OTHER_DEVICE = {"fp32": 1e-3, "bf16": 3e-2, "fp16": 1e-2}
-ROOM = 2**30  # bytes of a GPU beside the weights: kernels, activations
 TRAINED = (
     "model",
     "objective",
@@ -183,47 +168,6 @@ print(tokenizer.batch_decode(model.generate(inputs.input_ids, max_new_tokens=40)
     return f"""from transformers import pipeline
 use = pipeline("{task}", model={place}{trusted})
 print(use({text}))"""
-
-
-def prove(
-    folder: Path,
-    objective: Objective,
-    *,
-    skeleton: PreTrainedModel,
-    checkpoint: Path,
-    config: TrainConfig,
-    load: Callable[[Path], Any] | None = None,
-) -> float:
-    """Return the relative difference between the engine's logits at the save of ``checkpoint`` and
-    those of ``folder``, loaded by transformers unless ``load`` loads it.
-
-    Raises:
-        CheckpointError: if they differ by more than rounding explains.
-        ConfigError: if training with ``objective`` would refuse what was loaded.
-    """
-    device, attention = default_device(), skeleton.config._attn_implementation
-    size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
-        # where files are mapped: a model larger than the memory is slow there, but goes
-        device, attention = torch.device("cpu"), None
-    if load:
-        model = load(folder)
-    else:
-        model = type(skeleton).from_pretrained(
-            folder, dtype=skeleton.dtype, attn_implementation=attention, use_safetensors=True
-        )
-    model.to(device).eval()
-    objective = copy(objective)  # the run may train with it
-    objective.setting = replace(objective.setting, model_config=model.config)
-    check_live(objective, model, device=device, said=config.model)
-    probe = read_probe(checkpoint)
-    with torch.no_grad():
-        got = probe.ask(model, device=device)
-    assert got is not None, "it had logits when it was saved"
-    plain = not config.engine.compile and not config.model.lora
-    same = plain and device_name(device) == layout.state_of(checkpoint).device
-    tolerance = (SAME_DEVICE if same else OTHER_DEVICE)[config.engine.precision]
-    return compare_logits(got, probe.logits, tolerance=tolerance)
 
 
 def _started_from(source: RunModel) -> str | None:

@@ -22,7 +22,6 @@ from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError
 from hfscale.jobs.evaluate import described, folder_of, keep
-from hfscale.jobs.material import held_out_rows, open_rows
 from hfscale.log import progress_bar
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.token_bytes import TokenBytes
@@ -30,6 +29,7 @@ from hfscale.models.build import longest_row
 from hfscale.models.kinds import CAUSAL, MASKED
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.run.model import Model, RunModel, find
+from hfscale.run.tokens import held_out_rows, open_rows
 from hfscale.stream.loader import EvaluationRows
 from hfscale.tokenizer import end_of_document_id
 
@@ -149,7 +149,8 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
         engine = model.engine(make(setting).auto_model, config.engine)
         objective = model.objective(make, setting, engine)
         count = config.data.validation.rows if config.data.validation else None
-        scored = held_out_rows(config.data.sources[0].shards, config, objective, world, count=count)
+        rows = open_rows(config.data.sources[0].shards, config, model.tokenizer)
+        scored = held_out_rows(rows, config, objective, world, count=count)
         found = _scores(objective, engine, scored, model.tokenizer)
         engine.close()
         if world.all.rank == 0:

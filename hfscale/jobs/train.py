@@ -8,14 +8,14 @@ from hfscale.config.schema import TrainConfig
 from hfscale.dist import group
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
-from hfscale.jobs.build import build_trainer
 from hfscale.jobs.environment import record_ranks
+from hfscale.run.run import Run
 
 
 def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
     """Return True when done, False when stopped on request and saved."""
     device = group.start(world)
-    trainer = build_trainer(config, world, device, stop)
+    trainer = Run(config, world).live(device, stop)
     record_ranks(config.run_dir, world, device, described=trainer.describe)
     done = trainer.run()
     trainer.close()

@@ -19,12 +19,12 @@ from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.reports.status import records
+from hfscale.run.sources import Sources
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import VERSION, digest_rows
 from hfscale.stream.mixture import Mixture
 from hfscale.stream.prepared import RunRows
 from hfscale.stream.rows import TokenRows
-from hfscale.stream.sources import open_mixture
 from hfscale.stream.text import TextRows, open_encoders
 from hfscale.tokenizer import load_tokenizer
 
@@ -86,7 +86,7 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
         )
     start, stop = _positions(logged, config, step, where=run_dir)
     # the newest state knows the weights of earlier attempts
-    tokens, order = open_mixture(config, _sources(config), saved=newest_state(run_dir))
+    tokens, order = Sources(config).plan(newest_state(run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path)
     data: RunRows = tokens
     text = None
@@ -110,15 +110,6 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
     version = record.get("digest_version", 1 if record else VERSION)
     digest = digest_rows(ids_BL[:, :-1] if version == 1 else ids_BL)
     return Step(rows, digest, record.get("batch_digest"), version)
-
-
-def _sources(config: RunConfig) -> list[TokenRows]:
-    data = config.data
-    skip = data.on_error == "skip"
-    return [
-        TokenRows(source.shards, seq_len=data.seq_len, verify=data.verify, skip=skip, **data.remote)
-        for source in data.sources
-    ]
 
 
 def _text(

@@ -9,14 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hfscale.checkpoint.layout import newest_state
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
-from hfscale.config.rules import notices, run_length, solve_batch
+from hfscale.config.rules import notices, solve_batch
 from hfscale.config.schema import CorpusConfig, RunConfig, Section, TrainConfig
-from hfscale.errors import DataError, shown
-from hfscale.shards.manifest import TEXT, Manifest
-from hfscale.shards.open import is_remote
+from hfscale.errors import shown
+from hfscale.run.run import Run
 
 
 def schema_of(path: Path | str, overrides: Sequence[str] = ()) -> type[Section]:
@@ -87,44 +85,23 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
             *(("notice", line) for line in notices(config)),
         ]
     facts.append(("tokens a step", f"{train.global_batch * seq_len:,}"))
-    rows, unknown = _rows(config)
-    if rows or train.epochs is None:
-        # of a run that goes on, perhaps with another batch
-        state = newest_state(config.run_dir)
-        step, read = (state.step, state.position.consumed_rows) if state else (0, 0)
-        length = run_length(train, rows=rows, seq_len=seq_len, step=step, consumed_rows=read)
-        in_all = read + (length.steps - step) * train.global_batch
-        facts.append(("steps", f"{length.steps:,}"))
-        facts.append(("tokens", f"{in_all * seq_len:,}"))
+    run = Run(config)
+    assert run.sources
+    unknown = run.sources.unknown()
+    rows = 0 if unknown else run.sources.rows
+    length = run.length(rows)
+    later = f"not known before {unknown}"
+    if length is None:
+        facts += [("steps", later), ("epochs", later)]
     else:
-        facts.append(("steps", f"not known before {unknown}"))
-    epochs = (
-        f"{round(in_all / rows, 3):,g} of {rows:,} rows" if rows else f"not known before {unknown}"
-    )
-    facts.append(("epochs", epochs))
-    said = notices(config, rows=rows, length=length if rows or train.epochs is None else None)
+        # of a run that goes on, perhaps with another batch
+        step, read = (run.saved.step, run.saved.position.consumed_rows) if run.saved else (0, 0)
+        in_all = read + (length.steps - step) * train.global_batch
+        epochs = f"{round(in_all / rows, 3):,g} of {rows:,} rows" if rows else later
+        facts += [("steps", f"{length.steps:,}"), ("tokens", f"{in_all * seq_len:,}")]
+        facts.append(("epochs", epochs))
+    said = notices(config, rows=rows, length=length)
     return [*facts, *(("notice", line) for line in said)]
-
-
-def _rows(config: TrainConfig) -> tuple[int, str]:
-    """Return the rows of an epoch, or 0 and what must come first. A row needs one token more than
-    it predicts.
-    """
-    if far := [source.shards for source in config.data.sources if is_remote(source.shards)]:
-        return 0, f"{', '.join(far)} is fetched, which looking does not do"
-    try:
-        manifests = [Manifest.load(source.shards) for source in config.data.sources]
-    except DataError:
-        return (
-            0,
-            f"there are shards at {', '.join(source.shards for source in config.data.sources)}",
-        )
-    if samples := sum(manifest.documents for manifest in manifests if manifest.dtype == TEXT):
-        return 0, f"raw text is tokenized: {samples:,} samples"
-    shards = [shard for manifest in manifests for shard in manifest.shards if shard.tokens]
-    return sum(
-        (shard.tokens - 1) // config.data.seq_len for shard in shards
-    ), "a shard is as long as a row"
 
 
 def _text(value: Any) -> str:

@@ -31,7 +31,7 @@ from hfscale.log import logger
 from hfscale.models.build import OFFSET_POSITIONS, accepted, construct, first_line, special_ids
 from hfscale.objectives.draws import lacking
 from hfscale.records import load
-from hfscale.tokenizer import tokenizer_digest, vocabulary_size
+from hfscale.tokenizer import FILE_NAME, tokenizer_digest, vocabulary_size
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -57,19 +57,27 @@ def run_config(checkpoint: Path) -> TrainConfig:
     return load_config(run_dir / run_files.CONFIG, moved).config
 
 
-def pretrained_folder(config: TrainConfig) -> Path | None:
+def pretrained_folder(config: TrainConfig, *, fresh: bool = False) -> Path | None:
     """Return the folder with the model's config and weights that ``model.pretrained`` stands for,
     None where it is not given.
 
-    A run that has saved needs its source no more: then it is the run's own newest checkpoint. Of a
-    checkpoint the small files have been verified, the model's config among them; the weights are
-    when they are read.
+    A run that has saved needs its source no more: then it is the run's own newest checkpoint,
+    unless it begins ``fresh``. Of a checkpoint the small files have been verified, the model's
+    config among them; the weights are when they are read.
 
     Raises:
         UserError: if it is nothing that could have weights.
     """
     if (name := config.model.pretrained) is None:
         return None
+    if not fresh and (own := _own_folder(config)):
+        return own
+    theirs = layout.checkpoint_of(name)
+    return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
+
+
+def _own_folder(config: TrainConfig) -> Path | None:
+    """Return the newest good checkpoint of the run, or what its adapters stand beside."""
     state = layout.newest_state(config.run_dir) if config.model.lora else None
     if state and state.adapters:
         base = Path(state.adapters.folder)  # which the run does not save
@@ -77,10 +85,7 @@ def pretrained_folder(config: TrainConfig) -> Path | None:
             check_base(state.adapters, where=config.run_dir)
         return base
     saved = reversed(layout.committed(config.run_dir / run_files.CHECKPOINTS))
-    if own := next((path for path in saved if not verify(path, up_to=SMALL)), None):
-        return own
-    theirs = layout.checkpoint_of(name)
-    return checked(theirs) if theirs else local_folder(name, where="model.pretrained", weights=True)
+    return next((path for path in saved if not verify(path, up_to=SMALL)), None)
 
 
 def check_padding(config: PretrainedConfig, tokenizer: PreTrainedTokenizerFast) -> None:
@@ -108,16 +113,18 @@ def generate_as(model: PreTrainedModel, folder: Path | None) -> None:
             ) from error
 
 
-def warn_of_tokenizer(folder: Path, tokenizer: PreTrainedTokenizerFast) -> None:
-    """Say so if the weights in ``folder`` are known to be those of another tokenizer."""
-    state, theirs = folder / layout.STATE, None
-    if state.is_file() or (folder / "tokenizer.json").is_file():
-        theirs = (
-            layout.state_of(folder).tokenizer_digest
-            if state.is_file()
-            else tokenizer_digest(folder)
-        )
-    if theirs not in (None, "", tokenizer_digest(tokenizer)):
+def warn_of_tokenizer(folder: Path, digest: str, *, place: str = "") -> None:
+    """Say so if the weights in ``folder`` are known to be those of another tokenizer than that of
+    ``digest``, which was loaded from ``place``.
+    """
+    if place == str(folder):
+        return
+    theirs = ""
+    if (folder / layout.STATE).is_file():
+        theirs = layout.state_of(folder).tokenizer_digest
+    elif (folder / FILE_NAME).is_file():
+        theirs = tokenizer_digest(folder)
+    if theirs not in ("", digest):
         logger.warning(
             f"the weights of {folder} are those of another tokenizer: what id means what token "
             "must be the same"

@@ -103,6 +103,7 @@ class LabelledData:
             for name in ("test", "validation")
             if isinstance(part := getattr(data, name), float)
         }
+        self._digests = dict[tuple[str, str], str]()  # of tables that were read
         self._parts, begin = dict[str, tuple[float, float]](), 0.0
         for name, part in held_out.items():
             self._parts[name] = (begin, begin + part)
@@ -289,12 +290,13 @@ class LabelledData:
         made of them.
         """
         data = self.data
-        table = table_digest(
-            self.table(split), subset=data.subset, split="train" if split in self._parts else split
-        )
+        table, part = self.table(split), "train" if split in self._parts else split
+        if (table, part) not in self._digests:  # which takes reading all of it
+            digest = table_digest(table, subset=data.subset, split=part)
+            self._digests[table, part] = digest
         said = [
             VERSION,
-            table,
+            self._digests[table, part],
             self._parts.get(split),
             data.columns,
             data.max_length,

@@ -76,10 +76,12 @@ class TokenRows:
         path: str | Path | Manifest,
         *,
         seq_len: int,
+        place: str | Path | None = None,
         verify: bool = True,
         skip: bool = False,
         **remote: Any,
     ) -> None:
+        """``place`` is what the user calls a manifest that is open already."""
         self.manifest = path if isinstance(path, Manifest) else open_manifest(path, **remote)
         self.manifests = [self.manifest]
         self.first_shards = np.array([0])  # of each manifest, shards numbered through
@@ -95,7 +97,7 @@ class TokenRows:
             longest = max((shard.tokens for shard in self.manifest.shards), default=0)
             raise DataError(
                 "no shard is as long as a row" if longest else "an empty source: it has no tokens",
-                where=path,
+                where=place or path,
                 value=longest,
                 remedy=f"a row is data.seq_len + 1 = {seq_len + 1} tokens: give more text or a "
                 "smaller data.seq_len",

@@ -109,7 +109,7 @@ def main() -> None:
     import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imported by each engine otherwise: a second)
 
     from hfscale.dist import group
-    from hfscale.jobs import build  # noqa: F401
+    from hfscale.run import live  # noqa: F401
     from tests.engine.tiny import tiny_model
 
     tiny_model()

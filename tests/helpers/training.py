@@ -14,13 +14,13 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     from hfscale.config.finetune import FinetuneConfig
     from hfscale.config.schema import RunConfig
     from hfscale.dist.world import World
-    from hfscale.jobs.build import build_trainer
+    from hfscale.run.run import Run
     from hfscale.training.observers.log import Log
 
     torch.set_num_threads(1)
     config = (FinetuneConfig if "task" in values else RunConfig).model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
+    trainer = Run(config, World.from_environment()).live(torch.device("cpu"))
     records: list[dict[str, Any]] = []
     logs = [one for one in trainer.observers if isinstance(one, Log)]
     if logs:

@@ -13,8 +13,8 @@ import yaml
 from hfscale.checkpoint import manifest
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError
-from hfscale.jobs.check import check
 from hfscale.reports.show import derived
+from hfscale.run.run import Run
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -115,7 +115,7 @@ def test_a_run_of_tokens_goes_on_with_another_batch_to_its_end(
 def test_a_run_without_a_checkpoint_is_refused_as_a_source(corpus: Path, tmp_path: Path) -> None:
     (tmp_path / "source/checkpoints").mkdir(parents=True)
     with pytest.raises(CheckpointError, match=r"no checkpoint yet(.|\n)*the command that began it"):
-        check(RunConfig.model_validate(values(corpus, tmp_path, tmp_path / "source")))
+        Run(RunConfig.model_validate(values(corpus, tmp_path, tmp_path / "source"))).check()
 
 
 def test_a_damaged_source_is_named_before_anything_is_loaded(
@@ -135,7 +135,7 @@ def test_a_damaged_source_is_named_before_anything_is_loaded(
     )
     file.write_bytes(content[:-1])  # half copied: seen without reading, on the login node
     with pytest.raises(CheckpointError, match=r"damaged(.|\n)*rank-00001"):
-        check(RunConfig.model_validate(values(corpus, tmp_path, source)))
+        Run(RunConfig.model_validate(values(corpus, tmp_path, source))).check()
 
 
 def test_a_source_of_a_newer_format_is_refused_as_that(
@@ -147,4 +147,4 @@ def test_a_source_of_a_newer_format_is_refused_as_that(
         patched.setattr(manifest, "VERSION", manifest.VERSION + 1)
         manifest.write_manifest(checkpoint, entries, step=12)
     with pytest.raises(CheckpointError, match="newer version"):
-        check(RunConfig.model_validate(values(corpus, tmp_path, source)))
+        Run(RunConfig.model_validate(values(corpus, tmp_path, source))).check()

@@ -11,7 +11,7 @@ import yaml
 
 from hfscale.config.schema import RunConfig
 from hfscale.errors import UserError
-from hfscale.jobs.check import check
+from hfscale.run.run import Run
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import GPT2, run_values
 
@@ -23,11 +23,11 @@ def config(corpus: Path, tmp_path: Path, **sections: dict[str, Any]) -> RunConfi
 
 
 def test_what_fits_is_accepted(corpus: Path, tmp_path: Path) -> None:
-    check(
+    Run(
         config(
             corpus, tmp_path, data={"validation": {"shards": str(corpus / "shards" / "validation")}}
         )
-    )
+    ).check()
 
 
 @pytest.mark.parametrize(
@@ -50,7 +50,7 @@ def test_what_does_not_fit_is_named(
     corpus: Path, tmp_path: Path, sections: dict[str, Any], words: list[str]
 ) -> None:
     with pytest.raises(UserError) as error:
-        check(config(corpus, tmp_path, **sections))
+        Run(config(corpus, tmp_path, **sections)).check()
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
 
 
@@ -67,7 +67,7 @@ def test_shards_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -
     with pytest.raises(
         UserError, match=r"made with another tokenizer[\s\S]*build the shards again"
     ):
-        check(config(corpus, tmp_path, tokenizer={"path": str(other)}))
+        Run(config(corpus, tmp_path, tokenizer={"path": str(other)})).check()
 
 
 @pytest.mark.slow

@@ -55,12 +55,12 @@ def go_on(values: dict[str, Any]) -> dict[str, Any]:
 
     from hfscale.config.schema import RunConfig
     from hfscale.dist.world import World
-    from hfscale.jobs.build import build_trainer
+    from hfscale.run.run import Run
 
     torch.set_num_threads(1)
     config = RunConfig.model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
+    trainer = Run(config, World.from_environment()).live(torch.device("cpu"))
     found = {
         "start": trainer.state.step,
         "state": live_digests(trainer.engine),

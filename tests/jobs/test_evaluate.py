@@ -16,9 +16,11 @@ from hfscale.config.schema import RunConfig
 from hfscale.dist.world import World
 from hfscale.errors import ConfigError
 from hfscale.jobs import export
-from hfscale.jobs.material import held_out_rows, open_material
 from hfscale.jobs.shards import settle
 from hfscale.run.model import find
+from hfscale.run.run import Run
+from hfscale.run.sources import token_rows
+from hfscale.run.tokens import held_out_rows
 from launch.commands.evaluate import evaluate
 from tests.helpers.corpus import run_values
 from tests.helpers.ranks import run_ranks
@@ -37,10 +39,9 @@ def test_held_out_rows_know_their_documents_where_these_are_kept_apart(
     config = RunConfig.model_validate(
         run_values(corpus, tmp_path, "run", data={"cross_document": together})
     )
-    objective = open_material(config, World(), None).objective()
-    rows, *_ = held_out_rows(
-        str(corpus / "shards" / "validation"), config, objective, World(), count=4
-    )
+    objective = Run(config).shape.objective
+    tokens = token_rows(str(corpus / "shards" / "validation"), config)
+    rows, *_ = held_out_rows(tokens, config, objective, World(), count=4)
     assert (objective.collate(rows).document_ids_BT is None) == together
 
 

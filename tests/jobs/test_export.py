@@ -29,7 +29,7 @@ from hfscale.errors import CheckpointError, DataError
 from hfscale.jobs import export
 from hfscale.models.build import build_model, check_model_config
 from hfscale.objectives.base import Objective, Setting
-from hfscale.run import origin
+from hfscale.run import origin, proof
 from hfscale.run.model import RunModel, find
 from hfscale.run.origin import model_needs
 from hfscale.tokenizer import framed, load_tokenizer
@@ -124,7 +124,7 @@ def opened(run: Path) -> RunModel:
 
 def prove(source: RunModel, folder: Path) -> float:
     about = {"skeleton": source.skeleton, "checkpoint": source.checkpoint, "config": source.run}
-    return export.prove(folder, source.trained, **about)
+    return proof.prove(folder, source.trained, **about)
 
 
 class Planted:
@@ -231,7 +231,7 @@ def test_every_kind_of_model_has_a_probe_and_an_export(
     write_weights(reader, skeleton, out)
     skeleton.config.save_pretrained(out)
     proved = partial(
-        export.prove, out, objective, skeleton=skeleton, checkpoint=checkpoint, config=config
+        proof.prove, out, objective, skeleton=skeleton, checkpoint=checkpoint, config=config
     )
     assert proved() < 1e-6
     swapped = load_file(out / "model.safetensors")

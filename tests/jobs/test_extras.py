@@ -20,10 +20,10 @@ from hfscale.config.rules import problems
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.jobs import export
 from hfscale.jobs.asked import settle
-from hfscale.jobs.check import check
 from hfscale.jobs.predict import predict_texts
 from hfscale.run.model import find
 from hfscale.run.origin import pretrained_folder
+from hfscale.run.run import Run
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -239,7 +239,7 @@ def test_patience_ends_a_run_for_good(folder: Path) -> None:
 def test_what_names_nothing_is_refused(folder: Path) -> None:
     def refused(words: str, **sections: Any) -> None:
         with pytest.raises(ConfigError, match=words):
-            check(FinetuneConfig.model_validate(task_values(folder, "none", **sections)))
+            Run(FinetuneConfig.model_validate(task_values(folder, "none", **sections))).check()
 
     model = {"pretrained": str(folder / "encoder")}
     refused(

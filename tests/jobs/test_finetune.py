@@ -23,9 +23,9 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
 from hfscale.jobs import export
 from hfscale.jobs.asked import settle
-from hfscale.jobs.check import check
 from hfscale.jobs.predict import open_task
 from hfscale.run.model import find
+from hfscale.run.run import Run
 from launch.commands.evaluate import evaluate
 from launch.commands.predict import predict
 from tests.helpers.cli import ROOT, hfscale
@@ -348,7 +348,7 @@ def test_mistakes_in_what_is_asked_of_a_model(
 def test_what_does_not_fit_is_refused_before_ranks_start(folder: Path, tmp_path: Path) -> None:
     def refused(kind: type[UserError], words: str, **sections: Any) -> None:
         with pytest.raises(kind, match=words):
-            check(FinetuneConfig.model_validate(task_values(folder, "none", **sections)))
+            Run(FinetuneConfig.model_validate(task_values(folder, "none", **sections))).check()
 
     refused(
         DataError,

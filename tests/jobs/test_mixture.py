@@ -54,11 +54,11 @@ def first_step(values: dict[str, Any]) -> list[tuple[int, float, int]]:
     step, one row at a time.
     """
     from hfscale.dist.world import World
-    from hfscale.jobs.build import build_trainer
+    from hfscale.run.run import Run
 
     config = RunConfig.model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
+    trainer = Run(config, World.from_environment()).live(torch.device("cpu"))
     found = []
     with trainer.engine.eval_mode(), torch.no_grad():
         for batch in map(trainer.objective.collate, trainer.stream.take()):

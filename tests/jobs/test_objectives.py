@@ -18,10 +18,9 @@ import yaml
 
 from hfscale.checkpoint.weights import open_weights
 from hfscale.config.schema import Model, RunConfig
-from hfscale.dist.world import World
 from hfscale.jobs import export
-from hfscale.jobs.material import open_material
 from hfscale.models.build import build_model, special_ids
+from hfscale.run.run import Run
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.pretraining import PRETRAINING, pretraining
 from tests.helpers.ranks import run_ranks
@@ -114,7 +113,7 @@ def test_it_resumes_exactly_and_leaves_as_a_model_that_transformers_uses(
     config = RunConfig.model_validate(values)
     assert {
         key.removeprefix("validation_") for key in first[1] if key.startswith("validation_")
-    } == open_material(config, World(), None).objective().validated()
+    } == Run(config).shape.objective.validated()
 
     (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(values))
     usage = export.run(str(tmp_path / "run"), tmp_path / "out")

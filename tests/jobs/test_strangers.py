@@ -22,11 +22,11 @@ from hfscale.config.permission import ALLOWED
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError, ConfigError, DataError, UserError
 from hfscale.jobs.asked import settle
-from hfscale.jobs.check import check
 from hfscale.jobs.export import _block, _cell, usage
 from hfscale.objectives.base import Setting
 from hfscale.objectives.mlm import MaskedLM
 from hfscale.run.model import find
+from hfscale.run.run import Run
 from hfscale.tokenizer import load_tokenizer
 from tests.helpers.corpus import run_values
 from tests.test_house import MODULES, TREES, relative
@@ -82,7 +82,7 @@ def test_code_that_a_model_brings_is_neither_run_nor_asked_about(corpus: Path, m
         lambda: settle(find(model), task=None, data="-", out=Path("-"), overrides=[]),
         lambda: find(model).engine(CAUSAL, Inference()),
         lambda: find(model).engine(CAUSAL, Inference(zero_stage=3)),
-        lambda: check(RunConfig.model_validate(values)),
+        lambda: Run(RunConfig.model_validate(values)).check(),
     ):
         with pytest.raises((CheckpointError, ConfigError), match="brings code of its own"):
             look()

@@ -18,9 +18,10 @@ from hfscale.checkpoint import layout
 from hfscale.config.schema import CorpusConfig, RunConfig
 from hfscale.corpus.build import build_shards
 from hfscale.errors import CheckpointError, ConfigError
-from hfscale.jobs import check, export
+from hfscale.jobs import export
 from hfscale.run import origin
-from hfscale.tokenizer import load_tokenizer
+from hfscale.run.run import Run
+from hfscale.tokenizer import tokenizer_digest
 from tests.helpers.corpus import GPT2, LLAMA, run_values
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -93,7 +94,7 @@ def test_the_first_loss_is_the_sources(
         engine={"zero_stage": stage, "precision": precision},
         **STILL,
     )
-    check.check(RunConfig.model_validate(ours))
+    Run(RunConfig.model_validate(ours)).check()
     records = run_ranks(train, 2, ours)[0]
     assert records[0]["validation_loss"] == json.loads((folder / "loss.json").read_text())[name]
     state = layout.newest_state(tmp_path / "runs" / "run")
@@ -134,7 +135,7 @@ def test_a_larger_tokenizer_grows_the_vocabulary_and_hardly_moves_the_loss(
     for source, said in ((corpus / "tokenizer", False), (tokenizer, True)):
         caplog.clear()
         for weights in ("runs/llama/checkpoints/step-00000006", "export"):
-            origin.warn_of_tokenizer(folder / weights, load_tokenizer(source))
+            origin.warn_of_tokenizer(folder / weights, tokenizer_digest(source))
             assert ("are those of another tokenizer" in caplog.text) == said
     [record] = run_ranks(train, 2, grown)[0]
     before = json.loads((folder / "loss.json").read_text())["llama"]
@@ -147,7 +148,7 @@ def refused(
     corpus: Path, tmp_path: Path, model: dict[str, Any], kind: type[Exception] = CheckpointError
 ) -> str:
     with pytest.raises(kind) as error:
-        check.check(RunConfig.model_validate(values(corpus, tmp_path, "run", model=model)))
+        Run(RunConfig.model_validate(values(corpus, tmp_path, "run", model=model))).check()
     return str(error.value)
 
 

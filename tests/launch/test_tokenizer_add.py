@@ -13,7 +13,7 @@ import pytest
 
 from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError, DataError
-from hfscale.jobs.check import check
+from hfscale.run.run import Run
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from launch.commands.tokenizer import add
 from tests.helpers.cli import hfscale
@@ -90,7 +90,7 @@ def test_the_command_in_an_error_runs_as_printed(
     )
     while True:
         try:
-            check(RunConfig.model_validate(values))
+            Run(RunConfig.model_validate(values)).check()
             break
         except ConfigError as error:
             command, then = str(error).split("remedy: ")[1].split("\n")

@@ -19,8 +19,8 @@ from transformers import pipeline
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.schema import Named
 from hfscale.errors import DataError
-from hfscale.jobs.check import check
 from hfscale.objectives.contrastive import text_keys
+from hfscale.run.run import Run
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import sentence_embedding
 from hfscale.tasks.base import load_task
@@ -246,7 +246,7 @@ def test_what_cannot_be_learnt_from_can_be_scored(
     ):
         file = tmp_path / ("sts.jsonl" if rows is pairs else "mixed.jsonl")
         with pytest.raises(DataError, match=words):
-            check(
+            Run(
                 FinetuneConfig.model_validate(
                     task_values(
                         tmp_path,
@@ -255,4 +255,4 @@ def test_what_cannot_be_learnt_from_can_be_scored(
                         data={"train": str(file), "validation": None},
                     )
                 )
-            )
+            ).check()

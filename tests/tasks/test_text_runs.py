@@ -29,12 +29,12 @@ def finetune(values: dict[str, Any]) -> list[dict[str, Any]]:
     import torch
 
     from hfscale.config.finetune import FinetuneConfig
-    from hfscale.jobs.build import build_trainer
+    from hfscale.run.run import Run
 
     torch.set_num_threads(1)
     config = FinetuneConfig.model_validate(values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
-    trainer = build_trainer(config, World.from_environment(), torch.device("cpu"))
+    trainer = Run(config, World.from_environment()).live(torch.device("cpu"))
     trainer.run()
     trainer.close()
     log = config.run_dir / "metrics.jsonl"

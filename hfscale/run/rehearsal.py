@@ -31,9 +31,9 @@ from hfscale.config.schema import Checkpoint, TrainConfig
 from hfscale.dist.agree import from_rank_0, sum_over_ranks
 from hfscale.dist.group import barrier
 from hfscale.errors import CheckpointError, UserError
-from hfscale.jobs.export import prove
 from hfscale.models.build import accepted
 from hfscale.run.origin import skeleton
+from hfscale.run.proof import prove
 from hfscale.training.loop import Trainer
 
 WRITTEN_BYTES = 2**30  # a larger checkpoint is not written for a trial
