@@ -29,7 +29,9 @@ def identity(folder: Path) -> dict[str, Any]:
     files. Collective, in a group.
     """
     here = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
-    return from_rank_0({"sizes": sizes(folder), "digests": _digests(folder)} if here else None)
+    own = {"sizes": sizes(folder), "digests": _digests(folder)} if here else None
+    named: dict[str, Any] = from_rank_0(own)
+    return named
 
 
 def sizes(folder: Path) -> dict[str, int]:

@@ -100,7 +100,7 @@ def compare_logits(got: Tensor, want: Tensor, *, tolerance: float) -> float:
     Raises:
         CheckpointError: above ``tolerance``, or where either is not finite.
     """
-    difference = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    difference: float = ((got.double() - want.double()).norm() / want.double().norm()).item()
     if not difference <= tolerance:  # also true of nan
         raise CheckpointError(
             "the exported model does not give the run's logits; nothing was published",

@@ -151,7 +151,8 @@ class FragmentReader:
 
     def dtype(self, name: str) -> torch.dtype:
         _, _, file, key = self._ranges[name, "weight"][0]
-        return file.get_slice(key)[:0].dtype
+        nothing: torch.Tensor = file.get_slice(key)[:0]
+        return nothing.dtype
 
     def close(self) -> None:
         self._files.close()

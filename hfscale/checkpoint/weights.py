@@ -299,13 +299,10 @@ class FolderWeights(WeightsReader):
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         shape = self.shape(name)
         if not shape:
-            return self._tensors[name].get_tensor(name).view(-1)[start : start + numel]
-        row = torch.Size(
-            shape[1:]
-        ).numel()  # safetensors slices by rows: read those that cover the range
+            whole: Tensor = self._tensors[name].get_tensor(name)
+            return whole.view(-1)[start : start + numel]
+        # safetensors slices by rows: read those that cover the range
+        row = torch.Size(shape[1:]).numel()
         first, last = start // row, -(-(start + numel) // row)
-        return (
-            self._tensors[name]
-            .get_slice(name)[first:last]
-            .reshape(-1)[start - first * row :][:numel]
-        )
+        rows: Tensor = self._tensors[name].get_slice(name)[first:last]
+        return rows.reshape(-1)[start - first * row :][:numel]

@@ -63,9 +63,9 @@ def construction(config: TrainConfig, *, device_type: str) -> AbstractContextMan
     if running_stage(config.engine) < 3:
         return nullcontext()
     join_process_group()
-    return deepspeed.zero.Init(
-        config_dict_or_path=deepspeed_config(config, device_type=device_type)
-    )
+    asked = deepspeed_config(config, device_type=device_type)
+    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=asked)
+    return context
 
 
 def gathered(
