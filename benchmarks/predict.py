@@ -24,7 +24,7 @@ from hfscale.config.schema import Model, Named
 from hfscale.engine.inference import InferenceEngine
 from hfscale.models.build import build_model, special_ids
 from hfscale.objectives.base import Setting
-from hfscale.tasks.base import load_task
+from hfscale.tasks.table import load_task
 from hfscale.training.predictor import predict
 from tests.objectives.tokenizers import TEXTS, tokenizer
 

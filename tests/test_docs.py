@@ -19,7 +19,7 @@ from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.load import load_config
 from hfscale.config.schema import CorpusConfig, RunConfig
 from hfscale.objectives.base import check_options
-from hfscale.tasks.base import TASKS, task_class
+from hfscale.tasks.table import TASKS, task_class
 from launch.cli import VERBS
 
 ROOT = Path(__file__).resolve().parents[1]

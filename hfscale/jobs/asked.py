@@ -17,7 +17,7 @@ from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.models.build import longest_row
 from hfscale.run.model import Model, RunModel
-from hfscale.tasks.base import TASKS, task_class
+from hfscale.tasks.table import TASKS, task_class
 
 
 def tell_of_best(model: RunModel) -> None:

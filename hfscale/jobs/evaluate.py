@@ -33,7 +33,7 @@ from hfscale.run.model import Model, RunModel
 from hfscale.shards.files import write_atomically
 from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
-from hfscale.tasks.base import task_class
+from hfscale.tasks.table import task_class
 
 
 def folder_of(model: Model, what: str, key: dict[str, str]) -> Path:

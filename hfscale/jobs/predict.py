@@ -38,7 +38,8 @@ from hfscale.records import Count, Record, load, read_file
 from hfscale.run.model import Model, find
 from hfscale.shards.files import cannot_write, whole, write_atomically
 from hfscale.stream.labelled import LabelledData
-from hfscale.tasks.base import Example, Task, code_digest, task_class
+from hfscale.tasks.base import Example, Task
+from hfscale.tasks.table import code_digest, task_class
 from hfscale.training.predictor import predict, stopped
 
 SHOWN = 3  # problems that a message tells

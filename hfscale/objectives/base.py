@@ -26,11 +26,12 @@ from hfscale.dist.agree import sum_over_ranks
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import call, probe_row
-from hfscale.models.kinds import CAUSAL, MASKED
+from hfscale.models.kinds import CAUSAL
 from hfscale.models.router import balancing
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.objectives.draws import random_state
-from hfscale.objectives.isolation import check_apart, keep_apart, movement
+from hfscale.objectives.isolation import keep_apart
+from hfscale.objectives.probes import check_live
 from hfscale.registry import load_plugin
 
 if TYPE_CHECKING:
@@ -204,36 +205,12 @@ class Objective:
 
         return logits
 
-    def sight(self, model: Model, *, device: torch.device | str) -> float:
-        """Return how far the logits of earlier tokens move when later ones change: 0.0 for a causal
-        model.
-        """
-        config, middle = self.setting.model_config, self.setting.seq_len // 2
-        assert config is not None, "check() needs Setting.model_config"
-        return movement(
-            self.logits_of(model, device=device),
-            self.shape,
-            config.vocab_size,
-            changed=slice(middle, None),
-            watched=slice(middle),
-        )
-
     @property
     def shape(self) -> tuple[int, int]:
         """Rows and tokens of a micro-batch: probes ask for the same, so that the live kernels
         answer and nothing is compiled again.
         """
         return self.setting.micro_batch, self.setting.seq_len
-
-    def check_documents(self, model: Model, *, device: torch.device | str) -> None:
-        """Refuse (ConfigError) a live model in which documents see each other, where they are to be
-        kept apart.
-        """
-        if not self.setting.cross_document:
-            assert self.setting.model_config is not None, "check() needs Setting.model_config"
-            check_apart(
-                self.logits_of(model, device=device), self.shape, config=self.setting.model_config
-            )
 
     def document_ids(self, rows: Rows) -> Tensor | None:
         """Return the ``document_ids_BT`` of the inputs of ``rows`` where documents are to be kept
@@ -258,38 +235,7 @@ class Objective:
         Raises:
             ConfigError: with the remedy.
         """
-        if self.auto_model not in (CAUSAL.auto_model, MASKED.auto_model):
-            return
-        model_type = getattr(self.setting.model_config, "model_type", None)
-        if not hasattr(self.setting.model_config, "vocab_size"):
-            raise ConfigError(
-                "this model reads more than text",
-                where="model.architecture",
-                value=model_type,
-                remedy="choose one of text alone, such as the text part of this one saved by "
-                "itself",
-            )
-        moved = self.sight(model, device=device)
-        if self.auto_model == MASKED.auto_model and not moved:
-            raise ConfigError(
-                "mlm: the model sees only the past: changing later tokens does not move the "
-                "logits of earlier ones",
-                where="model.architecture",
-                value=model_type,
-                remedy="choose an encoder (bert, modernbert, ...) without "
-                "model.config.is_decoder, or use objective clm",
-            )
-        if self.auto_model == CAUSAL.auto_model and moved:
-            raise ConfigError(
-                "the model sees the future: changing later tokens moves the logits of earlier "
-                f"ones by {moved:.3g}",
-                where="model.architecture",
-                value=model_type,
-                remedy="choose a causal architecture (gpt2, llama, ...), set "
-                "model.config.is_decoder=true, or to pretrain "
-                "use objective mlm",
-            )
-        self.check_documents(model, device=device)
+        check_live(self, model, device=device)
 
     def files(self, config: PretrainedConfig) -> dict[str, str]:
         """Return what else lies in an export of a model of ``config``, for other libraries:

@@ -22,7 +22,8 @@ from hfscale.run.data import OpenData
 from hfscale.run.origin import tokenizer_folder
 from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
 from hfscale.stream.labelled import LabelledData, Split
-from hfscale.tasks.base import Task, cache_key, code_digest, load_task, task_class
+from hfscale.tasks.base import Task
+from hfscale.tasks.table import cache_key, code_digest, load_task, task_class
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import TaskEvaluator
 

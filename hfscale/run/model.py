@@ -60,7 +60,8 @@ from hfscale.run.origin import (
     skeleton,
     tokenizer_folder,
 )
-from hfscale.tasks.base import Task, load_task
+from hfscale.tasks.base import Task
+from hfscale.tasks.table import load_task
 from hfscale.tokenizer import framed, load_tokenizer, quiet
 
 REMEDY = "name a run, a checkpoint, an export, a transformers folder"

@@ -1,4 +1,4 @@
-"""What every task offers fine-tuning, evaluation and prediction, and the table of tasks.
+"""What every task offers fine-tuning, evaluation and prediction.
 
 A task is an objective whose rows are *features*, made from labelled *examples*:
 
@@ -17,51 +17,28 @@ written as JSONL. Shape legend: B features, T tokens.
 
 from __future__ import annotations
 
-import hashlib
-import inspect
-import json
-import re
-import unicodedata
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import chain
 from math import isfinite
-from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
-from pydantic import AfterValidator
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hfscale.config.schema import Named, Section
+from hfscale.config.schema import Section
 from hfscale.encoding import text_alone
-from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.metrics.measure import Measure
 from hfscale.models.kinds import WRITERS
-from hfscale.objectives.base import Batch, Model, Objective, Setting, check_options
-from hfscale.registry import load_plugin
+from hfscale.objectives.base import Batch, Model, Objective
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.stream.roles import all_but_answers
 from hfscale.tasks.padding import reads_padding
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
-
-TASKS: dict[str, str] = {
-    "translation": "hfscale.tasks.text_generation:Translation",
-    "summarization": "hfscale.tasks.text_generation:Summarization",
-    "instruction": "hfscale.tasks.instruction:Instruction",
-    "embedding": "hfscale.tasks.embedding:Embedding",
-    "fill_mask": "hfscale.tasks.inference:FillMask",
-    "feature_extraction": "hfscale.tasks.inference:FeatureExtraction",
-    "text_generation": "hfscale.tasks.inference:TextGeneration",
-    "sequence_classification": "hfscale.tasks.sequence_classification:SequenceClassification",
-    "token_classification": "hfscale.tasks.token_classification:TokenClassification",
-    "extractive_qa": "hfscale.tasks.extractive_qa:ExtractiveQA",
-}
 
 Example = dict[
     str, Any
@@ -74,15 +51,6 @@ MODEL_INPUTS = (
 Feature = dict[
     str, Any
 ]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
-
-
-def _distinct(labels: list[str]) -> list[str]:
-    if twice := [label for label in set(labels) if labels.count(label) > 1]:
-        raise ValueError(f"{twice[0]!r} occurs twice")
-    return labels
-
-
-Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in its order
 
 
 class Task(Objective):
@@ -325,14 +293,6 @@ class Task(Objective):
         )
 
 
-def names_of(config: Any) -> list[str]:
-    """Return the labels of a model in the order of their numbers, whatever the order in which its
-    config lists them.
-    """
-    numbered = config.id2label or {}
-    return [numbered[number] for number in sorted(numbered, key=int)]
-
-
 def pad_rows(
     rows: Sequence[list[int]], pad_id: int, *, left: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -342,102 +302,6 @@ def pad_rows(
     ids = [torch.tensor(row, dtype=torch.int64) for row in rows]
     pad = partial(pad_sequence, batch_first=True, padding_side="left" if left else "right")
     return pad(ids, padding_value=pad_id), pad([torch.ones_like(row) for row in ids])
-
-
-def task_class(name: str) -> type[Task]:
-    """Return the class of a task.
-
-    Raises:
-        ConfigError: if there is none of this name; the message offers the nearest.
-    """
-    return load_plugin("task", TASKS, name)
-
-
-def load_task(named: Named, setting: Setting) -> Task:
-    """Return the task that a config names, with its options checked.
-
-    Raises:
-        ConfigError: for an unknown task or option, or a value out of range.
-    """
-    kind = task_class(named.name)
-    return kind(check_options(kind.Options, named.options, where="task.options"), setting)
-
-
-def code_digest(kind: type[Task]) -> str:
-    """Return the digest of the code of a task, of what tasks share, and of the metrics: what was
-    made by other code is not found in a cache.
-    """
-    rooms = Path(__file__).parent, Path(__file__).parents[1] / "metrics"
-    files = {Path(inspect.getfile(kind)), *(file for room in rooms for file in room.glob("*.py"))}
-    code = hashlib.blake2b(digest_size=8)
-    for file in sorted(files):
-        code.update(file.read_bytes())
-    return code.hexdigest()
-
-
-def cache_key(task: Task) -> str:
-    """Return all that ``task.features`` depends on, beside the example."""
-    tokenizer, setting = task.setting.tokenizer, task.setting
-    texts = (
-        tokenizer.backend_tokenizer.to_str()
-        + str(tokenizer.chat_template)
-        + str(tokenizer.special_tokens_map)
-    )
-    return json.dumps(
-        [
-            code_digest(type(task)),
-            task.options.model_dump(mode="json"),
-            dict(setting.facts),
-            setting.seq_len,
-            hashlib.blake2b(texts.encode(), digest_size=16).hexdigest(),
-        ]
-    )
-
-
-def label_name(label: Any) -> str:
-    """Return a label as text; 1.0 is 1, as a table with gaps has it, also where the number is text,
-    as csv has it.
-    """
-    if isinstance(label, float) and label.is_integer():
-        return str(int(label))
-    return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label))
-
-
-def named(label: Any, labels: Sequence[str]) -> str:
-    """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in
-    data sets of the hub.
-    """
-    name = str(label) if str(label) in labels else label_name(label)
-    if (
-        name in labels
-        or not (name.isascii() and name.isdecimal())
-        or int(name) >= len(labels)
-        or any(map(str.isdecimal, labels))
-    ):
-        return name
-    return labels[int(name)]
-
-
-def known_labels(own: list[str], given: list[str] | None) -> list[str]:
-    """Return the labels of a model: its ``own``, or those ``given`` where its own are but numbers
-    (LABEL_0).
-
-    Raises:
-        ConfigError: if those given are not its own: they say how the data's labels are numbered,
-            and all must be known to the model.
-    """
-    if not given or not own:
-        return own
-    if len(given) == len(own) and all(re.fullmatch(r"LABEL_\d+", label) for label in own):
-        return given
-    if unknown := [label for label in given if label not in own]:
-        raise ConfigError(
-            "the model has no such label",
-            where="task.options.labels",
-            value=unknown[0],
-            remedy=f"name its own, in the order of the data's numbers: {', '.join(own):.300}",
-        )
-    return own
 
 
 def check_text(role: str, value: Any) -> None:
@@ -458,29 +322,3 @@ def number(role: str, value: Any) -> float:
         if isfinite(found := float(value)):
             return found
     raise BadExample(f"the {role} {value!r:.60} is not a number")
-
-
-def all_labels(values: Iterable[Any]) -> list[str]:
-    """Return the distinct labels (of lists, their members) as texts: numbers by size, also as
-    texts, else by the alphabet.
-
-    What is no label (nothing, a list in a list, not a number) is left out here: ``features`` then
-    names the example.
-
-    Raises:
-        BadExample: for two that look alike: they differ by spaces around them, or by how a letter
-            is written in Unicode.
-    """
-    members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
-    found = {
-        label_name(label)
-        for label in members
-        if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))
-    }
-    looks = dict[str, str]()
-    for name in sorted(found):
-        look = " ".join(unicodedata.normalize("NFC", name).split())
-        if (other := looks.setdefault(look, name)) != name:
-            raise BadExample(f"the labels {other!r} and {name!r} look alike: write them alike")
-    sizes = {name: float(name) for name in found if re.fullmatch(r"-?\d+(\.\d+)?", name)}
-    return sorted(found, key=lambda name: (name not in sizes, sizes.get(name, 0.0), name))

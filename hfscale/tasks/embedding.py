@@ -11,9 +11,9 @@ width, N examples of a data set.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -24,10 +24,13 @@ from hfscale.config.schema import Section
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling
-from hfscale.objectives.base import Batch, Model, Objective, Setting
+from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions, text_keys
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text, number, pad_rows
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 VIEWS = ("text", "positive", "negative")
 
@@ -39,10 +42,12 @@ class EmbeddingOptions(Section):
     pooling: Pooling = "mean"
 
 
-class Embedding(Contrastive, Task):
+class Embedding(Task):
     """For any architecture of ``AutoModel``. A prediction is the unit vector of ``text``."""
 
-    Options = EmbeddingOptions  # type: ignore[assignment]
+    Options = EmbeddingOptions
+    options: EmbeddingOptions
+    auto_model = Contrastive.auto_model
     columns: ClassVar = {
         "text": "a text",
         "positive": "a text that belongs to it",
@@ -52,15 +57,12 @@ class Embedding(Contrastive, Task):
     optional: ClassVar = frozenset({"negative", "score"})
     answers: ClassVar = frozenset({"positive"})
     metrics: ClassVar = frozenset({"accuracy", "recall_at_10", "mrr", "pearson", "spearman"})
-    needs_documents = False
-    frame = None  # as every task's texts
     pipeline, code = "sentence-embedding", "hfscale.tasks.sentence_embedding"
 
     def __init__(self, options: Section, setting: Setting) -> None:
-        kind = (
-            Contrastive if setting.tokenizer else Objective
-        )  # there is none where predictions are scored
-        kind.__init__(self, ContrastiveOptions(**options.model_dump()), setting)
+        super().__init__(options, setting)
+        if setting.tokenizer:  # there is none where predictions are scored
+            self.contrastive = Contrastive(ContrastiveOptions(**options.model_dump()), setting)
 
     @classmethod
     def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
@@ -91,6 +93,37 @@ class Embedding(Contrastive, Task):
         """Return the text: what it is compared with, and how near it is, are the answer."""
         return {"text": example.get("text")}
 
+    def weights(self) -> dict[str, float]:
+        """Return ``contrastive`` (nats a text), and what is reported only."""
+        return self.contrastive.weights()
+
+    def report(self, means: dict[str, float]) -> dict[str, float]:
+        """Return the means as the contrastive objective reports them."""
+        return self.contrastive.report(means)
+
+    def losses(
+        self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int]
+    ) -> Iterator[Tensor]:
+        """Yield the losses of the contrastive objective, which compares all texts of the step."""
+        return self.contrastive.losses(model, batches, global_counts)
+
+    def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add to what ``take_sums`` returns."""
+        self.contrastive.record(sums, batch)
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Return what the contrastive objective has measured."""
+        return self.contrastive.take_sums()
+
+    def check(self, model: Model, *, device: torch.device | str) -> None:
+        """Refuse what any task does, and a model whose vectors do not depend on the text."""
+        super().check(model, device=device)
+        self.contrastive.check(model, device=device)
+
+    def files(self, config: PretrainedConfig) -> dict[str, str]:
+        """Return what sentence-transformers reads of a folder."""
+        return self.contrastive.files(config)
+
     def features(self, example: Example) -> list[Feature]:
         """Return the one feature: ``input_ids`` of the text, and the ids of what it is compared
         with.
@@ -115,7 +148,7 @@ class Embedding(Contrastive, Task):
             number("score", example["score"])
         return self.features(example)
 
-    def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
+    def collate(self, rows: Examples) -> Batch:
         """Return the views (V * B, T), all texts first, then all positives."""
         views = [
             name for name in ("input_ids", *VIEWS[1:]) if all(name in row for row in rows.features)
@@ -134,7 +167,7 @@ class Embedding(Contrastive, Task):
         """Return ``{"prediction": vector}`` a row, and the vector of the ``positive`` where there
         is one.
         """
-        return _outputs(self.embed(model, batch))
+        return _outputs(self.contrastive.embed(model, batch))
 
     def judge(
         self, model: Model, batch: Batch, rows: Examples
@@ -142,9 +175,9 @@ class Embedding(Contrastive, Task):
         """Return the losses among the examples of this micro-batch on all ranks, and the vectors,
         of one pass.
         """
-        z_VBH = self.embed(model, batch)
+        z_VBH = self.contrastive.embed(model, batch)
         valid_B = batch.counts["contrastive"].to(z_VBH.device)
-        return self.compare(z_VBH, valid_B, text_keys(batch))[1], _outputs(z_VBH)
+        return self.contrastive.compare(z_VBH, valid_B, text_keys(batch))[1], _outputs(z_VBH)
 
     def measure(
         self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]

@@ -18,26 +18,11 @@ from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from hashlib import blake2b
 from typing import Annotated, Any
 
-import numpy as np
 import torch
 from pydantic import Field
-from torch import Tensor
-from transformers import (
-    EpsilonLogitsWarper,
-    EtaLogitsWarper,
-    GenerationConfig,
-    LogitsProcessor,
-    MinPLogitsWarper,
-    PretrainedConfig,
-    TemperatureLogitsWarper,
-    TopHLogitsWarper,
-    TopKLogitsWarper,
-    TopPLogitsWarper,
-    TypicalLogitsWarper,
-)
+from transformers import GenerationConfig, PretrainedConfig
 
 from hfscale.config.schema import Positive, Section
 from hfscale.dist.agree import from_all_ranks
@@ -47,6 +32,7 @@ from hfscale.log import logger
 from hfscale.models.build import longest_row
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Task, pad_rows
+from hfscale.tasks.drawing import OF_DRAWING, Draw
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
 # settings of transformers that give another number of answers, or depend on the clock
@@ -58,16 +44,6 @@ UNFOLLOWED = (
     "output_attentions",
     "output_hidden_states",
     "max_time",
-)
-OF_DRAWING = (
-    "temperature",
-    "top_h",
-    "top_k",
-    "top_p",
-    "min_p",
-    "typical_p",
-    "epsilon_cutoff",
-    "eta_cutoff",
 )
 HARMLESS = {  # settings that look at no id of a prompt
     *("max_length", "max_new_tokens", "min_length", "min_new_tokens", "num_beams"),
@@ -221,7 +197,7 @@ def generate(
         )
         config.max_length, config.max_new_tokens = None, most
         config.min_length, config.min_new_tokens = None, least
-        draws = [_Draw(drawn, options.seed, [keys[row] for row in rows])] if drawn and rows else []
+        draws = [Draw(drawn, options.seed, [keys[row] for row in rows])] if drawn and rows else []
         with _generating_as(model, config):
             out_BT = model.generate(
                 ids_BT.to(model.device),
@@ -408,41 +384,3 @@ def _fit(
     if least > most:
         say_once(f"generation: at least {least} new tokens are wanted, and there may be {most}")
     return _Asked(prompt, most, min(least, most), len(prompt) if apart else 0)
-
-
-class _Draw(LogitsProcessor):
-    """Leaves one token a row, drawn by inversion: one uniform number a token, from a generator of
-    the row's own (Philox).
-    """
-
-    def __init__(self, config: GenerationConfig, seed: int, keys: list[str]) -> None:
-        numbers = [
-            int.from_bytes(blake2b(key.encode(), digest_size=8).digest(), "big") for key in keys
-        ]
-        self._draws = [
-            np.random.Generator(np.random.Philox(key=[seed, number])) for number in numbers
-        ]
-        top_k = 50 if config.top_k is None else config.top_k  # transformers' default
-        chosen = [  # in its order
-            (TemperatureLogitsWarper, float(config.temperature or 1.0), True),
-            (TopHLogitsWarper, config.top_h, config.top_h is not None),
-            (TopKLogitsWarper, top_k, top_k),
-            (TopPLogitsWarper, config.top_p, (config.top_p or 1.0) < 1.0),
-            (MinPLogitsWarper, config.min_p, config.min_p is not None),
-            (TypicalLogitsWarper, config.typical_p, (config.typical_p or 1.0) < 1.0),
-            (EpsilonLogitsWarper, config.epsilon_cutoff, config.epsilon_cutoff),
-            (EtaLogitsWarper, config.eta_cutoff, config.eta_cutoff),
-        ]
-        self._warpers: list[Any] = [kind(value) for kind, value, wanted in chosen if wanted]
-
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        for warp in self._warpers:
-            scores = warp(input_ids, scores)
-        cumulated_BV = scores.softmax(-1, dtype=torch.float64).cumsum(-1)
-        u_B1 = torch.tensor(
-            [[draw.random()] for draw in self._draws], dtype=torch.float64, device=scores.device
-        )
-        token_B1 = torch.searchsorted(cumulated_BV, u_B1 * cumulated_BV[:, -1:], right=True)
-        return torch.full_like(scores, float("-inf")).scatter(
-            1, token_B1.clamp_(max=scores.shape[-1] - 1), 0.0
-        )

@@ -18,8 +18,9 @@ from hfscale.errors import ConfigError
 from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import TASKS, Example, Feature, Task, check_text
+from hfscale.tasks.base import Example, Feature, Task, check_text
 from hfscale.tasks.generation import Generation, check_prompt, prompt_ids, written
+from hfscale.tasks.table import TASKS
 
 
 class Inference(Task):

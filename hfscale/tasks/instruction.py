@@ -18,42 +18,23 @@ Shape legend: B examples, R <= B packed rows, T tokens of a row (the longest exa
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
-from hfscale.deadline import TookTooLong, deadline
-from hfscale.encoding import Quoted
-from hfscale.errors import DataError
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge
-from hfscale.objectives.base import Batch, Model, Objective, Setting
-from hfscale.objectives.clm import CausalLM
+from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
-from hfscale.tasks.generation import NEW_TOKENS, Generation, check_prompt, say_once, written
-from hfscale.tokenizer import end_of_document_id
-
-RENDER_S = 10.0  # for a conversation; a template takes a millisecond
-SIGN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
-DEFAULT_TEMPLATE = """\
-{%- for message in messages -%}
-{{ ('' if loop.first else '\\n') + '<|' + message['role'] + '|>\\n' + message['content'] }}
-{%- if message['role'] == 'assistant' %}{{ END }}{% endif %}
-{%- endfor %}
-{%- if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"""
-
-
-MARK = "an-answer"  # stands for one, where a template is asked how it ends
+from hfscale.tasks.chat import Chat
+from hfscale.tasks.generation import NEW_TOKENS, Generation, check_prompt, written
 
 
 class InstructionOptions(Section):
@@ -69,13 +50,14 @@ class InstructionOptions(Section):
     generation: Generation = Generation()
 
 
-class Instruction(Task, CausalLM):
+class Instruction(Task):
     """For any architecture of ``AutoModelForCausalLM``; packed, for those that can keep documents
     apart.
     """
 
     Options = InstructionOptions
     options: InstructionOptions  # type: ignore[assignment]
+    causal = True
     frame = ()
     columns: ClassVar = {
         "prompt": "in place of messages: a question",
@@ -86,17 +68,13 @@ class Instruction(Task, CausalLM):
     answers: ClassVar = frozenset({"response"})
     metrics: ClassVar = frozenset({"loss", "perplexity", "bits_per_byte"})
     token_loss = True
-    logits = Objective.logits  # which keeps documents apart
     term = "answers"  # nats a token of an answer
 
     def __init__(self, options: Section, setting: Setting) -> None:
         assert isinstance(options, InstructionOptions)
         super().__init__(options, replace(setting, cross_document=not options.packed))
-        if tokenizer := setting.tokenizer:  # there is none where predictions are scored
-            self._template = options.chat_template or tokenizer.chat_template
-            if not self._template:
-                end = tokenizer.convert_ids_to_tokens(end_of_document_id(tokenizer))
-                self._template = DEFAULT_TEMPLATE.replace("END", repr(end))
+        if setting.tokenizer:  # there is none where predictions are scored
+            self.chat = Chat(setting.tokenizer, options.chat_template)
 
     @classmethod
     def question(cls, example: Example) -> Any:
@@ -118,10 +96,10 @@ class Instruction(Task, CausalLM):
         """Return the one feature: ``input_ids``, ``prompt`` of the last answer; where there are
         answers ``labels`` and the ``bytes`` they are of.
         """
-        messages, quoted = self._quoted(self._messages(example))
+        messages, quoted = self.chat.quoted(self._messages(example))
         answered = messages[-1]["role"] == "assistant"
-        before = self._render(messages[:-1] if answered else messages, prompt=True)
-        feature = {"prompt": self._ids(quoted, before)["input_ids"]}
+        before = self.chat.render(messages[:-1] if answered else messages, prompt=True)
+        feature = {"prompt": self.chat.ids(quoted, before)["input_ids"]}
         if not answered:
             check_prompt(self, feature["prompt"], self.options.generation)
             return [
@@ -131,17 +109,17 @@ class Instruction(Task, CausalLM):
                     "truncated": len(feature["prompt"]) > self.setting.seq_len,
                 }
             ]
-        whole = self._render(messages)
+        whole = self.chat.render(messages)
         spans = [
             (
-                len(self._render(messages[:n], prompt=True, of=whole)),
-                len(self._render(messages[: n + 1], of=whole)),
+                len(self.chat.render(messages[:n], prompt=True, of=whole)),
+                len(self.chat.render(messages[: n + 1], of=whole)),
                 message["content"],
             )
             for n, message in enumerate(messages)
             if message["role"] == "assistant"
         ]
-        made, longest = self._ids(quoted, whole), self.setting.seq_len
+        made, longest = self.chat.ids(quoted, whole), self.setting.seq_len
         places = made["offset_mapping"]
         labels = [
             number
@@ -204,88 +182,6 @@ class Instruction(Task, CausalLM):
         )
         return system + messages
 
-    def _render(
-        self, messages: list[dict[str, str]], *, prompt: bool = False, of: str | None = None
-    ) -> str:
-        try:
-            with deadline(RENDER_S):
-                text = self.setting.tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self._template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
-                )
-        except (TookTooLong, MemoryError):
-            raise DataError(
-                f"the chat template is not done after {RENDER_S:.0f} s, or takes all memory",
-                where="task.options.chat_template, or that of the tokenizer",
-                value=str(self._template)[:80],
-                remedy="mend its loops",
-            ) from None
-        except Exception as error:  # whatever a template says against roles or their order
-            raise BadExample(f"the chat template refuses the conversation: {error}") from error
-        if of is not None and not of.startswith(text):
-            raise BadExample(
-                "the chat template writes an answer differently once the conversation goes on; "
-                "give it one answer an example"
-            )
-        return str(text)
-
-    def _quoted(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Quoted]:
-        """Return the messages as they go into the template: control tokens that they spell are
-        marked, so that none is made of them.
-        """
-        quoted = Quoted(self.setting.tokenizer, *_texts(messages))
-        texts = [*_texts(messages)]
-        signs = {sign for text in texts for sign in SIGN.findall(text)}
-        added = self.setting.tokenizer.added_tokens_decoder.values()  # special or not
-        signs |= {token.content for token in added if any(token.content in text for text in texts)}
-        if signs := {sign for sign in signs if quoted.quote(sign) == sign}:  # no special tokens
-            bare = [{**message, "content": "x"} for message in messages]
-            skeleton = self._render(bare) + self._render(bare[:1], prompt=True)
-            if forged := [sign for sign in sorted(signs) if sign in skeleton]:
-                raise BadExample(
-                    f"it spells {forged[0]}, with which the chat template parts the turns"
-                )
-        if not quoted.mark:
-            return messages, quoted
-        marked = _each_text(messages, quoted.quote)
-        if self._render(marked).replace(quoted.mark, "") != self._render(messages):
-            raise BadExample(
-                "it spells control tokens, and the chat template writes the conversation "
-                "otherwise when they are kept apart"
-            )
-        return marked, quoted
-
-    def _ids(self, quoted: Quoted, text: str) -> Any:
-        return quoted.ids(text, add_special_tokens=False, return_offsets_mapping=True)
-
-    @cached_property
-    def _ends(self) -> tuple[list[int], list[str]]:
-        """With what the template ends an answer: ids of tokens, or where there is no such token
-        texts.
-        """
-        whole, answer = "", {"role": "assistant", "content": MARK}
-        for roles in (["user"], ["system", "user"]):  # some templates want more than a question
-            with suppress(BadExample):
-                whole = self._render([*({"role": r, "content": r} for r in roles), answer])
-        after = whole.rpartition(MARK)[2]
-        tokenizer = self.setting.tokenizer
-        special = tokenizer.added_tokens_decoder.keys() - {tokenizer.unk_token_id}
-        ids = [
-            id_
-            for id_ in Quoted(tokenizer).ids(after, add_special_tokens=False)["input_ids"]
-            if id_ in special
-        ][:1]
-        if ids:
-            return ids, []
-        text = after.strip() if MARK in whole else ""
-        say_once(
-            "the chat template ends an answer with no token of its own: "
-            + (f"answers are cut at {text!r}" if text else "they go on until the model's own end")
-        )
-        return [], [text] if text else []
-
     def collate(self, rows: Examples) -> Batch:  # type: ignore[override]
         """Return the examples packed into R rows as long as the longest; ``document_ids_BT`` (R, T)
         numbers them, B is padding.
@@ -333,7 +229,7 @@ class Instruction(Task, CausalLM):
         """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the
         answers that are there, if any.
         """
-        ends, strings = self._ends
+        ends, strings = self.chat.ends
         options = self.options.generation
         texts = written(self, model, rows, of="prompt", options=options, ends=ends, strings=strings)
         return [
@@ -385,27 +281,9 @@ class Instruction(Task, CausalLM):
     def finish(self, model: Any, tokenizer: Any) -> None:
         """Carry along the chat template and how to generate."""
         self.options.generation.carry(
-            model, ends=self._ends[0], limit=NEW_TOKENS, pad_id=self.pad_id
+            model, ends=self.chat.ends[0], limit=NEW_TOKENS, pad_id=self.pad_id
         )
-        tokenizer.chat_template = self._template
-
-
-def _texts(value: Any) -> Iterator[str]:
-    """Yield every text in messages, roles and all."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, (list, dict)):
-        for part in value.values() if isinstance(value, dict) else value:
-            yield from _texts(part)
-
-
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
-    """Return ``value`` with every text in it changed."""
-    if isinstance(value, str):
-        return change(value)
-    if isinstance(value, dict):
-        return {key: _each_text(part, change) for key, part in value.items()}
-    return [_each_text(part, change) for part in value] if isinstance(value, list) else value
+        tokenizer.chat_template = self.chat.template
 
 
 def _is_answer(whole: str, begin: int, end: int, first: int, last: int) -> bool:

@@ -33,19 +33,8 @@ from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.objectives.base import Batch
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import (
-    Example,
-    Feature,
-    Labels,
-    Task,
-    all_labels,
-    check_text,
-    known_labels,
-    label_name,
-    named,
-    names_of,
-    number,
-)
+from hfscale.tasks.base import Example, Feature, Task, check_text, number
+from hfscale.tasks.labels import Labels, all_labels, known_labels, label_name, named, names_of
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel

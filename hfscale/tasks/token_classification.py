@@ -29,17 +29,8 @@ from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import (
-    MODEL_INPUTS,
-    Example,
-    Feature,
-    Labels,
-    Task,
-    all_labels,
-    known_labels,
-    named,
-    names_of,
-)
+from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Task
+from hfscale.tasks.labels import Labels, all_labels, known_labels, named, names_of
 from hfscale.tasks.question_answering import parts
 
 if TYPE_CHECKING:

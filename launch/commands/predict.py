@@ -95,7 +95,7 @@ def predict(
     from hfscale.jobs.predict import predict_texts
     from hfscale.run.model import find
     from hfscale.stream.roles import is_text
-    from hfscale.tasks.base import task_class
+    from hfscale.tasks.table import task_class
 
     config = settle(
         find(model),

@@ -7,7 +7,7 @@ import transformers
 from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from hfscale.models.kinds import PURPOSES, purpose_of
-from hfscale.tasks.base import TASKS
+from hfscale.tasks.table import TASKS
 
 OF_TEXT = {
     "AutoModelForCausalLM": [

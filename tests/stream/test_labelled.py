@@ -21,7 +21,7 @@ from hfscale.shards.tables import table_rows
 from hfscale.stream.examples import BadExample
 from hfscale.stream.labelled import LabelledData
 from hfscale.stream.roles import fraction_of, read_examples
-from hfscale.tasks.base import task_class
+from hfscale.tasks.table import task_class
 
 ROWS = [
     {"id": f"r{n}", "text": text, "label": label}

@@ -12,7 +12,7 @@ from transformers import BertConfig
 from hfscale.config.schema import Named
 from hfscale.objectives.base import Setting
 from hfscale.stream.examples import Examples
-from hfscale.tasks.base import load_task, task_class
+from hfscale.tasks.table import load_task, task_class
 from tests.objectives.tokenizers import tokenizer
 
 

@@ -23,7 +23,7 @@ from hfscale.objectives.contrastive import text_keys
 from hfscale.run.run import Run
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import sentence_embedding
-from hfscale.tasks.base import load_task
+from hfscale.tasks.table import load_task
 from launch.commands.evaluate import evaluate
 from tests.helpers.labelled import make_encoder, task_values, write_jsonl
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
@@ -157,7 +157,7 @@ def test_equal_texts_are_no_negatives_of_each_other() -> None:
     views_VNH = torch.stack([answers, answers])
     views_VNH[0, [0, 3]] = F.normalize(torch.tensor([1.0, 0.0, 1.0]), dim=0)  # a: as near to x as z
     keys_VN = torch.tensor([[ids[text] for text, _ in pairs], [ids[p] for _, p in pairs]])
-    loss, sums = task.compare(views_VNH, torch.ones(4), keys_VN)
+    loss, sums = task.contrastive.compare(views_VNH, torch.ones(4), keys_VN)
     assert loss.item() == pytest.approx(0.0, abs=1e-5)
     assert sums["retrieval_accuracy"].tolist() == [1.0] * 4
     predictions = [

@@ -18,7 +18,7 @@ from transformers import pipeline
 from hfscale.errors import ConfigError, DataError
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample
-from hfscale.tasks import instruction
+from hfscale.tasks import chat
 from hfscale.tasks.instruction import pack
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
@@ -223,18 +223,18 @@ def test_an_answer_ends_with_what_the_template_taught(caplog: pytest.LogCaptureF
     assert model.generation_config.temperature == 0.7
     plain = "{% for m in messages %}{{ m['content'] + ' STOP ' }}{% endfor %}"
     task, _ = load("instruction", words, chat_template=plain, **how)
-    assert task._ends == ([], ["STOP"])
+    assert task.chat.ends == ([], ["STOP"])
     assert "no token of its own: answers are cut at 'STOP'" in caplog.text
     wants = (
         "{% if messages[0]['role'] != 'system' %}{{ raise_exception('no') }}{% endif %}" + CHATML
     )
     task, _ = load("instruction", words, chat_template=wants, **how)
-    assert task._ends == ([end], []), "of a template that wants a system message"
+    assert task.chat.ends == ([end], []), "of a template that wants a system message"
     task, _ = load("instruction", words, chat_template="{{ raise_exception('no') }}", **how)
-    assert task._ends == ([], []), "what is wrong with it is said of each example"
+    assert task.chat.ends == ([], []), "what is wrong with it is said of each example"
     words.chat_template = None
     task, _ = load("instruction", words, **how)
-    assert task._ends == ([words.eos_token_id], [])
+    assert task.chat.ends == ([words.eos_token_id], [])
 
 
 def test_every_example_is_packed_once() -> None:
@@ -322,7 +322,7 @@ def test_what_cannot_be_learnt_from() -> None:
 
 
 def test_a_template_that_loops_for_ever_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(instruction, "RENDER_S", 0.3)
+    monkeypatch.setattr(chat, "RENDER_S", 0.3)
     loops = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     task, _ = load("instruction", tokenizer(), family="gpt2", chat_template=loops)
     with pytest.raises(DataError, match="the chat template is not done"):

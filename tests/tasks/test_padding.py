@@ -11,8 +11,8 @@ from transformers import CONFIG_MAPPING, AutoModel, AutoModelForSequenceClassifi
 from hfscale.config.schema import Named
 from hfscale.engine.inference import InferenceEngine
 from hfscale.objectives.base import Setting
-from hfscale.tasks.base import load_task
 from hfscale.tasks.padding import reads_padding
+from hfscale.tasks.table import load_task
 from hfscale.training.predictor import predict
 from tests.objectives.tokenizers import tokenizer as make_tokenizer
 

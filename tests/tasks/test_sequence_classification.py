@@ -14,8 +14,9 @@ from hfscale.config.schema import Named
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Setting, check_options
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import all_labels, load_task, task_class
+from hfscale.tasks.labels import all_labels
 from hfscale.tasks.sequence_classification import SequenceClassification
+from hfscale.tasks.table import load_task, task_class
 
 WORDS = ["[PAD]", "[UNK]", "[SEP]", "good", "bad", "film", "book"]
 

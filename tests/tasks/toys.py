@@ -13,7 +13,8 @@ from hfscale.config.schema import Model, Named
 from hfscale.models.build import build_model, special_ids
 from hfscale.objectives.base import Setting
 from hfscale.stream.examples import Examples
-from hfscale.tasks.base import Task, load_task
+from hfscale.tasks.base import Task
+from hfscale.tasks.table import load_task
 from tests.models.families import FAMILIES
 
 
