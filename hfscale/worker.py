@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from hfscale import log, run_files
-from hfscale.config.inference import ShardsConfig
 from hfscale.config.load import load_config
 from hfscale.config.schema import Section, TrainConfig
 from hfscale.dist.secret import known_secret
@@ -69,8 +68,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     world = World.from_environment().sharing(known_secret(config_path.parent))
     log.setup(rank=world.all.rank)
     config = load_config(config_path, decided=True).config
-    # evaluation on shards has the config of the run that it scores, and lies in a folder of its own
-    trains = isinstance(config, TrainConfig) and not isinstance(config, ShardsConfig)
+    trains = isinstance(config, TrainConfig)
     if trains:
         _refuse_other_folder(config_path, config)
     if world.all.rank == 0 and (here := allocation()):

@@ -9,12 +9,15 @@ from typing import Any, Literal, Union
 from hfscale.config.finetune import Examples
 from hfscale.config.schema import (
     AbsolutePath,
+    Cluster,
+    Data,
     LocalPath,
     Named,
     PathOrHubName,
     Positive,
-    RunConfig,
     Section,
+    Seed,
+    Tokenizer,
 )
 
 
@@ -50,6 +53,7 @@ class PredictConfig(Section):
     task: Named
     data: Examples
     engine: Inference = Inference()
+    cluster: Cluster = Cluster()
 
 
 class Scored(Section):
@@ -59,11 +63,31 @@ class Scored(Section):
     out: LocalPath
 
 
-class ShardsConfig(RunConfig):
-    """A language model on held-out shards, which are read as a run of it would read them."""
+class Draws(Section):
+    """What an objective draws from: which tokens it hides, say."""
+
+    seed: Seed = 17
+
+
+class Passes(Section):
+    """How many rows a rank computes at once."""
+
+    micro_batch: Positive = 8
+
+
+class ShardsConfig(Section):
+    """A language model on held-out shards: what reading and scoring them needs, by the names that a
+    run has for it.
+    """
 
     evaluate: Scored
-    engine: Inference = Inference()  # type: ignore[assignment]
+    tokenizer: Tokenizer
+    objective: Named
+    data: Data  # one source: what is scored
+    run: Draws = Draws()
+    train: Passes = Passes()
+    engine: Inference = Inference()
+    cluster: Cluster = Cluster()
 
 
 class Harness(Scored):
@@ -79,3 +103,4 @@ class HarnessConfig(Section):
 
     harness: Harness
     engine: Inference = Inference()
+    cluster: Cluster = Cluster()

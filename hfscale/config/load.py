@@ -114,7 +114,11 @@ def _validated(
         config = schema.model_validate(tree.values)
     except ValidationError as error:
         raise _report(path, tree, _problems(error, tree, schema)) from None
-    problems = rules.problems(config) if isinstance(config, TrainConfig) else []
+    problems = list[tuple[str, str]]()
+    if isinstance(config, TrainConfig):
+        problems = rules.problems(config)
+    elif isinstance(config, ShardsConfig):
+        problems = rules.unsafe(config.engine.extra)
     if problems:
         raise _report(path, tree, problems)
     if isinstance(config, TrainConfig) and not decided:

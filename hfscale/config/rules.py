@@ -40,9 +40,7 @@ def problems(config: TrainConfig) -> list[Problem]:
     """Return everything that sections of a valid shape contradict each other in."""
     data, model = config.data, config.model
     found = [*_length_problems(config.train), *_model_problems(model)]
-    for key, why in UNSAFE.items():
-        if key in config.engine.extra:
-            found.append((f"engine.extra.{key}", f"{why}; take it out"))
+    found += unsafe(config.engine.extra)
     found += _best_problems(config)
     if not isinstance(data, Examples):
         return [*found, *_mixture_problems(data)]
@@ -54,6 +52,12 @@ def problems(config: TrainConfig) -> list[Problem]:
     if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
         found.append(("data.validation", "validation and test leave nothing to train on"))
     return found
+
+
+def unsafe(extra: dict[str, Any]) -> list[Problem]:
+    """Return what is wrong with each key of ``engine.extra`` that is in ``UNSAFE``."""
+    known = [(key, why) for key, why in UNSAFE.items() if key in extra]
+    return [(f"engine.extra.{key}", f"{why}; take it out") for key, why in known]
 
 
 def _length_problems(train: Train) -> Iterator[Problem]:

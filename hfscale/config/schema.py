@@ -59,6 +59,7 @@ def _absolute_unless_hub_data(name: str) -> str:
 
 
 Positive = Annotated[int, Field(gt=0, lt=2**53)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Decay = Annotated[float, Field(ge=0.0, lt=1.0)]
 # short enough for what is put around it: .NAME.parts, step-00001000.partial
@@ -116,7 +117,7 @@ class Run(Section):
 
     name: FileName
     root: LocalPath = Path("runs")
-    seed: Annotated[int, Field(ge=0, lt=2**63)] = 17
+    seed: Seed = 17
 
 
 class Tokenizer(Section):

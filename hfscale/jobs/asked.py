@@ -62,6 +62,7 @@ def settle(
         "task": {"name": task, "options": {}},
         "data": {},
         "engine": {},
+        "cluster": {},
     }
     if isinstance(model, RunModel):
         _as_trained(values, model, data=data)

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerFast
 
+from hfscale.config import permission
 from hfscale.config.inference import ShardsConfig
 from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig
@@ -32,6 +33,7 @@ from hfscale.run.model import Model, RunModel, find
 from hfscale.run.tokens import held_out_rows, open_rows
 from hfscale.stream.loader import EvaluationRows
 from hfscale.tokenizer import end_of_document_id
+from hfscale.training.predictor import stopped
 
 VERSION = 2  # of how scores are made: others are not found again
 
@@ -48,7 +50,9 @@ def settle(model: Model, shards: str | None, overrides: Sequence[str]) -> Shards
     """
     model.read()
     values = _values(model, shards) | {"evaluate": {"model": model.name, "out": "."}}
-    config = load_values(values, overrides, schema=ShardsConfig)
+    # a permission to run a model's code is its run's, which was asked by now
+    asked = [one for one in overrides if one.partition("=")[0].strip() != permission.CODE]
+    config = load_values(values, asked, schema=ShardsConfig)
     if not _objective(config)(_setting(config, model)).token_loss:
         raise ConfigError(
             "such a model has no perplexity",
@@ -91,7 +95,13 @@ def _values(model: Model, shards: str | None) -> dict[str, Any]:
                 where=model.name,
                 remedy="--data FILE, or a test split",
             )
-        values = trained.model_dump(mode="json", by_alias=True, exclude={"engine"})
+        values = {
+            "tokenizer": trained.tokenizer.model_dump(),
+            "objective": trained.objective.model_dump(),
+            "data": trained.data.model_dump(mode="json"),
+            "run": {"seed": trained.run.seed},
+            "train": {"micro_batch": trained.train.micro_batch},
+        }
         if shards is None and trained.data.validation is None:
             raise ConfigError(
                 "this run has no validation shards",
@@ -111,17 +121,13 @@ def _values(model: Model, shards: str | None) -> dict[str, Any]:
                 "shards",
             )
         values = {
-            "run": {"name": "evaluate"},
             "tokenizer": {"path": model.name},
-            "model": {"pretrained": model.name},
             "objective": {"name": purpose.objective},
             "data": {"seq_len": min(1024, longest_row(model.config) or 1024)},
-            "train": {"steps": 1, "global_batch": 8, "micro_batch": 8},
         }
     if shards is not None:
         values["data"] |= {"sources": [{"shards": shards}], "validation": None}
     values["data"] |= {"stages": []}
-    values.get("checkpoint", {}).pop("keep_best", None)
     return values
 
 
@@ -140,8 +146,8 @@ def _setting(config: ShardsConfig, model: Model) -> Setting:
 
 
 def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
-    """Return True when the scores are kept. They are soon made again: nothing is saved at a
-    stop.
+    """Return True when the scores are kept, False when stopped before: they are soon made again,
+    from the start.
     """
     model, make = find(config.evaluate.model), _objective(config)
     with group.joined(world, needed=world.all.size > 1 or config.engine.zero_stage == 3):
@@ -151,11 +157,11 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
         count = config.data.validation.rows if config.data.validation else None
         rows = open_rows(config.data.sources[0].shards, config, model.tokenizer)
         scored = held_out_rows(rows, config, objective, world, count=count)
-        found = _scores(objective, engine, scored, model.tokenizer)
+        scores = _scores(objective, engine, scored, model.tokenizer, stop)
         engine.close()
-        if world.all.rank == 0:
-            keep(config.evaluate.out, model, found)
-    return True
+        if scores and world.all.rank == 0:
+            keep(config.evaluate.out, model, scores)
+    return scores is not None
 
 
 @torch.no_grad()
@@ -164,8 +170,9 @@ def _scores(
     engine: InferenceEngine,
     rows: EvaluationRows,
     tokenizer: PreTrainedTokenizerFast,
-) -> dict[str, Any]:
-    """Return the scores of the rows of all ranks."""
+    stop: StopRequest,
+) -> dict[str, Any] | None:
+    """Return the scores of the rows of all ranks; None if one of them was asked to stop."""
     mine = list[tuple[int, float, int, int]]()  # of a row: its position, nats, tokens, bytes
     unknown = ""  # why bytes are not known
     try:
@@ -177,6 +184,8 @@ def _scores(
     title = "evaluating" if engine.all.rank == 0 else ""
     with progress_bar(title, len(rows), unit=" batches") as bar:
         for micro in rows:
+            if stopped(stop, together=engine.all.size > 1):
+                return None
             batch = objective.collate(micro)
             nats_B, tokens_B = (
                 objective.loss(engine, batch.to(engine.device))[term].tolist(),

@@ -9,6 +9,7 @@ from typing import Any
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint.state import CheckpointState
+from hfscale.config.inference import ShardsConfig
 from hfscale.config.schema import RunConfig
 from hfscale.dist.world import World
 from hfscale.errors import DataError
@@ -146,7 +147,9 @@ class TokenData:
         )
 
 
-def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast) -> TokenRows:
+def open_rows(
+    shards: str, config: RunConfig | ShardsConfig, tokenizer: PreTrainedTokenizerFast
+) -> TokenRows:
     """Return the rows of a manifest, after checking that this tokenizer made them.
 
     Raises:
@@ -159,7 +162,12 @@ def open_rows(shards: str, config: RunConfig, tokenizer: PreTrainedTokenizerFast
 
 
 def held_out_rows(
-    tokens: TokenRows, config: RunConfig, objective: Objective, world: World, *, count: int | None
+    tokens: TokenRows,
+    config: RunConfig | ShardsConfig,
+    objective: Objective,
+    world: World,
+    *,
+    count: int | None,
 ) -> EvaluationRows:
     """Return ``count`` rows of a manifest, or all of them, as the objective scores them; raw text
     is made tokens now.

@@ -40,6 +40,7 @@ from hfscale.tokenizer import end_of_document_id
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
+    from hfscale.config.inference import ShardsConfig
     from hfscale.config.schema import RunConfig
     from hfscale.stream.state import StreamState
 
@@ -50,7 +51,7 @@ AHEAD_BYTES = 2**23
 
 
 def open_encoders(
-    config: RunConfig,
+    config: RunConfig | ShardsConfig,
     tokenizer: PreTrainedTokenizerFast,
     *,
     local_ranks: int = 1,
