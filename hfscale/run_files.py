@@ -14,7 +14,7 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/code/N/               the code that a job of Slurm runs
     RUN_DIR/rehearsal/            while the first save is tried
     RUN_DIR/secret, lock, job     by which ranks know each other; of whoever works here
-    RUN_DIR/restarts.json, excluded_nodes.txt    of its Slurm jobs (launch/job.py)
+    RUN_DIR/restarts.json, excluded_nodes.txt    of its Slurm jobs (launch/attempt.py)
 
 A folder that scores or predicts has the same names, as far as it has these files.
 """

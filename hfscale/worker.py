@@ -78,7 +78,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     refuse_wrong_versions()
     job, run_dir = job_of(config), config_path.parent
-    fence = attempt_of(run_dir, world) if trains and world.all.rank == 0 else None
+    fence = attempt_of(run_dir, world) if world.all.rank == 0 else None
     if fence:
         world = replace(world, attempt=fence.number)
     with (

@@ -15,44 +15,35 @@ import traceback
 from hfscale import worker
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import COMMAND_LINE, Loaded
-from hfscale.config.rules import solve_batch
 from hfscale.config.schema import TrainConfig
 from hfscale.errors import EXIT_DONE, UnhealthyError, UserError
 from hfscale.log import logger
 from hfscale.run_files import LOCK, is_run
 from launch import run_dir
+from launch.job import Training
 from launch.local import gpu_count
-from launch.request import Request, check, refuse_copies
+from launch.request import check
 
 SUFFIX = "-debug"
 _LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "encoder_layers")
 
 
-def launch(request: Request) -> int:
+def launch(job: Training) -> int:
     """Return the exit code of a tiny run in the foreground; earlier attempts in RUN-debug are
     replaced.
 
     Raises:
         UserError: as any launcher.
     """
-    refuse_copies()
-    wanted = request.load()
     on_gpu = gpu_count() > 0
-    loaded = request.load(extra=tiny(wanted, on_gpu=on_gpu))
-    config = loaded.config
-    batch = solve_batch(
-        config.train.global_batch, micro_batch=config.train.micro_batch, data_size=1
-    )
+    job = Training(job.request, extra=tiny(job.loaded, on_gpu=on_gpu))
+    config = job.config
+    batch = job.fit(1)
     check(config, device_type="cuda" if on_gpu else "cpu", fresh=True)
-    if request.dry_run:
-        from hfscale.jobs.check import (
-            check as check_parts,
-        )  # takes seconds: who starts the ranks lets them do it
-
-        check_parts(config)
+    if job.dry_run:
+        job.check_parts()  # takes seconds: the rank does it itself
         print(
-            f"{batch.equation}\nrun directory {config.run_dir} (made anew)\none process, in "
-            "the foreground"
+            f"{batch}\nrun directory {config.run_dir} (made anew)\none process, in the foreground"
         )
         return EXIT_DONE
     with run_dir.locked(config.run_dir):
@@ -62,9 +53,9 @@ def launch(request: Request) -> int:
             for old in config.run_dir.iterdir():
                 if old.name != LOCK:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
-        file = run_dir.record(loaded, launcher="debug", procs=1)
+        job.record(launcher="debug", procs=1)
         try:
-            return worker.run(file)
+            return worker.run(job.file)
         except (UserError, UnhealthyError):
             raise
         except Exception:

@@ -1,282 +1,340 @@
-"""What a Slurm job does beside training: slurm/train.sbatch calls this before its srun and after
-it, on the first node.
+"""What a launcher starts: a folder whose config.yaml says what each rank does. Of two kinds:
 
-python -m launch.job begin CONFIG_OR_RUN [key=value ...]    prints "run NODES RANKS CORES PORT
-                                                            ATTEMPT RUN", or "ask JOB": what Slurm
-                                                            says of JOB, and then the same again
-python -m launch.job end CODE ATTEMPT RUN                   prints "exit CODE", then the command by
-                                                            which the run goes on
+    Training      a run directory, among whose ranks the batch must divide
+    Computation   a folder that scores or predicts, in any number of processes
 
-What is printed for the shell begins with MARK: whatever else comes (of a site's TaskProlog, of a
-container) is none of it.
+A launcher asks a job what it must know, and never what it is.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import shlex
-import shutil
-import sys
-from collections import Counter
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from signal import SIGUSR1
 from typing import Any
 
-from hfscale import log
 from hfscale.checkpoint import layout
-from hfscale.config.schema import TrainConfig
-from hfscale.dist.world import Allocation, allocation, gpus_here, job_port
-from hfscale.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, exit_code
-from hfscale.log import logger
-from hfscale.monitor.fence import Fence
-from hfscale.records import Count, Record, load
-from hfscale.run_files import CHECKPOINTS, EXCLUDED, HANGS, JOB, LOGS, RANK_LOG, REPORT, RESTARTS
+from hfscale.config import permission
+from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
+from hfscale.config.load import load_config, to_yaml
+from hfscale.config.rules import notices, solve_batch
+from hfscale.config.schema import Cluster, Section, TrainConfig
+from hfscale.dist.secret import make_secret
+from hfscale.engine.ds_config import inference_config
+from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError
+from hfscale.hub import local_folder
+from hfscale.packages import refuse_wrong_versions
+from hfscale.reports.status import describe, last_record
+from hfscale.run_files import CHECKPOINTS, CONFIG, SCORES, TENSORBOARD, is_run
 from hfscale.shards.files import write_atomically
 from launch import run_dir
-from launch.queue import TOLD, NoAnswer, asked, cores_per_rank, facts, hold, ranks_per_node
-from launch.request import Request, quote
-from launch.slurm import SCRIPT, before, excluded, prepare, sbatch_options
-
-MARK = "hfscale: "  # before each line that is for slurm/train.sbatch
-TWICE = 2  # hangs of a node, after which the run leaves it out
-TAIL_LINES = 20
-AGAIN = {
-    EXIT_STOPPED: "stopped and saved",
-    EXIT_HUNG: "ranks hung, or lost one another",
-}  # after which a job is requeued
+from launch.request import Request, check, quote
 
 
-class _Start(Record):
-    """From which checkpoint a job began, and how often in a row."""
-
-    job: str
-    checkpoint: str | None
-    restarts: Count
-
-
-class _Beat(Record):
-    node: str
-
-
-class _Hang(Record):
-    """What ``monitor/heartbeat.py`` reports of a hang, as far as it is read here."""
-
-    verdict: str
-    odd: list[_Beat]
-
-
-@dataclass(frozen=True)
-class Begun:
-    """How the ranks are to be started: on the first ``nodes`` of the allocation, ``tasks`` on
-    each.
+class Job(ABC):
+    """What ranks are started for, in ``folder``. ``procs`` and ``port`` are None where the launcher
+    chooses; ``worker`` is the module that is one rank.
     """
 
-    nodes: int
-    tasks: int
-    cores: int  # of a rank
-    port: int  # of the rendezvous, free on the first node
-    attempt: int
-    run: Path
+    does: str  # train, evaluate, predict
+    config: Section
+    name: str  # in the queue
+    cluster: Cluster
+    place: tuple[str, str]  # what the folder is called, and what says where it lies
+    curves: Path | None = None  # for TensorBoard
 
-    def __str__(self) -> str:
-        numbers = (self.nodes, self.tasks, self.cores, self.port, self.attempt)
-        return f"run {' '.join(map(str, numbers))} {self.run}"
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        procs: int | None = None,
+        port: int | None = None,
+        dry_run: bool = False,
+        worker: str = Request.worker,
+    ) -> None:
+        self.folder, self.file = folder, folder / CONFIG
+        self.procs, self.port = procs, port
+        self.dry_run, self.worker = dry_run, worker
+
+    @abstractmethod
+    def fit(self, procs: int) -> str:
+        """Return how the work is cut among ``procs`` ranks.
+
+        Raises:
+            ConfigError: if it cannot be.
+        """
+
+    @abstractmethod
+    def check(self, procs: int, *, device_type: str) -> list[str]:
+        """Return notices, after all that can be known of ``procs`` ranks without importing torch.
+
+        Raises:
+            UserError: for the first thing that speaks against it.
+        """
+
+    @abstractmethod
+    def check_parts(self) -> None:
+        """Return if model, data and the rest fit together. Takes seconds.
+
+        Raises:
+            UserError: for the first of them that does not.
+        """
+
+    @abstractmethod
+    def fetch(self) -> None:
+        """Return when what comes from the hub is here: nodes have no network."""
+
+    @abstractmethod
+    def from_hub(self) -> bool:
+        """Return whether something is read from the hub's cache."""
+
+    @abstractmethod
+    def record(self, *, launcher: str, procs: int) -> None:
+        """Write what the ranks read, and this attempt's entry. The folder is held."""
+
+    @abstractmethod
+    def reached(self) -> str | None:
+        """Return what names how far it has come; None at its start."""
+
+    @abstractmethod
+    def status(self, *, running: bool) -> list[tuple[str, str]]:
+        """Return (name, value) lines on where it is."""
+
+    @abstractmethod
+    def goes_on(self, *more: str) -> str:
+        """Return the command by which a person goes on with it."""
+
+    def results(self) -> list[tuple[str, Path]]:
+        """Return what will be where, by its name."""
+        return [(self.place[0], self.folder)]
+
+    def usable_nodes(self, nodes: int, tasks: int) -> int:
+        """Return how many of ``nodes``, with ``tasks`` ranks each, it can use."""
+        return nodes
+
+    def stops_in(self) -> float:
+        """Return how many seconds it was seen to take from a request to stop to its end."""
+        return 0.0
+
+    def told(self, code: int) -> str:
+        """Return what to say of a local start that ended with ``code``; "" for nothing."""
+        return ""
 
 
-def begin(source: str, overrides: Sequence[str]) -> Begun:
-    """Return how the ranks of this Slurm job are to be started, on the first node of which this
-    runs; the run directory is held.
+class Training(Job):
+    """A run, pretraining or fine-tuning."""
+
+    does = "train"
+    place = "run directory", "run.root"
+    config: TrainConfig
+
+    def __init__(self, request: Request, extra: Sequence[str] = ()) -> None:
+        self.request, self.loaded = request, request.load(extra)
+        self.config = self.loaded.config
+        self.name, self.cluster = self.config.run.name, self.config.cluster
+        super().__init__(
+            self.config.run_dir,
+            procs=request.procs,
+            port=request.port,
+            dry_run=request.dry_run,
+            worker=request.worker,
+        )
+        if self.config.metrics.tensorboard:
+            self.curves = self.folder / TENSORBOARD
+
+    def fit(self, procs: int) -> str:
+        """Return how the batch is cut."""
+        train = self.config.train
+        plan = solve_batch(train.global_batch, micro_batch=train.micro_batch, data_size=procs)
+        return plan.equation
+
+    def check(self, procs: int, *, device_type: str) -> list[str]:
+        """Return notices on the config, and on what it changes in its run directory."""
+        self.fit(procs)
+        said = [*notices(self.config), *run_dir.compare(self.config)]
+        check(self.config, device_type=device_type)
+        return said
+
+    def check_parts(self) -> None:
+        """Return if tokenizer, data, objective or task, model and pretrained weights fit."""
+        from hfscale.jobs.check import check as check_run  # slow to import
+
+        check_run(self.config)
+
+    def fetch(self) -> None:
+        """Return when the pretrained weights are here."""
+        if pretrained := self.config.model.pretrained:
+            local_folder(pretrained, where="model.pretrained", weights=True)
+
+    def from_hub(self) -> bool:
+        """Return whether tokenizer or pretrained weights are named as the hub does."""
+        tokenizer = self.config.tokenizer and self.config.tokenizer.path
+        names = (tokenizer, self.config.model.pretrained)
+        return any(name and not Path(name).is_absolute() for name in names)
+
+    def record(self, *, launcher: str, procs: int) -> None:
+        """Write the resolved config and what environment.json says of this attempt."""
+        run_dir.record(self.loaded, launcher=launcher, procs=procs)
+
+    def reached(self) -> str | None:
+        """Return the newest checkpoint."""
+        saved = layout.committed(self.folder / CHECKPOINTS)
+        return saved[-1].name if saved else None
+
+    def status(self, *, running: bool) -> list[tuple[str, str]]:
+        """Return the run's step, loss, speed and the rest."""
+        return describe(self.config, running=running)
+
+    def goes_on(self, *more: str) -> str:
+        """Return the command that goes on with the run."""
+        return " ".join([f"hfscale {self.config.verb} {quote(self.folder)}", *more])
+
+    def usable_nodes(self, nodes: int, tasks: int) -> int:
+        """Return the most of ``nodes`` among which the global batch divides; all of them where
+        ``cluster.min_nodes`` asks for no fewer.
+        """
+        train, fewest = self.config.train, self.cluster.min_nodes or nodes
+        fits = (
+            count
+            for count in range(nodes, fewest - 1, -1)
+            if train.global_batch % (train.micro_batch * tasks * count) == 0
+        )
+        return next(fits, nodes)
+
+    def stops_in(self) -> float:
+        """Return how long a step and a save took last."""
+        record = last_record(self.folder)
+        return record.get("save_s", 0.0) + record.get("step_s", 0.0)
+
+    def told(self, code: int) -> str:
+        """Return how the run goes on, or what it is good for now."""
+        if code in (EXIT_STOPPED, EXIT_HUNG):
+            return f"stopped; the same command goes on, and so does: {self.goes_on()}"
+        if code == EXIT_DONE:
+            place = quote(self.folder)
+            return f"done; hfscale evaluate {place} scores it; predict and export take it as well"
+        return ""
+
+
+class Computation(Job):
+    """Scores or predictions, which are ``result`` once they are whole."""
+
+    config: PredictConfig | ShardsConfig | HarnessConfig
+
+    def __init__(
+        self,
+        config: PredictConfig | ShardsConfig | HarnessConfig,
+        folder: Path | None = None,
+        **how: Any,
+    ) -> None:
+        self.config, self.cluster = config, config.cluster
+        predicts = isinstance(config, PredictConfig) and not config.predict.answers
+        self.does = "predict" if predicts else "evaluate"
+        self.name = f"hfscale-{self.does}"
+        self.place = "folder", "--out" if predicts else "MODEL"
+        if isinstance(config, PredictConfig):
+            self.model, self.result = config.predict.model, config.predict.out
+        else:
+            asked = config.evaluate if isinstance(config, ShardsConfig) else config.harness
+            self.model, self.result = asked.model, asked.out
+        super().__init__(folder or self._home(), **how)
+
+    def _home(self) -> Path:
+        if not isinstance(self.config, PredictConfig):
+            return self.result
+        from hfscale.jobs.predict import parts_of  # slow to import
+
+        return self.result.parent if self.config.predict.answers else parts_of(self.result)
+
+    def fit(self, procs: int) -> str:
+        """Return how many processes share it: any number does."""
+        return f"{procs} processes"
+
+    def check(self, procs: int, *, device_type: str) -> list[str]:
+        """Return no notices; the rest was settled when the job was named."""
+        refuse_wrong_versions()
+        pipes = isinstance(self.config, ShardsConfig) and self.config.data.allow_pipe
+        if pipes and not permission.granted(permission.PIPE):  # a stranger's folder, perhaps
+            raise ConfigError(
+                "this config may run commands, which nobody has allowed here",
+                where=self.file,
+                value=permission.PIPE,
+                remedy=f"if you trust it, say {permission.PIPE}=true on the command line",
+            )
+        how = self.config.engine
+        if how.zero_stage == 3:
+            inference_config(how, precision=how.precision or "fp32", device_type=device_type)
+        return []
+
+    def check_parts(self) -> None:
+        """Return if the model can be what a task asks for; the data was read by who prepared it."""
+        if isinstance(self.config, PredictConfig):
+            from hfscale.jobs.predict import check as check_task  # slow to import
+
+            check_task(self.config)
+
+    def fetch(self) -> None:
+        """Return when the model's weights are here."""
+        if self.from_hub():
+            local_folder(self.model, where="MODEL", weights=True)
+
+    def from_hub(self) -> bool:
+        """Return whether the model is named as the hub does."""
+        return not Path(self.model).is_absolute()
+
+    def record(self, *, launcher: str, procs: int) -> None:
+        """Write the config, and of a job of Slurm what environment.json says of this attempt."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        if launcher != "local":
+            run_dir.enter(self.folder, launcher=launcher, procs=procs)
+        write_atomically(self.file, to_yaml(self.config).encode())
+        make_secret(self.folder)
+
+    def reached(self) -> str | None:
+        """Return how many parts of the predictions are made; scores have none."""
+        if not isinstance(self.config, PredictConfig):
+            return None
+        from hfscale.jobs.predict import parts_of  # slow to import
+
+        parts = len([*parts_of(self.result).glob("0*.jsonl")])
+        return f"{parts} parts" if parts else None
+
+    def status(self, *, running: bool) -> list[tuple[str, str]]:
+        """Return whether the result is there, or what is made of it."""
+        (name, result), *_ = self.results()
+        state = "whole" if result.exists() else self.reached() or "nothing yet"
+        return [(self.place[0], str(self.folder)), (name, f"{result}: {state}")]
+
+    def results(self) -> list[tuple[str, Path]]:
+        """Return where the result will be, whole, and the folder of its making."""
+        result = self.result if self.does == "predict" else self.folder / SCORES
+        return [("result", result), *super().results()]
+
+    def goes_on(self, *more: str) -> str:
+        """Return what goes on: the command that was given."""
+        return "the same command"
+
+    def told(self, code: int) -> str:
+        """Return how it goes on."""
+        return "stopped; run the same command again" if code == EXIT_STOPPED else ""
+
+
+def open_job(source: str, overrides: Sequence[str] = ()) -> Job:
+    """Return the job of a YAML file, or of a folder that has the config of one.
 
     Raises:
-        UserError: as ``launch.slurm.launch``; and if another job holds it, or this one restarts
-            again and again.
+        ConfigError: for everything that is wrong with it.
     """
-    here = allocation()
-    if here is None:
-        raise ConfigError(
-            "this is not a Slurm job",
-            where=SCRIPT,
-            remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG",
-        )
-    loaded = Request(source, tuple(overrides)).load()
-    config, told = loaded.config, facts(here.job_id) or {}
-    tasks = ranks_per_node(here)
-    nodes = usable_nodes(config, here.nodes, tasks)
-    said = before(
-        config,
-        nodes * tasks,
-        gpus=here.gpus_per_node > 0,
-        limit=told.get("TimeLimit"),
-    )
-    if 0 < tasks < gpus_here():
-        said.append(f"{tasks} ranks on a node with {gpus_here()} GPUs: the others stay idle")
-    for line in said:
-        logger.info(f"notice: {line}")
-    with run_dir.locked(config.run_dir):
-        take(config, here)
-        prepare(loaded, launcher="slurm", procs=nodes * tasks)
-        attempt = run_dir.take(config.run_dir, launcher="slurm")
-    idle = f" ({here.nodes - nodes} stay idle: the batch does not divide)"
-    logger.info(
-        f"job {here.job_id}, restart {here.restarts}: {nodes * tasks} ranks on {nodes} of the "
-        "nodes "
-        f"{here.node_list}{idle if nodes < here.nodes else ''}; logs: {config.run_dir / LOGS}"
-    )
-    return Begun(
-        nodes,
-        tasks,
-        cores_per_rank(here, tasks),
-        job_port(here.job_id),
-        attempt.number,
-        config.run_dir,
-    )
-
-
-def usable_nodes(config: TrainConfig, nodes: int, tasks: int) -> int:
-    """Return the most of ``nodes`` among which the global batch divides; all of them where
-    ``cluster.min_nodes`` asks for no fewer.
-    """
-    train, fewest = config.train, config.cluster.min_nodes or nodes
-    fits = (
-        count
-        for count in range(nodes, fewest - 1, -1)
-        if train.global_batch % (train.micro_batch * tasks * count) == 0
-    )
-    return next(fits, nodes)
-
-
-def take(config: TrainConfig, here: Allocation) -> None:
-    """Return if the job ``here`` now holds the run directory.
-
-    Raises:
-        UserError: if another one does, or this one was restarted too often without coming further.
-    """
-    hold(config.run_dir, here.job_id)
-    saved = layout.committed(config.run_dir / CHECKPOINTS)
-    start = {"job": here.job_id, "checkpoint": saved[-1].name if saved else None}
-    file = config.run_dir / RESTARTS
-    last = load(file, _Start, what="the record of restarts").as_dict() if file.is_file() else {}
-    restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
-    if restarts > config.cluster.max_restarts:
-        raise ConfigError(
-            f"job {here.job_id} was restarted {restarts} times without getting beyond "
-            f"{start['checkpoint'] or 'its start'}",
-            where="cluster.max_restarts",
-            value=config.cluster.max_restarts,
-            remedy="see why in the logs; then submit it again, or raise the limit",
-        )
-    write_atomically(file, json.dumps({**start, "restarts": restarts}).encode())
-
-
-def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
-    """Return the job's exit code and the shell command by which the run goes on ("" if it should
-    not); why is said on stderr.
-
-    srun reports the ranks that it killed: ``code`` is theirs. The first one that left by itself has
-    left its code and its number.
-    """
-    here, fence = allocation(), Fence(run, attempt)
-    assert here is not None
-    left = fence.told()
-    reports = [
-        load(file, _Hang, what="the report of a hang").as_dict()
-        for file in sorted(
-            (run / HANGS).glob(f"*/{REPORT}"), key=lambda file: int(file.parent.name)
-        )
-    ]
-    if left:
-        code = left[0]
-        log_file = run / LOGS / RANK_LOG.format(left[1])
-        own = run / HANGS / str(attempt) / REPORT
-        if code == EXIT_HUNG and own.is_file():
-            logger.info(f"no progress: {load(own, _Hang, what='the report of a hang').verdict}")
-        elif code != EXIT_STOPPED and log_file.is_file():
-            logger.info("\n".join(log_file.read_text(errors="replace").splitlines()[-TAIL_LINES:]))
-    fence.end(code)
-    if fence.passed():  # to requeue the job would end the one that took over, where it is the same
-        logger.info(fence.superseded())
-        return code, ""
-    if not left and code == 128 + SIGUSR1:
-        code = EXIT_STOPPED  # a rank that had not begun: there is nothing to save
-    why = AGAIN.get(code) or (
-        "a rank was killed from outside" if not left and code >= 128 else ""
-    )  # out of memory, or its node
-    if not why:
-        return code, ""
-    requeue = f"scontrol requeue {here.job_id}"
-    if code == EXIT_HUNG and (new := _exclude(run, reports)):
-        why += f"; {', '.join(new)} did so twice and is left out from now on ({run / EXCLUDED})"
-        code_folder = Path.cwd()
-        if code_folder.is_relative_to(run):  # submitted by the launcher, which knows how
-            logger.info(f"{why}; another job goes on")
-            options = [
-                *sbatch_options(Request(str(run)).load().config, code_folder),
-                f"--dependency=afterany:{here.job_id}",
-            ]
-            sbatch = shlex.join(
-                [
-                    "env",
-                    "-u",
-                    "SLURM_RESTART_COUNT",
-                    "sbatch",
-                    "--parsable",
-                    *options,
-                    SCRIPT,
-                    str(run),
-                ]
-            )
-            return (
-                code,
-                f"next=$({sbatch}) && echo $next > {quote(run / JOB)} || {requeue}",
-            )
-        why += (
-            "; a requeue cannot do that, so better submit it again: sbatch "
-            f"--exclude={','.join(new)}"
-        )
-    logger.info(f"{why}; back into the queue")
-    return code, requeue
-
-
-def _exclude(run: Path, reports: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the nodes that are left out from now on, because they were to blame for a hang
-    ``TWICE``.
-    """
-    blamed = Counter(
-        node for report in reports for node in {beat["node"] for beat in report["odd"]}
-    )
-    new = [node for node, count in blamed.items() if count >= TWICE and node not in excluded(run)]
-    if new:
-        with open(run / EXCLUDED, "a") as file:
-            file.writelines(
-                f"{node} hung {blamed[node]} times: see {HANGS}; take this line out when the "
-                "node is mended\n"
-                for node in new
-            )
-    return new
-
-
-def main(command: str, *words: str) -> list[str]:
-    """Return the lines that slurm/train.sbatch reads."""
-    if command == "begin":
-        try:
-            return [str(begin(words[0], words[1:]))]
-        except NoAnswer as unknown:
-            if shutil.which("scontrol") or TOLD not in os.environ or unknown.job in asked():
-                raise
-            return [f"ask {unknown.job}"]  # a container without Slurm's commands
-    code, again = end(Path(words[2]), int(words[0]), int(words[1]))
-    return [f"exit {code}", *([again] if again else [])]
-
-
-if __name__ == "__main__":
-    log.setup()
-    try:
-        for line in main(*sys.argv[1:]):
-            print(f"\n{MARK}{line}")
-    except Exception as error:
-        if (code := exit_code(error)) is None:
-            raise
-        sys.exit(code)
+    folder = Path(source).resolve()
+    if is_run(folder):
+        config: Any = load_config(folder / CONFIG, decided=True).config
+        if not isinstance(config, TrainConfig):
+            if rest := permission.grant(overrides):
+                raise ConfigError(
+                    "what scores or predicts goes on as it was asked for",
+                    where="command line",
+                    value=rest[0],
+                    remedy="ask for something else with hfscale evaluate, or hfscale predict",
+                )
+            return Computation(config, folder)
+    return Training(Request(source, tuple(overrides)))

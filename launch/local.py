@@ -22,23 +22,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import typer
-
-from hfscale.config.load import to_yaml
-from hfscale.config.rules import BatchPlan, notices, solve_batch
-from hfscale.config.schema import Section, TrainConfig
-from hfscale.dist.secret import make_secret
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import Place, World, allocation, available_cores, listen
-from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
+from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
 from hfscale.log import logger
-from hfscale.run_files import CONFIG, LOGS, RANK_LOG, TENSORBOARD
-from hfscale.shards.files import write_atomically
+from hfscale.run_files import LOGS, RANK_LOG
 from hfscale.worker import job_of
 from launch import run_dir
+from launch.attempt import begun
 from launch.interpreter import python
-from launch.queue import hold
-from launch.request import Request, check, quote, refuse_copies
+from launch.job import Job
+from launch.queue import refuse_holder
+from launch.request import quote
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -47,83 +42,85 @@ _libc = ctypes.CDLL(None) if sys.platform == "linux" else None
 PR_SET_PDEATHSIG = 1
 
 
-def launch(request: Request) -> int:
-    """Return the exit code of a run on this machine: that of the rank that failed first, or 0.
+def launch(job: Job) -> int:
+    """Return the exit code of ``job`` on this machine: that of the rank that failed first, or 0.
 
     Raises:
         UserError: for what can be refused before a process is started.
     """
-    refuse_copies()
-    loaded = request.load()
-    config = loaded.config
     gpus = gpu_count()
-    procs = request.procs or gpus or min(2, available_cores())
+    procs = job.procs or gpus or min(2, available_cores())
     if 0 < gpus < procs:
         raise ConfigError(
             f"{procs} ranks on {gpus} GPUs",
             where="--procs",
             value=procs,
-            remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to train on "
+            remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to {job.does} on "
             "the CPU",
         )
-    batch = solve_batch(
-        config.train.global_batch, micro_batch=config.train.micro_batch, data_size=procs
-    )
-    said = [*notices(config), *run_dir.compare(config), *unused_allocation(config)]
-    check(config, device_type="cuda" if gpus else "cpu")
+    said = [*job.check(procs, device_type="cuda" if gpus else "cpu"), *unused_allocation()]
     try:
-        listener = listen(request.port or 0)  # ours from now on: nobody can take the port
+        listener = listen(job.port or 0)  # ours from now on: nobody can take the port
     except OSError as error:
         raise ConfigError(
             f"the port cannot be used: {error.strerror}",
             where="--port",
-            value=request.port,
+            value=job.port,
             remedy="leave --port out: a free one is found",
         ) from None
     for line in said:
         logger.info(f"notice: {line}")
-    if request.dry_run:
-        from hfscale.jobs.check import (
-            check as check_parts,
-        )  # takes seconds: who starts the ranks lets them do it
-
-        check_parts(config)
-        print(_plan(request, config.run_dir, batch, listener.getsockname()[1]))
-        listener.close()
+    if job.dry_run:
+        with listener:
+            job.check_parts()  # takes seconds: who starts the ranks lets them do it
+            print(_plan(job, procs, listener.getsockname()[1]))
         return EXIT_DONE
-    with listener, run_dir.locked(config.run_dir):
-        if here := allocation():
-            hold(config.run_dir, here.job_id)  # the lock may not reach the other nodes
-        before = run_dir.before_attempt(config.run_dir)
-        file = run_dir.record(loaded, launcher="local", procs=procs)
-        logger.info(
-            f"run directory {config.run_dir}, {procs} {'ranks' if procs > 1 else 'rank'} on "
-            f"{'GPUs' if gpus else 'the CPU'}"
-        )
-        if config.metrics.tensorboard:
-            logger.info(tensorboard_line(config.run_dir))
-        attempt = run_dir.take(config.run_dir, launcher="local")
-        with attempt.kept(leave=False):  # rank 0 leaves, and the others with it
-            code = run_ranks(
-                python(request.worker, file),
-                procs=procs,
-                listener=listener,
-                logs=config.run_dir / LOGS,
-                attempt=attempt.number,
-            )
-        attempt.end(code)
-        run_dir.restore_if_refused(config.run_dir, before, code=code)
-    place = quote(config.run_dir)
-    if code in (EXIT_STOPPED, EXIT_HUNG):
-        logger.info(
-            f"stopped; the same command goes on, and so does: hfscale {config.verb} {place}"
-        )
-    if code == EXIT_DONE:
-        logger.info(f"done; hfscale evaluate {place} scores it; predict and export take it as well")
+    with listener:
+        code = _attempt(job, procs, listener, "GPUs" if gpus else "the CPU")
+    if line := job.told(code):
+        logger.info(line)
     return code
 
 
-def unused_allocation(config: TrainConfig) -> list[str]:
+def _attempt(job: Job, procs: int, listener: socket.socket, device: str) -> int:
+    """Return the exit code of one attempt of ``job``, whose folder is held meanwhile."""
+    before = run_dir.before_attempt(job.folder)
+    with begun(job, launcher="local", procs=procs) as attempt:
+        ranks = "ranks" if procs > 1 else "rank"
+        logger.info(f"{job.place[0]} {job.folder}, {procs} {ranks} on {device}")
+        if job.curves:
+            logger.info(tensorboard_line(job.curves))
+        with attempt.kept(leave=False):  # rank 0 leaves, and the others with it
+            code = run_ranks(
+                python(job.worker, job.file),
+                procs=procs,
+                listener=listener,
+                logs=job.folder / LOGS,
+                attempt=attempt.number,
+            )
+        attempt.end(code)
+        run_dir.restore_if_refused(job.folder, before, code=code)
+    return code
+
+
+def compute(job: Job) -> int:
+    """Return as ``launch``; what one process is to do, this one does.
+
+    Raises:
+        UserError: in this process, for what the job refuses.
+    """
+    if job.procs != 1:
+        return launch(job)
+    refuse_holder(job.folder)
+    job.record(launcher="local", procs=1)
+    done = job_of(job.config).run(job.config, World(), StopRequest())
+    code = EXIT_DONE if done else EXIT_STOPPED
+    if line := job.told(code):
+        logger.info(line)
+    return code
+
+
+def unused_allocation() -> list[str]:
     """Return a notice if this process is in a Slurm allocation which these ranks will not use, or
     not all of.
     """
@@ -142,34 +139,6 @@ def unused_allocation(config: TrainConfig) -> list[str]:
     ]
 
 
-def start(config: Section, file: Path, *, procs: int) -> None:
-    """Return when the job of ``config``, written to ``file``, is done: by ``procs`` processes, this
-    one if that is one.
-
-    Raises:
-        typer.Exit: with the exit code, if it was stopped or a process failed.
-        UserError: in this process, for what the job refuses.
-    """
-    refuse_copies()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, to_yaml(config).encode())
-    if procs == 1:
-        code = EXIT_DONE if job_of(config).run(config, World(), StopRequest()) else EXIT_STOPPED
-    else:
-        make_secret(file.parent)
-        with listen() as listener:
-            code = run_ranks(
-                python("hfscale.worker", file),
-                procs=procs,
-                listener=listener,
-                logs=file.parent / LOGS,
-            )
-    if code == EXIT_STOPPED:
-        logger.info("stopped; run the same command again")
-    if code:
-        raise typer.Exit(code)
-
-
 # ------------------------------------------------------------------------------------------ machine
 def gpu_count() -> int:
     """Return the GPUs that torch may use; torch is asked only where a driver is, because importing
@@ -182,23 +151,23 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def tensorboard_line(path: Path) -> str:
+def tensorboard_line(curves: Path) -> str:
     """Return the command that shows a run's curves, and the tunnel to it when this is a remote
     machine.
     """
-    line = f"curves: tensorboard --logdir {quote(path / TENSORBOARD)}"
+    line = f"curves: tensorboard --logdir {quote(curves)}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line
 
 
-def _plan(request: Request, path: Path, batch: BatchPlan, port: int) -> str:
-    """Return what a real run would do."""
-    config, procs = path / CONFIG, batch.data_size
-    lines = [batch.equation, f"run directory {path} ({'goes on' if config.is_file() else 'new'})"]
+def _plan(job: Job, procs: int, port: int) -> str:
+    """Return what a real start would do."""
+    state = "goes on" if job.file.is_file() else "new"
+    lines = [job.fit(procs), f"{job.place[0]} {job.folder} ({state})"]
     for rank in range(procs):
         place = World(Place(rank, procs), rank, procs, master_port=port).export()
-        command = shlex.join([sys.executable, "-m", request.worker, str(config)])
+        command = shlex.join([sys.executable, "-m", job.worker, str(job.file)])
         lines.append(" ".join([*(f"{name}={value}" for name, value in place.items()), command]))
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
-"""What was asked for: a config or a run, overrides, and how to start it. Every launcher takes one
-`Request` and returns an exit code.
+"""What was asked for: a config or a run, overrides, and how to start it.
 
-A launcher is one module with `launch(request) -> int`, and a line in `LAUNCHERS`.
+A launcher is one module with `launch(job) -> int`, which takes a `Job` (launch/job.py) and returns
+an exit code, and a line in `LAUNCHERS`.
 """
 
 from __future__ import annotations

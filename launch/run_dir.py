@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
@@ -203,6 +203,30 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
     path = loaded.config.run_dir
     compare(loaded.config)
     old = load_config(path / CONFIG).config if is_run(path) else None
+    changes = differences(old, loaded.config) if old else []
+    # first, so that a replaced value is on record
+    enter(
+        path,
+        launcher=launcher,
+        procs=procs,
+        changes=[str(difference) for difference in changes],
+        sources=loaded.sources,
+    )
+    write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
+    make_secret(path)
+    _note_permission(path, loaded.config)
+    return path / CONFIG
+
+
+def enter(
+    path: Path,
+    *,
+    launcher: str,
+    procs: int,
+    changes: Sequence[str] = (),
+    sources: Mapping[str, str] | None = None,
+) -> None:
+    """Write the entry of an attempt to environment.json. Call it under ``locked``."""
     here = allocation()
     entry = {
         "started": _now(),
@@ -210,19 +234,11 @@ def record(loaded: Loaded[TrainConfig], *, launcher: str, procs: int) -> Path:
         "procs": procs,
         "job": here and asdict(here),
         **describe(path),
-        "changes": [str(difference) for difference in differences(old, loaded.config)]
-        if old
-        else [],
-        "sources": loaded.sources,
+        "changes": [*changes],
+        "sources": {**(sources or {})},
     }
     text = json.dumps([*attempts(path), entry], indent=1, ensure_ascii=False, default=str)
-    write_atomically(
-        path / ENVIRONMENT, text.encode()
-    )  # first, so that a replaced value is on record
-    write_atomically(path / CONFIG, to_yaml(loaded.config).encode())
-    make_secret(path)
-    _note_permission(path, loaded.config)
-    return path / CONFIG
+    write_atomically(path / ENVIRONMENT, text.encode())
 
 
 def _note_permission(path: Path, config: TrainConfig) -> None:

@@ -1,15 +1,14 @@
 """The Slurm launcher: makes the run directory, hands slurm/train.sbatch to sbatch, and tells how to
 follow the job.
 
-What the script does beside srun is in ``launch/job.py``. Inside an allocation the launcher runs it
-right there instead of submitting it.
+What the script does beside srun is in ``launch/script.py``. Inside an allocation the launcher runs
+it right there instead of submitting it.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
-import shutil
 import signal
 import subprocess
 import sys
@@ -18,22 +17,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hfscale.config.load import Loaded
-from hfscale.config.rules import notices, solve_batch
-from hfscale.config.schema import Cluster, TrainConfig
+from hfscale.config.schema import Cluster
 from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, ConfigError
-from hfscale.hub import local_folder
 from hfscale.log import logger
-from hfscale.reports.status import last_record
-from hfscale.run_files import CODE, EXCLUDED, LOGS, RANK_LOG, SLURM_LOG, TENSORBOARD
+from hfscale.run_files import EXCLUDED, LOGS, RANK_LOG, SLURM_LOG
 from launch import run_dir
+from launch.attempt import code_folder, prepare
+from launch.job import Job
 from launch.queue import client, has_slurm, hold, longest, ranks_per_node, seconds
-from launch.request import Request, check, quote, refuse_copies
-from launch.share import ROOT, scripts_home
+from launch.request import quote
+from launch.share import scripts_home
 
 SCRIPT = "slurm/train.sbatch"
-PACKAGES = ("hfscale", "launch")  # what a job's snapshot of the code has beside slurm/
 LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
 LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 REFUSED = {
@@ -43,57 +39,59 @@ REFUSED = {
 }
 
 
-def launch(request: Request) -> int:
-    """Return 0 once the job is submitted; inside an allocation, the exit code of the run.
+def launch(job: Job) -> int:
+    """Return 0 once the job is submitted; inside an allocation, the exit code of its ranks.
 
     Raises:
         UserError: for everything that can be known before the job starts, and what Slurm refuses.
             Nothing is submitted then.
     """
-    refuse_copies()
-    loaded, here = request.load(), allocation()
-    config = loaded.config
-    scripts_home(config.cluster)
-    run, cluster = config.run_dir, config.cluster
-    no_ranks(request)
+    here, cluster = allocation(), job.cluster
+    home = scripts_home(cluster)
+    no_ranks(job)
     procs = here.nodes * ranks_per_node(here) if here else cluster.nodes * tasks_per_node(cluster)
     if cluster.min_nodes:
-        before(
-            config, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node)
-        )
-    said = before(config, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
-    code = code_folder(run)
-    options = [] if here else sbatch_options(config, code)
-    command = (
-        ["bash", SCRIPT, str(run)] if here else ["sbatch", "--parsable", *options, SCRIPT, str(run)]
-    )
+        before(job, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node))
+    said = before(job, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
+    code = code_folder(job.folder)
+    options = [] if here else sbatch_options(job, code)
+    started = ["bash"] if here else ["sbatch", "--parsable", *options]
+    command = [*started, SCRIPT, str(job.folder)]
     if here:
         said += differences(cluster, here)
     else:
-        said += accepted(options, home=scripts_home(cluster), dry_run=request.dry_run)
-    from hfscale.jobs.check import check as check_parts  # slow to import
-
-    check_parts(config)
+        said += accepted(options, home=home, dry_run=job.dry_run)
+    job.check_parts()
     for line in said:
         logger.info(f"notice: {line}")
-    if request.dry_run:
+    if job.dry_run:
         print(f"cd {quote(code)} && {shlex.join(command)}")
         return EXIT_DONE
     os.environ["HFSCALE_PYTHON"] = sys.executable
-    with run_dir.locked(run):
-        prepare(loaded, launcher="slurm", procs=procs, code=code)
+    with run_dir.locked(job.folder):
+        prepare(job, launcher="slurm", procs=procs, code=code)
         if here is None:
-            done = client(command, cwd=code)
-            if done.returncode:
-                raise refusal(done.stderr, options)
-            job = done.stdout.strip().partition(";")[0]
-            hold(run, job)
+            number = _submitted(job, command, code)
     if here:
         return watched(command, code)
-    log = f"{run / LOGS / SLURM_LOG.format(job)} and {RANK_LOG.format('*')}"
+    log = f"{job.folder / LOGS / SLURM_LOG.format(number)} and {RANK_LOG.format('*')}"
     nodes = f"{procs} ranks on {cluster.nodes} nodes"
-    print(f"job {job}: {nodes}\n{followed(job, config, log=log)}")
+    print(f"job {number}: {nodes}\n{followed(number, job, log=log)}")
     return EXIT_DONE
+
+
+def _submitted(job: Job, command: Sequence[str], code: Path) -> str:
+    """Return the number of the job in the queue, which now holds the folder.
+
+    Raises:
+        ConfigError: if Slurm refuses it.
+    """
+    done = client(command, cwd=code)
+    if done.returncode:
+        raise refusal(done.stderr, command[2:-2])
+    number = done.stdout.strip().partition(";")[0]
+    hold(job.folder, number)
+    return number
 
 
 def watched(command: Sequence[str], folder: Path) -> int:
@@ -112,13 +110,13 @@ def watched(command: Sequence[str], folder: Path) -> int:
                 signal.signal(number, handler)
 
 
-def no_ranks(request: Request) -> None:
+def no_ranks(job: Job) -> None:
     """Return if nothing was asked for that a job has from its cluster.
 
     Raises:
         ConfigError: if it was.
     """
-    if request.procs or request.port:
+    if job.procs or job.port:
         raise ConfigError(
             "a Slurm job has its ranks and its port from the cluster",
             where="--procs, --port",
@@ -127,15 +125,19 @@ def no_ranks(request: Request) -> None:
         )
 
 
-def followed(job: str, config: TrainConfig, *, log: str) -> str:
+def followed(number: str, job: Job, *, log: str) -> str:
     """Return how to follow a job that was submitted."""
-    run = quote(config.run_dir)
-    return (
-        f"run directory {run}\nlogs          {log}\n"
-        f"follow it     hfscale logs {run} -f\nwhere it is   hfscale status {run}\n"
-        f"stop it       scancel {job}; hfscale {config.verb} {run} --launcher slurm goes on\n"
-        f"curves        tensorboard --logdir {quote(config.run_dir / TENSORBOARD)}"
-    )
+    folder = quote(job.folder)
+    lines = [
+        *((name, quote(path)) for name, path in job.results()),
+        ("logs", log),
+        ("follow it", f"hfscale logs {folder} -f"),
+        ("where it is", f"hfscale status {folder}"),
+        ("stop it", f"scancel {number}; {job.goes_on('--launcher slurm')} goes on"),
+    ]
+    if job.curves:
+        lines.append(("curves", f"tensorboard --logdir {quote(job.curves)}"))
+    return "\n".join(f"{name:<13} {value}" for name, value in lines)
 
 
 def tasks_per_node(cluster: Cluster) -> int:
@@ -143,14 +145,14 @@ def tasks_per_node(cluster: Cluster) -> int:
 
 
 def before(
-    config: TrainConfig,
+    job: Job,
     procs: int,
     *,
     gpus: bool,
     on_nodes: bool = True,
     limit: str | None = None,
 ) -> list[str]:
-    """Return notices on a run of ``procs`` ranks, after looking at all that can be known without
+    """Return notices on ``procs`` ranks of a job, after looking at all that can be known without
     asking Slurm or importing torch.
 
     ``limit`` is the time limit of the job around this, as Slurm writes it, where it is known.
@@ -158,61 +160,20 @@ def before(
     Raises:
         UserError: for the first thing that speaks against it.
     """
-    solve_batch(config.train.global_batch, micro_batch=config.train.micro_batch, data_size=procs)
-    changed = run_dir.compare(config)
-    check(config, device_type="cuda" if gpus else "cpu")
+    said = job.check(procs, device_type="cuda" if gpus else "cpu")
     if on_nodes:
-        _refuse_local_disk(config)
-    if config.model.pretrained:  # into the cache, where the nodes find it: they have no network
-        local_folder(config.model.pretrained, where="model.pretrained", weights=True)
-    return [*notices(config), *changed, *(_time_to_save(config, limit) if on_nodes else ())]
+        _refuse_local_disk(job)
+    job.fetch()  # into the cache, where the nodes find it: they have no network
+    return [*said, *(_time_to_save(job, limit) if on_nodes else ())]
 
 
-def prepare(
-    loaded: Loaded[TrainConfig], *, launcher: str, procs: int, code: Path | None = None
-) -> None:
-    """Return when the run directory has the config, this attempt's entry, a folder for logs, and in
-    ``code`` a snapshot of the code.
-
-    Raises:
-        ConfigError: if no log can be written there.
-    """
-    run_dir.record(loaded, launcher=launcher, procs=procs)
-    if code:
-        scripts = scripts_home(loaded.config.cluster) / "slurm"
-        for folder in (*(ROOT / name for name in PACKAGES), scripts):
-            shutil.copytree(
-                folder,
-                code / folder.name,
-                ignore=shutil.ignore_patterns("__pycache__"),
-                dirs_exist_ok=True,
-            )
-    logs = loaded.config.run_dir / LOGS
-    try:
-        logs.mkdir(exist_ok=True)
-        tempfile.TemporaryFile(dir=logs).close()
-    except OSError as error:
-        raise ConfigError(
-            f"no log can be written here: {error.strerror}",
-            where=logs,
-            remedy="mend the folder: Slurm would end the job without a word",
-        ) from None
-
-
-def code_folder(run: Path) -> Path:
-    """Return where a job's snapshot of the code lies: it runs what was submitted, whatever becomes
-    of the checkout.
-    """
-    return run / CODE / str(len(run_dir.attempts(run)) + 1)
-
-
-def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
+def sbatch_options(job: Job, code: Path) -> list[str]:
     """Return the options of sbatch that ``cluster:`` stands for."""
-    cluster = config.cluster
+    cluster = job.cluster
     for name in cluster.sbatch:
         if name in REFUSED:
             raise ConfigError(
-                f"--{name} is not for training: {REFUSED[name]}",
+                f"--{name} is not for {job.does.removesuffix('e')}ing: {REFUSED[name]}",
                 where=f"cluster.sbatch.{name}",
                 remedy="take it out",
             )
@@ -224,9 +185,9 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
             remedy="take cluster.sbatch.ntasks-per-node out: cluster.gpus_per_node says it",
         )
     values: dict[str, Any] = {
-        "job-name": config.run.name,
+        "job-name": job.name,
         "chdir": code,
-        "output": config.run_dir / LOGS / SLURM_LOG.format("%j"),
+        "output": job.folder / LOGS / SLURM_LOG.format("%j"),
         "nodes": f"{cluster.min_nodes}-{cluster.nodes}" if cluster.min_nodes else cluster.nodes,
         "gpus-per-node": cluster.gpus_per_node or None,
         "partition": cluster.partition,
@@ -236,7 +197,7 @@ def sbatch_options(config: TrainConfig, code: Path) -> list[str]:
         **cluster.sbatch,
     }
     left_out = [
-        str(name) for name in (cluster.sbatch.get("exclude"), *excluded(config.run_dir)) if name
+        str(name) for name in (cluster.sbatch.get("exclude"), *excluded(job.folder)) if name
     ]
     values["exclude"] = ",".join(left_out) or None
     return [
@@ -333,7 +294,7 @@ def differences(cluster: Cluster, here: Allocation) -> list[str]:
     ]
 
 
-def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
+def _time_to_save(job: Job, limit: str | None = None) -> list[str]:
     """Return a notice if saves were seen to take longer than the time between Slurm's signal and
     the end.
 
@@ -342,8 +303,7 @@ def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
     Raises:
         ConfigError: if the time limit leaves no time to train.
     """
-    cluster, record = config.cluster, last_record(config.run_dir)
-    needed = record.get("save_s", 0.0) + record.get("step_s", 0.0)
+    cluster, needed = job.cluster, job.stops_in()
     limit = limit or cluster.time
     if limit and limit[0].isdigit() and seconds(limit) <= max(cluster.signal_s, needed):
         why = (
@@ -351,7 +311,7 @@ def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
             f"{cluster.signal_s} s (cluster.signal_s) before the end"
         )
         raise ConfigError(
-            f"the time limit leaves no time to train: {why}",
+            f"the time limit leaves no time to {job.does}: {why}",
             where="cluster.time",
             value=limit,
             remedy="ask for more; or for a later warning, if a step and a save are shorter: "
@@ -366,19 +326,18 @@ def _time_to_save(config: TrainConfig, limit: str | None = None) -> list[str]:
     return []
 
 
-def _refuse_local_disk(config: TrainConfig) -> None:
-    """Return if run directory and hub cache are, as far as one can see, on a disk that every node
-    sees.
+def _refuse_local_disk(job: Job) -> None:
+    """Return if the job's folder and hub cache are, as far as one can see, on a disk that every
+    node sees.
 
     Raises:
         ConfigError: naming the one that is not.
     """
-    places = {"run.root": config.run_dir}
-    names = (config.tokenizer and config.tokenizer.path, config.model.pretrained)
-    if any(name and not Path(name).is_absolute() for name in names):  # from the hub
+    places = {job.place[1]: job.folder}
+    if job.from_hub():
         places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
     for where, path in places.items():
-        if not config.cluster.allow_local_disk and (kind := local_kind(path)):
+        if not job.cluster.allow_local_disk and (kind := local_kind(path)):
             raise ConfigError(
                 f"this folder is on {kind}, which other nodes do not see",
                 where=where,

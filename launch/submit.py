@@ -27,37 +27,27 @@ from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from hfscale import worker
-from hfscale.config.load import Loaded
-from hfscale.config.schema import TrainConfig
 from hfscale.dist.stop import SIGNALS
 from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
 from hfscale.log import logger
 from hfscale.reports.status import last_record
-from hfscale.run_files import CONFIG
 from launch import run_dir
-from launch.job import take
+from launch.attempt import code_folder, prepare, take
+from launch.job import Job, Training, open_job
 from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
 from launch.request import Request, quote
 from launch.share import scripts_home
-from launch.slurm import (
-    before,
-    code_folder,
-    followed,
-    no_ranks,
-    prepare,
-    refusal,
-    tasks_per_node,
-)
+from launch.slurm import before, followed, no_ranks, refusal, tasks_per_node
 
 
-class Train:
+class Rank:
     """What is pickled: no state, so that it can come from a notebook. Its argument is a path, and
     every rank calls it.
     """
 
     def __call__(self, config: str) -> dict[str, Any]:
-        """Return the run's last record, with ``run_dir`` and whether it is ``done``. A stopped
+        """Return the last record of a run, with ``run_dir`` and whether it is ``done``. A stopped
         Slurm job goes back into the queue.
         """
         here, run = allocation(), Path(config).parent
@@ -68,7 +58,7 @@ class Train:
         place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             if here and place.rank == 0:
-                take(Request(str(run)).load().config, here)
+                take(open_job(str(run)), here)
             code = worker.run(Path(config), on_hang=lambda rank: _requeue(here))
         except BaseException:
             # once submitit has written what happened: the other ranks may wait in a collective for
@@ -125,20 +115,20 @@ class QueueWatcher(SlurmInfoWatcher):
         return forgotten | super().read_info("JobID|State|NodeList\n" + text)
 
 
-def launch(request: Request) -> int:
-    """Return 0 once submitit has submitted the run to Slurm: ``--launcher submitit``.
+def launch(job: Job) -> int:
+    """Return 0 once submitit has submitted the job to Slurm: ``--launcher submitit``.
 
     Raises:
         UserError: as ``submit``.
     """
-    no_ranks(request)
-    if request.dry_run:
-        _, parameters = _checked([request], "slurm", {})
+    no_ranks(job)
+    if job.dry_run:
+        parameters = _checked([job], "slurm", {})
         asked = ", ".join(f"{name}={value!r}" for name, value in parameters.items())
         print(f"submitit.AutoExecutor(cluster='slurm').update_parameters({asked})")
     else:
-        [job] = _submit([request], "slurm", {})
-        print(followed(job.job_id, request.load().config, log=str(job.paths.stdout)))
+        [submitted] = _submit([job], "slurm", {})
+        print(followed(submitted.job_id, job, log=str(submitted.paths.stdout)))
     return EXIT_DONE
 
 
@@ -150,7 +140,7 @@ def submit(
     Raises:
         UserError: as the command line does, before anything is submitted.
     """
-    return _submit([Request(config, tuple(overrides))], cluster, options)[0]
+    return _submit([Training(Request(config, tuple(overrides)))], cluster, options)[0]
 
 
 def submit_sweep(
@@ -183,55 +173,50 @@ def submit_sweep(
                 ),
             )
         )
-    return _submit(requests, cluster, options)
+    return _submit([*map(Training, requests)], cluster, options)
 
 
-def _checked(
-    requests: Sequence[Request], cluster: str, options: dict[str, Any]
-) -> tuple[list[Loaded[TrainConfig]], dict[str, Any]]:
-    """Return the configs that were asked for, looked at before the first one writes, and what
-    submitit is told.
-    """
+def _checked(jobs: Sequence[Job], cluster: str, options: dict[str, Any]) -> dict[str, Any]:
+    """Return what submitit is told of ``jobs``, looked at before the first one writes."""
     if cluster == "slurm" and not has_slurm():
         raise ConfigError(
             "there is no Slurm on this machine",
             where="sbatch",
             remedy='submit from a login node, or with cluster="local"',
         )
-    loads = [request.load() for request in requests]
-    first = loads[0].config
+    first = jobs[0]
     if cluster == "slurm":
         scripts_home(first.cluster)
     parameters = _parameters(first, cluster) | first.cluster.submitit | options
     nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
-    for loaded in loads:
+    for job in jobs:
         before(
-            loaded.config,
+            job,
             nodes * ranks,
             gpus=bool(parameters.get("gpus_per_node")),
             on_nodes=cluster == "slurm",
         )
-    from hfscale.jobs.check import check as check_parts  # slow to import
-
-    check_parts(first)
-    return loads, parameters
+    first.check_parts()
+    return parameters
 
 
 def _submit(
-    requests: Sequence[Request], cluster: str, options: dict[str, Any]
+    jobs: Sequence[Job], cluster: str, options: dict[str, Any]
 ) -> list[submitit.Job[dict[str, Any]]]:
-    loads, parameters = _checked(requests, cluster, options)
-    first, procs = loads[0].config, parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
-    code = code_folder(first.run_dir)
-    for loaded in loads:
-        with run_dir.locked(loaded.config.run_dir):
+    parameters = _checked(jobs, cluster, options)
+    first, procs = jobs[0], parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
+    code = code_folder(first.folder)
+    for job in jobs:
+        with run_dir.locked(job.folder):
             prepare(
-                loaded,
+                job,
                 launcher=f"submitit {cluster}",
                 procs=procs,
-                code=code if loaded is loads[0] else None,
+                code=code if job is first else None,
             )
-    executor = submitit.AutoExecutor(folder=first.run.root / "submitit" / "%j", cluster=cluster)
+    executor = submitit.AutoExecutor(
+        folder=first.folder.parent / "submitit" / "%j", cluster=cluster
+    )
     if cluster == "slurm":
         parameters |= {
             "slurm_setup": [
@@ -246,24 +231,22 @@ def _submit(
             SlurmJob.watcher = QueueWatcher(delay_s=30)
     executor.update_parameters(**parameters)
     try:
-        jobs = executor.map_array(
-            Train(), [str(loaded.config.run_dir / CONFIG) for loaded in loads]
-        )
+        submitted = executor.map_array(Rank(), [str(job.file) for job in jobs])
     except submitit.core.utils.FailedJobError as error:
         raise refusal(
             str(error), [f"{name}={value}" for name, value in parameters.items()]
         ) from error
     if cluster == "slurm":
-        for loaded, job in zip(loads, jobs, strict=True):
-            hold(loaded.config.run_dir, job.job_id)
-    return jobs
+        for job, one in zip(jobs, submitted, strict=True):
+            hold(job.folder, one.job_id)
+    return submitted
 
 
-def _parameters(config: TrainConfig, cluster: str) -> dict[str, Any]:
-    """Return what the config's ``cluster:`` is in submitit's words."""
-    asked = config.cluster
+def _parameters(job: Job, cluster: str) -> dict[str, Any]:
+    """Return what the job's ``cluster:`` is in submitit's words."""
+    asked = job.cluster
     shared = {
-        "name": config.run.name,
+        "name": job.name,
         "tasks_per_node": 1 if cluster == "debug" else tasks_per_node(asked),
         "gpus_per_node": asked.gpus_per_node or None,
         "timeout_min": seconds(asked.time or "60") // 60,

@@ -38,6 +38,7 @@ class Predict(Section):
     """What predicts, and where its predictions go."""
 
     model: PathOrHubName  # a run, a checkpoint, an export, a transformers folder, a hub name
+    name: str = ""  # of the model, as scores show it
     out: LocalPath
     split: Literal["train", "validation", "test"] = "train"  # of the data
     batch: Positive = 32

@@ -100,5 +100,10 @@ def _noted(home: Path, config: TrainConfig) -> set[str]:
     return {key for key, what in now["allowed"].items() if then.get(key) == what}
 
 
+def granted(key: str) -> bool:
+    """Return whether this command, or the one that started this process, has the permission."""
+    return key in _granted()
+
+
 def _granted() -> set[str]:
     return {*os.environ.get(ALLOWED, "").split(",")} & {*KEYS}

@@ -4,7 +4,8 @@ of its weights.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import hashlib
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.models.build import longest_row
 from hfscale.run.model import Model, RunModel
-from hfscale.tasks.table import TASKS, task_class
+from hfscale.stream.labelled import LabelledData
+from hfscale.tasks.base import Example
+from hfscale.tasks.table import TASKS, code_digest, task_class
 
 
 def tell_of_best(model: RunModel) -> None:
@@ -58,7 +61,12 @@ def settle(
         UserError: if there is no such model, or nothing says the task or the data.
     """
     values: dict[str, Any] = {
-        "predict": {"model": model.address if model else "-", "out": str(out), "answers": answers},
+        "predict": {
+            "model": model.address if model else "-",
+            "name": model.name if model else "",
+            "out": str(out),
+            "answers": answers,
+        },
         "task": {"name": task, "options": {}},
         "data": {},
         "engine": {},
@@ -97,6 +105,35 @@ def settle(
         for text in overrides
     ]
     return load_values(values, sections, schema=PredictConfig)
+
+
+def examples_of(config: PredictConfig) -> Iterator[Example]:
+    """Yield the examples asked for; without their answers, where these do not matter.
+
+    Raises:
+        DataError: as ``read_examples``.
+    """
+    kind, wanted = task_class(config.task.name), config.predict
+    for example in LabelledData(config.data, kind, about="").examples(
+        wanted.split, answers=wanted.answers
+    ):
+        yield (
+            example
+            if wanted.answers
+            else {role: value for role, value in example.items() if role not in kind.answers}
+        )
+
+
+def key_of(config: PredictConfig, model: Model) -> dict[str, str]:
+    """Return digests of all that the predictions depend on: model, data, task."""
+    kind, data = task_class(config.task.name), config.data
+    how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
+    task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
+    return {
+        "model": model.digest,
+        "data": LabelledData(data, kind, about="").digest(config.predict.split),
+        "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest(),
+    }
 
 
 def _as_trained(values: dict[str, Any], model: RunModel, *, data: str | None) -> None:

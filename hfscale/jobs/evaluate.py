@@ -25,7 +25,7 @@ from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import flatten
 from hfscale.errors import DataError, counted
-from hfscale.jobs.predict import examples_of, key_of
+from hfscale.jobs.asked import examples_of, key_of
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options
 from hfscale.run.examples import FEW

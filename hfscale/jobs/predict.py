@@ -1,22 +1,23 @@
 """Predictions for a table: JSONL out, in order, sharded over processes, and resumed after a kill
 without repeats or losses.
 
-    .OUT.parts/config.yaml     what is asked for; every process reads it
+    .OUT.parts/config.yaml     what is asked for; every process reads it (else beside OUT)
     .OUT.parts/key.json        what the predictions depend on: only the same question goes on here
     .OUT.parts/00000012.jsonl  chunk 12, whole or absent: it is written under another name first
     .OUT.parts/00000012.json   how many of its predictions are problems, or of cut texts
-    OUT                        all chunks, end to end; then the parts go
+    OUT                        all chunks, end to end; then they go
 
 Process r of n makes every n-th chunk, if it is not there. At ZeRO stage 3 the processes go through
-their chunks together; otherwise they say nothing to each other.
+their chunks together; otherwise they say nothing to each other. Process 0 waits for the chunks of
+all and joins them; where they answer questions whose answers are known, it scores them as well.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
-import shutil
-from collections.abc import Iterator, Mapping, Sequence
+import os
+import time
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
@@ -25,23 +26,25 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from hfscale import run_files
 from hfscale.config.inference import PredictConfig
 from hfscale.dist import group
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import DataError, counted
+from hfscale.jobs.asked import examples_of, key_of
+from hfscale.jobs.evaluate import keep, score
 from hfscale.log import logger, progress_bar
 from hfscale.objectives.base import Setting, check_options
 from hfscale.records import Count, Record, load, read_file
-from hfscale.run.model import Model, find
+from hfscale.run.model import find
 from hfscale.shards.files import cannot_write, whole, write_atomically
-from hfscale.stream.labelled import LabelledData
 from hfscale.tasks.base import Example, Task
-from hfscale.tasks.table import code_digest, task_class
+from hfscale.tasks.table import task_class
 from hfscale.training.predictor import predict, stopped
 
+KEY = "key.json"
+POLL_S = 0.1  # between looks whether others have made their chunks
 SHOWN = 3  # problems that a message tells
 # examples: batched by length among themselves, and the most that a kill costs a process
 CHUNK = 512
@@ -78,44 +81,19 @@ def parts_of(out: Path) -> Path:
     return out.with_name(f".{out.name}.parts")
 
 
-def examples_of(config: PredictConfig) -> Iterator[Example]:
-    """Yield the examples asked for; without their answers, where these do not matter.
-
-    Raises:
-        DataError: as ``read_examples``.
-    """
-    kind, wanted = task_class(config.task.name), config.predict
-    for example in LabelledData(config.data, kind, about="").examples(
-        wanted.split, answers=wanted.answers
-    ):
-        yield (
-            example
-            if wanted.answers
-            else {role: value for role, value in example.items() if role not in kind.answers}
-        )
-
-
-def key_of(config: PredictConfig, model: Model) -> dict[str, str]:
-    """Return digests of all that the predictions depend on: model, data, task."""
-    kind, data = task_class(config.task.name), config.data
-    how = f"{data.max_length} {data.too_long} {config.predict.answers} {config.engine.precision}"
-    task = f"{code_digest(kind)} {config.task.model_dump_json()} {how}"
-    return {
-        "model": model.digest,
-        "data": LabelledData(data, kind, about="").digest(config.predict.split),
-        "task": hashlib.blake2b(task.encode(), digest_size=16).hexdigest(),
-    }
-
-
-def prepare(config: PredictConfig) -> Path:
-    """Return where the config belongs, in the folder of parts, new or half filled. All examples
-    were read once: nothing is wrong with them.
+def prepare(config: PredictConfig) -> int:
+    """Return how many examples there are: all were read once, and nothing is wrong with them. The
+    folder of parts is there, new or half filled; or OUT is, made by a job of the cluster from the
+    same question.
 
     Raises:
         DataError: for bad rows, an OUT that exists, and parts of predictions of something else.
     """
     out, key = config.predict.out, key_of(config, find(config.predict.model))
+    file = parts_of(out) / KEY
     if out.exists():
+        if file.is_file() and _key(file.parent)["key"] == key:
+            return _begun(file.parent)[0]
         raise DataError(
             "this file exists already; nothing was written",
             where=out,
@@ -127,7 +105,6 @@ def prepare(config: PredictConfig) -> Path:
             "there are no examples", where=config.data.train, remedy="give at least one row"
         )
     parts = parts_of(out)
-    file = parts / "key.json"
     saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
     if saved["key"] != key and not any(parts.glob("0*.jsonl")):
         saved = {
@@ -149,7 +126,19 @@ def prepare(config: PredictConfig) -> Path:
     write_atomically(
         file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode()
     )
-    return parts / run_files.CONFIG
+    return count
+
+
+def check(config: PredictConfig) -> None:
+    """Return if the model can be what the task asks for; nothing is read of the weights.
+
+    Raises:
+        UserError: if it cannot.
+    """
+    kind = task_class(config.task.name)
+    options = check_options(kind.Options, config.task.options, where="task.options")
+    task = kind(options, Setting(seq_len=config.data.max_length))
+    find(config.predict.model).check_head(task.auto_model)
 
 
 def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
@@ -168,14 +157,51 @@ def open_task(config: PredictConfig) -> tuple[InferenceEngine, Task]:
 
 
 def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
-    """Return True when this process's chunks are there, False when it was stopped before."""
-    parts = parts_of(config.predict.out)
-    total, size = _begun(parts)
-    left = [number for number in range(-(-total // size)) if not _is_there(parts, number)]
-    if not left:
-        return True
+    """Return True when all that is this process's to make is there, False when it was stopped
+    before.
+    """
+    out = config.predict.out
     alone = world.all.size == 1  # a launcher speaks for its ranks
     stop.listen(say="stopping after this batch: what is whole is kept" if alone else None)
+    left = [] if out.exists() else _left(parts_of(out))
+    # chunks that are gone may have been joined just now
+    if left and not out.exists() and not _make_chunks(config, world, stop, left):
+        return False
+    if world.all.rank > 0:
+        return True
+    if not out.exists():
+        if not _whole(parts_of(out), stop):
+            return False
+        join(config)
+    if config.predict.answers:
+        model = find(config.predict.model)
+        scores = score(config, out, model=model)
+        keep(out.parent, model, {"model": config.predict.name, **scores})
+    return True
+
+
+def _left(parts: Path) -> list[int]:
+    """Return the chunks that nobody has made yet."""
+    total, size = _begun(parts)
+    return [number for number in range(-(-total // size)) if not _is_there(parts, number)]
+
+
+def _whole(parts: Path, stop: StopRequest) -> bool:
+    """Return True once all chunks are there, whoever makes them; False when stopped before."""
+    while _left(parts):
+        if stop.requested:
+            return False
+        os.utime(parts)  # NFS: then the client asks the server anew what is there
+        time.sleep(POLL_S)
+    return True
+
+
+def _make_chunks(
+    config: PredictConfig, world: World, stop: StopRequest, left: Sequence[int]
+) -> bool:
+    """Return True when this process's share of the chunks that are ``left`` is made, False when it
+    was stopped before.
+    """
     with group.joined(world, needed=config.engine.zero_stage == 3):
         engine, task = open_task(config)
         done = _predict_chunks(config, engine, task, left=left, world=world, stop=stop)
@@ -192,7 +218,7 @@ def _predict_chunks(
     world: World,
     stop: StopRequest,
 ) -> bool:
-    """Return as ``run``, after this process's share of the chunks that are ``left``."""
+    """Return as ``_make_chunks``."""
     parts = parts_of(config.predict.out)
     total, size = _begun(parts)
     shares = [
@@ -240,8 +266,8 @@ def _predict_chunks(
     return True
 
 
-def join(config: PredictConfig) -> int:
-    """Return how many predictions are now in OUT, which appears whole."""
+def join(config: PredictConfig) -> None:
+    """Return when OUT is there, whole, and its chunks are gone."""
     out, parts = config.predict.out, parts_of(config.predict.out)
     total, size = _begun(parts)
     tallies = []
@@ -258,7 +284,9 @@ def join(config: PredictConfig) -> int:
                 )
             tallies.append(_tally(parts, number))
             file.write(content)
-    shutil.rmtree(parts)
+    for number in range(-(-total // size)):
+        _chunk(parts, number).unlink()
+        _tally_file(parts, number).unlink()
     problems = sum(tally.problems for tally in tallies)
     truncated = sum(tally.truncated for tally in tallies)
     if problems:
@@ -272,7 +300,6 @@ def join(config: PredictConfig) -> int:
             f"{truncated:,} of {counted(total, 'example')} were cut, as they are longer than "
             f"data.max_length={config.data.max_length}"
         )
-    return total
 
 
 def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
@@ -302,7 +329,7 @@ def _begun(parts: Path) -> tuple[int, int]:
 
 def _key(parts: Path) -> dict[str, Any]:
     what = "the record of half-made predictions"
-    return load(parts / "key.json", _Asked, what=what, remedy="remove that folder").as_dict()
+    return load(parts / KEY, _Asked, what=what, remedy="remove that folder").as_dict()
 
 
 def _write(

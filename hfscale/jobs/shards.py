@@ -53,6 +53,8 @@ def settle(model: Model, shards: str | None, overrides: Sequence[str]) -> Shards
     # a permission to run a model's code is its run's, which was asked by now
     asked = [one for one in overrides if one.partition("=")[0].strip() != permission.CODE]
     config = load_values(values, asked, schema=ShardsConfig)
+    if config.data.allow_pipe:
+        permission.grant([f"{permission.PIPE}=true"])  # said now, or of its run: to a job, too
     if not _objective(config)(_setting(config, model)).token_loss:
         raise ConfigError(
             "such a model has no perplexity",

@@ -165,6 +165,10 @@ class Model:
         """Its weights, tensor by tensor."""
         return open_weights(self.weights_folder)
 
+    def check_head(self, auto_model: str) -> None:
+        """Refuse a class of transformers that the model cannot be, as far as its config says."""
+        check_head(self.config, auto_model)
+
     def engine(self, auto_model: str, how: Inference) -> InferenceEngine:
         """Return the model as that class of transformers, on the GPU if there is one. Collective at
         ZeRO stage 3.
@@ -178,7 +182,7 @@ class Model:
             saved = [name for name, dtype in DTYPES.items() if dtype == self.config.dtype]
             precision: str = how.precision or (saved or ["fp32"])[0]
             if how.zero_stage == 3:
-                check_head(self.config, auto_model)
+                self.check_head(auto_model)
                 return filled(
                     self.config,
                     auto_model,
@@ -334,6 +338,11 @@ class RunModel(Model):
         generate_as(shapes, self.checkpoint)
         return shapes
 
+    def check_head(self, auto_model: str) -> None:
+        """Refuse what the model was not trained as."""
+        if auto_model not in (ENCODER.auto_model, self.trained.auto_model):
+            raise no_head(auto_model, self.name, type(self.skeleton).__name__)
+
     def engine(
         self,
         auto_model: str | None = None,
@@ -347,8 +356,7 @@ class RunModel(Model):
         disable_progress_bar()
         reader = reader or self.weights  # before any small file is believed
         wanted = auto_model or self.trained.auto_model
-        if wanted not in (ENCODER.auto_model, self.trained.auto_model):
-            raise no_head(wanted, self.name, type(self.skeleton).__name__)
+        self.check_head(wanted)
         return filled(
             self.skeleton.config,
             wanted,

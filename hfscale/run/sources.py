@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from functools import cached_property
 
+from hfscale.config.inference import ShardsConfig
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.shards.manifest import TEXT, Manifest
@@ -105,7 +106,9 @@ class Sources:
             )
 
 
-def token_rows(place: str, config: RunConfig, manifest: Manifest | None = None) -> TokenRows:
+def token_rows(
+    place: str, config: RunConfig | ShardsConfig, manifest: Manifest | None = None
+) -> TokenRows:
     """Return the rows of the shards at ``place``, read as ``config`` says; ``manifest`` is theirs,
     where it is open already.
 

@@ -23,7 +23,7 @@ from typing import Annotated, Any
 import typer
 
 from hfscale.config.permission import grant
-from hfscale.config.schema import Cluster, RunConfig, TrainConfig
+from hfscale.config.schema import Cluster, RunConfig
 from hfscale.dist.world import (
     LISTEN_FD,
     Allocation,
@@ -39,6 +39,7 @@ from hfscale.errors import UserError
 from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, table
 from launch import slurm
 from launch.interpreter import python
+from launch.job import Training
 from launch.local import gpu_count
 from launch.queue import client, cores_per_rank, has_slurm, ranks_per_node
 from launch.request import Request
@@ -82,7 +83,7 @@ def doctor(
     --json
     """
     grant(overrides or ())
-    wanted = Request(config, tuple(overrides or ())).load().config if config else None
+    wanted = Training(Request(config, tuple(overrides or ()))) if config else None
     here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
     names = (
         client(["scontrol", "show", "hostnames", here.node_list]).stdout.split()
@@ -92,7 +93,7 @@ def doctor(
     found = [
         *_before(wanted, here, task),
         *_measure(
-            wanted.run_dir if wanted else Path.cwd(),
+            wanted.folder if wanted else Path.cwd(),
             task,
             here,
             names,
@@ -123,7 +124,7 @@ def _tried(check: str, look: Callable[[], Sequence[str]]) -> Finding:
 
 
 def _before(
-    config: TrainConfig | None, here: Allocation | None, task: dict[str, Any]
+    job: Training | None, here: Allocation | None, task: dict[str, Any]
 ) -> Iterator[Finding]:
     """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what
     they are to look at.
@@ -142,8 +143,9 @@ def _before(
         "; ".join((asked.stdout or asked.stderr).splitlines()) if asked else "none on this machine"
     )
     yield Finding("Slurm", "warn" if asked and asked.returncode else "ok", said)
-    if config is None:
+    if job is None:
         return
+    config = job.config
     cluster, submits = (
         config.cluster,
         here is None and asked is not None and not asked.returncode,
@@ -156,7 +158,7 @@ def _before(
             lambda: [
                 line
                 for line in slurm.accepted(
-                    slurm.sbatch_options(config, Path()),
+                    slurm.sbatch_options(job, Path()),
                     home=scripts_home(cluster),
                     dry_run=False,
                 )
@@ -166,7 +168,7 @@ def _before(
     procs = cluster.nodes * slurm.tasks_per_node(cluster) if submits else _procs(here)
     gpus = bool(here.gpus_per_node if here else cluster.gpus_per_node if submits else gpu_count())
     yield _tried(
-        "config", lambda: slurm.before(config, procs, gpus=gpus, on_nodes=bool(here or submits))
+        "config", lambda: slurm.before(job, procs, gpus=gpus, on_nodes=bool(here or submits))
     )
     task["keep"] = config.checkpoint.keep_last
     if isinstance(config, RunConfig):  # labelled examples lie in a few small files

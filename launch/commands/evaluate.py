@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,68 +15,86 @@ from hfscale import run_files
 from hfscale.config import permission
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.shards.files import alone
-from launch.commands.predict import Overrides, Procs, make
+from launch.commands.predict import Launcher, Overrides, Procs, start
+
+Name = Annotated[
+    str | None,
+    typer.Argument(
+        metavar="MODEL",
+        show_default=False,
+        help="A run, a checkpoint, an export, a transformers folder or a hub name.",
+    ),
+]
+Tasks = Annotated[
+    list[str] | None,
+    typer.Option(help="Without it: what the run was trained for, or the architecture suggests."),
+]
+Tables = Annotated[
+    list[str] | None,
+    typer.Option(
+        help="Labelled examples, or shards. Without it: the held-out ones of the run. Several: "
+        "one a --task, or all for one."
+    ),
+]
+Predictions = Annotated[
+    Path | None, typer.Option(help="Score this file of predictions; no model is needed.")
+]
+Every = Annotated[
+    bool, typer.Option("--all", help="Every checkpoint of the run MODEL, oldest first.")
+]
+Harness = Annotated[
+    str | None,
+    typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, with commas."),
+]
+HarnessPath = Annotated[
+    Path | None,
+    typer.Option(help="A folder with YAMLs of such tasks; only these are known then."),
+]
+
+
+@dataclass(frozen=True)
+class How:
+    """What the command line says of each of the models."""
+
+    overrides: Sequence[str]
+    procs: int
+    launcher: str
+    harness: str | None
+    harness_path: Path | None
 
 
 def evaluate(
-    model: Annotated[
-        str | None,
-        typer.Argument(
-            metavar="MODEL",
-            show_default=False,
-            help=("A run, a checkpoint, an export, a transformers folder or a hub name."),
-        ),
-    ] = None,
+    model: Name = None,
     overrides: Overrides = None,
-    task: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Without it: what the run was trained for, or the architecture suggests."
-        ),
-    ] = None,
-    data: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Labelled examples, or shards. Without it: the held-out ones of the run. Several: "
-            "one a --task, or all for one."
-        ),
-    ] = None,
-    predictions: Annotated[
-        Path | None, typer.Option(help="Score this file of predictions; no model is needed.")
-    ] = None,
-    every: Annotated[
-        bool, typer.Option("--all", help="Every checkpoint of the run MODEL, oldest first.")
-    ] = False,
-    harness: Annotated[
-        str | None,
-        typer.Option(metavar="TASKS", help="Tasks of lm-evaluation-harness instead, with commas."),
-    ] = None,
-    harness_path: Annotated[
-        Path | None,
-        typer.Option(help="A folder with YAMLs of such tasks; only these are known then."),
-    ] = None,
+    task: Tasks = None,
+    data: Tables = None,
+    predictions: Predictions = None,
+    every: Every = False,
+    harness: Harness = None,
+    harness_path: HarnessPath = None,
     procs: Procs = 1,
+    launcher: Launcher = "local",
 ) -> None:
     """Score MODEL: on labelled examples for its task, a pretrained one on shards (loss, perplexity,
     bits per byte).
 
-    Predictions and scores are kept, in the run directory or in ./evaluations, and found again.
+    Predictions and scores are kept, in the run directory or in ./evaluations, and found again: also
+    what a job of the cluster has made.
 
     Examples: hfscale evaluate runs/sentiment --all; hfscale evaluate runs/gpt2-small; hfscale
     evaluate exports/x --data a.csv --data b.csv; hfscale evaluate runs/llama-70b --procs 8
-    engine.zero_stage=3; hfscale evaluate --task extractive_qa --data test.jsonl --predictions
-    answers.jsonl
+    engine.zero_stage=3; hfscale evaluate runs/llama-70b --launcher slurm cluster.nodes=2
+    cluster.gpus_per_node=8 engine.zero_stage=3; hfscale evaluate --task extractive_qa --data
+    test.jsonl --predictions answers.jsonl
     """
-    from hfscale.checkpoint import layout
-    from hfscale.jobs import evaluate as job
-    from hfscale.metrics.kept import read_scores
+    from hfscale.jobs.evaluate import table
 
     said, asked = list(overrides or ()), _pairs(task or [], data or [])
     if model is None or "=" in model:
         said, model = ([model] if model else []) + said, None
     permission.grant(said)
     if predictions:
-        typer.echo(job.table([_rescored(model, asked, predictions, said)]))
+        typer.echo(table([_rescored(model, asked, predictions, said)]))
         return
     if model is None:
         raise ConfigError(
@@ -82,42 +102,70 @@ def evaluate(
             where="command line",
             remedy="name one; or --task, --data and --predictions",
         )
-    names = [model]
-    if every:
-        names = [str(path) for path in layout.committed(Path(model) / run_files.CHECKPOINTS)]
-        if not names:
-            raise CheckpointError(
-                "no run with checkpoints here",
-                where=model,
-                remedy="--all wants a run directory that has some",
-            )
-    found: list[dict[str, Any]] = []
+    how = How(said, procs, launcher, harness, harness_path)
+    asked = asked if harness is None else [(None, None)]
+    kept = _on_all(model, asked, how) if every else _on_each(model, asked, how)
+    if not kept:
+        return  # jobs make them, which was said
+    typer.echo(table([scores for _, scores in kept]))
+    home, _ = kept[-1]
+    if len(kept) > 1:
+        home = home.parent if len(asked) == 1 else home.parents[1]
+    typer.echo(f"kept in {home}")
+
+
+Pairs = Sequence[tuple[str | None, str | None]]  # a task, and the data it is for
+Kept = list[tuple[Path, dict[str, Any]]]  # the folder of scores, and they
+
+
+def _on_all(run: str, asked: Pairs, how: How) -> Kept:
+    """Return the scores of every checkpoint of a run, oldest first."""
+    from hfscale.checkpoint import layout
+
+    if how.launcher != "local":
+        raise ConfigError(
+            "a job of the cluster is of one model",
+            where="--all, --launcher",
+            value=how.launcher,
+            remedy="name checkpoints one by one, or submit an array: slurm/evaluate.sbatch",
+        )
+    names = [str(path) for path in layout.committed(Path(run) / run_files.CHECKPOINTS)]
+    if not names:
+        raise CheckpointError(
+            "no run with checkpoints here",
+            where=run,
+            remedy="--all wants a run directory that has some",
+        )
+    kept: Kept = []
     for name in names:
-        with _kept(Path(name)) if every else nullcontext(True) as there:
+        with _kept(Path(name)) as there:
             if not there:
                 typer.echo(f"{name} was pruned meanwhile by the run's policy: left out", err=True)
                 continue
-            for one in asked if harness is None else [(None, None)]:
-                home = (
-                    _on_harness(name, harness, harness_path, said, procs)
-                    if harness is not None
-                    else _scored(name, *one, said, procs)
-                )
-                label = "  ".join(
-                    filter(None, [name, *one] if any(one) else [name, home.parent.name])
-                )  # on what: its own split, or --data
-                found.append({**read_scores(home / run_files.SCORES), "model": label})
-    if not found:
+            kept += _on_each(name, asked, how)
+    if not kept:
         raise CheckpointError(
             "every checkpoint was pruned before it was scored",
-            where=model,
+            where=run,
             remedy="run the same command again, or keep more: checkpoint.keep_last",
         )
-    typer.echo(job.table(found))
-    typer.echo(
-        "kept in "
-        f"{home if len(found) == 1 else home.parent if len(asked) == 1 else home.parents[1]}"
-    )
+    return kept
+
+
+def _on_each(name: str, asked: Pairs, how: How) -> Kept:
+    """Return the scores of a model, without those that a job was submitted for."""
+    from hfscale.metrics.kept import read_scores
+
+    kept: Kept = []
+    for task, data in asked:
+        home = _on_harness(name, how) if how.harness is not None else _scored(name, task, data, how)
+        if not (home / run_files.SCORES).is_file():
+            continue
+        # on what: its own split, or --data
+        label = [name, task, data] if task or data else [name, home.parent.name]
+        scores = read_scores(home / run_files.SCORES)
+        kept.append((home, {**scores, "model": "  ".join(filter(None, label))}))
+    return kept
 
 
 @contextmanager
@@ -179,37 +227,39 @@ def _rescored(
     return {"model": str(predictions), **job.score(config, predictions, model=known)}
 
 
-def _scored(name: str, task: str | None, data: str | None, said: Sequence[str], procs: int) -> Path:
-    """Return the folder with the scores of MODEL ``name``, made now or before."""
+def _scored(name: str, task: str | None, data: str | None, how: How) -> Path:
+    """Return the folder with the scores of MODEL ``name``: made now or before, or by a job that was
+    submitted.
+    """
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.asked import is_pretraining, settle
+    from hfscale.jobs.predict import parts_of, prepare
     from hfscale.jobs.shards import settle as settle_shards
     from hfscale.run.model import find
-    from launch.local import start
 
     model = find(name)
     if task is None and is_pretraining(model, data):
-        on_shards = settle_shards(model, data, said)
+        on_shards = settle_shards(model, data, how.overrides)
         with alone(on_shards.evaluate.out):
             if not (on_shards.evaluate.out / run_files.SCORES).is_file():
-                start(on_shards, on_shards.evaluate.out / run_files.CONFIG, procs=procs)
+                start(on_shards, procs=how.procs, launcher=how.launcher)
         return on_shards.evaluate.out
-    rest, _ = permission.split(said)
+    rest, _ = permission.split(how.overrides)
     config = settle(model, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
     config = job.with_folder(config, model)
     home = config.predict.out.parent
     with alone(home):
         if not (home / run_files.SCORES).is_file():
             if not config.predict.out.is_file():
-                make(config, procs=procs)
-            job.keep(home, model, job.score(config, config.predict.out, model=model))
+                prepare(config)
+            start(config, procs=how.procs, launcher=how.launcher)
+            if how.launcher == "local":
+                shutil.rmtree(parts_of(config.predict.out), ignore_errors=True)
     return home
 
 
-def _on_harness(
-    name: str, tasks: str, folder: Path | None, said: Sequence[str], procs: int
-) -> Path:
-    """Return the folder with scores that were made now: whether the data of the tasks has changed
+def _on_harness(name: str, how: How) -> Path:
+    """Return the folder with scores that are made now: whether the data of the tasks has changed
     is not known here.
     """
     try:
@@ -221,9 +271,9 @@ def _on_harness(
             remedy="pip install 'hfscale[eval]'",
         ) from error
     from hfscale.run.model import find
-    from launch.local import start
 
-    config = settle(find(name), tasks.split(","), folder, permission.split(said)[0])
+    tasks = (how.harness or "").split(",")
+    config = settle(find(name), tasks, how.harness_path, permission.split(how.overrides)[0])
     with alone(config.harness.out):
-        start(config, config.harness.out / run_files.CONFIG, procs=procs)
+        start(config, procs=how.procs, launcher=how.launcher)
     return config.harness.out

@@ -82,13 +82,15 @@ def pretrain(
     """
     from hfscale.config.permission import grant
     from hfscale.registry import load_plugin
-    from launch.request import LAUNCHERS, Request
+    from launch.job import Training
+    from launch.request import LAUNCHERS, Request, refuse_copies
 
+    refuse_copies()
     grant(overrides or ())  # to the ranks, and to the job that Slurm starts
     request = Request(
         config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run
     )
-    raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(request))
+    raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(Training(request)))
 
 
 def finetune(
@@ -142,9 +144,8 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
     Example: hfscale status runs/first
     """
     from hfscale.monitor.fence import newest
-    from hfscale.reports.status import describe
+    from launch.job import open_job
     from launch.queue import facts
-    from launch.request import Request
 
     file, attempt = Path(run) / JOB, newest(Path(run))
     job = file.read_text().strip() if file.is_file() else ""
@@ -153,7 +154,7 @@ def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directo
         running = told.get("JobState") == "RUNNING"
     else:  # no job, or nobody answers
         running = attempt is None or attempt.ended() is None
-    lines = describe(Request(run).load().config, running=running)
+    lines = open_job(run).status(running=running)
     if job:
         gone = "of which Slurm gives no answer" if told is None else "has left the queue"
         words = [f"{job} {(told or {}).get('JobState', gone)}"]

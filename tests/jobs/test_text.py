@@ -15,6 +15,7 @@ import yaml
 
 from hfscale.errors import ConfigError
 from hfscale.reports.batch import rebuild
+from launch.job import Training
 from launch.local import launch
 from launch.request import Request
 from tests.helpers.cli import hfscale
@@ -130,5 +131,5 @@ def test_what_raw_text_cannot_do_is_refused_before_a_rank_starts(
     config = tmp_path / "run.yaml"
     config.write_text(yaml.safe_dump(values(corpus, raw, tmp_path, "run")))
     with pytest.raises(ConfigError, match=re.escape(says)):
-        launch(Request(str(config), tuple(overrides)))
+        launch(Training(Request(str(config), tuple(overrides))))
     assert not (tmp_path / "run").exists()

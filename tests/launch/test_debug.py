@@ -22,13 +22,14 @@ BROKEN = """
 import sys
 from hfscale import log, worker
 from launch import debug
+from launch.job import Training
 from launch.request import Request
 def run(file):
     clue = "found" + "it"
     raise RuntimeError("broken")
 worker.run = run
 log.setup()
-sys.exit(debug.launch(Request("config.yaml")))
+sys.exit(debug.launch(Training(Request("config.yaml"))))
 """
 
 

@@ -18,6 +18,7 @@ import yaml
 
 from hfscale.monitor import fence
 from launch import local, slurm
+from launch.job import Training
 from launch.request import Request
 from tests.helpers.cli import ROOT
 from tests.helpers.corpus import run_values
@@ -26,13 +27,14 @@ DRIVER = """
 import sys
 from hfscale import log
 from launch import local
+from launch.job import Training
 from launch.request import Request
 from hfscale.errors import UserError
 log.setup()
 local.GRACE_S = float(sys.argv[2])
 try:
     request = Request("config.yaml", worker="tests.launch.acting_rank", procs=int(sys.argv[1]))
-    code = local.launch(request)
+    code = local.launch(Training(request))
 except UserError as error:
     print(f"error: {error}", file=sys.stderr)
     code = 2
@@ -206,18 +208,18 @@ def test_ranks_beside_an_allocation_are_told(folder: Path, monkeypatch: pytest.M
     """`salloc`, then `hfscale pretrain` without a launcher: the ranks would run on the login
     node.
     """
-    config = Request("config.yaml").load().config
-    assert local.unused_allocation(config) == []
+    assert local.unused_allocation() == []
     monkeypatch.setenv("SLURM_JOB_ID", "7")
-    [notice] = local.unused_allocation(config)
+    [notice] = local.unused_allocation()
     assert "this machine, which is none of its nodes" in notice and "--launcher slurm" in notice
     monkeypatch.setenv("SLURMD_NODENAME", "n1")
-    assert local.unused_allocation(config) == []
+    assert local.unused_allocation() == []
     monkeypatch.setenv("SLURM_JOB_NUM_NODES", "2")
-    assert "one of the 2 nodes" in local.unused_allocation(config)[0]
+    assert "one of the 2 nodes" in local.unused_allocation()[0]
 
 
 def test_what_is_printed_can_be_copied(folder: Path):
-    config = Request("config.yaml", ("run.root=my lab",)).load().config
-    assert f"hfscale logs '{config.run_dir}' -f" in slurm.followed("7", config, log="")
-    assert local.tensorboard_line(config.run_dir).endswith(f"'{config.run_dir}/tensorboard'")
+    job = Training(Request("config.yaml", ("run.root=my lab",)))
+    assert f"hfscale logs '{job.folder}' -f" in slurm.followed("7", job, log="")
+    assert job.curves is not None
+    assert local.tensorboard_line(job.curves).endswith(f"'{job.folder}/tensorboard'")

@@ -70,30 +70,30 @@ def test_a_job_that_has_said_that_it_ended_for_good_holds_nothing(
 
 def test_an_older_attempt_never_requeues_the_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     """It would end the younger one, which is the same job."""
-    from launch import job
+    from launch import script
 
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     older = fence.take(tmp_path, job="7")
     older.tell(75, 0)
-    assert job.end(tmp_path, 143, older.number) == (75, "scontrol requeue 7")
+    assert script.end(tmp_path, 143, older.number) == (75, "scontrol requeue 7")
     fence.take(tmp_path, job="7", restart=1)
-    assert job.end(tmp_path, 143, older.number) == (75, "")
-    assert job.main("end", "0", "2", str(tmp_path)) == ["exit 0"]
+    assert script.end(tmp_path, 143, older.number) == (75, "")
+    assert script.main("end", "0", "2", str(tmp_path)) == ["exit 0"]
 
 
 def test_a_container_asks_outside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    from launch import job
+    from launch import script
 
     def unanswered(*_: object) -> None:
         refuse_holder(tmp_path)
 
     (tmp_path / "job").write_text("7")
-    monkeypatch.setattr(job, "begin", unanswered)
+    monkeypatch.setattr(script, "begin", unanswered)
     monkeypatch.setenv(TOLD, f"\n{ASKED}11\nJobId=11 JobState=RUNNING")
-    assert job.main("begin", "config.yaml") == ["ask 7"]
+    assert script.main("begin", "config.yaml") == ["ask 7"]
     monkeypatch.setenv(TOLD, f"\n{ASKED}7\nUnable to contact slurm controller")
     with pytest.raises(CheckpointError, match="does not answer"):
-        job.main("begin", "config.yaml")
+        script.main("begin", "config.yaml")
     monkeypatch.delenv(TOLD)
     with pytest.raises(CheckpointError, match="does not answer"):
-        job.main("begin", "config.yaml")
+        script.main("begin", "config.yaml")

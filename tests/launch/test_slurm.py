@@ -18,7 +18,8 @@ from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.dist.world import allocation
 from hfscale.errors import CheckpointError, ConfigError
-from launch import job, local, slurm
+from launch import attempt, local, script, slurm
+from launch.job import Training
 from launch.queue import seconds
 from launch.request import Request
 from tests.helpers.cli import ROOT, hfscale
@@ -52,7 +53,7 @@ def config(corpus: Path, tmp_path: Path, cluster: Cluster, monkeypatch: pytest.M
 
 def submit(config: Path, *overrides: str, **options: Any) -> int:
     log.setup()
-    return slurm.launch(Request(str(config), overrides, **options))
+    return slurm.launch(Training(Request(str(config), overrides, **options)))
 
 
 def test_a_dry_run_prints_what_would_be_submitted_and_writes_nothing(
@@ -171,7 +172,7 @@ def test_a_time_limit_shorter_than_a_save_that_was_measured(config: Path):
         submit(config, "cluster.time=15")
     assert any(
         "better cluster.signal_s=1820" in line
-        for line in slurm._time_to_save(Request(str(config)).load().config)
+        for line in slurm._time_to_save(Training(Request(str(config))))
     )
 
 
@@ -225,7 +226,7 @@ def test_one_job_holds_a_run_directory(
         submit(config)
     assert f"scancel {job}" in str(refused.value)
     with pytest.raises(CheckpointError, match=f"job {job}"):
-        local.launch(Request(str(config)))
+        local.launch(Training(Request(str(config))))
     second = cluster.sbatch(
         "--oversubscribe",
         "--ntasks-per-node=2",
@@ -266,7 +267,7 @@ def test_one_job_holds_a_run_directory(
     assert "expected end    done" in told
     assert "step 1/1" in hfscale("logs", run).stdout
     cancelled = slurm.launch(
-        Request(str(run), ("train.steps=2", "cluster.sbatch.hold=true"))
+        Training(Request(str(run), ("train.steps=2", "cluster.sbatch.hold=true")))
     )  # it ended, so another one may hold it
     assert cancelled == 0
     cluster.run("scancel", (run / "job").read_text())
@@ -319,16 +320,16 @@ def test_what_ends_a_job_for_good(config: Path, cluster: Cluster):
 
 
 def test_a_job_gives_up_after_too_many_restarts_that_came_no_further(config: Path):
-    wanted = Request(str(config), ("cluster.max_restarts=2",)).load().config
-    wanted.run_dir.mkdir(parents=True)
+    wanted = Training(Request(str(config), ("cluster.max_restarts=2",)))
+    wanted.folder.mkdir(parents=True)
 
     def start(number: str) -> None:
         here = allocation({"SLURM_JOB_ID": number})
         assert here is not None
-        job.take(wanted, here)
+        attempt.take(wanted, here)
 
     def save(step: int) -> None:
-        folder = wanted.run_dir / "checkpoints" / layout.step_name(step)
+        folder = wanted.folder / "checkpoints" / layout.step_name(step)
         folder.mkdir(parents=True)
         (folder / layout.MANIFEST).touch()
 
@@ -355,14 +356,14 @@ def test_nodes_to_leave_out_and_fewer_nodes(config: Path):
         "cluster.sbatch.exclude=n9",
         "cluster.sbatch.ntasks-per-node=null",
     )
-    wanted = Request(str(config), fewer).load().config
-    wanted.run_dir.mkdir(parents=True)
-    (wanted.run_dir / "excluded_nodes.txt").write_text("n2 hung 2 times\n\nn3 has a bad GPU\n")
+    wanted = Training(Request(str(config), fewer))
+    wanted.folder.mkdir(parents=True)
+    (wanted.folder / "excluded_nodes.txt").write_text("n2 hung 2 times\n\nn3 has a bad GPU\n")
     assert {"--nodes=2-4", "--exclude=n9,n2,n3"} <= {*slurm.sbatch_options(wanted, config.parent)}
-    assert [job.usable_nodes(wanted, nodes, 2) for nodes in (4, 3, 2)] == [4, 2, 2], (
+    assert [wanted.usable_nodes(nodes, 2) for nodes in (4, 3, 2)] == [4, 2, 2], (
         "a batch of 16 does not divide among three nodes"
     )
-    assert job.usable_nodes(Request(str(config), asked).load().config, 3, 2) == 3, (
+    assert Training(Request(str(config), asked)).usable_nodes(3, 2) == 3, (
         "nobody allowed fewer: then the batch is refused"
     )
     with pytest.raises(ConfigError, match="cannot be cut .* on 6 ranks"):
@@ -377,7 +378,7 @@ def test_nodes_to_leave_out_and_fewer_nodes(config: Path):
 
 def test_a_worker_outside_of_a_job_has_nothing_to_begin(config: Path):
     with pytest.raises(ConfigError, match="this is not a Slurm job"):
-        job.begin(str(config), [])
+        script.begin(str(config), [])
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from hfscale.errors import CheckpointError
-from launch import local, queue, slurm
+from launch import attempt, local, queue
+from launch.job import Training
 from launch.request import Request
 from tests.helpers.cli import ROOT
 from tests.helpers.corpus import run_values
@@ -50,7 +51,7 @@ def lab(
         monkeypatch.setenv(name, cluster.env[name])
     lab = tmp_path / "my lab"
     code, image = lab / "hfscale", lab / "image"
-    for folder in (*slurm.PACKAGES, "slurm"):
+    for folder in (*attempt.PACKAGES, "slurm"):
         shutil.copytree(ROOT / folder, code / folder)
     image.mkdir()
     for name in ("sh", "cat", "uname", "git"):
@@ -144,7 +145,7 @@ def test_a_site_with_containers_whole_nodes_and_a_controller_that_is_down(
             monkeypatch.setenv(name, cluster.env[name])
         monkeypatch.setattr(queue, "TIMEOUT_S", 5.0)
         with pytest.raises(CheckpointError, match="Slurm does not answer") as refused:
-            local.launch(Request(str(runs / "contained"), procs=1))
+            local.launch(Training(Request(str(runs / "contained"), procs=1)))
         assert f"rm '{runs}/contained/job'" in str(refused.value)
         for rank in cluster.ranks(contained).values():
             os.kill(rank, signal.SIGUSR1)

@@ -21,6 +21,7 @@ import yaml
 
 from hfscale.monitor.fence import attempts
 from launch import slurm
+from launch.job import Training
 from launch.request import Request
 from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.corpus import run_values
@@ -119,7 +120,7 @@ def jobs(
         ):  # in this process, which imports what a check needs only once
             for name, value in (cluster.env | slow | FAULTS.get(way, {})).items():
                 patch.setenv(name, value)
-            slurm.launch(Request(str(config), tuple(short)))
+            slurm.launch(Training(Request(str(config), tuple(short))))
         jobs.ids[way] = (jobs.run(way) / "job").read_text()
     for way in ("signal", "requeue", "preemption", "killed rank"):
         wait_for(

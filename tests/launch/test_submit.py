@@ -17,6 +17,7 @@ import yaml
 
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.reports.status import last_record
+from launch.job import Training
 from launch.request import Request
 from launch.submit import launch, submit, submit_sweep
 from tests.helpers.cli import ROOT
@@ -24,7 +25,7 @@ from tests.helpers.corpus import run_values
 from tests.helpers.slurm import Cluster, wait_for
 
 NOTEBOOK = """
-from launch.submit import Train, submit
+from launch.submit import Rank, submit
 job = submit({config!r}, ["run.name=here"], cluster="debug")
 print(job.result()["done"], job.result()["step"])
 import os
@@ -85,6 +86,13 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     sweep = submit_sweep(config, {"optim.lr": [0.01, 0.001], "optim.clip_norm": [1.0]})
     assert [job.job_id.partition("_")[2] for job in sweep] == ["0", "1"], "one array"
 
+    wait_for(
+        lambda: last_record(runs / "warned").get("step", 0) >= 2,
+        what=lambda: f"{warned.stdout()}{warned.stderr()}",
+    )
+    os.kill(
+        on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2
+    )  # what submitit's --signal sends; to one rank, the ranks agree
     results = [finished(job) for job in sweep]
     assert [Path(result["run_dir"]).name for result in results] == [
         "run-lr_0.01-clip_norm_1.0",
@@ -93,13 +101,6 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert all(result["done"] and result["step"] == 3 for result in results)
     assert results[0]["loss"] != results[1]["loss"]
 
-    wait_for(
-        lambda: last_record(runs / "warned").get("step", 0) >= 2,
-        what=lambda: f"{warned.stdout()}{warned.stderr()}",
-    )
-    os.kill(
-        on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2
-    )  # what submitit's --signal sends; to one rank, the ranks agree
     cancelled.cancel()
     waiting.cancel()
     result = finished(warned)
@@ -127,20 +128,20 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
 def test_from_the_command_line(config: str, on_slurm: Cluster, capsys: pytest.CaptureFixture[str]):
     held = ("cluster.sbatch.hold=true",)
     run = Path(config).parent / "runs" / "run"
-    assert launch(Request(config, held, dry_run=True)) == 0
+    assert launch(Training(Request(config, held, dry_run=True))) == 0
     assert (
         "AutoExecutor(cluster='slurm').update_parameters(name='run', tasks_per_node=1"
         in capsys.readouterr().out
     )
     assert not run.exists()
-    assert launch(Request(config, held)) == 0
+    assert launch(Training(Request(config, held))) == 0
     out, job = capsys.readouterr().out, (run / "job").read_text()
     assert f"scancel {job}" in out
     assert f"hfscale status {run}" in out
     assert on_slurm.state(job) == "PENDING"
     on_slurm.run("scancel", job)
     with pytest.raises(ConfigError, match="from the cluster"):
-        launch(Request(config, held, procs=2))
+        launch(Training(Request(config, held, procs=2)))
 
 
 @pytest.mark.slow

@@ -40,7 +40,7 @@ def finetune(values: dict[str, Any]) -> list[dict[str, Any]]:
     log = config.run_dir / "metrics.jsonl"
     return (
         [json.loads(line) for line in log.read_text("utf-8").splitlines()]
-        if World.from_environment().rank == 0
+        if World.from_environment().all.rank == 0
         else []
     )
 
@@ -124,7 +124,6 @@ def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None
         )
         predict.prepare(config)
         assert predict.run(config, World(), StopRequest())
-        predict.join(config)
         answers[name] = [
             json.loads(line)["prediction"]
             for line in (tmp_path / f"{name}.jsonl").read_text("utf-8").splitlines()

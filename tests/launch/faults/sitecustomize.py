@@ -2,7 +2,8 @@
 after the AT-th; steps take STEP_S seconds.
 
 FAULT: "raise" in the loop, "loader exits" (its thread ends the interpreter), "loader sleeps",
-"slow". FAULT_NODE: on this node in every attempt.
+"slow". FAULT_NODE: on this node in every attempt. PASS_S: so long takes a pass of a model that only
+computes.
 """
 
 import os
@@ -48,3 +49,14 @@ if {"hfscale.worker", "submitit.core._submit"} & {*sys.orig_argv}:
         return take(self)
 
     hfscale.dist.agree.agree, Stream.take = agree_slowly, take_or_fail
+
+    if first and "PASS_S" in os.environ:
+        from hfscale.engine.inference import InferenceEngine
+
+        call = InferenceEngine.__call__
+
+        def call_slowly(self, **inputs):
+            time.sleep(float(os.environ["PASS_S"]))
+            return call(self, **inputs)
+
+        InferenceEngine.__call__ = call_slowly
