@@ -22,7 +22,6 @@ from hfscale.run_files import LOCK, is_run
 from launch import run_dir
 from launch.job import Training
 from launch.local import gpu_count
-from launch.request import check
 
 SUFFIX = "-debug"
 _LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "encoder_layers")
@@ -36,10 +35,10 @@ def launch(job: Training) -> int:
         UserError: as any launcher.
     """
     on_gpu = gpu_count() > 0
-    job = Training(job.request, extra=tiny(job.loaded, on_gpu=on_gpu))
+    job = Training(job.request, extra=tiny(job.loaded, on_gpu=on_gpu), fresh=True)
     config = job.config
     batch = job.fit(1)
-    check(config, device_type="cuda" if on_gpu else "cpu", fresh=True)
+    job.run.read(device_type="cuda" if on_gpu else "cpu")
     if job.dry_run:
         job.check_parts()  # takes seconds: the rank does it itself
         print(

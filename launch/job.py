@@ -25,10 +25,11 @@ from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError
 from hfscale.hub import local_folder
 from hfscale.packages import refuse_wrong_versions
 from hfscale.reports.status import describe, last_record
+from hfscale.run.run import Run
 from hfscale.run_files import CHECKPOINTS, CONFIG, SCORES, TENSORBOARD, is_run
 from hfscale.shards.files import write_atomically
 from launch import run_dir
-from launch.request import Request, check, quote
+from launch.request import Request, quote
 
 
 class Job(ABC):
@@ -128,9 +129,10 @@ class Training(Job):
     place = "run directory", "run.root"
     config: TrainConfig
 
-    def __init__(self, request: Request, extra: Sequence[str] = ()) -> None:
+    def __init__(self, request: Request, extra: Sequence[str] = (), *, fresh: bool = False) -> None:
         self.request, self.loaded = request, request.load(extra)
         self.config = self.loaded.config
+        self.run = Run(self.config, fresh=fresh)
         self.name, self.cluster = self.config.run.name, self.config.cluster
         super().__init__(
             self.config.run_dir,
@@ -152,14 +154,12 @@ class Training(Job):
         """Return notices on the config, and on what it changes in its run directory."""
         self.fit(procs)
         said = [*notices(self.config), *run_dir.compare(self.config)]
-        check(self.config, device_type=device_type)
+        self.run.read(device_type=device_type)
         return said
 
     def check_parts(self) -> None:
         """Return if tokenizer, data, objective or task, model and pretrained weights fit."""
-        from hfscale.jobs.check import check as check_run  # slow to import
-
-        check_run(self.config)
+        self.run.check()
 
     def fetch(self) -> None:
         """Return when the pretrained weights are here."""

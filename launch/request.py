@@ -15,7 +15,6 @@ from hfscale.config.load import Loaded, load_config
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import copies
 from hfscale.errors import ConfigError
-from hfscale.run.run import Run
 from hfscale.run_files import CONFIG, is_run
 
 LAUNCHERS = {
@@ -86,14 +85,3 @@ def config_file(source: str) -> Path:
             remedy=f"give a YAML file, or a run directory, which holds {CONFIG}",
         )
     return path / CONFIG if path.is_dir() else path
-
-
-def check(config: TrainConfig, *, device_type: str, fresh: bool = False) -> None:
-    """Return if nothing that can be known without torch speaks against this run, which goes on from
-    a checkpoint unless it is ``fresh``.
-
-    Raises:
-        UserError: for what the engine refuses on this device, data or a tokenizer that is not
-            there, sources that do not fit together.
-    """
-    Run(config, fresh=fresh).read(device_type=device_type)

@@ -177,10 +177,9 @@ def _before(
         )
 
     def parts() -> Sequence[str]:
-        from hfscale.jobs.check import check, parameters  # slow to import
-
-        check(config)
-        task["checkpoint_gb"] = 12e-9 * parameters(config)  # weights and two moments in fp32
+        job.run.check()
+        # weights and two moments in fp32
+        task["checkpoint_gb"] = 12e-9 * job.run.shape.parameters
         return ()
 
     yield _tried("parts", parts)

@@ -15,9 +15,10 @@ from hfscale.config.load import load_config
 from hfscale.config.permission import ALLOWED, CODE, PIPE, grant
 from hfscale.errors import ConfigError, DataError
 from hfscale.reports.show import show_config
+from hfscale.run.run import Run
 from hfscale.shards.open import open_manifest
 from launch import run_dir
-from launch.request import Request, check
+from launch.request import Request
 from tests.launch.conftest import CONFIG, folder
 
 __all__ = ["folder"]
@@ -52,9 +53,9 @@ def test_a_file_cannot_permit_what_it_brings(evil: Path):
     (evil.parent / "more.yaml").write_text("extends: evil.yaml\n")
     assert permissions(evil.parent / "more.yaml") == (False, False)
     with pytest.raises(ConfigError, match="on the command line: no file can permit"):
-        check(Request(str(evil)).load().config, device_type="cpu")
+        Run(Request(str(evil)).load().config).read(device_type="cpu")
     assert not (evil.parent / "ran").exists()
-    check(Request(str(evil), (f"{PIPE}=true",)).load().config, device_type="cpu")
+    Run(Request(str(evil), (f"{PIPE}=true",)).load().config).read(device_type="cpu")
     assert (evil.parent / "ran").exists()
 
 

@@ -15,7 +15,7 @@ from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
 from hfscale.reports.batch import rebuild
-from launch.request import check
+from hfscale.run.run import Run
 from tests.helpers.corpus import GPT2, run_values
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -139,7 +139,7 @@ def test_other_weights_on_a_resume_and_every_step_is_rebuilt(corpus: Path, tmp_p
         "small": 20,
     }  # two blocks of 22 and 10; step 5 ends at row 60
     assert Counter(row.source for row in seen[64:96]) == {"big": 3, "small": 29}
-    check(RunConfig.model_validate(second), device_type="cpu")
+    Run(RunConfig.model_validate(second)).read(device_type="cpu")
     gone = {**second, "data": {**second["data"], "sources": second["data"]["sources"][:1]}}
     with pytest.raises(DataError, match="small of the checkpoint is gone"):
-        check(RunConfig.model_validate(gone), device_type="cpu")
+        Run(RunConfig.model_validate(gone)).read(device_type="cpu")

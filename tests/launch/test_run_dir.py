@@ -12,10 +12,11 @@ from hfscale.checkpoint.manifest import write_file, write_manifest
 from hfscale.config.load import load_config
 from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError, ConfigError, UserError
+from hfscale.run.run import Run
 from hfscale.tokenizer import tokenizer_digest
 from launch import run_dir
 from launch.commands.evaluate import _kept
-from launch.request import Request, check
+from launch.request import Request
 
 
 def attempt(*overrides: str, source: str = "config.yaml") -> list[str]:
@@ -169,8 +170,8 @@ def test_what_can_be_known_before_is_checked_before(
     folder: Path, overrides: tuple[str, ...], words: str
 ):
     with pytest.raises(UserError, match=words):
-        check(Request("config.yaml", overrides).load().config, device_type="cpu")
-    check(Request("config.yaml").load().config, device_type="cpu")
+        Run(Request("config.yaml", overrides).load().config).read(device_type="cpu")
+    Run(Request("config.yaml").load().config).read(device_type="cpu")
 
 
 @pytest.mark.parametrize(("code", "kept"), [(2, True), (1, False), (0, False), (75, False)])
@@ -204,7 +205,7 @@ def test_missing_shards_are_named_before_ranks_start(folder: Path):
     with pytest.raises(
         UserError, match=r"1 files of the shards are missing[\s\S]*shard-000000.idx"
     ):
-        check(Request("config.yaml").load().config, device_type="cpu")
+        Run(Request("config.yaml").load().config).read(device_type="cpu")
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "lock", "environment.json", "logs/rank-1.log"])

@@ -118,7 +118,7 @@ def files_read(values: dict[str, Any], command: list[str]) -> dict[str, int]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("dry", [False])
+@pytest.mark.parametrize("dry", [True, False])
 def test_what_a_process_reads_it_reads_once(
     tmp_path: Path, values: list[dict[str, Any]], dry: bool
 ) -> None:
