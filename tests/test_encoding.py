@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from hfscale.encoding import NotText, Quoted, encoder, text_alone
+from hfscale.control_tokens import NotText, Quoted, text_alone
+from hfscale.encoding import encoder
 from tests.objectives.tokenizers import SPECIAL, tokenizer
 
 KINDS = ("bpe", "wordpiece", "unigram")

@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # a module imports from lower floors, and from its own package; errors.py is under everything
 FLOORS = [
     {"errors", "registry", "log", "records", "packages", "deadline", "run_files"},
-    {"hub", "metrics"},
+    {"hub", "metrics", "control_tokens"},
     {"config", "shards", "tokenizer", "encoding", "dist", "monitor"},
     {"corpus", "stream", "models", "engine"},
     {"objectives", "checkpoint"},

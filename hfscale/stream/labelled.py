@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from hfscale.config.finetune import Examples
-from hfscale.encoding import NotText
+from hfscale.control_tokens import NotText
 from hfscale.errors import ConfigError, DataError, counted
 from hfscale.log import logger, progress_bar
 from hfscale.records import load

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from hfscale.config.schema import Section
-from hfscale.encoding import text_alone
+from hfscale.control_tokens import text_alone
 from hfscale.log import logger
 from hfscale.metrics.measure import Measure
 from hfscale.models.kinds import WRITERS

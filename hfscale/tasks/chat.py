@@ -8,8 +8,8 @@ from contextlib import suppress
 from functools import cached_property
 from typing import Any
 
+from hfscale.control_tokens import Quoted
 from hfscale.deadline import TookTooLong, deadline
-from hfscale.encoding import Quoted
 from hfscale.errors import DataError
 from hfscale.stream.examples import BadExample
 from hfscale.tasks.generation import say_once

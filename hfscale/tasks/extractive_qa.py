@@ -23,7 +23,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Section
-from hfscale.encoding import text_alone
+from hfscale.control_tokens import text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.squad import best_threshold, squad

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from hfscale.config.schema import Positive, Section
-from hfscale.encoding import Quoted, text_alone
+from hfscale.control_tokens import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model

@@ -24,7 +24,7 @@ from pydantic import Field
 from torch import Tensor
 
 from hfscale.config.schema import Positive, Section
-from hfscale.encoding import Quoted, text_alone
+from hfscale.control_tokens import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge

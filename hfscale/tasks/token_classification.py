@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from hfscale.config.schema import Section
-from hfscale.encoding import text_alone
+from hfscale.control_tokens import text_alone
 from hfscale.errors import DataError, nearest
 from hfscale.metrics.entities import OUTSIDE, entities, entity_f1, parts_entities, tag_accuracy
 from hfscale.metrics.measure import Measure

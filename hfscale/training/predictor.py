@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from hfscale.control_tokens import NotText
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
-from hfscale.encoding import NotText
 from hfscale.engine.inference import InferenceEngine
 from hfscale.stream.examples import BadExample, micro_batch
 from hfscale.tasks.base import Example, Task
