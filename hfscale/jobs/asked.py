@@ -76,21 +76,7 @@ def settle(
         _as_trained(values, model, data=data)
     elif model is not None:
         _as_suggested(values, model)
-    if values["task"]["name"] is None:
-        raise ConfigError(
-            "nothing says what this model is for",
-            where="--task",
-            value=model and model.name,
-            remedy=f"name the task: {', '.join(TASKS)}",
-        )
-    if answers and not task_class(values["task"]["name"]).scored:
-        raise ConfigError(
-            "this task only predicts: there are no answers to score",
-            where="--task",
-            value=values["task"]["name"],
-            remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, "
-            "without --task",
-        )
+    _check_task(values["task"]["name"], model, answers=answers)
     if data is None and "train" not in values["data"]:
         raise ConfigError(
             "nothing says which examples to score the model on",
@@ -105,6 +91,24 @@ def settle(
         for text in overrides
     ]
     return load_values(values, sections, schema=PredictConfig)
+
+
+def _check_task(name: str | None, model: Model | None, *, answers: bool) -> None:
+    if name is None:
+        raise ConfigError(
+            "nothing says what this model is for",
+            where="--task",
+            value=model and model.name,
+            remedy=f"name the task: {', '.join(TASKS)}",
+        )
+    if answers and not task_class(name).scored:
+        raise ConfigError(
+            "this task only predicts: there are no answers to score",
+            where="--task",
+            value=name,
+            remedy="hfscale predict; a language model is scored on shards: --data MANIFEST, "
+            "without --task",
+        )
 
 
 def examples_of(config: PredictConfig) -> Iterator[Example]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from itertools import islice
 from math import isfinite
@@ -61,27 +61,9 @@ def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> d
     """
     kind = task_class(config.task.name)
     options = check_options(kind.Options, config.task.options, where="task.options")
-    rows = dict[str, dict[str, Any]]()
-    for where, row in table_rows(predictions):
-        if (name := str(row.get("id"))) in rows or not {"prediction", "problem"} & row.keys():
-            raise DataError(
-                "an id occurs twice" if name in rows else "there is no prediction",
-                where=where,
-                value=str(row)[:80],
-                remedy='one line for each example: {"id": ..., "prediction": ...}',
-            )
-        rows[name] = row
+    rows = _predictions(predictions)
     references = list(examples_of(config))
-    missing = [example["id"] for example in references if example["id"] not in rows]
-    if missing or len(rows) != len(references):
-        count = f"{len(rows):,} predictions for {len(references):,} examples"
-        unknown = [] if missing else [*rows.keys() - {example["id"] for example in references}]
-        raise DataError(
-            f"{count}, {len(missing):,} of which have none",
-            where=predictions,
-            value=missing[:5] or unknown[:5],
-            remedy="give the predictions of these examples, whole; ids must be the same",
-        )
+    _check_ids(rows, references, where=predictions)
     usable = [example for example in references if "problem" not in rows[example["id"]]]
     if not usable:
         raise DataError(
@@ -93,15 +75,10 @@ def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> d
     facts = model.facts(kind) if model else {}
     chosen = [rows[example["id"]] for example in usable]
     try:
-        task = kind(
-            options,
-            Setting(
-                seq_len=config.data.max_length, facts=facts or kind.facts(options, iter(usable))
-            ),
-        )
-        said = described(task.measure(chosen, usable)) | {
-            "scores": _defined(task.score(chosen, usable))
-        }
+        facts = facts or kind.facts(options, iter(usable))
+        task = kind(options, Setting(seq_len=config.data.max_length, facts=facts))
+        said = described(task.measure(chosen, usable))
+        said["scores"] = _defined(task.score(chosen, usable))
     except BadExample as error:
         raise DataError(
             str(error),
@@ -123,6 +100,43 @@ def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> d
         "left_out": len(references) - len(usable),
         **said,
     }
+
+
+def _predictions(file: Path) -> dict[str, dict[str, Any]]:
+    """Return the lines of a file of predictions by the id of their example.
+
+    Raises:
+        DataError: if a line has no prediction, or an id occurs twice.
+    """
+    rows = dict[str, dict[str, Any]]()
+    for where, row in table_rows(file):
+        name = str(row.get("id"))
+        if name in rows or not {"prediction", "problem"} & row.keys():
+            raise DataError(
+                "an id occurs twice" if name in rows else "there is no prediction",
+                where=where,
+                value=str(row)[:80],
+                remedy='one line for each example: {"id": ..., "prediction": ...}',
+            )
+        rows[name] = row
+    return rows
+
+
+def _check_ids(
+    rows: Mapping[str, Any], references: Sequence[Mapping[str, Any]], *, where: Path
+) -> None:
+    """Return if each example has its prediction, and each prediction its example."""
+    ids = [example["id"] for example in references]
+    missing = [name for name in ids if name not in rows]
+    if missing or len(rows) != len(ids):
+        unknown = [] if missing else [*rows.keys() - {*ids}]
+        raise DataError(
+            f"{len(rows):,} predictions for {len(ids):,} examples, {len(missing):,} of which "
+            "have none",
+            where=where,
+            value=missing[:5] or unknown[:5],
+            remedy="give the predictions of these examples, whole; ids must be the same",
+        )
 
 
 def described(measure: Measure) -> dict[str, Any]:

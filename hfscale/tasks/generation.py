@@ -180,12 +180,7 @@ def generate(
         _fit(prompt, model.config, config, key=key, truncate=options.truncate, apart=apart)
         for prompt, key in zip(prompts, keys, strict=True)
     ]
-    order = sorted(range(len(prompts)), key=lambda row: (len(asked[row].ids), row))
-    groups: dict[tuple[int, int, int], list[int]] = {}
-    for row in order:
-        one = asked[row]
-        groups.setdefault((one.most, one.least, one.alike), []).append(row)
-    passes = [(most, least, rows) for (most, least, _), rows in groups.items()]
+    passes = _passes(asked)
     synced = everybody().size > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
     if synced:
         count = max(from_all_ranks(len(passes)))
@@ -209,6 +204,17 @@ def generate(
         for row, ids in zip(rows, new_BT, strict=bool(rows)):
             answers[row] = ids[: next((n for n, id_ in enumerate(ids) if id_ in stops), len(ids))]
     return answers
+
+
+def _passes(asked: Sequence[_Asked]) -> list[tuple[int, int, list[int]]]:
+    """Return (most, fewest new tokens, rows) of each call of a model's ``generate``: prompts that
+    ask for the same, the shortest first.
+    """
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for row in sorted(range(len(asked)), key=lambda row: (len(asked[row].ids), row)):
+        one = asked[row]
+        groups.setdefault((one.most, one.least, one.alike), []).append(row)
+    return [(most, least, rows) for (most, least, _), rows in groups.items()]
 
 
 def _of_one_answer(

@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from itertools import chain
 from typing import Any, ClassVar
 
 import torch
@@ -110,23 +111,18 @@ class Instruction(Task):
                 }
             ]
         whole = self.chat.render(messages)
-        spans = [
-            (
-                len(self.chat.render(messages[:n], prompt=True, of=whole)),
-                len(self.chat.render(messages[: n + 1], of=whole)),
-                message["content"],
-            )
-            for n, message in enumerate(messages)
-            if message["role"] == "assistant"
-        ]
+        spans = []  # of the answers: first and last character, and the text
+        for n, message in enumerate(messages):
+            if message["role"] == "assistant":
+                first = len(self.chat.render(messages[:n], prompt=True, of=whole))
+                last = len(self.chat.render(messages[: n + 1], of=whole))
+                spans.append((first, last, message["content"]))
         made, longest = self.chat.ids(quoted, whole), self.setting.seq_len
         places = made["offset_mapping"]
-        labels = [
-            number
-            if any(_is_answer(whole, begin, end, first, last) for first, last, _ in spans)
-            else IGNORE_INDEX
-            for number, (begin, end) in zip(made["input_ids"], places, strict=True)
-        ]
+        labels = []
+        for number, (begin, end) in zip(made["input_ids"], places, strict=True):
+            learnt = any(_is_answer(whole, begin, end, first, last) for first, last, _ in spans)
+            labels.append(number if learnt else IGNORE_INDEX)
         read = len(whole)
         if len(labels) > longest:
             read, kept = _cut(places, longest)
@@ -194,20 +190,16 @@ class Instruction(Task):
         ]
 
         def packed(lists: Sequence[list[int]], fill: int) -> Tensor:
-            return pad_rows([[token for n in pack for token in lists[n]] for pack in packs], fill)[
-                0
-            ]
+            joined = [list(chain.from_iterable(lists[n] for n in pack)) for pack in packs]
+            return pad_rows(joined, fill)[0]
 
         owner_RT = packed([[n] * length for n, length in enumerate(lengths)], len(lengths))
+        answers = [sum(label != IGNORE_INDEX for label in labels) for labels in shifted]
         batch = self.batch(
             rows,
             inputs={"input_ids": packed([row["input_ids"] for row in rows.features], self.pad_id)},
             labels=packed(shifted, IGNORE_INDEX),
-            counts={
-                "answers": torch.tensor(
-                    [sum(label != IGNORE_INDEX for label in labels) for labels in shifted]
-                )
-            },
+            counts={"answers": torch.tensor(answers)},
         )
         return replace(batch, document_ids_BT=owner_RT.int())
 
@@ -268,11 +260,10 @@ class Instruction(Task):
         """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the
         generated ones, where they were.
         """
-        known = language_model(
-            [p["nats"] for p in predictions],
-            [p["tokens"] for p in predictions],
-            [p["bytes"] for p in predictions],
+        nats, tokens, bytes_ = (
+            [prediction[key] for prediction in predictions] for key in ("nats", "tokens", "bytes")
         )
+        known = language_model(nats, tokens, bytes_)
         if not all("prediction" in p for p in predictions):
             return known
         answers = [self._messages(reference)[-1]["content"] for reference in references]

@@ -116,6 +116,7 @@ class Trainer:
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
         counts = counts_of(self.objective, rows, batches)
+        digest = step_digest(rows) if watched else 0
         beat("collective")
         agreed = agree(
             counts=counts,
@@ -124,7 +125,7 @@ class Trainer:
             failed=self.checkpoints.failed() is not None,
             save=any(observer.save for observer in self.observers),
             end=any(observer.stop for observer in self.observers),
-            digest=step_digest(rows) if watched else 0,
+            digest=digest,
         )
         if agreed.save or agreed.end:  # what was asked for is the step before, as it stands
             with self.throughput.aside():

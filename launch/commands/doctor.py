@@ -214,41 +214,82 @@ def _measure(
     home: Path,
 ) -> Iterator[Finding]:
     """Yield what the ranks found, and which nodes said nothing; ``home`` holds slurm/."""
-    place, procs = (
-        next(folder for folder in (place, *place.parents) if folder.is_dir()),
-        _procs(here),
-    )
+    place = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    procs = _procs(here)
     token = place / f".hfscale-doctor-{uuid.uuid4().hex}"
     with suppress(OSError):  # `writing` will say so
         token.touch()
-    gpus = here.gpus_per_node > 0 if here else gpu_count() > 0
-    text = json.dumps(
-        {**task, "run": str(place), "token": str(token) if token.exists() else "", "gpus": gpus},
-        default=str,
-    )
-    if here:
-        a_node = ranks_per_node(here)
-        command = ["bash", "-c", STEP, "bash", str(a_node), str(procs), RANK, text]
-        env = {
-            "MASTER_ADDR": names[0],
-            "MASTER_PORT": str(job_port(here.job_id)),
-            "HFSCALE_PYTHON": sys.executable,
-            "SRUN_CPUS_PER_TASK": str(cores_per_rank(here, a_node)),  # as training has it
-        }
-        places = [env]
-    else:
-        command, listener = python(RANK, text), listen()
-        port, threads = listener.getsockname()[1], str(max(1, available_cores() // procs))
-        places = [
-            World(Place(rank, procs), rank, procs, master_port=port).export()
-            | {"OMP_NUM_THREADS": threads}
-            for rank in range(procs)
-        ]
+    about = {
+        **task,
+        "run": str(place),
+        "token": str(token) if token.exists() else "",
+        "gpus": here.gpus_per_node > 0 if here else gpu_count() > 0,
+    }
+    text = json.dumps(about, default=str)
+    try:
+        if here:
+            out, err = _by_srun(text, here, procs, master=names[0], home=home)
+        else:
+            out, err = _by_hand(text, procs, home=home)
+    finally:
+        with suppress(OSError):
+            token.unlink()
+    # a library may go on with the line
+    told = [
+        json.JSONDecoder().raw_decode(line, len(MARK))[0]
+        for line in out.splitlines()
+        if line.startswith(MARK)
+    ]
+    why = " / ".join(err.splitlines()[:3])
+    findings = [
+        Finding(**{**one, "nodes": tuple(one["nodes"]), "slow": tuple(one["slow"])}) for one in told
+    ]
+    yield from findings
+    if silent := set(names) - {node for one in findings for node in one.nodes}:
+        yield Finding("answer", "fail", f"none; {why}", nodes=tuple(silent))
+    elif all(one.check != "rendezvous" for one in findings):
+        yield Finding("rendezvous", "fail", f"the ranks did not meet in {TIMEOUT_S:.0f} s; {why}")
+
+
+def _by_srun(
+    text: str, here: Allocation, procs: int, *, master: str, home: Path
+) -> tuple[str, str]:
+    """Return what the ranks on the nodes of the allocation say, on stdout and stderr."""
+    a_node = ranks_per_node(here)
+    env = {
+        "MASTER_ADDR": master,
+        "MASTER_PORT": str(job_port(here.job_id)),
+        "HFSCALE_PYTHON": sys.executable,
+        "SRUN_CPUS_PER_TASK": str(cores_per_rank(here, a_node)),  # as training has it
+    }
+    command = ["bash", "-c", STEP, "bash", str(a_node), str(procs), RANK, text]
+    return _output(command, [env], home=home)
+
+
+def _by_hand(text: str, procs: int, *, home: Path) -> tuple[str, str]:
+    """Return what ranks on this machine say, on stdout and stderr."""
+    threads = str(max(1, available_cores() // procs))
+    with listen() as listener:
+        port = listener.getsockname()[1]
+        worlds = (World(Place(rank, procs), rank, procs, master_port=port) for rank in range(procs))
+        places = [world.export() | {"OMP_NUM_THREADS": threads} for world in worlds]
         places[0] |= {LISTEN_FD: str(listener.fileno())}
-    with (
-        tempfile.TemporaryDirectory() as folder
-    ):  # a pipe would be held by ranks that nothing can end
-        out, err = (Path(folder, name) for name in ("out", "err"))
+        return _output(python(RANK, text), places, home=home, started=listener.close)
+
+
+def _output(
+    command: Sequence[str],
+    places: Sequence[dict[str, str]],
+    *,
+    home: Path,
+    started: Callable[[], None] = lambda: None,
+) -> tuple[str, str]:
+    """Return what processes of ``command``, one in each of the environments ``places``, write until
+    their time is over; ``started`` is called once all run.
+    """
+    # files: a pipe would be held by ranks that nothing can end
+    with tempfile.TemporaryDirectory() as folder:
+        out, err = Path(folder, "out"), Path(folder, "err")
         ranks = [
             subprocess.Popen(
                 command,
@@ -261,28 +302,10 @@ def _measure(
             )
             for env in places
         ]
-        if here is None:
-            listener.close()
+        started()
         try:
             _await(ranks)
         finally:
             for rank in ranks:
                 rank.kill()
-            with suppress(OSError):
-                token.unlink()
-        said, why = (
-            out.read_text(errors="replace").splitlines(),
-            " / ".join(err.read_text(errors="replace").splitlines()[:3]),
-        )
-    # a library may go on with the line
-    told = [
-        json.JSONDecoder().raw_decode(line, len(MARK))[0] for line in said if line.startswith(MARK)
-    ]
-    found = [
-        Finding(**{**one, "nodes": tuple(one["nodes"]), "slow": tuple(one["slow"])}) for one in told
-    ]
-    yield from found
-    if silent := set(names) - {node for one in found for node in one.nodes}:
-        yield Finding("answer", "fail", f"none; {why}", nodes=tuple(silent))
-    elif all(one.check != "rendezvous" for one in found):
-        yield Finding("rendezvous", "fail", f"the ranks did not meet in {TIMEOUT_S:.0f} s; {why}")
+        return out.read_text(errors="replace"), err.read_text(errors="replace")

@@ -43,6 +43,21 @@ app = typer.Typer(
 TRIES = 5  # a short run may be done before it is killed
 
 
+Config = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory, which is not touched."),
+]
+Overrides = Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")]
+Procs = Annotated[
+    Optional[int], typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")
+]
+Kills = Annotated[int, typer.Option(min=1, help="How often the run is killed.")]
+Seed = Annotated[int, typer.Option(help="Decides when is killed, and whether one rank or all.")]
+Out = Annotated[
+    Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")
+]
+
+
 @app.callback()
 def _prove() -> None: ...
 
@@ -51,23 +66,12 @@ def _prove() -> None: ...
     epilog="Example: hfscale prove resume configs/pretrain/quickstart.yaml --procs 2 --kills 3"
 )
 def resume(
-    config: Annotated[
-        str,
-        typer.Argument(
-            metavar="CONFIG", help="A YAML file, or a run directory, which is not touched."
-        ),
-    ],
-    overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,
-    procs: Annotated[
-        Optional[int], typer.Option(min=1, help="Ranks. Without it: one a GPU, or 2 on the CPU.")
-    ] = None,
-    kills: Annotated[int, typer.Option(min=1, help="How often the run is killed.")] = 1,
-    seed: Annotated[
-        int, typer.Option(help="Decides when is killed, and whether one rank or all.")
-    ] = 0,
-    out: Annotated[
-        Optional[Path], typer.Option(help="Where the certificate goes. Without it: beside the run.")
-    ] = None,
+    config: Config,
+    overrides: Overrides = None,
+    procs: Procs = None,
+    kills: Kills = 1,
+    seed: Seed = 0,
+    out: Out = None,
 ) -> None:
     """Kill -9 a short run of CONFIG at random moments, start it again each time, and compare it
     with an undisturbed twin, bit for bit.
@@ -102,24 +106,28 @@ def resume(
     killed = _killed([*command, "run.name=killed"], run, moments=moments, rng=rng)
     evidence = observe(twin)
     difference = first_difference(evidence, observe(run))
-    certificate = {
-        "verdict": "different" if difference else "equal",
-        "first_difference": difference,
-        "seed": seed,
-        "command": command,
-        "kills": killed,
-        "steps": evidence,
-        "made": run_dir.attempts(twin)[0],
-    }
-    out.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())
+    _certify(
+        out,
+        verdict="different" if difference else "equal",
+        first_difference=difference,
+        seed=seed,
+        command=command,
+        kills=killed,
+        steps=evidence,
+        made=run_dir.attempts(twin)[0],
+    )
+    verdict = f"DIFFERENT: {difference}; both runs are kept in {home}"
     if not difference:
         shutil.rmtree(home)
-    verdict = "equal, bit for bit"
-    if difference:
-        verdict = f"DIFFERENT: {difference}; both runs are kept in {home}"
+        verdict = "equal, bit for bit"
     logger.info(f"{verdict}; certificate: {out}")
     raise typer.Exit(1 if difference else 0)
+
+
+def _certify(out: Path, **certificate: Any) -> None:
+    """Write what was seen."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())
 
 
 def _killed(
