@@ -88,7 +88,8 @@ def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: typ
         ConfigError: as ``load_config``.
     """
     tree = with_overrides(Tree(values), overrides)
-    return _validated(tree, COMMAND_LINE, schema, decided=True).config
+    loaded: Loaded[S] = _validated(tree, COMMAND_LINE, schema, decided=True)
+    return loaded.config
 
 
 def _validated(
@@ -175,7 +176,7 @@ class _Dumper(yaml.SafeDumper):
             "tag:yaml.org,2002:str", data, style="'" if re.match(r"[-+.\d]", data) else None
         )
 
-    yaml_representers = yaml.SafeDumper.yaml_representers | {str: represent_str}  # type: ignore[assignment, operator]
+    yaml_representers = yaml.SafeDumper.yaml_representers | {str: represent_str}  # type: ignore[assignment]
 
 
 def _unprintable(key: str, value: Any) -> str:

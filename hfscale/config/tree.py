@@ -260,7 +260,7 @@ def _scalar(text: str) -> Any:
         return _WORDS[text]
     for number in (int, float) if re.fullmatch(r"[-+.0-9_eE]+", text) else ():
         with suppress(ValueError):
-            return number(text)  # type: ignore[operator]
+            return number(text)
     return text
 
 
@@ -287,5 +287,5 @@ def _parse_override(text: str) -> Tree:
     tree.sources = dict.fromkeys([*tree.sources, key], COMMAND_LINE)
     for part in reversed(key.split(".")):
         parsed = {part: parsed}
-    tree.values = parsed  # type: ignore[assignment]
+    tree.values = parsed
     return tree

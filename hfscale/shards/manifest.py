@@ -235,7 +235,8 @@ class Manifest:
     @property
     def numpy_dtype(self) -> np.dtype[Any]:
         """The little-endian dtype of the token ids on disk."""
-        return np.dtype(self.dtype).newbyteorder("<")
+        dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
+        return dtype
 
     @property
     def tokens(self) -> int:

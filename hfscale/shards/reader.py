@@ -114,11 +114,13 @@ class ShardReader:
 
     def chunks_of(self, positions: np.ndarray) -> np.ndarray:
         """Return the chunk (n) that holds each of the token ``positions`` (n)."""
-        return np.searchsorted(self._chunk_starts, positions, side="right") - 1
+        chunks: np.ndarray = np.searchsorted(self._chunk_starts, positions, side="right") - 1
+        return chunks
 
     def indices(self, positions: np.ndarray, chunks: np.ndarray) -> np.ndarray:
         """Return where in ``memory`` the tokens at ``positions`` (n) lie, each in its chunk (n)."""
-        return positions + self._shifts[chunks]
+        indices: np.ndarray = positions + self._shifts[chunks]
+        return indices
 
     def chunk(self, number: int) -> tuple[np.ndarray, np.ndarray]:
         """Return the tokens of a chunk, and where in it documents end (uint32); both are verified

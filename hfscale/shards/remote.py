@@ -254,7 +254,7 @@ class Remote:
                 timeout = (
                     {"timeout": self._timeout_s} if self._fs.async_impl else {}
                 )  # the others have no way to say it
-                data = self._fs.cat_file(place, **span, **timeout)
+                data: bytes = self._fs.cat_file(place, **span, **timeout)
                 self._block = min(BLOCK, self._block + LEAST_BLOCK)
                 return data
             except Exception as error:  # every kind of file system has its own

@@ -22,7 +22,8 @@ from hfscale.log import logger
 from hfscale.records import open_file
 from hfscale.shards.classes import class_names, with_names
 from hfscale.shards.listing import files_below, split_glob
-from hfscale.shards.raw import PICKLED, members_of, too_large
+from hfscale.shards.raw import members_of, too_large
+from hfscale.shards.tars import PICKLED
 from hfscale.shards.text_files import BYTE_ORDERS, lines_of, open_source, open_table
 
 Rows = Iterator[tuple[str, Any]]
@@ -214,7 +215,7 @@ def _row_bytes(group: Any, columns: list[str] | None) -> int:
         for part in parts
         if columns is None or part.path_in_schema.split(".")[0] in columns
     ]
-    return sum(wanted) // max(1, group.num_rows)
+    return int(sum(wanted) // max(1, group.num_rows))
 
 
 def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:

@@ -45,20 +45,20 @@ def walk(path: Path) -> Iterator[Member]:
         try:
             with tarfile.open(fileobj=file, mode="r:") as tar:
                 # an empty tar stays at offset 0, from where Python 3.10 would seek to -1
-                while tar.offset and (info := tar.next()) is not None:  # type: ignore[attr-defined]
-                    if info.size < 0 or tar.offset <= before:  # type: ignore[attr-defined]
+                while tar.offset and (info := tar.next()) is not None:
+                    if info.size < 0 or tar.offset <= before:
                         raise DataError(
                             f"member {info.name!r} at offset {info.offset:,} says that it has "
                             f"{info.size:,} bytes",
                             where=path,
                             remedy=AGAIN,
                         )
-                    before = tar.offset  # type: ignore[attr-defined]
+                    before = tar.offset
                     _check_stored(info, path, size=size)
                     if info.isfile():
                         yield Member(info.name, info.offset_data, info.size)
                     tar.members = []  # type: ignore[attr-defined]  # or it would keep them all
-                end = tar.offset  # type: ignore[attr-defined]
+                end = tar.offset
         except (tarfile.TarError, ValueError, OverflowError, RecursionError, OSError) as error:
             raise DataError(
                 f"not a readable tar: {str(error) or type(error).__name__}",

@@ -82,7 +82,7 @@ def lines_of(stream: IO[bytes], file: Path, *, encoding: str, most: int) -> Iter
         DataError: for a longer line, and for bytes that are not of the encoding; it names the
             encoding that they may be of.
     """
-    text, number = io.TextIOWrapper(stream, encoding=encoding, newline=""), 0  # type: ignore[type-var]
+    text, number = io.TextIOWrapper(stream, encoding=encoding, newline=""), 0
     try:
         while line := text.readline(most + 1):
             number += 1

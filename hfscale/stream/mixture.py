@@ -249,11 +249,9 @@ class Mixture:
         phase = int(np.searchsorted(self._begins, position, side="right")) - 1
         block, slot = divmod(position - int(self._begins[phase]), int(self._ends[phase, -1]))
         source, _ = self.place(np.arange(position - slot, position))
-        return (
-            self._before[phase]
-            + block * self._counts[phase]
-            + np.bincount(source, minlength=len(self.orders))
-        )
+        in_block = np.bincount(source, minlength=len(self.orders))
+        rows: np.ndarray = self._before[phase] + block * self._counts[phase] + in_block
+        return rows
 
     def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
         """Return the passes over all the data, and over each source where there are several; of raw

@@ -194,7 +194,8 @@ def _feistel(x: np.ndarray, bits: np.ndarray, keys: np.ndarray) -> np.ndarray:
     for turn in range(ROUNDS):
         other = halves[1 - turn % 2] | np.uint64(turn << 32)
         halves[turn % 2] ^= mix(other ^ keys) & masks[turn % 2]
-    return halves[0] << right_bits | halves[1]
+    image: np.ndarray = halves[0] << right_bits | halves[1]
+    return image
 
 
 def key_of(*words: int) -> np.ndarray:

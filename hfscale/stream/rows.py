@@ -277,7 +277,8 @@ def _by_shard(shards: np.ndarray, rows: np.ndarray) -> Iterator[tuple[np.ndarray
 def _touched(first: np.ndarray, last: np.ndarray) -> list[int]:
     """Return the chunks that rows from chunk ``first[k]`` to ``last[k]`` touch."""
     rise = np.bincount(first, minlength=last.max() + 2) - np.bincount(last + 1)
-    return np.flatnonzero(np.cumsum(rise)).tolist()
+    chunks: list[int] = np.flatnonzero(np.cumsum(rise)).tolist()
+    return chunks
 
 
 class _Preparing:
