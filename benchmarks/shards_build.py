@@ -19,7 +19,7 @@ from itertools import count
 from pathlib import Path
 
 from benchmarks.common import interleaved, machine, ratio, record, spread, table, verdict
-from hfscale.config.schema import CorpusConfig, Split, TextSource
+from hfscale.config.corpus import CorpusConfig, Split, TextSource
 from hfscale.corpus.build import build_shards
 from hfscale.corpus.source import open_corpus
 from hfscale.corpus.split import assign

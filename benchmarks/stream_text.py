@@ -150,7 +150,7 @@ def main() -> None:
     import psutil
 
     from benchmarks.shards_build import make_text
-    from hfscale.config.schema import CorpusConfig
+    from hfscale.config.corpus import CorpusConfig
     from hfscale.corpus.tokenizer_training import train_tokenizer
     from hfscale.tokenizer import load_tokenizer
 

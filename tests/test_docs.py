@@ -14,10 +14,11 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hfscale.config.corpus import CorpusConfig
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.load import load_config
-from hfscale.config.schema import CorpusConfig, RunConfig
+from hfscale.config.schema import RunConfig
 from hfscale.objectives.base import check_options
 from hfscale.tasks.table import TASKS, task_class
 from launch.cli import VERBS

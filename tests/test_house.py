@@ -9,6 +9,7 @@ import configparser
 import re
 import subprocess
 import sys
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -121,23 +122,78 @@ def test_init_files_are_empty():
     assert [relative(p) for p in MODULES if p.name == "__init__.py" and p.read_text().strip()] == []
 
 
+MOST_LINES, MOST_OF_A_FUNCTION, MOST_TOKENS_A_LINE, MOST_IN_A_STATEMENT = 400, 60, 9.0, 2
+DENSE = (ast.ListComp, ast.SetComp, ast.DictComp, ast.GeneratorExp, ast.IfExp)
+LAYOUT = {
+    tokenize.COMMENT,
+    tokenize.NL,
+    tokenize.NEWLINE,
+    tokenize.INDENT,
+    tokenize.DEDENT,
+    tokenize.ENDMARKER,
+}
+
+
 def test_sizes():
-    """A module a reader can hold, a function on a screen or two. Both go down with each pass over a
-    room.
-    """
+    """A module a reader can hold, a function on a screen."""
     wrong = []
     for path in MODULES:
         lines = path.read_text().count("\n")
-        if lines > 500:
-            wrong.append(f"{relative(path)} has {lines} lines (500)")
+        if lines > MOST_LINES:
+            wrong.append(f"{relative(path)} has {lines} lines ({MOST_LINES})")
         for node in ast.walk(TREES[path]):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 length = (node.end_lineno or node.lineno) - node.lineno + 1
-                if length > 120:
+                if length > MOST_OF_A_FUNCTION:
                     wrong.append(
-                        f"{relative(path)}:{node.lineno} {node.name} has {length} lines (120)"
+                        f"{relative(path)}:{node.lineno} {node.name} has {length} lines "
+                        f"({MOST_OF_A_FUNCTION})"
                     )
     assert not wrong, "\n".join(wrong)
+
+
+def own_parts(statement: ast.stmt) -> Iterator[ast.AST]:
+    """Yield the nodes of a statement, without those of the statements inside of it."""
+    waiting: list[ast.AST] = [statement]
+    while waiting:
+        for node in ast.iter_child_nodes(waiting.pop()):
+            if not isinstance(node, ast.stmt | ast.ExceptHandler | ast.match_case):
+                yield node
+                waiting.append(node)
+
+
+def test_one_thought_a_statement():
+    """At most two comprehensions or conditional expressions."""
+    wrong = []
+    for path, tree in TREES.items():
+        for node in ast.walk(tree):
+            if not isinstance(node, ast.stmt) or isinstance(node, ast.FunctionDef | ast.ClassDef):
+                continue
+            count = sum(isinstance(part, DENSE) for part in own_parts(node))
+            if count > MOST_IN_A_STATEMENT:
+                wrong.append(f"{relative(path)}:{node.lineno} has {count}")
+    assert not wrong, "\n".join(wrong)
+
+
+def test_lines_breathe():
+    """Tokens a line of code, without docstrings, comments and blank lines, over all modules."""
+    tokens, lines = 0, 0
+    for path, tree in TREES.items():
+        documented = set[int]()
+        for node in ast.walk(tree):
+            described = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef)
+            if described and ast.get_docstring(node) is not None:
+                text = node.body[0]
+                documented.update(range(text.lineno, (text.end_lineno or 0) + 1))
+        with path.open() as file:
+            code = [
+                token
+                for token in tokenize.generate_tokens(file.readline)
+                if token.type not in LAYOUT and token.start[0] not in documented
+            ]
+        tokens += len(code)
+        lines += len({line for token in code for line in range(token.start[0], token.end[0] + 1)})
+    assert tokens / lines <= MOST_TOKENS_A_LINE, f"{tokens / lines:.2f} tokens a line of code"
 
 
 def test_every_module_says_what_it_is_for():

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from hfscale.config.schema import CorpusConfig, ShardBuild
+from hfscale.config.corpus import CorpusConfig, ShardBuild
 from hfscale.corpus.ledger import BuildUnderWay, Ledger, Mark, open_ledger
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import DIGEST_BYTES, Document, Side, assign, check_sides

@@ -16,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from hfscale.config.schema import TextSource
+from hfscale.config.corpus import TextSource
 from hfscale.errors import DataError, nearest
 from hfscale.shards.counts import Counts
+from hfscale.shards.formats import READERS, Rows
 from hfscale.shards.listing import files_below, split_glob
 from hfscale.shards.raw import texts_of
-from hfscale.shards.tables import READERS, Rows, hub_dataset
+from hfscale.shards.tables import hub_dataset
 from hfscale.shards.text_files import BYTE_ORDERS, open_source, packing_of
 
 ROW_FACTOR = 16  # a row may be so many times as long as a document: it is held as a whole

@@ -8,7 +8,7 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
-from hfscale.config.schema import CorpusConfig, Split
+from hfscale.config.corpus import CorpusConfig, Split
 from hfscale.corpus.source import open_corpus
 from hfscale.errors import DataError
 from hfscale.shards.counts import Counts, seen_line

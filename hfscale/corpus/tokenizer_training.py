@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hfscale.config.schema import CorpusConfig, TokenizerTraining
+from hfscale.config.corpus import CorpusConfig, TokenizerTraining
 from hfscale.corpus.source import Corpus, open_corpus
 from hfscale.corpus.split import Side, assign, check_sides
 from hfscale.dist.stop import ended_by_ctrl_c

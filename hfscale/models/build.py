@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError, UserError, lost_peer, nearest
@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from hfscale.models.init import Gather
 
 # families whose first positions are taken by the padding id (fairseq's habit)
+T = TypeVar("T")
+
 OFFSET_POSITIONS = {
     "roberta",
     "xlm-roberta",
@@ -328,7 +330,7 @@ def _pretrained_config(model: Model) -> PretrainedConfig:
     return config
 
 
-def accepted(make: Callable[[], Any], model: Model) -> Any:
+def accepted(make: Callable[[], T], model: Model) -> T:
     """Return ``make()``; what transformers says against the user's values becomes a ConfigError.
 
     The end of another rank is no fault of the config, and passes.

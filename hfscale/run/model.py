@@ -176,7 +176,7 @@ class Model:
         Raises:
             UserError: if there is no such model, or its weights lack a part of that class.
         """
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         try:
             refuse_adapter(self.weights_folder)
             saved = [name for name, dtype in DTYPES.items() if dtype == self.config.dtype]
@@ -353,7 +353,7 @@ class RunModel(Model):
         """Return the model as it was trained, or as another class of transformers has it; with
         other weights, where ``reader`` has them. Collective.
         """
-        disable_progress_bar()
+        disable_progress_bar()  # type: ignore[no-untyped-call]
         reader = reader or self.weights  # before any small file is believed
         wanted = auto_model or self.trained.auto_model
         self.check_head(wanted)

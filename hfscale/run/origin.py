@@ -41,7 +41,8 @@ def tokenizer_folder(config: TrainConfig, pretrained: Path | None) -> Path | str
     model it begins with.
     """
     if config.tokenizer is not None:
-        return config.tokenizer.path
+        path: Path | str = config.tokenizer.path
+        return path
     if (config.run_dir / run_files.TOKENIZER).is_dir():
         return config.run_dir / run_files.TOKENIZER
     assert pretrained is not None, "config/rules.py has refused it"
@@ -163,7 +164,7 @@ def skeleton(
     available = (
         "auto" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
     )
-    model = accepted(
+    model: PreTrainedModel = accepted(
         lambda: construct(
             model_config,
             auto_model,

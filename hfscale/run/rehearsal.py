@@ -92,7 +92,7 @@ def _export(trainer: Trainer, config: TrainConfig, checkpoint: Path, reader: Wei
     """Return why transformers does not give the engine's logits for an export of ``checkpoint``, or
     nothing. On rank 0 only.
     """
-    disable_progress_bar()
+    disable_progress_bar()  # type: ignore[no-untyped-call]
     objective, live = trainer.objective, trainer.engine.module.config
     shapes = skeleton(config, deepcopy(live), objective.auto_model)
     try:

@@ -40,8 +40,8 @@ def build(
     """Tokenize a corpus into PATH/train and PATH/validation. A killed build continues when it is
     run again.
     """
+    from hfscale.config.corpus import CorpusConfig
     from hfscale.config.load import load_config
-    from hfscale.config.schema import CorpusConfig
 
     loaded = load_config(config, overrides or [], schema=CorpusConfig).config
     number, _, count = (part or "0/1").partition("/")

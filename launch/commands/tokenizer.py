@@ -26,8 +26,8 @@ def train(
     overrides: Annotated[Optional[list[str]], typer.Argument(metavar="[KEY=VALUE]...")] = None,
 ) -> None:
     """Train a transformers tokenizer; measure it on held-out text."""
+    from hfscale.config.corpus import CorpusConfig
     from hfscale.config.load import load_config
-    from hfscale.config.schema import CorpusConfig
 
     loaded = load_config(config, overrides or [], schema=CorpusConfig).config
     from hfscale.corpus.tokenizer_training import train_tokenizer

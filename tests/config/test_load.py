@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 import yaml
 
+from hfscale.config.corpus import CorpusConfig
 from hfscale.config.load import COMMAND_LINE, DEFAULT, json_schema, load_config, to_yaml
-from hfscale.config.schema import CorpusConfig, RunConfig
+from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError
 
 BASE = """\

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from hfscale.config.schema import CorpusConfig, Split
+from hfscale.config.corpus import CorpusConfig, Split
 from hfscale.corpus.build import build_shards
 from hfscale.corpus.source import open_corpus
 from hfscale.corpus.split import assign
@@ -31,7 +31,7 @@ from hfscale.shards.verify import verify
 from hfscale.tokenizer import load_tokenizer
 
 RUN = (
-    "import sys, json; from hfscale.config.schema import CorpusConfig; from "
+    "import sys, json; from hfscale.config.corpus import CorpusConfig; from "
     "hfscale.corpus.build import build_shards; "
     "build_shards(CorpusConfig.model_validate_json(sys.argv[1]))"
 )

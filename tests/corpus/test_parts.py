@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from hfscale.config.schema import CorpusConfig, TextSource
+from hfscale.config.corpus import CorpusConfig, TextSource
 from hfscale.corpus.build import build_part, build_shards
 from hfscale.corpus.source import open_corpus
 from hfscale.corpus.tokenizer_training import train_tokenizer

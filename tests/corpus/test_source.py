@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from hfscale.config.schema import Split, TextSource
+from hfscale.config.corpus import Split, TextSource
 from hfscale.corpus.source import open_corpus, pieces_of
 from hfscale.corpus.split import assign, side_of
 from hfscale.errors import DataError

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from transformers import AutoTokenizer
 
-from hfscale.config.schema import CorpusConfig
+from hfscale.config.corpus import CorpusConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import ConfigError, DataError
 from hfscale.tokenizer import end_of_document_id, load_tokenizer, tokenizer_digest, vocabulary_size

@@ -15,7 +15,8 @@ import yaml
 from tokenizers import Tokenizer
 
 from hfscale.checkpoint import layout
-from hfscale.config.schema import CorpusConfig, RunConfig
+from hfscale.config.corpus import CorpusConfig
+from hfscale.config.schema import RunConfig
 from hfscale.corpus.build import build_shards
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.jobs import export

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hfscale.config.corpus import CorpusConfig
 from hfscale.config.load import load_config
-from hfscale.config.schema import CorpusConfig
 from hfscale.corpus.build import build_shards
 from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.slurm import Cluster, wait_for

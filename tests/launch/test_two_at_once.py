@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from hfscale.config.corpus import CorpusConfig
 from hfscale.config.inference import PredictConfig
 from hfscale.config.load import load_config
-from hfscale.config.schema import CorpusConfig
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.errors import DataError
 from hfscale.shards.files import alone

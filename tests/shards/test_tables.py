@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from hfscale.config.schema import TextSource
+from hfscale.config.corpus import TextSource
 from hfscale.corpus.source import open_corpus
 from hfscale.errors import DataError
 from hfscale.shards.tables import hub_dataset, table_files, table_rows
