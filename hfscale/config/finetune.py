@@ -63,6 +63,7 @@ class FinetuneOptim(Optim):
 class FinetuneConfig(TrainConfig):
     """A whole run of fine-tuning; without ``tokenizer`` the pretrained model's own."""
 
+    marker: ClassVar[str] = "task"
     verb: ClassVar[str] = "finetune"
     tokenizer: Tokenizer | None = None
     data: Examples

@@ -4,7 +4,7 @@ lm-evaluation-harness.
 
 from __future__ import annotations
 
-from typing import Any, Literal, Union
+from typing import Any, ClassVar, Literal, Union
 
 from hfscale.config.finetune import Examples
 from hfscale.config.schema import (
@@ -50,6 +50,7 @@ class Predict(Section):
 class PredictConfig(Section):
     """Predictions of a task for a split of ``data``; a table that stands alone is its ``train``."""
 
+    marker: ClassVar[str] = "predict"
     predict: Predict
     task: Named
     data: Examples
@@ -81,6 +82,7 @@ class ShardsConfig(Section):
     run has for it.
     """
 
+    marker: ClassVar[str] = "evaluate"
     evaluate: Scored
     tokenizer: Tokenizer
     objective: Named
@@ -102,6 +104,7 @@ class Harness(Scored):
 class HarnessConfig(Section):
     """Tasks of lm-evaluation-harness on a model."""
 
+    marker: ClassVar[str] = "harness"
     harness: Harness
     engine: Inference = Inference()
     cluster: Cluster = Cluster()

@@ -13,21 +13,12 @@ from typing import Any, Generic, TypeVar, get_args, overload
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from hfscale.config import permission, rules
-from hfscale.config.finetune import FinetuneConfig
-from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
+from hfscale.config import kinds
 from hfscale.config.schema import RunConfig, Section, TrainConfig
 from hfscale.config.tree import COMMAND_LINE, Tree, read_tree, with_overrides
 from hfscale.errors import PASSWORD, ConfigError, counted, nearest, shown
 
 DEFAULT = "default"
-KINDS: dict[str, type[Section]] = {
-    "predict": PredictConfig,
-    "harness": HarnessConfig,
-    "evaluate": ShardsConfig,
-    "task": FinetuneConfig,
-    "objective": RunConfig,
-}  # the first of these sections that is there says what a config is of
 S = TypeVar("S", bound=Section)
 
 
@@ -70,9 +61,9 @@ def load_config(
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in
     YAML) on top.
 
-    Without ``schema`` its sections say what it is (``KINDS``); a ``RunConfig``, where none of them
-    does. What it permits to code of others counts only as ``config/permission.py`` says;
-    ``decided``: a launcher of ours wrote it, and has settled that.
+    Without ``schema`` its sections say what it is (``kinds.py``). What it permits to code of others
+    counts only as ``config/permission.py`` says; ``decided``: a launcher of ours wrote it, and has
+    settled that.
 
     Raises:
         ConfigError: with everything that is wrong, not only the first thing; each with its file and
@@ -95,9 +86,7 @@ def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: typ
 def _validated(
     tree: Tree, path: Path | str, schema: type[Any] | None, *, decided: bool = False
 ) -> Loaded[Any]:
-    schema = schema or next(
-        (kind for section, kind in KINDS.items() if section in tree.values), RunConfig
-    )
+    schema = schema or kinds.kind_of(tree.values)
     for key, value in flatten(tree.values):
         if isinstance(value, str) and PASSWORD.search(value):
             loaded: Loaded[Any] = Loaded(None, tree.sources)
@@ -115,17 +104,12 @@ def _validated(
         config = schema.model_validate(tree.values)
     except ValidationError as error:
         raise _report(path, tree, _problems(error, tree, schema)) from None
-    problems = list[tuple[str, str]]()
-    if isinstance(config, TrainConfig):
-        problems = rules.problems(config)
-    elif isinstance(config, ShardsConfig):
-        problems = rules.unsafe(config.engine.extra)
-    if problems:
+    if problems := kinds.problems(config):
         raise _report(path, tree, problems)
-    if isinstance(config, TrainConfig) and not decided:
-        said = {key for key in permission.KEYS if tree.sources.get(key) == COMMAND_LINE}
-        wanted, config = config, permission.settled(config, said=said, home=Path(path).parent)
-        for key in permission.asked(wanted) - permission.asked(config):
+    if not decided:
+        said = {key for key, source in tree.sources.items() if source == COMMAND_LINE}
+        config, taken_back = kinds.permitted(config, said=said, home=Path(path).parent)
+        for key in taken_back:
             where = tree.sources.get(key, str(path))
             tree.sources[key] = f"{where} says true, which only the command line can"
     return Loaded(config, tree.sources)

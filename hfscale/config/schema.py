@@ -89,7 +89,9 @@ def _mistaken(written: Any, made: Any) -> str | None:
 
 
 class Section(BaseModel):
-    """A section of a config: immutable, and strict about unknown keys."""
+    """A section of a config, or a whole one: immutable, and strict about unknown keys."""
+
+    marker: ClassVar[str] = ""  # of a whole config: the section that tells its kind
 
     model_config = ConfigDict(
         extra="forbid",
@@ -376,6 +378,7 @@ class TrainConfig(Section):
 class RunConfig(TrainConfig):
     """A whole run of pretraining."""
 
+    marker: ClassVar[str] = "objective"
     tokenizer: Tokenizer
     data: Data
     objective: Named
