@@ -156,14 +156,16 @@ def model_needs(
     }
 
 
+def lacks_flash_attention(config: TrainConfig) -> bool:
+    """Return whether a run asks for flash-attn where it is not installed."""
+    return config.model.attention == "flash_attention_2" and not is_flash_attn_2_available()
+
+
 def skeleton(
     config: TrainConfig, model_config: PretrainedConfig, auto_model: str
 ) -> PreTrainedModel:
     """Return the model on the meta device: shapes and ties, no numbers."""
-    wanted = config.model.attention
-    available = (
-        "auto" if wanted == "flash_attention_2" and not is_flash_attn_2_available() else wanted
-    )
+    available = "auto" if lacks_flash_attention(config) else config.model.attention
     model: PreTrainedModel = accepted(
         lambda: construct(
             model_config,

@@ -27,6 +27,7 @@ from hfscale.run.data import RunData
 from hfscale.run.examples import ExampleData
 from hfscale.run.origin import (
     check_padding,
+    lacks_flash_attention,
     model_needs,
     pretrained_folder,
     skeleton,
@@ -116,6 +117,11 @@ class Shape:
         if length := self._run.length(data.rows):
             say_notices(self._config, rows=data.rows, length=length)
         model = self.skeleton
+        if lacks_flash_attention(self._config):  # the nodes may have it all the same
+            logger.warning(
+                "model.attention=flash_attention_2, and flash-attn is not installed here: ranks "
+                "without it refuse the run (pip install 'hfscale[gpu]')"
+            )
         if self.folder and not self._run.saved:
             reader = open_weights(self.folder, check=partial(verify, up_to=SMALL))
             tell(match(model, reader, labels=labels_of(self.folder)), model)

@@ -54,6 +54,13 @@ def test_what_does_not_fit_is_named(
     assert [word for word in words if word not in str(error.value)] == [], str(error.value)
 
 
+def test_flash_attention_that_is_not_here_is_said(
+    corpus: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    Run(config(corpus, tmp_path, model={"attention": "flash_attention_2"})).check()
+    assert "flash-attn is not installed here" in caplog.text
+
+
 def test_shards_of_another_tokenizer_are_refused(corpus: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     shutil.copytree(corpus / "tokenizer", other)
