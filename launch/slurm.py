@@ -277,7 +277,9 @@ def refusal(stderr: str, options: Sequence[str]) -> ConfigError:
         f"Slurm refuses the job: {words}",
         where="cluster",
         value=asked,
-        remedy=f"this cluster has {offers}",
+        remedy=f"this cluster has {offers}"
+        if offers
+        else "see whether its controller is up: sinfo",
     )
 
 

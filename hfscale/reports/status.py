@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -110,14 +110,14 @@ def describe(
     """
     now, run = time.time() if now is None else now, config.run_dir
     record, saved = last_record(run), layout.committed(run / run_files.CHECKPOINTS)
-    lines = [("run", str(run))]
+    lines, tries = [("run", str(run))], attempts(run)
     if record:
         part, quiet_s = progress(config, record), now - os.stat(run / run_files.METRICS).st_mtime
         left_s = steps_left(config, record) * record["step_s"]
         at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
         left = f"{_time(left_s)} of training left"
         end = f"{at} ({left})" if running else f"not while it does not run ({left})"
-        if part == 1.0:
+        if part == 1.0 or _is_done(tries):
             end = "done"
         lines += [
             ("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"),
@@ -140,9 +140,16 @@ def describe(
     return [
         *lines,
         ("last checkpoint", last),
-        ("attempts", str(record.get("attempt", 0))),
-        *((f"attempt {one.number}", _attempt(one)) for one in attempts(run)[-LAST:]),
+        # runs of 0.1 have them in the record alone
+        ("attempts", str(max([record.get("attempt", 0), *(one.number for one in tries)]))),
+        *((f"attempt {one.number}", _attempt(one)) for one in tries[-LAST:]),
     ]
+
+
+def _is_done(tries: Sequence[Fence]) -> bool:
+    """Return whether the newest attempt ended the run: after all steps, or as patience had it."""
+    end = tries[-1].ending() if tries else None
+    return end is not None and not end.signal and end.code == EXIT_DONE
 
 
 def _attempt(attempt: Fence) -> str:

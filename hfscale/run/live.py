@@ -1,7 +1,7 @@
-"""The build order of a run that trains, on one screen: data, objective or task, model, engine,
-checkpoints, stream, loop.
+"""The build order of a run that trains, on one screen: data, model, objective or task, engine,
+checkpoints, stream, loop, and the observers that look at it.
 
-Each part is built from the run and from parts above it, and from nothing below.
+Each part is built from the run and from parts above it.
 """
 
 from __future__ import annotations

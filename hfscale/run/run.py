@@ -1,8 +1,8 @@
 """What a config is on its way to, in three stages. Each is reached when it is asked for, and
 what it reads is read once.
 
-    read     files and the plan of the data; seconds before torch is imported
-    shape    the model on the meta device, the data, and whether they fit together
+    read     files and the plan of the data, before torch is imported: ``read`` looks at them
+    shape    the model on the meta device and the data: ``check`` sees whether they fit together
     live     the trainer: collective
 
 No stage but the last waits for another rank, or imports DeepSpeed.

@@ -2,8 +2,9 @@
 objective.
 
 A step takes its micro-batches, agrees with the other ranks on counts and flags, runs one backward
-pass a micro-batch, updates the weights once, and only then advances. What observes a step (metrics,
-validation) comes after it and changes nothing.
+pass a micro-batch, updates the weights once, and only then advances. Observers (metrics,
+validation, the best) look at a step after it and change none of its numbers; what they ask for, a
+save or the end, all ranks agree on before the next step begins.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ Overrides = Annotated[
         show_default=False,
         help=(
             "Options of the task (threshold=0.3, generation.max_new_tokens=20), or of a "
-            "section: data.columns.text=review predict.batch=64 "
+            "section: data.columns.text=review "
             "engine.precision=bf16"
         ),
     ),

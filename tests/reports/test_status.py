@@ -58,6 +58,17 @@ def test_how_each_attempt_ended(tmp_path: Path):
     assert lines["attempt 2"].endswith(": killed by SIGKILL")
     assert "it was killed, or its machine was lost" in lines["attempt 3"]
     assert lines["attempt 4"].endswith("no end yet")
+    assert lines["attempts"] == "4", "those that logged no step among them"
+
+
+def test_a_run_that_patience_ended_is_done(tmp_path: Path):
+    run = tmp_path / "r"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
+    attempt = take(run, launcher="local")
+    assert dict(describe(config(tmp_path, steps=100)))["expected end"] != "done"
+    attempt.end(0)
+    assert dict(describe(config(tmp_path, steps=100)))["expected end"] == "done"
 
 
 def test_a_run_under_way(tmp_path: Path):
