@@ -76,6 +76,7 @@ PreemptMode=REQUEUE
 SchedulerParameters=sched_interval=2,bf_interval=2,batch_sched_delay=0
 SlurmdTimeout=15
 KillWait=20
+MinJobAge=3600
 FirstJobId={first_job}
 GresTypes=gpu
 JobSubmitPlugins=lua

@@ -178,7 +178,7 @@ def worker_starts_again(run: Path) -> Any:
     )
     return (
         json.loads((run / "environment.json").read_text())
-        if World.from_environment().rank == 0
+        if World.from_environment().all.rank == 0
         else None
     )
 
