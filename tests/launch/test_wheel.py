@@ -41,7 +41,9 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [built] = home.glob("*.whl")
     python = str(venv / "bin" / "python")
     install = [*pip, "--python", python, "install", "--no-deps", "--no-index", str(built)]
-    subprocess.run(install, check=True, timeout=120)
+    # a checkout on the path would count as installed
+    alone = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run(install, check=True, timeout=120, env=alone, cwd=home)
     [packages] = (venv / "lib").glob("python*/site-packages")
     # a plain path: what is editable there is not followed
     (packages / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
