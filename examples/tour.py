@@ -94,7 +94,8 @@ def messages() -> list[Pair]:
         with open(file, "rb") as catalogue, suppress(UnicodeDecodeError, OSError):
             if file.stem.startswith("iso_"):
                 continue
-            for source, target in gettext.GNUTranslations(catalogue)._catalog.items():  # type: ignore[attr-defined]
+            translations: Any = gettext.GNUTranslations(catalogue)
+            for source, target in translations._catalog.items():
                 if (
                     isinstance(source, str)
                     and "\x04" not in source

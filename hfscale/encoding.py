@@ -127,7 +127,8 @@ class Encoders:
         try:
             return call(*args)
         except BrokenProcessPool as error:
-            for process in list((self._pool._processes or {}).values()):  # type: ignore[attr-defined]
+            pool: Any = self._pool  # whose processes have no public name
+            for process in list((pool._processes or {}).values()):
                 # else the pool would wait for them: it asks them to end with a signal that they do
                 # not hear
                 process.kill()

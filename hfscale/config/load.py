@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar, get_args, overload
+from typing import Any, ClassVar, Generic, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -160,7 +160,8 @@ class _Dumper(yaml.SafeDumper):
             "tag:yaml.org,2002:str", data, style="'" if re.match(r"[-+.\d]", data) else None
         )
 
-    yaml_representers = yaml.SafeDumper.yaml_representers | {str: represent_str}  # type: ignore[assignment]
+    own: ClassVar[Any] = {str: represent_str}
+    yaml_representers = yaml.SafeDumper.yaml_representers | own
 
 
 def _unprintable(key: str, value: Any) -> str:

@@ -361,4 +361,5 @@ def _enable_activation_checkpointing(model: nn.Module) -> None:
             value=True,
             remedy="engine.activation_checkpointing=false",
         )
-    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})  # type: ignore[operator]
+    how = {"use_reentrant": False}
+    model.gradient_checkpointing_enable(how)  # type: ignore[operator]

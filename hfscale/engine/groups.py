@@ -23,7 +23,8 @@ NORM = re.compile(r"norm", re.IGNORECASE)  # in the name of a module's class
 # in a parameter's own name: biases (of experts and heads, too), states of Mamba and RWKV, factors
 # of layers
 VECTOR = re.compile(
-    r"(^|_)bias(_|$)|^(A_log|D|dt_bias)$|^time_(mix|decay|first|maa)|(^|_)(scale|gamma|lambda\d?)(_|$)"
+    r"(^|_)bias(_|$)|^(A_log|D|dt_bias)$|^time_(mix|decay|first|maa)"
+    r"|(^|_)(scale|gamma|lambda\d?)(_|$)"
 )
 EMBEDDING = re.compile(
     r"emb", re.IGNORECASE

@@ -53,8 +53,9 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                 gather(list(near)) if gather and near else nullcontext(),
                 _fp32_on_cpu(list(near), undrawn),
             ):
-                for thing in (module, *module.buffers(recurse=False)):
-                    thing._is_hf_initialized = False  # type: ignore[union-attr, assignment, attr-defined]
+                marked: list[Any] = [module, *module.buffers(recurse=False)]
+                for thing in marked:
+                    thing._is_hf_initialized = False
                 for p, is_copy in near.items():
                     p._is_hf_initialized = is_copy  # type: ignore[attr-defined]
                 torch.default_generator.manual_seed(_seed(seed, path))

@@ -122,8 +122,9 @@ def balancing(config: PretrainedConfig | None, auto_model: str) -> Balancing | N
         return None  # the class has the key, and no such loss
     known = list(inspect.signature(own).parameters) == PARAMETERS and _specs(model_class)
     if not known or wanted["router_z_loss_coef"]:
+        assert config is not None, "the class was found by it"
         raise ConfigError(
-            f"the loss of {config.model_type}'s routers is not known here, and would be left out",  # type: ignore[union-attr]
+            f"the loss of {config.model_type}'s routers is not known here, and would be left out",
             where="model.config",
             value={key: value for key, value in wanted.items() if value},
             remedy="train without it: "

@@ -17,7 +17,8 @@ import numpy as np
 # how byte-level tokenizers write the first byte of kana and Han, which may stand alone
 _HAN_LEADS = "ãäåæçèé"
 _UNSPACED = re.compile(
-    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
+    r"[\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff"
+    r"\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]"
 )
 
 

@@ -139,7 +139,9 @@ class QuestionAnsweringPipeline(Pipeline):
     "start", "end", "score"}`` each.
     """
 
-    _load_processor = _load_image_processor = _load_feature_extractor = False  # type: ignore[assignment]
+    _load_processor = False  # type: ignore[assignment]
+    _load_image_processor = False  # type: ignore[assignment]
+    _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]
     model: Any
     tokenizer: Any
