@@ -37,10 +37,11 @@ from examples.tour_words import (
     WHO,
 )
 
+# Russian, the most translated language in another script: copying scores little there
 LANGUAGE, LETTERS = (
     "ru",
     "[\u0400-\u04ff]",
-)  # Russian, the most translated language in another script: copying scores little there
+)
 LIBRARIES = "numpy", "networkx", "sympy"
 SEEN = 100  # characters of what a summary is of
 Doc = tuple[str, str, str]  # file, name, docstring
@@ -161,9 +162,8 @@ def texts(docs: list[Doc], pairs: list[Pair]) -> dict[str, dict[str, str]]:
             f"{one_line(rest)[:SEEN]}\n{spoken(name)}: {one_line(first)[:120]}\n\n"
         )
     words = [word for _, name, _ in trained for word in spoken(name).split()]
-    for number in range(
-        40
-    ):  # words of chance, each row of them six times: what follows can only be copied
+    # words of chance, each row of them six times: what follows can only be copied
+    for number in range(40):
         rows = [" ".join(rng.choices(words, k=rng.randint(2, 8))) for _ in range(230)]
         made["copying"][str(number)] = "".join(f"{row}: " * 6 + "\n" for row in rows)
     for file, source, target in pairs:
@@ -327,9 +327,8 @@ def untold(examples: list[Example], docs: list[Doc]) -> list[Example]:
 def baseline(task: str, train: list[Example], test: list[Example]) -> list[Example]:
     """Return predictions that nobody had to train a model for."""
     if task in ("topics", "sentiment"):
-        [(label, _)] = Counter(example["label"] for example in test).most_common(
-            1
-        )  # no constant is better
+        # no constant is better
+        [(label, _)] = Counter(example["label"] for example in test).most_common(1)
         return [{"id": example["id"], "prediction": label} for example in test]
     if task == "ner":
         tags: dict[str, Counter[str]] = defaultdict(Counter)

@@ -43,9 +43,8 @@ class ControlTokens:
         }
         self._backend, self._contents = backend, special
         self._unknown = _unknown_token(backend)
-        ends = sorted(
-            special.values(), key=len, reverse=True
-        )  # the longest first, as they are found
+        # the longest first, as they are found
+        ends = sorted(special.values(), key=len, reverse=True)
         self._pattern = re.compile("|".join(map(re.escape, ends)) or r"(?!)")
         self._table = np.zeros(max([backend.get_vocab_size(), *special]) + 1, bool)
         self._table[[*special]] = True
@@ -208,9 +207,8 @@ class Quoted:
             return self._tokenizer(text, **how)
 
 
-MARKS = [
-    chr(number) for number in range(0xFDD0, 0xFDF0)
-]  # of which Unicode says that text has none
+# of which Unicode says that text has none
+MARKS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
 _controls: WeakKeyDictionary[Any, tuple[int, ControlTokens]] = WeakKeyDictionary()
 
 

@@ -29,11 +29,12 @@ if TYPE_CHECKING:
 BATCH_BYTES = 1 << 19  # of text that a process takes at once
 VERSION = 2  # of what text becomes: until 1, text that spelled a control token became one
 AHEAD = 4  # batches a process that may wait: bounds the memory
+# to Ctrl-C, a launcher, Slurm: they mean our parent, and reach us too
 DEAF = (
     signal.SIGINT,
     signal.SIGTERM,
     signal.SIGUSR1,
-)  # to Ctrl-C, a launcher, Slurm: they mean our parent, and reach us too
+)
 
 Encode = Callable[[list[str]], list[np.ndarray]]
 R = TypeVar("R")
@@ -96,12 +97,10 @@ class Encoders:
     ) -> None:
         self.procs, self._setting = procs, setting
         if "PYTHONWARNINGS" not in os.environ:
-            os.putenv(
-                "PYTHONWARNINGS", "ignore:resource_tracker"
-            )  # that semaphores are left: a rank that fails leaves at once
-        context = multiprocessing.get_context(
-            "spawn"
-        )  # forking a process that has threads is not safe
+            # that semaphores are left: a rank that fails leaves at once
+            os.putenv("PYTHONWARNINGS", "ignore:resource_tracker")
+        # forking a process that has threads is not safe
+        context = multiprocessing.get_context("spawn")
         self._pool = ProcessPoolExecutor(
             procs,
             mp_context=context,

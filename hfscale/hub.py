@@ -102,9 +102,8 @@ def local_folder(
                 snapshot_download(str(name), allow_patterns=patterns, local_files_only=True)
             )
         except FileNotFoundError:
-            HfApi().model_info(
-                str(name), timeout=10
-            )  # one question, because a download that cannot work is retried for a minute
+            # one question, because a download that cannot work is retried for a minute
+            HfApi().model_info(str(name), timeout=10)
             return Path(snapshot_download(str(name), allow_patterns=patterns))
     except Exception as error:  # the hub's client raises its own, its transport's and the system's
         reason = str(error).splitlines()[0]

@@ -21,14 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from hfscale.errors import DataError, UserError
 
-FILE_BYTES = (
-    1 << 28
-)  # more than a manifest of a million shards or a tokenizer of 500,000 tokens has
+# more than a manifest of a million shards or a tokenizer of 500,000 tokens has
+FILE_BYTES = 1 << 28
 NODES = 20_000_000  # lists, objects and their members in one file; each takes some 100 bytes
 LONGEST_NAME = 255  # bytes, of what lies in a folder: Linux's own limit
-STRICT = ConfigDict(
-    strict=True, extra="forbid"
-)  # of a dataclass that is a record: as __pydantic_config__
+# of a dataclass that is a record: as __pydantic_config__
+STRICT = ConfigDict(strict=True, extra="forbid")
 
 Count = Annotated[int, Field(ge=0, lt=2**53)]  # of anything; sums of thousands of them fit an int64
 Sha256 = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]

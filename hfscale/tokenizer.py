@@ -219,9 +219,8 @@ def extended(
     for (
         role,
         token,
-    ) in (
-        roles.items()
-    ):  # what has two roles (the end of a text that pads too) may give one to a token of its own
+        # what has two roles (the end of a text that pads too) may give one to a token of its own
+    ) in roles.items():
         if (there := getattr(tokenizer, role)) not in (None, token) and in_use.count(there) == 1:
             raise DataError(
                 f"this tokenizer has a {role.replace('_', ' ')} already",

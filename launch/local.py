@@ -253,12 +253,13 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
         if os.getppid() != launcher:  # it died before the line above
             os._exit(1)
 
+    # a console that goes away does not stop the run
     tee = [
         "tee",
         "--append",
         "--output-error=warn",
         str(path),
-    ]  # a console that goes away does not stop the run
+    ]
     with open(path, "ab") as file:
         begins = file.tell()
         tees = [
@@ -308,11 +309,12 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
             elif number == signal.SIGINT:
                 rank.kill()
 
+    # nohup asks for SIGHUP to be ignored
     before = {
         number: signal.signal(number, handle)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
         if signal.getsignal(number) is not signal.SIG_IGN
-    }  # nohup asks for SIGHUP to be ignored
+    }
     try:
         yield asked
     finally:
@@ -327,10 +329,11 @@ def _watch(ranks: Sequence[Rank]) -> Rank | None:
     failed, deadline = None, float("inf")
     while running := [rank for rank in ranks if rank.process.poll() is None]:
         if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):
+            # a killed one first
             failed, deadline = (
                 min(down, key=lambda rank: rank.process.returncode),
                 time.monotonic() + GRACE_S,
-            )  # a killed one first
+            )
         if time.monotonic() > deadline:
             for rank in running:
                 rank.kill()

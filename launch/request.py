@@ -45,9 +45,8 @@ class Request:
             ConfigError: for everything that is wrong with it.
         """
         path = Path(self.source).resolve()
-        home = (
-            [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
-        )  # a run stays where it lies, also if moved
+        # a run stays where it lies, also if moved
+        home = [f"run.root={path.parent}", f"run.name={path.name}"] if path.is_dir() else []
         return load_config(config_file(self.source), [*home, *self.overrides, *extra])
 
 

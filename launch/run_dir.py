@@ -67,13 +67,14 @@ def compare(config: TrainConfig) -> list[str]:
             if path.exists()
             else set()
         )
+        # what a job that has just begun has written, or an early kill leaves
         early = {
             LOCK,
             JOB,
             RESTARTS,
             SECRET,
             ATTEMPTS,
-        }  # what a job that has just begun has written, or an early kill leaves
+        }
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(
                 "this folder is not a run directory and not empty",
@@ -87,9 +88,8 @@ def compare(config: TrainConfig) -> list[str]:
     refused, noticed = resume_differences(load_config(path / CONFIG).config, config)
     digests = _tokenizer_digests(path, config.tokenizer.path) if config.tokenizer else []
     if len(digests) == 1:
-        refused = [
-            difference for difference in refused if difference.key != "tokenizer.path"
-        ]  # it was at most moved
+        # it was at most moved
+        refused = [difference for difference in refused if difference.key != "tokenizer.path"]
     elif digests:
         refused.append(Difference("the tokenizer's digest", *digests))
     if refused:

@@ -40,10 +40,11 @@ MARK = "hfscale: "  # before each line that is for slurm/train.sbatch
 TWICE = 2  # hangs of a node, after which the run leaves it out
 TAIL_LINES = 20
 HANG = "the report of a hang"
+# after which a job is requeued
 AGAIN = {
     EXIT_STOPPED: "stopped and saved",
     EXIT_HUNG: "ranks hung, or lost one another",
-}  # after which a job is requeued
+}
 
 
 class _Beat(Record):
@@ -135,9 +136,8 @@ def end(run: Path, code: int, attempt: int) -> tuple[int, str]:
         return code, ""
     if not left and code == 128 + SIGUSR1:
         code = EXIT_STOPPED  # a rank that had not begun: there is nothing to save
-    why = AGAIN.get(code) or (
-        "a rank was killed from outside" if not left and code >= 128 else ""
-    )  # out of memory, or its node
+    # out of memory, or its node
+    why = AGAIN.get(code) or ("a rank was killed from outside" if not left and code >= 128 else "")
     if not why:
         return code, ""
     requeue = f"scontrol requeue {here.job_id}"

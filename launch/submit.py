@@ -109,9 +109,8 @@ class QueueWatcher(SlurmInfoWatcher):
 
     def read_info(self, string: bytes | str) -> dict[str, dict[str, str]]:
         text = string if isinstance(string, str) else string.decode()
-        forgotten = {
-            job: {"State": "FORGOTTEN"} for job in self._registered
-        }  # it ended some minutes ago
+        # it ended some minutes ago
+        forgotten = {job: {"State": "FORGOTTEN"} for job in self._registered}
         return forgotten | super().read_info("JobID|State|NodeList\n" + text)
 
 

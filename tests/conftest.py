@@ -15,9 +15,8 @@ from hfscale.log import logger
 from tests.helpers.corpus import make_corpus
 from tests.helpers.ranks import close_ranks
 
-os.environ.setdefault(
-    "OMP_NUM_THREADS", "1"
-)  # many small processes at once: threads would only fight
+# many small processes at once: threads would only fight
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may reach for a hub
 os.environ.setdefault("DS_ACCELERATOR", "cpu") if not Path("/dev/nvidiactl").exists() else None
 

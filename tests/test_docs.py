@@ -208,9 +208,8 @@ def test_messages_of_the_faq_are_still_said():
     some out.
     """
     files = [path for top in ("hfscale", "launch") for path in (ROOT / top).rglob("*.py")]
-    code = " ".join(
-        re.sub(r'["\']\s*\n\s*f?["\']', "", path.read_text("utf-8")) for path in files
-    )  # a message over two lines is one
+    # a message over two lines is one
+    code = " ".join(re.sub(r'["\']\s*\n\s*f?["\']', "", path.read_text("utf-8")) for path in files)
     code = re.sub(r"\{[^{}]*\}", "{}", code)
     rows = re.findall(r"^\| (`.*?) \| ", (ROOT / "docs" / "faq.md").read_text("utf-8"), flags=re.M)
     messages = [message for row in rows for message in re.findall(r"`([^`]+ [^`]+)`", row)]

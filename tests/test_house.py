@@ -49,10 +49,11 @@ WORLD = re.compile(
     r"^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_\w+)$"
 )
 OPTIONAL = {"matplotlib", "lm-eval"}  # imported on use, with an error that says what to install
+# import name -> what pip calls it, where they differ
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
-}  # import name -> what pip calls it, where they differ
+}
 
 MODULES = sorted([*(ROOT / "hfscale").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])
 TREES = {path: ast.parse(path.read_text()) for path in MODULES}
@@ -460,10 +461,11 @@ def requirements() -> tuple[set[str], set[str]]:
 def test_every_import_is_declared():
     always, extras = requirements()
     ours = {"hfscale", "launch", "tests", "benchmarks", "examples", *sys.stdlib_module_names}
+    # benchmarks/stream.py makes an environment of their own for them
     ours |= {
         "streaming",
         "litdata",
-    }  # benchmarks/stream.py makes an environment of their own for them
+    }
     wrong = []
     for root, allowed in {
         "hfscale": always | OPTIONAL,
@@ -473,9 +475,8 @@ def test_every_import_is_declared():
         "examples": always,
     }.items():
         for path in sorted((ROOT / root).rglob("*.py")):
-            beside = {
-                p.stem for p in path.parent.glob("*.py")
-            }  # scripts that are run by their path
+            # scripts that are run by their path
+            beside = {p.stem for p in path.parent.glob("*.py")}
             for line, name in imports(path, ast.parse(path.read_text())):
                 top = name.split(".")[0]
                 if (

@@ -202,9 +202,8 @@ def prune(folder: Path, policy: Checkpoint, *, spare: Path | None = None) -> lis
         path for path, reasons in kept(folder, policy).items() if not reasons and path != spare
     ]:
         with suppress(FileNotFoundError):  # another process was faster
-            old = path.rename(
-                path.with_name(path.name + OLD)
-            )  # a kill in the middle leaves nothing that looks like a checkpoint
+            # a kill in the middle leaves nothing that looks like a checkpoint
+            old = path.rename(path.with_name(path.name + OLD))
             gone += [path] if _discard(old) else []
     return gone
 

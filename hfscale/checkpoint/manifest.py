@@ -146,10 +146,11 @@ def verify(
         entries = read_manifest(checkpoint)
     except ValueError as error:
         return [str(error)]
+    # all are read
     files = {
         f"{layout.ENGINE}/{file.name}"
         for file in (checkpoint / layout.ENGINE).glob("*.safetensors")
-    }  # all are read
+    }
     small = {name for name in SMALL_FILES if (checkpoint / name).is_file()}
     strangers = [
         f"{path} is not of this checkpoint"

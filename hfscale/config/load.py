@@ -191,9 +191,8 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
     for item in error.errors(include_url=False):
         here: Any = tree.values
         parts: list[str] = []
-        for part in item[
-            "loc"
-        ]:  # the location goes on with names of union branches, which are not keys
+        # the location goes on with names of union branches, which are not keys
+        for part in item["loc"]:
             is_key = (isinstance(here, dict) and part in here) or (
                 isinstance(here, list) and isinstance(part, int) and part < len(here)
             )

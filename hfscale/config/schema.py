@@ -144,9 +144,8 @@ class Source(Section):
 class Stage(Section):
     """From here on, the sources that are named have these weights; the others keep theirs."""
 
-    at: Union[
-        Positive, Annotated[float, Field(gt=0, lt=1)]
-    ]  # steps done when it begins, or a fraction of the run's
+    # steps done when it begins, or a fraction of the run's
+    at: Union[Positive, Annotated[float, Field(gt=0, lt=1)]]
     weights: Annotated[dict[str, Annotated[float, Field(ge=0)]], Field(min_length=1)]
 
 

@@ -23,10 +23,11 @@ from hfscale.records import is_name, read_file
 LOADER = getattr(yaml, "CBaseLoader", yaml.BaseLoader)  # libyaml's is there in most installations
 CONFIG_BYTES, NODES, DEPTH = 1 << 20, 100_000, 50  # the most that a config has of each
 COMMAND_LINE = "command line"
+# one of each; the layer on top decides
 CHOICES = {
     "train": ("steps", "epochs", "tokens"),
     "model": ("architecture", "pretrained"),
-}  # one of each; the layer on top decides
+}
 _WORDS = {"": None, "~": None} | {
     spelled(word): value
     for word, value in (("null", None), ("true", True), ("false", False))
@@ -57,10 +58,11 @@ class Tree:
                     for name in choices
                     if below.get(name) is not None and above.get(name) is None
                 ]
+                # sizes of new weights are not those of old ones
                 for key in [
                     *left,
                     *(["config"] if left and section == "model" else []),
-                ]:  # sizes of new weights are not those of old ones
+                ]:
                     below.pop(key, None)
                     gone = f"{section}.{key}."
                     self.sources = {
@@ -278,9 +280,8 @@ def _parse_override(text: str) -> Tree:
     tree = Tree()
     plain = value.strip()
     if not plain.startswith(("[", "{", '"', "'")) or plain in ("[", "{"):
-        parsed: Any = _scalar(
-            plain
-        )  # one value: YAML's signs have no use in it; `|`, `-`, `#` mean themselves
+        # one value: YAML's signs have no use in it; `|`, `-`, `#` mean themselves
+        parsed: Any = _scalar(plain)
     else:
         node = _compose(value, where=f"{COMMAND_LINE}, {key}")
         parsed = None if node is None else _plain(node, f"{key}.", COMMAND_LINE, tree.sources)

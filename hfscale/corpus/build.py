@@ -291,9 +291,8 @@ class _Side:
                     "folder and build again",
                 )
         self._mark = ledger.marks[side]
-        self._marked = self._mark.documents + (
-            self._mark.offset > 0
-        )  # documents that its digest speaks of
+        # documents that its digest speaks of
+        self._marked = self._mark.documents + (self._mark.offset > 0)
         self._read = self._passed = 0  # documents that were read; that are skipped or in the writer
         self._hash = hashlib.blake2b(digest_size=16)  # of the documents passed
         self.digests = bytearray()  # and one after the other

@@ -103,9 +103,8 @@ class Ledger:
         file.seek(0)
         content = file.read()
         whole = content.rfind(b"\n") + 1
-        file.truncate(
-            whole
-        )  # what follows is the last line of a killed build; its shard is written again
+        # what follows is the last line of a killed build; its shard is written again
+        file.truncate(whole)
         try:
             first, *lines = content[:whole].splitlines() or [b'{"plan": null}']
             for line in (parse(_Line, line) for line in lines):

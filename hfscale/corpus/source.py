@@ -39,9 +39,8 @@ class Corpus:
     files: list[Path]
     total_bytes: int
     digest: str  # of the files' names and sizes
-    missing: list[str] = field(
-        default_factory=list
-    )  # chosen, but links that lead nowhere, or pipes
+    # chosen, but links that lead nowhere, or pipes
+    missing: list[str] = field(default_factory=list)
     _at: str = ""
 
     def documents(self, counts: Counts | None = None) -> Iterator[str]:

@@ -33,9 +33,8 @@ if TYPE_CHECKING:
 
 REPORT_NAME = "training_report.json"
 MEASURED_BYTES = 8 << 20  # of text for the report
-LONG_WORD = re.compile(
-    r"\S{1000}"
-)  # base64, DNA, Chinese: training takes time quadratic in the longest word, which is then broken
+# base64, DNA, Chinese: training takes time quadratic in the longest word, which is then broken
+LONG_WORD = re.compile(r"\S{1000}")
 
 
 @dataclass
@@ -194,9 +193,8 @@ def _wordpiece(training: TokenizerTraining) -> Recipe:
     )
 
     tokenizer = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    tokenizer.normalizer = normalizers.BertNormalizer(
-        lowercase=training.lowercase
-    )  # accents go with the case; Chinese is split
+    # accents go with the case; Chinese is split
+    tokenizer.normalizer = normalizers.BertNormalizer(lowercase=training.lowercase)
     tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     tokenizer.decoder = decoders.WordPiece(prefix="##")
     names = {
@@ -242,9 +240,8 @@ def _unigram(training: TokenizerTraining) -> Recipe:
     )
     common = _common(training, [*names.values()])
     del common["min_frequency"]  # this trainer prunes by likelihood instead
-    trainer = trainers.UnigramTrainer(
-        unk_token="<unk>", initial_alphabet=["\n", "\t"], **common
-    )  # lines hold no line's end to learn from
+    # lines hold no line's end to learn from
+    trainer = trainers.UnigramTrainer(unk_token="<unk>", initial_alphabet=["\n", "\t"], **common)
     return Recipe(tokenizer, trainer, names, by_line=True)
 
 

@@ -20,9 +20,8 @@ from hfscale.errors import ConfigError, LostError
 
 # above the longest checkpoint write; hangs are found by their heartbeats, sooner
 TIMEOUT = timedelta(minutes=60)
-MEETING = timedelta(
-    minutes=10
-)  # from the first rank that comes to the last: imports, on slow disks
+# from the first rank that comes to the last: imports, on slow disks
+MEETING = timedelta(minutes=10)
 TRIES = 5  # to resolve a name, a second apart
 
 _host_group: torch_dist.ProcessGroup | None = None
@@ -193,7 +192,6 @@ def shutdown() -> None:
         return
     barrier()
     _host_group = None
-    with suppress(
-        RuntimeError
-    ):  # the peer may have closed its end first; the barrier above is what mattered
+    # the peer may have closed its end first; the barrier above is what mattered
+    with suppress(RuntimeError):
         torch_dist.destroy_process_group()

@@ -13,10 +13,11 @@ from types import FrameType
 
 from hfscale.errors import EXIT_INTERRUPTED
 
+# Slurm's --signal ahead of a limit, as our scripts and as submitit ask for it
 WARNINGS = (
     signal.SIGUSR1,
     signal.SIGUSR2,
-)  # Slurm's --signal ahead of a limit, as our scripts and as submitit ask for it
+)
 SIGNALS = (signal.SIGINT, signal.SIGTERM, *WARNINGS)  # Ctrl-C; a launcher or Slurm
 
 

@@ -115,16 +115,16 @@ def deepspeed_config(config: TrainConfig, *, device_type: str) -> dict[str, Any]
         "zero_optimization": zero,
         # torch's AdamW steps on the CPU as well, without a compiler
         "zero_force_ds_cpu_optimizer": False,
+        # the norm tells, without another pass
         "bf16": {
             "enabled": engine.precision == "bf16",
             "check_grad_overflow": False,
-        },  # the norm tells, without another pass
+        },
         "fp16": {"enabled": engine.precision == "fp16"},
         "timers": {"throughput": {"enabled": False}},  # it would synchronise the device
     }
-    if (
-        engine.precision != "fp32"
-    ):  # gradients are made in 16 bit, but added up in 32: here and over ranks
+    # gradients are made in 16 bit, but added up in 32: here and over ranks
+    if engine.precision != "fp32":
         derived["data_types"] = {"grad_accum_dtype": "fp32"}
         derived["communication_data_type"] = "fp32"
     _refuse_unknown(engine.extra, derived)

@@ -37,12 +37,13 @@ from hfscale.errors import ConfigError, UnhealthyError
 # says of the norm of a gradient whether the update may be made
 Allow = Callable[[float], bool]
 BLOCK = 1024  # elements that are added up in the gradient's own precision
+# of DeepSpeed's dynamic scaler (fp16)
 LOSS_SCALE_STATE = (
     "cur_scale",
     "cur_iter",
     "last_overflow_iter",
     "cur_hysteresis",
-)  # of DeepSpeed's dynamic scaler (fp16)
+)
 
 
 @dataclass(frozen=True)
@@ -95,9 +96,8 @@ class Engine:
         self._lr_used: set[float] = set()
         self.stage: int = running_stage(config.engine)
         self.precision: str = config.engine.precision
-        self.adapted: bool = (
-            config.model.lora is not None
-        )  # then the frozen weights are kept where they came from
+        # then the frozen weights are kept where they came from
+        self.adapted: bool = config.model.lora is not None
         self.device: torch.device = ds.device
         self.all = everybody()
         self._trained = [param for param in ds.module.parameters() if param.requires_grad]
@@ -315,9 +315,10 @@ def join_process_group() -> None:
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
+    # DeepSpeed's calls
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message="`torch.distributed.*is deprecated"
-    )  # DeepSpeed's calls
+    )
 
 
 def _norm(gradients: list[Tensor]) -> Tensor:

@@ -28,9 +28,8 @@ class Fragment:
     name: str  # as in ``model.named_parameters()`` or ``named_buffers()``
     shape: tuple[int, ...]  # of the whole tensor
     start: int
-    tensors: dict[
-        str, Tensor
-    ]  # "weight", and if trained "exp_avg", "exp_avg_sq"; 1-D, equally long, live
+    # "weight", and if trained "exp_avg", "exp_avg_sq"; 1-D, equally long, live
+    tensors: dict[str, Tensor]
 
     @property
     def numel(self) -> int:

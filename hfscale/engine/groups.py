@@ -26,12 +26,10 @@ VECTOR = re.compile(
     r"(^|_)bias(_|$)|^(A_log|D|dt_bias)$|^time_(mix|decay|first|maa)"
     r"|(^|_)(scale|gamma|lambda\d?)(_|$)"
 )
-EMBEDDING = re.compile(
-    r"emb", re.IGNORECASE
-)  # in a name: norms and projections beside embeddings, as well
-LAST = re.compile(
-    r"(^|\.)(final_|ln_f|norm_f|project_out|lm_head)"
-)  # in a name: after all layers, wherever a class lists it
+# in a name: norms and projections beside embeddings, as well
+EMBEDDING = re.compile(r"emb", re.IGNORECASE)
+# in a name: after all layers, wherever a class lists it
+LAST = re.compile(r"(^|\.)(final_|ln_f|norm_f|project_out|lm_head)")
 PRODUCTS = (nn.Linear, nn.Bilinear, nn.Embedding, Conv1D, nn.modules.conv._ConvNd)
 LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the first number in a name is that of a layer in its stack
 

@@ -22,9 +22,8 @@ from hfscale.engine import fragments as parts
 from hfscale.engine.ds_config import inference_config
 from hfscale.engine.fragments import Fragment
 
-Build = Callable[
-    [Callable[[], AbstractContextManager[Any]]], nn.Module
-]  # constructs the model inside the context that it is given
+# constructs the model inside the context that it is given
+Build = Callable[[Callable[[], AbstractContextManager[Any]]], nn.Module]
 
 
 class InferenceEngine:

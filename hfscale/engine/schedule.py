@@ -33,9 +33,8 @@ def learning_rate(step: int, *, peak: float, length: Length, schedule: Schedule)
         decay_steps = min(decay_steps, round(schedule.decay_fraction * whole))
     if decay_steps <= 0:
         return peak
-    progress = min(
-        1.0, max(0.0, (at - (whole - decay_steps)) / decay_steps)
-    )  # 0 at the peak, 1 at the end
+    # 0 at the peak, 1 at the end
+    progress = min(1.0, max(0.0, (at - (whole - decay_steps)) / decay_steps))
     falling = (
         0.5 * (1.0 + math.cos(math.pi * progress)) if schedule.name == "cosine" else 1.0 - progress
     )

@@ -34,6 +34,7 @@ from hfscale.shards.files import whole_folder
 from hfscale.tasks.base import Task
 from hfscale.tokenizer import save_tokenizer
 
+# the sections of a config that the card shows
 TRAINED = (
     "model",
     "objective",
@@ -42,7 +43,7 @@ TRAINED = (
     "schedule",
     "train",
     "engine",
-)  # the sections of a config that the card shows
+)
 
 
 def run(name: str, out: Path, *, adapter: bool = False) -> str:
@@ -162,9 +163,8 @@ print(tokenizer.batch_decode(model.generate(inputs.input_ids, max_new_tokens=40)
         "fill-mask": marked,
         "question-answering": 'question="Who wrote it?", context="Ada wrote it."',
     }.get(task, '"Once upon a time"')
-    trusted = (
-        ", trust_remote_code=True" if getattr(objective, "code", None) else ""
-    )  # of one file, which lies in the folder
+    # of one file, which lies in the folder
+    trusted = ", trust_remote_code=True" if getattr(objective, "code", None) else ""
     return f"""from transformers import pipeline
 use = pipeline("{task}", model={place}{trusted})
 print(use({text}))"""

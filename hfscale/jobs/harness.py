@@ -47,9 +47,8 @@ class EngineLM(HFLM):
         self, engine: InferenceEngine, tokenizer: PreTrainedTokenizerFast, batch: int
     ) -> None:
         logging.disable(logging.WARNING)  # of advice for models that the harness would open itself
-        super().__init__(
-            engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False
-        )  # which would make passes uneven
+        # which would make passes uneven
+        super().__init__(engine.module, tokenizer=tokenizer, batch_size=batch, logits_cache=False)
         logging.disable(logging.NOTSET)
         tokenizer.split_special_tokens = True  # a task's text that spells a control token is text
         self._engine = engine
@@ -178,12 +177,13 @@ def _known(folder: Path | None) -> TaskManager:
 
 def _scores(made: dict[str, Any]) -> dict[str, Any]:
     """Return what the harness found, as ``described`` gives scores."""
+    # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
     figures = {
         f"{task}/{key}".removesuffix(",none"): value
         for task, some in made["results"].items()
         for key, value in some.items()
         if isinstance(value, float)
-    }  # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
+    }
     scores = {key: value for key, value in figures.items() if "_stderr" not in key}
     errors = {
         key.replace("_stderr", ""): 1.96 * value

@@ -107,10 +107,11 @@ def prepare(config: PredictConfig) -> int:
     parts = parts_of(out)
     saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
     if saved["key"] != key and not any(parts.glob("0*.jsonl")):
+        # what was asked first was refused, or stopped, before anything was made
         saved = {
             "key": key,
             "chunk": size,
-        }  # what was asked first was refused, or stopped, before anything was made
+        }
     if saved["key"] != key:
         differ = [name for name in key if saved["key"].get(name) != key[name]]
         raise DataError(

@@ -78,10 +78,11 @@ def settle(model: Model, shards: str | None, overrides: Sequence[str]) -> Shards
         "data": rows.fingerprint,
         "config": f"{cut} {config.engine.precision} {VERSION}",
     }
+    # a run goes on meanwhile
     where = {
         "model": str(model.weights_folder.absolute()),
         "out": folder_of(model, "shards", key),
-    }  # a run goes on meanwhile
+    }
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
 
 

@@ -37,12 +37,13 @@ class TokenBytes:
         backend = json.loads(tokenizer.backend_tokenizer.to_str())
         self._end = end_id
         parts = [part for name in ("normalizer", "pre_tokenizer") for part in _parts(backend[name])]
+        # with a space that the text has not
         self._prefixed = any(
             part["type"] == "Prepend"
             or part.get("add_prefix_space")
             or part.get("prepend_scheme", "never") != "never"
             for part in parts
-        )  # with a space that the text has not
+        )
         byte_level = any(part["type"] == "ByteLevel" for part in _parts(backend["decoder"]))
         changes = [
             part["type"]

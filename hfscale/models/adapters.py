@@ -21,10 +21,11 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
+# of a folder of peft's
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = (
     "adapter_config.json",
     "adapter_model.safetensors",
-)  # of a folder of peft's
+)
 
 
 def is_adapter(name: str) -> bool:

@@ -70,9 +70,8 @@ def first_position(config: PretrainedConfig) -> int:
     """Return the position id of a row's first token."""
     if config.model_type not in OFFSET_POSITIONS:
         return 0
-    return (
-        2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
-    )  # MPNet's is written into its code
+    # MPNet's is written into its code
+    return 2 if config.model_type == "mpnet" else (config.pad_token_id or 0) + 1
 
 
 def _reserved(config: PretrainedConfig) -> int:
@@ -134,9 +133,8 @@ def check_model_config(
             key: value for key, value in (overrides or {}).items() if key in known
         }
         config = accepted(lambda: config_class(**(defaults | values)), model)
-    if (
-        config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None
-    ):  # T5's config has no such key
+    # T5's config has no such key
+    if config.is_encoder_decoder and getattr(config, "decoder_start_token_id", None) is None:
         config.decoder_start_token_id = (overrides or {}).get("decoder_start_token_id")
     _check_room(config, vocab_size=vocab_size, seq_len=seq_len)
     return config

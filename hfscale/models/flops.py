@@ -63,9 +63,8 @@ def flops_per_token(model: PreTrainedModel, *, seq_len: int) -> float:
     layers = {True: 0, False: 0}  # weights of layers by whether gradients pass through them
     for path, module in model.named_modules():
         for weight in module.parameters(recurse=False):
-            trained = (
-                trained or weight.requires_grad
-            )  # gradients pass through what comes after, not before
+            # gradients pass through what comes after, not before
+            trained = trained or weight.requires_grad
             shape = getattr(weight, "ds_shape", weight.shape)
             if isinstance(module, nn.Embedding) or sum(size > 1 for size in shape) < 2:
                 continue  # looked up (as an output matrix it is a module of its own), or added

@@ -27,9 +27,8 @@ from transformers.initialization import guard_torch_init_functions, no_init_weig
 from hfscale.errors import ConfigError
 from hfscale.models.adapters import pairs
 
-Gather = Callable[
-    [Sequence[Parameter]], AbstractContextManager[Any]
-]  # makes parameters whole, and keeps what rank 0 wrote
+# makes parameters whole, and keeps what rank 0 wrote
+Gather = Callable[[Sequence[Parameter]], AbstractContextManager[Any]]
 
 
 def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> list[str]:

@@ -32,12 +32,13 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 COEFFICIENTS = ("router_aux_loss_coef", "aux_loss_coef", "router_z_loss_coef")
+# of the loss as it is known here
 PARAMETERS = [
     "gate_logits",
     "num_experts",
     "top_k",
     "attention_mask",
-]  # of the loss as it is known here
+]
 
 
 @dataclass(frozen=True)

@@ -36,20 +36,23 @@ from hfscale.log import logger
 from hfscale.run_files import HANGS, HEARTBEATS, REPORT
 
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
+# may take this long; so may the first step, which compiles
 LONG, LONG_S = (
     ("start", "save"),
     1800.0,
-)  # may take this long; so may the first step, which compiles
+)
 POLL_S = 1.0  # between looks
+# until all have written their stacks; after the report; to leave, come what may
 SETTLE_S, AFTER_S, LAST_S = (
     20.0,
     3.0,
     55.0,
-)  # until all have written their stacks; after the report; to leave, come what may
+)
+# how often rank 0 looks for slow ranks, and how many times the others' time is slow
 ROUND_S, SLOW = (
     60.0,
     2.0,
-)  # how often rank 0 looks for slow ranks, and how many times the others' time is slow
+)
 WIDTH = 160  # bytes of a heartbeat
 
 
@@ -203,13 +206,11 @@ class Heartbeat:
         while not self._over.wait(POLL_S):
             seen, idle_s = self._count, idle_s + POLL_S if self._count == seen else 0.0
             limit_s = self.limit_s()
-            if idle_s >= limit_s or (
-                idle_s >= self._timeout_s / 2 and os.path.exists(self._hang)
-            ):  # another one has stood for longer
+            # another one has stood for longer
+            if idle_s >= limit_s or (idle_s >= self._timeout_s / 2 and os.path.exists(self._hang)):
                 self._autopsy(idle_s)
-            faulthandler.dump_traceback_later(
-                limit_s, file=2
-            )  # if this thread is never let run again
+            # if this thread is never let run again
+            faulthandler.dump_traceback_later(limit_s, file=2)
             if self._rank == 0 and time.monotonic() - looked > min(ROUND_S, self._timeout_s):
                 beats = read_beats(self._run_dir, range(self._ranks))
                 for line in slow_ranks(earlier, beats):
@@ -238,9 +239,8 @@ class Heartbeat:
             else:
                 while not (self._hang / REPORT).exists():
                     time.sleep(0.5)
-                time.sleep(
-                    AFTER_S
-                )  # not before the judge: the first to leave may have the others killed
+                # not before the judge: the first to leave may have the others killed
+                time.sleep(AFTER_S)
         except OSError as error:
             logger.error(
                 f"no progress for {idle_s:.0f} s, and the stacks cannot be written: {error}"
@@ -313,9 +313,8 @@ class Heartbeat:
             "beats": [asdict(beat) for beat in beats],
         }
         (self._hang / f"{REPORT}.new").write_text(json.dumps(content, indent=1))
-        (self._hang / f"{REPORT}.new").rename(
-            self._hang / REPORT
-        )  # the sign for the others to leave
+        # the sign for the others to leave
+        (self._hang / f"{REPORT}.new").rename(self._hang / REPORT)
         self._on_hang(odd[0].rank if odd else self._rank)
 
 

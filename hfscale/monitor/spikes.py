@@ -30,9 +30,8 @@ class Spikes:
         if grad_norm <= FACTOR * usual:
             self._norms.append(grad_norm)
             return None
-        if not math.isfinite(
-            grad_norm
-        ):  # fp16 lowers its loss scale; anything else has ended the run
+        # fp16 lowers its loss scale; anything else has ended the run
+        if not math.isfinite(grad_norm):
             return None
         if self._said_at is not None and step - self._said_at < QUIET_STEPS:
             return None

@@ -64,9 +64,8 @@ class Setting:
     sources: int = 1  # of the stream; where there are several, sums and counts are kept apart
     tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
     model_config: PretrainedConfig | None = None  # None: before there is a model
-    facts: Mapping[str, Any] = field(
-        default_factory=dict
-    )  # of a task: what its training examples say (labels, ...)
+    # of a task: what its training examples say (labels, ...)
+    facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass
@@ -126,9 +125,8 @@ class Objective:
     causal: ClassVar[bool] = False  # a token sees only what came before it
     token_loss: ClassVar[bool] = True  # the loss is in nats a token, so it has a perplexity
     needs_documents: ClassVar[bool] = False  # of the rows, even where documents may see each other
-    term: ClassVar[
-        str
-    ]  # the name of the one term of the loss; those of several give ``weights`` and ``loss``
+    # the name of the one term of the loss; those of several give ``weights`` and ``loss``
+    term: ClassVar[str]
 
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting

@@ -32,9 +32,8 @@ class CausalLM(Objective):
         inputs_BT, labels_BT = rows.ids_BL[:, :-1], rows.ids_BL[:, 1:]
         ignored_BT = ~rows.valid_B[:, None].expand_as(labels_BT)
         document_ids_BT = self.document_ids(rows)
-        if (
-            rows.boundaries is not None and document_ids_BT is not None
-        ):  # no document predicts the next one
+        # no document predicts the next one
+        if rows.boundaries is not None and document_ids_BT is not None:
             ignored_BT = (
                 ignored_BT.reshape(-1).index_fill(0, rows.boundaries, True).view_as(labels_BT)
             )

@@ -188,9 +188,8 @@ class Contrastive(Objective):
         n = len(rows.valid_B)
         ids_BT = batch.inputs["input_ids"][:n].clone()
         labels_BT = torch.full_like(ids_BT, IGNORE_INDEX)
-        lengths_B = (
-            batch.inputs["attention_mask"][:n].sum(1) * rows.valid_B
-        )  # what is drawn must not depend on padding
+        # what is drawn must not depend on padding
+        lengths_B = batch.inputs["attention_mask"][:n].sum(1) * rows.valid_B
         generators = row_generators(self.setting.seed + 1, rows.position)
         for length, ids_T, labels_T, rng in zip(
             lengths_B.tolist(), ids_BT, labels_BT, generators, strict=True
@@ -268,9 +267,8 @@ class Contrastive(Objective):
         the answer of an equal text: ``keys_Vn`` says which are equal; without it none are.
         """
         data = self.setting.data
-        others, first = gather_rows(
-            own_VnH.detach().transpose(0, 1).contiguous(), data
-        )  # (N, V, H)
+        # (N, V, H)
+        others, first = gather_rows(own_VnH.detach().transpose(0, 1).contiguous(), data)
         valid_N = gather_rows(valid_n, data)[0].bool()
         n = own_VnH.shape[1]
         mine = slice(first, first + n)
@@ -278,9 +276,8 @@ class Contrastive(Objective):
             [others[:first].transpose(0, 1), own_VnH, others[first + n :].transpose(0, 1)], dim=1
         )
         anchors_NH, positives_NH = all_VNH[:2]
-        wrong_NC = ~valid_N.repeat(len(all_VNH) - 1)[
-            None
-        ]  # C: candidates, N of each view but the first
+        # C: candidates, N of each view but the first
+        wrong_NC = ~valid_N.repeat(len(all_VNH) - 1)[None]
         if keys_Vn is not None:
             wrong_NC = wrong_NC | _no_negatives(gather_rows(keys_Vn.T.contiguous(), data)[0].T)
         scores_NC = (

@@ -34,9 +34,8 @@ def keep_apart(
     before it (``causal``), or all of it.
     """
     positions_BT = document_positions(document_ids_BT) + first_position(config)
-    if (
-        config._attn_implementation == "flash_attention_2"
-    ):  # knows packed documents in one flat row only
+    # knows packed documents in one flat row only
+    if config._attn_implementation == "flash_attention_2":
         flat = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
         return call(model, **flat, position_ids=positions_BT.reshape(1, -1)).logits.view(
             *document_ids_BT.shape, -1

@@ -117,9 +117,8 @@ class MaskedLM(Objective):
         else:
             unit_T = np.arange(T)
         selected_T = (rng.random(T + 1) < options.select)[unit_T] & self._ordinary[ids_T]
-        fate_T = rng.random(T + 1)[
-            unit_T if options.units == "span" else np.arange(T)
-        ]  # a span is hidden in one way
+        # a span is hidden in one way
+        fate_T = rng.random(T + 1)[unit_T if options.units == "span" else np.arange(T)]
         labels_T[selected_T] = ids_T[selected_T]
         random_T = (
             selected_T

@@ -120,9 +120,8 @@ class Seq2Seq(Objective):
         T, spans = len(ids_T), self._spans
         if self.options.noise == "bart":
             lengths = rng.multinomial(self._hidden, np.full(spans, 1 / spans))
-            gaps = (
-                _parts(T - self._hidden + spans + 1, spans + 1, rng) - 1
-            )  # kept text before, between and after; may be empty
+            # kept text before, between and after; may be empty
+            gaps = _parts(T - self._hidden + spans + 1, spans + 1, rng) - 1
         else:
             lengths, gaps = (
                 _parts(self._hidden, spans, rng),

@@ -43,9 +43,8 @@ class Row:
     shard: str
     start: int
     member: str
-    documents: tuple[
-        int, ...
-    ]  # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
+    # the first and last whose tokens it holds, numbered in the shard; none where it was skipped
+    documents: tuple[int, ...]
     text: str
     ids: list[int]  # seq_len + 1
 
@@ -75,9 +74,8 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
             where=run_dir,
             remedy="its examples are in the files of its data section",
         )
-    logged = {
-        record["step"]: record for record in records(run_dir)
-    }  # of a step that was repeated, the last one counts
+    # of a step that was repeated, the last one counts
+    logged = {record["step"]: record for record in records(run_dir)}
     if not logged:
         raise DataError(
             "this run has logged nothing yet",

@@ -63,10 +63,11 @@ class Finding:
     nodes: tuple[str, ...] = ()
     value: float | None = None
     unit: str = ""
+    # below which part of the median of all ranks it is a warning, a failure
     slow: tuple[float, float] = (
         0.0,
         0.0,
-    )  # below which part of the median of all ranks it is a warning, a failure
+    )
 
 
 def failed(check: str, error: Exception) -> Finding:

@@ -43,11 +43,12 @@ from hfscale.reports.doctor import MARK, Finding, failed
 from hfscale.shards.files import flock
 from hfscale.shards.open import open_manifest
 
+# of what is read or written, whichever comes first; at once
 SECONDS, FILE_BYTES, PIECE = (
     1.0,
     2**26,
     2**23,
-)  # of what is read or written, whichever comes first; at once
+)
 SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
 DRIVER, MEMORY = Path("/proc/driver/nvidia/version"), Path("/proc/meminfo")
 
@@ -199,9 +200,8 @@ def disk(task: Any, world: World) -> Iterator[Finding]:
         value=free,
         unit=f"GB in {task.run}{wants}",
     )
-    yield _measured(
-        "inodes", room.f_favail if room.f_files else float("inf"), "free", least=10_000
-    )  # some file systems count none
+    # some file systems count none
+    yield _measured("inodes", room.f_favail if room.f_files else float("inf"), "free", least=10_000)
 
 
 def locks(task: Any, world: World) -> Iterator[Finding]:
@@ -265,9 +265,8 @@ def reading(task: Any, world: World) -> Iterator[Finding]:
             done += manifest.remote.sample(shard)
         else:
             with open(manifest.folder / shard.name, "rb", buffering=0) as stream:
-                os.posix_fadvise(
-                    stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED
-                )  # from the disk, not from memory
+                # from the disk, not from memory
+                os.posix_fadvise(stream.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
                 while time.perf_counter() < begun + SECONDS / len(task.shards) and (
                     block := stream.read(PIECE)
                 ):
@@ -288,9 +287,8 @@ def rendezvous(task: Any, world: World) -> Iterator[Finding]:
     )
     if world.all.size > 1:
         tensor = torch.ones(2**25 if device.type == "cuda" else 2**22, device=device)
-        took = _seconds(
-            lambda: (torch_dist.all_reduce(tensor), float(tensor[0])), 5
-        )  # the second waits for the first
+        # the second waits for the first
+        took = _seconds(lambda: (torch_dist.all_reduce(tensor), float(tensor[0])), 5)
         moved = 2 * (world.all.size - 1) / world.all.size * tensor.numel() * tensor.element_size()
         yield _measured(
             "all-reduce",

@@ -20,9 +20,8 @@ LOGGED = ("batch_digest", "tokens_seen", "lr", "loss", "grad_norm")  # of a step
 TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # of the checkpoint of that step, as is what follows
 COMPONENTS = (*LOGGED, *TENSORS, "optimizer", "random state", "position in the data")
 
-Evidence = dict[
-    int, dict[str, list[Any]]
-]  # step -> component -> what it was each time that the run came there
+# step -> component -> what it was each time that the run came there
+Evidence = dict[int, dict[str, list[Any]]]
 
 
 def observe(run_dir: Path) -> Evidence:

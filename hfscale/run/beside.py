@@ -23,9 +23,8 @@ class Beside:
 
     def __init__(self, model: PreTrainedModel, lora: Lora, folder: Path, *, rank: int) -> None:
         if rank == 0 and (folder / layout.MANIFEST).is_file():
-            with suppress(
-                OSError
-            ):  # a run of somebody else's; one of our own never prunes what adapters need
+            # a run of somebody else's; one of our own never prunes what adapters need
+            with suppress(OSError):
                 layout.pin(folder.parent, layout.step_of(folder), pinned=True)
         self.reader = open_weights(folder, check=verify_together)
         self.match = tell(match(model, self.reader, labels=labels_of(folder)), model)

@@ -72,9 +72,8 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
                 "report it",
             )
         saved = folder / layout.step_name(0)
-        reader = open_weights(
-            saved, check=verify_together
-        )  # all ranks: of adapters it asks for the base
+        # all ranks: of adapters it asks for the base
+        reader = open_weights(saved, check=verify_together)
         problem = _export(trainer, config, saved, reader) if engine.all.rank == 0 else ""
         if problem := from_rank_0(problem):
             raise CheckpointError(

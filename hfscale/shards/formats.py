@@ -131,9 +131,10 @@ def _csv(file: Path, column: str | None, most: int = HUGE, *, delimiter: str = "
             lines = _to_line_feeds(lines, file, most)
         if delimiter not in first:
             delimiter = next((sign for sign in ";\t" if sign in first), delimiter)
+        # an open quote eats the rest
         rows = csv.DictReader(
             chain([first] if first else [], lines), delimiter=delimiter, strict=True
-        )  # an open quote eats the rest
+        )
         try:
             header = [name for name in rows.fieldnames or [] if name]
             if twice := [name for name in header if header.count(name) > 1]:

@@ -29,9 +29,8 @@ MEMBER = np.dtype(
 )
 NPY_HEAD = 128  # bytes of the .npy header of a vector
 _HEAD = len(MAGIC) + 32 + 8
-MOST = (
-    2**48
-)  # of bytes, tokens or documents of a member: sums of them are far from what an int64 holds
+# of bytes, tokens or documents of a member: sums of them are far from what an int64 holds
+MOST = 2**48
 
 
 @dataclass(frozen=True, eq=False)

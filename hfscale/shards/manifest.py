@@ -119,9 +119,8 @@ class Manifest:
     source: Mapping[str, Any]
     shards: tuple[ShardEntry, ...]
     version: int = VERSION
-    folder: Path = field(
-        default=Path("."), compare=False
-    )  # where it was loaded from; not part of the data
+    # where it was loaded from; not part of the data
+    folder: Path = field(default=Path("."), compare=False)
     # what ``folder`` is a copy of, in the making
     remote: Fetcher | None = field(default=None, compare=False)
 

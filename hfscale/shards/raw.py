@@ -165,9 +165,8 @@ def read_text(
 
 
 Sample = tuple[Path, int, int, int]  # tar; offset, size and checksum of the member with the text
-Encoded = tuple[
-    np.ndarray, np.ndarray, dict[int, str]
-]  # of samples: ids end to end, where each ends, what is wrong with some
+# of samples: ids end to end, where each ends, what is wrong with some
+Encoded = tuple[np.ndarray, np.ndarray, dict[int, str]]
 
 
 def encode_samples(

@@ -52,9 +52,8 @@ class ShardReader:
             with open_file(self.path) as file:
                 self._map = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 with suppress(AttributeError, OSError):  # Linux may be built without
-                    self._map.madvise(
-                        mmap.MADV_HUGEPAGE
-                    )  # what is read from disk comes in pages of 2 MiB
+                    # what is read from disk comes in pages of 2 MiB
+                    self._map.madvise(mmap.MADV_HUGEPAGE)
         except (OSError, ValueError) as error:
             raise self._damage(
                 f"the shard cannot be read: {getattr(error, 'strerror', None) or error}"
@@ -66,15 +65,15 @@ class ShardReader:
         if problem := index.problem(entry.bytes):
             raise self._damage(problem)
         self._ends, self._tokens = index.ends, index.tokens
+        # first token of each chunk, and the end
         self._starts: list[int] = [
             0,
             *np.cumsum(self._tokens["tokens"], dtype=np.int64).tolist(),
-        ]  # first token of each chunk, and the end
+        ]
         self._chunk_starts = np.array(self._starts)
         payloads = self._tokens["offset"].astype(np.int64) // self._dtype.itemsize
-        self._shifts = (
-            payloads - self._chunk_starts[:-1]
-        )  # from a position in the shard to one in the tar, in tokens
+        # from a position in the shard to one in the tar, in tokens
+        self._shifts = payloads - self._chunk_starts[:-1]
         self._first_documents: list[int] = [
             0,
             *np.cumsum(self._ends["documents"], dtype=np.int64).tolist(),
@@ -91,9 +90,8 @@ class ShardReader:
                 "bytes a token"
             )
         self._chunks: dict[int, tuple[np.ndarray, np.ndarray]] = {}
-        self.memory = np.frombuffer(
-            self._map, self._dtype, len(self._map) // self._dtype.itemsize
-        )  # the tar, as if it were all tokens
+        # the tar, as if it were all tokens
+        self.memory = np.frombuffer(self._map, self._dtype, len(self._map) // self._dtype.itemsize)
 
     def __len__(self) -> int:
         return self.entry.tokens
@@ -189,12 +187,10 @@ class ShardReader:
         if self._verify:
             if xxhash.xxh3_64_intdigest(payload.data) != int(member["checksum"]):
                 raise self._damage(f"{place} does not match its checksum")
-            header = self._map[
-                offset - tarfile.BLOCKSIZE : offset
-            ]  # we need none, but every other reader of the tar does
-            if header[148:154] != b"%06o" % (
-                sum(header) - sum(header[148:156]) + 8 * ord(" ")
-            ):  # POSIX ustar
+            # we need none, but every other reader of the tar does
+            header = self._map[offset - tarfile.BLOCKSIZE : offset]
+            # POSIX ustar
+            if header[148:154] != b"%06o" % (sum(header) - sum(header[148:156]) + 8 * ord(" ")):
                 raise self._damage(f"the header of {place} is damaged: bad checksum")
         return payload
 

@@ -61,10 +61,11 @@ class Remote:
         timeout_s: float = 60.0,
         allow_pipe: bool = False,
     ) -> None:
+        # set, it ends whatever is being fetched in CancelledError
         self.limit, self.cancelled = (
             int(size_gb * 1e9),
             threading.Event(),
-        )  # set, it ends whatever is being fetched in CancelledError
+        )
         self._retries, self._timeout_s, self._block = retries, timeout_s, BLOCK
         base, _, last = url.rstrip("/").rpartition("/")
         self._base, self._manifest = (
@@ -91,10 +92,11 @@ class Remote:
         else:
             from fsspec.core import url_to_fs  # slow to import
 
+            # bytes as they are; proxies
             web = {
                 "headers": {"Accept-Encoding": "identity"},
                 "client_kwargs": {"trust_env": True},
-            }  # bytes as they are; proxies
+            }
             try:
                 self._fs = url_to_fs(url, **web if url.startswith("http") else {})[0]
             except (ImportError, ValueError) as error:
@@ -210,9 +212,8 @@ class Remote:
             with open(part, "ab") as file:
                 at = file.tell()
                 while at < entry.bytes and (data := self._get(entry.name, at=at, end=entry.bytes)):
-                    if (
-                        len(data) > entry.bytes - at
-                    ):  # the whole file: from a command, or a server that ignores ranges
+                    # the whole file: from a command, or a server that ignores ranges
+                    if len(data) > entry.bytes - at:
                         file.truncate(0)
                         at = 0
                     file.write(data)
@@ -251,9 +252,8 @@ class Remote:
                         place, shell=True, stdout=subprocess.PIPE, check=True
                     ).stdout
                 span = {} if end is None else {"start": at, "end": min(end, at + self._block)}
-                timeout = (
-                    {"timeout": self._timeout_s} if self._fs.async_impl else {}
-                )  # the others have no way to say it
+                # the others have no way to say it
+                timeout = {"timeout": self._timeout_s} if self._fs.async_impl else {}
                 data: bytes = self._fs.cat_file(place, **span, **timeout)
                 self._block = min(BLOCK, self._block + LEAST_BLOCK)
                 return data
@@ -283,10 +283,11 @@ class Remote:
             others = [path for path in self._cache.glob("*/*/*.lock") if path != Path(mine.name)]
             room = self.limit - sum(path.stat().st_size for path in others)
             for path in sorted(others, key=lambda path: path.stat().st_mtime_ns):
+                # of one that is being fetched or opened
                 with (
                     open(path, "r+b") as lock,
                     suppress(BlockingIOError),
-                ):  # of one that is being fetched or opened
+                ):
                     if room < need and (taken := lock.seek(0, os.SEEK_END)):
                         if not flock(lock, wait=False):
                             break  # without locks nobody knows what is in use

@@ -113,9 +113,8 @@ def name_at(path: Path, offset: int) -> str:
         with open_file(path) as file:
             file.seek(offset - tarfile.BLOCKSIZE)
             name = tarfile.TarInfo.frombuf(file.read(tarfile.BLOCKSIZE), "utf-8", "replace").name
-        if (
-            len(name) < tarfile.LENGTH_NAME and "?" not in name and name.isascii()
-        ):  # whole; else it may stand in a header before this one
+        # whole; else it may stand in a header before this one
+        if len(name) < tarfile.LENGTH_NAME and "?" not in name and name.isascii():
             return name
         return next((member.name for member in walk(path) if member.offset == offset), "?")
     except (OSError, DataError, tarfile.TarError, ValueError):

@@ -103,9 +103,8 @@ class _Tar:
         self._writer = TarWriter(
             self._file, user="hfscale", group="hfscale", mtime=0, compress=False, encoder=False
         )
-        self._writer.tarstream.format = (
-            tarfile.USTAR_FORMAT
-        )  # webdataset leaves it at tarfile's default, PAX
+        # webdataset leaves it at tarfile's default, PAX
+        self._writer.tarstream.format = tarfile.USTAR_FORMAT
         self._members: list[tuple[int, int, int, int, int]] = []
         self._offset, self._max_id, self.chunks = 0, -1, 0
 
@@ -113,10 +112,11 @@ class _Tar:
         """Return once a chunk is in the tar. ``ends`` are relative to the chunk."""
         npy = io.BytesIO()
         np.save(npy, ends)
+        # in the order that TarWriter gives them
         payloads = {
             "ends.npy": npy.getvalue(),
             "tokens.bin": tokens.tobytes(),
-        }  # in the order that TarWriter gives them
+        }
         self._writer.write({"__key__": f"{self.chunks:09d}", **payloads})
         for payload, n_tokens, n_documents in zip(
             payloads.values(), (0, len(tokens)), (len(ends), 0), strict=True

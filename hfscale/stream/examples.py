@@ -40,9 +40,8 @@ class BadExample(ValueError):
 class Examples:
     """One micro-batch as it leaves the stream, on the CPU; the loop treats it like ``Rows``."""
 
-    features: list[
-        dict[str, Any]
-    ]  # B, as the task made them, and "example": the number of the example in its split
+    # B, as the task made them, and "example": the number of the example in its split
+    features: list[dict[str, Any]]
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: 0
     position: Tensor  # int64 (B,): the row's place in the order of the run, or in the split
@@ -91,13 +90,11 @@ class ExampleOrder:
                 key_of(self.seed, epoch, _POOLS, number),
                 np.argsort(self.lengths[rows], kind="stable"),
             )
-            groups = np.split(
-                by_length, range(int(key[0]) % GROUP, len(rows), GROUP)
-            )  # cut elsewhere in each epoch
+            # cut elsewhere in each epoch
+            groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))
             turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
-            rows = rows[
-                np.concatenate([np.sort(groups[turn]) for turn in turns])
-            ]  # a group itself is in no order of length
+            # a group itself is in no order of length
+            rows = rows[np.concatenate([np.sort(groups[turn]) for turn in turns])]
         return rows
 
 
@@ -225,9 +222,8 @@ def micro_batch(
         rows = [
             dict(zip(columns, cells, strict=True)) for cells in zip(*columns.values(), strict=True)
         ]
-    rows = [
-        {name: cell for name, cell in row.items() if cell is not None} for row in rows
-    ]  # Arrow has every name in every row
+    # Arrow has every name in every row
+    rows = [{name: cell for name, cell in row.items() if cell is not None} for row in rows]
     valid = np.ones(len(numbers), bool) if valid is None else valid
     source_B = torch.zeros(len(numbers), dtype=torch.int16)
     return Examples(

@@ -71,9 +71,8 @@ class Stream:
         fresh = StreamState(
             rows.fingerprint, order.seed, rows.seq_len, order.lanes, order.block, order.rows
         )
-        self._opened = replace(
-            state or fresh, epoch_rows=order.rows
-        )  # a source may have come to a mixture
+        # a source may have come to a mixture
+        self._opened = replace(state or fresh, epoch_rows=order.rows)
         _check_same(fresh, self._opened)
         self._consumed = self._opened.consumed_rows
         self._global_batch, self._place = global_batch, place
@@ -89,10 +88,11 @@ class Stream:
         self._step = self._steps = (
             0  # of the slab: the one being trained on, and how many are filled
         )
+        # of the rows that the slab is filled from, and how many of them were
         self._positions, self._copied = (
             np.empty(0, np.int64),
             0,
-        )  # of the rows that the slab is filled from, and how many of them were
+        )
         self._reader, self._closed = (
             ThreadPoolExecutor(1, thread_name_prefix="stream-reader"),
             False,

@@ -48,9 +48,8 @@ class Phase(NamedTuple):
 
 
 ALONE = Phase(0, (1,))  # of a run over one source
-Stages = Sequence[
-    tuple[int, Sequence[float]]
-]  # (first row of the run, weight of each source); the first stage begins at row 0
+# (first row of the run, weight of each source); the first stage begins at row 0
+Stages = Sequence[tuple[int, Sequence[float]]]
 
 
 def share(weights: Sequence[float], size: int, left: Sequence[int | None]) -> tuple[int, ...]:
@@ -93,11 +92,12 @@ def plan(
         for begin, counts in past
         if begin < consumed
     ]
+    # rounded up
     at = (
         phases[-1].begin - (phases[-1].begin - consumed) // phases[-1].size * phases[-1].size
         if phases
         else 0
-    )  # rounded up
+    )
     used = [int(n) for n in _rows_before([*phases, Phase(at, (0,) * len(caps))])[-1]]
     while True:
         weights = [weights for row, weights in stages if row <= at][-1]
@@ -186,9 +186,8 @@ class Mixture:
         order (n).
         """
         if self.end is not None:
-            positions = np.minimum(
-                positions, self.end - 1
-            )  # what is read ahead of the end is never trained on
+            # what is read ahead of the end is never trained on
+            positions = np.minimum(positions, self.end - 1)
         if len(self.orders) == 1:
             return np.zeros_like(positions), positions
         phase = np.searchsorted(self._begins, positions, side="right") - 1

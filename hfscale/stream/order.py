@@ -112,16 +112,14 @@ class Order:
         """Return the places of ``positions`` (n, int64, in any order, of any epochs)."""
         epoch, p = np.divmod(positions, self.rows)
         i, lane = np.divmod(p, self.lanes)
-        short, longer = divmod(
-            self.rows, self.lanes
-        )  # the first `longer` lanes hold one row more than `short`
+        # the first `longer` lanes hold one row more than `short`
+        short, longer = divmod(self.rows, self.lanes)
         first = i // self.block * self.block  # of its block, counted in the lane
         size = np.minimum(self.block, short + (lane < longer) - first)
         earliest = int(epoch.min())
         layouts = [self._epoch(e) for e in range(earliest, int(epoch.max()) + 1)]
-        block = (lane << 43 | first).astype(
-            np.uint64
-        )  # its name in the epoch: no lane has 2**43 rows
+        # its name in the epoch: no lane has 2**43 rows
+        block = (lane << 43 | first).astype(np.uint64)
         line = lane * short + np.minimum(lane, longer) + first
         if self.block > 1:
             keys = mix(block ^ np.array([layout.key for layout in layouts])[epoch - earliest])
@@ -171,9 +169,8 @@ def permute(x: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
     names (n; int64, keys uint64).
     """
     size = size.astype(np.uint64)
-    _, bits = np.frexp(
-        (size - np.uint64(1)).astype(np.float64)
-    )  # the smallest power of two that covers the domain
+    # the smallest power of two that covers the domain
+    _, bits = np.frexp((size - np.uint64(1)).astype(np.float64))
     y = _feistel(x.astype(np.uint64), bits.astype(np.uint64), keys)
     while (
         outside := np.flatnonzero(y >= size)

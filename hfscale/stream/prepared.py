@@ -42,9 +42,8 @@ class Prepared:
         lowest = min(held, key=address_of)
         self._index = address - address_of(lowest)
         self._steps = np.diff(self._index, append=0)
-        self._breaks = np.cumsum(
-            np.diff(self._steps, prepend=0) != 0
-        )  # where rows stop being equally far apart
+        # where rows stop being equally far apart
+        self._breaks = np.cumsum(np.diff(self._steps, prepend=0) != 0)
         self._windows = as_strided(
             lowest, (int(self._index.max()) + 1, length), 2 * lowest.strides, writeable=False
         )
@@ -81,12 +80,10 @@ class Prepared:
         if self.blocked and (bad := sorted(self.blocked.keys() & range(part.start, part.stop))):
             raise self.blocked[bad[0]]
         first, step = int(self._index[part.start]), int(self._steps[part.start])
-        near = (
-            0 < step <= ids_BL.shape[1]
-        )  # what lies between farther ones may be `ids_BL`: numpy would copy without end
-        if (
-            len(ids_BL) > 1 and near and self._breaks[part.start] == self._breaks[part.stop - 2]
-        ):  # in order: no copy between
+        # what lies between farther ones may be `ids_BL`: numpy would copy without end
+        near = 0 < step <= ids_BL.shape[1]
+        # in order: no copy between
+        if len(ids_BL) > 1 and near and self._breaks[part.start] == self._breaks[part.stop - 2]:
             ids_BL[:] = self._windows[first : first + len(ids_BL) * step : step]
             return
         index, rows = self._index[part], max(1, GATHERED_TOKENS // ids_BL.shape[1])

@@ -239,9 +239,8 @@ class TokenRows:
         room.
         """
         if (shard, -1) in self.damage:
-            raise self.damage[
-                shard, -1
-            ]  # to look for it on a server again would cost its patience again
+            # to look for it on a server again would cost its patience again
+            raise self.damage[shard, -1]
         if shard not in self._open:
             if len(self._open) >= self._most_open:
                 self._open.popitem(last=False)

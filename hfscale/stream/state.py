@@ -40,13 +40,11 @@ class StreamState:
     block: Count
     epoch_rows: Count
     consumed_rows: Count = 0
-    sources: dict[str, list[Any]] = field(
-        default_factory=dict
-    )  # of a mixture: name -> [start of the fingerprint, rows consumed]
+    # of a mixture: name -> [start of the fingerprint, rows consumed]
+    sources: dict[str, list[Any]] = field(default_factory=dict)
     phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
-    cursors: list[list[list[int]]] = field(
-        default_factory=list
-    )  # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
+    # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
+    cursors: list[list[list[int]]] = field(default_factory=list)
     # of raw text: 1, from before, made control tokens of text that spells them; so it goes on
     text: int = 2
     version: int = STATE_VERSION

@@ -40,17 +40,16 @@ from hfscale.tasks.padding import reads_padding
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Example = dict[
-    str, Any
-]  # role -> value, and "id": str; an optional role or an unknown answer is not there
+# role -> value, and "id": str; an optional role or an unknown answer is not there
+Example = dict[str, Any]
+# what a tokenizer gives the models
 MODEL_INPUTS = (
     "input_ids",
     "attention_mask",
     "token_type_ids",
-)  # what a tokenizer gives the models
-Feature = dict[
-    str, Any
-]  # "input_ids" and what else ``collate`` wants; "truncated": True is counted
+)
+# "input_ids" and what else ``collate`` wants; "truncated": True is counted
+Feature = dict[str, Any]
 
 
 class Task(Objective):
@@ -65,9 +64,8 @@ class Task(Objective):
     # role -> what it holds; a role is read from the column of its name, or what data.columns says
     columns: ClassVar[dict[str, str]] = {}
     optional: ClassVar[frozenset[str]] = frozenset()  # roles that an example need not have
-    answers: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # roles that training and scoring need, and prediction does not
+    # roles that training and scoring need, and prediction does not
+    answers: ClassVar[frozenset[str]] = frozenset()
     scored: ClassVar[bool] = True  # False: it only predicts
     token_loss: ClassVar[bool] = False
     frame: tuple[str | None, ...] | None = None  # texts are framed as the tokenizer frames them
@@ -76,9 +74,8 @@ class Task(Objective):
         # more
         None
     )
-    metrics: ClassVar[frozenset[str]] = (
-        frozenset()
-    )  # the names that a validation can give, beside losses
+    # the names that a validation can give, beside losses
+    metrics: ClassVar[frozenset[str]] = frozenset()
 
     reads_padding: bool = (
         False  # its model does, so that only texts of one length are asked together

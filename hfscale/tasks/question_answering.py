@@ -83,9 +83,8 @@ def best_spans(
     """
     begins, ends = window["begins"], window["ends"]
     own = [n for n, begin in enumerate(begins) if begin >= 0]
-    scores = (
-        start_T[own, None] + end_T[None, own]
-    )  # of the spans from each token of the context to each
+    # of the spans from each token of the context to each
+    scores = start_T[own, None] + end_T[None, own]
     allowed = torch.ones_like(scores, dtype=torch.bool).triu().tril(how["max_answer_tokens"] - 1)
     best = (
         scores.masked_fill(~allowed, float("-inf"))
@@ -109,10 +108,11 @@ def choose(context: str, found: Sequence[dict[str, Any]], *, how: dict[str, Any]
     scores: dict[tuple[int, int], float] = {}  # overlapping windows find the same span
     for score, begin, end in (span for window in found for span in window["spans"]):
         text = context[begin:end]
+        # some tokenizers' tokens hold the space before
         place = (
             begin + len(text) - len(text.lstrip()),
             begin + len(text.rstrip()),
-        )  # some tokenizers' tokens hold the space before
+        )
         scores[place] = max(scores.get(place, score), score)
     best = sorted(scores.items(), key=lambda item: (-item[1], item[0]))[: how["n_best"]]
     top = best[0][1]

@@ -49,9 +49,8 @@ class SentenceEmbeddingPipeline(Pipeline):
             mask_BT1 = mask_BT.unsqueeze(-1).float()
             pooled_BH = (hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1)
         else:
-            at_B = (mask_BT if self.model.config.pooling == "cls" else mask_BT.cumsum(1)).argmax(
-                1
-            )  # the first that is as large
+            # the first that is as large
+            at_B = (mask_BT if self.model.config.pooling == "cls" else mask_BT.cumsum(1)).argmax(1)
             pooled_BH = hidden_BTH[range(len(hidden_BTH)), at_B]
         return {"vector": torch.nn.functional.normalize(pooled_BH, dim=-1)}
 

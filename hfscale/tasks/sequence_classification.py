@@ -39,9 +39,8 @@ from hfscale.tasks.labels import Labels, all_labels, known_labels, label_name, n
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel
 
-Problem = Literal[
-    "single_label_classification", "multi_label_classification", "regression"
-]  # transformers' names
+# transformers' names
+Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
 
 
 class ClassificationOptions(Section):

@@ -138,9 +138,8 @@ class TextToText(Task):
                 ids = self.setting.tokenizer(
                     text_target=example["target"], add_special_tokens=not self._causal
                 )["input_ids"]
-            tail = (
-                ids[-2:].index(self._end) - 2 if self._end in ids[-2:] else 0
-            )  # an end, or an end and a language
+            # an end, or an end and a language
+            tail = ids[-2:].index(self._end) - 2 if self._end in ids[-2:] else 0
             text, end = (ids[:tail], ids[tail:]) if tail else (ids, [self._end])
             room = self._target_length - len(end)
             feature |= {

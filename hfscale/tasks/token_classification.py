@@ -134,9 +134,8 @@ class TokenClassification(Task):
                     near = min(position, len(tokens) - position)
                     best[word] = max(best.get(word, (-1, 0, 0)), (near, window, position))
         features = []
-        for window in sorted(
-            {window for _, window, _ in best.values()}
-        ):  # one may be left without a word of its own
+        # one may be left without a word of its own
+        for window in sorted({window for _, window, _ in best.values()}):
             judged = {word: at for word, (_, place, at) in best.items() if place == window}
             feature = {
                 name: [made[name][n] for n in windows[window]]
@@ -196,10 +195,11 @@ class TokenClassification(Task):
         part entities these, with their places in it.
         """
         words, _, places = _words(example)
+        # also of a word that the tokenizer gives no token
         tags, scores = (
             [OUTSIDE] * len(words),
             [1.0] * len(words),
-        )  # also of a word that the tokenizer gives no token
+        )
         for output in outputs:
             for word, tag, score in zip(
                 output["words"], output["tags"], output["scores"], strict=True

@@ -218,9 +218,8 @@ def seeded(
     for micro_batch in count():
         name = f"{seed}/{step}/{rank}/{micro_batch}".encode()
         number = int.from_bytes(hashlib.blake2b(name, digest_size=8).digest(), "little") >> 1
-        torch.default_generator.manual_seed(
-            number
-        )  # torch.manual_seed formats a stack trace each time without a GPU (0.3 ms)
+        # torch.manual_seed formats a stack trace each time without a GPU (0.3 ms)
+        torch.default_generator.manual_seed(number)
         if torch.cuda.is_initialized():
             torch.cuda.manual_seed(number)
         try:

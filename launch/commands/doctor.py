@@ -146,10 +146,11 @@ def _before(
     if job is None:
         return
     config = job.config
+    # one that does not answer is none
     cluster, submits = (
         config.cluster,
         here is None and asked is not None and not asked.returncode,
-    )  # one that does not answer is none
+    )
     if here:
         yield _tried("allocation", lambda: slurm.differences(cluster, here))
     elif submits:

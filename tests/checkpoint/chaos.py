@@ -27,6 +27,7 @@ from hfscale.errors import CheckpointError
 from tests.helpers.forks import Forks, say
 
 RANKS, KEEP_LAST = 2, 2
+# in the order of a save
 PHASES = (
     "prepare",
     "snapshot",
@@ -36,7 +37,7 @@ PHASES = (
     "rename",
     "prune",
     "committed",
-)  # in the order of a save
+)
 
 
 # -------------------------------------------------------------------------------- what the ranks do
@@ -178,9 +179,8 @@ class Chain:
     stage: int
     precision: str
     async_: bool
-    saved: dict[int, set[str]] = field(
-        default_factory=dict
-    )  # step -> fingerprints; more than one would be an inexact resume
+    # step -> fingerprints; more than one would be an inexact resume
+    saved: dict[int, set[str]] = field(default_factory=dict)
     save_s: float = 0.0
 
     def run(self, *, steps: int = 10**6) -> list[int]:

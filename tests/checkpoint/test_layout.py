@@ -139,9 +139,8 @@ def test_what_a_pin_said_holds_while_other_processes_prune(tmp_path):
                 pinned.add(step)
             except CheckpointError:
                 lost += 1
-        pause = (
-            min(0.1, pause * 1.2) if lost < len(pinned) else pause / 1.2
-        )  # so that both win at times, on any machine
+        # so that both win at times, on any machine
+        pause = min(0.1, pause * 1.2) if lost < len(pinned) else pause / 1.2
     (tmp_path / "enough").touch()
     assert [pruner.wait(20) for pruner in pruners] == [0, 0]
     layout.clear_leftovers(tmp_path)

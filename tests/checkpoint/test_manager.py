@@ -87,15 +87,15 @@ def each(folder: Path, cases: list[str], **options: Any) -> dict[str, dict[str, 
 
 @pytest.mark.slow
 def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path):
+    # tests/jobs/test_exact_resume.py has all of them, through the command line
     cases = [
         "1-bf16",
         "3-fp32",
-    ]  # tests/jobs/test_exact_resume.py has all of them, through the command line
+    ]
     options = {"dropout": 0.1, "save_at": (3,), "steps": 6}
     straight = run_ranks(each, 2, tmp_path, cases, **options)[0]
-    resumed = run_ranks(each, 2, tmp_path, cases, fresh=True, **{**options, "save_at": (5,)})[
-        0
-    ]  # 3 -> 6, saves 5
+    # 3 -> 6, saves 5
+    resumed = run_ranks(each, 2, tmp_path, cases, fresh=True, **{**options, "save_at": (5,)})[0]
     again = run_ranks(each, 2, tmp_path, cases, fresh=True, **options)[0]  # 5 -> 6
     for case, first in straight.items():
         for other, start in ((resumed[case], 3), (again[case], 5)):
@@ -202,9 +202,8 @@ def test_damage_is_found_named_kept_and_not_loaded(tmp_path):
     for number, (kind, (damage, file)) in enumerate(DAMAGE.items()):
         folder = tmp_path / str(number)
         shutil.copytree(tmp_path / "run", folder)
-        (folder / "latest").write_text(
-            "global_step99"
-        )  # as DeepSpeed leaves it, and pointing nowhere: nobody asks it
+        # as DeepSpeed leaves it, and pointing nowhere: nobody asks it
+        (folder / "latest").write_text("global_step99")
         damage(folder / "step-00000003")
         newest = layout.candidates(folder)[-1]
         assert any(file in problem for problem in verify(newest)), kind
@@ -327,9 +326,8 @@ def test_a_write_that_fails_fails_every_rank_and_leaves_the_previous_checkpoint(
     )
     assert "File too large" in ranks[limit_on][2]
     assert [path.name for path in layout.committed(tmp_path)] == ["step-00000001"]
-    assert (
-        run_ranks(train_and_save, 2, tmp_path, 1, save_at=(2,), steps=2)[0]["start"] == 1
-    )  # and goes on
+    # and goes on
+    assert run_ranks(train_and_save, 2, tmp_path, 1, save_at=(2,), steps=2)[0]["start"] == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
 
 
@@ -388,9 +386,8 @@ def two_saves(folder: Path) -> dict[str, Any]:
     train_step(engine, config, 2)  # while nothing is written
     committed = len(layout.committed(folder))
     threading.Timer(0.5, SlowDisk.gate.set).start()
-    checkpoints.save(
-        engine, CheckpointState(step=2)
-    )  # one set of buffers: it has to wait for the first
+    # one set of buffers: it has to wait for the first
+    checkpoints.save(engine, CheckpointState(step=2))
     there = [path.name for path in layout.committed(folder)]
     checkpoints.wait()
     reader = FragmentReader(folder / "step-00000001")

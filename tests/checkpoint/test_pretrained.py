@@ -70,9 +70,8 @@ def loaded(
     )
     found = tell(match(engine.module, DictReader(weights)), engine.module)
     load_pretrained(engine, DictReader(weights), found)
-    with gathered(
-        engine.module.parameters()
-    ):  # the weights that the engine computes with, not only those it updates
+    # the weights that the engine computes with, not only those it updates
+    with gathered(engine.module.parameters()):
         live = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
     state = {name: tensors["weight"] for name, tensors in full_state(engine).items()}
     engine.close()
@@ -86,9 +85,8 @@ def own_weights(family: str, stage: int) -> list[str]:
     """
     auto_model, model = FAMILIES[family]
     source = build(family, 1)
-    weights = {
-        name: p.detach() for name, p in source.named_parameters()
-    }  # each tied parameter once
+    # each tied parameter once
+    weights = {name: p.detach() for name, p in source.named_parameters()}
     weights |= {
         name: torch.linspace(0, 1, b.numel()).view(b.shape)
         for name, b in source.named_buffers()
@@ -185,10 +183,11 @@ def grown(family: str, stage: int) -> list[str]:
     """
     source = build(family, 1, vocab_size=256)
     weights = {name: p.detach() for name, p in source.named_parameters()}
+    # not zero, so that a mean means something
     for name in (
         "lm_head.weight",
         "cls.predictions.bias",
-    ):  # not zero, so that a mean means something
+    ):
         if name in weights:
             nn.init.normal_(weights[name], generator=torch.Generator().manual_seed(7))
     found, state = loaded(build(family, 2), weights, stage)

@@ -246,9 +246,8 @@ def test_a_source_that_changed_since_the_interruption_is_refused(corpus: Path, w
         for file in Path(settings.source.path).rglob("*.txt")
         if file.read_bytes() == text.encode()
     )
-    file.write_bytes(
-        text[:-1].encode() + (b"?" if len(text[-1].encode()) == 1 else "？".encode())
-    )  # same name, same size
+    # same name, same size
+    file.write_bytes(text[:-1].encode() + (b"?" if len(text[-1].encode()) == 1 else "？".encode()))
     with pytest.raises(DataError, match="has changed since this build was interrupted"):
         build_shards(settings)
 

@@ -154,9 +154,8 @@ def test_the_digest_survives_use_and_saving_and_tells_tokenizers_apart(tmp_path:
         assert tokenizer_digest(same) == digest
     file = tmp_path / "again" / "tokenizer.json"
     old = json.loads(file.read_text())
-    old["model"]["merges"] = [
-        " ".join(merge) for merge in old["model"]["merges"]
-    ]  # as files of older versions
+    # as files of older versions
+    old["model"]["merges"] = [" ".join(merge) for merge in old["model"]["merges"]]
     del old["model"]["byte_fallback"], old["model"]["dropout"]
     file.write_text(json.dumps(old))
     assert tokenizer_digest(tmp_path / "again") == digest
@@ -200,7 +199,6 @@ def test_a_corpus_that_is_all_held_out_trains_nothing(tmp_path: Path) -> None:
 def test_words_without_an_end_do_not_take_for_ever(tmp_path: Path, kind: str) -> None:
     (tmp_path / "text").mkdir()
     for k in range(8):
-        (tmp_path / "text" / f"{k}.txt").write_text(
-            "a" * 250_000 + f" word{k}"
-        )  # quadratic: two minutes and more
+        # quadratic: two minutes and more
+        (tmp_path / "text" / f"{k}.txt").write_text("a" * 250_000 + f" word{k}")
     assert train_tokenizer(config(tmp_path, kind=kind))["documents"] == 8

@@ -162,9 +162,8 @@ def poisoned(stage: int, precision: str) -> tuple[str, list[str], bool]:
     train_step(engine, config, 1)
     before, seen = full_state(engine), logits(engine)
     out = engine(input_ids=rows(2)[0]).logits
-    engine.backward(
-        out.float().mean() * (float("nan") if engine.all.rank == 1 else 1.0)
-    )  # one rank only
+    # one rank only
+    engine.backward(out.float().mean() * (float("nan") if engine.all.rank == 1 else 1.0))
     message = ""
     try:
         engine.step(0.01)
@@ -321,9 +320,8 @@ def build_partitioned(stage: int) -> tuple[bool, list[tuple[int, ...]], float]:
     weight = model.transformer.wte.weight
     split = weight.numel() == 0
     with gathered([weight], modify=True):
-        weight.data.fill_(
-            float(torch.distributed.get_rank()) + 2.0
-        )  # rank 0's value is the one that stays
+        # rank 0's value is the one that stays
+        weight.data.fill_(float(torch.distributed.get_rank()) + 2.0)
     engine = Engine.create(model, config=config, device=torch.device("cpu"))
     with gathered([engine.module.transformer.wte.weight]):
         value = engine.module.transformer.wte.weight.mean().item()

@@ -17,9 +17,8 @@ from hfscale.errors import ConfigError
 from tests.engine.tiny import rows, tiny_model
 from tests.helpers.ranks import run_ranks
 
-SPLIT_ALL = {
-    "zero_optimization": {"stage3_param_persistence_threshold": 0}
-}  # else what is as small as this model stays whole
+# else what is as small as this model stays whole
+SPLIT_ALL = {"zero_optimization": {"stage3_param_persistence_threshold": 0}}
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 

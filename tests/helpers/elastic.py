@@ -17,13 +17,14 @@ from hfscale.stream.mixture import Mixture, Phase, plan
 from hfscale.stream.order import Order
 from tests.helpers import oracle
 
+# of ranks, for a global batch of 24
 CHAINS = [
     (8, 4, 6, 1),
     (1, 24),
     (2, 3, 4, 6, 8, 12, 24),
     (24, 1, 24),
     (6, 6, 6, 6),
-]  # of ranks, for a global batch of 24
+]
 
 
 @dataclass(frozen=True)
@@ -116,9 +117,8 @@ def compare(layout: Layout) -> int:
         )
         steps += _steps(order, layout, attempt.world_size, start=consumed, count=count)
         consumed += count * layout.global_batch
-        state = json.loads(
-            json.dumps(order.record(consumed))
-        )  # what a checkpoint holds beside the position
+        # what a checkpoint holds beside the position
+        state = json.loads(json.dumps(order.record(consumed)))
         past = [Phase(begin, tuple(counts)) for begin, counts in state.get("phases", [])] or [
             Phase(0, (1,))
         ]

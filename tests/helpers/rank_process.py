@@ -19,13 +19,11 @@ PR_SET_PDEATHSIG = 1
 
 def main() -> None:
     """Serve calls that arrive as ``(module:function, args, kwargs)``."""
-    ctypes.CDLL(None).prctl(
-        PR_SET_PDEATHSIG, signal.SIGKILL
-    )  # a killed test session leaves no ranks behind
+    # a killed test session leaves no ranks behind
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     faulthandler.enable()
-    faulthandler.register(
-        signal.SIGQUIT, all_threads=True
-    )  # not a signal that a trainer listens to
+    # not a signal that a trainer listens to
+    faulthandler.register(signal.SIGQUIT, all_threads=True)
     pipe = Connection(int(sys.argv[1]))
 
     import torch

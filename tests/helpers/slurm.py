@@ -27,11 +27,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+# CPUs are only counted, not bound: every machine can run every test
 NODES, GPUS, CPUS = (
     ("n1", "n2", "n3", "n4"),
     2,
     8,
-)  # CPUs are only counted, not bound: every machine can run every test
+)
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "unshare")
 ENDED = (
     "COMPLETED",
@@ -117,9 +118,8 @@ class Cluster:
     """A running cluster; every client must be started with ``env``."""
 
     def __init__(self) -> None:
-        self.folder = Path(
-            tempfile.mkdtemp(prefix="hfslurm-")
-        )  # short: a socket's path has at most 107 characters
+        # short: a socket's path has at most 107 characters
+        self.folder = Path(tempfile.mkdtemp(prefix="hfslurm-"))
         self.env = os.environ | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "PATH": f"{os.environ['PATH']}:/usr/sbin:/sbin",

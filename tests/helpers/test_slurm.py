@@ -67,9 +67,8 @@ def test_nothing_is_left_of_a_session_that_dies(number: signal.Signals):
     ) as session:
         assert session.stdout is not None
         folder = Path(session.stdout.readline().strip())
-        wait_for(
-            lambda: len(processes_of(folder)) > 6 + 4
-        )  # daemons; and the job with its steps, which start after it
+        # daemons; and the job with its steps, which start after it
+        wait_for(lambda: len(processes_of(folder)) > 6 + 4)
         session.send_signal(number)
         session.wait(60)
     wait_for(lambda: not folder.exists() and not processes_of(folder))

@@ -47,17 +47,17 @@ def refuse(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) 
         said = capsys.readouterr().err
         assert end.value.code == 2, said
         assert re.search(r"^error: \w", said, re.MULTILINE) and "  remedy: " in said, said
-        assert "  where:  " in said or re.search(r"run\.yaml:\d+: data\.", said), (
-            said
-        )  # a config's mistakes are listed by line
+        # a config's mistakes are listed by line
+        assert "  where:  " in said or re.search(r"run\.yaml:\d+: data\.", said), said
         assert "Traceback" not in said and said.count("\n") < 15
         return said
 
+    # which the command sets for its own process
     before = (
         logger.handlers[:],
         logger.level,
         logger.propagate,
-    )  # which the command sets for its own process
+    )
     yield run
     logger.handlers[:], logger.level, logger.propagate = before
 
@@ -234,9 +234,8 @@ def test_a_resume_on_a_changed_manifest_names_what_has_changed(
         ([second, first, *others], "the order of the shards"),
     ):
         edit(folder, shards=changed)
-        for name in (
-            shard["name"] for shard in changed
-        ):  # else files would be missing, which is said first
+        # else files would be missing, which is said first
+        for name in (shard["name"] for shard in changed):
             (folder / name).touch()
             (folder / name).with_suffix(".idx").touch()
         said = refuse("pretrain", path, "--dry-run", "--procs", 1)
@@ -247,9 +246,8 @@ def test_a_resume_on_a_changed_manifest_names_what_has_changed(
         ), said
     edit(folder, shards=shards, source={"description": "told otherwise"})
     assert "another source" in refuse("pretrain", path, "--dry-run", "--procs", 1)
-    shutil.rmtree(
-        tmp_path / "runs" / "run" / "data"
-    )  # a run of an older version: it still knows the fingerprint
+    # a run of an older version: it still knows the fingerprint
+    shutil.rmtree(tmp_path / "runs" / "run" / "data")
     assert re.search(
         r"value:  '[0-9a-f]{12} then, [0-9a-f]{12} now'",
         refuse("pretrain", path, "--dry-run", "--procs", 1),

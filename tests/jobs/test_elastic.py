@@ -121,11 +121,12 @@ def test_any_size_and_stage_goes_on_with_the_same_state_and_the_next_rows(
         parts = records(run)
         assert sorted(parts) == [3, 4]
         for step, part in parts.items():
+            # the same global batch: each row exactly once
             for exact in (
                 "batch_digest",
                 "tokens_seen",
                 "lr",
-            ):  # the same global batch: each row exactly once
+            ):
                 assert part[exact] == whole[step][exact], (saved, world_size, engine, exact)
             assert part["loss"] == pytest.approx(
                 whole[step]["loss"], abs=1e-5 if "fp32" in saved else 2e-2

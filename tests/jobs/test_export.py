@@ -207,9 +207,8 @@ def saved_family(folder: Path, family: str, stage: int) -> None:
         model, auto_model=auto_model, vocab_size=VOCAB, seq_len=16, seed=1, overrides=SPECIAL_IDS
     )
     for parameter in built.parameters():
-        parameter.data *= (
-            10 if parameter.ndim == 2 else 1
-        )  # as large as trained ones: at first a layer hardly adds to the stream
+        # as large as trained ones: at first a layer hardly adds to the stream
+        parameter.data *= 10 if parameter.ndim == 2 else 1
     engine = Engine.create(built, config=config, device=torch.device("cpu"))
     checkpoints = CheckpointManager(folder, config=Checkpoint(), place=Place(engine.all.rank, 2))
     checkpoints.save(engine, CheckpointState(step=1, device="cpu"))

@@ -224,10 +224,11 @@ def test_patience_ends_a_run_for_good(folder: Path) -> None:
     name, model = "patience", {"pretrained": str(folder / "encoder"), "freeze": ["bert"]}
     cut = records(folder, name, 1, model=model, **extra, train={"steps": 2, "patience": 3})
     more = records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 3})
+    # the first is the best, and three follow, over the resume
     assert (len(cut), len(more)) == (
         2,
         2,
-    )  # the first is the best, and three follow, over the resume
+    )
     assert records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 3}) == []
     assert (
         len(records(folder, name, 1, model=model, **extra, train={"steps": 20, "patience": 4})) == 1

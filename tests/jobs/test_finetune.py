@@ -97,10 +97,11 @@ def test_the_cut_changes_nothing_and_a_resume_is_exact(folder: Path) -> None:
         False,
         True,
     ]
+    # 8 does not divide the examples that are validated: ranks are padded
     for ranks, stage in (
         (2, 1),
         (2, 3),
-    ):  # 8 does not divide the examples that are validated: ranks are padded
+    ):
         cut = records(
             folder, f"cut-{ranks}-{stage}", ranks, model=NO_DROPOUT, engine={"zero_stage": stage}
         )
@@ -271,9 +272,8 @@ def test_predictions_survive_a_kill(
     with pytest.raises(
         DataError, match=f"(?s)part of the predictions was changed.*{chunk.name}.*511 of 512"
     ):
-        predict(
-            str(run), ["predict.batch=1000"], data=rows, out=out
-        )  # on one process, and no chunk is moved by its batch
+        # on one process, and no chunk is moved by its batch
+        predict(str(run), ["predict.batch=1000"], data=rows, out=out)
     (folder / "kept").rename(chunk)
     predict(str(run), data=rows, out=out)
     assert "6,000 predictions" in capsys.readouterr().out
@@ -282,9 +282,8 @@ def test_predictions_survive_a_kill(
     ] and not parts.exists()
     with pytest.raises(DataError, match="exists already"):
         predict(str(run), data=rows, out=out)
-    few = str(
-        write_jsonl(folder / "few.jsonl", reviews(1100, seed=2))
-    )  # three chunks for two ranks that hold a half of the model each
+    # three chunks for two ranks that hold a half of the model each
+    few = str(write_jsonl(folder / "few.jsonl", reviews(1100, seed=2)))
     split = [
         "engine.zero_stage=3",
         "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
@@ -304,9 +303,8 @@ def test_mistakes_in_what_is_asked_of_a_model(
     with pytest.raises(
         ConfigError, match=r"(?s)longer than the model can read.*data.max_length.*5000.*or less"
     ):
-        predict(
-            str(run), ["data.max_length=5000"], data=table, out=out
-        )  # nothing was made, so nothing is in the way of what follows
+        # nothing was made, so nothing is in the way of what follows
+        predict(str(run), ["data.max_length=5000"], data=table, out=out)
     predict(str(run), ["data.max_length=3"], data=table, out=out)
     said = capsys.readouterr().err
     assert [row.get("truncated") for row in lines(out)] == [

@@ -126,9 +126,8 @@ def test_scores_are_those_computed_by_hand(
         "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
         "harness.batch=2",
     ]
-    evaluate(
-        str(run), split, harness="my_choices,my_texts,my_words", harness_path=tasks, procs=2
-    )  # three questions on two ranks
+    # three questions on two ranks
+    evaluate(str(run), split, harness="my_choices,my_texts,my_words", harness_path=tasks, procs=2)
     assert json.loads(kept.read_text())["scores"] == pytest.approx(scores, rel=1e-6)
     opened = find(run)
     assert isinstance(opened, RunModel)

@@ -134,10 +134,11 @@ def test_other_weights_on_a_resume_and_every_step_is_rebuilt(corpus: Path, tmp_p
     seen = [row for step in steps for row in step.rows]
     assert len({(row.source, row.shard, row.start) for row in seen}) == len(seen) == 9 * 12
     assert {row.source for row in seen[:64]} == {"big", "small"}
+    # two blocks of 22 and 10; step 5 ends at row 60
     assert Counter(row.source for row in seen[:64]) == {
         "big": 44,
         "small": 20,
-    }  # two blocks of 22 and 10; step 5 ends at row 60
+    }
     assert Counter(row.source for row in seen[64:96]) == {"big": 3, "small": 29}
     Run(RunConfig.model_validate(second)).read(device_type="cpu")
     gone = {**second, "data": {**second["data"], "sources": second["data"]["sources"][:1]}}

@@ -27,9 +27,8 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
-OTHERS = [
-    kind for kind in PRETRAINING if kind not in ("gpt2", "llama")
-]  # whose parity is in test_parity.py
+# whose parity is in test_parity.py
+OTHERS = [kind for kind in PRETRAINING if kind not in ("gpt2", "llama")]
 # ZeRO stage and precision of the resume; a kind that is not named takes the hardest
 EXACT_AT = {
     "bert": (2, "bf16"),
@@ -98,9 +97,8 @@ def test_it_resumes_exactly_and_leaves_as_a_model_that_transformers_uses(
     values["model"]["config"] = config | dropout
     first = run_ranks(train, 2, values)[0]
     checkpoints = tmp_path / "run" / "checkpoints"
-    shutil.move(
-        checkpoints / "step-00000004", tmp_path / "aside"
-    )  # as if killed after step 2 was saved
+    # as if killed after step 2 was saved
+    shutil.move(checkpoints / "step-00000004", tmp_path / "aside")
     second = run_ranks(train, 2, values)[0]
     assert [
         [record[key] for key in (*EXACT, "validation_loss") if key in record]

@@ -140,9 +140,8 @@ def test_a_shard_that_cannot_be_had_stops_the_run_or_is_skipped_alike(
     for tar in sorted((corpus / "shards" / "train").glob("*.tar"))[::2]:
         server.files[f"train/{tar.name}"] = b"something else"
     cache = {"folder": str(tmp_path / "cache"), "retries": 0}
-    [error] = run_ranks(
-        stopped_by, 1, values(corpus, tmp_path, "run", server.url, cache=cache)
-    )  # the launcher ends the others
+    # the launcher ends the others
+    [error] = run_ranks(stopped_by, 1, values(corpus, tmp_path, "run", server.url, cache=cache))
     assert "not the one of the manifest" in error and f"{server.url}/train/shard-" in error
     skipping = {"on_error": "skip", "max_skipped": 0.9, "cache": cache}
     [alone], (first_rank, _) = (

@@ -124,11 +124,12 @@ def test_edited_and_half_copied_checkpoints_and_a_stray_latest(run: Path) -> Non
     """Each says what it found, what it did, and the run goes on from the newest good one."""
     checkpoints = run / "checkpoints"
     (checkpoints / "latest").write_text("step-99999999")
+    # half a copy
     shutil.copytree(
         checkpoints / "step-00000006",
         checkpoints / "step-00000009",
         ignore=shutil.ignore_patterns("engine"),
-    )  # half a copy
+    )
     (checkpoints / "step-00000006/state.json").write_text(
         (checkpoints / "step-00000006/state.json").read_text().replace("1", "2")
     )

@@ -37,10 +37,11 @@ def damaged(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def skip(
     corpus: Path, root: Path, name: str, *, max_skipped: float, **sections: dict[str, Any]
 ) -> dict[str, Any]:
+    # and a model without dropout: equal losses however the run is cut
     constant = {
         "name": "constant",
         "warmup_steps": 0,
-    }  # and a model without dropout: equal losses however the run is cut
+    }
     return run_values(
         corpus,
         root,

@@ -149,11 +149,12 @@ def test_answers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     scores = scores_of(run)
     assert scores["f1"] > 80 and {"no_answer_accuracy", "best_f1_threshold"} <= scores.keys()
     asked = [
+        # two windows and more
         {
             "id": "a",
             "question": "was it",
             "context": "it was very the a " * 8 + "awful and I saw it",
-        },  # two windows and more
+        },
         {"id": "b", "question": "was it", "context": "I saw it and heard it"},
     ]
     write_jsonl(tmp_path / "asked.jsonl", asked)

@@ -28,11 +28,12 @@ from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
 pytestmark = pytest.mark.slow
+# nothing moves
 STILL = {
     "optim": {"lr": 1e-30},
     "train": {"steps": 1},
     "schedule": {"name": "constant", "warmup_steps": 0},
-}  # nothing moves
+}
 
 
 def values(corpus: Path, folder: Path, name: str, **sections: Any) -> dict[str, Any]:

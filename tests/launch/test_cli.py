@@ -13,9 +13,8 @@ from tests.helpers.cli import hfscale
 
 
 def test_help_lists_what_works():
-    text = (
-        hfscale("--help").stdout
-    )  # its time is benchmarks/startup.py's; that it loads nothing slow, tests/test_house.py's
+    # its time is benchmarks/startup.py's; that it loads nothing slow, tests/test_house.py's
+    text = hfscale("--help").stdout
     assert [verb for verb in VERBS if verb not in text] == []
 
 

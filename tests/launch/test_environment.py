@@ -137,9 +137,8 @@ def test_the_recorded_command_or_config_run_again_gives_the_same_losses(
     if git("rev-parse", "--is-inside-work-tree", cwd=ROOT).strip() == "true":
         assert entry["code"]["revision"] == git("rev-parse", "HEAD", cwd=ROOT).strip()
 
-    hfscale(
-        "pretrain", run, "train.steps=6", "--procs", 1, cwd=tmp_path
-    )  # a resume adds its entry and changes no other
+    # a resume adds its entry and changes no other
+    hfscale("pretrain", run, "train.steps=6", "--procs", 1, cwd=tmp_path)
     assert json.loads((run / "environment.json").read_text())[:1] == attempts
     assert [
         len(entry["ranks"]) for entry in json.loads((run / "environment.json").read_text())

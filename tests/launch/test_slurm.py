@@ -227,6 +227,7 @@ def test_one_job_holds_a_run_directory(
     assert f"scancel {job}" in str(refused.value)
     with pytest.raises(CheckpointError, match=f"job {job}"):
         local.launch(Training(Request(str(config))))
+    # by hand
     second = cluster.sbatch(
         "--oversubscribe",
         "--ntasks-per-node=2",
@@ -236,7 +237,7 @@ def test_one_job_holds_a_run_directory(
         config,
         cwd=ROOT,
         env=os.environ,
-    )  # by hand
+    )
     bare = cluster.sbatch(
         "--oversubscribe",
         "--mem=100",
@@ -266,9 +267,10 @@ def test_one_job_holds_a_run_directory(
     assert "last checkpoint step 1" in told
     assert "expected end    done" in told
     assert "step 1/1" in hfscale("logs", run).stdout
+    # it ended, so another one may hold it
     cancelled = slurm.launch(
         Training(Request(str(run), ("train.steps=2", "cluster.sbatch.hold=true")))
-    )  # it ended, so another one may hold it
+    )
     assert cancelled == 0
     cluster.run("scancel", (run / "job").read_text())
 

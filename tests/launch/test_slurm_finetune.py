@@ -32,9 +32,8 @@ def test_a_fine_tuning_and_its_evaluation(cluster: Cluster, tmp_path: Path) -> N
     job = cluster.sbatch(
         "--hold", "--nodes=2", "--ntasks-per-node=1", *small, "slurm/train.sbatch", config, cwd=ROOT
     )
-    with socket.create_server(
-        ("", 10_000 + int(job) % 20_000)
-    ):  # somebody has the port where its ranks would meet
+    # somebody has the port where its ranks would meet
+    with socket.create_server(("", 10_000 + int(job) % 20_000)):
         cluster.run("scontrol", "release", job)
         ended = cluster.wait(job)
     assert ended == "COMPLETED", "".join(file.read_text() for file in tmp_path.glob("log-*"))

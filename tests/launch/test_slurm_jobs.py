@@ -39,11 +39,12 @@ WAYS = {
     "preemption": (1, 2, {"partition": "low", "signal_s": 60, "sbatch": {"nodelist": "n4"}}),
     "killed rank": (1, 2, {"sbatch": {"nodelist": "n1"}}),
     "unhealthy": (1, 2, {"sbatch": {"nodelist": "n3"}}),
+    # a fault of n2
     "hung twice": (
         2,
         1,
         {"gpus_per_node": 1, "min_nodes": 1, "sbatch": {"exclude": "n3,n4"}},
-    ),  # a fault of n2
+    ),
 }
 
 SAVES = {"checkpoint": {"every_minutes": None, "every_steps": 2}}
@@ -115,9 +116,8 @@ def jobs(
         }
         config = write_config(corpus, folder, way, cluster=asks, **MORE.get(way, {}))
         short = ["train.steps=12", "train.hang_timeout_s=3"] if way in FAULTS else []
-        with (
-            pytest.MonkeyPatch.context() as patch
-        ):  # in this process, which imports what a check needs only once
+        # in this process, which imports what a check needs only once
+        with pytest.MonkeyPatch.context() as patch:
             for name, value in (cluster.env | slow | FAULTS.get(way, {})).items():
                 patch.setenv(name, value)
             slurm.launch(Training(Request(str(config), tuple(short))))

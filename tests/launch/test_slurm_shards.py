@@ -60,9 +60,8 @@ def test_an_array_builds_what_one_process_builds(cluster: Cluster, corpus: Path,
     (tmp_path / "text").mkdir()
     texts = sorted((corpus / "text").glob("*.py"))
     for k in range(4):
-        rows = [
-            json.dumps({"text": file.read_text()}) for file in texts[k * 8 : k * 8 + 9]
-        ]  # the last one comes twice
+        # the last one comes twice
+        rows = [json.dumps({"text": file.read_text()}) for file in texts[k * 8 : k * 8 + 9]]
         (tmp_path / "text" / f"{k}.jsonl").write_text("\n".join(rows) + "\n")
     bad = tmp_path / "text" / "3.jsonl"
     good = bad.read_bytes()

@@ -90,9 +90,8 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
         lambda: last_record(runs / "warned").get("step", 0) >= 2,
         what=lambda: f"{warned.stdout()}{warned.stderr()}",
     )
-    os.kill(
-        on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2
-    )  # what submitit's --signal sends; to one rank, the ranks agree
+    # what submitit's --signal sends; to one rank, the ranks agree
+    os.kill(on_slurm.ranks(warned.job_id)[1], signal.SIGUSR2)
     results = [finished(job) for job in sweep]
     assert [Path(result["run_dir"]).name for result in results] == [
         "run-lr_0.01-clip_norm_1.0",
@@ -119,9 +118,8 @@ def test_on_slurm(config: str, on_slurm: Cluster, monkeypatch: pytest.MonkeyPatc
     assert cancelled.state == "CANCELLED", (
         "it was running, has saved, and did not go back into the queue"
     )
-    with pytest.raises(
-        submitit.core.utils.UncompletedJobError, match="CANCELLED"
-    ):  # with submitit alone this waits for ever
+    # with submitit alone this waits for ever
+    with pytest.raises(submitit.core.utils.UncompletedJobError, match="CANCELLED"):
         finished(waiting)
 
 

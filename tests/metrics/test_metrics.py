@@ -242,10 +242,11 @@ def test_bleu_of_chinese():
 
 
 def test_the_tokenizer_follows_the_script():
+    # the first with MeCab installed
     assert bleu_tokenizer(["今日は天気がいいですね"]) in (
         "ja-mecab",
         "char",
-    )  # the first with MeCab installed
+    )
     assert [
         bleu_tokenizer([t])
         for t in ("สวัสดีครับ", "Привет, мир", "안녕하세요", "他说 OK，没问题", "", "the word 好 once")

@@ -115,9 +115,8 @@ def adapters(model: Any) -> None:
 @pytest.mark.parametrize("prepare", [frozen_below, adapters])
 def test_what_is_frozen_has_no_gradient_of_its_own(prepare: Any) -> None:
     counted, said = counted_and_said("llama", prepare, num_hidden_layers=24)
-    assert said == pytest.approx(
-        counted, rel=0.02
-    )  # the layer at the edge, one of 24, is not split
+    # the layer at the edge, one of 24, is not split
+    assert said == pytest.approx(counted, rel=0.02)
 
 
 def test_a_cpu_has_no_peak() -> None:

@@ -135,9 +135,8 @@ def test_undrawn_parameters_are_named() -> None:
         def __init__(self, config: GPT2Config) -> None:
             super().__init__(config)
             self.table = nn.Parameter(torch.arange(6.0).view(2, 3))  # no one says how it starts
-            self.scale = nn.Parameter(
-                torch.full((3,), 0.5)
-            )  # a constant vector is its own first value
+            # a constant vector is its own first value
+            self.scale = nn.Parameter(torch.full((3,), 0.5))
 
     with no_init_weights():
         model = Odd(GPT2Config(n_embd=8, n_layer=1, n_head=1, vocab_size=11))
@@ -160,9 +159,8 @@ def test_an_architecture_that_reaches_too_deep_is_refused_when_partitioned() -> 
     )
     with no_init_weights():
         model = SwitchTransformersForConditionalGeneration(config)
-    initialize(
-        model, seed=0, gather=lambda params: nullcontext()
-    )  # whole parameters: any depth will do
+    # whole parameters: any depth will do
+    initialize(model, seed=0, gather=lambda params: nullcontext())
     for param in model.parameters():
         param.ds_id = 0  # as at ZeRO 3
     with pytest.raises(ConfigError, match="deeper"):

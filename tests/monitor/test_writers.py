@@ -54,9 +54,8 @@ def test_a_damaged_record_is_named_and_kept(tmp_path):
 
 def test_what_is_not_finite_is_null(tmp_path):
     log = MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False)
-    log.write(
-        {"step": 1, **RECORD, "grad_norm": float("inf"), "validation_loss": float("nan")}
-    )  # a step that fp16 skipped
+    # a step that fp16 skipped
+    log.write({"step": 1, **RECORD, "grad_norm": float("inf"), "validation_loss": float("nan")})
     log.close()
     [record] = (
         json.loads(line, parse_constant=pytest.fail)

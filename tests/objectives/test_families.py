@@ -103,9 +103,10 @@ def test_the_first_loss_is_the_theorys(name: str, architecture: str) -> None:
         batch = objective.collate(make_rows([[20, 29], [49]], vocab=300))
         sums = objective.loss(model, batch)
     first = (sums[name].sum() / batch.counts[name].sum()).item()
+    # T5's logits vary by 1: + 1/2
     assert first == pytest.approx(
         math.log(len(tokenizer())), abs=0.9 if architecture == "t5" else 0.35
-    )  # T5's logits vary by 1: + 1/2
+    )
 
 
 @pytest.mark.parametrize("architecture", MODELS["mlm"])

@@ -120,9 +120,8 @@ def test_a_document_of_an_encoder_is_as_if_it_were_alone(
     alone = model(ids_BT[:, 9:23]).logits[0]
     assert (together - alone).norm() <= (1e-5 if dtype == torch.float32 else 1e-2) * alone.norm()
     assert (model(ids_BT).logits[0, 9:23] - alone).norm() > 0.02 * alone.norm()
-    first = torch.cat(
-        [ids_BT[:, :9], ids_BT[:, 9:23].roll(1, 1)], 1
-    )  # a later token of its own document moves an earlier one
+    # a later token of its own document moves an earlier one
+    first = torch.cat([ids_BT[:, :9], ids_BT[:, 9:23].roll(1, 1)], 1)
     assert not torch.equal(logits(first, rows.document_ids_BL[:, :23])[0, 9:22], together[:-1])
 
 

@@ -96,9 +96,8 @@ def test_bart_hides_poisson_spans_behind_one_mask_each_and_asks_for_everything()
     rng = np.random.default_rng(0)
     for _ in range(300):
         hidden += rng.multinomial(60, np.full(20, 1 / 20)).tolist()
-    assert np.mean(hidden) == pytest.approx(3.0) and np.var(hidden) == pytest.approx(
-        3.0, abs=0.3
-    )  # as Poisson(3)
+    # as Poisson(3)
+    assert np.mean(hidden) == pytest.approx(3.0) and np.var(hidden) == pytest.approx(3.0, abs=0.3)
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from hfscale.tokenizer import load_tokenizer
 from tests.helpers.cli import hfscale
 from tests.shards.test_verify import write_tar
 
+# the fourth document crosses shards of 32 tokens, one of which has no document's end
 LENGTHS = [
     5,
     40,
@@ -29,7 +30,7 @@ LENGTHS = [
     16,
     3,
     27,
-]  # the fourth document crosses shards of 32 tokens, one of which has no document's end
+]
 
 
 @pytest.fixture

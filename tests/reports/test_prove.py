@@ -28,19 +28,19 @@ TWIN = {
         ([(4, "loss", 0)], 4, "loss"),
         ([(4, "loss", 0), (4, "batch_digest", 0), (5, "lr", 0)], 4, "batch_digest"),
         ([(4, "exp_avg_sq", 0), (4, "exp_avg", 0), (5, "loss", 0)], 4, "exp_avg"),
+        # the second time that it came there
         (
             [(3, "grad_norm", 1), (4, "weight", 0)],
             3,
             "grad_norm",
-        ),  # the second time that it came there
+        ),
         ([(6, "position in the data", 0)], 6, "position in the data"),
     ],
 )
 def test_the_first_thing_that_differs_is_named(changes, step, component):
     other = copy.deepcopy(TWIN)
-    other[3] = {
-        name: values * 2 for name, values in other[3].items()
-    }  # steps that are repeated are no difference
+    # steps that are repeated are no difference
+    other[3] = {name: values * 2 for name, values in other[3].items()}
     assert first_difference(TWIN, other) is None
     for at, name, attempt in changes:
         other[at][name][attempt] = "something else"

@@ -159,9 +159,8 @@ def test_every_fault_is_overcome(
         folder / "train" / entry.name
     ).read_bytes()
     assert not list(tmp_path.rglob("*.part"))
-    assert (
-        server.served[entry.name] <= entry.bytes + (5 if "ranges" in fault else 3) * BLOCK
-    )  # never all of it again for a block
+    # never all of it again for a block
+    assert server.served[entry.name] <= entry.bytes + (5 if "ranges" in fault else 3) * BLOCK
 
 
 @pytest.mark.parametrize(("status", "asked"), [(404, 1), (403, 1), (401, 1), (500, 4)])
@@ -261,9 +260,8 @@ def test_a_killed_download_goes_on_from_its_part(
     manifest = load(server, tmp_path)
     fetch(manifest, 3)  # the lock of the killed is free
     assert (manifest.folder / name).read_bytes() == (folder / "train" / name).read_bytes()
-    assert (
-        server.served[name] <= manifest.shards[3].bytes + 4 * BLOCK
-    )  # what was on its way, not what was there
+    # what was on its way, not what was there
+    assert server.served[name] <= manifest.shards[3].bytes + 4 * BLOCK
 
 
 @pytest.mark.slow

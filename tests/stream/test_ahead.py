@@ -124,9 +124,8 @@ def test_shards_come_in_the_order_of_first_use_as_many_as_the_share_holds(
     assert (
         fetched == in_order[: len(fetched)] and len(fetched) >= int(ahead.SHARE * 60_000 / size) + 2
     )
-    assert set(in_order[4 : len(fetched)]) <= set(
-        here(rows)
-    )  # what is to come stays, what was trained on went
+    # what is to come stays, what was trained on went
+    assert set(in_order[4 : len(fetched)]) <= set(here(rows))
     assert max(server.asked[name] for name in fetched) == 1
     stream.close()
 

@@ -292,9 +292,8 @@ def test_splits_by_a_hash(tmp_path: Path) -> None:
         *parts["train"],
         *parts["validation"],
     }
-    path.write_text(
-        "".join(json.dumps(row) + "\n" for row in reversed(rows))
-    )  # nobody changes sides
+    # nobody changes sides
+    path.write_text("".join(json.dumps(row) + "\n" for row in reversed(rows)))
     assert {*parts["test"]} == {example["text"] for example in data.examples("test")}
     with pytest.raises(ConfigError, match="no validation split"):
         [*labelled(path, tmp_path).examples("validation")]
@@ -330,9 +329,8 @@ def test_prepared_once_and_by_content(tmp_path: Path) -> None:
         [9] * 3,
     ] and made.of.tolist() == [0, 1]
     assert [example["id"] for example in made.examples()] == ["0", "2"]
-    again = labelled(path, tmp_path, on_error="skip").prepared(
-        "train", counted, about="b"
-    )  # by newer code, say
+    # by newer code, say
+    again = labelled(path, tmp_path, on_error="skip").prepared("train", counted, about="b")
     assert len(calls) == 6 and again.fingerprint == made.fingerprint, (
         "what is trained on is the same"
     )

@@ -162,9 +162,8 @@ def test_micro_batches_and_their_fields(make_corpus):
         assert rows.valid_B.all()
         assert rows.source_B.tolist() == [0] * 4
         assert rows.source_B.dtype == torch.int16
-    assert (
-        stream.take()[0].ids_BL.data_ptr() == batches[0].ids_BL.data_ptr()
-    )  # until advance(), the same step
+    # until advance(), the same step
+    assert stream.take()[0].ids_BL.data_ptr() == batches[0].ids_BL.data_ptr()
     stream.close()
 
 

@@ -147,9 +147,8 @@ def test_any_chain_of_weights_repeats_and_loses_nothing(layout, other, steps):
             past=past,
             consumed=consumed,
         )
-        assert after[1] == mixture.end or (
-            mixture.end is not None and consumed >= mixture.end
-        )  # as before: nothing has changed
+        # as before: nothing has changed
+        assert after[1] == mixture.end or (mixture.end is not None and consumed >= mixture.end)
         rest = np.arange(
             consumed, consumed + 100 if full.end is None else min(consumed + 100, full.end)
         )
@@ -174,9 +173,8 @@ def test_one_source_is_its_own_order():
         vars(mixture.locate(positions)).values(), vars(order.locate(positions)).values()
     ):
         np.testing.assert_array_equal(ours, theirs)
-    step = mixture.steps(
-        24, count=1, global_batch=12, place=Place()
-    )  # by lane, as that order has them
+    # by lane, as that order has them
+    step = mixture.steps(24, count=1, global_batch=12, place=Place())
     assert np.diff(order.locate(step[0]).lane).min() == 0 and sorted(step[0]) == list(range(24, 36))
     assert (mixture.record(100), mixture.epochs(100)) == ({}, {"epoch": 2.5})
 
@@ -381,16 +379,14 @@ def test_any_chain_of_stops_gives_the_uninterrupted_run(web, code, maths):
         times = Counter(ids for source, ids in seen if source == number)
         assert set(times) <= rows_of(folder)
         assert max(times.values()) - min(times.values()) <= 1  # exactly once an epoch
-    assert Counter(ids for source, ids in seen if source == 2) == Counter(
-        rows_of(maths)
-    )  # its one epoch, all of it
+    # its one epoch, all of it
+    assert Counter(ids for source, ids in seen if source == 2) == Counter(rows_of(maths))
 
 
 def test_other_weights_and_a_new_source_on_a_resume_repeat_and_lose_nothing(web, code, maths):
     alone = config_of(sources(text=(web, 1)))
-    two = config_of(
-        sources(code=(code, 0.5), renamed=(web, 0.5))
-    )  # a new source, before the old one, which also has a new name
+    # a new source, before the old one, which also has a new name
+    two = config_of(sources(code=(code, 0.5), renamed=(web, 0.5)))
     three = config_of(sources(code=(code, 0.2), renamed=(web, 0.3), maths=(maths, 0.5)))
     stopped = config_of(sources(code=(code, 0), renamed=(web, 0.3), maths=(maths, 0.5)))
     seen, saved = [], None
@@ -405,9 +401,8 @@ def test_other_weights_and_a_new_source_on_a_resume_repeat_and_lose_nothing(web,
     ]
     assert all(max(times.values()) == 1 for times in taken)
     assert saved.stream["phases"][0] == [0, [1, 0, 0]]
-    oracle = train(alone, 22)[
-        1
-    ]  # the first source goes on in its own order, as if it had been alone
+    # the first source goes on in its own order, as if it had been alone
+    oracle = train(alone, 22)[1]
     assert set(taken[0]) >= {ids for _, ids in oracle[: sum(taken[0].values()) - 16]}
 
 

@@ -57,12 +57,10 @@ def test_any_chain_of_sizes_yields_the_oracle(layout, chain):
     order, position, read = make(layout), 0, []
     for world_size, share in chain:
         step = global_step(order, position, world_size * share, world_size)
-        assert sorted(step.tolist()) == list(
-            range(position, position + world_size * share)
-        )  # each position once, on one rank
-        np.testing.assert_array_equal(
-            step, global_step(order, position, world_size * share, 1)
-        )  # the same batch in the same order
+        # each position once, on one rank
+        assert sorted(step.tolist()) == list(range(position, position + world_size * share))
+        # the same batch in the same order
+        np.testing.assert_array_equal(step, global_step(order, position, world_size * share, 1))
         read.append(np.sort(step))
         position += world_size * share
     np.testing.assert_array_equal(np.concatenate(read), np.arange(position))
@@ -208,9 +206,8 @@ def test_every_input_bit_moves_every_output_bit(bits):
     changes += [permute(x, np.full(n, size), keys ^ np.uint64(1 << b)) for b in (0, 1, 31, 33, 62)]
     for changed in changes:
         flips = ((y ^ changed)[:, None] >> np.arange(bits) & 1).mean(axis=0)
-        assert (
-            np.abs(flips - 0.5).max() < 0.03
-        )  # 10 sigma of the sample; a bijection of 64 values is off by 0.008 itself
+        # 10 sigma of the sample; a bijection of 64 values is off by 0.008 itself
+        assert np.abs(flips - 0.5).max() < 0.03
 
 
 @pytest.mark.parametrize("changed", range(3))
@@ -223,9 +220,10 @@ def test_every_bit_of_a_seed_an_epoch_or_a_block_moves_every_bit_of_its_key(chan
     for number in range(500):
         words = [number, number % 7, 1 + number % 4]
         other = [word ^ (1 << bit if place == changed else 0) for place, word in enumerate(words)]
+        # of a block, as `Order.locate` makes it
         keys = mix(np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*words)) ^ mix(
             np.array([number << 43 | 1024 * number], np.uint64) ^ key_of(*other)
-        )  # of a block, as `Order.locate` makes it
+        )
         flips += keys >> np.arange(64, dtype=np.uint64) & np.uint64(1)
     assert np.abs(flips / 500 - 0.5).max() < 0.13  # 64 bits of 500 draws each: 5.8 sigma
 
@@ -242,9 +240,8 @@ def epochs_of_blocks() -> np.ndarray:
         ordinal = np.array([np.argsort(order._epoch(epoch).shards) for epoch in range(8)])[
             places.epoch, places.shard
         ]
-        line = (
-            (ordinal * 2048 + places.row).reshape(8, 2048, 8).transpose(0, 2, 1).reshape(-1, 256)
-        )  # one lane's block a line
+        # one lane's block a line
+        line = (ordinal * 2048 + places.row).reshape(8, 2048, 8).transpose(0, 2, 1).reshape(-1, 256)
         blocks.append(line % 256)
     return np.concatenate(blocks)
 
@@ -253,9 +250,8 @@ def test_adjacent_rows_stay_adjacent_no_more_often_than_chance(epochs_of_blocks:
     size, n = 256, len(epochs_of_blocks)
     steps = np.diff(epochs_of_blocks, axis=1)
     for step in (1, -1, 2, -2, 128):
-        expected = (
-            n * (size - abs(step)) / size
-        )  # of size * (size - 1) ordered pairs, size - |step| differ by it; size - 1 pairs a block
+        # of size * (size - 1) ordered pairs, size - |step| differ by it; size - 1 pairs a block
+        expected = n * (size - abs(step)) / size
         assert abs((steps == step).sum() - expected) < 5 * np.sqrt(expected)
 
 
@@ -264,12 +260,10 @@ def test_places_and_rows_are_not_correlated(epochs_of_blocks: np.ndarray):
     for lag in (1, 2, 3, 7, 16, 64, 128):
         serial = (rows[:, lag:] * rows[:, :-lag]).mean() / rows.var()
         pairs = rows[:, lag:].size
-        assert abs(serial + 1 / 255) < 5 / np.sqrt(
-            pairs
-        )  # drawn without replacement: -1 / (size - 1)
-    between = np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[
-        0, 1
-    ]  # of the same places of two blocks in a row
+        # drawn without replacement: -1 / (size - 1)
+        assert abs(serial + 1 / 255) < 5 / np.sqrt(pairs)
+    # of the same places of two blocks in a row
+    between = np.corrcoef(rows[:-1].ravel(), rows[1:].ravel())[0, 1]
     assert abs(between) < 5 / np.sqrt(rows[1:].size)
 
 
@@ -291,9 +285,8 @@ def test_every_row_comes_at_every_place_of_a_block_equally_often(epochs_of_block
 def test_blocks_of_lanes_and_epochs_are_permuted_apart():
     order = Order([4096], seed=9, lanes=4, block=64)
     places = order.locate(np.arange(2 * 4096))
-    line = (
-        places.row.reshape(2, 1024, 4).transpose(0, 2, 1).reshape(2 * 4 * 16, 64)
-    )  # (epoch, lane, block) x place
+    # (epoch, lane, block) x place
+    line = places.row.reshape(2, 1024, 4).transpose(0, 2, 1).reshape(2 * 4 * 16, 64)
     within = line % 64
     assert len({tuple(b) for b in within.tolist()}) == 128  # no two blocks alike
     corr = np.corrcoef(within)

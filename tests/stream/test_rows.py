@@ -49,9 +49,8 @@ def test_rows_are_the_tokens(make_corpus, dtype, seq_len, few):
             ):
                 first, last = number * seq_len, (number + 1) * seq_len + 1
                 np.testing.assert_array_equal(ids_BL[k], corpus.tokens[shard][first:last])
-                begins = np.isin(
-                    np.arange(first + 1, last), corpus.ends[shard]
-                )  # a document begins where the one before has ended
+                # a document begins where the one before has ended
+                begins = np.isin(np.arange(first + 1, last), corpus.ends[shard])
                 boundaries += (k * seq_len + np.flatnonzero(begins)).tolist()
             assert prepared.boundaries[begin // per].tolist() == boundaries
 
@@ -89,9 +88,8 @@ def test_neighbours_share_one_token_and_nothing_is_left_over(make_corpus):
     ids = np.empty((len(shards), 51), dtype=np.int64)
     rows.fill(shards, numbers, ids)
     targets = sum(rows.shard_rows * 50)
-    assert targets > sum(
-        len(tokens) - 1 - 50 for tokens in corpus.tokens
-    )  # less than a row of each shard is never a target
+    # less than a row of each shard is never a target
+    assert targets > sum(len(tokens) - 1 - 50 for tokens in corpus.tokens)
     assert (ids[:-1, -1] == ids[1:, 0])[np.diff(shards) == 0].all()
 
 
@@ -109,9 +107,8 @@ def test_shards_beyond_the_limit_are_closed_and_opened_again(make_corpus):
         before = len(os.listdir("/proc/self/fd"))
         prepared = rows.prepare(shards, numbers)
         assert len(rows._open) == 32 < len(corpus.tokens)
-        assert (
-            len(os.listdir("/proc/self/fd")) <= before + 32 + 10
-        )  # what is prepared holds few files beside those
+        # what is prepared holds few files beside those
+        assert len(os.listdir("/proc/self/fd")) <= before + 32 + 10
         prepared.fill(slice(0, len(shards)), ids)
         assert all(
             (ids[k] == corpus.tokens[s][r * 64 : r * 64 + 65]).all()

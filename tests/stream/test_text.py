@@ -284,9 +284,8 @@ class Oracle:
 def _small_plans(monkeypatch: pytest.MonkeyPatch) -> None:
     """A reader that stays a few steps ahead: a test reads few."""
     monkeypatch.setattr(text.TextRows, "plan_tokens", 100 * SEQ)
-    monkeypatch.setattr(
-        text, "TASK_BYTES", (256, 2048)
-    )  # or a lane of these few texts would ask for hundreds of epochs
+    # or a lane of these few texts would ask for hundreds of epochs
+    monkeypatch.setattr(text, "TASK_BYTES", (256, 2048))
 
 
 @pytest.fixture(scope="module")
@@ -557,11 +556,12 @@ def test_a_killed_process_is_a_clear_error(corpus, tokenizer, web):
     stream.take()
     stream.advance()
     first, other = ours._pool._processes.values()
+    # what asks the ranks to stop reaches them too
     for deaf in (
         signal.SIGTERM,
         signal.SIGUSR1,
         signal.SIGINT,
-    ):  # what asks the ranks to stop reaches them too
+    ):
         os.kill(other.pid, deaf)
     os.kill(first.pid, signal.SIGKILL)
     with pytest.raises(  # noqa: PT012

@@ -157,9 +157,8 @@ def test_white_space_is_no_answer():
         and all(map(str.strip, own))
         and context[window["begins"][window["labels"][0]] :].strip() == "ran"
     )
-    white = torch.tensor(
-        [9.0 * (begin < 0) for begin in window["begins"]]
-    )  # is what the model likes best
+    # is what the model likes best
+    white = torch.tensor([9.0 * (begin < 0) for begin in window["begins"]])
     spans = question_answering.best_spans(white, white, window=window, how=task.how)
     answer = question_answering.choose(context, [spans], how=task.how)
     assert answer["prediction"] and answer["start"] < answer["end"]
@@ -244,13 +243,11 @@ def test_it_learns_also_when_there_is_no_answer(kind):
         == 100.0
     )
     mended = [{**predicted[0], "prediction": "a bridge"}, *predicted[1:]]
-    assert (
-        task.score(mended, EXAMPLES)["exact_match"] == 80.0
-    )  # a prediction that was changed by hand counts, not its best span
+    # a prediction that was changed by hand counts, not its best span
+    assert task.score(mended, EXAMPLES)["exact_match"] == 80.0
     never = task_of(kind, no_answer_threshold=1e6)
-    assert (
-        never.score(predicted, EXAMPLES)["no_answer_accuracy"] == 0.0
-    )  # rescored at another threshold, without a model
+    # rescored at another threshold, without a model
+    assert never.score(predicted, EXAMPLES)["no_answer_accuracy"] == 0.0
 
 
 def test_the_pipeline_that_goes_along_gives_the_same_answers(tmp_path):

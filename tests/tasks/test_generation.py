@@ -38,6 +38,7 @@ def model_of(family: str) -> Any:
         if family == "gpt2"
         else {"init_std": 0.3}
     )
+    # answers that differ from prompt to prompt
     made = build_model(
         Model(architecture=model.architecture, config={**model.config, **sharp}),
         auto_model=auto_model,
@@ -45,7 +46,7 @@ def model_of(family: str) -> Any:
         seq_len=32,
         seed=5,
         overrides=SPECIAL_IDS,
-    )  # answers that differ from prompt to prompt
+    )
     return made.eval()
 
 
@@ -71,9 +72,8 @@ def test_answers_are_those_of_transformers_for_each_prompt_alone(
     family: str, options: dict[str, Any]
 ) -> None:
     model = model_of(family)
-    start = (
-        {"decoder_start_token_id": 2} if family == "t5" else {}
-    )  # a T5Config has none, T5 begins with padding
+    # a T5Config has none, T5 begins with padding
+    start = {"decoder_start_token_id": 2} if family == "t5" else {}
     got = answers(model, max_new_tokens=12, **options)
     assert len({*map(tuple, got)}) >= 4, "the answers should differ"
     for prompt, answer in zip(PROMPTS, got, strict=True):
@@ -275,9 +275,8 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
     from hfscale.engine.engine import Engine, construction
     from tests.engine.tiny import tiny_config
 
-    split_all = {
-        "stage3_param_persistence_threshold": 0
-    }  # else DeepSpeed keeps what is as small as this model whole on every rank
+    # else DeepSpeed keeps what is as small as this model whole on every rank
+    split_all = {"stage3_param_persistence_threshold": 0}
     config, rank = (
         tiny_config(stage, world_size=2, extra={"zero_optimization": split_all}),
         torch_dist.get_rank(),
@@ -301,9 +300,8 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
             for options in ({}, {"num_beams": 2}, {"do_sample": True, "temperature": 1.5})
         ]
         got.append(answers(engine, prompts if rank else [], keys if rank else [], max_new_tokens=5))
-        tight = (
-            [[*range(10, 70 - k)] for k in range(3)] if rank == 0 else [[7]]
-        )  # three rooms on one rank, one on the other
+        # three rooms on one rank, one on the other
+        tight = [[*range(10, 70 - k)] for k in range(3)] if rank == 0 else [[7]]
         got.append(answers(engine, tight, KEYS[: len(tight)], max_new_tokens=7))
     engine.close()
     return got

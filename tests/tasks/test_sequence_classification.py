@@ -89,9 +89,10 @@ def test_a_single_label():
     assert model.config.id2label == {0: "+", 1: "-"}
     scores = task.score([{"prediction": label} for label in "+++"], ONE)
     assert scores.keys() <= task.metrics
+    # f1: of "-", the last
     assert scores == pytest.approx(
         {"accuracy": 2 / 3, "f1": 0.0, "f1_macro": 0.4, "f1_micro": 2 / 3, "mcc": 0.0}
-    )  # f1: of "-", the last
+    )
 
 
 def test_a_validation_loss_is_plain():

@@ -111,10 +111,11 @@ def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None
         tmp_path / "asked.jsonl", [{"id": e["id"], "source": e["source"]} for e in asked]
     )
     answers = {}
+    # the export says what task it is for, and how
     for name, model in (
         ("run", run),
         ("export", tmp_path / "export"),
-    ):  # the export says what task it is for, and how
+    ):
         config = settle(
             find(model),
             task=None,
@@ -140,10 +141,11 @@ def test_run_export_and_pipeline_answer_alike(run: Path, tmp_path: Path) -> None
         "engine.extra={zero_optimization: {stage3_param_persistence_threshold: 0}}",
         "predict.batch=7",
     ]
+    # two ranks hold a half each; the second has no prompts of its own
     for model in (
         run,
         tmp_path / "export",
-    ):  # two ranks hold a half each; the second has no prompts of its own
+    ):
         out = tmp_path / f"split-{model.name}.jsonl"
         predict_command(str(model), split, data=str(data), out=out, procs=2)
         assert [

@@ -53,9 +53,8 @@ def test_words_are_tokenized_as_in_running_text():
     words = ["The", "old,", "unbelievable", "river", "河", "ran."]
     running = task.setting.tokenizer(text)["input_ids"]
     assert task.features({"id": "0", "text": text})[0]["input_ids"] == running
-    no_space = task.setting.tokenizer(text.replace(" 河 ", "河"))[
-        "input_ids"
-    ]  # Chinese words have none between them
+    # Chinese words have none between them
+    no_space = task.setting.tokenizer(text.replace(" 河 ", "河"))["input_ids"]
     assert task.features({"id": "0", "words": words})[0]["input_ids"] == no_space
     assert task.features({"id": "0", "words": " ".join(words)})[0]["input_ids"] == no_space
 
@@ -95,9 +94,8 @@ def test_the_loss_by_hand_and_fillers():
         assert losses["token_classification"][b].item() == pytest.approx(by_hand.item(), rel=1e-5)
     assert losses["token_classification"][2] == 0
     alone = task.loss(model, task.collate(rows_of(task, EXAMPLES[:1])))["token_classification"][0]
-    assert alone.item() == pytest.approx(
-        losses["token_classification"][0].item(), rel=1e-5
-    )  # padding changes nothing
+    # padding changes nothing
+    assert alone.item() == pytest.approx(losses["token_classification"][0].item(), rel=1e-5)
 
 
 def test_it_learns_and_finds_entities_in_text_as_the_pipeline_does():

@@ -117,9 +117,8 @@ def on_ranks(name: str, words: Any, cuts: list[int]) -> list[list[dict[str, Any]
 @pytest.mark.parametrize("name", TASKS)
 def test_uneven_ranks_give_the_predictions_of_one(name: str) -> None:
     cuts = [1, 5]  # one example against four; all against none
-    words = marking_tokenizer(
-        "wordpiece" if TASKS[name]["family"] == "bert" else "bpe"
-    )  # wordpiece: no two trainings are the same
+    # wordpiece: no two trainings are the same
+    words = marking_tokenizer("wordpiece" if TASKS[name]["family"] == "bert" else "bpe")
     first, second = run_ranks(on_ranks, 2, name, words, cuts)
     task, model, examples = parts(name, words)
     for turn, cut in enumerate(cuts):
