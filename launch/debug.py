@@ -70,10 +70,8 @@ def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:
     """
     config = wanted.config
     layers = {f"model.config.{key}": 2 for key in _LAYER_KEYS if key in config.model.config}
-    micro_batch, accumulation = (
-        min(2, config.train.micro_batch),
-        min(2, config.train.global_batch // config.train.micro_batch),
-    )
+    micro_batch = min(2, config.train.micro_batch)
+    accumulation = min(2, config.train.global_batch // config.train.micro_batch)
     examples = isinstance(config, FinetuneConfig)
     length = "max_length" if examples else "seq_len"
     small = {

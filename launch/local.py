@@ -330,10 +330,8 @@ def _watch(ranks: Sequence[Rank]) -> Rank | None:
     while running := [rank for rank in ranks if rank.process.poll() is None]:
         if failed is None and (down := [rank for rank in ranks if rank.process.returncode]):
             # a killed one first
-            failed, deadline = (
-                min(down, key=lambda rank: rank.process.returncode),
-                time.monotonic() + GRACE_S,
-            )
+            failed = min(down, key=lambda rank: rank.process.returncode)
+            deadline = time.monotonic() + GRACE_S
         if time.monotonic() > deadline:
             for rank in running:
                 rank.kill()

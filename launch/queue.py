@@ -28,10 +28,8 @@ from hfscale.run_files import JOB
 UNKNOWN = "Invalid job id specified"  # scontrol, of a job that has been forgotten
 NEVER = ("presently disabled", UNKNOWN, "denied")  # scontrol, of a job that is not to be requeued
 # by slurm/train.sbatch: what scontrol says of jobs
-TOLD, ASKED = (
-    "HFSCALE_TOLD",
-    "hfscale asked of job ",
-)
+TOLD = "HFSCALE_TOLD"
+ASKED = "hfscale asked of job "
 FINAL = (EXIT_DONE, EXIT_USER_ERROR, EXIT_UNHEALTHY)  # a job does not come back after
 ENDING_S, AGAIN_S = 180.0, 15.0  # what a job gets to end; between two tries to requeue
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")

@@ -248,10 +248,8 @@ def accepted(options: Sequence[str], *, home: Path, dry_run: bool) -> list[str]:
     if tried.returncode:
         raise refusal(tried.stderr, options)
     asked = dict(option[2:].split("=", 1) for option in options if "=" in option)
-    limit, said = (
-        longest(asked.get("partition")),
-        [line for line in tried.stderr.splitlines() if " to start at " in line],
-    )
+    limit = longest(asked.get("partition"))
+    said = [line for line in tried.stderr.splitlines() if " to start at " in line]
     if limit[0].isdigit() and seconds(asked.get("time", "0")) > seconds(limit):
         said = [
             f"a partition with a limit of {limit} never starts a job of {asked['time']}, "

@@ -51,10 +51,8 @@ class Rank:
         Slurm job goes back into the queue.
         """
         here, run = allocation(), Path(config).parent
-        handlers, environment = (
-            {number: signal.getsignal(number) for number in SIGNALS},
-            dict(os.environ),
-        )
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        environment = dict(os.environ)
         place = TorchDistributedEnvironment().export(set_cuda_visible_devices=False, overwrite=True)
         try:
             if here and place.rank == 0:

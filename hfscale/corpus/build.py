@@ -317,10 +317,8 @@ class _Side:
 
     def add(self, document: Document, ids: np.ndarray) -> None:
         """Return with the part of the document that is not yet in shards written."""
-        self._length, self._skipped = (
-            len(ids),
-            self._mark.offset if self._passed == self._mark.documents else 0,
-        )
+        self._length = len(ids)
+        self._skipped = self._mark.offset if self._passed == self._mark.documents else 0
         self._pass(document)
         self._writer.add(ids[self._skipped :])
 

@@ -108,10 +108,7 @@ def prepare(config: PredictConfig) -> int:
     saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
     if saved["key"] != key and not any(parts.glob("0*.jsonl")):
         # what was asked first was refused, or stopped, before anything was made
-        saved = {
-            "key": key,
-            "chunk": size,
-        }
+        saved = {"key": key, "chunk": size}
     if saved["key"] != key:
         differ = [name for name in key if saved["key"].get(name) != key[name]]
         raise DataError(

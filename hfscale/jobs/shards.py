@@ -190,10 +190,8 @@ def _scores(
             if stopped(stop, together=engine.all.size > 1):
                 return None
             batch = objective.collate(micro)
-            nats_B, tokens_B = (
-                objective.loss(engine, batch.to(engine.device))[term].tolist(),
-                batch.counts[term].tolist(),
-            )
+            nats_B = objective.loss(engine, batch.to(engine.device))[term].tolist()
+            tokens_B = batch.counts[term].tolist()
             bytes_B = [0] * len(nats_B)
             if token_bytes is not None:
                 sizes_B = [

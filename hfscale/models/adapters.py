@@ -21,11 +21,9 @@ if TYPE_CHECKING:
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
-# of a folder of peft's
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = (
-    "adapter_config.json",
-    "adapter_model.safetensors",
-)
+# files of a folder of peft's
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
 
 
 def is_adapter(name: str) -> bool:

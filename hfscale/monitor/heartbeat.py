@@ -36,23 +36,14 @@ from hfscale.log import logger
 from hfscale.run_files import HANGS, HEARTBEATS, REPORT
 
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
-# may take this long; so may the first step, which compiles
-LONG, LONG_S = (
-    ("start", "save"),
-    1800.0,
-)
+LONG = ("start", "save")  # may take LONG_S; so may the first step, which compiles
+LONG_S = 1800.0
 POLL_S = 1.0  # between looks
-# until all have written their stacks; after the report; to leave, come what may
-SETTLE_S, AFTER_S, LAST_S = (
-    20.0,
-    3.0,
-    55.0,
-)
-# how often rank 0 looks for slow ranks, and how many times the others' time is slow
-ROUND_S, SLOW = (
-    60.0,
-    2.0,
-)
+SETTLE_S = 20.0  # until all have written their stacks
+AFTER_S = 3.0  # after the report
+LAST_S = 55.0  # to leave, come what may
+ROUND_S = 60.0  # how often rank 0 looks for slow ranks
+SLOW = 2.0  # how many times the others' time is slow
 WIDTH = 160  # bytes of a heartbeat
 
 

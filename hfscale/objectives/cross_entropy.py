@@ -17,11 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 IGNORE_INDEX = -100  # labels that ask nothing; same value as transformers
-# numbers in flight: 4 MiB of cache; few kernel launches and 256 MiB
-CPU_CHUNK, GPU_CHUNK = (
-    1 << 20,
-    1 << 26,
-)
+# numbers in flight
+CPU_CHUNK = 1 << 20  # 4 MiB of cache
+GPU_CHUNK = 1 << 26  # few kernel launches, and 256 MiB
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -61,10 +59,8 @@ class _CrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, labels_N = ctx.saved_tensors
         asked_N = labels_N != IGNORE_INDEX
-        targets_N1, grad_N1 = (
-            labels_N.where(asked_N, 0).unsqueeze(1),
-            grad_N.where(asked_N, 0.0).unsqueeze(1),
-        )
+        targets_N1 = labels_N.where(asked_N, 0).unsqueeze(1)
+        grad_N1 = grad_N.where(asked_N, 0.0).unsqueeze(1)
         grad_NV = torch.empty_like(logits_NV)
         for part, target, grad, out in _chunks(logits_NV, logits_NV, targets_N1, grad_N1, grad_NV):
             probability = part.softmax(1, dtype=torch.float32)

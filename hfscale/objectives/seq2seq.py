@@ -123,10 +123,8 @@ class Seq2Seq(Objective):
             # kept text before, between and after; may be empty
             gaps = _parts(T - self._hidden + spans + 1, spans + 1, rng) - 1
         else:
-            lengths, gaps = (
-                _parts(self._hidden, spans, rng),
-                _parts(T - self._hidden + 1, spans + 1, rng),
-            )
+            lengths = _parts(self._hidden, spans, rng)
+            gaps = _parts(T - self._hidden + 1, spans + 1, rng)
             gaps[-1] -= 1  # text begins with a kept token, and may end with a hidden span
         starts = np.cumsum(gaps[:-1]) + np.cumsum(lengths) - lengths
         kept, hidden = [], []

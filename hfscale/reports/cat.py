@@ -67,11 +67,9 @@ def documents(manifest: Manifest, *, first: int, count: int) -> Iterator[tuple[s
     wanted = _range("document", first, count, manifest.documents)
     number = 0  # of the document that the next shard goes on with, or begins with
     # of a document: where it begins, and its ids in this and earlier shards
-    place, begin, parts = (
-        "",
-        0,
-        list[np.ndarray](),
-    )
+    place = ""
+    begin = 0
+    parts = list[np.ndarray]()
     for entry in manifest.shards:
         if wanted.start <= number + entry.documents and number < wanted.stop:
             with manifest.local(entry):

@@ -43,12 +43,10 @@ from hfscale.reports.doctor import MARK, Finding, failed
 from hfscale.shards.files import flock
 from hfscale.shards.open import open_manifest
 
-# of what is read or written, whichever comes first; at once
-SECONDS, FILE_BYTES, PIECE = (
-    1.0,
-    2**26,
-    2**23,
-)
+# of what is read or written, whichever comes first
+SECONDS = 1.0
+FILE_BYTES = 2**26
+PIECE = 2**23  # bytes at once
 SETUP = Path(__file__).resolve().parents[2] / "setup.cfg"
 DRIVER, MEMORY = Path("/proc/driver/nvidia/version"), Path("/proc/meminfo")
 
@@ -217,12 +215,10 @@ def locks(task: Any, world: World) -> Iterator[Finding]:
 
 
 def writing(task: Any, world: World) -> Iterator[Finding]:
-    file, block, done, begun = (
-        Path(task.run) / f".hfscale-doctor-{node_name()}-{os.getpid()}",
-        os.urandom(PIECE),
-        0,
-        time.perf_counter(),
-    )
+    file = Path(task.run) / f".hfscale-doctor-{node_name()}-{os.getpid()}"
+    block = os.urandom(PIECE)
+    done = 0
+    begun = time.perf_counter()
     try:
         with open(file, "xb", buffering=0) as stream:
             while done < FILE_BYTES and time.perf_counter() < begun + SECONDS:

@@ -31,11 +31,8 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{16}\.tmp")
 _swept: set[Path] = set()
 
 
-# how often a lease is renewed; for how long one must rest to be nobody's
-LEASE_S, WATCH_S = (
-    1.0,
-    5.0,
-)
+LEASE_S = 1.0  # how often a lease is renewed
+WATCH_S = 5.0  # for how long one must rest to be nobody's
 NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP, errno.EINVAL)
 
 

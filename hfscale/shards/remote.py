@@ -35,11 +35,8 @@ from hfscale.shards.files import file_digest, flock, locked, publish, sync, writ
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, Manifest, ShardEntry
 
-# bytes asked for at once; fewer after a failure, so that a slow line has a block within the timeout
-BLOCK, LEAST_BLOCK = (
-    2**23,
-    2**18,
-)
+BLOCK = 2**23  # bytes asked for at once
+LEAST_BLOCK = 2**18  # after failures, so that a slow line has a block within the timeout
 BACK_OFF_S, LONGEST_S, POLL_S = 0.5, 30.0, 0.2
 SHARD_NAME = re.compile(r"\w[\w.\-]*\.tar", re.ASCII)
 PIPE = "pipe:"  # begins a command that prints the files
@@ -62,10 +59,8 @@ class Remote:
         allow_pipe: bool = False,
     ) -> None:
         # set, it ends whatever is being fetched in CancelledError
-        self.limit, self.cancelled = (
-            int(size_gb * 1e9),
-            threading.Event(),
-        )
+        self.limit = int(size_gb * 1e9)
+        self.cancelled = threading.Event()
         self._retries, self._timeout_s, self._block = retries, timeout_s, BLOCK
         base, _, last = url.rstrip("/").rpartition("/")
         self._base, self._manifest = (
@@ -198,11 +193,9 @@ class Remote:
         """Return True once a shard is in its place, verified; False where others that are being
         fetched take all the room.
         """
-        part, wanted, found = (
-            tar.with_name(f"{tar.name}.part"),
-            f"{entry.bytes:,} bytes, SHA-256 {entry.digest}",
-            "",
-        )
+        part = tar.with_name(f"{tar.name}.part")
+        wanted = f"{entry.bytes:,} bytes, SHA-256 {entry.digest}"
+        found = ""
         # what does not match is fetched once more from the start: the part may be of another day
         for _ in range(2):
             data = self._get(entry.index_name)

@@ -133,11 +133,9 @@ def _check_tokens(
             yield f"document ends {place} do not rise within the chunk"
         elif manifest.tokenizer and (ids[ends - 1] != manifest.tokenizer.eod_id).any():
             yield f"a document {place} does not end with the end-of-document id"
-        tokens, documents, largest = (
-            tokens + len(ids),
-            documents + len(ends),
-            max(largest, int(ids.max(initial=0))),
-        )
+        tokens = tokens + len(ids)
+        documents = documents + len(ends)
+        largest = max(largest, int(ids.max(initial=0)))
     if (tokens, documents, largest) != (entry.tokens, entry.documents, entry.max_id):
         yield (
             f"holds {tokens:,} tokens in {documents:,} documents, largest id {largest}; "

@@ -86,10 +86,8 @@ class ExampleOrder:
             epoch * N + np.arange(number * POOL, min(N, (number + 1) * POOL))
         ).row
         if self.grouped:
-            key, by_length = (
-                key_of(self.seed, epoch, _POOLS, number),
-                np.argsort(self.lengths[rows], kind="stable"),
-            )
+            key = key_of(self.seed, epoch, _POOLS, number)
+            by_length = np.argsort(self.lengths[rows], kind="stable")
             # cut elsewhere in each epoch
             groups = np.split(by_length, range(int(key[0]) % GROUP, len(rows), GROUP))
             turns = np.argsort(mix(np.arange(len(groups), dtype=np.uint64) ^ key))
@@ -165,10 +163,8 @@ class ExampleStream:
         self._reader.shutdown(cancel_futures=True)
 
     def _read(self, start: int) -> list[Examples]:
-        numbers, positions = (
-            self._order.at(start, self._global_batch),
-            start + np.arange(self._global_batch),
-        )
+        numbers = self._order.at(start, self._global_batch)
+        positions = start + np.arange(self._global_batch)
         by_length = (
             np.argsort(self._order.lengths[numbers], kind="stable")
             if self._order.grouped
@@ -193,11 +189,9 @@ class ExampleRows:
     def __init__(
         self, features: Any, lengths: np.ndarray, *, micro_batch: int, place: Place
     ) -> None:
-        self._features, self._by_length, self._micro_batch = (
-            features,
-            np.argsort(lengths, kind="stable"),
-            micro_batch,
-        )
+        self._features = features
+        self._by_length = np.argsort(lengths, kind="stable")
+        self._micro_batch = micro_batch
         self._place = place
 
     def __iter__(self) -> Iterator[Examples]:

@@ -89,14 +89,10 @@ class Stream:
             0  # of the slab: the one being trained on, and how many are filled
         )
         # of the rows that the slab is filled from, and how many of them were
-        self._positions, self._copied = (
-            np.empty(0, np.int64),
-            0,
-        )
-        self._reader, self._closed = (
-            ThreadPoolExecutor(1, thread_name_prefix="stream-reader"),
-            False,
-        )
+        self._positions = np.empty(0, np.int64)
+        self._copied = 0
+        self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
+        self._closed = False
         self._next = self._reader.submit(self._prepare, self._consumed, 1)
         self._ahead = threading.Thread(
             target=fetch_ahead, args=(rows, self._wanted), daemon=True, name="stream-ahead"
@@ -251,11 +247,9 @@ class _Slab:
     ) -> None:
         n, self._micro_batch = steps * step_rows, micro_batch
         ids = torch.empty((n, length), dtype=torch.int64, pin_memory=pin_memory)
-        position, valid, source = (
-            torch.empty(n, dtype=torch.int64),
-            torch.empty(n, dtype=torch.bool),
-            torch.empty(n, dtype=torch.int16),
-        )
+        position = torch.empty(n, dtype=torch.int64)
+        valid = torch.empty(n, dtype=torch.bool)
+        source = torch.empty(n, dtype=torch.int16)
         cuts = [slice(first, first + micro_batch) for first in range(0, n, micro_batch)]
         self._batches = [
             Rows(ids[cut], None, valid[cut], source[cut], position[cut]) for cut in cuts
@@ -264,12 +258,10 @@ class _Slab:
         self.steps = [
             self._batches[first : first + per_step] for first in range(0, len(cuts), per_step)
         ]
-        self._ids, self._position, self._source, self._valid = (
-            ids.numpy(),
-            position.numpy(),
-            source.numpy(),
-            valid.numpy(),
-        )
+        self._ids = ids.numpy()
+        self._position = position.numpy()
+        self._source = source.numpy()
+        self._valid = valid.numpy()
 
     def fill(self, positions: np.ndarray, rows: Prepared, start: int) -> int:
         """Return how many rows, from ``start`` on, are now in the micro-batches: as many as fit, or
@@ -278,11 +270,9 @@ class _Slab:
         n = min(len(self._ids), len(positions) - start)
         part = slice(start, start + n)
         rows.fill(part, self._ids[:n])
-        self._position[:n], self._source[:n], self._valid[:n] = (
-            positions[part],
-            rows.source[part],
-            rows.valid[part],
-        )
+        self._position[:n] = positions[part]
+        self._source[:n] = rows.source[part]
+        self._valid[:n] = rows.valid[part]
         first = start // self._micro_batch
         for batch, boundaries in zip(
             self._batches, rows.boundaries[first : first + n // self._micro_batch]

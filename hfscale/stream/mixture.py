@@ -150,17 +150,13 @@ class Mixture:
         end: int | None = None,
         raw: Sequence[int] = (),
     ) -> None:
-        self.names, self.end, self.fingerprints, self._phases = (
-            tuple(fingerprints),
-            end,
-            fingerprints,
-            phases,
-        )
-        self.seed, self.block, self.lanes = (
-            orders[0].seed,
-            orders[0].block,
-            orders[raw[0] if raw else 0].lanes,
-        )
+        self.names = tuple(fingerprints)
+        self.end = end
+        self.fingerprints = fingerprints
+        self._phases = phases
+        self.seed = orders[0].seed
+        self.block = orders[0].block
+        self.lanes = orders[raw[0] if raw else 0].lanes
         self.orders, self.raw = orders, raw
         self._rows, self._lanes = (
             np.array([getattr(order, what) for order in orders]) for what in ("rows", "lanes")
@@ -235,11 +231,9 @@ class Mixture:
                 places.shard[at] = self._first_shards[number]
             elif at.size:
                 found = order.locate(cursor[at])
-                places.epoch[at], places.lane[at], places.row[at] = (
-                    found.epoch,
-                    found.lane,
-                    found.row,
-                )
+                places.epoch[at] = found.epoch
+                places.lane[at] = found.lane
+                places.row[at] = found.row
                 places.shard[at] = found.shard + self._first_shards[number]
         return places
 

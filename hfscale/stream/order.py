@@ -101,11 +101,9 @@ class Order:
             raise DataError(
                 "no rows to order: every shard is empty or shorter than a row", where="data.sources"
             )
-        self.seed, self.block, self.lanes = (
-            seed,
-            block,
-            resolve_lanes(lanes, self.rows, block=block),
-        )
+        self.seed = seed
+        self.block = block
+        self.lanes = resolve_lanes(lanes, self.rows, block=block)
         self._epoch = lru_cache(4)(self._lay_out)  # a run goes from one to the next
 
     def locate(self, positions: np.ndarray) -> Places:

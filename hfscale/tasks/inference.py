@@ -86,10 +86,8 @@ class FillMask(Inference):
         """
         tokenizer, mask, outputs = self.setting.tokenizer, self.setting.tokenizer.mask_token_id, []
         for row, logits_TV in zip(rows.features, self.logits(model, batch).float(), strict=True):
-            ids, masks = (
-                row["input_ids"],
-                [at for at, token in enumerate(row["input_ids"]) if token == mask],
-            )
+            ids = row["input_ids"]
+            masks = [at for at, token in enumerate(row["input_ids"]) if token == mask]
             best = logits_TV[masks].softmax(-1).topk(self.options.top_k)
             filled = [
                 [

@@ -41,10 +41,8 @@ class SentenceEmbeddingPipeline(Pipeline):
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
     def _forward(self, input_tensors: Any, **_: Any) -> Any:
-        hidden_BTH, mask_BT = (
-            self.model(**input_tensors).last_hidden_state.float(),
-            input_tensors["attention_mask"],
-        )
+        hidden_BTH = self.model(**input_tensors).last_hidden_state.float()
+        mask_BT = input_tensors["attention_mask"]
         if self.model.config.pooling == "mean":
             mask_BT1 = mask_BT.unsqueeze(-1).float()
             pooled_BH = (hidden_BTH * mask_BT1).sum(1) / mask_BT1.sum(1)

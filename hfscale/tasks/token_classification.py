@@ -196,10 +196,8 @@ class TokenClassification(Task):
         """
         words, _, places = _words(example)
         # also of a word that the tokenizer gives no token
-        tags, scores = (
-            [OUTSIDE] * len(words),
-            [1.0] * len(words),
-        )
+        tags = [OUTSIDE] * len(words)
+        scores = [1.0] * len(words)
         for output in outputs:
             for word, tag, score in zip(
                 output["words"], output["tags"], output["scores"], strict=True

@@ -64,31 +64,23 @@ def global_losses(
     """
     sums, weights = objective.take_sums(), objective.weights()
     names = sorted(sums)
-    by_source = dict(
-        zip(
-            names, sum_over_ranks(torch.stack([sums[name] for name in names])).tolist(), strict=True
-        )
-    )
+    totals_of_ranks = sum_over_ranks(torch.stack([sums[name] for name in names]))
+    by_source = dict(zip(names, totals_of_ranks.tolist(), strict=True))
     means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
     trained = [term for term in names if weights[term]]
     losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
     reported = objective.report(means)
     losses |= {term: reported[term] for term in names if not weights[term]}
-    losses |= {f"loss_{term}": means[term] for term in trained} if len(trained) > 1 else {}
+    if len(trained) > 1:
+        losses |= {f"loss_{term}": means[term] for term in trained}
 
-    def of_source(number: int) -> float | None:  # None: no row of it was in this step
-        asked = [term for term in trained if counts[f"{term}/{number}"]]
-        return (
-            sum(
-                weights[term] * by_source[term][number] / counts[f"{term}/{number}"]
-                for term in asked
-            )
-            if asked
-            else None
-        )
+    def of_source(number: int) -> float | None:
+        counted = {term: counts[f"{term}/{number}"] for term in trained}
+        asked = [term for term in trained if counted[term]]
+        if not asked:
+            return None  # no row of it was in this step
+        return sum(weights[term] * by_source[term][number] / counted[term] for term in asked)
 
-    return losses | (
-        {"source_loss": {source: of_source(number) for number, source in enumerate(sources)}}
-        if len(sources) > 1
-        else {}
-    )
+    if len(sources) > 1:
+        losses["source_loss"] = {name: of_source(number) for number, name in enumerate(sources)}
+    return losses

@@ -73,11 +73,9 @@ class TaskEvaluator:
         """Return the validation loss and metrics (all ranks together); the engine's mode is
         restored.
         """
-        task, counts, outputs = (
-            self._task,
-            dict.fromkeys(self._task.weights(), 0),
-            dict[int, dict[str, Any]](),
-        )
+        task = self._task
+        counts = dict.fromkeys(self._task.weights(), 0)
+        outputs = dict[int, dict[str, Any]]()
         with engine.eval_mode():
             for rows in self._rows:
                 batch = task.collate(rows)

@@ -147,10 +147,8 @@ def _before(
         return
     config = job.config
     # one that does not answer is none
-    cluster, submits = (
-        config.cluster,
-        here is None and asked is not None and not asked.returncode,
-    )
+    cluster = config.cluster
+    submits = here is None and asked is not None and not asked.returncode
     if here:
         yield _tried("allocation", lambda: slurm.differences(cluster, here))
     elif submits:
