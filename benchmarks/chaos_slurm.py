@@ -148,10 +148,29 @@ SCENARIOS = [
 ]
 
 
-def play(
-    scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: Path
-) -> dict[str, Any]:
-    """Return what one scenario gave."""
+def environment(scenario: Scenario, cluster: Cluster) -> dict[str, str]:
+    """Return the environment that a run is submitted with: it says what its ranks do to
+    themselves.
+    """
+    return cluster.env | {
+        "PYTHONPATH": f"{ROOT}/tests/launch/faults:{ROOT}",
+        "STEP_S": str(STEP_S),
+        "FAULT": scenario.fault,
+        "AT": str(AT),
+        "FAULT_NODE": scenario.node,
+    }
+
+
+def submit(
+    cluster: Cluster,
+    scenario: Scenario,
+    *,
+    name: str,
+    home: Path,
+    corpus: Path,
+    env: dict[str, str],
+) -> Run:
+    """Return the run, with AT steps logged."""
     fewest, _, nodes = scenario.nodes.rpartition("-")
     asks = {
         "nodes": int(nodes),
@@ -160,7 +179,6 @@ def play(
         "min_nodes": int(fewest) if fewest else None,
         "sbatch": {"oversubscribe": True, "mem": 100} | ({"exclude": "n3,n4"} if fewest else {}),
     }
-    name = f"run-{number}"
     values = run_values(
         corpus,
         home,
@@ -170,46 +188,77 @@ def play(
         model=MODEL,
         train={"steps": STEPS, "global_batch": 16, "micro_batch": 4, "hang_timeout_s": 5},
     )
-    (home / f"{name}.yaml").write_text(yaml.safe_dump(values))
-    env = cluster.env | {
-        "PYTHONPATH": f"{ROOT}/tests/launch/faults:{ROOT}",
-        "STEP_S": str(STEP_S),
-        "FAULT": scenario.fault,
-        "AT": str(AT),
-        "FAULT_NODE": scenario.node,
-    }
-    job = (
-        hfscale("pretrain", home / f"{name}.yaml", "--launcher", "slurm", env=env)
-        .stdout.split()[1]
-        .rstrip(":")
-    )
-    run = Run(cluster, home / name, job, corpus / "shards" / "train")
+    file = home / f"{name}.yaml"
+    file.write_text(yaml.safe_dump(values))
+    said = hfscale("pretrain", file, "--launcher", "slurm", env=env).stdout
+    run = Run(cluster, home / name, said.split()[1].rstrip(":"), corpus / "shards" / "train")
     wait_for(
         lambda: len(run.records()) >= AT,
         timeout_s=120,
         every_s=0.05,
-        what=lambda: cluster.output(job),
+        what=lambda: cluster.output(run.job),
     )
-    there, began, mend = list(cluster.processes(job)), time.monotonic(), None
-    if scenario.act:
-        mend = scenario.act(run)
-    found: dict[str, Any] = {"name": scenario.name}
-    if scenario.restarts:
-        wait_for(lambda: not any(map(alive, there)), timeout_s=180, every_s=0.05, what=run.log)
-        found["released_s"] = time.monotonic() - began
-    if scenario.ends is None and scenario.restarts:
+    return run
+
+
+def times(scenario: Scenario, run: Run, *, there: list[int], began: float) -> dict[str, float]:
+    """Return the seconds since ``began`` until the processes are gone that were ``there``, and
+    until the next attempt has logged a step; only what the scenario lets happen.
+    """
+    found: dict[str, float] = {}
+    if not scenario.restarts:
+        return found
+    wait_for(lambda: not any(map(alive, there)), timeout_s=180, every_s=0.05, what=run.log)
+    found["released_s"] = time.monotonic() - began
+    if scenario.ends is None:
         wait_for(
             lambda: run.attempt() > 1,
             timeout_s=240,
             every_s=0.05,
-            what=lambda: f"{run.log()}\n{cluster.output(job)}",
+            what=lambda: f"{run.log()}\n{run.cluster.output(run.job)}",
         )
         found["back_s"] = time.monotonic() - began
+    return found
+
+
+def last_job(run: Run) -> tuple[str, str]:
+    """Return the job that no other followed, and the state it ended in."""
     while True:
         job = run.newest()
-        state = cluster.wait(job, timeout_s=300)
+        state = run.cluster.wait(job, timeout_s=300)
         if run.newest() == job:
-            break
+            return job, state
+
+
+def lost_steps(run: Run) -> int:
+    """Return the most steps that an attempt made and the next one made again."""
+    lost = [
+        run.steps(attempt)[-1] - run.steps(attempt + 1)[0] + 1
+        for attempt in range(1, run.attempt())
+    ]
+    return max(lost, default=0)
+
+
+def difference(scenario: Scenario, run: Run) -> float:
+    """Return the largest difference to a loss of the undisturbed run, which is the first that is
+    asked about.
+    """
+    told = {record["step"]: record["loss"] for record in run.records()}
+    known = last_losses.setdefault("undisturbed", told if scenario.name == "undisturbed" else {})
+    return max((abs(told[step] - known[step]) if step in told else 99.0) for step in known)
+
+
+def play(
+    scenario: Scenario, number: int, cluster: Cluster, home: Path, corpus: Path
+) -> dict[str, Any]:
+    """Return what one scenario gave."""
+    env = environment(scenario, cluster)
+    run = submit(cluster, scenario, name=f"run-{number}", home=home, corpus=corpus, env=env)
+    there, began, mend = list(cluster.processes(run.job)), time.monotonic(), None
+    if scenario.act:
+        mend = scenario.act(run)
+    found: dict[str, Any] = {"name": scenario.name} | times(scenario, run, there=there, began=began)
+    job, state = last_job(run)
     if scenario.ends is not None:
         assert cluster.job(job)["ExitCode"] == f"{scenario.ends}:0", (
             scenario.name,
@@ -222,20 +271,15 @@ def play(
         found["ended"] = scenario.ends
         hfscale("pretrain", run.folder, "--launcher", "slurm", env=env | {"FAULT": ""})
         state = cluster.wait(run.newest(), timeout_s=300)
-    told = {record["step"]: record["loss"] for record in run.records()}
-    lost = [
-        run.steps(attempt)[-1] - run.steps(attempt + 1)[0] + 1
-        for attempt in range(1, run.attempt())
-    ]
-    known = last_losses.setdefault("undisturbed", told if scenario.name == "undisturbed" else {})
-    apart = max((abs(told[step] - known[step]) if step in told else 99.0) for step in known)
+    lost, apart = lost_steps(run), difference(scenario, run)
+    on_fewer = "-" in scenario.nodes
     return found | {
         "state": state,
-        "lost": max(lost, default=0),
+        "lost": lost,
         "restarts": run.attempt() - 1,
         "said": scenario.says in run.log(),
         "apart": apart,
-        "recovered": state == "COMPLETED" and apart <= (CLOSE if fewest else 0.0),
+        "recovered": state == "COMPLETED" and apart <= (CLOSE if on_fewer else 0.0),
         "nodes": cluster.job(run.newest())["NodeList"],
     }
 
@@ -250,27 +294,32 @@ def alive(pid: int) -> bool:
         return False
 
 
+def line_of(one: dict[str, Any]) -> list[object]:
+    """Return a scenario's line of the table."""
+    seconds = {key: f"{one[key]:.1f}" for key in ("released_s", "back_s") if key in one}
+    return [
+        one["name"],
+        seconds.get("released_s", ""),
+        one.get("ended", ""),
+        seconds.get("back_s", ""),
+        one["lost"],
+        one["restarts"],
+        one["nodes"],
+        yes_or_no(one["said"]),
+        f"{one['apart']:.0e}" if one["apart"] else "0",
+        yes_or_no(one["recovered"]),
+    ]
+
+
+def yes_or_no(good: bool) -> str:
+    """Return the word, in capitals where it is not good."""
+    return "yes" if good else "NO"
+
+
 def report(found: list[dict[str, Any]]) -> str:
     """Return the section of RESULTS.md."""
-    rows = [
-        [
-            one["name"],
-            "" if "released_s" not in one else f"{one['released_s']:.1f}",
-            one.get("ended", ""),
-            "" if "back_s" not in one else f"{one['back_s']:.1f}",
-            one["lost"],
-            one["restarts"],
-            one["nodes"],
-            "yes" if one["said"] else "NO",
-            f"{one['apart']:.0e}" if one["apart"] else "0",
-            "yes" if one["recovered"] else "NO",
-        ]
-        for one in found
-    ]
-    slowest, most = (
-        max(one.get("released_s", 0.0) for one in found),
-        max(one["lost"] for one in found),
-    )
+    slowest = max(one.get("released_s", 0.0) for one in found)
+    most = max(one["lost"] for one in found)
     recovered = sum(bool(one["recovered"]) for one in found)
     slurm = subprocess.run(["slurmctld", "-V"], capture_output=True, text=True).stdout.split()[-1]
     return "\n\n".join(
@@ -292,7 +341,7 @@ def report(found: list[dict[str, Any]]) -> str:
                     "apart",
                     "recovered",
                 ],
-                rows,
+                [line_of(one) for one in found],
             ),
             f"Longest until nothing of the attempt was left: {slowest:.1f} s, "
             f"{verdict(slowest, at_most=LIMIT_S)}. Most steps lost: {most}, "

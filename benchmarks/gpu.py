@@ -183,24 +183,25 @@ def rows_of(
     for candidate, turns in taken.items():
         seconds = [turn.step_s for turn in turns]
         tokens_per_s = work.tokens_per_step / median(seconds)
+        mfu = f"{tokens_per_s * flops / peak:.1%}" if peak else ""
+        slower = "" if candidate == OURS else f"{ratio(seconds, ours):.3f}"
         lines.append(
             [
                 name,
                 "yes" if work.compile else "no",
                 candidate,
                 f"{tokens_per_s:,.0f}",
-                f"{tokens_per_s * flops / peak:.1%}" if peak else "",
+                mfu,
                 spread([1e3 * s for s in seconds], form="{:.1f}"),
-                "" if candidate == OURS else f"{ratio(seconds, ours):.3f}",
+                slower,
                 f"{losses[candidate]:.3f}",
             ]
         )
     return lines
 
 
-def main() -> None:
-    from hfscale.models.flops import peak_flops
-
+def options() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -216,7 +217,16 @@ def main() -> None:
         type=Path,
         help="write the table to this file, after each model, and not into RESULTS.md",
     )
-    asked = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, and write the sections ``gpu_isolation`` and ``gpu`` of RESULTS.md, or the
+    file that is asked for.
+    """
+    from hfscale.models.flops import peak_flops
+
+    asked = options()
     end_with_jobs()
     if not (asked.tiny or torch.cuda.is_available()):
         raise SystemExit("there is no GPU here; `--tiny` runs the same code on a CPU")

@@ -14,6 +14,7 @@ import argparse
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,6 +47,16 @@ MODELS = {
         "max_position_embeddings": 2048,
     },
 }
+HEADER = [
+    "model",
+    "dtype",
+    "seq_len",
+    "ms a step, cross_document true",
+    "false",
+    "false / true",
+    "of it the mask, ms",
+    "share",
+]
 
 
 def make_rows(seq_len: int) -> Rows:
@@ -91,11 +102,34 @@ def mask_s(
 ) -> float:
     """Return the median seconds that the masks of a batch take."""
     taken = []
+    config: Any = model.config
     for _ in range(turns):
         began = time.perf_counter()
-        attention_masks(documents_BT, dtype=dtype, config=model.config, causal=True)  # type: ignore[arg-type]
+        attention_masks(documents_BT, dtype=dtype, config=config, causal=True)
         taken.append(time.perf_counter() - began)
     return median(taken)
+
+
+def line_of(model: torch.nn.Module, seq_len: int, *, dtype: torch.dtype, turns: int) -> list[str]:
+    """Return the table's cells of one length: steps that cross documents, steps that keep them
+    apart, and the mask alone.
+    """
+    rows = make_rows(seq_len)
+    steps = {
+        "crossing": stepper(model, rows, cross_document=True),
+        "apart": stepper(model, rows, cross_document=False),
+    }
+    taken = interleaved(steps, repeats=turns, warm=2)
+    assert rows.document_ids_BL is not None
+    alone_s = mask_s(model, rows.document_ids_BL[:, :-1], dtype=dtype, turns=3 * turns)
+    crossing_ms, apart_ms = ([1e3 * seconds for seconds in taken[name]] for name in steps)
+    return [
+        spread(crossing_ms, form="{:.0f}"),
+        spread(apart_ms, form="{:.0f}"),
+        f"{ratio(apart_ms, crossing_ms):.2f}",
+        f"{1e3 * alone_s:.1f}",
+        f"{1e3 * alone_s / median(apart_ms):.1%}",
+    ]
 
 
 def main() -> None:
@@ -110,9 +144,8 @@ def main() -> None:
     where, lines = machine("torch", "transformers"), []
     for name, shape in MODELS.items():
         for dtype in (torch.float32, torch.bfloat16):
-            section = Model(architecture=name, config=shape)
             model = build_model(
-                section,
+                Model(architecture=name, config=shape),
                 auto_model="AutoModelForCausalLM",
                 vocab_size=VOCAB,
                 seq_len=max(LENGTHS),
@@ -120,47 +153,14 @@ def main() -> None:
                 dtype=dtype,
             )
             for seq_len in LENGTHS:
-                rows = make_rows(seq_len)
-                steps = {
-                    which: stepper(model, rows, cross_document=which == "crossing")
-                    for which in ("crossing", "apart")
-                }
-                taken = interleaved(steps, repeats=asked.turns, warm=2)
-                assert rows.document_ids_BL is not None
-                alone = mask_s(
-                    model, rows.document_ids_BL[:, :-1], dtype=dtype, turns=3 * asked.turns
-                )
-                ms = {
-                    which: [1e3 * seconds for seconds in values] for which, values in taken.items()
-                }
-                lines.append(
-                    [
-                        name,
-                        str(dtype).removeprefix("torch."),
-                        seq_len,
-                        spread(ms["crossing"], form="{:.0f}"),
-                        spread(ms["apart"], form="{:.0f}"),
-                        f"{ratio(ms['apart'], ms['crossing']):.2f}",
-                        f"{1e3 * alone:.1f}",
-                        f"{1e3 * alone / median(ms['apart']):.1%}",
-                    ]
-                )
-    header = [
-        "model",
-        "dtype",
-        "seq_len",
-        "ms a step, cross_document true",
-        "false",
-        "false / true",
-        "of it the mask, ms",
-        "share",
-    ]
+                cells = line_of(model, seq_len, dtype=dtype, turns=asked.turns)
+                lines.append([name, str(dtype).removeprefix("torch."), seq_len, *cells])
     record(
         "masks",
         f"""{where} {asked.threads} threads, sdpa, {TOKENS:,} tokens a step, 4 layers of width 256,
 vocabulary {VOCAB}; medians (quartiles) of {asked.turns} turns.
 
-{table(header, lines)}
+{table(HEADER, lines)}
 
 The mask is made once a batch for all layers. The rest of the cost is that sdpa skips half of the
 scores where it is told `is_causal`, and none where it is given a mask; in wider models it is a

@@ -16,10 +16,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -33,6 +34,13 @@ from tests.helpers.orders import order_of
 
 BATCH, SEQ, SHARDS, SHARD_TOKENS = 64, 1024, 32, 2**21
 LOCAL = "local folder"
+HEADER = [
+    "shards from",
+    "M tokens/s",
+    "of the local folder",
+    "waited for data",
+    "s to the first batch",
+]
 
 
 def make_corpus(folder: Path) -> Manifest:
@@ -104,6 +112,80 @@ def serve(folder: Path, bytes_a_second: float) -> tuple[subprocess.Popen[str], s
     return process, f"http://127.0.0.1:{process.stdout.readline().strip()}"
 
 
+class Case(NamedTuple):
+    """How a run gets its shards."""
+
+    bytes_a_second: float | None  # of the server: 0 is as many as it can, None is no server
+    cache_gb: float
+
+
+def cases_of(needed: float, shard_bytes: int) -> dict[str, Case]:
+    """Return the cases, where training reads ``needed`` bytes a second; the local folder first."""
+    return {
+        LOCAL: Case(None, 0),
+        "HTTP, as fast as it goes": Case(0, 10),
+        "HTTP at 10 x what training reads": Case(10 * needed, 10),
+        "the same, cache of 8 shards": Case(10 * needed, 8 * 1.02 * shard_bytes / 1e9),
+        "HTTP at 0.5 x: nothing can keep ahead": Case(needed / 2, 10),
+    }
+
+
+@dataclass
+class Taken:
+    """What the turns of each case took."""
+
+    speeds: dict[str, list[float]]  # tokens/s
+    first_s: dict[str, list[float]]  # to the first batch
+    waits: dict[str, list[float]]  # the share of time waited
+
+
+def measure(folder: str, cases: dict[str, Case], *, steps: int, turns: int) -> Taken:
+    """Return what the cases took, measured in turns; their servers run all the while."""
+    servers = list[subprocess.Popen[str]]()
+    first_s: dict[str, list[float]] = {case: [] for case in cases}
+    waits: dict[str, list[float]] = {case: [] for case in cases}
+    runs = {}
+    try:
+        for case, (bytes_a_second, cache_gb) in cases.items():
+            place = folder
+            if bytes_a_second is not None:
+                server, place = serve(Path(folder), bytes_a_second)
+                servers.append(server)
+            runs[case] = partial(
+                run,
+                place,
+                steps=steps,
+                first=first_s[case],
+                waits=waits[case],
+                size_gb=cache_gb,
+            )
+        return Taken(interleaved(runs, repeats=turns), first_s, waits)
+    finally:
+        for server in servers:
+            server.kill()
+
+
+def report(taken: Taken) -> str:
+    """Return the table, and whether the cache kept ahead where it can."""
+    local = taken.speeds[LOCAL]
+    reached = {case: ratio(speeds, local) for case, speeds in taken.speeds.items()}
+    lines = [
+        [
+            case,
+            spread([speed / 1e6 for speed in speeds]),
+            f"{reached[case]:.3f}",
+            f"{100 * median(taken.waits[case]):.1f} %",
+            f"{median(taken.first_s[case]):.2f}",
+        ]
+        for case, speeds in taken.speeds.items()
+    ]
+    kept = "; ".join(
+        f"{case}: {reached[case]:.3f}, {verdict(reached[case], at_least=0.97)}"
+        for case in list(reached)[1:4]
+    )
+    return f"{table(HEADER, lines)}\n\nWhere the cache keeps ahead, of the local speed: {kept}."
+
+
 def main() -> None:
     """Measure, and write the section."""
     parser = argparse.ArgumentParser(
@@ -112,79 +194,20 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--steps", type=int, default=300)
     asked = parser.parse_args()
-    where, servers = machine("numpy", "fsspec", "aiohttp"), list[subprocess.Popen[str]]()
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        entry = make_corpus(folder).shards[0]
-        needed = run(name, steps=100, first=[], waits=[]) * 2  # bytes a second that training reads
-        cases: dict[str, tuple[float | None, float]] = {
-            LOCAL: (None, 0),
-            "HTTP, as fast as it goes": (0, 10),
-            "HTTP at 10 x what training reads": (10 * needed, 10),
-            "the same, cache of 8 shards": (10 * needed, 8 * 1.02 * entry.bytes / 1e9),
-            "HTTP at 0.5 x: nothing can keep ahead": (needed / 2, 10),
-        }
-        first, waits = (
-            {case: list[float]() for case in cases},
-            {case: list[float]() for case in cases},
-        )
-        runs = {}
-        try:
-            for case, (rate, size_gb) in cases.items():
-                place = name
-                if rate is not None:
-                    server, place = serve(folder, rate)
-                    servers.append(server)
-                runs[case] = partial(
-                    run,
-                    place,
-                    steps=asked.steps,
-                    first=first[case],
-                    waits=waits[case],
-                    size_gb=size_gb,
-                )
-            speeds = interleaved(runs, repeats=asked.turns)
-        finally:
-            for server in servers:
-                server.kill()
-    lines = [
-        [
-            case,
-            spread([speed / 1e6 for speed in speeds[case]]),
-            f"{ratio(speeds[case], speeds[LOCAL]):.3f}",
-            f"{100 * median(waits[case]):.1f} %",
-            f"{median(first[case]):.2f}",
-        ]
-        for case in cases
-    ]
-    keeps = {case: ratio(speeds[case], speeds[LOCAL]) for case in list(cases)[1:4]}
+    where = machine("numpy", "fsspec", "aiohttp")
+    with tempfile.TemporaryDirectory() as folder:
+        shard_bytes = make_corpus(Path(folder)).shards[0].bytes
+        # bytes a second that training reads
+        needed = run(folder, steps=100, first=[], waits=[]) * 2
+        cases = cases_of(needed, shard_bytes)
+        taken = measure(folder, cases, steps=asked.steps, turns=asked.turns)
     record(
         "remote",
-        "\n\n".join(
-            [
-                f"{where}\n`python -m benchmarks.remote`: {SHARDS} shards of "
-                f"{entry.bytes / 1e6:.1f} MB over HTTP on the loopback; {asked.steps} "
-                f"steps of {BATCH} x {SEQ} tokens with about 20 ms of matrix products each, "
-                f"{asked.turns} turns, an empty cache in each. Training "
-                f"reads {needed / 1e6:.1f} MB/s.",
-                table(
-                    [
-                        "shards from",
-                        "M tokens/s",
-                        "of the local folder",
-                        "waited for data",
-                        "s to the first batch",
-                    ],
-                    lines,
-                ),
-                "Where the cache keeps ahead, of the local speed: "
-                + "; ".join(
-                    f"{case}: {value:.3f}, {verdict(value, at_least=0.97)}"
-                    for case, value in keeps.items()
-                )
-                + ".",
-            ]
-        ),
+        f"{where}\n`python -m benchmarks.remote`: {SHARDS} shards of "
+        f"{shard_bytes / 1e6:.1f} MB over HTTP on the loopback; {asked.steps} "
+        f"steps of {BATCH} x {SEQ} tokens with about 20 ms of matrix products each, "
+        f"{asked.turns} turns, an empty cache in each. Training "
+        f"reads {needed / 1e6:.1f} MB/s.\n\n{report(taken)}",
     )
 
 

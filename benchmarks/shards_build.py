@@ -50,18 +50,24 @@ def make_text(folder: Path, size: int) -> list[str]:
     return texts
 
 
-def main() -> None:
+def options() -> argparse.Namespace:
+    """Return what the command line asks for."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--mb", type=float, default=64)
     parser.add_argument("--turns", type=int, default=5)
     parser.add_argument("--vocab", type=int, default=32768)
-    options = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    """Measure, print, and write the section ``shards_build`` of RESULTS.md."""
+    asked = options()
     about = machine("tokenizers", "webdataset")
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
-        texts = make_text(folder / "text", int(options.mb * 1e6))
+        texts = make_text(folder / "text", int(asked.mb * 1e6))
         megabytes = sum(len(text.encode()) for text in texts) / 1e6
         numbers = count()
 
@@ -72,7 +78,7 @@ def main() -> None:
                     "shards": {"path": str(folder / f"shards-{next(numbers)}")},
                     "tokenizer": {
                         "path": str(folder / "tokenizer"),
-                        "vocab_size": options.vocab,
+                        "vocab_size": asked.vocab,
                         "max_documents": 1500,
                     },
                 }
@@ -96,7 +102,7 @@ def main() -> None:
             shutil.rmtree(settings.shards.path)
             return megabytes / took
 
-        speeds = interleaved({PEER: peer, OURS: ours}, repeats=options.turns)
+        speeds = interleaved({PEER: peer, OURS: ours}, repeats=asked.turns)
     share = ratio(speeds[OURS], speeds[PEER])
     rows = [
         [PEER, spread(speeds[PEER]), "1.00", ""],
@@ -104,11 +110,11 @@ def main() -> None:
     ]
     what = (
         f"{megabytes:.0f} MB of Python source in {len(texts):,} files, byte-level BPE of "
-        f"{options.vocab:,} tokens"
+        f"{asked.vocab:,} tokens"
     )
     record(
         "shards_build",
-        f"{about} {what}. MB of text a second, median (quartiles) of {options.turns} turns.\n\n"
+        f"{about} {what}. MB of text a second, median (quartiles) of {asked.turns} turns.\n\n"
         + table(["", "MB/s", "ratio", "target"], rows),
     )
 

@@ -45,16 +45,8 @@ def make_tars(folder: Path, texts: list[str]) -> None:
             str(folder / kind / "raw-%06d.tar"), maxsize=16e6, verbose=0
         ) as tars:
             for k, text in enumerate(texts):
-                tars.write(
-                    {
-                        "__key__": f"{k:08}",
-                        **(
-                            {"txt": text}
-                            if kind == "txt"
-                            else {"json": {"url": "none", "text": text}}
-                        ),
-                    }
-                )
+                content = text if kind == "txt" else {"url": "none", "text": text}
+                tars.write({"__key__": f"{k:08}", kind: content})
         index_tars(
             sorted((folder / kind).glob("*.tar")), folder=folder / kind, field=field, threads=4
         )
@@ -97,11 +89,8 @@ def alone(tokenizer_json: str, texts: list[str], procs: int) -> Callable[[], flo
         with context.Pool(procs, start_peer, (tokenizer_json, shares)) as pool:
             pool.map(time.sleep, [1.0] * procs, chunksize=1)  # all have their texts
             done = pool.map(run_peer, [time.time() + 0.5] * procs, chunksize=1)
-        return (
-            sum(tokens for tokens, _, _ in done)
-            / (max(end for *_, end in done) - min(began for _, began, _ in done))
-            / 1e6
-        )
+        seconds = max(end for *_, end in done) - min(began for _, began, _ in done)
+        return sum(tokens for tokens, _, _ in done) / seconds / 1e6
 
     return measure
 
@@ -139,6 +128,80 @@ def open_stream(folder: Path, kind: str, tokenizer: Any, procs: int, state: Any 
     return Stream(rows, order, global_batch=BATCH, micro_batch=32, place=Place(), state=position)
 
 
+class Ours:
+    """A stream over tars, measured for as many tokens as the peer makes of their texts."""
+
+    def __init__(self, folder: Path, tokenizer: Any, texts: list[str], *, cores: int) -> None:
+        encodings = tokenizer.backend_tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+        self.tokens = sum(len(encoding.ids) for encoding in encodings)
+        self.firsts_s: list[float] = []  # from a config to the first batch
+        self.memory_mib: list[float] = []  # of a tokenizing process
+        self._folder, self._tokenizer, self._cores = folder, tokenizer, cores
+
+    def speed(self, kind: str, procs: int) -> float:
+        """Return M tokens/s, and note the rest."""
+        began = time.perf_counter()
+        stream = open_stream(self._folder, kind, self._tokenizer, procs)
+        stream.take()
+        self.firsts_s.append(time.perf_counter() - began)
+        for _ in range(WARM_STEPS):
+            stream.advance()
+            stream.take()
+        steps, began = self.tokens // (BATCH * SEQ), time.perf_counter()
+        for _ in range(steps):
+            stream.advance()
+            stream.take()
+        speed = steps * BATCH * SEQ / (time.perf_counter() - began) / 1e6
+        self.memory_mib.append(mib_of_a_child())
+        stream.close()
+        return speed
+
+    def resume_s(self, epochs: float) -> float:
+        """Return the seconds from a state at so many epochs to the first batch."""
+        stream = open_stream(self._folder, "txt", self._tokenizer, self._cores)
+        while stream.epochs()["epoch"] < epochs:
+            stream.take()
+            stream.advance()
+        state = json.loads(json.dumps(stream.state().to_dict()))
+        stream.close()
+        time.sleep(1)
+        began = time.perf_counter()
+        stream = open_stream(self._folder, "txt", self._tokenizer, self._cores, state)
+        stream.take()
+        seconds = time.perf_counter() - began
+        stream.close()
+        return seconds
+
+
+def mib_of_a_child() -> float:
+    """Return the memory of a process that this one started, on average."""
+    import psutil
+
+    children = psutil.Process().children(recursive=True)
+    return sum(child.memory_info().rss for child in children) / max(1, len(children)) / 2**20
+
+
+def make_tokenizer(folder: Path) -> Any:
+    """Return the tokenizer of ``folder/tokenizer``, trained on ``folder/text``."""
+    from hfscale.config.corpus import CorpusConfig
+    from hfscale.corpus.tokenizer_training import train_tokenizer
+    from hfscale.tokenizer import load_tokenizer
+
+    config = CorpusConfig.model_validate(
+        {
+            "source": {"path": str(folder / "text")},
+            "shards": {"path": str(folder / "none")},
+            "tokenizer": {
+                "path": str(folder / "tokenizer"),
+                "vocab_size": 32768,
+                "max_documents": 1500,
+            },
+        }
+    )
+    train_tokenizer(config)
+    return load_tokenizer(folder / "tokenizer")
+
+
 def main() -> None:
     """Measure, print, and write the section ``stream_text`` of RESULTS.md."""
     parser = argparse.ArgumentParser(
@@ -147,105 +210,33 @@ def main() -> None:
     parser.add_argument("--mb", type=float, default=64)
     parser.add_argument("--turns", type=int, default=5)
     options = parser.parse_args()
-    import psutil
-
+    # not at the top: every tokenizing process imports this module
     from benchmarks.shards_build import make_text
-    from hfscale.config.corpus import CorpusConfig
-    from hfscale.corpus.tokenizer_training import train_tokenizer
-    from hfscale.tokenizer import load_tokenizer
 
     about, cores = machine("tokenizers", "webdataset"), len(os.sched_getaffinity(0))
+    counts = sorted({max(1, cores // 2), cores})
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         texts = make_text(folder / "text", int(options.mb * 1e6))
-        train_tokenizer(
-            CorpusConfig.model_validate(
-                {
-                    "source": {"path": str(folder / "text")},
-                    "shards": {"path": str(folder / "none")},
-                    "tokenizer": {
-                        "path": str(folder / "tokenizer"),
-                        "vocab_size": 32768,
-                        "max_documents": 1500,
-                    },
-                }
-            )
-        )
+        tokenizer = make_tokenizer(folder)
         make_tars(folder, texts)
-        tokenizer = load_tokenizer(folder / "tokenizer")
         tokenizer_json = tokenizer.backend_tokenizer.to_str()
-        tokens = sum(
-            len(encoding.ids)
-            for encoding in tokenizer.backend_tokenizer.encode_batch_fast(
-                texts, add_special_tokens=False
-            )
-        )
-        firsts: list[float] = []
-        memory: list[float] = []
-
-        def ours(kind: str, procs: int) -> float:
-            began = time.perf_counter()
-            stream = open_stream(folder, kind, tokenizer, procs)
-            stream.take()
-            firsts.append(time.perf_counter() - began)
-            for _ in range(WARM_STEPS):
-                stream.advance()
-                stream.take()
-            steps, began = tokens // (BATCH * SEQ), time.perf_counter()
-            for _ in range(steps):
-                stream.advance()
-                stream.take()
-            speed = steps * BATCH * SEQ / (time.perf_counter() - began) / 1e6
-            children = psutil.Process().children(recursive=True)
-            memory.append(
-                sum(child.memory_info().rss for child in children) / max(1, len(children)) / 2**20
-            )
-            stream.close()
-            return speed
-
-        def resume(epochs: float) -> float:
-            stream = open_stream(folder, "txt", tokenizer, cores)
-            while stream.epochs()["epoch"] < epochs:
-                stream.take()
-                stream.advance()
-            state = json.loads(json.dumps(stream.state().to_dict()))
-            stream.close()
-            time.sleep(1)
-            began = time.perf_counter()
-            stream = open_stream(folder, "txt", tokenizer, cores, state)
-            stream.take()
-            seconds = time.perf_counter() - began
-            stream.close()
-            return seconds
-
+        ours = Ours(folder, tokenizer, texts, cores=cores)
         candidates: dict[str, Callable[[], float]] = {}
-        counts = sorted({max(1, cores // 2), cores})
         for procs in counts:
             candidates[f"alone {procs}"] = alone(tokenizer_json, texts, procs)
             for kind in FIELDS:
-                candidates[f"{kind} {procs}"] = partial(ours, kind, procs)
+                candidates[f"{kind} {procs}"] = partial(ours.speed, kind, procs)
         speeds = interleaved(candidates, repeats=options.turns, warm=1)
-        resumes = interleaved(
-            {f"{place:g}": partial(resume, place) for place in (0.1, 0.9)}, repeats=3
-        )
-
-    record(
-        "stream_text",
-        "\n\n".join(
-            [
-                f"{about} {tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, "
-                f"median (quartiles) of {options.turns} turns.",
-                beside_the_peer(speeds, counts),
-                f"From a config to the first batch of {BATCH} x {SEQ}: "
-                f"{spread(firsts, form='{:.2f}')} s; from a checkpoint's state "
-                + ", ".join(
-                    f"{median(seconds):.2f} s at {place} epochs"
-                    for place, seconds in resumes.items()
-                )
-                + f". A tokenizing process holds {median(memory):.0f} MiB.",
-            ]
-        ),
-    )
+        places = {f"{place:g}": partial(ours.resume_s, place) for place in (0.1, 0.9)}
+        resumes_s = interleaved(places, repeats=3)
+    paragraphs = [
+        f"{about} {ours.tokens / 1e6:.0f} M tokens of Python source a turn. M tokens/s, "
+        f"median (quartiles) of {options.turns} turns.",
+        beside_the_peer(speeds, counts),
+        to_the_first_batch(ours, resumes_s),
+    ]
+    record("stream_text", "\n\n".join(paragraphs))
 
 
 def beside_the_peer(speeds: dict[str, list[float]], counts: list[int]) -> str:
@@ -268,6 +259,18 @@ def beside_the_peer(speeds: dict[str, list[float]], counts: list[int]) -> str:
                 ]
             )
     return table(["processes", "", "M tokens/s", "ratio", "target"], lines)
+
+
+def to_the_first_batch(ours: Ours, resumes_s: dict[str, list[float]]) -> str:
+    """Return how long it takes, from a config and from a state, and what the processes hold."""
+    resumes = ", ".join(
+        f"{median(seconds):.2f} s at {place} epochs" for place, seconds in resumes_s.items()
+    )
+    return (
+        f"From a config to the first batch of {BATCH} x {SEQ}: "
+        f"{spread(ours.firsts_s, form='{:.2f}')} s; from a checkpoint's state {resumes}"
+        f". A tokenizing process holds {median(ours.memory_mib):.0f} MiB."
+    )
 
 
 if __name__ == "__main__":
