@@ -14,6 +14,7 @@ import shutil
 import tempfile
 import threading
 import time
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -116,12 +117,8 @@ def measured(forks: Forks, world_size: int, *case: Any) -> tuple[float, float]:
 
     def look() -> None:
         while not done.is_set():
-            most[0] = max(
-                [
-                    most[0],
-                    *(anonymous_kib(pid) - kib for pid, kib in zip(pids, before, strict=True)),
-                ]
-            )
+            for pid, kib in zip(pids, before, strict=True):
+                most[0] = max(most[0], anonymous_kib(pid) - kib)
             time.sleep(0.002)
 
     looking = threading.Thread(target=look)
@@ -144,82 +141,83 @@ def read_s(folder: Path) -> float:
     return time.perf_counter() - began
 
 
+@dataclass
+class Findings:
+    """What all loads came to: rows of the table, and what is said below it."""
+
+    rows: list[list[object]] = field(default_factory=list)
+    wrong: int = 0  # loads after which weights or moments have other digests
+    worst_mib: float = 0.0  # beside the state, of a rank
+    size: int = 0  # bytes of a checkpoint
+
+
+def target_of(number: int, world_size: int) -> tuple[int, str, str]:
+    """Return the engine that loads what the engine ``number`` saved.
+
+    In turns over the engines, each size at another stage than it was saved, and back.
+    """
+    onward = 2 if world_size % 2 else world_size
+    return ENGINES[(number + onward) % len(ENGINES)]
+
+
+def named(*words: str, offload: str) -> str:
+    """Return an engine in words."""
+    return ", ".join([*words, "offload"] if offload != "none" else words)
+
+
+def sweep(forks: Forks, home: Path, number: int, findings: Findings) -> None:
+    """Save with the engine ``number``, load that at all sizes, and put down what was found."""
+    stage, precision, offload = ENGINES[number]
+    folder, again = home / str(number), home / "again"
+    forks.run(save, WRITERS, str(folder), stage, precision, offload)
+    checkpoint = folder / "step-00000001"
+    expected = digests(checkpoint)
+    files = [file for file in checkpoint.rglob("*") if file.is_file()]
+    findings.size = sum(file.stat().st_size for file in files)
+    base = [read_s(checkpoint) for _ in range(TURNS)]
+    saved_at = named(f"ZeRO {stage}", precision, offload=offload)
+    for world_size in READERS:
+        stage_to, _, offload_to = target_of(number, world_size)
+        case = (str(folder), stage_to, precision, offload_to)
+        taken = []
+        for turn in range(TURNS):
+            kept = None if turn else str(again)
+            taken.append(measured(forks, world_size, *case, kept))
+        findings.wrong += digests(again / checkpoint.name) != expected
+        shutil.rmtree(again)
+        extra_mib = max(mib for _, mib in taken)
+        findings.worst_mib = max(findings.worst_mib, extra_mib)
+        load_s = spread([seconds for seconds, _ in taken])
+        loaded_at = named(f"ZeRO {stage_to}", offload=offload_to)
+        row = [saved_at, world_size, loaded_at, load_s, spread(base), f"{extra_mib:.0f}"]
+        findings.rows.append(row)
+        print(*row, sep="  ", flush=True)
+
+
+def report(findings: Findings) -> str:
+    """Return the section of RESULTS.md."""
+    size, worst_mib, wrong = findings.size, findings.worst_mib, findings.wrong
+    header = ["saved at", "ranks", "loaded at", "load, s (quartiles)", "read and hash, s"]
+    return (
+        f"{machine('torch', 'deepspeed')} GPT-2 of width {WIDTH} and {LAYERS} layers, "
+        f"{size / 2**20:.0f} MiB a checkpoint, saved on "
+        f"{WRITERS} ranks; {TURNS} loads each, verification included. Beside it, "
+        "reading and hashing the files in one process.\n\n"
+        f"{table([*header, 'MiB beside the state'], findings.rows)}\n\n"
+        "Loads after which weights or moments, saved again, have other digests: "
+        f"{wrong}, {verdict(wrong, at_most=0)}. Most memory of a "
+        f"rank beside the state: {worst_mib:.0f} MiB, {worst_mib * 2**20 / size:.2f} of a "
+        "checkpoint."
+    )
+
+
 def main() -> None:
     """Measure and record."""
-    rows, wrong, worst, size = [], 0, 0.0, 0
+    findings = Findings()
     with tempfile.TemporaryDirectory() as home, Forks(Path(home) / "errors") as forks:
-        for number, (stage, precision, offload) in enumerate(ENGINES):
-            folder = Path(home) / str(number)
-            forks.run(save, WRITERS, str(folder), stage, precision, offload)
-            checkpoint = folder / "step-00000001"
-            expected, size = (
-                digests(checkpoint),
-                sum(file.stat().st_size for file in checkpoint.rglob("*") if file.is_file()),
-            )
-            target, base = (
-                ENGINES[(number + 2) % len(ENGINES)],
-                [read_s(checkpoint) for _ in range(TURNS)],
-            )
-            for world_size in READERS:
-                # in turns over the engines that load, each size at another stage than it was saved,
-                # and back
-                stage_to, _, offload_to = (
-                    target if world_size % 2 else ENGINES[(number + world_size) % len(ENGINES)]
-                )
-                again = Path(home) / "again"
-                taken = [
-                    measured(
-                        forks,
-                        world_size,
-                        str(folder),
-                        stage_to,
-                        precision,
-                        offload_to,
-                        None if turn else str(again),
-                    )
-                    for turn in range(TURNS)
-                ]
-                wrong += digests(again / checkpoint.name) != expected
-                shutil.rmtree(again)
-                extra = max(mib for _, mib in taken)
-                worst = max(worst, extra)
-                rows.append(
-                    [
-                        f"ZeRO {stage}, {precision}{', offload' if offload != 'none' else ''}",
-                        world_size,
-                        f"ZeRO {stage_to}{', offload' if offload_to != 'none' else ''}",
-                        spread([s for s, _ in taken]),
-                        spread(base),
-                        f"{extra:.0f}",
-                    ]
-                )
-                print(*rows[-1], sep="  ", flush=True)
-    record(
-        "elastic_load",
-        "\n\n".join(
-            [
-                f"{machine('torch', 'deepspeed')} GPT-2 of width {WIDTH} and {LAYERS} layers, "
-                f"{size / 2**20:.0f} MiB a checkpoint, saved on "
-                f"{WRITERS} ranks; {TURNS} loads each, verification included. Beside it, "
-                "reading and hashing the files in one process.",
-                table(
-                    [
-                        "saved at",
-                        "ranks",
-                        "loaded at",
-                        "load, s (quartiles)",
-                        "read and hash, s",
-                        "MiB beside the state",
-                    ],
-                    rows,
-                ),
-                "Loads after which weights or moments, saved again, have other digests: "
-                f"{wrong}, {verdict(wrong, at_most=0)}. Most memory of a "
-                f"rank beside the state: {worst:.0f} MiB, {worst * 2**20 / size:.2f} of a "
-                "checkpoint.",
-            ]
-        ),
-    )
+        for number in range(len(ENGINES)):
+            sweep(forks, Path(home), number, findings)
+    record("elastic_load", report(findings))
 
 
 if __name__ == "__main__":

@@ -130,78 +130,78 @@ def load_peak(values: dict, stage: int) -> dict[str, float]:
     return {"anonymous": peak.anonymous, "files": peak.files, "largest": largest}
 
 
-def main() -> None:
+def bytes_of(model: Path) -> int:
+    """Return the size of the weights of an exported model."""
+    return sum(file.stat().st_size for file in model.glob("*.safetensors"))
+
+
+PHASES = (
+    "import json, sys; from benchmarks.export_memory import export_phases; "
+    "print(json.dumps(export_phases(*sys.argv[1:])))"
+)
+ONE_STEP = {"steps": 1, "global_batch": 2, "micro_batch": 1}
+
+
+def export_rows(corpus: Path, folder: Path, *, precision: str, width: int) -> list[list[str]]:
+    """Return the peaks of an export, a row for each phase.
+
+    The model is trained for a step and lies in ``folder``, as its export does afterwards.
+    """
+    name, size = f"{precision}-{width}", BYTES[precision]
+    model = {
+        "architecture": "gpt2",
+        "config": {"n_layer": 12, "n_embd": width, "n_head": 16, "n_positions": 64},
+    }
+    engine = {"zero_stage": 3, "precision": precision}
+    values = run_values(corpus, folder, name, model=model, engine=engine, train=ONE_STEP)
+    (folder / "run.yaml").write_text(yaml.safe_dump(values))
+    hfscale("pretrain", folder / "run.yaml", "--procs", 2)
+    out = folder / f"out-{name}"
+    command = [sys.executable, "-c", PHASES, str(folder / name), str(out)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    whole, rows = bytes_of(out), []
+    about = f"{precision} ({whole / size / 1e6:.0f}M parameters, {whole / 2**20:.0f} MiB)"
+    for phase, (anonymous, files) in json.loads(done.stdout.splitlines()[-1]).items():
+        shares = [anonymous / whole, files / whole, (anonymous + files) / whole]
+        rows.append(
+            [about, phase, f"{anonymous / 2**20:.0f}", *(f"{share:.2f}" for share in shares)]
+        )
+    return rows
+
+
+def start_rows(corpus: Path, folder: Path) -> list[list[str]]:
+    """Return the peaks of a start from the export in fp32, a row for each ZeRO stage."""
     from benchmarks import export_memory
     from tests.helpers.ranks import run_ranks
 
+    model = folder / "out-fp32-1024"
+    source = {"pretrained": str(model), "architecture": None, "config": {}}
+    values = run_values(corpus, folder, "second", model=source, train=ONE_STEP)
+    whole, rows = bytes_of(model), []
+    for stage in (1, 3):
+        ranks = run_ranks(export_memory.load_peak, 2, values, stage, fresh=True)
+        most, largest = max(rank["anonymous"] for rank in ranks), ranks[0]["largest"]
+        rows.append(
+            [
+                f"ZeRO {stage}, 2 ranks",
+                f"{most / 2**20:.0f}",
+                f"{most / whole:.3f}",
+                f"{largest / 2**20:.0f}",
+            ]
+        )
+    return rows
+
+
+def main() -> None:
+    """Measure and record."""
     about = machine("torch", "transformers", "safetensors")
     with tempfile.TemporaryDirectory() as home:
         folder = Path(home)
-        corpus, rows = make_corpus(folder / "corpus"), []
+        corpus, rows = make_corpus(folder / "corpus"), list[list[str]]()
         for precision, width in CASES:
-            name, size = f"{precision}-{width}", BYTES[precision]
-            model = {
-                "architecture": "gpt2",
-                "config": {"n_layer": 12, "n_embd": width, "n_head": 16, "n_positions": 64},
-            }
-            values = run_values(
-                corpus,
-                folder,
-                name,
-                model=model,
-                engine={"zero_stage": 3, "precision": precision},
-                train={"steps": 1, "global_batch": 2, "micro_batch": 1},
-            )
-            (folder / "run.yaml").write_text(yaml.safe_dump(values))
-            hfscale("pretrain", folder / "run.yaml", "--procs", 2)
-            code = (
-                "import json, sys; from benchmarks.export_memory import export_phases; "
-                "print(json.dumps(export_phases(*sys.argv[1:])))"
-            )
-            done = subprocess.run(
-                [sys.executable, "-c", code, str(folder / name), str(folder / f"out-{name}")],
-                check=True,
-                capture_output=True,
-                text=True,
-            )
-            bytes_ = sum(
-                file.stat().st_size for file in (folder / f"out-{name}").glob("*.safetensors")
-            )
-            for phase, (anonymous, files) in json.loads(done.stdout.splitlines()[-1]).items():
-                rows.append(
-                    [
-                        f"{precision} ({bytes_ / size / 1e6:.0f}M parameters, "
-                        f"{bytes_ / 2**20:.0f} MiB)",
-                        phase,
-                        f"{anonymous / 2**20:.0f}",
-                        f"{anonymous / bytes_:.2f}",
-                        f"{files / bytes_:.2f}",
-                        f"{(anonymous + files) / bytes_:.2f}",
-                    ]
-                )
-        worst, starts = max(float(row[2]) for row in rows), []
-        source = {"pretrained": str(folder / "out-fp32-1024"), "architecture": None, "config": {}}
-        values = run_values(
-            corpus,
-            folder,
-            "second",
-            model=source,
-            train={"steps": 1, "global_batch": 2, "micro_batch": 1},
-        )
-        whole = sum(
-            file.stat().st_size for file in (folder / "out-fp32-1024").glob("*.safetensors")
-        )
-        for stage in (1, 3):
-            ranks = run_ranks(export_memory.load_peak, 2, values, stage, fresh=True)
-            most = max(rank["anonymous"] for rank in ranks)
-            starts.append(
-                [
-                    f"ZeRO {stage}, 2 ranks",
-                    f"{most / 2**20:.0f}",
-                    f"{most / whole:.3f}",
-                    f"{ranks[0]['largest'] / 2**20:.0f}",
-                ]
-            )
+            rows += export_rows(corpus, folder, precision=precision, width=width)
+        starts = start_rows(corpus, folder)
+    worst = max(float(row[2]) for row in rows)
     record(
         "export_memory",
         f"""{about}

@@ -21,7 +21,6 @@ About a minute each on 2 idle cores. A run that is there is continued or measure
 from __future__ import annotations
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -31,14 +30,25 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 import yaml
 
 from benchmarks.common import machine, record, table, verdict
+from benchmarks.learn_languages import CONCEPTS, CYCLE, NAMES, STATES, cycles, talks, walks
+from benchmarks.learn_measures import (
+    HELD_OUT,
+    logged,
+    measure_clm,
+    measure_contrastive,
+    measure_mlm,
+    measure_seq2seq,
+)
 from benchmarks.synthetic import make_tokenizer, write_shards
 
 ROOT = Path(__file__).resolve().parents[1]
-HELD_OUT = 256  # rows or documents
+# documents without end; those that are held out come from another seed
+Language = Callable[[np.random.Generator], Iterator[np.ndarray]]
+# of a run: ``reached``, ``target`` and what it is to be compared with
+Measure = Callable[[Path], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -46,223 +56,13 @@ class Case:
     """A language, how a model is trained on it, and how the result is judged."""
 
     vocab: int
-    documents: Callable[
-        [np.random.Generator], Iterator[np.ndarray]
-    ]  # without end; those that are held out come from another seed
+    documents: Language
     tokens: int  # of the training text
     config: dict[str, Any]
-    measure: Callable[
-        [Path], dict[str, float]
-    ]  # of a run: ``reached``, ``target`` and what it is to be compared with
+    measure: Measure
     at_least: bool  # the target is a least, else a most
 
 
-# ------------------------------------------------------------------------------------ the languages
-STATES = 32
-
-
-def chain() -> np.ndarray:
-    """Return the transition probabilities (STATES, STATES) of the Markov chain."""
-    return np.random.default_rng(1).dirichlet(np.full(STATES, 0.15), STATES)
-
-
-def stationary(P: np.ndarray) -> np.ndarray:
-    """Return the share of each state."""
-    values, vectors = np.linalg.eig(P.T)
-    share = np.real(vectors[:, np.argmax(np.real(values))])
-    return share / share.sum()
-
-
-def entropies() -> tuple[float, float]:
-    """Return the chain's entropy, and that of its words one by one; nats a word."""
-    P = chain()
-    share, log = stationary(P), np.log(np.maximum(P, 1e-300))
-    return float(-(share[:, None] * P * log).sum()), float(-(share * np.log(share)).sum())
-
-
-def walks(rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield long walks along the chain; state s is word s + 1."""
-    steps = chain().cumsum(1)
-    while True:
-        draws, at, states = rng.random(8192), 0, list[int]()
-        for draw in draws:
-            at = min(np.searchsorted(steps[at], draw).item(), STATES - 1)
-            states.append(at)
-        yield np.array(states) + 1
-
-
-CONCEPTS, NAMES, SPOKEN, WORDS = 64, 64, 8, 95  # with the end of the document a row
-
-
-def talks(rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield documents of WORDS words about SPOKEN concepts, each named by any of its NAMES."""
-    while True:
-        concepts = rng.choice(CONCEPTS, SPOKEN, replace=False)
-        yield 1 + rng.choice(concepts, WORDS) * NAMES + rng.integers(NAMES, size=WORDS)
-
-
-RULES, CYCLE = 4, 64
-
-
-def cycles(rng: np.random.Generator) -> Iterator[np.ndarray]:
-    """Yield documents of one row: all words in the order of one of RULES cycles, from any on."""
-    orders = [np.random.default_rng(rule).permutation(CYCLE) for rule in range(RULES)]
-    while True:
-        order, start = orders[rng.integers(RULES)], rng.integers(CYCLE)
-        yield 1 + order[(start + np.arange(31)) % CYCLE]  # with the end of the document 32
-
-
-# ----------------------------------------------------------------------------------------- measures
-def opened(run: Path) -> tuple[Any, Any, Any]:
-    """Return model, tokenizer and objective of a run."""
-    from hfscale.config.schema import RunConfig
-    from hfscale.objectives.base import Setting, load_objective
-    from hfscale.run.model import RunModel, find
-
-    found = find(run)
-    assert isinstance(found, RunModel) and isinstance(found.run, RunConfig), run
-    data = found.run.data
-    objective = load_objective(
-        found.run.objective,
-        Setting(
-            seq_len=data.seq_len,
-            seed=99,
-            tokenizer=found.tokenizer,
-            model_config=found.skeleton.config,
-        ),
-    )
-    return found.engine().module, found.tokenizer, objective
-
-
-def held_out(run: Path, objective: Any) -> Any:
-    """Return one batch of HELD_OUT rows of the validation shards."""
-    from hfscale.dist.world import Place
-    from hfscale.stream.loader import EvaluationRows
-    from hfscale.stream.rows import TokenRows
-
-    rows = TokenRows(run.parents[1] / "shards" / "validation", seq_len=objective.setting.seq_len)
-    [batch] = EvaluationRows(
-        rows, count=HELD_OUT, micro_batch=HELD_OUT, place=Place(), with_documents=True
-    )
-    return objective.collate(batch)
-
-
-def measure_clm(run: Path) -> dict[str, float]:
-    """Return the held-out loss beside the entropy."""
-    entropy, unigram = entropies()
-    return {
-        "reached": logged(run, "validation_loss")[-1][1],
-        "target": entropy * 1.02,
-        "limit": entropy,
-        "words alone": unigram,
-    }
-
-
-@torch.no_grad()
-def measure_mlm(run: Path) -> dict[str, float]:
-    """Return the held-out loss beside an oracle's on the same masks."""
-    model, _, objective = opened(run)
-    batch = held_out(run, objective)
-    loss = float(objective.loss(model.eval(), batch)["mlm"].sum() / batch.counts["mlm"].sum())
-    oracle = oracle_loss(batch.inputs["input_ids"].numpy(), batch.labels_BT.numpy())
-    return {
-        "reached": loss,
-        "target": oracle * 1.05,
-        "limit": oracle,
-        "words alone": entropies()[1],
-    }
-
-
-def oracle_loss(inputs_BT: np.ndarray, labels_BT: np.ndarray) -> float:
-    """Return the mean of -log p(hidden word | all that is not hidden) under the chain:
-    forward-backward (Rabiner 1989, sec. III).
-    """
-    P, share = chain(), stationary(chain())
-    losses: list[float] = []
-    for inputs_T, labels_T in zip(inputs_BT, labels_BT, strict=True):
-        T = len(inputs_T)
-        seen = [
-            np.eye(STATES)[word - 1] if 1 <= word <= STATES else np.ones(STATES)
-            for word in inputs_T
-        ]  # all else says nothing
-        ahead, behind = [share], [np.ones(STATES)]
-        for t in range(T - 1):
-            message = (ahead[-1] * seen[t]) @ P
-            ahead.append(message / message.sum())
-        for t in range(T - 1, 0, -1):
-            message = P @ (behind[-1] * seen[t])
-            behind.append(message / message.sum())
-        for t in np.flatnonzero((labels_T >= 1) & (labels_T <= STATES)).tolist():
-            belief = ahead[t] * behind[T - 1 - t]
-            losses.append(-float(np.log(belief[labels_T[t] - 1] / belief.sum())))
-    return float(np.mean(losses))
-
-
-@torch.no_grad()
-def measure_contrastive(run: Path) -> dict[str, float]:
-    """Return how often the other crop of a held-out document is found among HELD_OUT, beside TF-IDF
-    and the untrained encoder.
-    """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
-    model, _, objective = opened(run)
-    batch = held_out(run, objective)
-    torch.manual_seed(0)
-    fresh = type(model)(model.config)
-    a_nH, p_nH = objective.embed(model.eval(), batch)
-    a0_nH, p0_nH = objective.embed(fresh.eval(), batch)
-    texts = [
-        " ".join(map(str, ids[mask.bool()].tolist()))
-        for ids, mask in zip(
-            *(batch.inputs[n] for n in ("input_ids", "attention_mask")), strict=True
-        )
-    ]
-    rare = TfidfVectorizer(token_pattern=r"\S+").fit_transform(texts).toarray()  # type: ignore[attr-defined]
-    return {
-        "reached": found(a_nH @ p_nH.T),
-        "target": 0.9,
-        "TF-IDF": found(torch.from_numpy(rare[:HELD_OUT] @ rare[HELD_OUT:].T)),
-        "untrained": found(a0_nH @ p0_nH.T),
-        "chance": 1 / HELD_OUT,
-    }
-
-
-def found(scores_nn: torch.Tensor) -> float:
-    """Return the share of texts whose own partner has the highest score."""
-    return float((scores_nn.argmax(1) == torch.arange(len(scores_nn))).float().mean())
-
-
-@torch.no_grad()
-def measure_seq2seq(run: Path) -> dict[str, float]:
-    """Return the share of held-out targets that greedy decoding gives back word for word."""
-    model, _, objective = opened(run)
-    batch = held_out(run, objective)
-    out = model.eval().generate(
-        batch.inputs["input_ids"],
-        max_new_tokens=batch.labels_BT.shape[1],
-        do_sample=False,
-        num_beams=1,
-    )
-    labels_BU = batch.labels_BT
-    out_BU = torch.nn.functional.pad(out[:, 1:], (0, labels_BU.shape[1]), value=-1)[
-        :, : labels_BU.shape[1]
-    ]
-    ended_BU = (labels_BU == 0).cumsum(1) - (
-        labels_BU == 0
-    ).long() > 0  # decoding ends there, also where a document's end was hidden
-    return {
-        "reached": float(((out_BU == labels_BU) | ended_BU).all(1).float().mean()),
-        "target": 0.95,
-    }
-
-
-def logged(run: Path, name: str) -> list[tuple[int, float]]:
-    """Return (step, value) of what a run logged under ``name``."""
-    records = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [(entry["step"], entry[name]) for entry in records if name in entry]
-
-
-# ---------------------------------------------------------------------------------------- the cases
 CASES = {
     "clm": Case(
         STATES + 1,
@@ -371,19 +171,35 @@ CASES = {
 def train(name: str, case: Case, folder: Path) -> Path:
     """Return the run directory of a case, trained."""
     folder = folder / name
-    tokenizer = folder / "tokenizer"
     if not (folder / "shards").exists():
-        make_tokenizer(tokenizer, vocab_size=case.vocab, sentinels=16)
-        for side, seed, tokens in (("train", 2, case.tokens), ("validation", 3, 40_000)):
-            write_shards(
-                folder / "shards" / side,
-                first(case.documents(np.random.default_rng(seed)), tokens),
-                tokenizer=tokenizer,
-                vocab_size=case.vocab,
-            )
+        write_texts(case, folder)
+    file = folder / "config.yaml"
+    file.write_text(yaml.safe_dump(config_of(case, folder)))
+    command = [sys.executable, "-m", "launch.cli", "pretrain", str(file), "--procs", "2"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    return folder / "runs" / "run"
+
+
+def write_texts(case: Case, folder: Path) -> None:
+    """Write the tokenizer of a case, and its shards for training and validation."""
+    tokenizer = folder / "tokenizer"
+    make_tokenizer(tokenizer, vocab_size=case.vocab, sentinels=16)
+    for side, seed, tokens in (("train", 2, case.tokens), ("validation", 3, 40_000)):
+        documents = case.documents(np.random.default_rng(seed))
+        write_shards(
+            folder / "shards" / side,
+            first(documents, tokens),
+            tokenizer=tokenizer,
+            vocab_size=case.vocab,
+        )
+
+
+def config_of(case: Case, folder: Path) -> dict[str, Any]:
+    """Return the values of a case's run in ``folder``."""
+    shards = folder / "shards"
     config = {
         "run": {"name": "run", "root": str(folder / "runs")},
-        "tokenizer": {"path": str(tokenizer)},
+        "tokenizer": {"path": str(folder / "tokenizer")},
         **case.config,
         "engine": {"zero_stage": 1, "precision": "fp32"},
         "metrics": {"every_steps": 20},
@@ -391,30 +207,16 @@ def train(name: str, case: Case, folder: Path) -> Path:
     }
     config["data"] = {
         **config["data"],
-        "sources": [{"shards": str(folder / "shards" / "train")}],
+        "sources": [{"shards": str(shards / "train")}],
         "validation": {
-            "shards": str(folder / "shards" / "validation"),
+            "shards": str(shards / "validation"),
             "every_steps": 50,
             "rows": HELD_OUT,
         },
     }
     config["train"] = {"global_batch": 32, **config["train"]}
     config["train"]["micro_batch"] = config["train"]["global_batch"] // 2
-    (folder / "config.yaml").write_text(yaml.safe_dump(config))
-    subprocess.run(
-        [
-            sys.executable,
-            "-m",
-            "launch.cli",
-            "pretrain",
-            str(folder / "config.yaml"),
-            "--procs",
-            "2",
-        ],
-        cwd=ROOT,
-        check=True,
-    )
-    return folder / "runs" / "run"
+    return config
 
 
 def first(documents: Iterator[np.ndarray], tokens: int) -> Iterator[np.ndarray]:
@@ -468,19 +270,12 @@ def main() -> None:
     rows = []
     for name, result in results.items():
         reached, target = result.pop("reached"), result.pop("target")
-        judged = (
-            verdict(reached, at_least=target)
-            if CASES[name].at_least
-            else verdict(reached, at_most=target)
-        )
-        rows.append(
-            [
-                name,
-                f"{reached:.4f}",
-                judged,
-                ", ".join(f"{what} {value:.4f}" for what, value in result.items()),
-            ]
-        )
+        if CASES[name].at_least:
+            judged = verdict(reached, at_least=target)
+        else:
+            judged = verdict(reached, at_most=target)
+        beside = ", ".join(f"{what} {value:.4f}" for what, value in result.items())
+        rows.append([name, f"{reached:.4f}", judged, beside])
     body = about + "\n\n" + table(["objective", "reached", "target", "beside"], rows)
     if set(options.cases) == set(CASES):
         record("learn", body)

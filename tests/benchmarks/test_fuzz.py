@@ -1,4 +1,4 @@
-"""A small part of ``benchmarks/fuzz.py``: hostile configs, shards, tars and variables end in no
+"""A small part of ``benchmarks/fuzz``: hostile configs, shards, tars and variables end in no
 traceback, hang or silent change.
 """
 
@@ -17,10 +17,11 @@ QUICK = ["configs", "overrides", "manifests of shards", "indexes", "bytes of sha
 SCRIPT = """
 import sys
 from pathlib import Path
-from benchmarks import fuzz
+from benchmarks.fuzz.base import add_files
+from benchmarks.fuzz.many import run
 home = Path(sys.argv[1])
-fuzz.add_files(home / "base")
-tallies = fuzz.run(int(sys.argv[2]), seed=11, home=home, only=sys.argv[3:], base=home / "base")
+add_files(home / "base")
+tallies = run(int(sys.argv[2]), seed=11, home=home, only=sys.argv[3:], base=home / "base")
 print("bad", [line for tally in tallies.values() for line in tally.bad])
 print("refused", sum(tally.kinds["refused"] for tally in tallies.values()))
 """

@@ -1,0 +1,57 @@
+"""What is damaged: a small run, its shards, its export, its scores, tables and a tar."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import yaml
+
+from tests.helpers.cli import hfscale
+from tests.helpers.corpus import make_corpus, run_values
+
+
+def make_base(home: Path) -> Path:
+    """Return a folder with shards, raw tars, tables, a run of four steps, its export and its
+    scores.
+    """
+    base = make_corpus(home / "base")
+    add_files(base)
+    hfscale("pretrain", "run.yaml", "--procs", 1, cwd=base)
+    hfscale("export", "runs/r", "export", cwd=base)
+    hfscale("evaluate", "runs/r", cwd=base)
+    return base
+
+
+def add_files(base: Path) -> None:
+    """Put a config of a run, tables and a tar of raw text beside a corpus."""
+    values = run_values(base, base / "runs", "r")
+    values["checkpoint"] = {"every_steps": 2, "keep_last": 2}
+    values["train"] = {"steps": 4, "global_batch": 4, "micro_batch": 4}
+    values["engine"] = {"precision": "fp32", "zero_stage": 1}
+    values["data"]["validation"] = {
+        "shards": str(base / "shards" / "validation"),
+        "every_steps": 2,
+        "rows": 4,
+    }
+    (base / "run.yaml").write_text(yaml.safe_dump(values))
+    rows = [
+        {
+            "id": str(n),
+            "prompt": f"def f{n}",
+            "text": f"x = {n}",
+            "label": f"l{n % 2}",
+            "prediction": f"l{n % 2}",
+        }
+        for n in range(4)
+    ]
+    (base / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (base / "rows.csv").write_text("id,prompt\n" + "".join(f"{n},def f{n}\n" for n in range(4)))
+    with tarfile.open(base / "raw.tar", "w", format=tarfile.GNU_FORMAT) as tar:
+        for n in range(4):
+            for name, data in ((f"{n}.txt", b"text %d" % n), (f"{n}.json", b'{"prompt": "a"}')):
+                info = tarfile.TarInfo(name)
+                info.size = len(data)
+                tar.addfile(info, io.BytesIO(data))
