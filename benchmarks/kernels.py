@@ -169,7 +169,9 @@ def measure(name: str, *, tiny: bool, device: torch.device, turns: int) -> list[
 
 @torch.no_grad()
 def _logits(objective: Objective, model: Any, rows: Rows, device: torch.device) -> Tensor:
-    return objective.logits(model, objective.collate(rows).to(device)).float().cpu()  # type: ignore[attr-defined]
+    batch = objective.collate(rows).to(device)
+    logits: Tensor = objective.logits(model, batch)  # type: ignore[attr-defined]
+    return logits.float().cpu()
 
 
 def report(*, tiny: bool = False, turns: int = 7) -> str:

@@ -58,7 +58,8 @@ def attempt(config: Path, number: int, log: Path) -> None:
         return run
 
     MetricsLog.write = noted("record", MetricsLog.write)  # type: ignore[method-assign]
-    CheckpointManager._commit = noted("commit", CheckpointManager._commit)  # type: ignore[method-assign]
+    committed = noted("commit", CheckpointManager._commit)
+    CheckpointManager._commit = committed  # type: ignore[method-assign]
     sys.argv = ["hfscale.worker", str(config)]
     live.rehearse = lambda trainer, config: None  # not what is measured
     commit = CheckpointManager._commit

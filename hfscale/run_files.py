@@ -5,6 +5,8 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/environment.json      one entry an attempt (launch/run_dir.py), with the code's
                                   environment-*.patch
     RUN_DIR/metrics.jsonl         one line a logged step; tensorboard/ draws it (monitor/writers.py)
+    RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl    more such lines (monitor/lines.py)
+    RUN_DIR/profiles/             what the profiler wrote
     RUN_DIR/checkpoints/          what lies in it: checkpoint/layout.py
     RUN_DIR/attempts/N/           who worked here, and how that ended (monitor/fence.py)
     RUN_DIR/heartbeats/, hangs/   signs of life, and autopsies (monitor/heartbeat.py)
@@ -30,6 +32,10 @@ CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
 PATCH = "environment-{}.patch"
 METRICS = "metrics.jsonl"
+DETAILS = "details.jsonl"
+INCIDENTS = "incidents.jsonl"
+GOODPUT = "goodput.jsonl"
+PROFILES = "profiles"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"

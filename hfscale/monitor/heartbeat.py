@@ -33,6 +33,7 @@ from typing import NoReturn
 
 from hfscale.errors import EXIT_HUNG
 from hfscale.log import logger
+from hfscale.monitor.phases import PHASES
 from hfscale.run_files import HANGS, HEARTBEATS, REPORT
 
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
@@ -66,9 +67,8 @@ _current: Heartbeat | None = None
 
 
 def beat(phase: str, step: int | None = None) -> None:
-    """Say that this rank begins ``phase`` (of ``step``, counted from 1). Does nothing where nobody
-    watches.
-    """
+    """Say that this rank begins ``phase`` (of ``step``, counted from 1)."""
+    PHASES.enter(phase)
     if _current is not None:
         _current.beat(phase, step)
 

@@ -8,21 +8,17 @@ repeated.
 
 from __future__ import annotations
 
-import errno
-import json
-import os
 from datetime import timedelta
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
 from hfscale import run_files
-from hfscale.errors import CheckpointError
 from hfscale.log import logger
 from hfscale.monitor.fence import Fence
-from hfscale.records import Count, Damaged, Record, parse, read_file
+from hfscale.monitor.lines import Lines, finite
+from hfscale.records import Count, Record, parse
 
 CONSOLE = (
     ("loss", "{:.4f}"),
@@ -48,15 +44,10 @@ class MetricsLog:
         tensorboard: bool,
         fence: Fence | None = None,
     ) -> None:
-        self._fence = fence
-        if fence is not None:
-            fence.check()  # before a torn line is cut off: it may be the younger one's
         self.run_dir, self.total_steps = run_dir, total_steps
-        path = run_dir / run_files.METRICS
-        self.attempt = _repair(path) + 1
-        # One unbuffered write a record: a kill can tear at most the last line, and the next start
-        # removes a torn one.
-        self._file = open(path, "ab", buffering=0)
+        self._lines = Lines(run_dir / run_files.METRICS, fence=fence)
+        before = parse(_Line, self._lines.last).attempt if self._lines.last else 0
+        self.attempt = before + 1
         self._board = None
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
@@ -70,17 +61,8 @@ class MetricsLog:
         Raises:
             SupersededError: if a younger attempt has begun; nothing is written then.
         """
-        record = {
-            name: None if isinstance(value, float) and not isfinite(value) else value
-            for name, value in record.items()
-        }
-        if self._fence is not None:
-            self._fence.check()
-        line = json.dumps({**record, "attempt": self.attempt}, allow_nan=False).encode() + b"\n"
-        begins = self._file.seek(0, os.SEEK_END)
-        if self._file.write(line) != len(line):  # a disk that is nearly full takes a part
-            self._file.truncate(begins)  # or the next record would be glued to it
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._file.name))
+        record = {name: finite(value) for name, value in record.items()}
+        self._lines.append({**record, "attempt": self.attempt})
         if self._board is not None:
             for name, value in _flat(record):
                 if name not in ("step", "batch_digest", "digest_version"):
@@ -89,8 +71,7 @@ class MetricsLog:
         logger.info(self._line(record))
 
     def close(self) -> None:
-        os.fsync(self._file.fileno())
-        self._file.close()
+        self._lines.close()
         if self._board is not None:
             self._board.close()
 
@@ -116,29 +97,7 @@ class MetricsLog:
 
 
 class _Line(Record):
-    attempt: Count
-
-
-def _repair(path: Path) -> int:
-    """Return the last attempt that ``path`` records (0 if none), after cutting off a line that a
-    kill left torn.
-    """
-    if not path.exists():
-        return 0
-    content = read_file(path, most=1 << 34)
-    whole = content.rfind(b"\n") + 1
-    if whole < len(content):
-        os.truncate(path, whole)
-    last = content[:whole].rstrip(b"\n").rpartition(b"\n")[2]
-    try:
-        return parse(_Line, last).attempt if last else 0
-    except Damaged:
-        raise CheckpointError(
-            "the last line of the run's metrics is damaged",
-            where=path,
-            value=last[:80].decode(errors="replace"),
-            remedy="remove that line, or move the file away: the run itself does not need it",
-        ) from None
+    attempt: Count = 0
 
 
 def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

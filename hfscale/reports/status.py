@@ -18,10 +18,10 @@ from hfscale.errors import (
     EXIT_STOPPED,
     EXIT_UNHEALTHY,
     EXIT_USER_ERROR,
-    DataError,
 )
 from hfscale.monitor.fence import End, Fence, attempts
-from hfscale.records import Count, Damaged, Record, open_file, parse
+from hfscale.monitor.lines import read_lines
+from hfscale.records import Count, Record
 
 TAIL_BYTES = 65536
 LAST = 5  # attempts that are shown
@@ -53,22 +53,8 @@ def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[st
 
     With ``last_bytes`` only those that lie in them as a whole.
     """
-    file = run_dir / run_files.METRICS
-    if not file.is_file():
-        return
-    with open_file(file) as log:
-        if last_bytes is not None:
-            log.seek(max(0, file.stat().st_size - last_bytes))
-        for number, line in enumerate(log, start=1):
-            try:
-                yield parse(Metrics, line).as_dict()
-            except Damaged as error:
-                if not str(error).startswith("not JSON"):  # what a kill has torn is passed over
-                    raise DataError(
-                        f"a record of the run's metrics is damaged: {error}",
-                        where=file if last_bytes else f"{file}:{number}",
-                        remedy="remove that line: the run itself does not need it",
-                    ) from None
+    for record in read_lines(run_dir / run_files.METRICS, Metrics, last_bytes=last_bytes):
+        yield record.as_dict()
 
 
 def last_record(run_dir: Path) -> dict[str, Any]:

@@ -86,7 +86,7 @@ from tests.monitor.test_writers import RECORD
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 log = MetricsLog(Path(sys.argv[1]), first_step=1, total_steps=9, tensorboard=False)
 log.write({"step": 1, **RECORD})
-size, most = log._file.tell(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+size, most = log._lines._file.tell(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, most))
 try:
     log.write({"step": 2, **RECORD})

@@ -26,6 +26,9 @@ class Step:
     # as metrics.jsonl has them, of a watched step: observers add to them, each for those after it;
     # the same on all ranks but for times
     figures: dict[str, Any] = field(default_factory=dict)
+    # what only pictures need, of a watched step: numbers by their tags in TensorBoard; rank 0's
+    # are written
+    details: dict[str, float] = field(default_factory=dict)
 
 
 class Observer:
