@@ -41,7 +41,7 @@ def attempt(config: Path, number: int, log: Path) -> None:
     """
     from hfscale import worker
     from hfscale.checkpoint.manager import CheckpointManager
-    from hfscale.monitor.writers import MetricsLog
+    from hfscale.monitor.metrics_log import MetricsLog
     from hfscale.run import live
 
     for name in (1, 2):

@@ -4,7 +4,8 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/config.yaml           the resolved config of the newest attempt
     RUN_DIR/environment.json      one entry an attempt (launch/run_dir.py), with the code's
                                   environment-*.patch
-    RUN_DIR/metrics.jsonl         one line a logged step; tensorboard/ draws it (monitor/writers.py)
+    RUN_DIR/metrics.jsonl         one line a logged step; tensorboard/ draws it
+                                  (monitor/metrics_log.py)
     RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl    more such lines (monitor/lines.py)
     RUN_DIR/profiles/             what the profiler wrote
     RUN_DIR/checkpoints/          what lies in it: checkpoint/layout.py

@@ -32,6 +32,13 @@ from launch import run_dir
 from launch.request import Request, quote
 
 
+def show_curves(folder: Path, *, name: str) -> str:
+    """Return the command that shows the curves in ``folder`` under the run's ``name``."""
+    # a comma would begin the next run
+    named = folder if "," in str(folder) else f"{name}:{folder}"
+    return f"tensorboard --logdir{'' if named is folder else '_spec'} {quote(named)}"
+
+
 class Job(ABC):
     """What ranks are started for, in ``folder``. ``procs`` and ``port`` are None where the launcher
     chooses; ``worker`` is the module that is one rank.
@@ -42,7 +49,7 @@ class Job(ABC):
     name: str  # in the queue
     cluster: Cluster
     place: tuple[str, str]  # what the folder is called, and what says where it lies
-    curves: Path | None = None  # for TensorBoard
+    curves: str = ""  # the command that shows them
 
     def __init__(
         self,
@@ -141,8 +148,8 @@ class Training(Job):
             dry_run=request.dry_run,
             worker=request.worker,
         )
-        if self.config.metrics.tensorboard:
-            self.curves = self.folder / TENSORBOARD
+        if "tensorboard" in self.config.metrics.drawn_by:
+            self.curves = show_curves(self.folder / TENSORBOARD, name=self.name)
 
     def fit(self, procs: int) -> str:
         """Return how the batch is cut."""

@@ -33,7 +33,6 @@ from launch.attempt import begun
 from launch.interpreter import python
 from launch.job import Job
 from launch.queue import refuse_holder
-from launch.request import quote
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -151,11 +150,11 @@ def gpu_count() -> int:
     return torch.cuda.device_count()
 
 
-def tensorboard_line(curves: Path) -> str:
-    """Return the command that shows a run's curves, and the tunnel to it when this is a remote
+def tensorboard_line(command: str) -> str:
+    """Return the ``command`` that shows a run's curves, and the tunnel to it when this is a remote
     machine.
     """
-    line = f"curves: tensorboard --logdir {quote(curves)}"
+    line = f"curves: {command}"
     if "SSH_CONNECTION" in os.environ:
         line += f"   (from your machine: ssh -L 6006:localhost:6006 {socket.gethostname()})"
     return line

@@ -81,7 +81,7 @@ activate=
 cat <<END
 
 Next${activate:+, after  $activate}:
-  tensorboard --logdir $run/tensorboard                # the curves
+  tensorboard --logdir_spec $(basename $run):$run/tensorboard    # the curves
   hfscale pretrain $run train.steps=1000               # resume: train on from the last checkpoint
   hfscale predict $run --prompt "..." generation.max_new_tokens=99    # another text
   hfscale checkpoints $run --verify                    # what is saved, and whether it is whole

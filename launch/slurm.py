@@ -136,7 +136,7 @@ def followed(number: str, job: Job, *, log: str) -> str:
         ("stop it", f"scancel {number}; {job.goes_on('--launcher slurm')} goes on"),
     ]
     if job.curves:
-        lines.append(("curves", f"tensorboard --logdir {quote(job.curves)}"))
+        lines.append(("curves", job.curves))
     return "\n".join(f"{name:<13} {value}" for name, value in lines)
 
 

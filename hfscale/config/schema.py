@@ -321,7 +321,15 @@ class Metrics(Section):
     """What is written while training."""
 
     every_steps: Positive = 10
-    tensorboard: bool = True
+    # what draws the curves, beside metrics.jsonl
+    writers: list[Literal["tensorboard"]] = ["tensorboard"]
+    tensorboard: bool = True  # false: not that one (the older key)
+
+    @property
+    def drawn_by(self) -> list[str]:
+        """The writers that are asked for, each once."""
+        asked = dict.fromkeys(self.writers)
+        return [name for name in asked if self.tensorboard or name != "tensorboard"]
 
 
 class Cluster(Section):

@@ -34,8 +34,9 @@ from hfscale.log import logger
 from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.fence import Fence
+from hfscale.monitor.metrics_log import MetricsLog
 from hfscale.monitor.throughput import Throughput
-from hfscale.monitor.writers import MetricsLog
+from hfscale.run.about import about_run
 from hfscale.run.beside import Beside
 from hfscale.run.data import OpenData
 from hfscale.run.model import check_live
@@ -150,10 +151,9 @@ def observers(
     config, log = run.config, None
     if run.world.all.rank == 0:
         log = MetricsLog(
-            config.run_dir,
-            first_step=trainer.state.step + 1,
+            about_run(config, first_step=trainer.state.step + 1),
             total_steps=trainer.total_steps,
-            tensorboard=config.metrics.tensorboard,
+            writers=config.metrics.drawn_by,
             fence=fence,
         )
     yield Figures(

@@ -22,6 +22,7 @@ from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import World
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import ConfigError
+from hfscale.monitor.writers.base import refuse_missing
 from hfscale.packages import refuse_wrong_versions
 from hfscale.run.sources import Sources
 from hfscale.shards.tables import table_files
@@ -78,6 +79,7 @@ class Run:
                 there, sources that do not fit together.
         """
         refuse_wrong_versions()
+        refuse_missing(self.config.metrics.drawn_by)
         deepspeed_config(self.config, device_type=device_type)
         self._refuse_missing_tokenizer()
         if isinstance(self.config, FinetuneConfig):

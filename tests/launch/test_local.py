@@ -18,7 +18,7 @@ import yaml
 
 from hfscale.monitor import fence
 from launch import local, slurm
-from launch.job import Training
+from launch.job import Training, show_curves
 from launch.request import Request
 from tests.helpers.cli import ROOT
 from tests.helpers.corpus import run_values
@@ -98,7 +98,8 @@ def test_logs_and_console(folder: Path):
     assert "rank 1 of 2" in log(folder, 1)
     assert "rank 1 complains" in log(folder, 1)
     assert f"and {max(1, len(os.sched_getaffinity(0)) // 2)} threads" in out, "cores are shared out"
-    assert f"tensorboard --logdir {folder / 'runs/first/tensorboard'}" in err
+    curves = f"first:{folder / 'runs/first/tensorboard'}"
+    assert f"tensorboard --logdir_spec {curves}" in err, "under the run's own name"
     finish(start(folder, "fine"))
     assert log(folder, 0).count("rank 0 of 2") == 2, "a rerun appends"
 
@@ -221,5 +222,7 @@ def test_ranks_beside_an_allocation_are_told(folder: Path, monkeypatch: pytest.M
 def test_what_is_printed_can_be_copied(folder: Path):
     job = Training(Request("config.yaml", ("run.root=my lab",)))
     assert f"hfscale logs '{job.folder}' -f" in slurm.followed("7", job, log="")
-    assert job.curves is not None
-    assert local.tensorboard_line(job.curves).endswith(f"'{job.folder}/tensorboard'")
+    assert local.tensorboard_line(job.curves).endswith(
+        f"_spec '{job.name}:{job.folder}/tensorboard'"
+    )
+    assert show_curves(Path("/a,b"), name="run").endswith("--logdir /a,b"), "TensorBoard cuts there"

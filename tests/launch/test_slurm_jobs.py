@@ -290,7 +290,7 @@ def curve_of(folder: Path) -> dict[int, float]:
 
     board = EventAccumulator(str(folder), size_guidance={"scalars": 0})
     board.Reload()
-    return {event.step: event.value for event in board.Scalars("loss")}
+    return {event.step: event.value for event in board.Scalars("1 loss/train")}
 
 
 def test_all_ended(jobs: Jobs):

@@ -22,7 +22,8 @@ import pytest
 from hfscale.errors import EXIT_HUNG, CheckpointError, SupersededError, exit_code
 from hfscale.monitor import fence
 from hfscale.monitor.fence import Fence, newest, take
-from hfscale.monitor.writers import MetricsLog
+from hfscale.monitor.metrics_log import MetricsLog
+from hfscale.monitor.writers.base import About
 from hfscale.shards import files
 from launch import run_dir
 from tests.helpers.cli import ROOT
@@ -40,13 +41,13 @@ def test_each_attempt_gets_a_number_of_its_own(tmp_path: Path):
 
 def test_an_older_attempt_appends_nothing(tmp_path: Path):
     older = take(tmp_path, job="7", restart=0)
-    log = MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False, fence=older)
+    log = MetricsLog(About(tmp_path, "run"), total_steps=9, fence=older)
     log.write(RECORD)
     take(tmp_path, job="7", restart=1)
     with pytest.raises(SupersededError, match=r"attempt 1 .* by attempt 2 \(.*job 7 \(restart 1\)"):
         log.write(RECORD | {"step": 2})
     with pytest.raises(SupersededError):
-        MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False, fence=older)
+        MetricsLog(About(tmp_path, "run"), total_steps=9, fence=older)
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
 
 

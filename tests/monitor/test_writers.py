@@ -1,103 +1,64 @@
-"""metrics.jsonl survives a kill, counts attempts, and TensorBoard shows one value a step."""
+"""A writer draws, or is said once and left; it never harms the run."""
 
-import errno
-import json
-import subprocess
-import sys
+import logging
+import threading
 
 import pytest
 
-from hfscale.errors import CheckpointError
-from hfscale.monitor.writers import MetricsLog
-
-RECORD = {
-    "loss": 2.5,
-    "lr": 1e-3,
-    "grad_norm": 0.5,
-    "step_s": 0.1,
-    "data_wait_s": 0.01,
-    "tokens_per_s": 1234.0,
-    "mfu": None,
-    "batch_digest": 2**64 - 1,
-    "source_loss": {"web": 2.5},
-}
+from hfscale.config.load import load_values
+from hfscale.config.schema import RunConfig
+from hfscale.errors import ConfigError
+from hfscale.monitor.writers import base
+from hfscale.monitor.writers.base import About, Behind, Writers
+from tests.helpers.corpus import run_values
 
 
-def steps(log: MetricsLog, *numbers: int) -> None:
-    for number in numbers:
-        log.write({"step": number, **RECORD})
-    log.close()
+def test_a_writer_that_fails_is_said_once_and_left(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file, where its folder would be")
+    writers = Writers(["tensorboard"], About(tmp_path, "run"))
+    with caplog.at_level(logging.WARNING):
+        for step in range(20):
+            writers.scalars(step, {"loss/train": 1.0})
+        writers.close()
+        writers.scalars(20, {"loss/train": 1.0})
+    [warning] = [record.getMessage() for record in caplog.records]
+    assert "tensorboard failed and is left out" in warning and "FileExistsError" in warning
 
 
-def test_a_resume_appends_with_the_next_attempt_and_drops_a_torn_line(tmp_path):
-    steps(MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False), 1, 2, 3)
-    with open(tmp_path / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 4, "lo')  # a kill in the middle of a write
-    steps(MetricsLog(tmp_path, first_step=3, total_steps=9, tensorboard=False), 3, 4)
-    records = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
-    assert [(record["step"], record["attempt"]) for record in records] == [
-        (1, 1),
-        (2, 1),
-        (3, 1),
-        (3, 2),
-        (4, 2),
-    ]
-    assert records[0]["batch_digest"] == 2**64 - 1  # whole, not rounded to a float
+def test_a_writer_that_stands_still_holds_nothing_up(monkeypatch, caplog):
+    monkeypatch.setattr(base, "CLOSE_S", 0.2)
+    monkeypatch.setattr(base, "WAITING", 3)
+    begun, gate = threading.Event(), threading.Event()
+
+    class Slow:
+        def scalars(self, step, points):
+            begun.set()
+            gate.wait()
+
+        def text(self, step, tag, text): ...
+        def close(self): ...
+
+    slow = Behind("slow", Slow)
+    with caplog.at_level(logging.WARNING):
+        slow.do(lambda writer: writer.scalars(0, {}))
+        begun.wait()
+        for step in range(9):
+            slow.do(lambda writer, step=step: writer.scalars(step, {}))
+        slow.close()
+    gate.set()
+    first, last = [record.getMessage() for record in caplog.records]
+    assert "slower than the run" in first and "last points are lost" in last
 
 
-def test_a_damaged_record_is_named_and_kept(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}}\n')
-    with pytest.raises(CheckpointError, match=r"damaged[\s\S]*metrics.jsonl"):
-        MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False)
-    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}}\n'
+def test_writers_are_asked_for_by_name(tmp_path):
+    values = run_values(tmp_path, tmp_path, "run")
 
+    def asked(metrics):
+        return load_values({**values, "metrics": metrics}, [], schema=RunConfig).metrics.drawn_by
 
-def test_what_is_not_finite_is_null(tmp_path):
-    log = MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=False)
-    # a step that fp16 skipped
-    log.write({"step": 1, **RECORD, "grad_norm": float("inf"), "validation_loss": float("nan")})
-    log.close()
-    [record] = (
-        json.loads(line, parse_constant=pytest.fail)
-        for line in (tmp_path / "metrics.jsonl").read_text().splitlines()
-    )
-    assert (
-        record["grad_norm"] is None and record["validation_loss"] is None and record["loss"] == 2.5
-    )
-
-
-def test_tensorboard_shows_one_value_a_step(tmp_path):
-    from tensorboard.backend.event_processing import event_accumulator
-
-    steps(MetricsLog(tmp_path, first_step=1, total_steps=9, tensorboard=True), 1, 2, 3)
-    steps(MetricsLog(tmp_path, first_step=3, total_steps=9, tensorboard=True), 3, 4)
-    events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
-    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
-    assert "source_loss/web" in events.Tags()["scalars"] and "mfu" not in events.Tags()["scalars"]
-
-
-def test_a_record_that_a_full_disk_takes_a_part_of_is_taken_back(tmp_path):
-    """With room again the next record would be glued to it, and both be lost to every reader."""
-    code = """
-import json, resource, signal, sys
-from pathlib import Path
-from hfscale.monitor.writers import MetricsLog
-from tests.monitor.test_writers import RECORD
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-log = MetricsLog(Path(sys.argv[1]), first_step=1, total_steps=9, tensorboard=False)
-log.write({"step": 1, **RECORD})
-size, most = log._lines._file.tell(), resource.getrlimit(resource.RLIMIT_FSIZE)[1]
-resource.setrlimit(resource.RLIMIT_FSIZE, (size + 40, most))
-try:
-    log.write({"step": 2, **RECORD})
-except OSError as error:
-    print(error.errno)
-resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
-log.write({"step": 3, **RECORD})
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
-    )
-    assert done.stdout == f"{errno.ENOSPC}\n"
-    lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["step"] for line in lines] == [1, 3]
+    assert asked({}) == ["tensorboard"]
+    assert asked({"tensorboard": True}) == ["tensorboard"], "as configs of 0.1 say"
+    assert asked({"tensorboard": False}) == []
+    assert asked({"writers": []}) == []
+    with pytest.raises(ConfigError, match=r"metrics\.writers[\s\S]*'tensorbord'[\s\S]*tensorboard"):
+        asked({"writers": ["tensorbord"]})

@@ -10,9 +10,9 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.engine.engine import Engine
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import beat
+from hfscale.monitor.metrics_log import MetricsLog
 from hfscale.monitor.spikes import Spikes
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
-from hfscale.monitor.writers import MetricsLog
 from hfscale.objectives.base import Objective
 from hfscale.stream.digest import VERSION as DIGEST_VERSION
 from hfscale.stream.examples import ExampleStream
@@ -102,7 +102,7 @@ class Log(Observer):
             texts = f"hfscale batch {run_dir} --step {step.number}"
             logger.info(f"notice: {notice}; its texts: {texts}")
         if step.figures:
-            self.writer.write(step.figures)
+            self.writer.write(step.figures, step.details)
 
     def close(self) -> None:
         """Close the files."""

@@ -1,15 +1,14 @@
-"""Where a run's figures go: ``metrics.jsonl`` (the record), TensorBoard (the picture) and the
-console (one line).
+"""Where a run's figures go: ``metrics.jsonl`` (the record), ``details.jsonl`` (what only pictures
+need), the writers (pictures) and the console (one line).
 
 Only rank 0 holds a ``MetricsLog``. A resumed run appends: a step that is logged again carries a
-higher ``attempt``, and TensorBoard drops what the earlier attempt wrote for the steps that are
-repeated.
+higher ``attempt``, and writers drop what the earlier attempt drew of the steps that are repeated.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -18,6 +17,8 @@ from hfscale import run_files
 from hfscale.log import logger
 from hfscale.monitor.fence import Fence
 from hfscale.monitor.lines import Lines, finite
+from hfscale.monitor.tags import tagged
+from hfscale.monitor.writers.base import About, Writers
 from hfscale.records import Count, Record, parse
 
 CONSOLE = (
@@ -31,49 +32,46 @@ CONSOLE = (
 
 
 class MetricsLog:
-    """Appends one record a logged step. ``first_step`` is the first step that this attempt will
-    log.
-    """
+    """Appends one record a logged step, and draws it with the named ``writers``."""
 
     def __init__(
         self,
-        run_dir: Path,
+        about: About,
         *,
-        first_step: int,
         total_steps: int,
-        tensorboard: bool,
+        writers: Sequence[str] = (),
         fence: Fence | None = None,
     ) -> None:
-        self.run_dir, self.total_steps = run_dir, total_steps
-        self._lines = Lines(run_dir / run_files.METRICS, fence=fence)
+        self.run_dir, self.total_steps = about.run_dir, total_steps
+        self._lines = Lines(self.run_dir / run_files.METRICS, fence=fence)
+        self._details = Lines(self.run_dir / run_files.DETAILS, fence=fence)
         before = parse(_Line, self._lines.last).attempt if self._lines.last else 0
         self.attempt = before + 1
-        self._board = None
-        if tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        self._writers = Writers(writers, about)
 
-            self._board = SummaryWriter(str(run_dir / run_files.TENSORBOARD), purge_step=first_step)
-
-    def write(self, record: dict[str, Any]) -> None:
-        """Write one step's record everywhere. Values are numbers, None, or dicts of numbers; what
-        is not finite becomes None.
+    def write(self, record: dict[str, Any], details: Mapping[str, float] | None = None) -> None:
+        """Write one step's record everywhere, and its ``details`` (by tag) everywhere else. Values
+        are numbers, None, or dicts of numbers; what is not finite becomes None.
 
         Raises:
             SupersededError: if a younger attempt has begun; nothing is written then.
         """
         record = {name: finite(value) for name, value in record.items()}
         self._lines.append({**record, "attempt": self.attempt})
-        if self._board is not None:
-            for name, value in _flat(record):
-                if name not in ("step", "batch_digest", "digest_version"):
-                    self._board.add_scalar(name, value, record["step"])
-            self._board.flush()
+        if details:
+            self._details.append({"step": record["step"], "attempt": self.attempt, **details})
+        self._writers.scalars(record["step"], tagged(record) | dict(details or {}))
         logger.info(self._line(record))
 
+    def text(self, step: int, tag: str, text: str) -> None:
+        """Show ``text`` (markdown) among the pictures."""
+        self._writers.text(step, tag, text)
+
     def close(self) -> None:
+        """Close the files, and let the writers finish."""
         self._lines.close()
-        if self._board is not None:
-            self._board.close()
+        self._details.close()
+        self._writers.close()
 
     def _line(self, record: dict[str, Any]) -> str:
         parts = [f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
@@ -98,16 +96,3 @@ class MetricsLog:
 
 class _Line(Record):
     attempt: Count = 0
-
-
-def _flat(record: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Return ``record`` as (name, number) pairs; nested names are joined by a slash and None is
-    left out.
-    """
-    pairs: list[tuple[str, float]] = []
-    for name, value in record.items():
-        if isinstance(value, dict):
-            pairs += _flat(value, f"{prefix}{name}/")
-        elif value is not None:
-            pairs.append((prefix + name, float(value)))
-    return pairs
