@@ -40,7 +40,8 @@ PROFILES = "profiles"
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
-OWNER, EXIT_CODE, ENDED = "owner.json", "exit_code", "ended"  # of an attempt
+# of an attempt
+OWNER, EXIT_CODE, ENDED, LEFT = "owner.json", "exit_code", "ended", "left"
 HEARTBEATS = "heartbeats"
 HANGS = "hangs"  # a folder for each attempt that hung, by its number
 REPORT = "report.json"  # of a hang

@@ -38,6 +38,7 @@ from hfscale.errors import (
 )
 from hfscale.monitor.fence import Fence, newest, take
 from hfscale.monitor.heartbeat import watching
+from hfscale.monitor.phases import PHASES
 from hfscale.packages import refuse_wrong_versions
 
 # the section of a config that names the job -> its module
@@ -63,6 +64,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
     """
     # before the slow imports: Slurm's signal would end a process that does not listen
     stop = StopRequest().listen(WARNINGS)
+    PHASES.restart()
     import torch
 
     world = World.from_environment().sharing(known_secret(config_path.parent))
@@ -119,8 +121,12 @@ def attempt_of(run_dir: Path, world: World) -> Fence:
     return take_attempt(run_dir, launcher="none")
 
 
-def take_attempt(run_dir: Path, *, launcher: str) -> Fence:
-    """Return the attempt that begins now: every older one that still lives can write no more."""
+def take_attempt(
+    run_dir: Path, *, launcher: str, queued: tuple[float, float] = (0.0, 0.0)
+) -> Fence:
+    """Return the attempt that begins now: every older one that still lives can write no more.
+    ``queued`` as in ``monitor/fence.py``.
+    """
     here = allocation()
     if here is None:
         return take(run_dir, launcher=launcher)
@@ -130,6 +136,7 @@ def take_attempt(run_dir: Path, *, launcher: str) -> Fence:
         job=here.job_id,
         restart=here.restarts,
         nodes=here.node_list,
+        queued=queued,
     )
 
 

@@ -19,7 +19,7 @@ from hfscale.run_files import CODE, LOGS, RESTARTS
 from hfscale.shards.files import write_atomically
 from launch import run_dir
 from launch.job import Job
-from launch.queue import hold
+from launch.queue import hold, queue_times
 from launch.share import ROOT, scripts_home
 
 PACKAGES = ("hfscale", "launch")  # what a job's snapshot of the code has beside slurm/
@@ -47,7 +47,8 @@ def begun(job: Job, *, launcher: str, procs: int) -> Iterator[Fence]:
         elif here:
             hold(job.folder, here.job_id)  # the lock may not reach the other nodes
         prepare(job, launcher=launcher, procs=procs)
-        yield run_dir.take(job.folder, launcher=launcher)
+        queued = queue_times(here.job_id) if here and launcher == "slurm" else (0.0, 0.0)
+        yield run_dir.take(job.folder, launcher=launcher, queued=queued)
 
 
 def prepare(job: Job, *, launcher: str, procs: int, code: Path | None = None) -> None:

@@ -26,6 +26,7 @@ VERBS = {  # a verb is listed when it works
     "pretrain": "Train from a config, or go on with a run.",
     "finetune": "Fine-tune a model for a task on labelled examples.",
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
+    "goodput": "Where the time of a run went: queue, start-up, compute, stalls, lost work.",
     "logs": "Print a run's log, and follow it.",
     "doctor": "Check and measure this machine, or the nodes of an allocation, for a run.",
     "configs": "List the configs that come with hfscale, or copy them to edit.",

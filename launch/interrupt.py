@@ -23,13 +23,19 @@ def say(line: str) -> None:
     os.write(2, f"\n{line}\n".encode())
 
 
-def listen() -> None:
-    """Let the first Ctrl-C end what is under way, folders for a while and all; the second kills."""
+def listen(*, quietly: bool = False) -> None:
+    """Let the first Ctrl-C end what is under way, folders for a while and all; the second kills.
+    ``quietly``: there is nothing to clean up.
+    """
     if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:  # nohup, or a shell's background job
-        signal.signal(signal.SIGINT, _interrupt)
+        signal.signal(signal.SIGINT, _leave if quietly else _interrupt)
 
 
 def _interrupt(_number: int, _frame: FrameType | None) -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     say("interrupted: cleaning up; Ctrl-C again kills")
+    raise Interrupted
+
+
+def _leave(_number: int, _frame: FrameType | None) -> None:
     raise Interrupted

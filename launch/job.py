@@ -24,7 +24,7 @@ from hfscale.engine.ds_config import inference_config
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError
 from hfscale.hub import local_folder
 from hfscale.packages import refuse_wrong_versions
-from hfscale.reports.status import describe, last_record
+from hfscale.reports.status import Line, describe, last_record
 from hfscale.run.run import Run
 from hfscale.run_files import CHECKPOINTS, CONFIG, SCORES, TENSORBOARD, is_run
 from hfscale.shards.files import write_atomically
@@ -105,8 +105,8 @@ class Job(ABC):
         """Return what names how far it has come; None at its start."""
 
     @abstractmethod
-    def status(self, *, running: bool) -> list[tuple[str, str]]:
-        """Return (name, value) lines on where it is."""
+    def status(self, *, running: bool) -> list[Line]:
+        """Return what there is to say on where it is."""
 
     @abstractmethod
     def goes_on(self, *more: str) -> str:
@@ -188,7 +188,7 @@ class Training(Job):
         saved = layout.committed(self.folder / CHECKPOINTS)
         return saved[-1].name if saved else None
 
-    def status(self, *, running: bool) -> list[tuple[str, str]]:
+    def status(self, *, running: bool) -> list[Line]:
         """Return the run's step, loss, speed and the rest."""
         return describe(self.config, running=running)
 
@@ -306,11 +306,14 @@ class Computation(Job):
         parts = len([*parts_of(self.result).glob("0*.jsonl")])
         return f"{parts} parts" if parts else None
 
-    def status(self, *, running: bool) -> list[tuple[str, str]]:
+    def status(self, *, running: bool) -> list[Line]:
         """Return whether the result is there, or what is made of it."""
         (name, result), *_ = self.results()
         state = "whole" if result.exists() else self.reached() or "nothing yet"
-        return [(self.place[0], str(self.folder)), (name, f"{result}: {state}")]
+        return [
+            Line(self.place[0], str(self.folder), str(self.folder)),
+            Line(name, f"{result}: {state}", {"file": str(result), "state": state}),
+        ]
 
     def results(self) -> list[tuple[str, Path]]:
         """Return where the result will be, whole, and the folder of its making."""

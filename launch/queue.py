@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from datetime import datetime
 from pathlib import Path
 
 from hfscale.dist.world import Allocation, allocation, gpus_here
@@ -74,6 +75,21 @@ def facts(job: str) -> dict[str, str] | None:
     if UNKNOWN in said:
         return {}
     return dict(re.findall(r"(\S+?)=(\S*)", said)) if "JobId=" in said else None
+
+
+def queue_times(job: str) -> tuple[float, float]:
+    """Return when a job was submitted, or came back into the queue, and when it got its nodes: in
+    seconds of the epoch, 0 where Slurm does not say.
+    """
+    told = facts(job) or {}
+
+    def moment(name: str) -> float:
+        try:
+            return datetime.fromisoformat(told.get(name, "")).timestamp()
+        except ValueError:  # "Unknown"
+            return 0.0
+
+    return moment("SubmitTime"), moment("StartTime")
 
 
 def asked() -> dict[str, str]:

@@ -185,9 +185,9 @@ def _at_work(path: Path, who: str) -> CheckpointError:
     )
 
 
-def take(path: Path, *, launcher: str) -> fence.Fence:
+def take(path: Path, *, launcher: str, queued: tuple[float, float] = (0.0, 0.0)) -> fence.Fence:
     """Return the attempt that begins now, as ``take_attempt``. Call it under ``locked``."""
-    attempt = take_attempt(path, launcher=launcher)
+    attempt = take_attempt(path, launcher=launcher, queued=queued)
     # of the attempt before, whose end was taken from them
     shutil.rmtree(path / HEARTBEATS, ignore_errors=True)
     return attempt

@@ -9,15 +9,20 @@ from hfscale.dist import group
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World
 from hfscale.jobs.environment import record_ranks
+from hfscale.monitor.heartbeat import beat
+from hfscale.monitor.phases import IMPORTS, PHASES, START
 from hfscale.run.run import Run
 
 
 def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
     """Return True when done, False when stopped on request and saved."""
+    PHASES.enter(START + "group")
     device = group.start(world)
+    PHASES.enter(IMPORTS)  # DeepSpeed and transformers come with what is live
     trainer = Run(config, world).live(device, stop)
     record_ranks(config.run_dir, world, device, described=trainer.describe)
     done = trainer.run()
+    beat("shutdown")
     trainer.close()
     group.shutdown()
     return done

@@ -5,6 +5,7 @@ out, and leaves.
                                    any file system, without locks
     RUN_DIR/attempts/N/owner.json  who it is; touched once a second while it lives (the lease)
     RUN_DIR/attempts/N/exit_code   code and rank of the first rank that left by itself and not well
+    RUN_DIR/attempts/N/left        when the script of its job ended (slurm/train.sbatch)
     RUN_DIR/attempts/N/ended       when and how it ended; of an attempt that was killed the next one
                                    writes it, from the last sign of life
 
@@ -32,7 +33,7 @@ from hfscale.errors import EXIT_HUNG, SupersededError, code_of
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import last_beat
 from hfscale.records import Damaged, parse, read_file
-from hfscale.run_files import ATTEMPTS, ENDED, EXIT_CODE, HANGS, OWNER, REPORT
+from hfscale.run_files import ATTEMPTS, ENDED, EXIT_CODE, HANGS, LEFT, OWNER, REPORT
 
 RENEW_S = 1.0
 SETTLE_S = 0.2  # for an older attempt that has just looked, and is about to write
@@ -51,6 +52,10 @@ class Owner:
     restart: int = 0
     started: str = ""
     nodes: str = ""  # of the job, as Slurm writes them; "": the host alone
+    # seconds of the epoch; 0: not known
+    at: float = 0.0  # as ``started``
+    submitted: float = 0.0  # the job of Slurm; after a requeue, when that was
+    job_began: float = 0.0  # when Slurm gave it its nodes
 
     def __str__(self) -> str:
         job = f", job {self.job} (restart {self.restart})" if self.job else ""
@@ -66,6 +71,7 @@ class End:
     signal: str = ""  # that killed it: SIGKILL
     doing: str = ""  # of an attempt that was closed: what it was last seen at
     closed_by: int = 0  # the attempt that wrote this, as this one could not
+    at: float = 0.0  # as ``time``, in seconds of the epoch; 0: not known
 
     def __str__(self) -> str:
         if not self.closed_by:
@@ -160,6 +166,16 @@ class Fence:
         except (OSError, Damaged):
             return None
 
+    def left_at(self) -> float:
+        """Return when the attempt left its machines, in seconds of the epoch: the end of its job
+        where slurm/train.sbatch has come to it, else as ``ending``; 0 if nobody knows.
+        """
+        end = self.ending()
+        at = end.at if end else 0.0
+        with suppress(OSError, ValueError):
+            at = max(at, float(read_file(self.folder / LEFT, most=64)))
+        return at
+
     def ended(self) -> int | None:
         """Return the code with which the attempt has ended; None if it has not, or nobody knows."""
         end = self.ending()
@@ -168,25 +184,31 @@ class Fence:
     def end(self, code: int) -> None:
         """Write down that the attempt has ended."""
         with suppress(OSError):
-            self._write(ENDED, End(_clock(), code, signal=_signal(code)))
+            self._write(ENDED, End(_clock(), code, signal=_signal(code), at=time.time()))
 
     def close(self, *, by: int) -> End:
         """Return the end of an attempt that could not write it down, which attempt ``by`` now has:
         of one that was killed.
         """
-        seen = (self._lease() or 0) / 1e9
-        last = last_beat(self.run_dir)
-        doing = ""
-        if last and last[0] > seen - STALE_S:  # else it is an older attempt's
-            seen, doing = max(seen, last[0]), f"{last[1].phase} of step {last[1].step}"
+        seen, doing = self.last_seen()
         told = self.told()
         code = told[0] if told else None
         if (self.run_dir / HANGS / str(self.number) / REPORT).is_file():
             code = EXIT_HUNG
-        end = End(_clock(seen), code, _signal(code), doing, closed_by=by)
+        end = End(_clock(seen), code, _signal(code), doing, closed_by=by, at=seen)
         with suppress(OSError):
             self._write(ENDED, end)
         return end
+
+    def last_seen(self) -> tuple[float, str]:
+        """Return when the newest attempt gave its last sign of life, in seconds of the epoch, and
+        what it was at ("": not known).
+        """
+        seen = (self._lease() or 0) / 1e9
+        last = last_beat(self.run_dir)
+        if last and last[0] > seen - STALE_S:  # else it is an older attempt's
+            return max(seen, last[0]), f"{last[1].phase} of step {last[1].step}"
+        return seen, ""
 
     def _write(self, name: str, content: Owner | End) -> None:
         """Write a file of the attempt, whole or not at all; others may write it at this moment."""
@@ -241,12 +263,29 @@ class Fence:
 
 
 def take(
-    run_dir: Path, *, launcher: str = "", job: str = "", restart: int = 0, nodes: str = ""
+    run_dir: Path,
+    *,
+    launcher: str = "",
+    job: str = "",
+    restart: int = 0,
+    nodes: str = "",
+    queued: tuple[float, float] = (0.0, 0.0),
 ) -> Fence:
     """Return the next attempt of a run, taken by this process. From now on every older one is
-    superseded, and each has an end.
+    superseded, and each has an end. ``queued``: when its job was submitted, and when it began.
     """
-    owner = Owner(socket.gethostname(), os.getpid(), launcher, job, restart, _clock(), nodes)
+    owner = Owner(
+        socket.gethostname(),
+        os.getpid(),
+        launcher,
+        job,
+        restart,
+        _clock(),
+        nodes,
+        at=time.time(),
+        submitted=queued[0],
+        job_began=queued[1],
+    )
     (run_dir / ATTEMPTS).mkdir(exist_ok=True)
     number = max([0, *_numbers(run_dir / ATTEMPTS), *_numbers(run_dir / HANGS)]) + 1
     while True:

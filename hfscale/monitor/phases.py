@@ -1,7 +1,8 @@
 """The clock of a rank: how many seconds it has spent in each phase since its process began.
 
-``beat(phase)`` (monitor/heartbeat.py) names the phase that begins; time before the first one is of
-"start". What happens on a GPU is counted where the host waits for it.
+``beat(phase)`` (monitor/heartbeat.py) names the phase of a step that begins; what comes before the
+first step is cut finer here, into phases whose names begin with ``START``. What happens on a GPU is
+counted where the host waits for it.
 """
 
 from __future__ import annotations
@@ -10,16 +11,27 @@ import os
 import time
 from collections import defaultdict
 
-START = "start"
+START = "start/"
+IMPORTS = START + "imports"  # Python itself, and what it loads
 
 
 class Phases:
     """Seconds by phase. Only the training thread enters phases; any thread may look."""
 
     def __init__(self) -> None:
-        self.began = time.time() - process_age_s()  # of the process, in seconds of the epoch
+        self._begin(age_s=process_age_s())
+        self._used = False
+
+    def _begin(self, *, age_s: float) -> None:
+        self.began = time.time() - age_s  # in seconds of the epoch
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._phase, self._since = START, time.perf_counter() - process_age_s()
+        self._phase, self._since = IMPORTS, time.perf_counter() - age_s
+
+    def restart(self) -> None:
+        """Begin anew where this process has worked on another run before."""
+        if self._used:
+            self._begin(age_s=0.0)
+        self._used = True
 
     def enter(self, phase: str) -> None:
         """End the phase under way; ``phase`` begins."""

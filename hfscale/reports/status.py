@@ -5,8 +5,10 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from hfscale import run_files
@@ -20,11 +22,14 @@ from hfscale.errors import (
     EXIT_USER_ERROR,
 )
 from hfscale.monitor.fence import End, Fence, attempts
+from hfscale.monitor.heartbeat import OWN, read_beats
 from hfscale.monitor.lines import read_lines
 from hfscale.records import Count, Record
+from hfscale.reports.goodput import COMPUTE, duration, ledger
 
 TAIL_BYTES = 65536
 LAST = 5  # attempts that are shown
+LEAST_TIMES = 10  # logged steps, from which on the expected end has a spread
 ENDS: dict[int | None, str] = {
     EXIT_DONE: "done",
     EXIT_USER_ERROR: "refused",
@@ -88,48 +93,146 @@ def steps_left(config: TrainConfig, record: dict[str, Any]) -> float:
     return record["step"] * (1 - part) / part if part else 0.0
 
 
-def describe(
-    config: TrainConfig, *, now: float | None = None, running: bool = True
-) -> list[tuple[str, str]]:
-    """Return (name, value) lines on a run; ``now`` is in seconds of the epoch. One that is not
+@dataclass(frozen=True)
+class Line:
+    """Something about a run: for people, and the same for scripts."""
+
+    name: str
+    words: str
+    value: object = None  # as JSON has it; None: nothing that another line has not
+
+
+def describe(config: TrainConfig, *, now: float | None = None, running: bool = True) -> list[Line]:
+    """Return what there is to say of a run; ``now`` is in seconds of the epoch. One that is not
     ``running`` has no expected end.
     """
-    now, run = time.time() if now is None else now, config.run_dir
-    record, saved = last_record(run), layout.committed(run / run_files.CHECKPOINTS)
-    lines, tries = [("run", str(run))], attempts(run)
+    now = time.time() if now is None else now
+    run = config.run_dir
+    record, tries = last_record(run), attempts(run)
+    lines = [Line("run", str(run), str(run))]
     if record:
-        part, quiet_s = progress(config, record), now - os.stat(run / run_files.METRICS).st_mtime
-        left_s = steps_left(config, record) * record["step_s"]
-        at = time.strftime("%Y-%m-%d %H:%M", time.localtime(now + left_s))
-        left = f"{_time(left_s)} of training left"
-        end = f"{at} ({left})" if running else f"not while it does not run ({left})"
-        if part == 1.0 or _is_done(tries):
-            end = "done"
-        lines += [
-            ("step", f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"),
-            ("loss", f"{record['loss']:.4f}"),
-            (
-                "speed",
-                f"{record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.3g} s a step, "
-                f"{record['data_wait_s'] / max(record['step_s'], 1e-9):.0%} of it waiting for data",
-            ),
-            ("expected end", end),
-        ]
+        lines += _progress(config, record, now=now)
+        lines.append(_end(config, record, tries, now=now if running else None))
     else:
-        lines.append(("step", "none was logged yet"))
-    last = (
-        f"step {layout.step_of(saved[-1]):,}, "
-        f"{_time(now - os.stat(saved[-1] / layout.MANIFEST).st_mtime)} ago"
-        if saved
-        else "none"
+        lines.append(Line("step", "none was logged yet"))
+    lines.append(_last_checkpoint(run, now=now))
+    lines += [*_goodput(run, now=now)]
+    if running and (slowest := slowest_rank(run)):
+        lines.append(slowest)
+    # runs of 0.1 have them in the record alone
+    count = max([record.get("attempt", 0), *(one.number for one in tries)])
+    lines.append(Line("attempts", str(count), [_attempt_of(one) for one in tries]))
+    lines += [Line(f"attempt {one.number}", _attempt(one)) for one in tries[-LAST:]]
+    return lines
+
+
+def _progress(config: TrainConfig, record: dict[str, Any], *, now: float) -> list[Line]:
+    """Return the lines on step, loss and speed."""
+    part = progress(config, record)
+    quiet_s = now - os.stat(config.run_dir / run_files.METRICS).st_mtime
+    step = f"{record['step']:,} ({part:.1%}), logged {_time(quiet_s)} ago"
+    waiting = record["data_wait_s"] / max(record["step_s"], 1e-9)
+    speed = (
+        f"{record['tokens_per_s']:,.0f} tokens/s, {record['step_s']:.3g} s a step, "
+        f"{waiting:.0%} of it waiting for data"
     )
+    loss = record.get("loss")
     return [
-        *lines,
-        ("last checkpoint", last),
-        # runs of 0.1 have them in the record alone
-        ("attempts", str(max([record.get("attempt", 0), *(one.number for one in tries)]))),
-        *((f"attempt {one.number}", _attempt(one)) for one in tries[-LAST:]),
+        Line("step", step, {"step": record["step"], "part": part, "logged_s_ago": quiet_s}),
+        Line("loss", "not finite" if loss is None else f"{loss:.4f}", loss),
+        Line(
+            "speed",
+            speed,
+            {name: record[name] for name in ("tokens_per_s", "step_s", "data_wait_s")},
+        ),
     ]
+
+
+def _end(
+    config: TrainConfig, record: dict[str, Any], tries: Sequence[Fence], *, now: float | None
+) -> Line:
+    """Return when the run is expected to end, by the steps of late: the median of their times, and
+    a tenth of them from either end. ``now`` is None where nothing runs.
+    """
+    name = "expected end"
+    if progress(config, record) == 1.0 or _is_done(tries):
+        return Line(name, "done", {"done": True})
+    steps = steps_left(config, record)
+    times = sorted(
+        one["step_s"] for one in records(config.run_dir, last_bytes=TAIL_BYTES) if "step_s" in one
+    )
+    tenth = len(times) // 10
+    left_s, least_s, most_s = (
+        steps * step_s for step_s in (median(times), times[tenth], times[-1 - tenth])
+    )
+    left = f"{_time(left_s)} of training left"
+    value: dict[str, object] = {
+        "done": False,
+        "left_s": left_s,
+        "left_s_between": [least_s, most_s],
+    }
+    if now is None:
+        return Line(name, f"not while it does not run ({left})", value)
+    value["at"] = now + left_s
+    between = ""
+    if len(times) >= LEAST_TIMES:
+        between = f", between {_clock(now + least_s)} and {_clock(now + most_s)}"
+    return Line(name, f"{_clock(now + left_s)} ({left}{between})", value)
+
+
+def _last_checkpoint(run: Path, *, now: float) -> Line:
+    saved = layout.committed(run / run_files.CHECKPOINTS)
+    if not saved:
+        return Line("last checkpoint", "none")
+    step = layout.step_of(saved[-1])
+    age_s = now - os.stat(saved[-1] / layout.MANIFEST).st_mtime
+    words = f"step {step:,}, {_time(age_s)} ago"
+    return Line("last checkpoint", words, {"step": step, "age_s": age_s})
+
+
+def _goodput(run: Path, *, now: float) -> Iterator[Line]:
+    """Yield which share of the run's time went into steps that stayed, and what took most of the
+    rest; nothing of a run that kept no times.
+    """
+    if not (run / run_files.GOODPUT).is_file():
+        return
+    times = ledger(run, now=now)
+    rest = {name: s for name, s in times.parts().items() if name != COMPUTE}
+    most = max(rest, key=lambda name: rest[name], default="")
+    words = f"{times.goodput():.1%} of {duration(times.seconds)}"
+    if most:
+        words += f"; most of the rest is {most}, {duration(rest[most])}"
+    yield Line(
+        "goodput",
+        words,
+        {"goodput": times.goodput(), "seconds": times.seconds, "parts": times.parts()},
+    )
+
+
+def slowest_rank(run: Path) -> Line | None:
+    """Return the rank that needs most time for what it does by itself, since its start; None of a
+    run of one rank, or of one that leaves no signs of life.
+    """
+    folder = run / run_files.HEARTBEATS
+    names = [file.name.removeprefix("rank-") for file in folder.glob("rank-*")]
+    beats = read_beats(run, sorted(int(name) for name in names if name.isdecimal()))
+    if len(beats) < 2:
+        return None
+    slowest = max(beats, key=lambda beat: beat.own_s)
+    usual_s = median(beat.own_s for beat in beats if beat is not slowest)
+    more = slowest.own_s / usual_s - 1 if usual_s else 0.0
+    words = (
+        f"rank {slowest.rank} on {slowest.node}: {more:.0%} more time in {' and '.join(OWN)} than "
+        f"the others; now in {slowest.phase} of step {slowest.step}"
+    )
+    value = {
+        "rank": slowest.rank,
+        "node": slowest.node,
+        "phase": slowest.phase,
+        "step": slowest.step,
+        "more": more,
+    }
+    return Line("slowest rank", words, value)
 
 
 def _is_done(tries: Sequence[Fence]) -> bool:
@@ -154,10 +257,25 @@ def _attempt(attempt: Fence) -> str:
     return ", ".join(words)
 
 
+def _attempt_of(attempt: Fence) -> dict[str, object]:
+    """Return the same for scripts."""
+    owner, end = attempt.owner(), attempt.ending()
+    return {
+        "attempt": attempt.number,
+        "owner": asdict(owner) if owner else None,
+        "end": asdict(end) if end else None,
+    }
+
+
 def _how(end: End) -> str:
     if end.signal:
         return f"killed by {end.signal}"
     return ENDS.get(end.code, "failed") + f" (exit code {end.code})"
+
+
+def _clock(seconds: float) -> str:
+    """Return a moment of the epoch as people read it."""
+    return time.strftime("%Y-%m-%d %H:%M", time.localtime(seconds))
 
 
 def _time(seconds: float) -> str:

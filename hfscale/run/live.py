@@ -35,6 +35,7 @@ from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.fence import Fence
 from hfscale.monitor.metrics_log import MetricsLog
+from hfscale.monitor.phases import PHASES, START
 from hfscale.monitor.throughput import Throughput
 from hfscale.run.about import about_run
 from hfscale.run.beside import Beside
@@ -46,6 +47,7 @@ from hfscale.run.shape import say_notices
 from hfscale.training.loop import Trainer, TrainState
 from hfscale.training.observers.base import Observer
 from hfscale.training.observers.best import KeepBest
+from hfscale.training.observers.goodput import Goodput
 from hfscale.training.observers.log import Figures, Log
 from hfscale.training.observers.validate import Validate
 
@@ -59,25 +61,31 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
     global_batch, micro_batch = config.train.global_batch, config.train.micro_batch
     batch = solve_batch(global_batch, micro_batch=micro_batch, data_size=world.data.size)
     logger.info(batch.equation)
+    PHASES.enter(START + "data")
     fence = fence_of(config, world)
     shape.folder = agreed(shape.folder)
     data = shape.data
     same_on_all_ranks({"tokenizer.path": data.tokenizer_digest, **data.digests()})
 
+    PHASES.enter(START + "model")
     model = model_of(run, device)
     objective = data.objective(model.config)
     beside = None
     if shape.folder and config.model.lora:
         beside = Beside(model, config.model.lora, shape.folder, rank=world.all.rank)
     throughput = throughput_of(model, config, world, device)
+    PHASES.enter(START + "engine")
     engine = Engine.create(model, config=config, device=device)
+    PHASES.enter(START + "check")
     with engine.eval_mode():
         check_live(objective, engine, device=device, said=config.model)
 
+    PHASES.enter(START + "weights")
     folder = config.run_dir / run_files.CHECKPOINTS
     checkpoints = CheckpointManager(folder, config=config.checkpoint, place=world.all, fence=fence)
     saved = checkpoints.load_latest(engine)
     begin(run, engine, beside, saved)
+    PHASES.enter(START + "data")
     opened = data.open(objective, saved=saved, pin_memory=device.type == "cuda")
     length, warmed = how_long(run, opened, saved)
     about = describe(run, opened, device) | {"warmed_rows": warmed}
@@ -103,6 +111,7 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
     )
     trainer.observers = [*observers(run, opened, trainer, fence=fence, saved=saved)]
     if saved is None:
+        PHASES.enter(START + "rehearsal")
         rehearse(trainer, config)
     return trainer
 
@@ -174,6 +183,8 @@ def observers(
     if best := config.checkpoint.keep_best:
         before = saved.best if saved else None
         yield KeepBest(best, patience=config.train.patience, saved=before)
+    if log:
+        yield Goodput(config.run_dir, step=trainer.state.step, fence=fence)
 
 
 def fence_of(config: TrainConfig, world: World) -> Fence | None:

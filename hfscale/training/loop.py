@@ -79,6 +79,7 @@ class Trainer:
             step = self._next()
             if step is None:
                 break
+            beat("observe")
             for observer in self.observers:
                 observer.look(step)
             agreed, last = step.agreed, step.number == self.total_steps
@@ -96,6 +97,7 @@ class Trainer:
                 return False
         for reason in filter(None, (observer.stop for observer in self.observers)):
             logger.info(f"{reason} ends the run at step {self.state.step}")
+        beat("save")
         self.checkpoints.wait()
         return True
 

@@ -4,6 +4,7 @@ stays fast.
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Annotated
@@ -137,43 +138,20 @@ def compare(
             write(found, path)
 
 
-def status(run: Annotated[str, typer.Argument(metavar="RUN", help="A run directory.")]) -> None:
-    """Print where RUN is: its job and the queue, step, loss, tokens a second, expected end, last
-    checkpoint, restarts.
+def goodput(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="A run directory.")],
+    as_json: Annotated[bool, typer.Option("--json", help="Print it for scripts.")] = False,
+) -> None:
+    """Print where the time of RUN went since its first submission, over all attempts: queue,
+    start-up, compute, stalls, lost work, hangs.
 
-    Example: hfscale status runs/first
+    Example: hfscale goodput runs/first
     """
-    from hfscale.monitor.fence import newest
-    from launch.job import open_job
-    from launch.queue import facts
+    from hfscale.reports.goodput import describe, ledger
+    from launch.request import config_file
 
-    file, attempt = Path(run) / JOB, newest(Path(run))
-    job = file.read_text().strip() if file.is_file() else ""
-    told = facts(job)
-    if job and told is not None:
-        running = told.get("JobState") == "RUNNING"
-    else:  # no job, or nobody answers
-        running = attempt is None or attempt.ended() is None
-    lines = open_job(run).status(running=running)
-    if job:
-        gone = "of which Slurm gives no answer" if told is None else "has left the queue"
-        words = [f"{job} {(told or {}).get('JobState', gone)}"]
-        forms = {
-            "Reason": "because of {}",
-            "NodeList": "on {}",
-            "Restarts": "{} restarts",
-            "RunTime": "ran {}",
-            "TimeLimit": "limit {}",
-            "ExitCode": "exit code {}",
-        }
-        words += [
-            form.format(told[name])
-            for name, form in forms.items()
-            if told and told.get(name) not in (None, "None", "(null)", "", "0:0")
-        ]
-        lines.insert(1, ("job", ", ".join(words)))
-    for name, value in lines:
-        typer.echo(shown(f"{name:<16}{value}"))
+    times = ledger(config_file(str(run)).resolve().parent)
+    typer.echo(json.dumps(times.as_dict()) if as_json else "\n".join(describe(times)))
 
 
 def logs(

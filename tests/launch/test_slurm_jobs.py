@@ -11,8 +11,10 @@ import json
 import os
 import re
 import signal
+import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ import pytest
 import yaml
 
 from hfscale.monitor.fence import attempts
+from hfscale.reports.goodput import HANG, LOST, QUEUE, START_UP, ledger
 from launch import slurm
 from launch.job import Training
 from launch.request import Request
@@ -62,6 +65,7 @@ class Jobs:
     cluster: Cluster
     folder: Path
     ids: dict[str, str]
+    submitted: dict[str, float] = field(default_factory=dict)  # seconds of the epoch, by way
 
     def run(self, way: str) -> Path:
         return self.folder / "runs" / way.replace(" ", "-")
@@ -122,6 +126,7 @@ def jobs(
                 patch.setenv(name, value)
             slurm.launch(Training(Request(str(config), tuple(short))))
         jobs.ids[way] = (jobs.run(way) / "job").read_text()
+        jobs.submitted[way] = time.time()
     for way in ("signal", "requeue", "preemption", "killed rank"):
         wait_for(
             lambda way=way: len(jobs.records(way)) >= 3,
@@ -252,6 +257,35 @@ def test_a_node_that_hangs_twice_is_left_out_by_a_successor_that_goes_on_with_fe
         json.loads((run / "restarts.json").read_text())[key] for key in ("job", "restarts")
     ] == [jobs.ids["successor"], 0]
     assert jobs.records("hung twice")[-1]["step"] == 12
+
+
+# what must be among the parts of a run's time
+PARTS = {
+    "signal": {QUEUE, START_UP},
+    "preemption": {QUEUE, START_UP},
+    "requeue": {QUEUE, START_UP},
+    "killed rank": {QUEUE, LOST},
+    "hung twice": {QUEUE, HANG},
+}
+
+
+@pytest.mark.parametrize("way", PARTS)
+def test_every_second_of_a_run_is_accounted_for(jobs: Jobs, way: str):
+    """By the clock of Slurm, which counts whole seconds, from the submission to the end."""
+    job = "successor" if way == "hung twice" and "successor" in jobs.ids else way
+    assert jobs.end(job) == "COMPLETED"
+    ended = datetime.fromisoformat(jobs.cluster.job(jobs.ids[job])["EndTime"]).timestamp()
+    outside_s = ended - jobs.submitted[way]
+    times = ledger(jobs.run(way))
+    parts = times.parts()
+    assert min(parts.values()) >= 0
+    assert sum(parts.values()) == pytest.approx(times.seconds, rel=0.01)
+    assert times.seconds == pytest.approx(outside_s, rel=0.01, abs=2.0)
+    assert PARTS[way] <= parts.keys()
+    if way == "killed rank":  # a slow step, at most what lies between two saves and the kill
+        assert STEP_S / 2 < parts[LOST] < outside_s / 2
+    if way in ("signal", "preemption"):
+        assert parts.get(LOST, 0.0) < 1.0, "who is warned loses nothing"
 
 
 def test_predictions_are_an_array_over_files(jobs: Jobs):
