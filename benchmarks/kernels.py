@@ -25,6 +25,7 @@ from hfscale.errors import ConfigError
 from hfscale.models.build import build_model
 from hfscale.objectives.base import Batch, Objective, Setting, load_objective
 from hfscale.stream.rows import Rows
+from hfscale.training.accounting import Accounting
 
 VOCAB, ROWS, MEAN, TOLERANCE = 32768, 8, 300, 0.02
 _LLAMA = {
@@ -104,7 +105,7 @@ def stepper(
     def step() -> float:
         _wait(device)
         began = time.perf_counter()
-        for loss in objective.losses(model, [batch], {"clm": 1}):
+        for loss in Accounting(objective).losses(model, [batch], {"clm": 1}):
             loss.backward()
         _wait(device)
         model.zero_grad()

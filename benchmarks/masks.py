@@ -25,6 +25,7 @@ from hfscale.models.build import build_model
 from hfscale.objectives.base import Setting, load_objective
 from hfscale.objectives.isolation import attention_masks
 from hfscale.stream.rows import Rows
+from hfscale.training.accounting import Accounting
 
 VOCAB, TOKENS, MEAN = 4096, 4096, 300
 LENGTHS = (512, 1024, 2048)
@@ -86,10 +87,12 @@ def stepper(model: torch.nn.Module, rows: Rows, *, cross_document: bool) -> Call
         ),
     )  # type: ignore[arg-type]
 
+    accounting = Accounting(objective)
+
     def step() -> float:
         began = time.perf_counter()
         batch = objective.collate(rows)
-        for loss in objective.losses(model, [batch], objective.counts([batch])):
+        for loss in accounting.losses(model, [batch], accounting.counts([batch])):
             loss.backward()
         model.zero_grad()
         return time.perf_counter() - began

@@ -1,14 +1,9 @@
 """What every pretraining objective offers the loop, and the table of objectives.
 
 An objective turns rows of the stream into a ``Batch``, and a batch into *sums* per row and term.
-The step divides by the global count, so how a batch is cut into micro-batches and ranks does not
-change the gradient:
-
-    gradient of  sum over terms  weight * (sum over all rows of all ranks) / (global count)
-
-Each backward gets ``weight * its sum * data.size / global count``: the engine averages gradients
-over the ranks of ``data``. A term of weight 0 is only reported (an accuracy, say). Shape legend: B
-rows, T tokens, L = ``seq_len``.
+The step divides by the global count (``hfscale/training/accounting.py``), so how a batch is cut
+into micro-batches and ranks does not change the gradient. A term of weight 0 is only reported (an
+accuracy, say). Shape legend: B rows, T tokens, L = ``seq_len``.
 """
 
 from __future__ import annotations
@@ -22,14 +17,12 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from hfscale.config.schema import Named, Section
-from hfscale.dist.agree import sum_over_ranks
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import call, probe_row
 from hfscale.models.kinds import CAUSAL
 from hfscale.models.router import balancing
 from hfscale.objectives.cross_entropy import token_losses
-from hfscale.objectives.draws import random_state
 from hfscale.objectives.isolation import keep_apart
 from hfscale.objectives.probes import check_live
 from hfscale.registry import load_plugin
@@ -109,6 +102,16 @@ class Batch:
         )
 
 
+@dataclass(frozen=True)
+class Forward:
+    """What a forward pass of one micro-batch gave."""
+
+    batch: Batch
+    sums: dict[str, Tensor]  # term -> sums_B
+    # a scalar with the gradient of the step's loss, where that is not the scaled sum of ``sums``
+    surrogate: Tensor | None = None
+
+
 class Objective:
     """Base of all objectives: subclasses give ``Options``, ``auto_model``, ``collate``, and
     ``term`` or ``weights`` and ``loss``.
@@ -130,15 +133,15 @@ class Objective:
 
     def __init__(self, options: Section, setting: Setting) -> None:
         self.options, self.setting = options, setting
-        self._sums: dict[str, Tensor] = {}
-        self._balancing = balancing(setting.model_config, self.auto_model)
+        # of a mixture of experts: the term that keeps its routers in balance
+        self.balancing = balancing(setting.model_config, self.auto_model)
 
     def weights(self) -> dict[str, float]:
         """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only.
 
         A mixture of experts has the term ``router`` beside: in training, never in a held-out loss.
         """
-        router = {ROUTER: self._balancing.coefficient} if self._balancing else {}
+        router = {ROUTER: self.balancing.coefficient} if self.balancing else {}
         return {self.term: 1.0, **router}
 
     def validated(self) -> set[str]:
@@ -163,6 +166,17 @@ class Objective:
         weight.
         """
         return {self.term: self.row_losses(self.logits(model, batch), batch)}
+
+    def forwards(
+        self, model: Model, batches: Iterable[Batch], scales: Mapping[str, float]
+    ) -> Iterator[Forward]:
+        """Yield what the model gives for each micro-batch of a step, one after the other: by
+        default its ``loss``. An objective that compares rows of several micro-batches overrides it.
+
+        ``scales`` says by what the sum of each term is multiplied in the backward of the step.
+        """
+        for batch in batches:
+            yield Forward(batch, self.loss(model, batch))
 
     def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
         """Return ``sums_B`` of the one term, 0 for fillers; here in nats of the labels' tokens."""
@@ -240,122 +254,6 @@ class Objective:
         ``{path: text}``.
         """
         return {}
-
-    def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
-        """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}``
-        where there are several sources.
-
-        Sum over ranks gives the global counts.
-        """
-        totals = dict.fromkeys(self.weights(), 0)
-        for batch in batches:
-            counts = dict(batch.counts)
-            if self._balancing:
-                counts[ROUTER] = self._routed(batch).sum(1)
-            for term, count_B in counts.items():
-                apart = self._by_source(count_B, batch).tolist()
-                totals[term] += sum(apart)
-                if self.setting.sources > 1:
-                    totals |= {
-                        f"{term}/{s}": totals.get(f"{term}/{s}", 0) + n for s, n in enumerate(apart)
-                    }
-        return totals
-
-    def losses(
-        self,
-        model: Model,
-        batches: Iterable[Batch],
-        global_counts: Mapping[str, int],
-    ) -> Iterator[Tensor]:
-        """Yield one scalar for each backward of the step, ``weight * sum * data.size / global
-        count``; fp32.
-
-        By default one micro-batch after the other. What was measured is there for ``take_sums`` at
-        the end of the step.
-        """
-        self._sums = {}
-        balanced = self._balancing is not None and torch.is_grad_enabled()
-        for batch, sums in (
-            self._balanced(model, list(batches), global_counts[ROUTER])
-            if balanced
-            else ((batch, self.loss(model, batch)) for batch in batches)
-        ):
-            self.record(sums, batch)
-            scales = {
-                term: weight * self.setting.data.size / max(1, global_counts[term])
-                for term, weight in self.weights().items()
-                if weight and term in sums
-            }
-            yield torch.stack([scale * sums[term].sum() for term, scale in scales.items()]).sum()
-
-    def _balanced(
-        self, model: Model, batches: list[Batch], tokens: int
-    ) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
-        """Yield each micro-batch with its sums, the routers' among them; ``tokens`` are those of
-        the global step.
-
-        How often each expert is chosen in the whole step must be known before the first backward. A
-        step of one micro-batch a rank knows it after its forward; one of several goes through them
-        once before, with the same random numbers.
-        """
-        states, chosen_E = [], torch.zeros(())
-        if len(batches) > 1:
-            with torch.no_grad():
-                for batch in batches:
-                    states.append(random_state())
-                    chosen_E = chosen_E + self._heard(model, batch)[1]
-            chosen_E = sum_over_ranks(chosen_E)
-        for number, batch in enumerate(batches):
-            if states:
-                random_state(states[number])
-            sums, own_E, probability_BE = self._heard(model, batch)
-            if not states:
-                chosen_E = sum_over_ranks(own_E)
-            frequency_E = (chosen_E / max(1, tokens)).to(probability_BE)
-            sums[ROUTER] = len(frequency_E) * (probability_BE @ frequency_E)
-            yield batch, sums
-
-    def _heard(self, model: Model, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return ``loss`` of a micro-batch, and of its routers ``chosen_E`` (on the CPU) and
-        ``probability_BE``.
-        """
-        assert self._balancing is not None, "there are routers"
-        with self._balancing.listening(model) as logits:
-            sums = self.loss(model, batch)
-        weight_BT = self._routed(batch)
-        chosen_E, probability_BE = self._balancing.parts(model, logits, weight_BT)
-        return sums, chosen_E.cpu().double(), probability_BE
-
-    def _routed(self, batch: Batch) -> Tensor:
-        """Return ``weight_BT`` (0 or 1) of the tokens that count for the routers: no padding, and
-        no row that asks nothing.
-        """
-        ids_BT, mask_BT = batch.inputs["input_ids"], batch.inputs.get("attention_mask")
-        weight_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
-        asked_B = batch.counts[self.term] > 0
-        return weight_BT * asked_B.to(weight_BT.device)[:, None]
-
-    def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
-        """Add the ``{term: sums_B}`` of ``batch`` to what ``take_sums`` returns; without waiting
-        for the device.
-        """
-        for term, sums_B in sums.items():
-            total = self._by_source(sums_B.detach().double(), batch)
-            self._sums[term] = self._sums[term] + total if term in self._sums else total
-
-    def take_sums(self) -> dict[str, Tensor]:
-        """Return ``{term: sum of each source}`` (fp64) of this rank's part of the step just made,
-        and forget it.
-        """
-        sums, self._sums = self._sums, {}
-        return sums
-
-    def _by_source(self, values_B: Tensor, batch: Batch) -> Tensor:
-        """Return the sum of the values of each source, in their type."""
-        if self.setting.sources == 1:
-            return values_B.sum()[None]
-        source_B = batch.source_B.to(values_B.device, torch.int64, non_blocking=True)
-        return values_B.new_zeros(self.setting.sources).index_add(0, source_B, values_B)
 
 
 def load_objective(named: Named, setting: Setting) -> Objective:

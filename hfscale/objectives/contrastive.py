@@ -35,7 +35,7 @@ from hfscale.dist.agree import gather_rows
 from hfscale.errors import ConfigError
 from hfscale.models.call import call
 from hfscale.models.pooling import Pooling, pool
-from hfscale.objectives.base import Batch, Model, Objective, Setting
+from hfscale.objectives.base import Batch, Forward, Model, Objective, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.objectives.draws import random_state, row_generators, special_id
 from hfscale.objectives.mlm import MaskedLM, MaskingOptions
@@ -211,17 +211,13 @@ class Contrastive(Objective):
         pooled_BH = F.normalize(pool(hidden_BTH, mask_BT, self.options.pooling), dim=-1)
         return pooled_BH.view(-1, len(batch.position_B), pooled_BH.shape[-1])
 
-    def losses(
-        self,
-        model: Model,
-        batches: Iterable[Batch],
-        global_counts: Mapping[str, int],
-    ) -> Iterator[Tensor]:
-        """Yield one surrogate a micro-batch: its gradient is that of the global loss. In evaluation
-        nothing has to be yielded.
+    def forwards(
+        self, model: Model, batches: Iterable[Batch], scales: Mapping[str, float]
+    ) -> Iterator[Forward]:
+        """Yield each micro-batch with a surrogate, whose gradient is that of the global loss. In
+        evaluation there is none.
         """
-        self._sums = {}
-        batches, ranks = list(batches), self.setting.data.size
+        batches = list(batches)
         states, parts = [], []
         keys_Vn = torch.cat([text_keys(batch) for batch in batches], dim=1)
         with torch.no_grad():
@@ -231,30 +227,30 @@ class Contrastive(Objective):
         own_VnH = torch.cat(parts, dim=1).requires_grad_()
         valid_n = torch.cat([batch.counts["contrastive"] for batch in batches]).to(own_VnH.device)
         with torch.enable_grad():
-            loss, sums = self.compare(own_VnH, valid_n, keys_Vn)
-            (grad_VnH,) = torch.autograd.grad(
-                loss * (ranks / max(1, global_counts["contrastive"])), own_VnH
-            )
+            loss, values = self.compare(own_VnH, valid_n, keys_Vn)
+            (grad_VnH,) = torch.autograd.grad(loss * scales["contrastive"], own_VnH)
         at = 0
         for batch, state, part in zip(batches, states, parts, strict=True):
-            n = part.shape[1]
-            self.record({term: values_n[at : at + n] for term, values_n in sums.items()}, batch)
+            mine = slice(at, at + part.shape[1])
+            at = mine.stop
+            sums = {term: values_n[mine] for term, values_n in values.items()}
+            surrogate = None
             if torch.is_grad_enabled() or self._mlm:
                 random_state(state)
-                scalar = (self.embed(model, batch) * grad_VnH[:, at : at + n]).sum()
+                surrogate = (self.embed(model, batch) * grad_VnH[:, mine]).sum()
                 if self._mlm:
-                    out = call(
-                        model,
-                        input_ids=batch.inputs["masked_ids"],
-                        attention_mask=batch.inputs["attention_mask"][:n],
-                    )
-                    mlm_B = token_losses(out.logits, batch.labels_BT).sum(1)
-                    self.record({"mlm": mlm_B}, batch)
-                    scalar = scalar + mlm_B.sum() * (
-                        self.options.mlm_weight * ranks / max(1, global_counts["mlm"])
-                    )
-                yield scalar
-            at += n
+                    sums["mlm"] = self._mlm_losses(model, batch)
+                    surrogate = surrogate + sums["mlm"].sum() * scales["mlm"]
+            yield Forward(batch, sums, surrogate)
+
+    def _mlm_losses(self, model: Model, batch: Batch) -> Tensor:
+        """Return ``sums_B`` in nats of what was hidden in the first views."""
+        out = call(
+            model,
+            input_ids=batch.inputs["masked_ids"],
+            attention_mask=batch.inputs["attention_mask"][: len(batch.position_B)],
+        )
+        return token_losses(out.logits, batch.labels_BT).sum(1)
 
     def compare(
         self, own_VnH: Tensor, valid_n: Tensor, keys_Vn: Tensor | None = None

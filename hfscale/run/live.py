@@ -44,6 +44,7 @@ from hfscale.run.model import check_live
 from hfscale.run.origin import generate_as
 from hfscale.run.rehearsal import rehearse
 from hfscale.run.shape import say_notices
+from hfscale.training.accounting import Accounting
 from hfscale.training.loop import Trainer, TrainState
 from hfscale.training.observers.base import Observer
 from hfscale.training.observers.best import KeepBest
@@ -94,7 +95,7 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
     trainer = Trainer(
         engine=engine,
         stream=opened.stream,
-        objective=objective,
+        accounting=Accounting(objective),
         checkpoints=checkpoints,
         state=TrainState(saved.step, saved.tokens_seen, saved.skipped_rows)
         if saved
@@ -168,7 +169,7 @@ def observers(
     yield Figures(
         engine=trainer.engine,
         stream=trainer.stream,
-        objective=trainer.objective,
+        accounting=trainer.accounting,
         checkpoints=trainer.checkpoints,
         throughput=trainer.throughput,
         every_steps=config.metrics.every_steps,

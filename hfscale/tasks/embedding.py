@@ -24,7 +24,7 @@ from hfscale.config.schema import Section
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling
-from hfscale.objectives.base import Batch, Model, Setting
+from hfscale.objectives.base import Batch, Forward, Model, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions, text_keys
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Task, check_text, number, pad_rows
@@ -101,19 +101,11 @@ class Embedding(Task):
         """Return the means as the contrastive objective reports them."""
         return self.contrastive.report(means)
 
-    def losses(
-        self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int]
-    ) -> Iterator[Tensor]:
-        """Yield the losses of the contrastive objective, which compares all texts of the step."""
-        return self.contrastive.losses(model, batches, global_counts)
-
-    def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
-        """Add to what ``take_sums`` returns."""
-        self.contrastive.record(sums, batch)
-
-    def take_sums(self) -> dict[str, Tensor]:
-        """Return what the contrastive objective has measured."""
-        return self.contrastive.take_sums()
+    def forwards(
+        self, model: Model, batches: Iterable[Batch], scales: Mapping[str, float]
+    ) -> Iterator[Forward]:
+        """Yield what the contrastive objective does, which compares all texts of the step."""
+        return self.contrastive.forwards(model, batches, scales)
 
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse what any task does, and a model whose vectors do not depend on the text."""

@@ -1,20 +1,30 @@
-"""What the ranks count of a step together: items of each term of the loss, tokens, skipped rows,
-and the losses that come of them.
+"""What the ranks count of a step together, and what comes of it: the scale of each backward, and
+the losses of the whole step.
+
+An objective gives *sums* per row and term. The step divides by the global count, so how a batch is
+cut into micro-batches and ranks does not change the gradient:
+
+    gradient of  sum over terms  weight * (sum over all rows of all ranks) / (global count)
+
+Each backward gets ``weight * its sum * data.size / global count``: the engine averages gradients
+over the ranks of ``data``. Shape legend: B rows, E experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from math import nan
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from hfscale.dist.agree import sum_over_ranks
 from hfscale.errors import DataError
-from hfscale.objectives.base import Batch, Objective
+from hfscale.objectives.base import ROUTER, Batch, Forward, Model, Objective
 from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
+from hfscale.training.balanced import balanced, routed
 
 # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
 SKIPPED, TOKENS = "skipped_rows", "tokens"
@@ -23,13 +33,129 @@ SKIPPED, TOKENS = "skipped_rows", "tokens"
 SKIP_FLOOR_ROWS = 2**20
 
 
+class Accounting:
+    """The books of ``objective``: what is asked of its rows, what they gave, and the losses of
+    both. Those of a step are closed by ``global_losses``.
+    """
+
+    def __init__(self, objective: Objective) -> None:
+        self.objective = objective
+        self._sums: dict[str, Tensor] = {}
+
+    def counts(self, batches: Iterable[Batch]) -> dict[str, int]:
+        """Return ``{term: n}``, the scored items of these micro-batches, and ``{term/source: n}``
+        where there are several sources.
+
+        Sum over ranks gives the global counts.
+        """
+        totals = dict.fromkeys(self.objective.weights(), 0)
+        for batch in batches:
+            counts = dict(batch.counts)
+            if self.objective.balancing:
+                counts[ROUTER] = routed(self.objective, batch).sum(1)
+            for term, count_B in counts.items():
+                by_source = self._by_source(count_B, batch).tolist()
+                totals[term] += sum(by_source)
+                if len(by_source) > 1:
+                    for number, count in enumerate(by_source):
+                        name = f"{term}/{number}"
+                        totals[name] = totals.get(name, 0) + count
+        return totals
+
+    def losses(
+        self, model: Model, batches: Iterable[Batch], global_counts: Mapping[str, int]
+    ) -> Iterator[Tensor]:
+        """Yield one scalar for each backward of the step, ``weight * sum * data.size / global
+        count``; fp32. What was measured is there for ``global_losses`` at the end of the step.
+        """
+        self._sums = {}
+        size = self.objective.setting.data.size
+        scales = {
+            term: weight * size / max(1, global_counts[term])
+            for term, weight in self.objective.weights().items()
+            if weight
+        }
+        for forward in self._forwards(model, batches, scales, global_counts):
+            self.record(forward.sums, forward.batch)
+            if forward.surrogate is not None:
+                yield forward.surrogate
+                continue
+            terms = [term for term in scales if term in forward.sums]
+            yield torch.stack([scales[term] * forward.sums[term].sum() for term in terms]).sum()
+
+    def _forwards(
+        self,
+        model: Model,
+        batches: Iterable[Batch],
+        scales: Mapping[str, float],
+        global_counts: Mapping[str, int],
+    ) -> Iterator[Forward]:
+        objective = self.objective
+        if objective.balancing and torch.is_grad_enabled():
+            return balanced(objective, model, list(batches), tokens=global_counts[ROUTER])
+        return objective.forwards(model, batches, scales)
+
+    def record(self, sums: Mapping[str, Tensor], batch: Batch) -> None:
+        """Add the ``{term: sums_B}`` of ``batch`` to the books, without waiting for the device."""
+        for term, sums_B in sums.items():
+            total = self._by_source(sums_B.detach().double(), batch)
+            self._sums[term] = self._sums[term] + total if term in self._sums else total
+
+    def take_sums(self) -> dict[str, Tensor]:
+        """Return ``{term: sum of each source}`` (fp64) of this rank's part of the step just made,
+        and forget it.
+        """
+        sums, self._sums = self._sums, {}
+        return sums
+
+    def _by_source(self, values_B: Tensor, batch: Batch) -> Tensor:
+        """Return the sum of the values of each source, in their type."""
+        sources = self.objective.setting.sources
+        if sources == 1:
+            return values_B.sum()[None]
+        source_B = batch.source_B.to(values_B.device, torch.int64, non_blocking=True)
+        return values_B.new_zeros(sources).index_add(0, source_B, values_B)
+
+    def global_losses(
+        self, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()
+    ) -> dict[str, Any]:
+        """Return the ``loss`` of what ``losses`` went through on all ranks, its terms, and
+        ``source_loss`` where there are several. Collective.
+
+        ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN,
+        not 0.
+        """
+        sums, weights = self.take_sums(), self.objective.weights()
+        names = sorted(sums)
+        totals_of_ranks = sum_over_ranks(torch.stack([sums[name] for name in names]))
+        by_source = dict(zip(names, totals_of_ranks.tolist(), strict=True))
+        means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
+        trained = [term for term in names if weights[term]]
+        losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
+        reported = self.objective.report(means)
+        losses |= {term: reported[term] for term in names if not weights[term]}
+        if len(trained) > 1:
+            losses |= {f"loss_{term}": means[term] for term in trained}
+
+        def of_source(number: int) -> float | None:
+            counted = {term: counts[f"{term}/{number}"] for term in trained}
+            asked = [term for term in trained if counted[term]]
+            if not asked:
+                return None  # no row of it was in this step
+            return sum(weights[term] * by_source[term][number] / counted[term] for term in asked)
+
+        if len(sources) > 1:
+            losses["source_loss"] = {name: of_source(number) for number, name in enumerate(sources)}
+        return losses
+
+
 def counts_of(
-    objective: Objective, rows: Sequence[Rows | Examples], batches: Sequence[Batch]
+    accounting: Accounting, rows: Sequence[Rows | Examples], batches: Sequence[Batch]
 ) -> dict[str, int]:
     """Return this rank's part of the counts of a step: of each term, of tokens and skipped rows."""
     skipped = sum(int((~micro.valid_B).sum()) for micro in rows)
     tokens = sum(row.numel() for batch in batches for row in batch.rows())
-    return objective.counts(batches) | {SKIPPED: skipped, TOKENS: tokens}
+    return accounting.counts(batches) | {SKIPPED: skipped, TOKENS: tokens}
 
 
 def check_skipped(
@@ -51,36 +177,3 @@ def check_skipped(
             remedy="restore the shards that the log names (`hfscale shards verify` lists "
             "all damage), or raise it",
         )
-
-
-def global_losses(
-    objective: Objective, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()
-) -> dict[str, Any]:
-    """Return the ``loss`` of what ``objective.losses`` went through on all ranks, its terms, and
-    ``source_loss`` where there are several.
-
-    ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN, not
-    0.
-    """
-    sums, weights = objective.take_sums(), objective.weights()
-    names = sorted(sums)
-    totals_of_ranks = sum_over_ranks(torch.stack([sums[name] for name in names]))
-    by_source = dict(zip(names, totals_of_ranks.tolist(), strict=True))
-    means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
-    trained = [term for term in names if weights[term]]
-    losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
-    reported = objective.report(means)
-    losses |= {term: reported[term] for term in names if not weights[term]}
-    if len(trained) > 1:
-        losses |= {f"loss_{term}": means[term] for term in trained}
-
-    def of_source(number: int) -> float | None:
-        counted = {term: counts[f"{term}/{number}"] for term in trained}
-        asked = [term for term in trained if counted[term]]
-        if not asked:
-            return None  # no row of it was in this step
-        return sum(weights[term] * by_source[term][number] / counted[term] for term in asked)
-
-    if len(sources) > 1:
-        losses["source_loss"] = {name: of_source(number) for number, name in enumerate(sources)}
-    return losses

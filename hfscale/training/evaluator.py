@@ -15,7 +15,7 @@ from hfscale.objectives.base import Objective
 from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
 from hfscale.tasks.base import Example, Task
-from hfscale.training.accounting import global_losses
+from hfscale.training.accounting import Accounting
 
 if TYPE_CHECKING:  # a login node checks a run without DeepSpeed
     from hfscale.engine.engine import Engine
@@ -34,10 +34,10 @@ class Evaluator:
         """Return the validation loss and what else the objective reports (all ranks together); the
         engine's mode is restored.
         """
-        objective = self._objective
+        objective, accounting = self._objective, Accounting(self._objective)
         beat("validation")
         batches = [objective.collate(rows) for rows in self._rows]
-        counts = objective.counts(batches)
+        counts = accounting.counts(batches)
         names = sorted(counts)
         counts = dict(
             zip(
@@ -47,11 +47,11 @@ class Evaluator:
             )
         )
         with engine.eval_mode():
-            for _ in objective.losses(
+            for _ in accounting.losses(
                 engine, (batch.to(engine.device) for batch in batches), counts
             ):
                 beat("validation")  # what was measured is in the sums
-        losses = global_losses(objective, counts)
+        losses = accounting.global_losses(counts)
         return losses | (
             {"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {}
         )
@@ -73,15 +73,15 @@ class TaskEvaluator:
         """Return the validation loss and metrics (all ranks together); the engine's mode is
         restored.
         """
-        task = self._task
-        counts = dict.fromkeys(self._task.weights(), 0)
+        task, accounting = self._task, Accounting(self._task)
+        counts = dict.fromkeys(task.weights(), 0)
         outputs = dict[int, dict[str, Any]]()
         with engine.eval_mode():
             for rows in self._rows:
                 batch = task.collate(rows)
-                counts = {term: counts[term] + n for term, n in task.counts([batch]).items()}
+                counts = {term: counts[term] + n for term, n in accounting.counts([batch]).items()}
                 sums, made = task.judge(engine, batch.to(engine.device), rows)
-                task.record(sums, batch)
+                accounting.record(sums, batch)
                 outputs |= {
                     int(number): output
                     for number, valid, output in zip(rows.position, rows.valid_B, made, strict=True)
@@ -90,7 +90,7 @@ class TaskEvaluator:
         totals = (
             sum_over_ranks(torch.tensor([counts[term] for term in sorted(counts)])).long().tolist()
         )
-        losses = global_losses(task, dict(zip(sorted(counts), totals, strict=True)))
+        losses = accounting.global_losses(dict(zip(sorted(counts), totals, strict=True)))
         gathered = {
             number: output for part in from_all_ranks([*outputs.items()]) for number, output in part
         }

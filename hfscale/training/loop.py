@@ -26,11 +26,11 @@ from hfscale.errors import CheckpointError, UnhealthyError
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import beat
 from hfscale.monitor.throughput import Throughput
-from hfscale.objectives.base import Batch, Objective
+from hfscale.objectives.base import Batch
 from hfscale.stream.digest import step_digest
 from hfscale.stream.examples import ExampleStream
 from hfscale.stream.loader import Stream
-from hfscale.training.accounting import SKIPPED, TOKENS, check_skipped, counts_of
+from hfscale.training.accounting import SKIPPED, TOKENS, Accounting, check_skipped, counts_of
 from hfscale.training.observers.base import Observer, Step
 
 
@@ -51,7 +51,7 @@ class Trainer:
 
     engine: Engine
     stream: Stream | ExampleStream
-    objective: Objective
+    accounting: Accounting  # of the objective
     checkpoints: CheckpointManager
     throughput: Throughput
     stop: StopRequest
@@ -64,6 +64,7 @@ class Trainer:
     state: TrainState = field(default_factory=TrainState)
 
     def __post_init__(self) -> None:
+        self.objective = self.accounting.objective
         self._saved_step = self.state.step  # a resumed run begins where its checkpoint is
 
     def run(self) -> bool:
@@ -118,7 +119,7 @@ class Trainer:
         with self.throughput.waiting():
             rows = self.stream.take()
         batches = [self.objective.collate(micro) for micro in rows]
-        counts = counts_of(self.objective, rows, batches)
+        counts = counts_of(self.accounting, rows, batches)
         digest = step_digest(rows) if watched else 0
         beat("collective")
         agreed = agree(
@@ -152,7 +153,7 @@ class Trainer:
         """Return what one update of the weights with the gradient of ``batches`` did."""
         step = self.state.step
         on_device = [batch.to(self.engine.device) for batch in batches]
-        losses = self.objective.losses(self.engine, on_device, agreed.counts)
+        losses = self.accounting.losses(self.engine, on_device, agreed.counts)
         rank = self.objective.setting.data.rank
         beat("forward")
         for loss in seeded(losses, seed=self.seed, step=step, rank=rank):

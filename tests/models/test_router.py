@@ -15,6 +15,7 @@ from hfscale.models.call import call
 from hfscale.models.router import balancing
 from hfscale.objectives.base import ROUTER, Batch, Setting
 from hfscale.objectives.clm import CausalLM
+from hfscale.training.accounting import Accounting
 from tests.models.families import VOCAB
 
 SMALL = {
@@ -82,10 +83,11 @@ def losses(model: Any, cut: int, **setting: Any) -> tuple[float, dict[str, float
     ]
     model.zero_grad()
     total = 0.0
-    for loss in objective.losses(model, batches, objective.counts(batches)):
+    accounting = Accounting(objective)
+    for loss in accounting.losses(model, batches, accounting.counts(batches)):
         loss.backward()
         total += loss.item()
-    sums = {term: value.item() for term, value in objective.take_sums().items()}
+    sums = {term: value.item() for term, value in accounting.take_sums().items()}
     weight = next(p for name, p in model.named_parameters() if "gate.weight" in name)
     return total, sums, weight.grad.clone()
 

@@ -19,6 +19,7 @@ from hfscale.objectives.base import (
     load_objective,
 )
 from hfscale.registry import load_plugin
+from hfscale.training.accounting import Accounting
 from tests.objectives.tokenizers import tokenizer
 
 
@@ -70,20 +71,21 @@ def test_a_scalar_is_weight_times_sum_times_world_over_count() -> None:
     objective = TwoTerms(Options(), Setting(seq_len=3, data=Place(0, 4)))
     w = torch.tensor(2.0, requires_grad=True)
     batches = [batch_of(torch.ones(2, 3), [3, 2]), batch_of(2 * torch.ones(2, 3), [3, 3])]
-    assert objective.counts(batches) == {"main": 11, "accuracy": 4}
-    scalars = list(objective.losses(lambda x: w * x, batches, {"main": 22, "accuracy": 8}))
+    accounting = Accounting(objective)
+    assert accounting.counts(batches) == {"main": 11, "accuracy": 4}
+    scalars = list(accounting.losses(lambda x: w * x, batches, {"main": 22, "accuracy": 8}))
     assert [s.item() for s in scalars] == [
         pytest.approx(0.5 * 12 * 4 / 22),
         pytest.approx(0.5 * 24 * 4 / 22),
     ]
-    sums = objective.take_sums()
+    sums = accounting.take_sums()
     assert {term: total.item() for term, total in sums.items()} == {"main": 36.0, "accuracy": 4.0}
-    assert objective.take_sums() == {}
+    assert accounting.take_sums() == {}
 
 
 def test_a_step_in_which_nothing_is_asked_has_a_zero_loss_and_no_nan() -> None:
-    objective = TwoTerms(Options(), Setting(seq_len=3))
-    (scalar,) = objective.losses(
+    accounting = Accounting(TwoTerms(Options(), Setting(seq_len=3)))
+    (scalar,) = accounting.losses(
         lambda x: x, [batch_of(torch.zeros(2, 3), [0, 0])], {"main": 0, "accuracy": 0}
     )
     assert scalar.item() == 0.0

@@ -18,6 +18,7 @@ from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.objectives.isolation import document_mask
 from hfscale.stream.rows import Rows
+from hfscale.training.accounting import Accounting
 from hfscale.training.evaluator import Evaluator
 from tests.models.families import FAMILIES, VOCAB
 from tests.objectives.rows import make_rows
@@ -85,13 +86,14 @@ def step_gradient(cuts: list[list[Rows]], model: nn.Module) -> tuple[torch.Tenso
     """
     objective = objective_for(model, cross_document=False, data=Place(0, len(cuts)))
     ranks = [[objective.collate(rows) for rows in micro_batches] for micro_batches in cuts]
-    counts = {"clm": sum(objective.counts(batches)["clm"] for batches in ranks)}
+    accounting = Accounting(objective)
+    counts = {"clm": sum(accounting.counts(batches)["clm"] for batches in ranks)}
     model.zero_grad()
     total = 0.0
     for batches in ranks:
-        for scalar in objective.losses(model, batches, counts):
+        for scalar in accounting.losses(model, batches, counts):
             (scalar / len(ranks)).backward()  # as the engine averages over ranks
-        total += objective.take_sums()["clm"].item()
+        total += accounting.take_sums()["clm"].item()
     return torch.cat([p.grad.flatten() for p in model.parameters()]), total / counts["clm"]
 
 
@@ -249,7 +251,8 @@ def test_the_mask_is_made_once_a_batch_for_all_layers(
             )
     objective = objective_for(model, cross_document=False)
     batches = [objective.collate(make_rows([[9, 24], [33, 0]], seed=seed)) for seed in range(3)]
-    for loss in objective.losses(model, batches, objective.counts(batches)):
+    accounting = Accounting(objective)
+    for loss in accounting.losses(model, batches, accounting.counts(batches)):
         loss.backward()
     Evaluator(objective, [make_rows([[9, 24], [33, 0]])]).run(Bare(model))  # type: ignore[arg-type]
     assert len(made) == 4

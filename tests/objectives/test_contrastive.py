@@ -21,6 +21,7 @@ from hfscale.models.build import build_model
 from hfscale.models.pooling import pool
 from hfscale.objectives.base import Batch, Objective, Setting, load_objective
 from hfscale.stream.rows import Rows
+from hfscale.training.accounting import Accounting
 from tests.helpers.ranks import run_ranks
 from tests.objectives.rows import cut_rows, make_rows
 from tests.objectives.tokenizers import tokenizer
@@ -64,7 +65,8 @@ def gradient(
     if "mlm" in counts:
         counts["mlm"] = 40  # any number, the same for every cut
     model.zero_grad()
-    for scalar in objective.losses(model, batches, counts):
+    accounting = Accounting(objective)
+    for scalar in accounting.losses(model, batches, counts):
         (scalar / objective.setting.data.size).backward()
     flat = torch.cat(
         [
@@ -72,7 +74,7 @@ def gradient(
             for p in model.parameters()
         ]
     )
-    return flat, {term: total.item() for term, total in objective.take_sums().items()}
+    return flat, {term: total.item() for term, total in accounting.take_sums().items()}
 
 
 def direct_loss(objective: Any, model: torch.nn.Module, batch: Batch) -> torch.Tensor:

@@ -13,6 +13,7 @@ from hfscale.config.schema import Named
 from hfscale.objectives.base import Setting
 from hfscale.stream.examples import Examples
 from hfscale.tasks.table import load_task, task_class
+from hfscale.training.accounting import Accounting
 from tests.objectives.tokenizers import tokenizer
 
 
@@ -77,7 +78,7 @@ def bert(task: Any, model_class: Any) -> Any:
 def learn(task: Any, model: Any, examples: list[dict], *, steps: int, lr: float = 3e-3) -> float:
     """Return the loss after some full-batch steps."""
     batch = task.collate(rows_of(task, examples))
-    [(term, count)] = task.counts([batch]).items()
+    [(term, count)] = Accounting(task).counts([batch]).items()
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()

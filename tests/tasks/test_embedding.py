@@ -24,6 +24,7 @@ from hfscale.run.run import Run
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import sentence_embedding
 from hfscale.tasks.table import load_task
+from hfscale.training.accounting import Accounting
 from launch.commands.evaluate import evaluate
 from tests.helpers.labelled import make_encoder, task_values, write_jsonl
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
@@ -50,8 +51,9 @@ def without(role: str) -> list[dict[str, Any]]:
 def test_the_loss_is_over_all_positives_and_hard_negatives(pairs: list[dict[str, Any]]) -> None:
     task, model, _ = embedding(temperature=0.1)
     one, two = task.collate(rows_of(task, pairs[:2])), task.collate(rows_of(task, pairs[2:]))
-    counts = task.counts([one, two])
-    sum(loss for loss in task.losses(model, [one, two], counts)).backward()
+    accounting = Accounting(task)
+    counts = accounting.counts([one, two])
+    sum(loss for loss in accounting.losses(model, [one, two], counts)).backward()
     gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
     model.zero_grad()
 
@@ -69,7 +71,7 @@ def test_the_loss_is_over_all_positives_and_hard_negatives(pairs: list[dict[str,
 
     candidates = torch.cat([vectors(role) for role in pairs[0] if role in ("positive", "negative")])
     by_hand = F.cross_entropy(vectors("text") @ candidates.T / 0.1, torch.arange(3))
-    assert task.take_sums()["contrastive"].item() / counts["contrastive"] == pytest.approx(
+    assert accounting.take_sums()["contrastive"].item() / counts["contrastive"] == pytest.approx(
         by_hand.item(), rel=1e-5
     )
     by_hand.backward()

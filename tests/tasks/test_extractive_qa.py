@@ -15,6 +15,7 @@ from transformers import BertForQuestionAnswering, pipeline
 from hfscale.errors import ConfigError
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import extractive_qa, question_answering
+from hfscale.training.accounting import Accounting
 from tests.tasks.kit import answers, bert, learn, make_task, marking_tokenizer, rows_of
 
 EN = "The old river ran slowly under the unbelievable bridges of the town."
@@ -98,7 +99,9 @@ def test_windows_overlap_and_cover_the_context(kind):
     } <= {" "}
     labels = [feature["labels"] for feature in features]
     assert [0, 0] in labels and any(label != [0, 0] for label in labels)
-    assert task.counts([task.collate(rows_of(task, [example]))]) == {"extractive_qa": len(features)}
+    assert Accounting(task).counts([task.collate(rows_of(task, [example]))]) == {
+        "extractive_qa": len(features)
+    }
 
 
 def test_an_answer_that_no_window_holds_whole_teaches_nothing():
@@ -108,7 +111,7 @@ def test_an_answer_that_no_window_holds_whole_teaches_nothing():
     features = task.features(example)
     assert len(features) > 1 and {f["unlearnt"] for f in features} == {extractive_qa.CUT}
     batch = task.collate(rows_of(task, [example]))
-    assert task.counts([batch]) == {"extractive_qa": 0}
+    assert Accounting(task).counts([batch]) == {"extractive_qa": 0}
     model = bert(task, BertForQuestionAnswering)
     assert task.loss(model, batch)["extractive_qa"].tolist() == [0.0] * len(features)
     assert answers(task, model, [example])[0]["prediction"]
@@ -169,7 +172,7 @@ def test_the_loss_by_hand_does_not_depend_on_padding():
     model = bert(task, BertForQuestionAnswering)
     batch = task.collate(rows_of(task, EXAMPLES, valid=[True] * 4 + [False]))
     losses = task.loss(model, batch)["extractive_qa"]
-    assert task.counts([batch]) == {"extractive_qa": 4} and losses[4] == 0
+    assert Accounting(task).counts([batch]) == {"extractive_qa": 4} and losses[4] == 0
     for n, example in enumerate(EXAMPLES[:4]):
         [feature] = task.features(example)
         output = model(input_ids=torch.tensor([feature["input_ids"]]))

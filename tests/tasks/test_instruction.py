@@ -20,6 +20,7 @@ from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import chat
 from hfscale.tasks.instruction import pack
+from hfscale.training.accounting import Accounting
 from tests.objectives.tokenizers import tokenizer
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
 
@@ -158,9 +159,9 @@ def test_packing_changes_nothing_but_the_number_of_rows() -> None:
     assert task.loss(model, filled)["answers"].tolist() == pytest.approx(
         [*alone[:2], 0.0], rel=1e-5
     )
-    assert task.counts([filled])["answers"] == task.counts([batch])["answers"] - len(
-        tokenizer()("在城里</s>")["input_ids"]
-    )
+    assert Accounting(task).counts([filled])["answers"] == Accounting(task).counts([batch])[
+        "answers"
+    ] - len(tokenizer()("在城里</s>")["input_ids"])
 
 
 def test_a_prediction_without_an_answer_to_compare_with_is_the_text_alone() -> None:

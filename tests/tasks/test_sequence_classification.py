@@ -17,6 +17,7 @@ from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.labels import all_labels
 from hfscale.tasks.sequence_classification import SequenceClassification
 from hfscale.tasks.table import load_task, task_class
+from hfscale.training.accounting import Accounting
 
 WORDS = ["[PAD]", "[UNK]", "[SEP]", "good", "bad", "film", "book"]
 
@@ -76,7 +77,7 @@ def test_a_single_label():
     batch = task.collate(rows)
     assert batch.inputs["input_ids"].tolist() == [[3, 5], [4, 0], [3, 0]]
     assert [row.tolist() for row in batch.rows()] == [[[3, 5]], [[4]], [[3]]]
-    assert task.counts([batch]) == {"classification": 3}
+    assert Accounting(task).counts([batch]) == {"classification": 3}
     model = model_of(task)
     losses, outputs = task.judge(model, batch, rows)
     weights = {"+": 3 / (2 * 2), "-": 3 / (2 * 1)}

@@ -19,6 +19,7 @@ from hfscale.errors import ConfigError
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample
 from hfscale.tasks import text2text
+from hfscale.training.accounting import Accounting
 from tests.tasks.toys import load, predict, rows_of, train, words_tokenizer
 
 ENGLISH = ["one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten"]
@@ -67,7 +68,7 @@ def by_hand(task: Any, model: Any, example: dict[str, Any], *, smoothing: float 
 def test_the_loss_is_a_sum_over_target_tokens(how: dict[str, Any]) -> None:
     task, model = load("translation", tokenizer(), label_smoothing=0.1, **how)
     batch = task.collate(rows_of(task, EXAMPLES))
-    assert task.counts([batch]) == {"text": 3 + 2}, "the end token counts"
+    assert Accounting(task).counts([batch]) == {"text": 3 + 2}, "the end token counts"
     wanted = [by_hand(task, model, example, smoothing=0.1) for example in EXAMPLES]
     assert task.loss(model, batch)["text"].tolist() == pytest.approx(wanted, rel=1e-5)
     with torch.no_grad():  # validation is not smoothed: its perplexity means something
@@ -75,7 +76,7 @@ def test_the_loss_is_a_sum_over_target_tokens(how: dict[str, Any]) -> None:
             [by_hand(task, model, e) for e in EXAMPLES], rel=1e-5
         )
     filled = task.collate(rows_of(task, EXAMPLES, fillers=1))
-    assert task.counts([filled]) == {"text": 3}
+    assert Accounting(task).counts([filled]) == {"text": 3}
     assert task.loss(model, filled)["text"].tolist() == pytest.approx([wanted[0], 0.0], rel=1e-5)
 
 

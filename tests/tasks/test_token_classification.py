@@ -10,6 +10,7 @@ from transformers import BertForTokenClassification, pipeline
 
 from hfscale.errors import DataError
 from hfscale.stream.examples import BadExample
+from hfscale.training.accounting import Accounting
 from tests.tasks.kit import answers, bert, learn, make_task, marking_tokenizer, rows_of
 
 EXAMPLES = [
@@ -76,14 +77,16 @@ def test_long_sentences_are_windows_that_judge_every_word_once(kind):
         for word, n in zip(feature["words"], feature["labels"], strict=True)
     }
     assert [asked[word] for word in range(36)] == long["tags"]
-    assert task.counts([task.collate(rows_of(task, [long]))]) == {"token_classification": 36}
+    assert Accounting(task).counts([task.collate(rows_of(task, [long]))]) == {
+        "token_classification": 36
+    }
 
 
 def test_the_loss_by_hand_and_fillers():
     task = task_of()
     model = bert(task, BertForTokenClassification)
     batch = task.collate(rows_of(task, EXAMPLES, valid=[True, True, False]))
-    assert task.counts([batch]) == {"token_classification": 13}
+    assert Accounting(task).counts([batch]) == {"token_classification": 13}
     losses, _ = task.judge(model, batch, rows_of(task, EXAMPLES))
     probabilities = model(**batch.inputs).logits.log_softmax(-1)
     for b, feature in enumerate(rows_of(task, EXAMPLES).features[:2]):

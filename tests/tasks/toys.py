@@ -15,6 +15,7 @@ from hfscale.objectives.base import Setting
 from hfscale.stream.examples import Examples
 from hfscale.tasks.base import Task
 from hfscale.tasks.table import load_task
+from hfscale.training.accounting import Accounting
 from tests.models.families import FAMILIES
 
 
@@ -99,19 +100,20 @@ def train(
     """Return the mean loss of the last step, after AdamW on ``examples`` in turn, as the loop does
     it.
     """
+    accounting = Accounting(task)
     adamw = torch.optim.AdamW(model.parameters(), lr=lr)
     for step in range(steps):
         rows = [examples[(step * batch + k) % len(examples)] for k in range(batch)]
         batches = [task.collate(rows_of(task, rows[half::2])) for half in range(2)]
-        counts = task.counts(batches)
+        counts = accounting.counts(batches)
         for group in adamw.param_groups:
             group["lr"] = lr * min(1.0, (step + 1) / 20, (steps - step) / (0.3 * steps))
         adamw.zero_grad()
-        for loss in task.losses(model, batches, counts):
+        for loss in accounting.losses(model, batches, counts):
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         adamw.step()
-    term, sums = next(iter(task.take_sums().items()))
+    term, sums = next(iter(accounting.take_sums().items()))
     return sums.item() / counts[term]
 
 

@@ -13,11 +13,10 @@ from hfscale.monitor.heartbeat import beat
 from hfscale.monitor.metrics_log import MetricsLog
 from hfscale.monitor.spikes import Spikes
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
-from hfscale.objectives.base import Objective
 from hfscale.stream.digest import VERSION as DIGEST_VERSION
 from hfscale.stream.examples import ExampleStream
 from hfscale.stream.loader import Stream
-from hfscale.training.accounting import SKIPPED, global_losses
+from hfscale.training.accounting import SKIPPED, Accounting
 from hfscale.training.observers.base import Observer, Step
 
 
@@ -29,7 +28,7 @@ class Figures(Observer):
 
     engine: Engine
     stream: Stream | ExampleStream
-    objective: Objective
+    accounting: Accounting
     checkpoints: CheckpointManager
     throughput: Throughput
     every_steps: int
@@ -46,7 +45,7 @@ class Figures(Observer):
         if not step.watched:
             return
         beat("collective")
-        losses = global_losses(self.objective, step.agreed.counts, sources=self.sources)
+        losses = self.accounting.global_losses(step.agreed.counts, sources=self.sources)
         self.latest = step.figures
         self.latest |= {
             "step": step.number,
