@@ -37,6 +37,7 @@ DETAILS = "details.jsonl"
 INCIDENTS = "incidents.jsonl"
 GOODPUT = "goodput.jsonl"
 PROFILES = "profiles"
+REQUEST, PROFILED = "request.json", "rank-{}.txt"  # of a profile
 TENSORBOARD = "tensorboard"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"

@@ -27,6 +27,7 @@ VERBS = {  # a verb is listed when it works
     "finetune": "Fine-tune a model for a task on labelled examples.",
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
     "goodput": "Where the time of a run went: queue, start-up, compute, stalls, lost work.",
+    "profile": "A profile of the next steps of a run that is under way.",
     "logs": "Print a run's log, and follow it.",
     "doctor": "Check and measure this machine, or the nodes of an allocation, for a run.",
     "configs": "List the configs that come with hfscale, or copy them to edit.",

@@ -317,6 +317,14 @@ class Checkpoint(Section):
     async_: Annotated[bool, Field(alias="async")] = True
 
 
+class Profile(Section):
+    """Steps of a run to look at with a profiler: hfscale/training/observers/profile.py."""
+
+    at_step: Annotated[int, Field(ge=2)]  # the first step is none to measure
+    steps: Annotated[int, Field(ge=1, le=100)] = 3  # a trace grows by megabytes a step
+    every_rank: bool = False  # not rank 0 alone
+
+
 class Metrics(Section):
     """What is written while training."""
 
@@ -324,6 +332,7 @@ class Metrics(Section):
     # what draws the curves, beside metrics.jsonl
     writers: list[Literal["tensorboard"]] = ["tensorboard"]
     tensorboard: bool = True  # false: not that one (the older key)
+    profile: Profile | None = None  # of a run that is under way: `hfscale profile RUN`
 
     @property
     def drawn_by(self) -> list[str]:

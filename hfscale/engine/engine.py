@@ -15,6 +15,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -29,6 +30,7 @@ from hfscale.dist.group import everybody
 from hfscale.engine import fragments as parts
 from hfscale.engine.arrivals import Arrivals, SameModules, fill
 from hfscale.engine.ds_config import deepspeed_config, running_stage
+from hfscale.engine.flops import flops_profiled
 from hfscale.engine.fragments import Fragment
 from hfscale.engine.groups import param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
@@ -224,6 +226,10 @@ class Engine:
                 yield
         finally:
             self.module.train(training)
+
+    def flops_profiled(self, step: int, file: Path) -> AbstractContextManager[None]:
+        """Return a context in which DeepSpeed counts what is computed, written to ``file``."""
+        return flops_profiled(self.module, self._ds, step=step, file=file)
 
     # ---------------------------------------------------------------------------------------- state
     def fragments(self, *, owned: bool = True, frozen: bool = True) -> list[Fragment]:

@@ -50,6 +50,7 @@ from hfscale.training.observers.base import Observer
 from hfscale.training.observers.best import KeepBest
 from hfscale.training.observers.goodput import Goodput
 from hfscale.training.observers.log import Figures, Log
+from hfscale.training.observers.profile import Profile
 from hfscale.training.observers.validate import Validate
 
 if TYPE_CHECKING:
@@ -184,6 +185,12 @@ def observers(
     if best := config.checkpoint.keep_best:
         before = saved.best if saved else None
         yield KeepBest(best, patience=config.train.patience, saved=before)
+    yield Profile(
+        trainer.engine,
+        run_dir=config.run_dir,
+        attempt=run.world.attempt or (log.attempt if log else 0),
+        plan=config.metrics.profile,
+    )
     if log:
         yield Goodput(config.run_dir, step=trainer.state.step, fence=fence)
 
