@@ -22,7 +22,8 @@ from typing import Any
 
 from hfscale import log, run_files
 from hfscale.config.load import load_config
-from hfscale.config.schema import Section, TrainConfig
+from hfscale.config.schema import TrainConfig
+from hfscale.config.section import Section
 from hfscale.dist.secret import known_secret
 from hfscale.dist.stop import WARNINGS, StopRequest
 from hfscale.dist.world import Allocation, World, allocation, given_attempt, node_name

@@ -18,7 +18,8 @@ from hfscale.config import permission
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.load import load_config, to_yaml
 from hfscale.config.rules import notices, solve_batch
-from hfscale.config.schema import Cluster, Section, TrainConfig
+from hfscale.config.schema import Cluster, TrainConfig
+from hfscale.config.section import Section
 from hfscale.dist.secret import make_secret
 from hfscale.engine.ds_config import inference_config
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, ConfigError

@@ -6,12 +6,7 @@ from typing import Annotated, Literal, Union
 
 from pydantic import Field
 
-from hfscale.config.schema import (
-    FileName,
-    LocalPath,
-    Positive,
-    Section,
-)
+from hfscale.config.section import FileName, LocalPath, Positive, Section
 
 
 class TextSource(Section):

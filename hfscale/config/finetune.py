@@ -8,18 +8,8 @@ from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field
 
-from hfscale.config.schema import (
-    AbsolutePath,
-    Decay,
-    HeldOut,
-    Named,
-    Optim,
-    Positive,
-    Section,
-    Table,
-    Tokenizer,
-    TrainConfig,
-)
+from hfscale.config.schema import Named, Optim, Tokenizer, TrainConfig
+from hfscale.config.section import AbsolutePath, Decay, HeldOut, Positive, Section, Table
 
 
 class Examples(Section):

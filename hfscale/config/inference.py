@@ -7,18 +7,8 @@ from __future__ import annotations
 from typing import Any, ClassVar, Literal, Union
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import (
-    AbsolutePath,
-    Cluster,
-    Data,
-    LocalPath,
-    Named,
-    PathOrHubName,
-    Positive,
-    Section,
-    Seed,
-    Tokenizer,
-)
+from hfscale.config.schema import Cluster, Data, Named, Tokenizer
+from hfscale.config.section import AbsolutePath, LocalPath, PathOrHubName, Positive, Section, Seed
 
 
 class Inference(Section):

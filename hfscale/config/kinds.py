@@ -11,7 +11,8 @@ from typing import Any
 from hfscale.config import permission, rules
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
-from hfscale.config.schema import RunConfig, Section, TrainConfig
+from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.config.section import Section
 
 # the first whose ``marker`` is there says what a config is of
 KINDS: tuple[type[Section], ...] = (

@@ -14,7 +14,8 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from hfscale.config import kinds
-from hfscale.config.schema import RunConfig, Section, TrainConfig
+from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.config.section import Section
 from hfscale.config.tree import COMMAND_LINE, Tree, read_tree, with_overrides
 from hfscale.errors import PASSWORD, ConfigError, counted, nearest, shown
 

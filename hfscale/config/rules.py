@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import Data, Model, Section, Train, TrainConfig
+from hfscale.config.schema import Data, Model, Train, TrainConfig
+from hfscale.config.section import Section
 from hfscale.errors import ConfigError, nearest
 from hfscale.metrics.better import lower_is_better
 

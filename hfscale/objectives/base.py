@@ -16,7 +16,8 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from hfscale.config.schema import Named, Section
+from hfscale.config.schema import Named
+from hfscale.config.section import Section
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import call, probe_row

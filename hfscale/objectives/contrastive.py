@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.dist.agree import gather_rows
 from hfscale.errors import ConfigError
 from hfscale.models.call import call

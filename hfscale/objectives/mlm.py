@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hfscale.config.schema import Fraction, Section
+from hfscale.config.section import Fraction, Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses

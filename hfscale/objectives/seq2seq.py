@@ -26,7 +26,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Objective, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX

@@ -13,7 +13,8 @@ from hfscale.config.corpus import CorpusConfig
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import Loaded, flatten, json_schema, load_config, read_tree
 from hfscale.config.rules import notices, solve_batch
-from hfscale.config.schema import RunConfig, Section, TrainConfig
+from hfscale.config.schema import RunConfig, TrainConfig
+from hfscale.config.section import Section
 from hfscale.errors import shown
 from hfscale.run.run import Run
 

@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.control_tokens import text_alone
 from hfscale.log import logger
 from hfscale.metrics.measure import Measure

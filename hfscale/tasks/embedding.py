@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling

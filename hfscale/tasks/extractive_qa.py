@@ -22,7 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.control_tokens import text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure

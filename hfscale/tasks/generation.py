@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from transformers import GenerationConfig, PretrainedConfig
 
-from hfscale.config.schema import Positive, Section
+from hfscale.config.section import Positive, Section
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import everybody
 from hfscale.errors import ConfigError

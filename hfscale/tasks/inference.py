@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from hfscale.config.schema import Positive, Section
+from hfscale.config.section import Positive, Section
 from hfscale.control_tokens import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.models.call import call

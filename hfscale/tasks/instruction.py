@@ -26,7 +26,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge

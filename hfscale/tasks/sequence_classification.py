@@ -26,7 +26,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.errors import nearest
 from hfscale.metrics.classification import classification
 from hfscale.metrics.correlation import correlation

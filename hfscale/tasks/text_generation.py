@@ -23,7 +23,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from hfscale.config.schema import Positive, Section
+from hfscale.config.section import Positive, Section
 from hfscale.control_tokens import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.metrics.measure import Measure

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 import torch
 from torch import Tensor
 
-from hfscale.config.schema import Section
+from hfscale.config.section import Section
 from hfscale.control_tokens import text_alone
 from hfscale.errors import DataError, nearest
 from hfscale.metrics.entities import OUTSIDE, entities, entity_f1, parts_entities, tag_accuracy

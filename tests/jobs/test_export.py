@@ -22,7 +22,8 @@ from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import CheckpointWeights
 from hfscale.config.corpus import CorpusConfig
-from hfscale.config.schema import Checkpoint, RunConfig, Section
+from hfscale.config.schema import Checkpoint, RunConfig
+from hfscale.config.section import Section
 from hfscale.corpus.tokenizer_training import train_tokenizer
 from hfscale.dist.world import Place
 from hfscale.engine.engine import Engine

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from hfscale.config.schema import Named, Section
+from hfscale.config.schema import Named
+from hfscale.config.section import Section
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import (
