@@ -33,6 +33,7 @@ VERBS = {  # a verb is listed when it works
     "configs": "List the configs that come with hfscale, or copy them to edit.",
     "show": "Print a config as it resolves, and where each value came from.",
     "batch": "Print the texts that a step of a run was trained on.",
+    "incident": "What was wrong with a run, and which texts of a step are to blame.",
     "checkpoints": "List a run's checkpoints and why each is kept; verify, pin, prune.",
     "prove": "Kill and resume a short run of a config, and compare it with an undisturbed twin.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",

@@ -61,8 +61,11 @@ class Step:
     version: int  # of both: 1, of older records, is of the inputs alone, without the last label
 
 
-def rebuild(run_dir: Path, *, step: int) -> Step:
+def rebuild(run_dir: Path, *, step: int, rows_of: tuple[int, ...] = ()) -> Step:
     """Return what step ``step`` (from 1) of a run was trained on.
+
+    ``rows_of`` are the step's positions (the first, and the one after the last) where an incident
+    names them: of a step that was never logged, say.
 
     Raises:
         DataError: if the step lies outside the run, or the shards are not those of the run.
@@ -76,13 +79,13 @@ def rebuild(run_dir: Path, *, step: int) -> Step:
         )
     # of a step that was repeated, the last one counts
     logged = {record["step"]: record for record in records(run_dir)}
-    if not logged:
+    if not logged and not rows_of:
         raise DataError(
             "this run has logged nothing yet",
             where=run_dir / run_files.METRICS,
             remedy="name a run directory that has trained",
         )
-    start, stop = _positions(logged, config, step, where=run_dir)
+    start, stop = rows_of or _positions(logged, config, step, where=run_dir)
     # the newest state knows the weights of earlier attempts
     tokens, order = Sources(config).plan(newest_state(run_dir))
     tokenizer = load_tokenizer(config.tokenizer.path)
@@ -127,7 +130,7 @@ def _text(
     if newest:
         older = newest.position.text == 1
     else:
-        older = "digest_version" not in next(iter(logged.values()))
+        older = any("digest_version" not in record for record in logged.values())
     return TextRows(
         tokens,
         order,

@@ -23,6 +23,7 @@ from hfscale.errors import (
 )
 from hfscale.monitor.fence import End, Fence, attempts
 from hfscale.monitor.heartbeat import OWN, read_beats
+from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
 from hfscale.records import Count, Record
 from hfscale.reports.goodput import COMPUTE, duration, ledger
@@ -116,7 +117,7 @@ def describe(config: TrainConfig, *, now: float | None = None, running: bool = T
     else:
         lines.append(Line("step", "none was logged yet"))
     lines.append(_last_checkpoint(run, now=now))
-    lines += [*_goodput(run, now=now)]
+    lines += [*_last_incident(run, now=now), *_goodput(run, now=now)]
     if running and (slowest := slowest_rank(run)):
         lines.append(slowest)
     # runs of 0.1 have them in the record alone
@@ -188,6 +189,28 @@ def _last_checkpoint(run: Path, *, now: float) -> Line:
     age_s = now - os.stat(saved[-1] / layout.MANIFEST).st_mtime
     words = f"step {step:,}, {_time(age_s)} ago"
     return Line("last checkpoint", words, {"step": step, "age_s": age_s})
+
+
+def _last_incident(run: Path, *, now: float) -> Iterator[Line]:
+    """Yield what was wrong with the run last, and what was done; nothing of a run that was always
+    healthy.
+    """
+    every = incidents(run)
+    if not every:
+        return
+    last = every[-1]
+    words = (
+        f"{last.kind} in step {last.step:,}: {last.decision}, {_time(now - last.time)} ago; "
+        f"{len(every)} in all (hfscale incident)"
+    )
+    value = {
+        "step": last.step,
+        "kind": last.kind,
+        "decision": last.decision,
+        "age_s": now - last.time,
+        "count": len(every),
+    }
+    yield Line("last incident", words, value)
 
 
 def _goodput(run: Path, *, now: float) -> Iterator[Line]:

@@ -49,7 +49,7 @@ Permissions = Annotated[
 ]
 
 
-def _permit(permissions: list[str] | None) -> None:
+def permit(permissions: list[str] | None) -> None:
     """Let run what the command line says may run; nothing else is asked of this verb.
 
     Raises:
@@ -234,7 +234,7 @@ def batch(
     """
     from hfscale.reports.batch import rebuild
 
-    _permit(permissions)
+    permit(permissions)
     rebuilt = rebuild(run, step=step)
     for row in rebuilt.rows:
         documents = "-".join(map(str, dict.fromkeys(row.documents)))
@@ -347,5 +347,5 @@ def export(
     """
     from hfscale.jobs.export import run
 
-    _permit(permissions)
+    permit(permissions)
     typer.echo(run(model, out, adapter=adapter))

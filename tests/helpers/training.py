@@ -25,10 +25,10 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     logs = [one for one in trainer.observers if isinstance(one, Log)]
     if logs:
         write = logs[0].writer.write
-        logs[0].writer.write = lambda record, details: (  # type: ignore[method-assign]
+        logs[0].writer.write = lambda record, details: (
             records.append(record),
             write(record, details),
-        )[1]
+        )[1]  # type: ignore[method-assign]
     trainer.run()
     trainer.close()
     return records

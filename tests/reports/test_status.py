@@ -16,7 +16,10 @@ import pytest
 from hfscale.config.load import to_yaml
 from hfscale.config.schema import RunConfig
 from hfscale.monitor.fence import take
+from hfscale.monitor.incidents import LOSS, Incident
+from hfscale.monitor.lines import Lines
 from hfscale.reports.status import describe, last_record, progress, slowest_rank, steps_left
+from hfscale.run_files import INCIDENTS
 from tests.helpers.cli import ROOT, hfscale
 
 RECORD = {
@@ -47,6 +50,25 @@ def config(root: Path, **length: float) -> RunConfig:
 def words(*arguments: Any, **named: Any) -> dict[str, str]:
     """Return what ``describe`` says, by its names."""
     return {line.name: line.words for line in describe(*arguments, **named)}
+
+
+def test_the_last_incident(tmp_path: Path):
+    settings = config(tmp_path, steps=100)
+    settings.run_dir.mkdir(parents=True)
+    lines = Lines(settings.run_dir / INCIDENTS, fence=None)
+    for step in (7, 19):
+        told = Incident(step=step, kind=LOSS, decision="rewind", text="", time=1000.0 + step)
+        lines.append(told.model_dump(mode="json"))
+    lines.close()
+    [line] = [line for line in describe(settings, now=1079.0) if line.name == "last incident"]
+    assert line.words.startswith("loss_spike in step 19: rewind, 0:01:00 ago; 2 in all")
+    assert line.value == {
+        "step": 19,
+        "kind": LOSS,
+        "decision": "rewind",
+        "age_s": 60.0,
+        "count": 2,
+    }
 
 
 def test_a_run_that_has_not_begun(tmp_path: Path):
