@@ -6,6 +6,7 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
                                   environment-*.patch
     RUN_DIR/metrics.jsonl         one line a logged step; tensorboard/ draws it
                                   (monitor/metrics_log.py)
+    RUN_DIR/wandb/, mlflow/       what these writers draw; writers/ has the ids that they know it by
     RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl    more such lines (monitor/lines.py)
     RUN_DIR/profiles/             what the profiler wrote
     RUN_DIR/checkpoints/          what lies in it: checkpoint/layout.py
@@ -39,6 +40,8 @@ GOODPUT = "goodput.jsonl"
 PROFILES = "profiles"
 REQUEST, PROFILED = "request.json", "rank-{}.txt"  # of a profile
 TENSORBOARD = "tensorboard"
+MLFLOW = "mlflow"
+WRITERS = "writers"
 CHECKPOINTS = "checkpoints"
 ATTEMPTS = "attempts"
 # of an attempt

@@ -49,11 +49,17 @@ SLOW = {
 WORLD = re.compile(
     r"^(RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE|MASTER_ADDR|MASTER_PORT|SLURM_\w+)$"
 )
-OPTIONAL = {"matplotlib", "lm-eval"}  # imported on use, with an error that says what to install
+OPTIONAL = {
+    "matplotlib",
+    "lm-eval",
+    "wandb",
+    "mlflow-skinny",
+}  # imported on use, with an error that says what to install
 # import name -> what pip calls it, where they differ
 DISTRIBUTIONS = {
     "yaml": "pyyaml",
     "sklearn": "scikit-learn",
+    "mlflow": "mlflow-skinny",
 }
 
 MODULES = sorted([*(ROOT / "hfscale").rglob("*.py"), *(ROOT / "launch").rglob("*.py")])

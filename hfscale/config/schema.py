@@ -247,7 +247,7 @@ class Metrics(Section):
 
     every_steps: Positive = 10
     # what draws the curves, beside metrics.jsonl
-    writers: list[Literal["tensorboard"]] = ["tensorboard"]
+    writers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     tensorboard: bool = True  # false: not that one (the older key)
     profile: Profile | None = None  # of a run that is under way: `hfscale profile RUN`
 

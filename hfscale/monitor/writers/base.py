@@ -62,6 +62,12 @@ WRITERS = {
     "tensorboard": Plug(
         "hfscale.monitor.writers.tensorboard:TensorBoard", ("tensorboard",), extra=""
     ),
+    "wandb": Plug("hfscale.monitor.writers.wandb:WandB", ("wandb",), extra="wandb"),
+    "mlflow": Plug(
+        "hfscale.monitor.writers.mlflow:MLflow",
+        ("mlflow", "sqlalchemy", "alembic"),
+        extra="mlflow",
+    ),
 }
 
 
