@@ -11,13 +11,15 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 import numpy as np
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
+    from tokenizers.pre_tokenizers import PreTokenizer
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 
 class NotText(ValueError):
@@ -117,7 +119,7 @@ class ControlTokens:
             backend.normalizer, backend.pre_tokenizer = normalizer, pre_tokenizer
 
     @cached_property
-    def _split(self) -> Any:
+    def _split(self) -> PreTokenizer:
         """What cuts the first character off from each of them."""
         from tokenizers import Regex, pre_tokenizers
 
@@ -140,7 +142,7 @@ class ControlTokens:
 
 
 @contextmanager
-def text_alone(tokenizer: Any, *texts: str | None) -> Iterator[None]:
+def text_alone(tokenizer: PreTrainedTokenizerFast, *texts: str | None) -> Iterator[None]:
     """Let a transformers tokenizer take each of ``texts`` for text inside, whatever it spells.
 
     Raises:
@@ -172,7 +174,9 @@ class Quoted:
     put: the mask of a question.
     """
 
-    def __init__(self, tokenizer: Any, *texts: str, keep: str | None = None) -> None:
+    def __init__(
+        self, tokenizer: PreTrainedTokenizerFast, *texts: str, keep: str | None = None
+    ) -> None:
         self._tokenizer, self._keep = tokenizer, keep
         self._control = _control_tokens(tokenizer)
         self.mark = ""
@@ -188,7 +192,7 @@ class Quoted:
         """Return ``text`` as it goes into the template."""
         return self._control.quote(text, self.mark, keep=self._keep) if self.mark else text
 
-    def ids(self, text: str, **how: Any) -> Any:
+    def ids(self, text: str, **how: object) -> BatchEncoding:
         """Return what the tokenizer makes of the template with the quoted texts; offsets count the
         marks.
 
@@ -209,10 +213,12 @@ class Quoted:
 
 # of which Unicode says that text has none
 MARKS = [chr(number) for number in range(0xFDD0, 0xFDF0)]
-_controls: WeakKeyDictionary[Any, tuple[int, ControlTokens]] = WeakKeyDictionary()
+_controls: WeakKeyDictionary[PreTrainedTokenizerFast, tuple[int, ControlTokens]] = (
+    WeakKeyDictionary()
+)
 
 
-def _control_tokens(tokenizer: Any) -> ControlTokens:
+def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
     """Return the control tokens of a transformers tokenizer, found once for as long as it gets no
     others.
     """

@@ -22,7 +22,7 @@ from hfscale.models.kinds import PURPOSES
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
     from hfscale.models.init import Gather
 
@@ -46,7 +46,7 @@ OFFSET_POSITIONS = {
 PADDED_POSITIONS = {"m2m_100": 2, "nllb-moe": 2, "prophetnet": 0, "xglm": 2}
 
 
-def special_ids(tokenizer: Any) -> dict[str, int | None]:
+def special_ids(tokenizer: PreTrainedTokenizerBase) -> dict[str, int | None]:
     """Return the config values of a tokenizer's special ids, for ``overrides``. A decoder starts
     with the padding token, as T5's does.
 
@@ -92,7 +92,7 @@ def longest_row(config: PretrainedConfig) -> int | None:
 
 
 def check_model_config(
-    model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, Any] | None = None
+    model: Model, *, vocab_size: int, seq_len: int, overrides: Mapping[str, object] | None = None
 ) -> PretrainedConfig:
     """Return the transformers config of ``model``, with room for ``vocab_size`` ids and ``seq_len``
     positions.
@@ -129,7 +129,7 @@ def check_model_config(
         values = checked_values(
             model.config, known, architecture=model.architecture, like=config_class()
         )
-        defaults = {"vocab_size": vocab_size} | {
+        defaults: dict[str, Any] = {"vocab_size": vocab_size} | {
             key: value for key, value in (overrides or {}).items() if key in known
         }
         config = accepted(lambda: config_class(**(defaults | values)), model)
@@ -172,9 +172,9 @@ def build_model(
     seq_len: int,
     seed: int,
     dtype: torch.dtype | None = None,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
     gather: Gather | None = None,
-    overrides: Mapping[str, Any] | None = None,
+    overrides: Mapping[str, object] | None = None,
 ) -> PreTrainedModel:
     """Return the model in training mode, its weights drawn from ``seed`` alone: equal at every ZeRO
     stage and world size.
@@ -225,7 +225,7 @@ def build_model(
     return built.train()
 
 
-def _train_every_token(model: PreTrainedModel, special: Mapping[str, Any]) -> None:
+def _train_every_token(model: PreTrainedModel, special: Mapping[str, object]) -> None:
     """Let embeddings train the row of padding where the padding token stands in texts, too: as
     their end, say.
 
@@ -234,7 +234,7 @@ def _train_every_token(model: PreTrainedModel, special: Mapping[str, Any]) -> No
     """
     import torch
 
-    used: set[Any] = set()
+    used: set[object] = set()
     for role in ("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"):
         for value in (special.get(role), getattr(model.config, role, None)):
             used.update(value if isinstance(value, list) else [value])
@@ -253,7 +253,7 @@ def construct(
     dtype: torch.dtype,
     attention: str | None = None,
     trust_remote_code: bool = False,
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext,
+    context: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> PreTrainedModel:
     """Return the model of ``config`` with nothing in its weights yet; ``context`` as in
     ``build_model``.

@@ -11,15 +11,20 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
 PROBE_TOKENS = 32  # at most
+# the engine, or a bare model: called with keywords, returns an output with ``.logits``, say
+Model = Callable[..., Any]
 
 
-def call(model: Any, **inputs: Any) -> Any:
+def call(model: Model, **inputs: object) -> Any:
     """Return the output of ``model``, an engine or a bare transformers model, for ``inputs`` by
     keyword.
     """
@@ -28,7 +33,7 @@ def call(model: Any, **inputs: Any) -> Any:
     return model(**inputs)
 
 
-def live(model: Any) -> Any:
+def live(model: Model) -> Any:
     """Return the transformers model in an engine, or ``model`` itself. To look at, never to call:
     see ``Engine.module``.
     """
@@ -36,7 +41,7 @@ def live(model: Any) -> Any:
 
 
 @lru_cache
-def _has_cache(forward: Callable[..., Any]) -> bool:
+def _has_cache(forward: Callable[..., object]) -> bool:
     """Return whether a forward takes ``use_cache``, by name or among the keywords that it hands
     on.
     """
@@ -44,7 +49,7 @@ def _has_cache(forward: Callable[..., Any]) -> bool:
     return any(one.name == "use_cache" or one.kind is one.VAR_KEYWORD for one in parameters)
 
 
-def probe_row(config: Any) -> dict[str, Tensor] | None:
+def probe_row(config: PretrainedConfig | None) -> dict[str, Tensor] | None:
     """Return fixed inputs that a text model takes: one row (1, T) of random ids, of an
     encoder-decoder on both sides.
 
@@ -63,7 +68,7 @@ def probe_row(config: Any) -> dict[str, Tensor] | None:
     return row_inputs(ids_1T, config)
 
 
-def row_inputs(ids_1T: Tensor, config: Any) -> dict[str, Tensor]:
+def row_inputs(ids_1T: Tensor, config: PretrainedConfig | None) -> dict[str, Tensor]:
     """Return the inputs of a model that reads ``ids_1T``; without a mask transformers warns of
     padding.
     """

@@ -12,10 +12,13 @@ import sys
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hfscale.errors import ConfigError, nearest
 from hfscale.hub import refuse_huge
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 READ = re.compile(
     r"\bconfig\.([a-z]\w*)"  # config.head_dim, self.config.head_dim
@@ -38,18 +41,19 @@ METADATA = {
     "torch_dtype",
     "transformers_version",
 }
+ConfigClass = Any  # of transformers: its classes have keys of their own
 # attributes of a config that code calls, not values
 METHODS = {"get_text_config", "to_dict", "to_diff_dict", "update", "save_pretrained"}
 
 
-def known_keys(config_class: Any) -> set[str]:
+def known_keys(config_class: ConfigClass) -> set[str]:
     """Return the keys that a config of ``config_class`` may be given."""
     declared = {key for key in config_class().to_dict() if not key.startswith("_")}
     return declared | set(config_class.attribute_map) | SHARED | _read_by_its_code(config_class)
 
 
 @lru_cache
-def _read_by_its_code(config_class: Any) -> frozenset[str]:
+def _read_by_its_code(config_class: ConfigClass) -> frozenset[str]:
     """Return the keys that the files of an architecture read from a config."""
     module = sys.modules[config_class.__module__]
     folder = Path(str(module.__file__)).parent
@@ -61,8 +65,8 @@ def _read_by_its_code(config_class: Any) -> frozenset[str]:
 
 
 def checked_values(
-    values: Mapping[str, Any], known: set[str], *, architecture: str, like: Any
-) -> dict[str, Any]:
+    values: Mapping[str, object], known: set[str], *, architecture: str, like: PretrainedConfig
+) -> dict[str, object]:
     """Return ``values`` without metadata; a whole number becomes a float where ``like``, a config,
     has one.
 

@@ -16,7 +16,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from copy import deepcopy
-from typing import Any
 
 import torch
 from torch import nn
@@ -28,7 +27,7 @@ from hfscale.errors import ConfigError
 from hfscale.models.adapters import pairs
 
 # makes parameters whole, and keeps what rank 0 wrote
-Gather = Callable[[Sequence[Parameter]], AbstractContextManager[Any]]
+Gather = Callable[[Sequence[Parameter]], AbstractContextManager[object]]
 
 
 def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = None) -> list[str]:
@@ -52,9 +51,8 @@ def initialize(model: PreTrainedModel, *, seed: int, gather: Gather | None = Non
                 gather(list(near)) if gather and near else nullcontext(),
                 _fp32_on_cpu(list(near), undrawn),
             ):
-                marked: list[Any] = [module, *module.buffers(recurse=False)]
-                for thing in marked:
-                    thing._is_hf_initialized = False
+                for thing in (module, *module.buffers(recurse=False)):
+                    thing._is_hf_initialized = False  # type: ignore[attr-defined]
                 for p, is_copy in near.items():
                     p._is_hf_initialized = is_copy  # type: ignore[attr-defined]
                 torch.default_generator.manual_seed(_seed(seed, path))

@@ -4,11 +4,12 @@ transformers, by peft, by us.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module
 from itertools import chain
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -103,8 +104,10 @@ def _of_text(one: Purpose, config: PretrainedConfig) -> bool:
     return one not in (CAUSAL, MASKED, SEQ2SEQ) or hasattr(config, "vocab_size")
 
 
-def _table(one: Purpose) -> Any:
-    return getattr(import_module("transformers.models.auto.modeling_auto"), one.table)
+def _table(one: Purpose) -> Mapping[str, str | tuple[str, ...]]:
+    module = import_module("transformers.models.auto.modeling_auto")
+    table: Mapping[str, str | tuple[str, ...]] = getattr(module, one.table)
+    return table
 
 
 @cache

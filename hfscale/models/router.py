@@ -25,7 +25,7 @@ import transformers
 from torch import Tensor, nn
 
 from hfscale.errors import ConfigError
-from hfscale.models.call import live
+from hfscale.models.call import Model, live
 from hfscale.models.kinds import WRITERS
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ class Balancing:
     coefficient: float
 
     @contextmanager
-    def listening(self, model: Any) -> Iterator[list[Tensor]]:
+    def listening(self, model: Model) -> Iterator[list[Tensor]]:
         """Yield a list that receives the logits (N, E) of every router, as the model computes them
         inside.
         """
@@ -56,7 +56,12 @@ class Balancing:
         hooks = []
         for router, index in _routers(live(model)):
 
-            def keep(_module: nn.Module, _inputs: Any, output: Any, index: int = index) -> None:
+            def keep(
+                _module: nn.Module,
+                _inputs: object,
+                output: Tensor | tuple[Tensor, ...],
+                index: int = index,
+            ) -> None:
                 logits.append(output[index] if isinstance(output, tuple) else output)
 
             hooks.append(router.register_forward_hook(keep))
@@ -67,7 +72,7 @@ class Balancing:
                 hook.remove()
 
     def parts(
-        self, model: Any, logits: Sequence[Tensor], weight_BT: Tensor
+        self, model: Model, logits: Sequence[Tensor], weight_BT: Tensor
     ) -> tuple[Tensor, Tensor]:
         """Return ``chosen_E``, how often each expert was (no gradient), and ``probability_BE``,
         summed over the tokens of a row.
@@ -134,7 +139,7 @@ def balancing(config: PretrainedConfig | None, auto_model: str) -> Balancing | N
     return Balancing(wanted["router_aux_loss_coef"] or wanted["aux_loss_coef"])
 
 
-def _specs(model_class: Any) -> list[Any]:
+def _specs(model_class: type[nn.Module]) -> list[Any]:
     """Return what transformers itself records of the routers: ``target_class``, ``index``,
     ``layer_name``.
     """

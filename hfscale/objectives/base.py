@@ -20,13 +20,14 @@ from hfscale.config.schema import Named
 from hfscale.config.section import Section
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
-from hfscale.models.call import call, probe_row
+from hfscale.models.call import Model, call, probe_row
 from hfscale.models.kinds import CAUSAL
 from hfscale.models.router import balancing
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.objectives.isolation import keep_apart
 from hfscale.objectives.probes import check_live
 from hfscale.registry import load_plugin
+from hfscale.stream.examples import Facts
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -40,8 +41,6 @@ OBJECTIVES: dict[str, str] = {
     "contrastive": "hfscale.objectives.contrastive:Contrastive",
 }
 
-# the engine, or a bare model: called with keywords, returns an output with ``.logits``
-Model = Callable[..., Any]
 ROUTER = "router"  # the term of a mixture of experts that keeps its experts in balance
 
 
@@ -59,7 +58,7 @@ class Setting:
     tokenizer: Any = None  # a transformers fast tokenizer, for objectives that mask, mark or pad
     model_config: PretrainedConfig | None = None  # None: before there is a model
     # of a task: what its training examples say (labels, ...)
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    facts: Facts = field(default_factory=Facts)
 
 
 @dataclass
@@ -91,15 +90,16 @@ class Batch:
     def to(self, device: torch.device | str) -> Batch:
         """Return this batch with everything that enters the model or the loss on ``device``."""
 
-        def move(tensor: Tensor | None) -> Any:
-            return None if tensor is None else tensor.to(device, non_blocking=True)
+        def move(tensor: Tensor) -> Tensor:
+            return tensor.to(device, non_blocking=True)
 
+        documents_BT = self.document_ids_BT
         return replace(
             self,
             inputs={name: move(t) for name, t in self.inputs.items()},
             labels_BT=move(self.labels_BT),
             input_ids=move(self.input_ids),
-            document_ids_BT=move(self.document_ids_BT),
+            document_ids_BT=documents_BT if documents_BT is None else move(documents_BT),
         )
 
 
@@ -198,7 +198,7 @@ class Objective:
             causal=self.causal,
         )
 
-    def probe_inputs(self, config: Any) -> dict[str, Tensor] | None:
+    def probe_inputs(self, config: PretrainedConfig) -> dict[str, Tensor] | None:
         """Return fixed inputs of a model with ``config``, by keyword, on the CPU: an export must
         answer them as the engine did.
 
@@ -268,7 +268,7 @@ def load_objective(named: Named, setting: Setting) -> Objective:
 
 
 def check_options(
-    schema: type[Section], options: Mapping[str, Any], *, where: str = "objective.options"
+    schema: type[Section], options: Mapping[str, object], *, where: str = "objective.options"
 ) -> Section:
     """Return ``options`` as ``schema``, or raise a ConfigError that names every bad one and the
     nearest valid names.

@@ -9,6 +9,7 @@ cache, it is also 1.5 to 3 times faster.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,14 +43,15 @@ class _CrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
         ctx.save_for_backward(logits_NV, labels_N)
         ctx.smoothing = smoothing
-        how: dict[str, Any] = {
-            "reduction": "none",
-            "ignore_index": IGNORE_INDEX,
-            "label_smoothing": smoothing,
-        }
+        losses = partial(
+            F.cross_entropy,
+            reduction="none",
+            ignore_index=IGNORE_INDEX,
+            label_smoothing=smoothing,
+        )
         return torch.cat(
             [
-                F.cross_entropy(part.float(), labels, **how)
+                losses(part.float(), labels)
                 for part, labels in _chunks(logits_NV, logits_NV, labels_N)
             ]
         )

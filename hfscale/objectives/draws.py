@@ -7,13 +7,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 from shlex import quote
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from hfscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 def row_generators(seed: int, position_B: Tensor) -> Iterator[np.random.Generator]:
@@ -42,7 +45,7 @@ def random_state(state: list[Tensor] | None = None) -> list[Tensor]:
     return states
 
 
-def special_id(tokenizer: Any, role: str, *, why: str) -> int:
+def special_id(tokenizer: PreTrainedTokenizerBase, role: str, *, why: str) -> int:
     """Return the id of the tokenizer's ``role`` (``mask_token``, ``cls_token``, ``pad_token``,
     ...).
 
@@ -58,7 +61,7 @@ def special_id(tokenizer: Any, role: str, *, why: str) -> int:
     return int(number)
 
 
-def lacking(tokenizer: Any, what: str, *, add: str) -> ConfigError:
+def lacking(tokenizer: PreTrainedTokenizerBase, what: str, *, add: str) -> ConfigError:
     """Return the error of a tokenizer that needs more tokens, with the command that makes another
     one which has them.
     """

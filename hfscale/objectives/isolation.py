@@ -9,21 +9,21 @@ is not believed but probed, on the live model, kernel and dtype.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from hfscale.errors import ConfigError
 from hfscale.models.build import first_position
-from hfscale.models.call import call, live
+from hfscale.models.call import Model, call, live
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 
 def keep_apart(
-    model: Any,
+    model: Model,
     inputs: dict[str, Tensor],
     document_ids_BT: Tensor,
     *,

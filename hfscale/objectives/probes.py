@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -23,7 +23,7 @@ def check_live(objective: Objective, model: Model, *, device: torch.device | str
     """
     if objective.auto_model not in (CAUSAL.auto_model, MASKED.auto_model):
         return
-    config: Any = objective.setting.model_config
+    config = objective.setting.model_config
     assert config is not None, "check() needs Setting.model_config"
     if not hasattr(config, "vocab_size"):
         raise ConfigError(

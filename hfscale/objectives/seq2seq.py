@@ -20,7 +20,7 @@ Poisson lengths with a known sum are multinomial.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 import torch
@@ -33,6 +33,8 @@ from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.objectives.draws import lacking, row_generators, special_id
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
     from hfscale.stream.rows import Rows
 
 HIDDEN = {"t5": 0.15, "bart": 0.30}  # of the text, unless the options say otherwise
@@ -139,7 +141,7 @@ class Seq2Seq(Objective):
         )
 
 
-def sentinels(tokenizer: Any, count: int) -> np.ndarray:
+def sentinels(tokenizer: PreTrainedTokenizerBase, count: int) -> np.ndarray:
     """Return the ids of ``<extra_id_0>``, ``<extra_id_1>``, ..., which stand for the spans in their
     order.
 

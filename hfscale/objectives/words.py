@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # Thai, Lao, Khmer, Burmese, kana, Han (with its extensions): written without spaces
 # how byte-level tokenizers write the first byte of kana and Han, which may stand alone
@@ -22,7 +25,7 @@ _UNSPACED = re.compile(
 )
 
 
-def word_starts(tokenizer: Any) -> np.ndarray:
+def word_starts(tokenizer: PreTrainedTokenizerFast) -> np.ndarray:
     """Return whether each id (V; bool) begins a word wherever it stands. Special tokens do."""
     kind = json.loads(tokenizer.backend_tokenizer.to_str())["model"]["type"]
     vocabulary = tokenizer.get_vocab()

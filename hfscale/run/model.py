@@ -12,11 +12,11 @@ refuses is refused there, whoever asks.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import transformers
@@ -60,6 +60,7 @@ from hfscale.run.origin import (
     skeleton,
     tokenizer_folder,
 )
+from hfscale.stream.examples import Facts
 from hfscale.tasks.base import Task
 from hfscale.tasks.table import load_task
 from hfscale.tokenizer import framed, load_tokenizer, quiet
@@ -131,7 +132,7 @@ class Model:
         """The class that it says it is of."""
         return architecture(self.config)
 
-    def facts(self, task: type[Task]) -> Mapping[str, Any]:
+    def facts(self, task: type[Task]) -> Facts:
         """Return what the model knows of ``task``: its labels, say."""
         return task.known(self.config)
 
@@ -301,9 +302,7 @@ class RunModel(Model):
         model.
         """
         run = self.run
-        setting = Setting(
-            seq_len=run.data.seq_len, tokenizer=self.tokenizer, facts=self.state.facts
-        )
+        setting = Setting(seq_len=run.data.seq_len, tokenizer=self.tokenizer, facts=self._facts)
         if isinstance(run, FinetuneConfig):
             return load_task(run.task, setting)
         assert isinstance(run, RunConfig)
@@ -319,9 +318,13 @@ class RunModel(Model):
         """The class of transformers that it was trained as."""
         return self.trained.auto_model
 
-    def facts(self, task: type[Task]) -> Mapping[str, Any]:
+    def facts(self, task: type[Task]) -> Facts:
         """Return what its training examples said, or else what its config says."""
-        return self.state.facts or super().facts(task)
+        return self._facts or super().facts(task)
+
+    @property
+    def _facts(self) -> Facts:
+        return cast("Facts", self.state.facts)
 
     def _base(self) -> Path | None:
         return Path(self.state.adapters.folder) if self.state.adapters else None

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 
@@ -32,6 +32,24 @@ POOL, GROUP = 4096, 64  # features: what is sorted together, and stays together
 _POOLS = 5  # purpose of a key; order.py and mixture.py have the others
 
 
+# of a stranger's table: who reads it looks what it is
+Cell = Any
+# role -> cell, and "id": str; an optional role or an unknown answer is not there
+Example = dict[str, Cell]
+# what a task makes of it, for ``collate``: "input_ids" and so on; "truncated": True is counted
+Feature = dict[str, Any]
+
+
+class Facts(TypedDict, total=False):
+    """What the examples of a training split say of a task, or the config of a finished model."""
+
+    labels: list[str]  # in the model's order
+    problem: str  # in transformers' words
+    counts: list[int]  # how often each label occurs
+    no_answer: bool  # some questions have none
+    repeated: int  # examples of which a text was there before
+
+
 class BadExample(ValueError):
     """An example that nothing can be learnt or predicted from; the message says why, for people."""
 
@@ -41,7 +59,7 @@ class Examples:
     """One micro-batch as it leaves the stream, on the CPU; the loop treats it like ``Rows``."""
 
     # B, as the task made them, and "example": the number of the example in its split
-    features: list[dict[str, Any]]
+    features: list[Feature]
     valid_B: Tensor  # bool: False marks a filler row, which is not scored
     source_B: Tensor  # int16: 0
     position: Tensor  # int64 (B,): the row's place in the order of the run, or in the split

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -31,7 +31,7 @@ from hfscale.log import logger, progress_bar
 from hfscale.records import load
 from hfscale.shards.files import locked
 from hfscale.shards.tables import table_digest
-from hfscale.stream.examples import BadExample
+from hfscale.stream.examples import BadExample, Example, Facts
 from hfscale.stream.roles import Roles, fraction_of, read_examples
 
 SHOWN = 3  # bad examples that a report names
@@ -144,7 +144,7 @@ class LabelledData:
             )
         return str(chosen)
 
-    def facts(self, find: Callable[[Iterable[dict[str, Any]]], dict[str, Any]]) -> dict[str, Any]:
+    def facts(self, find: Callable[[Iterable[Example]], Facts]) -> Facts:
         """Return what ``find`` finds in all training examples, cached.
 
         Raises:
@@ -164,7 +164,7 @@ class LabelledData:
                 ) from error
 
         folder = self._made(self.digest("train", "facts"), build)
-        return _kept(folder / "facts.json")
+        return cast("Facts", _kept(folder / "facts.json"))
 
     def prepared(
         self,

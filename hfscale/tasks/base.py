@@ -33,23 +33,26 @@ from hfscale.log import logger
 from hfscale.metrics.measure import Measure
 from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Batch, Model, Objective
-from hfscale.stream.examples import BadExample, Examples
+from hfscale.stream.examples import BadExample, Cell, Example, Examples, Facts, Feature
 from hfscale.stream.roles import all_but_answers
 from hfscale.tasks.padding import reads_padding
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import (
+        BatchEncoding,
+        PretrainedConfig,
+        PreTrainedModel,
+        PreTrainedTokenizerBase,
+    )
 
-# role -> value, and "id": str; an optional role or an unknown answer is not there
-Example = dict[str, Any]
+# what a task says of a feature, as JSON: "prediction" and what goes with it; of an example alike
+Output = dict[str, Any]
 # what a tokenizer gives the models
 MODEL_INPUTS = (
     "input_ids",
     "attention_mask",
     "token_type_ids",
 )
-# "input_ids" and what else ``collate`` wants; "truncated": True is counted
-Feature = dict[str, Any]
 
 
 class Task(Objective):
@@ -99,7 +102,7 @@ class Task(Objective):
             )
 
     @classmethod
-    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Return what must be known of all training examples before features can be made (labels,
         say), as JSON.
 
@@ -109,7 +112,7 @@ class Task(Objective):
         return {}
 
     @classmethod
-    def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Return ``facts`` of examples that are learnt from: what can be scored cannot always.
 
         Raises:
@@ -118,21 +121,21 @@ class Task(Objective):
         return cls.facts(options, examples)
 
     @classmethod
-    def known(cls, config: PretrainedConfig) -> dict[str, Any]:
+    def known(cls, config: PretrainedConfig) -> Facts:
         """Return the facts as the config of a model that was fine-tuned for this task, by anybody,
         says them.
         """
         return {}
 
     @classmethod
-    def question(cls, example: Example) -> Any:
+    def question(cls, example: Example) -> object:
         """Return what identifies the question that ``example`` asks, as JSON: a share of the
         examples that is held out is chosen by it, so that equal questions are never in two splits,
         whatever their answers. By default all roles but the answers.
         """
         return all_but_answers(example, cls)
 
-    def model_overrides(self) -> dict[str, Any]:
+    def model_overrides(self) -> dict[str, object]:
         """Return values that the model's config must have: ``num_labels``, ``id2label``, ... They
         are exported with it.
         """
@@ -169,13 +172,13 @@ class Task(Objective):
         """Return the names of the loss and its parts, and the metrics."""
         return super().validated() | self.metrics
 
-    def outputs(self, logits: Tensor, rows: Examples) -> list[dict[str, Any]]:
+    def outputs(self, logits: Tensor, rows: Examples) -> list[Output]:
         """Return one JSON-able output for each row, fillers too. For tasks whose loss and outputs
         both come of the logits of one pass.
         """
         raise NotImplementedError
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return one JSON-able output for each row, fillers too; ``batch`` is on the model's
         device, gradients are off.
 
@@ -185,33 +188,31 @@ class Task(Objective):
 
     def judge(
         self, model: Model, batch: Batch, rows: Examples
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Tensor], list[Output]]:
         """Return ``loss`` and ``predict`` of a batch, of one pass: for validation."""
         logits = self.logits(model, batch)
         return {self.term: self.row_losses(logits, batch)}, self.outputs(logits, rows)
 
     # ------------------------------------------------------------------------------ without a model
-    def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def answer(self, example: Example, outputs: Sequence[Output]) -> Output:
         """Return the prediction for ``example``, ``{"prediction": ..., ...}``, from the outputs of
         its features in order.
         """
         return outputs[0]
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return the metrics, of which there are also confidence intervals. Both have one entry an
         example, in the same order; pure.
         """
         raise NotImplementedError
 
     def score(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+        self, predictions: Sequence[Output], references: Sequence[Example]
     ) -> dict[str, float]:
         """Return ``{name: score}``, so that predictions can be rescored from a file."""
         return self.measure(predictions, references).scores()
 
-    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Return with what an export shall carry along put into ``model.config``,
         ``model.generation_config`` and ``tokenizer``.
         """
@@ -240,7 +241,7 @@ class Task(Objective):
         with text_alone(self.setting.tokenizer, text, pair):
             return self.cut(partial(self.setting.tokenizer, text, pair))
 
-    def cut(self, encoded: Callable[..., Any]) -> Feature:
+    def cut(self, encoded: Callable[..., BatchEncoding]) -> Feature:
         """Return what ``encoded(**how)`` gives, cut to ``seq_len``."""
         made, longest = encoded(), self.setting.seq_len
         truncated = len(made["input_ids"]) > longest
@@ -301,7 +302,7 @@ def pad_rows(
     return pad(ids, padding_value=pad_id), pad([torch.ones_like(row) for row in ids])
 
 
-def check_text(role: str, value: Any) -> None:
+def check_text(role: str, value: object) -> None:
     """Refuse (BadExample) what is not text, or has nothing in it."""
     if value is not None and not isinstance(value, str):
         raise BadExample(f"the {role} is not text: {value!r:.60}")
@@ -309,7 +310,7 @@ def check_text(role: str, value: Any) -> None:
         raise BadExample(f"the {role} is empty")
 
 
-def number(role: str, value: Any) -> float:
+def number(role: str, value: Cell) -> float:
     """Return the number that ``value`` is, or says.
 
     Raises:

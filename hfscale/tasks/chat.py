@@ -6,14 +6,17 @@ import re
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfscale.control_tokens import Quoted
 from hfscale.deadline import TookTooLong, deadline
 from hfscale.errors import DataError
-from hfscale.stream.examples import BadExample
+from hfscale.stream.examples import BadExample, Cell
 from hfscale.tasks.generation import say_once
 from hfscale.tokenizer import end_of_document_id
+
+if TYPE_CHECKING:
+    from transformers import BatchEncoding, PreTrainedTokenizerFast
 
 RENDER_S = 10.0  # for a conversation; a template takes a millisecond
 SIGN = re.compile(r"<\|[^|<>\s]+\|>|<(?:start|end)_of_turn>|\[/?INST\]|<<SYS>>")
@@ -25,13 +28,14 @@ DEFAULT_TEMPLATE = """\
 {%- if add_generation_prompt %}{{ '\\n<|assistant|>\\n' }}{% endif %}"""
 
 
+Message = dict[str, str]  # "role", "content", and what else a template reads
 MARK = "an-answer"  # stands for one, where a template is asked how it ends
 
 
 class Chat:
     """A tokenizer with a template: ``template``, or its own, or else DEFAULT_TEMPLATE."""
 
-    def __init__(self, tokenizer: Any, template: str | None) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerFast, template: str | None) -> None:
         self._tokenizer = tokenizer
         self.template = template or tokenizer.chat_template
         if not self.template:
@@ -39,7 +43,7 @@ class Chat:
             self.template = DEFAULT_TEMPLATE.replace("END", repr(end))
 
     def render(
-        self, messages: list[dict[str, str]], *, prompt: bool = False, of: str | None = None
+        self, messages: list[Message], *, prompt: bool = False, of: str | None = None
     ) -> str:
         """Return the text of a conversation, with ``prompt`` up to where its answer begins; ``of``
         the text of all of it, of which this is to be the beginning.
@@ -50,11 +54,13 @@ class Chat:
         """
         try:
             with deadline(RENDER_S):
-                text = self._tokenizer.apply_chat_template(
-                    messages,
-                    chat_template=self.template,
-                    tokenize=False,
-                    add_generation_prompt=prompt,
+                text = str(
+                    self._tokenizer.apply_chat_template(
+                        messages,
+                        chat_template=self.template,
+                        tokenize=False,
+                        add_generation_prompt=prompt,
+                    )
                 )
         except (TookTooLong, MemoryError):
             raise DataError(
@@ -70,9 +76,9 @@ class Chat:
                 "the chat template writes an answer differently once the conversation goes on; "
                 "give it one answer an example"
             )
-        return str(text)
+        return text
 
-    def quoted(self, messages: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], Quoted]:
+    def quoted(self, messages: list[Message]) -> tuple[list[Message], Quoted]:
         """Return the messages as they go into the template: control tokens that they spell are
         marked, so that none is made of them.
         """
@@ -98,7 +104,7 @@ class Chat:
             )
         return marked, quoted
 
-    def ids(self, quoted: Quoted, text: str) -> Any:
+    def ids(self, quoted: Quoted, text: str) -> BatchEncoding:
         """Return the ids of what was rendered of ``quoted`` messages, and where each lies."""
         return quoted.ids(text, add_special_tokens=False, return_offsets_mapping=True)
 
@@ -129,7 +135,7 @@ class Chat:
         return [], [text] if text else []
 
 
-def _texts(value: Any) -> Iterator[str]:
+def _texts(value: object) -> Iterator[str]:
     """Yield every text in messages, roles and all."""
     if isinstance(value, str):
         yield value
@@ -138,7 +144,7 @@ def _texts(value: Any) -> Iterator[str]:
             yield from _texts(part)
 
 
-def _each_text(value: Any, change: Callable[[str], str]) -> Any:
+def _each_text(value: Cell, change: Callable[[str], str]) -> Cell:
     """Return ``value`` with every text in it changed."""
     if isinstance(value, str):
         return change(value)

@@ -6,7 +6,6 @@ Shape legend: B prompts, V vocabulary.
 from __future__ import annotations
 
 from hashlib import blake2b
-from typing import Any
 
 import numpy as np
 import torch
@@ -59,7 +58,9 @@ class Draw(LogitsProcessor):
             (EpsilonLogitsWarper, config.epsilon_cutoff, config.epsilon_cutoff),
             (EtaLogitsWarper, config.eta_cutoff, config.eta_cutoff),
         ]
-        self._warpers: list[Any] = [kind(value) for kind, value, wanted in chosen if wanted]
+        self._warpers: list[LogitsProcessor] = [
+            kind(value) for kind, value, wanted in chosen if wanted
+        ]
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
         for warp in self._warpers:

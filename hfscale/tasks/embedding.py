@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import numpy as np
 import torch
@@ -26,11 +26,11 @@ from hfscale.metrics.measure import Measure, mean
 from hfscale.models.pooling import Pooling
 from hfscale.objectives.base import Batch, Forward, Model, Setting
 from hfscale.objectives.contrastive import Contrastive, ContrastiveOptions, text_keys
-from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, check_text, number, pad_rows
+from hfscale.stream.examples import BadExample, Examples, Facts
+from hfscale.tasks.base import Example, Feature, Output, Task, check_text, number, pad_rows
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 VIEWS = ("text", "positive", "negative")
 
@@ -65,7 +65,7 @@ class Embedding(Task):
             self.contrastive = Contrastive(ContrastiveOptions(**options.model_dump()), setting)
 
     @classmethod
-    def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts_of_training(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Return how many examples repeat a text or a positive, which then are no negatives of each
         other.
 
@@ -89,7 +89,7 @@ class Embedding(Task):
         return {"repeated": again} if again else {}
 
     @classmethod
-    def question(cls, example: Example) -> Any:
+    def question(cls, example: Example) -> object:
         """Return the text: what it is compared with, and how near it is, are the answer."""
         return {"text": example.get("text")}
 
@@ -155,7 +155,7 @@ class Embedding(Task):
             counts=dict.fromkeys(self.weights(), torch.ones(len(rows.features), dtype=torch.int64)),
         )
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return ``{"prediction": vector}`` a row, and the vector of the ``positive`` where there
         is one.
         """
@@ -163,7 +163,7 @@ class Embedding(Task):
 
     def judge(
         self, model: Model, batch: Batch, rows: Examples
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Tensor], list[Output]]:
         """Return the losses among the examples of this micro-batch on all ranks, and the vectors,
         of one pass.
         """
@@ -171,9 +171,7 @@ class Embedding(Task):
         valid_B = batch.counts["contrastive"].to(z_VBH.device)
         return self.contrastive.compare(z_VBH, valid_B, text_keys(batch))[1], _outputs(z_VBH)
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return ``pearson`` and ``spearman`` of the cosines with the scores; without scores
         ``accuracy``, ``recall_at_10``, ``mrr``.
 
@@ -188,8 +186,8 @@ class Embedding(Task):
             return correlation(
                 cosines_N.tolist(), [float(reference["score"]) for reference in references]
             )
-        first, column = list[int](), dict[Any, int]()  # of each distinct positive
-        right = dict[Any, set[int]]()  # text -> its positives
+        first, column = list[int](), dict[object, int]()  # of each distinct positive
+        right = dict[object, set[int]]()  # text -> its positives
         for n, reference in enumerate(references):
             answer = reference.get("positive", n)
             if answer not in column:
@@ -220,7 +218,7 @@ class Embedding(Task):
         )
         return replace(found, notes={"repeated": note})
 
-    def finish(self, model: Any, tokenizer: Any) -> None:
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Carry along the pooling, and the pipeline that does it."""
         tokenizer.model_max_length = self.setting.seq_len
         model.config.pooling = self.options.pooling
@@ -232,7 +230,7 @@ class Embedding(Task):
         }
 
 
-def _outputs(z_VBH: Tensor) -> list[dict[str, Any]]:
+def _outputs(z_VBH: Tensor) -> list[Output]:
     return [
         dict(zip(("prediction", "positive"), vectors, strict=False))
         for vectors in z_VBH.transpose(0, 1).tolist()

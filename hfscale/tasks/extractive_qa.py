@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -30,12 +30,12 @@ from hfscale.metrics.squad import best_threshold, squad
 from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
-from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, check_text
+from hfscale.stream.examples import BadExample, Cell, Examples, Facts
+from hfscale.tasks.base import Example, Feature, Output, Task, check_text
 from hfscale.tasks.question_answering import best_spans, choose, windows
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 NOTHING_HERE = [0, 0]  # the tokens at which "none" starts and ends
 CUT = "no window holds the answer whole (data.max_length, task.options.stride)"
@@ -95,7 +95,7 @@ class ExtractiveQA(Task):
             )
 
     @classmethod
-    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Return whether some questions have no answer."""
         answered = set[bool]()
         for example in examples:
@@ -108,12 +108,12 @@ class ExtractiveQA(Task):
         return {"no_answer": False in answered}
 
     @classmethod
-    def known(cls, config: PretrainedConfig) -> dict[str, Any]:
+    def known(cls, config: PretrainedConfig) -> Facts:
         """Return what a model of ours says; of others' models, that there always is an answer."""
         return {"no_answer": getattr(config, "question_answering", {}).get("no_answer", False)}
 
     @classmethod
-    def question(cls, example: Example) -> Any:
+    def question(cls, example: Example) -> object:
         """Return question and context: where the answer begins is a part of the answer."""
         return {role: example.get(role) for role in ("question", "context")}
 
@@ -127,7 +127,7 @@ class ExtractiveQA(Task):
         )
 
     @property
-    def how(self) -> dict[str, Any]:
+    def how(self) -> dict[str, object]:
         """What answers depend on, beside the model."""
         return {
             **self.options.model_dump(),
@@ -135,11 +135,11 @@ class ExtractiveQA(Task):
             "max_length": self.setting.seq_len,
         }
 
-    def model_overrides(self) -> dict[str, Any]:
+    def model_overrides(self) -> dict[str, object]:
         """Return two scores a token, and the padding id."""
         return {"num_labels": 2, "pad_token_id": self.pad_id}
 
-    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Carry along how answers are found, and the pipeline that transformers 5 dropped."""
         model.config.question_answering = self.how
         model.config.custom_pipelines = {
@@ -153,7 +153,7 @@ class ExtractiveQA(Task):
         """Return the windows: ``input_ids``, ..., each token's place in the context (-1: it is not
         of it), and ``labels`` (start, end).
         """
-        asked: dict[str, Any] = {role: example.get(role) for role in ("question", "context")}
+        asked: dict[str, Cell] = {role: example.get(role) for role in ("question", "context")}
         for role, text in asked.items():
             check_text(role, text)
         span = self._span(example) if "answers" in example else None
@@ -203,7 +203,7 @@ class ExtractiveQA(Task):
             logits_B2T.device
         )
 
-    def outputs(self, logits_B2T: Tensor, rows: Examples) -> list[dict[str, Any]]:
+    def outputs(self, logits_B2T: Tensor, rows: Examples) -> list[Output]:
         """Return for each window its best ``spans`` (score, first and one past the last character)
         and the score of ``none``.
         """
@@ -212,15 +212,13 @@ class ExtractiveQA(Task):
             for (start_T, end_T), row in zip(logits_B2T.cpu(), rows.features, strict=True)
         ]
 
-    def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def answer(self, example: Example, outputs: Sequence[Output]) -> Output:
         """Return what ``choose`` does: ``prediction``, ``start``, ``end``, ``score``,
         ``no_answer_score``, ``n_best``.
         """
         return choose(example["context"], outputs, how=self.how)
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return SQuAD's exact match and F1 at the threshold of the options, by kind of question
         where there are both.
         """
@@ -233,7 +231,7 @@ class ExtractiveQA(Task):
         )
 
     def score(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+        self, predictions: Sequence[Output], references: Sequence[Example]
     ) -> dict[str, float]:
         """Return the scores of ``measure``, and the threshold that would have given the best F1."""
         best = best_threshold(*_compared(predictions, references)) if self.no_answer else {}
@@ -241,7 +239,7 @@ class ExtractiveQA(Task):
 
 
 def _compared(
-    predictions: Sequence[dict[str, Any]], references: Sequence[Example]
+    predictions: Sequence[Output], references: Sequence[Example]
 ) -> tuple[list[str], list[list[str]], list[float]]:
     """Return the best spans, the true answers, and how much "none" beats each span. Those of
     others, or mended ones, count as they are.
@@ -258,7 +256,7 @@ def _answers(example: Example) -> list[tuple[str, int]]:
     """Return the answers with where they should begin (-1: not said), of any of the forms that data
     sets have.
     """
-    texts: Any = example["answers"]
+    texts: Cell = example["answers"]
     starts = example.get("answer_start")
     try:
         if isinstance(texts, dict):

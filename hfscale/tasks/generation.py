@@ -13,26 +13,31 @@ on the left, encoders' on the right.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cache
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 from pydantic import Field
-from transformers import GenerationConfig, PretrainedConfig
+from transformers import (
+    GenerationConfig,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 
 from hfscale.config.section import Positive, Section
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import everybody
 from hfscale.errors import ConfigError
 from hfscale.log import logger
-from hfscale.models.build import longest_row
+from hfscale.models.call import Model, live
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Task, pad_rows
 from hfscale.tasks.drawing import OF_DRAWING, Draw
+from hfscale.tasks.prompts import decoder_start, longest_prompt
 
 NEW_TOKENS = 64  # where neither the options nor the model's generation_config.json say how many
 # settings of transformers that give another number of answers, or depend on the clock
@@ -85,12 +90,18 @@ class Generation(Section):
         False  # prompts that leave no room: decoders lose their beginning, encoders their end
     )
 
-    def settings(self) -> dict[str, Any]:
+    def settings(self) -> dict[str, object]:
         """Return what was set, as keywords of a GenerationConfig."""
         return self.model_dump(exclude_none=True, exclude={"seed", "truncate"})
 
     def carry(
-        self, model: Any, *, ends: Sequence[int], limit: int, pad_id: int, **settings: Any
+        self,
+        model: PreTrainedModel,
+        *,
+        ends: Sequence[int],
+        limit: int,
+        pad_id: int,
+        settings: Mapping[str, object] | None = None,
     ) -> None:
         """Put what ``resolve`` says into the generation_config.json that is saved with
         ``model``.
@@ -103,12 +114,12 @@ class Generation(Section):
 
 
 def resolve(
-    model: Any,
+    model: PreTrainedModel,
     options: Generation,
     *,
     ends: Sequence[int],
     limit: int = NEW_TOKENS,
-    settings: Mapping[str, Any] | None = None,
+    settings: Mapping[str, object] | None = None,
 ) -> GenerationConfig:
     """Return how ``model`` generates: ``options``, then ``settings`` (of the task, said by the
     user), then as it says itself.
@@ -148,7 +159,7 @@ class _Asked:
 
 @torch.no_grad()
 def generate(
-    model: Any,
+    model: Model,
     prompts: Sequence[list[int]],
     options: Generation,
     *,
@@ -156,7 +167,7 @@ def generate(
     pad_id: int,
     ends: Sequence[int] = (),
     limit: int = NEW_TOKENS,
-    **settings: Any,
+    settings: Mapping[str, object] | None = None,
 ) -> list[list[int]]:
     """Return the new ids of each prompt (ids) up to its end token, which is left out; what is set
     as ``resolve`` says.
@@ -168,20 +179,20 @@ def generate(
         ConfigError: for a prompt that leaves no room in the model's positions, unless
             ``options.truncate``.
     """
-    model = getattr(model, "module", model)
-    config = resolve(model, options, ends=ends, limit=limit, settings=settings)
+    own = live(model)
+    config = resolve(own, options, ends=ends, limit=limit, settings=settings)
     stops = {*_listed(config.eos_token_id)}
     drawn, config = _of_one_answer(config, pad_id)
-    encoder = bool(model.config.is_encoder_decoder)
+    encoder = bool(own.config.is_encoder_decoder)
     if encoder and config.decoder_start_token_id is None:
-        config.decoder_start_token_id = decoder_start(model.config, pad_id)
-    apart = _reads_padding(model, config)
+        config.decoder_start_token_id = decoder_start(own.config, pad_id)
+    apart = _reads_padding(own, config)
     asked = [
-        _fit(prompt, model.config, config, key=key, truncate=options.truncate, apart=apart)
+        _fit(prompt, own.config, config, key=key, truncate=options.truncate, apart=apart)
         for prompt, key in zip(prompts, keys, strict=True)
     ]
     passes = _passes(asked)
-    synced = everybody().size > 1 and any(hasattr(p, "ds_id") for p in model.parameters())
+    synced = everybody().size > 1 and any(hasattr(p, "ds_id") for p in own.parameters())
     if synced:
         count = max(from_all_ranks(len(passes)))
         passes += [(1, 0, [])] * (count - len(passes))
@@ -193,10 +204,10 @@ def generate(
         config.max_length, config.max_new_tokens = None, most
         config.min_length, config.min_new_tokens = None, least
         draws = [Draw(drawn, options.seed, [keys[row] for row in rows])] if drawn and rows else []
-        with _generating_as(model, config):
-            out_BT = model.generate(
-                ids_BT.to(model.device),
-                attention_mask=mask_BT.to(model.device),
+        with _generating_as(own, config):
+            out_BT = own.generate(
+                ids_BT.to(own.device),
+                attention_mask=mask_BT.to(own.device),
                 logits_processor=draws,
                 synced_gpus=synced,
             )
@@ -246,7 +257,7 @@ def _of_one_answer(
 
 
 @contextmanager
-def _generating_as(model: Any, config: GenerationConfig) -> Iterator[None]:
+def _generating_as(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
     """Let ``model`` have this generation_config inside: what a config that is given leaves open is
     filled from the model's own.
     """
@@ -257,7 +268,7 @@ def _generating_as(model: Any, config: GenerationConfig) -> Iterator[None]:
         model.generation_config = own
 
 
-def _reads_padding(model: Any, config: GenerationConfig) -> bool:
+def _reads_padding(model: PreTrainedModel, config: GenerationConfig) -> bool:
     """Return whether an answer could depend on how its prompt is padded: no setting that looks at
     the ids is known not to.
 
@@ -279,13 +290,15 @@ def say_once(text: str) -> None:
 
 def written(
     task: Task,
-    model: Any,
+    model: Model,
     rows: Examples,
     *,
     options: Generation,
     of: str = "input_ids",
     strings: Sequence[str] = (),
-    **settings: Any,
+    ends: Sequence[int] = (),
+    limit: int = NEW_TOKENS,
+    settings: Mapping[str, object] | None = None,
 ) -> list[str]:
     """Return the text that ``model`` writes for each row: to the ids under ``of``, drawn if at all
     by the number of its example.
@@ -299,43 +312,14 @@ def written(
         options,
         keys=keys,
         pad_id=task.pad_id,
-        **settings,
+        ends=ends,
+        limit=limit,
+        settings=settings,
     )
-    own = getattr(model, "module", model).generation_config.stop_strings or ()
+    own = live(model).generation_config.stop_strings or ()
     stops = [*strings, *([own] if isinstance(own, str) else own)]
     texts = [task.setting.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers]
     return [text[: min((text.find(s) for s in stops if s in text), default=None)] for text in texts]
-
-
-def prompt_ids(tokenizer: Any, text: str, *, encode: Callable[..., Any] | None = None) -> list[int]:
-    """Return the ids of a text that is gone on with: where the tokenizer puts a token before texts
-    this is there, but none after.
-
-    Of those before only the beginning of a text stays: [CLS] is the other half of a frame.
-    ``encode`` is the tokenizer, or what takes its place for texts of others in a template.
-    """
-    encode = encode or tokenizer
-    whole = list(encode(text)["input_ids"])
-    bare = list(encode(text, add_special_tokens=False)["input_ids"])
-    begin = [tokenizer.bos_token_id]
-    return begin + bare if whole[:1] == begin and bare[:1] != begin else bare
-
-
-def decoder_start(config: PretrainedConfig | None, pad_id: int) -> int:
-    """Return the id with which a decoder begins: the config's, else padding, as T5 has it."""
-    start = getattr(config, "decoder_start_token_id", None)
-    return pad_id if start is None else int(start)
-
-
-def longest_prompt(config: PretrainedConfig) -> int | None:
-    """Return how many tokens a prompt may have; None: positions are relative, and it may have any
-    number.
-    """
-    return (
-        None
-        if (longest := longest_row(config)) is None
-        else longest - (not config.is_encoder_decoder)
-    )
 
 
 def check_prompt(task: Task, ids: Sequence[int], options: Generation) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 
@@ -17,9 +17,10 @@ from hfscale.control_tokens import Quoted, text_alone
 from hfscale.errors import ConfigError
 from hfscale.models.call import call
 from hfscale.objectives.base import Batch, Model
-from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, check_text
-from hfscale.tasks.generation import Generation, check_prompt, prompt_ids, written
+from hfscale.stream.examples import BadExample, Examples, Facts
+from hfscale.tasks.base import Example, Feature, Output, Task, check_text
+from hfscale.tasks.generation import Generation, check_prompt, written
+from hfscale.tasks.prompts import prompt_ids
 from hfscale.tasks.table import TASKS
 
 
@@ -30,7 +31,7 @@ class Inference(Task):
     scored = False
 
     @classmethod
-    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Refuse to be trained."""
         name = next(name for name, place in TASKS.items() if place.endswith(f":{cls.__name__}"))
         raise ConfigError(
@@ -80,7 +81,7 @@ class FillMask(Inference):
             raise BadExample(f"there is no {tokenizer.mask_token} in the text")
         return [feature]
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return the candidates, the likeliest first, as the pipeline does: a list; of several
         masks, a list for each.
         """
@@ -115,7 +116,7 @@ class FeatureExtraction(Inference):
     auto_model = "AutoModel"
     pipeline = "feature-extraction"
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return the hidden states of each text's tokens, special ones included."""
         assert batch.lengths_B is not None
         hidden_BTH = call(model, **batch.inputs).last_hidden_state.float()
@@ -153,7 +154,7 @@ class TextGeneration(Inference):
         check_prompt(self, ids, self.options.generation)
         return [{"input_ids": ids}]
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return the continuation alone."""
         return [
             {"prediction": text}

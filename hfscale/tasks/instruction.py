@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -33,9 +33,12 @@ from hfscale.metrics.rouge import rouge
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
+from hfscale.tasks.base import Example, Feature, Output, Task, check_text, pad_rows
 from hfscale.tasks.chat import Chat
 from hfscale.tasks.generation import NEW_TOKENS, Generation, check_prompt, written
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class InstructionOptions(Section):
@@ -78,7 +81,7 @@ class Instruction(Task):
             self.chat = Chat(setting.tokenizer, options.chat_template)
 
     @classmethod
-    def question(cls, example: Example) -> Any:
+    def question(cls, example: Example) -> object:
         """Return what the user says first, in either form: conversations that begin alike are in
         one split.
         """
@@ -217,7 +220,7 @@ class Instruction(Task):
         )[:-1]
         return {"answers": sums_B * (counts_B > 0).to(sums_B.device)}
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the
         answers that are there, if any.
         """
@@ -233,14 +236,14 @@ class Instruction(Task):
 
     def judge(
         self, model: Model, batch: Batch, rows: Examples
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Tensor], list[Output]]:
         """Return the loss, and outputs without an answer: to write one for every example takes
         longer than to train on it.
         """
         loss = self.loss(model, batch)
         return loss, self._known(loss, batch, rows)
 
-    def _known(self, loss: dict[str, Tensor], batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def _known(self, loss: dict[str, Tensor], batch: Batch, rows: Examples) -> list[Output]:
         """Return the nats of the answers of each row, and of how many tokens and bytes they are: of
         what was read, if it was cut.
         """
@@ -254,9 +257,7 @@ class Instruction(Task):
             )
         ]
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return ``loss``, ``perplexity`` and ``bits_per_byte`` of the answers; ROUGE of the
         generated ones, where they were.
         """
@@ -269,7 +270,7 @@ class Instruction(Task):
         answers = [self._messages(reference)[-1]["content"] for reference in references]
         return known | rouge([p["prediction"].strip() for p in predictions], answers)
 
-    def finish(self, model: Any, tokenizer: Any) -> None:
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Carry along the chat template and how to generate."""
         self.options.generation.carry(
             model, ends=self.chat.ends[0], limit=NEW_TOKENS, pad_id=self.pad_id

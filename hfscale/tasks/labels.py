@@ -7,12 +7,15 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from itertools import chain
 from math import isfinite
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 from pydantic import AfterValidator
 
 from hfscale.errors import ConfigError
 from hfscale.stream.examples import BadExample
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
 
 
 def _distinct(labels: list[str]) -> list[str]:
@@ -24,15 +27,15 @@ def _distinct(labels: list[str]) -> list[str]:
 Labels = Annotated[list[str], AfterValidator(_distinct)]  # the whole set, in its order
 
 
-def names_of(config: Any) -> list[str]:
+def names_of(config: PretrainedConfig) -> list[str]:
     """Return the labels of a model in the order of their numbers, whatever the order in which its
     config lists them.
     """
-    numbered = config.id2label or {}
-    return [numbered[number] for number in sorted(numbered, key=int)]
+    numbered = sorted((config.id2label or {}).items(), key=lambda item: int(item[0]))
+    return [name for _, name in numbered]
 
 
-def label_name(label: Any) -> str:
+def label_name(label: object) -> str:
     """Return a label as text; 1.0 is 1, as a table with gaps has it, also where the number is text,
     as csv has it.
     """
@@ -41,7 +44,7 @@ def label_name(label: Any) -> str:
     return re.sub(r"^(-?\d+)\.0+$", r"\1", str(label))
 
 
-def named(label: Any, labels: Sequence[str]) -> str:
+def named(label: object, labels: Sequence[str]) -> str:
     """Return a label as text; where ``labels`` are names, a number counts from 0 among them, as in
     data sets of the hub.
     """
@@ -78,7 +81,7 @@ def known_labels(own: list[str], given: list[str] | None) -> list[str]:
     return own
 
 
-def all_labels(values: Iterable[Any]) -> list[str]:
+def all_labels(values: Iterable[object]) -> list[str]:
     """Return the distinct labels (of lists, their members) as texts: numbers by size, also as
     texts, else by the alphabet.
 

@@ -8,13 +8,11 @@ of a text, P of padding.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from hfscale.models.build import longest_row
-from hfscale.models.call import call, live
+from hfscale.models.call import Model, call, live
 
 TEXT, PADDING = 12, 5  # tokens of the probe
 # of the largest number of an output: what rounding explains where kernels get other shapes
@@ -23,7 +21,7 @@ OUTPUTS = ("logits", "start_logits", "end_logits", "last_hidden_state")
 
 
 @torch.no_grad()
-def reads_padding(model: Any, *, pad_id: int, device: torch.device | str) -> bool:
+def reads_padding(model: Model, *, pad_id: int, device: torch.device | str) -> bool:
     """Return whether an answer of ``model`` (an engine, or bare; in eval mode) moves when its row
     is filled up.
 

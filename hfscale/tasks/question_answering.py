@@ -14,14 +14,20 @@ from math import exp
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel, PreTrainedTokenizerBase
 
+# "input_ids" and so on, and "begins", "ends" of each token
+Window = dict[str, Any]
+# the best answers in a window: "spans", and the score of "none"
+Spans = dict[str, Any]
+# the options of the task, "max_length" and "no_answer"
+How = dict[str, Any]
 INPUTS = ("input_ids", "attention_mask", "token_type_ids")
 
 
 def windows(
-    tokenizer: Any, how: dict[str, Any], *, question: str, context: str
-) -> list[dict[str, Any]]:
+    tokenizer: PreTrainedTokenizerBase, how: How, *, question: str, context: str
+) -> list[Window]:
     """Return the windows: what the tokenizer gives, and where each token ``begins`` and ``ends`` in
     the context (-1: it is not of it, or nothing but white space, which answers nothing).
 
@@ -75,9 +81,7 @@ def parts(tokens: int, *, room: int, stride: int) -> list[range]:
     return [range(start, min(start + room, tokens)) for start in starts]
 
 
-def best_spans(
-    start_T: torch.Tensor, end_T: torch.Tensor, *, window: dict[str, Any], how: dict[str, Any]
-) -> dict[str, Any]:
+def best_spans(start_T: torch.Tensor, end_T: torch.Tensor, *, window: Window, how: How) -> Spans:
     """Return the best ``spans`` of a window (score, first and one past the last character), and the
     score of ``none``, the first token.
     """
@@ -98,7 +102,7 @@ def best_spans(
     return {"none": float(start_T[0] + end_T[0]), "spans": spans}
 
 
-def choose(context: str, found: Sequence[dict[str, Any]], *, how: dict[str, Any]) -> dict[str, Any]:
+def choose(context: str, found: Sequence[Spans], *, how: How) -> Spans:
     """Return the ``prediction`` ("" for none) with ``start``, ``end`` and ``score``, and the
     ``n_best`` spans of all windows.
 
@@ -123,7 +127,7 @@ def choose(context: str, found: Sequence[dict[str, Any]], *, how: dict[str, Any]
         for (begin, end), score in best
     ]
     silent = how["no_answer"] and none - top > how["no_answer_threshold"]
-    chosen: dict[str, Any] = (
+    chosen: dict[str, object] = (
         {"text": "", "start": None, "end": None, "score": silence / total} if silent else spans[0]
     )
     return {
@@ -143,19 +147,19 @@ class QuestionAnsweringPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
 
-    def __call__(self, inputs: Any = None, *_: Any, **asked: Any) -> Any:
+    def __call__(self, inputs: object = None, *_: object, **asked: object) -> object:
         """Return the answer, with its place in the context."""
         return super().__call__(asked if inputs is None else inputs)
 
     def _sanitize_parameters(
-        self, **_: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        self, **_: object
+    ) -> tuple[dict[str, object], dict[str, object], dict[str, object]]:
         return {}, {}, {}
 
-    def preprocess(self, input_: Any, **_: Any) -> dict[str, Any]:
+    def preprocess(self, input_: dict[str, str], **_: object) -> Window:
+        assert self.tokenizer is not None
         found = windows(self.tokenizer, self.model.config.question_answering, **input_)
         rows = {
             name: [torch.tensor(window[name]) for window in found]
@@ -168,11 +172,11 @@ class QuestionAnsweringPipeline(Pipeline):
         }
         return {"context": input_["context"], "windows": found, "inputs": inputs}
 
-    def _forward(self, input_tensors: Any, **_: Any) -> Any:
+    def _forward(self, input_tensors: Window, **_: object) -> Any:
         output = self.model(**input_tensors.pop("inputs"))
         return {**input_tensors, "start_WT": output.start_logits, "end_WT": output.end_logits}
 
-    def postprocess(self, model_outputs: Any, **_: Any) -> dict[str, Any]:
+    def postprocess(self, model_outputs: Window, **_: object) -> dict[str, object]:
         how = self.model.config.question_answering
         parts = zip(
             model_outputs["start_WT"].float(),

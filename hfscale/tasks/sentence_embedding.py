@@ -11,7 +11,10 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import Pipeline
+from transformers import Pipeline, PreTrainedModel
+
+# what a stage of a pipeline hands to the next
+Handed = dict[str, Any]
 
 
 class SentenceEmbeddingPipeline(Pipeline):
@@ -23,15 +26,15 @@ class SentenceEmbeddingPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]
-    model: Any
-    tokenizer: Any
+    model: PreTrainedModel
 
     def _sanitize_parameters(
-        self, **_: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        self, **_: object
+    ) -> tuple[dict[str, object], dict[str, object], dict[str, object]]:
         return {}, {}, {}
 
-    def preprocess(self, input_: str, **_: Any) -> Any:
+    def preprocess(self, input_: str, **_: object) -> Handed:
+        assert self.tokenizer is not None
         made = self.tokenizer(
             input_,
             truncation=True,
@@ -40,7 +43,7 @@ class SentenceEmbeddingPipeline(Pipeline):
         )
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
-    def _forward(self, input_tensors: Any, **_: Any) -> Any:
+    def _forward(self, input_tensors: Handed, **_: object) -> Any:
         hidden_BTH = self.model(**input_tensors).last_hidden_state.float()
         mask_BT = input_tensors["attention_mask"]
         if self.model.config.pooling == "mean":
@@ -52,5 +55,5 @@ class SentenceEmbeddingPipeline(Pipeline):
             pooled_BH = hidden_BTH[range(len(hidden_BTH)), at_B]
         return {"vector": torch.nn.functional.normalize(pooled_BH, dim=-1)}
 
-    def postprocess(self, model_outputs: Any, **_: Any) -> list[float]:
+    def postprocess(self, model_outputs: Handed, **_: object) -> list[float]:
         return model_outputs["vector"][0].tolist()

@@ -19,7 +19,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain
 from math import isfinite
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -32,12 +32,12 @@ from hfscale.metrics.classification import classification
 from hfscale.metrics.correlation import correlation
 from hfscale.metrics.measure import Measure, mean
 from hfscale.objectives.base import Batch
-from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, check_text, number
+from hfscale.stream.examples import BadExample, Cell, Examples, Facts
+from hfscale.tasks.base import Example, Feature, Output, Task, check_text, number
 from hfscale.tasks.labels import Labels, all_labels, known_labels, label_name, named, names_of
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 # transformers' names
 Problem = Literal["single_label_classification", "multi_label_classification", "regression"]
@@ -82,7 +82,7 @@ class SequenceClassification(Task):
     )
 
     @classmethod
-    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Return the problem, and the labels with how often each occurs."""
         assert isinstance(options, ClassificationOptions)
         values = [
@@ -113,7 +113,7 @@ class SequenceClassification(Task):
         return {"problem": problem, "labels": labels, "counts": [counts[label] for label in labels]}
 
     @classmethod
-    def known(cls, config: PretrainedConfig) -> dict[str, Any]:
+    def known(cls, config: PretrainedConfig) -> Facts:
         """Return problem and labels of a classifier that anybody made."""
         problem = config.problem_type or (
             "regression" if config.num_labels == 1 else "single_label_classification"
@@ -131,11 +131,11 @@ class SequenceClassification(Task):
         """
         return known_labels(self.setting.facts.get("labels", []), self.options.labels)
 
-    def names(self, value: Any) -> list[str]:
+    def names(self, value: object) -> list[str]:
         """Return the names of the label, or of the labels, that a cell of the data says."""
         return _names(value, labels=self.labels, numbered=self.options.labels or self.labels)
 
-    def model_overrides(self) -> dict[str, Any]:
+    def model_overrides(self) -> dict[str, object]:
         """Return the labels and the kind of problem; and the padding id, by which decoders find the
         last token.
         """
@@ -148,7 +148,7 @@ class SequenceClassification(Task):
             "pad_token_id": self.pad_id,
         }
 
-    def finish(self, model: PreTrainedModel, tokenizer: Any) -> None:
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Carry along where texts are cut, for ``pipe(text, truncation=True)``."""
         tokenizer.model_max_length = self.setting.seq_len
 
@@ -165,7 +165,7 @@ class SequenceClassification(Task):
             feature["labels"] = self._target(_split(example["label"], self.options))
         return [feature]
 
-    def _target(self, value: Any) -> Any:
+    def _target(self, value: object) -> float | int | list[float]:
         if value in (None, "") and self.problem != "regression":
             raise BadExample("there is no label")
         if self.problem == "regression":
@@ -225,7 +225,7 @@ class SequenceClassification(Task):
             losses_B = losses_B * weights_C[batch.labels_BT]
         return losses_B * valid_B
 
-    def outputs(self, logits_BC: Tensor, rows: Examples) -> list[dict[str, Any]]:
+    def outputs(self, logits_BC: Tensor, rows: Examples) -> list[Output]:
         """Return label and probabilities a row; of several labels, those above the threshold; of a
         regression, the number.
         """
@@ -247,9 +247,7 @@ class SequenceClassification(Task):
             ]
         return [{"prediction": max(row, key=row.__getitem__), "scores": row} for row in scored]
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return accuracy, F1 and MCC (``metrics/classification.py``); of a regression correlations
         and the mean squared error.
         """
@@ -289,13 +287,13 @@ class SequenceClassification(Task):
         return replace(found, notes=notes) if notes else found
 
 
-def _split(value: Any, options: ClassificationOptions) -> Any:
+def _split(value: Cell, options: ClassificationOptions) -> Cell:
     if options.separator is not None and isinstance(value, str):
         return [part.strip() for part in value.split(options.separator) if part.strip()]
     return value
 
 
-def _names(value: Any, *, labels: Sequence[str], numbered: Sequence[str]) -> list[str]:
+def _names(value: object, *, labels: Sequence[str], numbered: Sequence[str]) -> list[str]:
     """Return the names that a cell says; ``numbered`` is the order in which numbers count, and
     zeros and ones stand for each.
     """
@@ -304,13 +302,13 @@ def _names(value: Any, *, labels: Sequence[str], numbered: Sequence[str]) -> lis
     return [named(label, numbered) for label in (value if isinstance(value, list) else [value])]
 
 
-def _is_number(value: Any, labels: Sequence[str]) -> bool:
+def _is_number(value: object, labels: Sequence[str]) -> bool:
     """Return whether a cell says labels by numbers that are no names among ``labels``."""
     members = value if isinstance(value, list) else [value]
     return any(named(label, labels) not in (label_name(label), str(label)) for label in members)
 
 
-def _is_vector(value: list[Any], labels: Sequence[str] = ()) -> bool:
+def _is_vector(value: Sequence[object], labels: Sequence[str] = ()) -> bool:
     """Return whether a list has a zero or a one for each label: it cannot be a list of labels that
     are named so.
     """
@@ -321,7 +319,7 @@ def _is_vector(value: list[Any], labels: Sequence[str] = ()) -> bool:
     )
 
 
-def _check_vectors(values: Sequence[Any], labels: list[str] | None) -> None:
+def _check_vectors(values: Sequence[object], labels: list[str] | None) -> None:
     """Refuse (BadExample) lists of one length with numbers for each label, unless the labels have
     names.
     """
@@ -342,7 +340,7 @@ def _check_vectors(values: Sequence[Any], labels: list[str] | None) -> None:
         )
 
 
-def _kind(value: Any) -> str:
+def _kind(value: Cell) -> str:
     """Return list, fraction (it can only be a number to predict: 2.5, or "2.5" in csv), whole (a
     number, or a label) or label.
     """

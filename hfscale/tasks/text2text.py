@@ -11,6 +11,8 @@ from typing import Any
 
 from transformers import Pipeline
 
+# what a stage of a pipeline hands to the next
+Handed = dict[str, Any]
 KEYS = {"translation": "translation_text", "summarization": "summary_text"}  # as in transformers 4
 
 
@@ -23,10 +25,9 @@ class TextToTextPipeline(Pipeline):
     _load_image_processor = False  # type: ignore[assignment]
     _load_feature_extractor = False  # type: ignore[assignment]
     _load_tokenizer = True  # type: ignore[assignment]
-    model: Any
-    tokenizer: Any
+    model: Any  # the base class knows none that generates
 
-    def __call__(self, inputs: Any, *args: Any, **options: Any) -> Any:
+    def __call__(self, inputs: object, *args: object, **options: object) -> object:
         """Return ``[{"translation_text": text}]``: one for a text, and one for each of a list of
         texts.
         """
@@ -34,11 +35,12 @@ class TextToTextPipeline(Pipeline):
         return [answers[0] for answers in made] if isinstance(inputs, list) else made
 
     def _sanitize_parameters(
-        self, **generation: Any
-    ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+        self, **generation: object
+    ) -> tuple[dict[str, object], dict[str, object], dict[str, object]]:
         return {}, generation, {}
 
-    def preprocess(self, input_: str, **_: Any) -> Any:
+    def preprocess(self, input_: str, **_: object) -> Handed:
+        assert self.tokenizer is not None
         prefix = getattr(self.model.config, "prefix", None) or ""
         made = self.tokenizer(
             prefix + input_,
@@ -48,9 +50,10 @@ class TextToTextPipeline(Pipeline):
         )
         return {name: made[name] for name in ("input_ids", "attention_mask")}
 
-    def _forward(self, input_tensors: Any, **generation: Any) -> Any:
+    def _forward(self, input_tensors: Handed, **generation: object) -> Any:
         return {"ids": self.model.generate(**input_tensors, **generation)}
 
-    def postprocess(self, model_outputs: Any, **_: Any) -> list[dict[str, str]]:
+    def postprocess(self, model_outputs: Handed, **_: object) -> list[dict[str, str]]:
+        assert self.tokenizer is not None
         texts = self.tokenizer.batch_decode(model_outputs["ids"], skip_special_tokens=True)
         return [{KEYS.get(self.task, "generated_text"): text} for text in texts]

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar
 
 import torch
 from pydantic import Field
@@ -32,9 +32,13 @@ from hfscale.metrics.translation import translation
 from hfscale.objectives.base import Batch, Model, Setting
 from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import Example, Feature, Task, check_text, pad_rows
-from hfscale.tasks.generation import Generation, decoder_start, prompt_ids, written
+from hfscale.tasks.base import Example, Feature, Output, Task, check_text, pad_rows
+from hfscale.tasks.generation import Generation, written
+from hfscale.tasks.prompts import decoder_start, prompt_ids
 from hfscale.tokenizer import end_of_document_id
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 class TextToTextOptions(Section):
@@ -93,10 +97,9 @@ class TextToText(Task):
             self.frame = ("bos_token", None) if begins else ()
         # what only a user says; where nobody does, the model's own setting, or else the longest
         # target
-        self._said: dict[str, Any] = (
+        self._said: dict[str, int] = (
             {"max_new_tokens": self._target_length} if options.max_target_length else {}
         )
-        self._generation: dict[str, Any] = {"ends": [self._end], "limit": self._target_length}
         for side, code in (
             ("src_lang", options.source_language),
             ("tgt_lang", options.target_language),
@@ -216,7 +219,7 @@ class TextToText(Task):
         losses_BU = token_losses(self.logits(model, batch), batch.labels_BT, smoothing=smoothing)
         return {"text": losses_BU.sum(1) * (batch.counts["text"] > 0).to(losses_BU.device)}
 
-    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[dict[str, Any]]:
+    def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return ``{"prediction": text}`` a row."""
         return [
             {"prediction": text}
@@ -225,22 +228,29 @@ class TextToText(Task):
                 model,
                 rows,
                 options=self.options.generation,
-                **self._generation,
-                **self._said,
+                ends=[self._end],
+                limit=self._target_length,
+                settings=self._said,
             )
         ]
 
     def judge(
         self, model: Model, batch: Batch, rows: Examples
-    ) -> tuple[dict[str, Tensor], list[dict[str, Any]]]:
+    ) -> tuple[dict[str, Tensor], list[Output]]:
         """Return both."""
         return self.loss(model, batch), self.predict(model, batch, rows)
 
-    def finish(self, model: Any, tokenizer: Any) -> None:
+    def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Carry along how to generate, the prefix or the prompt (as a chat template), and the
         pipeline that transformers 5 dropped.
         """
-        self.options.generation.carry(model, pad_id=self.pad_id, **self._generation, **self._said)
+        self.options.generation.carry(
+            model,
+            ends=[self._end],
+            limit=self._target_length,
+            pad_id=self.pad_id,
+            settings=self._said,
+        )
         tokenizer.model_max_length = self.setting.seq_len
         if self._causal:
             before, after = str(self.options.prompt).split("{source}", 1)
@@ -265,9 +275,7 @@ class Translation(TextToText):
     pipeline = "translation"
     metrics: ClassVar = frozenset({"bleu", "chrf"})
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return ``bleu`` and ``chrf``."""
         return translation(
             [p["prediction"].strip() for p in predictions], [r["target"] for r in references]
@@ -280,9 +288,7 @@ class Summarization(TextToText):
     pipeline = "summarization"
     metrics: ClassVar = frozenset({"rouge1", "rouge2", "rougeL", "rougeLsum"})
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return ``rouge1``, ``rouge2``, ``rougeL``, ``rougeLsum``."""
         return rouge(
             [p["prediction"].strip() for p in predictions], [r["target"] for r in references]

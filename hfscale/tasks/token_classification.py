@@ -15,7 +15,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -28,8 +28,8 @@ from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import UNSPACED, WORD
 from hfscale.objectives.base import Batch
 from hfscale.objectives.cross_entropy import IGNORE_INDEX
-from hfscale.stream.examples import BadExample, Examples
-from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Task
+from hfscale.stream.examples import BadExample, Examples, Facts
+from hfscale.tasks.base import MODEL_INPUTS, Example, Feature, Output, Task
 from hfscale.tasks.labels import Labels, all_labels, known_labels, named, names_of
 from hfscale.tasks.question_answering import parts
 
@@ -63,7 +63,7 @@ class TokenClassification(Task):
     metrics: ClassVar = frozenset({"f1", "precision", "recall", "f1_macro", "accuracy"})
 
     @classmethod
-    def facts(cls, options: Section, examples: Iterable[Example]) -> dict[str, Any]:
+    def facts(cls, options: Section, examples: Iterable[Example]) -> Facts:
         """Return the tags, ``O`` first."""
         assert isinstance(options, TokenOptions)
         given = (example.get("tags") for example in examples)
@@ -85,7 +85,7 @@ class TokenClassification(Task):
         return {"labels": labels}
 
     @classmethod
-    def known(cls, config: PretrainedConfig) -> dict[str, Any]:
+    def known(cls, config: PretrainedConfig) -> Facts:
         """Return the tags of a model that anybody made."""
         return {"labels": names_of(config)}
 
@@ -93,7 +93,7 @@ class TokenClassification(Task):
     def labels(self) -> list[str]:
         return known_labels(self.setting.facts["labels"], self.options.labels)
 
-    def model_overrides(self) -> dict[str, Any]:
+    def model_overrides(self) -> dict[str, object]:
         """Return the tags, and the padding id."""
         return {
             "num_labels": len(self.labels),
@@ -178,7 +178,7 @@ class TokenClassification(Task):
             counts={self.term: (labels_BT != IGNORE_INDEX).sum(1)},
         )
 
-    def outputs(self, logits_BTC: Tensor, rows: Examples) -> list[dict[str, Any]]:
+    def outputs(self, logits_BTC: Tensor, rows: Examples) -> list[Output]:
         """Return for each window its words' numbers, tags and probabilities."""
         scores_BT, tags_BT = (part.cpu() for part in logits_BTC.float().softmax(-1).max(-1))
         return [
@@ -190,7 +190,7 @@ class TokenClassification(Task):
             for b, row in enumerate(rows.features)
         ]
 
-    def answer(self, example: Example, outputs: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    def answer(self, example: Example, outputs: Sequence[Output]) -> Output:
         """Return the ``prediction``, a tag a word; of a text also its ``words``, and of tags that
         part entities these, with their places in it.
         """
@@ -229,9 +229,7 @@ class TokenClassification(Task):
             return parts_entities(self.labels)
         return False
 
-    def measure(
-        self, predictions: Sequence[dict[str, Any]], references: Sequence[Example]
-    ) -> Measure:
+    def measure(self, predictions: Sequence[Output], references: Sequence[Example]) -> Measure:
         """Return seqeval's F1, precision and recall, and the accuracy of tags; only that where tags
         part no entities.
 
@@ -280,7 +278,7 @@ def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
     )
 
 
-def _listed(value: Any) -> list[Any]:
+def _listed(value: object) -> Sequence[object]:
     if not isinstance(value, (str, list)):
         raise BadExample(f"neither a list nor text with spaces: {value!r:.60}")
     return value.split() if isinstance(value, str) else value

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from math import exp
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from hfscale.monitor.heartbeat import beat
 from hfscale.objectives.base import Objective
 from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
-from hfscale.tasks.base import Example, Task
+from hfscale.tasks.base import Example, Output, Task
 from hfscale.training.accounting import Accounting
 
 if TYPE_CHECKING:  # a login node checks a run without DeepSpeed
@@ -75,7 +75,7 @@ class TaskEvaluator:
         """
         task, accounting = self._task, Accounting(self._task)
         counts = dict.fromkeys(task.weights(), 0)
-        outputs = dict[int, dict[str, Any]]()
+        outputs = dict[int, Output]()
         with engine.eval_mode():
             for rows in self._rows:
                 batch = task.collate(rows)
@@ -96,7 +96,7 @@ class TaskEvaluator:
         }
         return losses | from_rank_0(self._score(gathered) if self._examples else None)
 
-    def _score(self, outputs: Mapping[int, dict[str, Any]]) -> dict[str, float]:
+    def _score(self, outputs: Mapping[int, Output]) -> dict[str, float]:
         ends = np.searchsorted(self._of, np.arange(len(self._examples)), side="right").tolist()
         cuts = zip([0, *ends], ends, self._examples)
         predictions = [

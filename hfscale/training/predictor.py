@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -12,8 +11,8 @@ from hfscale.control_tokens import NotText
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.stop import StopRequest
 from hfscale.engine.inference import InferenceEngine
-from hfscale.stream.examples import BadExample, micro_batch
-from hfscale.tasks.base import Example, Task
+from hfscale.stream.examples import BadExample, Feature, micro_batch
+from hfscale.tasks.base import Example, Output, Task
 
 
 def stopped(stop: StopRequest, *, together: bool) -> bool:
@@ -34,7 +33,7 @@ def predict(
     refuse_long: bool = False,
     answers: bool = False,
     stop: StopRequest | None = None,
-) -> list[dict[str, Any]] | None:
+) -> list[Output] | None:
     """Return ``{"id", "prediction", ...}`` of each example, in order.
 
     One that cannot be used has a ``problem`` and no prediction; one that was cut, because it is
@@ -54,7 +53,7 @@ def predict(
         spare = [row for _, some in everyone for row in some]
         most = max(count for count, _ in everyone)
         batches += [(spare, np.zeros(1, int))] * (most - own)
-    output_of: dict[int, dict[str, Any]] = {}
+    output_of: dict[int, Output] = {}
     for turn, (some, numbers) in enumerate(batches):
         if stop is not None and stopped(stop, together=engine.together):
             return None
@@ -62,7 +61,7 @@ def predict(
         outputs = task.predict(engine, task.collate(taken).to(engine.device), taken)
         if turn < own:
             output_of |= zip(numbers.tolist(), outputs, strict=True)
-    answered: list[list[dict[str, Any]]] = [[] for _ in examples]
+    answered: list[list[Output]] = [[] for _ in examples]
     for number, owner in enumerate(features.owners):
         answered[owner].append(output_of[number])
     return [
@@ -75,7 +74,7 @@ class _Features:
     """What a task makes of examples, and what is to be said of each."""
 
     def __init__(self) -> None:
-        self.rows: list[dict[str, Any]] = []
+        self.rows: list[Feature] = []
         self.owners: list[int] = []  # number of the example that a row is of
         self._problems: dict[int, str] = {}
         self._cut: set[int] = set()
@@ -100,10 +99,10 @@ class _Features:
         self.owners += [number] * len(rows)
 
     def prediction(
-        self, task: Task, number: int, example: Example, outputs: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+        self, task: Task, number: int, example: Example, outputs: list[Output]
+    ) -> Output:
         """Return what is written of an example."""
-        said: dict[str, Any] = {"id": example["id"]}
+        said: Output = {"id": example["id"]}
         if number in self._problems:
             said |= {"prediction": None, "problem": self._problems[number]}
         else:
@@ -113,7 +112,7 @@ class _Features:
         return said
 
 
-def _batches(task: Task, rows: Sequence[dict[str, Any]], *, size: int) -> list[np.ndarray]:
+def _batches(task: Task, rows: Sequence[Feature], *, size: int) -> list[np.ndarray]:
     """Return numbers of rows in batches, the longest first: what is too large for the memory shows
     at once. A model that reads padding is asked one length at a time.
     """

@@ -18,7 +18,8 @@ from transformers import GPT2Config
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError
 from hfscale.models.build import build_model
-from hfscale.tasks.generation import Generation, generate, prompt_ids, resolve
+from hfscale.tasks.generation import Generation, generate, resolve
+from hfscale.tasks.prompts import prompt_ids
 from hfscale.tokenizer import framed
 from tests.helpers.ranks import run_ranks
 from tests.models.families import FAMILIES, SPECIAL_IDS, VOCAB
