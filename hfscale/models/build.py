@@ -222,7 +222,8 @@ def build_model(
             remedy="start from pretrained weights (model.pretrained), or choose another "
             "architecture",
         )
-    return built.train()
+    built.train()
+    return built
 
 
 def _train_every_token(model: PreTrainedModel, special: Mapping[str, object]) -> None:
@@ -269,12 +270,13 @@ def construct(
     # inside it
     kind._model_mapping.get(type(config), None)
     with no_init_weights(), context():
-        return kind.from_config(
+        built: PreTrainedModel = kind.from_config(
             config,
             dtype=dtype,
             attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=trust_remote_code,
         )
+    return built
 
 
 def read_config(folder: Path, *, where: str, trust_remote_code: bool = False) -> PretrainedConfig:
@@ -287,7 +289,9 @@ def read_config(folder: Path, *, where: str, trust_remote_code: bool = False) ->
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
+        config: PretrainedConfig = AutoConfig.from_pretrained(
+            folder, trust_remote_code=trust_remote_code
+        )
     except Exception as error:  # each architecture has its own
         if foreign_code(error):
             raise ConfigError(
@@ -306,6 +310,7 @@ def read_config(folder: Path, *, where: str, trust_remote_code: bool = False) ->
             remedy="give a folder that transformers loads, with its config.json "
             f"({first_line(error)})",
         ) from error
+    return config
 
 
 def first_line(error: BaseException) -> str:

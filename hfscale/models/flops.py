@@ -90,11 +90,8 @@ def _uses(config: PretrainedConfig, path: str, shape: Sequence[int]) -> float:
             / experts
         )
     if config.model_type == "albert" and ".albert_layers." in path:
-        return (
-            config.num_hidden_layers
-            / (config.num_hidden_groups * config.inner_group_num)
-            * config.inner_group_num
-        )
+        groups, members = int(config.num_hidden_groups), int(config.inner_group_num)
+        return int(config.num_hidden_layers) / (groups * members) * members
     return 1.0
 
 

@@ -188,7 +188,8 @@ class Objective:
         them.
         """
         if batch.document_ids_BT is None:
-            return call(model, **batch.inputs).logits
+            logits: Tensor = call(model, **batch.inputs).logits
+            return logits
         assert self.setting.model_config is not None, "documents are kept apart in a model"
         return keep_apart(
             model,

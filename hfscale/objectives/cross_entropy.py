@@ -30,7 +30,7 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.
     With ``smoothing`` e the label has 1 - e + e / V of the target, every other id e / V (Szegedy et
     al. 2016, sec. 7).
     """
-    losses_N: Tensor = _CrossEntropy.apply(
+    losses_N: Tensor = _CrossEntropy.apply(  # type: ignore[no-untyped-call]
         logits_BTV.reshape(-1, logits_BTV.shape[-1]), labels_BT.reshape(-1), smoothing
     )
     return losses_N.view(labels_BT.shape)

@@ -151,7 +151,8 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def __call__(self, inputs: object = None, *_: object, **asked: object) -> object:
         """Return the answer, with its place in the context."""
-        return super().__call__(asked if inputs is None else inputs)
+        given = asked if inputs is None else inputs
+        return super().__call__(given)  # type: ignore[no-untyped-call]
 
     def _sanitize_parameters(
         self, **_: object

@@ -56,4 +56,5 @@ class SentenceEmbeddingPipeline(Pipeline):
         return {"vector": torch.nn.functional.normalize(pooled_BH, dim=-1)}
 
     def postprocess(self, model_outputs: Handed, **_: object) -> list[float]:
-        return model_outputs["vector"][0].tolist()
+        vector: list[float] = model_outputs["vector"][0].tolist()
+        return vector

@@ -32,7 +32,8 @@ def task_class(name: str) -> type[Task]:
     Raises:
         ConfigError: if there is none of this name; the message offers the nearest.
     """
-    return load_plugin("task", TASKS, name)
+    task: type[Task] = load_plugin("task", TASKS, name)
+    return task
 
 
 def load_task(named: Named, setting: Setting) -> Task:

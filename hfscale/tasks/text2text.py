@@ -31,7 +31,7 @@ class TextToTextPipeline(Pipeline):
         """Return ``[{"translation_text": text}]``: one for a text, and one for each of a list of
         texts.
         """
-        made = super().__call__(inputs, *args, **options)
+        made = super().__call__(inputs, *args, **options)  # type: ignore[no-untyped-call]
         return [answers[0] for answers in made] if isinstance(inputs, list) else made
 
     def _sanitize_parameters(

@@ -13,8 +13,8 @@ over the ranks of ``data``. Shape legend: B rows, E experts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from math import nan
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -31,6 +31,14 @@ SKIPPED, TOKENS = "skipped_rows", "tokens"
 # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in
 # lumps
 SKIP_FLOOR_ROWS = 2**20
+
+
+@dataclass(frozen=True)
+class Losses:
+    """What a step, or a validation, comes to."""
+
+    of_all: dict[str, float]  # ``loss``, and its terms where there are several
+    of_source: dict[str, float | None]  # by name where there are several; None: no row of it
 
 
 class Accounting:
@@ -116,11 +124,8 @@ class Accounting:
         source_B = batch.source_B.to(values_B.device, torch.int64, non_blocking=True)
         return values_B.new_zeros(sources).index_add(0, source_B, values_B)
 
-    def global_losses(
-        self, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()
-    ) -> dict[str, Any]:
-        """Return the ``loss`` of what ``losses`` went through on all ranks, its terms, and
-        ``source_loss`` where there are several. Collective.
+    def global_losses(self, counts: Mapping[str, int], *, sources: tuple[str, ...] = ()) -> Losses:
+        """Return the losses of what ``losses`` went through on all ranks. Collective.
 
         ``counts`` are those of all ranks. Where nothing was asked (all rows skipped) a loss is NaN,
         not 0.
@@ -131,7 +136,7 @@ class Accounting:
         by_source = dict(zip(names, totals_of_ranks.tolist(), strict=True))
         means = {term: sum(totals) / (counts[term] or nan) for term, totals in by_source.items()}
         trained = [term for term in names if weights[term]]
-        losses: dict[str, Any] = {"loss": sum(weights[term] * means[term] for term in trained)}
+        losses = {"loss": sum(weights[term] * means[term] for term in trained)}
         reported = self.objective.report(means)
         losses |= {term: reported[term] for term in names if not weights[term]}
         if len(trained) > 1:
@@ -142,11 +147,11 @@ class Accounting:
             asked = [term for term in trained if counted[term]]
             if not asked:
                 return None  # no row of it was in this step
-            return sum(weights[term] * by_source[term][number] / counted[term] for term in asked)
+            terms = (weights[term] * by_source[term][number] / counted[term] for term in asked)
+            return float(sum(terms))
 
-        if len(sources) > 1:
-            losses["source_loss"] = {name: of_source(number) for number, name in enumerate(sources)}
-        return losses
+        several = sources if len(sources) > 1 else ()
+        return Losses(losses, {name: of_source(number) for number, name in enumerate(several)})
 
 
 def counts_of(

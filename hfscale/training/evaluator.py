@@ -51,7 +51,7 @@ class Evaluator:
                 engine, (batch.to(engine.device) for batch in batches), counts
             ):
                 beat("validation")  # what was measured is in the sums
-        losses = accounting.global_losses(counts)
+        losses = accounting.global_losses(counts).of_all
         return losses | (
             {"perplexity": exp(min(losses["loss"], 700.0))} if objective.token_loss else {}
         )
@@ -90,11 +90,12 @@ class TaskEvaluator:
         totals = (
             sum_over_ranks(torch.tensor([counts[term] for term in sorted(counts)])).long().tolist()
         )
-        losses = accounting.global_losses(dict(zip(sorted(counts), totals, strict=True)))
+        losses = accounting.global_losses(dict(zip(sorted(counts), totals, strict=True))).of_all
         gathered = {
             number: output for part in from_all_ranks([*outputs.items()]) for number, output in part
         }
-        return losses | from_rank_0(self._score(gathered) if self._examples else None)
+        scores: dict[str, float] = from_rank_0(self._score(gathered) if self._examples else None)
+        return losses | scores
 
     def _score(self, outputs: Mapping[int, Output]) -> dict[str, float]:
         ends = np.searchsorted(self._of, np.arange(len(self._examples)), side="right").tolist()

@@ -49,7 +49,8 @@ class Figures(Observer):
         self.latest = step.figures
         self.latest |= {
             "step": step.number,
-            **losses,
+            **losses.of_all,
+            **({"source_loss": losses.of_source} if losses.of_source else {}),
             "lr": step.stats.lr,
             "grad_norm": step.stats.grad_norm,
             "tokens_seen": step.tokens_seen,
