@@ -8,6 +8,7 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
                                   (monitor/metrics_log.py)
     RUN_DIR/wandb/, mlflow/       what these writers draw; writers/ has the ids that they know it by
     RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl    more such lines (monitor/lines.py)
+    RUN_DIR/exports.jsonl         what was exported to where (jobs/export.py)
     RUN_DIR/profiles/             what the profiler wrote
     RUN_DIR/checkpoints/          what lies in it: checkpoint/layout.py
     RUN_DIR/attempts/N/           who worked here, and how that ended (monitor/fence.py)
@@ -37,6 +38,7 @@ METRICS = "metrics.jsonl"
 DETAILS = "details.jsonl"
 INCIDENTS = "incidents.jsonl"
 GOODPUT = "goodput.jsonl"
+EXPORTS = "exports.jsonl"
 PROFILES = "profiles"
 REQUEST, PROFILED = "request.json", "rank-{}.txt"  # of a profile
 TENSORBOARD = "tensorboard"

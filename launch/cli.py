@@ -28,6 +28,8 @@ VERBS = {  # a verb is listed when it works
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
     "goodput": "Where the time of a run went: queue, start-up, compute, stalls, lost work.",
     "profile": "A profile of the next steps of a run that is under way.",
+    "report": "A page about a run that one can mail: curves, time, data, scores, hardware.",
+    "diff": "In what two runs differ, and from which step on their losses part.",
     "logs": "Print a run's log, and follow it.",
     "doctor": "Check and measure this machine, or the nodes of an allocation, for a run.",
     "configs": "List the configs that come with hfscale, or copy them to edit.",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import time
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
+from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.export import write_weights
 from hfscale.config.finetune import FinetuneConfig
@@ -27,6 +29,7 @@ from hfscale.jobs.adapters import load_adapter, use_adapter, write_adapter
 from hfscale.jobs.asked import tell_of_best
 from hfscale.log import logger
 from hfscale.models.kinds import WRITERS
+from hfscale.monitor.lines import Lines
 from hfscale.objectives.base import Objective
 from hfscale.run.model import RunModel, find
 from hfscale.run.proof import prove
@@ -92,11 +95,24 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
             load=partial(load_adapter, source) if adapter else None,
         )
         (folder / "README.md").write_text(card(source, difference, adapter=adapter), "utf-8")
+    _note(source, out)
     logger.info(
         f"exported step {layout.step_of(source.checkpoint)} to {out}; logits equal to "
         f"{difference:.1e}"
     )
     return use_adapter(source, out) if adapter else usage(source.trained, out)
+
+
+def _note(source: RunModel, out: Path) -> None:
+    """Write down in the run that it was exported; the export stands without."""
+    run_dir = run_files.run_of(source.checkpoint)
+    step = layout.step_of(source.checkpoint)
+    try:
+        lines = Lines(run_dir / run_files.EXPORTS)
+        lines.append({"time": round(time.time(), 3), "step": step, "folder": str(out.resolve())})
+        lines.close()
+    except (OSError, CheckpointError) as error:
+        logger.info(f"notice: the run itself does not say that it was exported: {error}")
 
 
 def _write_beside(source: RunModel, folder: Path, *, adapter: bool) -> None:

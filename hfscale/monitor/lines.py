@@ -4,6 +4,7 @@
     RUN_DIR/details.jsonl     what only pictures need: tags of TensorBoard and their numbers
     RUN_DIR/incidents.jsonl   what was wrong with a step, and what was done about it
     RUN_DIR/goodput.jsonl     where the time of each attempt went
+    RUN_DIR/exports.jsonl     which step was exported to where
 
 One unbuffered write a line; the next attempt cuts off a torn one before it appends.
 """
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from hfscale.errors import CheckpointError, DataError
+from hfscale.log import logger
 from hfscale.monitor.fence import Fence
 from hfscale.records import Damaged, Record, open_file, parse, read_file
 
@@ -86,16 +88,22 @@ def read_lines(path: Path, kind: type[R], *, last_bytes: int | None = None) -> I
     if not path.is_file():
         return
     with open_file(path) as file:
-        if last_bytes is not None:
-            file.seek(max(0, path.stat().st_size - last_bytes))
+        begins = max(0, path.stat().st_size - last_bytes) if last_bytes else 0
+        file.seek(begins)
+        torn = 0  # by a kill, which is the last one; by what else, if others follow?
         for number, line in enumerate(file, start=1):
+            if torn and not (torn == 1 and begins):
+                logger.warning(f"{path}:{torn} is no record: it is left out")
+            torn = 0
             try:
                 yield parse(kind, line)
             except Damaged as error:
-                if not str(error).startswith("not JSON"):  # what a kill has torn is passed over
+                if str(error).startswith("not JSON"):
+                    torn = number
+                else:
                     raise DataError(
                         f"a record of the run is damaged: {error}",
-                        where=path if last_bytes else f"{path}:{number}",
+                        where=path if begins else f"{path}:{number}",
                         remedy="remove that line: the run itself does not need it",
                     ) from None
 

@@ -124,7 +124,7 @@ def _mean(what: str, lines: Sequence[Line]) -> Line:
     their (sample's) deviation.
     """
     mean: Line = {"name": f"{what}, mean of {len(lines)} seeds", "task": lines[0]["task"]}
-    for name in _names(lines):
+    for name in score_names(lines):
         values = [line[name] for line in lines if line.get(name) is not None]
         if len(values) > 1:
             middle, deviation = fmean(values), stdev(values)
@@ -153,7 +153,7 @@ def _evaluation(file: Path) -> Line:
     }
 
 
-def _names(found: Sequence[Line]) -> list[str]:
+def score_names(found: Sequence[Line]) -> list[str]:
     names = dict.fromkeys(
         name for line in found for name in line if not name.endswith((LOW, HIGH, DEVIATION))
     )
@@ -164,8 +164,8 @@ def table(found: Sequence[Line]) -> str:
     """Return the table as text, without the intervals; a score that a line has not is left
     blank.
     """
-    rows = [["", *_names(found)]]
-    rows += [[line["name"], *(_cell(line, name) for name in _names(found))] for line in found]
+    rows = [["", *score_names(found)]]
+    rows += [[line["name"], *(_cell(line, name) for name in score_names(found))] for line in found]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join([row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:])]).rstrip()
@@ -197,7 +197,7 @@ def write_csv(found: Sequence[Line], path: Path) -> None:
 
 def draw(found: Sequence[Line], path: Path) -> None:
     """Draw a panel a score into ``path``, a PNG, with the intervals."""
-    names = _names(found)
+    names = score_names(found)
     with picture(
         path,
         width=4 + 0.08 * max(len(line["name"]) for line in found),
