@@ -69,6 +69,16 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return total
 
 
+def numbers_of_ranks(values: torch.Tensor) -> torch.Tensor:
+    """Return every rank's ``values`` (N,; on the host, equally many), as (W, N) on every rank."""
+    place = everybody()
+    parts = [torch.empty_like(values) for _ in range(place.size)]
+    if place.size == 1:
+        return values[None]
+    torch_dist.all_gather(parts, values, group=host_group())
+    return torch.stack(parts)
+
+
 def from_all_ranks(value: Any) -> list[Any]:
     """Return every rank's ``value``, on every rank, as JSON has it: keys are texts, a tuple is a
     list. No pickle is opened.

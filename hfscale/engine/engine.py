@@ -32,8 +32,9 @@ from hfscale.engine.arrivals import Arrivals, SameModules, fill
 from hfscale.engine.ds_config import deepspeed_config, running_stage
 from hfscale.engine.flops import flops_profiled
 from hfscale.engine.fragments import Fragment
-from hfscale.engine.groups import param_groups
+from hfscale.engine.groups import layer_names, param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
+from hfscale.engine.layer_sums import LayerSums
 from hfscale.errors import ConfigError, UnhealthyError
 
 # says of the norm of a gradient whether the update may be made
@@ -108,6 +109,7 @@ class Engine:
         self._modules = SameModules(self._zero) if self.stage == 3 and self.all.size > 1 else None
         self._allow: Allow | None = None
         self._allowed: bool | None = None  # None: not asked yet
+        self._layers = LayerSums(lambda: self.fragments(frozen=False), layer_names(ds.module))
         self._update = adamw.step
         adamw.step = self._guarded_update  # type: ignore[method-assign]
 
@@ -164,14 +166,15 @@ class Engine:
             self._modules.check()
         self._ds.backward(loss, scale_wrt_gas=False)
 
-    def step(self, lr: float, *, allow: Allow | None = None) -> StepStats:
+    def step(self, lr: float, *, allow: Allow | None = None, measure: bool = False) -> StepStats:
         """Return what the update with everything accumulated since the last step did: clip, check,
         AdamW at ``lr``.
 
         ``allow`` is asked once, before AdamW changes anything, with the norm that ``StepStats``
         will give. Where it says no, weights and moments stay as they are, bit for bit, and training
         may go on. The norm is the same on all ranks, and ``allow`` must answer alike on all: it
-        looks at this norm and at what the ranks have agreed on, so no collective is needed.
+        looks at this norm and at what the ranks have agreed on, so no collective is needed. With
+        ``measure`` the step's ``layer_sums`` are taken on the way.
 
         Raises:
             UnhealthyError: on every rank, with weights and moments untouched, if the gradient is
@@ -182,6 +185,7 @@ class Engine:
             group["lr"] = lr * group["lr_share"]
         self._lr_used.clear()
         self._allow, self._allowed = allow, None
+        self._layers.begin(measure)
         if self.stage < 2:
             fill(self._zero, self._trained, stage=self.stage)
         self._ds.step()
@@ -206,7 +210,10 @@ class Engine:
             raise UnhealthyError("the gradient is not finite; weights were not changed")
         if self._allowed is None:
             self._allowed = self._allow is None or self._allow(self._norm)
-        return self._update(closure) if self._allowed else None
+        if not self._allowed:
+            return None
+        with self._layers.around(adamw):
+            return self._update(closure)
 
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
@@ -270,6 +277,20 @@ class Engine:
             for group in range(len(self._zero.fp32_partitioned_groups_flat)):
                 self._zero._reassign_or_swap_out_partitioned_parameters(group)
             self._zero._post_step(set())
+
+    @property
+    def layers(self) -> list[str]:
+        """The parts of the model whose parameters are trained, by the names that people use."""
+        return self._layers.names
+
+    def layer_sums(self) -> Tensor:
+        """Return this rank's share of ``LayerSums.sums`` of the last step, which was measured."""
+        return self._layers.sums
+
+    @property
+    def loss_scale(self) -> float | None:
+        """What fp16 multiplies the loss by; None at other precisions."""
+        return float(self._zero.loss_scaler.cur_scale) if self.precision == "fp16" else None
 
     def scalars(self) -> dict[str, Any]:
         """Return the state that is not a tensor: Adam's step count and the loss scaler's."""

@@ -75,6 +75,25 @@ def decays(owner: nn.Module, name: str, param: nn.Parameter) -> bool:
     return isinstance(owner, PRODUCTS) or sum(size > 1 for size in shape) >= 2
 
 
+def layer_names(model: nn.Module) -> dict[str, str]:
+    """Return what people call the part of the model that each parameter is in: ``layers.0``,
+    ``embeddings``, ``head``; ``encoder.0`` and ``decoder.0`` where there are several stacks.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    layers = {name: match for name in names if (match := LAYER.match(name))}
+    if not layers:
+        return dict.fromkeys(names, "model")
+    stacks = {match[1]: match[1].split(".") for match in layers.values()}
+    common = set.intersection(*map(set, stacks.values()))
+    short = {
+        stack: ".".join(part for part in parts if part not in common) or "layers"
+        for stack, parts in stacks.items()
+    }
+    depths = _depths(model)
+    others = {name: "embeddings" if depths[name] else "head" for name in names}
+    return others | {name: f"{short[match[1]]}.{match[2]}" for name, match in layers.items()}
+
+
 def _depths(model: nn.Module) -> dict[str, int]:
     """Return how many layers lie above each parameter's: 0 of the head, 1 of the last layer, the
     most of embeddings.

@@ -27,7 +27,7 @@ class Throughput:
         """``peak_flops`` is that of all ranks together, per second; None (CPU) gives an ``mfu`` of
         None.
         """
-        self._flops, self._peak, self._clock = flops_per_token, peak_flops, clock
+        self.flops_per_token, self._peak, self._clock = flops_per_token, peak_flops, clock
         self._steps, self._tokens, self._step_s, self._wait_s = 0, 0, 0.0, 0.0
 
     @contextmanager
@@ -64,7 +64,7 @@ class Throughput:
             "step_s": step_s / steps,
             "data_wait_s": self._wait_s / steps,
             "tokens_per_s": tokens_per_s,
-            "mfu": tokens_per_s * self._flops / self._peak if self._peak else None,
+            "mfu": tokens_per_s * self.flops_per_token / self._peak if self._peak else None,
         }
         self._steps, self._tokens, self._step_s, self._wait_s = 0, 0, 0.0, 0.0
         return figures
@@ -77,3 +77,15 @@ def peak_memory_gib(device: torch.device) -> float:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux gives KiB
+
+
+def memory_now_gib(device: torch.device) -> tuple[float, float, float]:
+    """Return what this rank holds: tensors on its GPU, what torch keeps of that GPU (0 on the CPU),
+    and memory of its machine.
+    """
+    on_gpu = device.type == "cuda"
+    allocated = torch.cuda.memory_allocated(device) if on_gpu else 0
+    reserved = torch.cuda.memory_reserved(device) if on_gpu else 0
+    with open("/proc/self/statm", "rb") as file:
+        host = int(file.read().split()[1]) * resource.getpagesize()
+    return allocated / 2**30, reserved / 2**30, host / 2**30

@@ -48,6 +48,7 @@ from hfscale.training.accounting import Accounting
 from hfscale.training.loop import Trainer, TrainState
 from hfscale.training.observers.base import Observer
 from hfscale.training.observers.best import KeepBest
+from hfscale.training.observers.details import Details
 from hfscale.training.observers.goodput import Goodput
 from hfscale.training.observers.log import Figures, Log
 from hfscale.training.observers.profile import Profile
@@ -180,6 +181,9 @@ def observers(
     if opened.evaluator:
         steps = trainer.total_steps
         yield Validate(trainer.engine, opened.evaluator, opened.validate_every, steps)
+    yield Details(
+        engine=trainer.engine, throughput=trainer.throughput, clip_norm=config.optim.clip_norm
+    )
     if log:
         yield Log(log)
     if best := config.checkpoint.keep_best:

@@ -28,6 +28,9 @@ from hfscale.training.balanced import balanced, routed
 
 # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
 SKIPPED, TOKENS = "skipped_rows", "tokens"
+# for pictures: positions of the batches, padding included; rows whose documents are known, and
+# parts of documents in them
+POSITIONS, ROWS, DOCUMENTS = "positions", "rows", "documents"
 # data.max_skipped counts these many rows as read from the start (at most an epoch): damage comes in
 # lumps
 SKIP_FLOOR_ROWS = 2**20
@@ -160,7 +163,16 @@ def counts_of(
     """Return this rank's part of the counts of a step: of each term, of tokens and skipped rows."""
     skipped = sum(int((~micro.valid_B).sum()) for micro in rows)
     tokens = sum(row.numel() for batch in batches for row in batch.rows())
-    return accounting.counts(batches) | {SKIPPED: skipped, TOKENS: tokens}
+    asked = [micro.boundaries for micro in rows if isinstance(micro, Rows)]
+    boundaries = [one for one in asked if one is not None]  # nobody asked, or of all micro-batches
+    known = sum(len(micro.valid_B) for micro in rows) if boundaries else 0
+    return accounting.counts(batches) | {
+        SKIPPED: skipped,
+        TOKENS: tokens,
+        POSITIONS: sum(batch.input_ids.numel() for batch in batches),
+        ROWS: known,
+        DOCUMENTS: known + sum(map(len, boundaries)),
+    }
 
 
 def check_skipped(

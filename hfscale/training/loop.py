@@ -137,7 +137,7 @@ class Trainer:
         if agreed.end:
             return None
         self._count_skipped(agreed.counts[SKIPPED])
-        stats = self._update(batches, agreed)
+        stats = self._update(batches, agreed, measure=watched)
         self.stream.advance()
         self.state.step += 1
         self.state.tokens_seen += agreed.counts[TOKENS]
@@ -149,8 +149,10 @@ class Trainer:
         """Return whether an observer wants all figures of a step."""
         return any(observer.wants(number) for observer in self.observers)
 
-    def _update(self, batches: Sequence[Batch], agreed: Agreed) -> StepStats:
-        """Return what one update of the weights with the gradient of ``batches`` did."""
+    def _update(self, batches: Sequence[Batch], agreed: Agreed, *, measure: bool) -> StepStats:
+        """Return what one update of the weights with the gradient of ``batches`` did; ``measure``:
+        the engine takes sums by layer on the way.
+        """
         step = self.state.step
         on_device = [batch.to(self.engine.device) for batch in batches]
         losses = self.accounting.losses(self.engine, on_device, agreed.counts)
@@ -161,7 +163,7 @@ class Trainer:
             self.engine.backward(loss)
             beat("forward")
         beat("step")
-        return self.engine.step(self.learning_rate(step + 1))
+        return self.engine.step(self.learning_rate(step + 1), measure=measure)
 
     def _count_skipped(self, rows: int) -> None:
         """Add the step's skipped rows, which all ranks know, or stop all of them together."""

@@ -25,10 +25,10 @@ def train(values: dict[str, Any]) -> list[dict[str, Any]]:
     logs = [one for one in trainer.observers if isinstance(one, Log)]
     if logs:
         write = logs[0].writer.write
-        logs[0].writer.write = lambda record, details: (
+        logs[0].writer.write = lambda record, details: (  # type: ignore[method-assign]
             records.append(record),
             write(record, details),
-        )[1]  # type: ignore[method-assign]
+        )[1]
     trainer.run()
     trainer.close()
     return records
