@@ -91,6 +91,19 @@ def test_details_agree_with_the_figures(run: Path):
         )
 
 
+def test_runs_compare_by_what_people_vary(events: EventAccumulator):
+    """TensorBoard's table shows the first five columns by name."""
+    from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+    tag = "_hparams_/session_start_info"
+    start = HParamsPluginData.FromString(events.SummaryMetadata(tag).plugin_data.content)
+    columns = start.session_start_info.hparams
+    assert sorted(columns)[:2] == ["1 optim.lr", "2 train.global_batch"]
+    assert columns["1 optim.lr"].number_value == 1e-2
+    assert columns["model.architecture"].string_value == "gpt2"
+    assert not [name for name in columns if name.startswith(("cluster", "metrics"))]
+
+
 def test_config_and_environment_are_there_to_read(events: EventAccumulator):
     def text(tag: str) -> str:
         return events.Tensors(f"{tag}/text_summary")[-1].tensor_proto.string_val[0].decode()

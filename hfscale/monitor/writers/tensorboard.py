@@ -45,6 +45,14 @@ VARIED = re.compile(
     r"|train\.(steps|epochs|tokens|global_batch|micro_batch)$|run\.seed$"
     r"|engine\.(precision|zero_stage|compile)$|data\.(seq_len|max_length|sources\.\d+\.weight)$"
 )
+# that table shows the first five by name: these are numbered
+FIRST = (
+    "optim.lr",
+    "train.global_batch",
+    "optim.weight_decay",
+    "schedule.warmup_steps",
+    "run.seed",
+)
 COMPARED = ("loss/train", "loss/validation", "speed/tokens_per_s")
 
 
@@ -57,8 +65,7 @@ class TensorBoard:
         folder = about.run_dir / run_files.TENSORBOARD
         self._board = SummaryWriter(str(folder), purge_step=about.first_step)
         self._board.add_custom_scalars(layout())
-        varied = {key: value for key, value in about.config.items() if VARIED.match(key)}
-        self._compare(varied)
+        self._compare(varied(about.config))
 
     def scalars(self, step: int, points: Mapping[str, float]) -> None:
         """Draw ``points``, all in one event."""
@@ -77,10 +84,16 @@ class TensorBoard:
         """Close the file."""
         self._board.close()
 
-    def _compare(self, varied: Mapping[str, Value]) -> None:
+    def _compare(self, columns: dict[str, Value]) -> None:
         """Put the run into the table HPARAMS, whose metrics are its curves' last points."""
-        for summary in hparams(dict(varied), dict.fromkeys(map(numbered, COMPARED), 0.0)):
+        for summary in hparams(columns, dict.fromkeys(map(numbered, COMPARED), 0.0)):
             self._board._get_file_writer().add_summary(summary)
+
+
+def varied(config: Mapping[str, Value]) -> dict[str, Value]:
+    """Return what of ``config`` the table of hyperparameters has, by its name there."""
+    names = {key: f"{number} {key}" for number, key in enumerate(FIRST, start=1)}
+    return {names.get(key, key): value for key, value in config.items() if VARIED.match(key)}
 
 
 def layout() -> dict[str, dict[str, list[object]]]:
