@@ -7,7 +7,8 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/metrics.jsonl         one line a logged step; tensorboard/ draws it
                                   (monitor/metrics_log.py)
     RUN_DIR/wandb/, mlflow/       what these writers draw; writers/ has the ids that they know it by
-    RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl    more such lines (monitor/lines.py)
+    RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl, samples.jsonl    more such lines
+                                  (monitor/lines.py)
     RUN_DIR/exports.jsonl         what was exported to where (jobs/export.py)
     RUN_DIR/profiles/             what the profiler wrote
     RUN_DIR/checkpoints/          what lies in it: checkpoint/layout.py
@@ -39,6 +40,7 @@ DETAILS = "details.jsonl"
 INCIDENTS = "incidents.jsonl"
 GOODPUT = "goodput.jsonl"
 EXPORTS = "exports.jsonl"
+SAMPLES = "samples.jsonl"
 PROFILES = "profiles"
 REQUEST, PROFILED = "request.json", "rank-{}.txt"  # of a profile
 TENSORBOARD = "tensorboard"

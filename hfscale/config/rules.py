@@ -42,7 +42,7 @@ def problems(config: TrainConfig) -> list[Problem]:
     data, model = config.data, config.model
     found = [*_length_problems(config.train), *_model_problems(model)]
     found += unsafe(config.engine.extra)
-    found += _best_problems(config)
+    found += _validation_problems(config)
     if not isinstance(data, Examples):
         return [*found, *_mixture_problems(data)]
     if config.train.tokens is not None:
@@ -96,7 +96,7 @@ def _model_problems(model: Model) -> Iterator[Problem]:
         )
 
 
-def _best_problems(config: TrainConfig) -> Iterator[Problem]:
+def _validation_problems(config: TrainConfig) -> Iterator[Problem]:
     best = config.checkpoint.keep_best
     if best and config.data.validation is None:
         examples = isinstance(config.data, Examples)
@@ -109,6 +109,11 @@ def _best_problems(config: TrainConfig) -> Iterator[Problem]:
         yield (
             "checkpoint.keep_best.mode",
             f"max would keep the worst {best.metric}: set checkpoint.keep_best.mode=min",
+        )
+    if config.metrics.samples and config.data.validation is None:
+        yield (
+            "metrics.samples",
+            "they come with validations, and there is none: set data.validation",
         )
     if config.train.patience and not best:
         yield (

@@ -242,6 +242,18 @@ class Profile(Section):
     every_rank: bool = False  # not rank 0 alone
 
 
+class Samples(Section):
+    """Texts that the model writes while it is trained, to be read: continuations (clm), filled
+    masks (mlm), denoised spans (seq2seq), answers of a task that generates.
+    """
+
+    every_validations: Positive = 1
+    # clm: texts to go on with; none: held-out rows, as the others have them
+    prompts: list[Annotated[str, Field(min_length=1)]] = []
+    new_tokens: Positive = 48
+    temperature: Annotated[float, Field(ge=0)] = 0.7  # 0: always the likeliest token
+
+
 class Metrics(Section):
     """What is written while training."""
 
@@ -250,6 +262,7 @@ class Metrics(Section):
     writers: list[Literal["tensorboard", "wandb", "mlflow"]] = ["tensorboard"]
     tensorboard: bool = True  # false: not that one (the older key)
     profile: Profile | None = None  # of a run that is under way: `hfscale profile RUN`
+    samples: Samples | None = None
 
     @property
     def drawn_by(self) -> list[str]:

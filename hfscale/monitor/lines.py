@@ -5,6 +5,7 @@
     RUN_DIR/incidents.jsonl   what was wrong with a step, and what was done about it
     RUN_DIR/goodput.jsonl     where the time of each attempt went
     RUN_DIR/exports.jsonl     which step was exported to where
+    RUN_DIR/samples.jsonl     what the model wrote (metrics.samples)
 
 One unbuffered write a line; the next attempt cuts off a torn one before it appends.
 """

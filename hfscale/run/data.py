@@ -13,8 +13,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.objectives.base import Objective
-from hfscale.stream.examples import ExampleStream
+from hfscale.stream.examples import Examples, ExampleStream
 from hfscale.stream.loader import Stream
+from hfscale.stream.rows import Rows
 from hfscale.training.evaluator import Evaluator, TaskEvaluator
 
 
@@ -27,6 +28,8 @@ class OpenData:
     evaluator: Evaluator | TaskEvaluator | None  # None: the config asks for no validation
     validate_every: int  # steps; 0: never
     about: Mapping[str, Any]  # what every checkpoint says of the data, by its keys there
+    # held out, and alike on all ranks: what samples of text are of; None: nobody asked
+    shown: Rows | Examples | None = None
 
 
 class RunData(Protocol):

@@ -26,6 +26,7 @@ from hfscale.tasks.base import Task
 from hfscale.tasks.table import cache_key, code_digest, load_task, task_class
 from hfscale.tokenizer import load_tokenizer, tokenizer_digest
 from hfscale.training.evaluator import TaskEvaluator
+from hfscale.training.sampler import first_examples
 
 FEW = 50  # examples, below which a score says little
 
@@ -118,13 +119,14 @@ class ExampleData:
             place=world.data,
             state=saved.stream if saved else None,
         )
-        evaluator, validate_every = None, 0
+        evaluator, validate_every, shown = None, 0, None
         if self._validation:
             evaluator = self._evaluator(objective, self._validation)
             an_epoch = -(-self.rows // config.train.global_batch)
             validate_every = config.data.validate_every_steps or an_epoch
+            shown = first_examples(self._validation.features) if config.metrics.samples else None
         about = {"data_fingerprint": train.fingerprint, "facts": self._facts}
-        return OpenData(stream, ("train",), evaluator, validate_every, about)
+        return OpenData(stream, ("train",), evaluator, validate_every, about, shown)
 
     def _keep_tokenizer(self, folder: Path) -> None:
         if folder.is_dir():

@@ -34,6 +34,7 @@ from hfscale.log import logger
 from hfscale.models.build import build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.fence import Fence
+from hfscale.monitor.lines import Lines
 from hfscale.monitor.metrics_log import MetricsLog
 from hfscale.monitor.phases import PHASES, START
 from hfscale.monitor.throughput import Throughput
@@ -52,7 +53,9 @@ from hfscale.training.observers.details import Details
 from hfscale.training.observers.goodput import Goodput
 from hfscale.training.observers.log import Figures, Log
 from hfscale.training.observers.profile import Profile
+from hfscale.training.observers.sampling import Sampling
 from hfscale.training.observers.validate import Validate
+from hfscale.training.sampler import sampler_class
 
 if TYPE_CHECKING:
     from hfscale.run.run import Run
@@ -181,6 +184,8 @@ def observers(
     if opened.evaluator:
         steps = trainer.total_steps
         yield Validate(trainer.engine, opened.evaluator, opened.validate_every, steps)
+    if config.metrics.samples:
+        yield sampling(config, opened, trainer, log=log, fence=fence)
     yield Details(
         engine=trainer.engine, throughput=trainer.throughput, clip_norm=config.optim.clip_norm
     )
@@ -197,6 +202,28 @@ def observers(
     )
     if log:
         yield Goodput(config.run_dir, step=trainer.state.step, fence=fence)
+
+
+def sampling(
+    config: TrainConfig,
+    opened: OpenData,
+    trainer: Trainer,
+    *,
+    log: MetricsLog | None,
+    fence: Fence | None,
+) -> Sampling:
+    """Return what lets the model of ``trainer`` write texts; rank 0, with the log, keeps them."""
+    samples, objective = config.metrics.samples, trainer.objective
+    assert samples is not None
+    sampler = sampler_class(objective, samples)(objective, samples, opened.shown)
+    return Sampling(
+        trainer.engine,
+        sampler,
+        every_steps=opened.validate_every * samples.every_validations,
+        total_steps=trainer.total_steps,
+        log=log,
+        lines=Lines(config.run_dir / run_files.SAMPLES, fence=fence) if log else None,
+    )
 
 
 def fence_of(config: TrainConfig, world: World) -> Fence | None:

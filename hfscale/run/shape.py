@@ -34,6 +34,7 @@ from hfscale.run.origin import (
     warn_of_tokenizer,
 )
 from hfscale.run.tokens import TokenData
+from hfscale.training.sampler import sampler_class
 
 if TYPE_CHECKING:
     from hfscale.run.run import Run
@@ -113,6 +114,8 @@ class Shape:
         """
         data = self.data
         self._refuse_unknown_metric()
+        if samples := self._config.metrics.samples:
+            sampler_class(self.objective, samples)
         _ = self.model_config
         if length := self._run.length(data.rows):
             say_notices(self._config, rows=data.rows, length=length)

@@ -31,6 +31,7 @@ from hfscale.tokenizer import (
     vocabulary_size,
 )
 from hfscale.training.evaluator import Evaluator
+from hfscale.training.sampler import SHOWN
 
 
 class TokenData:
@@ -119,14 +120,15 @@ class TokenData:
             pin_memory=pin_memory,
             with_documents=objective.needs_documents or not data.cross_document,
         )
-        evaluator, validate_every = None, 0
+        evaluator, validate_every, shown = None, 0, None
         if data.validation and self._sources.held_out:
             scored = held_out_rows(
                 self._sources.held_out, config, objective, world, count=data.validation.rows
             )
             evaluator, validate_every = Evaluator(objective, scored), data.validation.every_steps
+            shown = scored.first(SHOWN) if config.metrics.samples else None
         about = {"data_fingerprint": order.fingerprint, "data": dict(order.fingerprints)}
-        return OpenData(stream, order.names, evaluator, validate_every, about)
+        return OpenData(stream, order.names, evaluator, validate_every, about, shown)
 
     def _text(self, tokens: TokenRows, order: Mixture, position: StreamState | None) -> TextRows:
         """Return the rows of a mixture with raw text, which is tokenized as it comes."""

@@ -215,6 +215,18 @@ class EvaluationRows:
         """The number of micro-batches of each rank."""
         return -(-self.count // (self._place.size * self._micro_batch))
 
+    def first(self, count: int) -> Rows:
+        """Return at most ``count`` of the rows, spread as they are, and alike on every rank."""
+        count = min(count, self.count)
+        few = EvaluationRows(
+            self._rows,
+            count=count,
+            micro_batch=count,
+            place=Place(),
+            with_documents=self._documents_per > 0,
+        )
+        return next(iter(few))
+
     def __iter__(self) -> Iterator[Rows]:
         """Yield this rank's micro-batches."""
         for turn in range(len(self)):
