@@ -68,9 +68,25 @@ RESTARTS = "restarts.json"  # how often which job began from which checkpoint
 EXCLUDED = "excluded_nodes.txt"
 
 
+# of what scores or predicts: what was asked for
+ASKED = "key.json"
+
+
 def is_run(folder: Path) -> bool:
     """Return whether ``folder`` is a run directory."""
-    return (folder / CONFIG).is_file()
+    return os.path.isfile(folder / CONFIG)
+
+
+def no_run(place: Path | str, *, remedy: str = "") -> CheckpointError:
+    """Return what is said where ``place`` is to be a run, and is none."""
+    named = f"name a run directory, which holds {CONFIG} and {CHECKPOINTS}/"
+    what = "this folder is not a run directory" if os.path.isdir(place) else "there is no such run"
+    return CheckpointError(what, where=place, remedy=remedy or named)
+
+
+def parts_of(out: Path) -> Path:
+    """Return where the parts of predictions lie until their file ``out`` is whole."""
+    return out.with_name(f".{out.name}.parts")
 
 
 def run_of(checkpoint: Path) -> Path:

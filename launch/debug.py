@@ -53,8 +53,9 @@ def launch(job: Training) -> int:
                 if old.name != LOCK:
                     shutil.rmtree(old) if old.is_dir() else old.unlink()
         job.record(launcher="debug", procs=1)
+        logger.info(f"run directory {config.run_dir}, one process in the foreground")
         try:
-            return worker.run(job.file)
+            code = worker.run(job.file)
         except (UserError, UnhealthyError):
             raise
         except Exception:
@@ -62,6 +63,9 @@ def launch(job: Training) -> int:
             if sys.stdin.isatty():
                 pdb.post_mortem()
             return 1
+    if code == EXIT_DONE:
+        logger.info(f"done: this config trains; what it wrote is in {config.run_dir}")
+    return code
 
 
 def tiny(wanted: Loaded[TrainConfig], *, on_gpu: bool) -> list[str]:

@@ -27,7 +27,7 @@ from hfscale.hub import local_folder
 from hfscale.packages import refuse_wrong_versions
 from hfscale.reports.status import Line, describe, last_record
 from hfscale.run.run import Run
-from hfscale.run_files import CHECKPOINTS, CONFIG, SCORES, TENSORBOARD, is_run
+from hfscale.run_files import CHECKPOINTS, CONFIG, SCORES, TENSORBOARD, is_run, parts_of
 from hfscale.shards.files import write_atomically
 from launch import run_dir
 from launch.request import Request, quote
@@ -161,9 +161,20 @@ class Training(Job):
     def check(self, procs: int, *, device_type: str) -> list[str]:
         """Return notices on the config, and on what it changes in its run directory."""
         self.fit(procs)
-        said = [*notices(self.config), *run_dir.compare(self.config)]
+        said = [*notices(self.config), *run_dir.compare(self.config), *self._over()]
         self.run.read(device_type=device_type)
         return said
+
+    def _over(self) -> list[str]:
+        """Return the notice on a run that has come as far as it is to go, if it has."""
+        saved, steps = layout.committed(self.folder / CHECKPOINTS), self.config.train.steps
+        if not saved or steps is None or layout.step_of(saved[-1]) < steps:
+            return []
+        reached = layout.step_of(saved[-1])
+        return [
+            f"nothing is left to do: the run has a checkpoint of step {reached}, and train.steps "
+            f"is {steps}"
+        ]
 
     def check_parts(self) -> None:
         """Return if tokenizer, data, objective or task, model and pretrained weights fit."""
@@ -250,8 +261,6 @@ class Computation(Job):
     def _home(self) -> Path:
         if not isinstance(self.config, PredictConfig):
             return self.result
-        from hfscale.jobs.predict import parts_of  # slow to import
-
         return self.result.parent if self.config.predict.answers else parts_of(self.result)
 
     def fit(self, procs: int) -> str:
@@ -302,8 +311,6 @@ class Computation(Job):
         """Return how many parts of the predictions are made; scores have none."""
         if not isinstance(self.config, PredictConfig):
             return None
-        from hfscale.jobs.predict import parts_of  # slow to import
-
         parts = len([*parts_of(self.result).glob("0*.jsonl")])
         return f"{parts} parts" if parts else None
 

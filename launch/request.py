@@ -6,6 +6,7 @@ an exit code, and a line in `LAUNCHERS`.
 
 from __future__ import annotations
 
+import os
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from hfscale.config.load import Loaded, load_config
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import copies
 from hfscale.errors import ConfigError
-from hfscale.run_files import CONFIG, is_run
+from hfscale.run_files import CONFIG, is_run, no_run
 
 LAUNCHERS = {
     "local": "launch.local:launch",
@@ -74,13 +75,10 @@ def config_file(source: str) -> Path:
     directory.
 
     Raises:
-        ConfigError: if it is a folder that is not a run's.
+        CheckpointError: if it is neither a file of YAML, by its name, nor a run directory.
     """
     path = Path(source)
-    if path.is_dir() and not is_run(path):
-        raise ConfigError(
-            "this folder is not a run directory",
-            where=path,
-            remedy=f"give a YAML file, or a run directory, which holds {CONFIG}",
-        )
+    named = path.suffix in (".yaml", ".yml") or os.path.isfile(path)
+    if not named and not is_run(path):
+        raise no_run(source, remedy=f"give a YAML file, or a run directory, which holds {CONFIG}")
     return path / CONFIG if path.is_dir() else path

@@ -251,12 +251,18 @@ def _by_number(line: str) -> list[int | str]:
     return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", line)]
 
 
+def _written(key: str, tree: Tree, path: Path | str) -> str:
+    """Return where ``key`` was written: by the override that made a section of this name, if no
+    file has one.
+    """
+    below = {source for known, source in tree.sources.items() if known.startswith(f"{key}.")}
+    loaded: Loaded[Any] = Loaded(None, tree.sources)
+    return loaded.source(key, COMMAND_LINE if below == {COMMAND_LINE} else str(path))
+
+
 def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:
     """Return one error that lists all problems in the order of their lines."""
-    loaded: Loaded[Any] = Loaded(None, tree.sources)
-    said = (
-        f"{loaded.source(key, default=str(path))}: {key}: {message}" for key, message in problems
-    )
+    said = (f"{_written(key, tree, path)}: {key}: {message}" for key, message in problems)
     lines = sorted(map(shown, said), key=_by_number)
     return ConfigError(
         "\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),

@@ -31,6 +31,7 @@ from hfscale.log import logger
 from hfscale.models.kinds import WRITERS
 from hfscale.monitor.lines import Lines
 from hfscale.objectives.base import Objective
+from hfscale.run.look import look_at_export
 from hfscale.run.model import RunModel, find
 from hfscale.run.proof import prove
 from hfscale.shards.files import whole_folder
@@ -57,19 +58,9 @@ def run(name: str, out: Path, *, adapter: bool = False) -> str:
         CheckpointError: if ``out`` exists, ``name`` is no run or checkpoint of ours, or the logits
             differ; then nothing is published.
     """
-    if out.exists():
-        raise CheckpointError(
-            "this folder exists already; nothing was written",
-            where=out,
-            remedy="name another folder, or remove it",
-        )
+    look_at_export(name, out)
     source = find(name)
-    if not isinstance(source, RunModel):
-        raise CheckpointError(
-            "no run or checkpoint of hfscale here",
-            where=name,
-            remedy="name a run directory, or a folder in its checkpoints/",
-        )
+    assert isinstance(source, RunModel), "it is a checkpoint"
     weights, skeleton = source.weights, source.skeleton
     tell_of_best(source)
     with whole_folder(out) as folder:

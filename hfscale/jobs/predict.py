@@ -26,6 +26,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
+from hfscale import run_files
 from hfscale.config.inference import PredictConfig
 from hfscale.dist import group
 from hfscale.dist.stop import StopRequest
@@ -37,13 +38,13 @@ from hfscale.jobs.evaluate import keep, score
 from hfscale.log import logger, progress_bar
 from hfscale.objectives.base import Setting, check_options
 from hfscale.records import Count, Record, load, read_file
+from hfscale.run.look import something_there
 from hfscale.run.model import find
 from hfscale.shards.files import cannot_write, whole, write_atomically
 from hfscale.tasks.base import Example, Task
 from hfscale.tasks.table import task_class
 from hfscale.training.predictor import predict, stopped
 
-KEY = "key.json"
 POLL_S = 0.1  # between looks whether others have made their chunks
 SHOWN = 3  # problems that a message tells
 # examples: batched by length among themselves, and the most that a kill costs a process
@@ -76,11 +77,6 @@ class _Tally(Record):
         )
 
 
-def parts_of(out: Path) -> Path:
-    """Return where the parts of ``out`` lie until it is whole."""
-    return out.with_name(f".{out.name}.parts")
-
-
 def prepare(config: PredictConfig) -> int:
     """Return how many examples there are: all were read once, and nothing is wrong with them. The
     folder of parts is there, new or half filled; or OUT is, made by a job of the cluster from the
@@ -90,21 +86,17 @@ def prepare(config: PredictConfig) -> int:
         DataError: for bad rows, an OUT that exists, and parts of predictions of something else.
     """
     out, key = config.predict.out, key_of(config, find(config.predict.model))
-    file = parts_of(out) / KEY
+    file = run_files.parts_of(out) / run_files.ASKED
     if out.exists():
         if file.is_file() and _key(file.parent)["key"] == key:
             return _begun(file.parent)[0]
-        raise DataError(
-            "this file exists already; nothing was written",
-            where=out,
-            remedy="give another --out, or remove it",
-        )
+        raise something_there(out)
     count, size = sum(1 for _ in examples_of(config)), max(CHUNK, config.predict.batch)
     if not count:
         raise DataError(
             "there are no examples", where=config.data.train, remedy="give at least one row"
         )
-    parts = parts_of(out)
+    parts = run_files.parts_of(out)
     saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
     if saved["key"] != key and not any(parts.glob("0*.jsonl")):
         # what was asked first was refused, or stopped, before anything was made
@@ -161,14 +153,14 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
     out = config.predict.out
     alone = world.all.size == 1  # a launcher speaks for its ranks
     stop.listen(say="stopping after this batch: what is whole is kept" if alone else None)
-    left = [] if out.exists() else _left(parts_of(out))
+    left = [] if out.exists() else _left(run_files.parts_of(out))
     # chunks that are gone may have been joined just now
     if left and not out.exists() and not _make_chunks(config, world, stop, left):
         return False
     if world.all.rank > 0:
         return True
     if not out.exists():
-        if not _whole(parts_of(out), stop):
+        if not _whole(run_files.parts_of(out), stop):
             return False
         join(config)
     if config.predict.answers:
@@ -217,7 +209,7 @@ def _predict_chunks(
     stop: StopRequest,
 ) -> bool:
     """Return as ``_make_chunks``."""
-    parts = parts_of(config.predict.out)
+    parts = run_files.parts_of(config.predict.out)
     total, size = _begun(parts)
     shares = [
         [number for number in left if number % world.data.size == rank]
@@ -266,7 +258,7 @@ def _predict_chunks(
 
 def join(config: PredictConfig) -> None:
     """Return when OUT is there, whole, and its chunks are gone."""
-    out, parts = config.predict.out, parts_of(config.predict.out)
+    out, parts = config.predict.out, run_files.parts_of(config.predict.out)
     total, size = _begun(parts)
     tallies = []
     with whole(out) as file:
@@ -327,7 +319,7 @@ def _begun(parts: Path) -> tuple[int, int]:
 
 def _key(parts: Path) -> dict[str, Any]:
     what = "the record of half-made predictions"
-    return load(parts / KEY, _Asked, what=what, remedy="remove that folder").as_dict()
+    return load(parts / run_files.ASKED, _Asked, what=what, remedy="remove that folder").as_dict()
 
 
 def _write(

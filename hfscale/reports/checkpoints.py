@@ -24,11 +24,7 @@ def open_folder(run_dir: Path) -> tuple[Path, Checkpoint]:
         CheckpointError: if there is no run.
     """
     if not run_files.is_run(run_dir):
-        raise CheckpointError(
-            "no run directory",
-            where=run_dir,
-            remedy="name the folder that holds config.yaml and checkpoints/",
-        )
+        raise run_files.no_run(run_dir)
     return run_dir / run_files.CHECKPOINTS, load_config(
         run_dir / run_files.CONFIG
     ).config.checkpoint

@@ -52,6 +52,7 @@ from hfscale.models.kinds import BY_CLASS, ENCODER, Purpose, architecture, purpo
 from hfscale.objectives.base import Objective, Setting, load_objective
 from hfscale.records import read_file
 from hfscale.run.filled import filled, no_head
+from hfscale.run.look import REMEDY
 from hfscale.run.origin import (
     DTYPES,
     check_padding,
@@ -64,8 +65,6 @@ from hfscale.stream.examples import Facts
 from hfscale.tasks.base import Task
 from hfscale.tasks.table import load_task
 from hfscale.tokenizer import framed, load_tokenizer, quiet
-
-REMEDY = "name a run, a checkpoint, an export, a transformers folder"
 
 Asked = TypeVar("Asked", bound=Objective)
 

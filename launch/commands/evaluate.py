@@ -15,7 +15,7 @@ from hfscale import run_files
 from hfscale.config import permission
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.shards.files import alone
-from launch.commands.predict import Launcher, Overrides, Procs, start
+from launch.commands.predict import Launcher, Overrides, Procs, nothing_left_if_refused, start
 
 Name = Annotated[
     str | None,
@@ -87,14 +87,15 @@ def evaluate(
     cluster.gpus_per_node=8 engine.zero_stage=3; hfscale evaluate --task extractive_qa --data
     test.jsonl --predictions answers.jsonl
     """
-    from hfscale.jobs.evaluate import table
-
     said, asked = list(overrides or ()), _pairs(task or [], data or [])
     if model is None or "=" in model:
         said, model = ([model] if model else []) + said, None
     permission.grant(said)
     if predictions:
-        typer.echo(table([_rescored(model, asked, predictions, said)]))
+        rescored = _rescored(model, asked, predictions, said)
+        from hfscale.jobs.evaluate import table
+
+        typer.echo(table([rescored]))
         return
     if model is None:
         raise ConfigError(
@@ -107,6 +108,8 @@ def evaluate(
     kept = _on_all(model, asked, how) if every else _on_each(model, asked, how)
     if not kept:
         return  # jobs make them, which was said
+    from hfscale.jobs.evaluate import table
+
     typer.echo(table([scores for _, scores in kept]))
     home, _ = kept[-1]
     if len(kept) > 1:
@@ -129,12 +132,14 @@ def _on_all(run: str, asked: Pairs, how: How) -> Kept:
             value=how.launcher,
             remedy="name checkpoints one by one, or submit an array: slurm/evaluate.sbatch",
         )
+    if not run_files.is_run(Path(run)):
+        raise run_files.no_run(run)
     names = [str(path) for path in layout.committed(Path(run) / run_files.CHECKPOINTS)]
     if not names:
         raise CheckpointError(
-            "no run with checkpoints here",
+            "this run has no checkpoint yet",
             where=run,
-            remedy="--all wants a run directory that has some",
+            remedy="--all scores those that there are: train first",
         )
     kept: Kept = []
     for name in names:
@@ -210,17 +215,24 @@ def _rescored(
     """Return the scores of a file of predictions; without a ``model``, of which at most the labels
     are read.
     """
-    from hfscale.jobs import evaluate as job
-    from hfscale.jobs.asked import settle
-    from hfscale.run.model import find
+    from hfscale.run.look import look_at_data, look_at_model
 
     [(task, data), *more] = asked
+    if model is not None:
+        look_at_model(model)
+    for table in (str(predictions), data):
+        if table is not None:
+            look_at_data(table)
     if more or (model is None and not (task and data)):
         raise ConfigError(
             "nothing says what these predictions are of",
             where="command line",
             remedy="name MODEL, or one --task and one --data",
         )
+    from hfscale.jobs import evaluate as job
+    from hfscale.jobs.asked import settle
+    from hfscale.run.model import find
+
     rest, _ = permission.split(said)
     known = None if model is None else find(model)
     config = settle(known, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
@@ -231,9 +243,14 @@ def _scored(name: str, task: str | None, data: str | None, how: How) -> Path:
     """Return the folder with the scores of MODEL ``name``: made now or before, or by a job that was
     submitted.
     """
+    from hfscale.run.look import look_at_data, look_at_model
+
+    look_at_model(name)
+    if data is not None:
+        look_at_data(data)
     from hfscale.jobs import evaluate as job
     from hfscale.jobs.asked import is_pretraining, settle
-    from hfscale.jobs.predict import parts_of, prepare
+    from hfscale.jobs.predict import prepare
     from hfscale.jobs.shards import settle as settle_shards
     from hfscale.run.model import find
 
@@ -250,11 +267,12 @@ def _scored(name: str, task: str | None, data: str | None, how: How) -> Path:
     home = config.predict.out.parent
     with alone(home):
         if not (home / run_files.SCORES).is_file():
-            if not config.predict.out.is_file():
-                prepare(config)
-            start(config, procs=how.procs, launcher=how.launcher)
+            with nothing_left_if_refused(config.predict.out):
+                if not config.predict.out.is_file():
+                    prepare(config)
+                start(config, procs=how.procs, launcher=how.launcher)
             if how.launcher == "local":
-                shutil.rmtree(parts_of(config.predict.out), ignore_errors=True)
+                shutil.rmtree(run_files.parts_of(config.predict.out), ignore_errors=True)
     return home
 
 

@@ -6,15 +6,17 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from hfscale.errors import ConfigError
+from hfscale.errors import ConfigError, UserError
 from hfscale.registry import load_plugin
-from hfscale.run_files import PREDICTIONS
+from hfscale.run_files import PREDICTIONS, parts_of
 from hfscale.shards.files import alone
 
 if TYPE_CHECKING:
@@ -104,12 +106,7 @@ def predict(
     upon" generation.max_new_tokens=20; hfscale predict runs/gpt --data prompts.jsonl --out
     texts.jsonl --launcher slurm cluster.nodes=2 cluster.gpus_per_node=8
     """
-    if (data is None) == (text is None and question is None) or (out and data is None):
-        raise ConfigError(
-            "say what to predict for",
-            where="command line",
-            remedy="--data FILE [--out FILE], or --text T, or --question Q --context C",
-        )
+    _check_asked(data=data, out=out, text=text, question=question)
     if launcher != "local" and out is None:
         raise ConfigError(
             "a job of the cluster writes a file",
@@ -117,6 +114,13 @@ def predict(
             value=launcher,
             remedy="--data FILE --out FILE, or --launcher local",
         )
+    from hfscale.run.look import look_at_data, look_at_model, look_at_out
+
+    look_at_model(model)
+    if data is not None:
+        look_at_data(data)
+    if out is not None:
+        look_at_out(out)
     from hfscale.config.permission import grant
     from hfscale.jobs.asked import settle
     from hfscale.run.model import find
@@ -134,6 +138,35 @@ def predict(
             here = config.predict.model_copy(update={"out": Path(scratch) / PREDICTIONS})
             make(config.model_copy(update={"predict": here}), procs=procs)
             typer.echo(here.out.read_text("utf-8"), nl=False)
+
+
+def _check_asked(
+    *, data: str | None, out: Path | None, text: str | None, question: str | None
+) -> None:
+    """Return if the command line says one thing to predict for.
+
+    Raises:
+        ConfigError: if it says none, or two, or a file for the answer to a text.
+    """
+    asked = {"--data": data, "--text (or --prompt)": text, "--question": question}
+    given = [name for name, value in asked.items() if value is not None]
+    remedy = "--data FILE [--out FILE], or --text T, or --question Q --context C"
+    if not given:
+        raise ConfigError("say what to predict for", where="command line", remedy=remedy)
+    if len(given) > 1:
+        raise ConfigError(
+            "say one thing to predict for",
+            where="command line",
+            value=" and ".join(given),
+            remedy=remedy,
+        )
+    if out is not None and data is None:
+        raise ConfigError(
+            "the answer to one text is printed: there is nothing to write",
+            where="--out",
+            value=str(out),
+            remedy="leave --out out, or give a table: --data FILE --out FILE",
+        )
 
 
 def _answer(
@@ -184,12 +217,28 @@ def make(config: PredictConfig, *, procs: int, launcher: str = "local") -> int:
     from hfscale.jobs import predict as job
 
     with alone(config.predict.out):
-        count = job.prepare(config)
-        if not config.predict.out.exists():
-            start(config, procs=procs, launcher=launcher)
+        with nothing_left_if_refused(config.predict.out):
+            count = job.prepare(config)
+            if not config.predict.out.exists():
+                start(config, procs=procs, launcher=launcher)
         if launcher == "local":
-            shutil.rmtree(job.parts_of(config.predict.out))
+            shutil.rmtree(parts_of(config.predict.out))
         return count
+
+
+@contextmanager
+def nothing_left_if_refused(out: Path) -> Iterator[None]:
+    """Take the folder of the parts of ``out`` away, if it is new and what is done inside is refused
+    before any part is made.
+    """
+    parts = parts_of(out)
+    begun = parts.exists()
+    try:
+        yield
+    except UserError:
+        if not begun and not any(parts.glob("0*.jsonl")):
+            shutil.rmtree(parts, ignore_errors=True)
+        raise
 
 
 def start(

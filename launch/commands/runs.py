@@ -81,17 +81,7 @@ def pretrain(
     hfscale pretrain configs/pretrain/gpt2_small.yaml run.name=first --procs 8;
     hfscale pretrain runs/first train.steps=200000
     """
-    from hfscale.config.permission import grant
-    from hfscale.registry import load_plugin
-    from launch.job import Training
-    from launch.request import LAUNCHERS, Request, refuse_copies
-
-    refuse_copies()
-    grant(overrides or ())  # to the ranks, and to the job that Slurm starts
-    request = Request(
-        config_or_run, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run
-    )
-    raise typer.Exit(load_plugin("launcher", LAUNCHERS, launcher)(Training(request)))
+    _train("pretrain", config_or_run, overrides, launcher, procs, port, dry_run)
 
 
 def finetune(
@@ -109,7 +99,42 @@ def finetune(
     data.columns.text=review data.columns.label=stars; hfscale finetune runs/sentiment
     train.epochs=5
     """
-    pretrain(config_or_run, overrides, launcher, procs, port, dry_run)
+    _train("finetune", config_or_run, overrides, launcher, procs, port, dry_run)
+
+
+def _train(
+    verb: str,
+    source: str,
+    overrides: list[str] | None,
+    launcher: str,
+    procs: int | None,
+    port: int | None,
+    dry_run: bool,
+) -> None:
+    """Start what ``source`` says; the exit code is the launcher's.
+
+    Raises:
+        ConfigError: also if it is for another verb.
+    """
+    from hfscale.config.permission import grant
+    from hfscale.registry import load_plugin
+    from launch.job import Training
+    from launch.request import LAUNCHERS, Request, quote, refuse_copies
+
+    refuse_copies()
+    grant(overrides or ())  # to the ranks, and to the job that Slurm starts
+    request = Request(source, tuple(overrides or ()), procs=procs, port=port, dry_run=dry_run)
+    launch = load_plugin("launcher", LAUNCHERS, launcher)
+    job = Training(request)
+    if job.config.verb != verb:
+        section = "a task" if job.config.verb == "finetune" else "an objective"
+        raise ConfigError(
+            f"this config has {section}: it is for hfscale {job.config.verb}",
+            where=source,
+            value=f"hfscale {verb}",
+            remedy=f"hfscale {job.config.verb} {quote(source)}",
+        )
+    raise typer.Exit(launch(job))
 
 
 def compare(
@@ -232,6 +257,10 @@ def batch(
 
     Example: hfscale batch runs/quickstart --step 100
     """
+    from hfscale.run_files import is_run, no_run
+
+    if not is_run(run):
+        raise no_run(run)
     from hfscale.reports.batch import rebuild
 
     permit(permissions)
@@ -345,6 +374,9 @@ def export(
 
     Example: hfscale export runs/quickstart exports/quickstart
     """
+    from hfscale.run.look import look_at_export
+
+    look_at_export(model, out)
     from hfscale.jobs.export import run
 
     permit(permissions)

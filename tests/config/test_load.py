@@ -225,6 +225,7 @@ def test_unreadable_files(folder: Path, name: str, content: str | bytes | None, 
         ("optim.lr=.nan", "optim.lr"),
         ("optim.betas=[0.9,1.0]", "optim.betas.1"),
         ("data.cache.size_gb=0", "data.cache.size_gb"),
+        ("modl.x=1", f"{COMMAND_LINE}: modl: unknown key; did you mean model?"),
     ],
 )
 def test_bad_overrides(folder: Path, override: str, words: str):

@@ -40,7 +40,7 @@ def test_every_verb_is_there(verb: str):
         (["pretrain", "config.yaml", "data.sources.0.shards=nowhere"], "nowhere"),
         (["pretrain", "shards"], "not a run directory"),
         (["show", "config.yaml", "run.name=a/b"], "run.name"),
-        (["checkpoints", "nowhere"], "no run directory"),
+        (["checkpoints", "nowhere"], "no such run"),
     ],
 )
 def test_mistakes_are_one_screen_and_exit_code_2(folder: Path, arguments: list[str], words: str):

@@ -96,6 +96,8 @@ def test_a_debug_run_trains_and_starts_afresh_each_time(tmp_path: Path):
             "pretrain", "llama.yaml", "data.seq_len=32", "--launcher", "debug", cwd=tmp_path
         )
         assert "step 6/6" in done.stderr
+        assert "done: this config trains" in done.stderr
     assert "replacing the earlier debug run" in done.stderr
+    assert f"run directory {tmp_path / 'runs' / 'tiny-llama-debug'}" in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-llama-debug"]
     assert load_config(tmp_path / "runs/tiny-llama-debug/config.yaml").config.engine.zero_stage == 3

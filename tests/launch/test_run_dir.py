@@ -125,7 +125,7 @@ def test_other_folders_are_left_alone(folder: Path):
     (folder / "runs/first/thesis.tex").write_text("mine")
     with pytest.raises(CheckpointError, match=r"thesis\.tex"):
         attempt()
-    with pytest.raises(ConfigError, match="not a run directory"):
+    with pytest.raises(CheckpointError, match="not a run directory"):
         Request("shards").load()
     (folder / "runs/file").write_text("")
     with pytest.raises(CheckpointError, match="is a file"):

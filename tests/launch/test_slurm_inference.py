@@ -142,7 +142,7 @@ def test_refused_on_the_login_node(model: str, tmp_path: Path, name: str):
         predict(
             model, asked, **{"task": TASK, "data": table, "out": out, "launcher": "slurm", **how}
         )
-    assert not (out.with_name(f".{out.name}.parts") / "job").exists()
+    assert not out.with_name(f".{out.name}.parts").exists(), "nothing is left of what was refused"
 
 
 def test_what_is_no_job(model: str, tmp_path: Path):

@@ -14,6 +14,8 @@ import pytest
 import yaml
 
 from hfscale.config.load import load_config, to_yaml
+from launch.job import Training
+from launch.request import Request
 from tests.helpers.cli import ROOT
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -91,6 +93,29 @@ LIGHT = {
     "": """
         pretrain nowhere.yaml -> cannot read the config: No such file or directory
         pretrain nothing -> this folder is not a run directory
+        pretrain nowhere -> there is no such run
+        status nowhere -> there is no such run
+        logs nothing -> this folder is not a run directory
+        checkpoints nowhere -> there is no such run
+        batch nowhere --step 1 -> there is no such run
+        export nowhere out -> there is no such run
+        export runs/done encoder -> this folder exists already; nothing was written
+        evaluate nowhere --all -> there is no such run
+        evaluate nowhere -> neither a folder here nor a model that the hub gives
+        evaluate runs/done@7 -> this run has no such checkpoint
+        evaluate runs/done --data nowhere.jsonl -> there is no such table
+        evaluate --predictions nowhere.jsonl --task sequence_classification --data reviews.jsonl
+            -> there is no such table
+        predict nowhere --data reviews.jsonl --out x
+            -> neither a folder here nor a model that the hub gives
+        predict encoder --data nowhere.jsonl -> there is no such table
+        predict encoder --data reviews.jsonl --out one.jsonl
+            -> this file exists already; nothing was written
+        predict encoder --task sequence_classification --out x -> say what to predict for
+        predict encoder --prompt a --data reviews.jsonl -> say one thing to predict for
+        predict encoder --prompt a --out x -> the answer to one text is printed
+        finetune run.yaml --dry-run -> this config has an objective: it is for hfscale pretrain
+        pretrain task.yaml --dry-run -> this config has a task: it is for hfscale finetune
         pretrain run.yaml --dry-run --procs 3
             -> global_batch 4 cannot be cut into micro-batches of 4 on 3 ranks
         show run.yaml run.name=a/b -> 1 error in the config run.yaml
@@ -145,19 +170,12 @@ PARTS = {
         model.architecture=gtp2 -> unknown architecture
     """,
     "": """
-        evaluate nowhere -> neither a folder here nor a model that the hub gives
         evaluate runs/foreign -> no model here
-        evaluate runs/done@7 -> this run has no such checkpoint
         evaluate runs/done -> this run has no validation shards
         evaluate runs/done --data ./other -> these shards were made with another tokenizer
         evaluate runs/done --data ./large -> these shards hold ids that the tokenizer does not have
         evaluate encoder -> this task only predicts: there are no answers to score
         evaluate encoder --task nosuch --data reviews.jsonl -> unknown task 'nosuch'
-        predict nowhere --data reviews.jsonl --out x
-            -> neither a folder here nor a model that the hub gives
-        predict encoder --task sequence_classification --out x -> say what to predict for
-        export nowhere out -> no run or checkpoint of hfscale here
-        export runs/done encoder -> this folder exists already; nothing was written
     """,
 }
 
@@ -206,6 +224,14 @@ def test_what_files_alone_can_tell_is_refused_without_torch(folder: Path) -> Non
     said = json.loads(done.stdout)
     assert differences(wanted, said["answers"]) == {}
     assert said["slow"] == []
+
+
+def test_a_run_that_has_come_as_far_as_it_is_to_go_is_told(folder: Path) -> None:
+    done = str(folder / "runs" / "done")
+    notices = Training(Request(done)).check(1, device_type="cpu")
+    assert [line for line in notices if "nothing is left to do" in line]
+    notices = Training(Request(done, ("train.steps=2",))).check(1, device_type="cpu")
+    assert not [line for line in notices if "nothing is left to do" in line]
 
 
 def test_what_does_not_fit_together_is_refused(
