@@ -10,7 +10,6 @@ from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.load import load_config
 from hfscale.config.rules import differences
-from hfscale.errors import CheckpointError
 from hfscale.reports.curves import Curves, curves_of, draw_runs
 from hfscale.reports.environment import Entry, entries
 from hfscale.reports.page import Section, page
@@ -76,9 +75,7 @@ def compare_runs(first: Path, second: Path) -> Comparison:
     """
     for run in (first, second):
         if not run_files.is_run(run):
-            raise CheckpointError(
-                "no run directory", where=run, remedy="name two folders that hold a config.yaml"
-            )
+            raise run_files.no_run(run)
     curves = curves_of(first), curves_of(second)
     before, after = _newest(first), _newest(second)
     changes = {

@@ -123,7 +123,7 @@ def test_where_two_runs_part(tmp_path: Path):
     assert "A  100" in told.stdout and "B  50" in told.stdout
     assert out.read_text().count("<svg") == 1
     refused = hfscale("diff", first, tmp_path, check=False)
-    assert refused.returncode == 2 and "no run directory" in refused.stderr
+    assert refused.returncode == 2 and "this folder is not a run directory" in refused.stderr
 
 
 @pytest.mark.parametrize("tail", ['{"step": 4, "lo', ""])
