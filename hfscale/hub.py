@@ -162,11 +162,11 @@ def checked_files(folder: Path) -> Path:
 def _check_file(file: Path) -> None:
     try:
         with open_file(file) as opened:
-            found = os.fstat(opened.fileno())
+            status = os.fstat(opened.fileno())
     except OSError as error:
         raise ConfigError(f"cannot be read: {error.strerror}", where=file) from None
     if file.suffix == ".json" and JSON.search(file.name):
-        _check_json(file, found.st_size, found.st_mtime_ns)
+        _check_json(file, status.st_size, status.st_mtime_ns)
 
 
 KINDS = {"config.json": ModelConfig, "generation_config.json": GenerationFile}

@@ -102,8 +102,8 @@ def save_files(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     except OSError:
         raise
     except Exception as error:
-        if found := re.search(r"os error (\d+)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        if code := re.search(r"os error (\d+)", str(error)):
+            raise OSError(int(code[1]), os.strerror(int(code[1])), str(folder)) from error
         raise
 
 
@@ -113,14 +113,14 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """
     save_files(tokenizer, folder)
     file = folder / "tokenizer_config.json"
-    said = parse(dict[str, Any], read_file(file))
-    if said.get("tokenizer_class") == "TokenizersBackend":
-        said["tokenizer_class"] = "PreTrainedTokenizerFast"
-    said["model_input_names"] = tokenizer.model_input_names
-    if isinstance(more := said.get("extra_special_tokens"), list):
-        del said["extra_special_tokens"]
-        said["additional_special_tokens"] = more
-    file.write_text(json.dumps(said, indent=2, ensure_ascii=False) + "\n", "utf-8")
+    settings = parse(dict[str, Any], read_file(file))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+    settings["model_input_names"] = tokenizer.model_input_names
+    if isinstance(more := settings.get("extra_special_tokens"), list):
+        del settings["extra_special_tokens"]
+        settings["additional_special_tokens"] = more
+    file.write_text(json.dumps(settings, indent=2, ensure_ascii=False) + "\n", "utf-8")
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:

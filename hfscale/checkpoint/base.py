@@ -82,8 +82,8 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _stamp(file: Path) -> list[int]:
-    found = file.stat()
-    return [found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns]
+    status = file.stat()
+    return [status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns]
 
 
 def _digests(folder: Path) -> dict[str, str]:
@@ -98,8 +98,8 @@ def _digest(file: Path, cache: Path) -> str:
     name = json.dumps([str(file.resolve()), *_stamp(file)])
     kept = cache / hashlib.blake2b(name.encode(), digest_size=16).hexdigest()
     with suppress(OSError, UnicodeDecodeError):
-        if len(said := kept.read_text("ascii")) == 64:
-            return said
+        if len(known := kept.read_text("ascii")) == 64:
+            return known
     digest = file_digest(file)
     if json.dumps([str(file.resolve()), *_stamp(file)]) == name:  # not while it was read
         with suppress(OSError):  # a home that cannot be written costs time alone

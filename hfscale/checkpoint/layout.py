@@ -118,8 +118,8 @@ def checkpoint_of(name: str | Path) -> Path | None:
         (path / CONFIG).is_file() or not run_files.is_run(path)
     ):
         return None
-    if found := candidates(path / run_files.CHECKPOINTS):
-        return found[-1]
+    if saved := candidates(path / run_files.CHECKPOINTS):
+        return saved[-1]
     raise CheckpointError(
         "this run has no checkpoint yet",
         where=path,

@@ -315,8 +315,8 @@ class CheckpointManager:
                 another model or format.
         """
         names = from_rank_0([path.name for path in layout.candidates(self.folder)])
-        found = [self.folder / name for name in names]
-        for checkpoint in reversed(found):
+        folders = [self.folder / name for name in names]
+        for checkpoint in reversed(folders):
             began = time.monotonic()
             if problems := verify_together(checkpoint):
                 self._reject(checkpoint, problems)
@@ -334,11 +334,11 @@ class CheckpointManager:
                 f"{peak_memory_gib(engine.device):.2f} GiB"
             )
             return state
-        if found:
+        if folders:
             raise CheckpointError(
                 "no checkpoint of this run is intact; all were moved to rejected/",
                 where=self.folder,
-                value=[path.name for path in found],
+                value=[path.name for path in folders],
                 remedy="run again to start from step 0, or copy a good checkpoint back",
             )
         return None

@@ -157,11 +157,11 @@ def verify(
         for path in sorted((files | small) - {entry.path for entry in entries})
     ]
     with ThreadPoolExecutor(4) as pool:
-        found = pool.map(
+        problems = pool.map(
             lambda entry: problem_with(checkpoint, entry, digest=entry.bytes <= up_to),
             entries[part::parts],
         )
-        return strangers + [problem for problem in found if problem]
+        return strangers + [problem for problem in problems if problem]
 
 
 def _reason(error: OSError | ValueError) -> str:

@@ -108,8 +108,8 @@ def _validated(
     if problems := kinds.problems(config):
         raise _report(path, tree, problems)
     if not decided:
-        said = {key for key, source in tree.sources.items() if source == COMMAND_LINE}
-        config, taken_back = kinds.permitted(config, said=said, home=Path(path).parent)
+        typed = {key for key, source in tree.sources.items() if source == COMMAND_LINE}
+        config, taken_back = kinds.permitted(config, said=typed, home=Path(path).parent)
         for key in taken_back:
             where = tree.sources.get(key, str(path))
             tree.sources[key] = f"{where} says true, which only the command line can"
@@ -188,7 +188,7 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
     """Return ``(key, what is wrong)`` once a key: pydantic reports every branch of a union by
     itself.
     """
-    found: dict[str, list[str]] = {}
+    by_key: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
         here: Any = tree.values
         parts: list[str] = []
@@ -211,8 +211,8 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
             message = f"{here!r:.80}: {item['msg'][0].lower()}{item['msg'][1:]}".replace(
                 "input should", "should"
             )
-        found.setdefault(key, []).append(message)
-    return [(key, "; or ".join(dict.fromkeys(messages))) for key, messages in found.items()]
+        by_key.setdefault(key, []).append(message)
+    return [(key, "; or ".join(dict.fromkeys(messages))) for key, messages in by_key.items()]
 
 
 def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
@@ -221,7 +221,7 @@ def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     def below(annotation: Any) -> type[BaseModel] | None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             return annotation
-        return next((found for part in get_args(annotation) if (found := below(part))), None)
+        return next((section for part in get_args(annotation) if (section := below(part))), None)
 
     return {
         info.alias or name: below(info.annotation) for name, info in schema.model_fields.items()
@@ -262,8 +262,8 @@ def _written(key: str, tree: Tree, path: Path | str) -> str:
 
 def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:
     """Return one error that lists all problems in the order of their lines."""
-    said = (f"{_written(key, tree, path)}: {key}: {message}" for key, message in problems)
-    lines = sorted(map(shown, said), key=_by_number)
+    entries = (f"{_written(key, tree, path)}: {key}: {message}" for key, message in problems)
+    lines = sorted(map(shown, entries), key=_by_number)
     return ConfigError(
         "\n  ".join([f"{counted(len(lines), 'error')} in the config {path}", *lines]),
         remedy="`hfscale show --schema` prints every key with its type and default",

@@ -25,16 +25,16 @@ ALLOWED = "HFSCALE_ALLOWED"  # in the environment of what a command starts: rank
 def split(overrides: Sequence[str]) -> tuple[list[str], set[str]]:
     """Return the overrides that give no permission, and the keys of those that do."""
     words = {one.replace(" ", "").lower() for one in overrides}
-    said = {key for key in KEYS if f"{key}=true" in words}
-    return [one for one in overrides if one.partition("=")[0].strip() not in KEYS], said
+    granted = {key for key in KEYS if f"{key}=true" in words}
+    return [one for one in overrides if one.partition("=")[0].strip() not in KEYS], granted
 
 
 def grant(overrides: Sequence[str]) -> list[str]:
     """Return the overrides of a command line without its permissions, which now hold for this
     process and what it starts.
     """
-    rest, said = split(overrides)
-    os.environ[ALLOWED] = ",".join(sorted(said | _granted()))
+    rest, granted = split(overrides)
+    os.environ[ALLOWED] = ",".join(sorted(granted | _granted()))
     return rest
 
 

@@ -40,19 +40,19 @@ Problem = tuple[str, str]  # key, what is wrong
 def problems(config: TrainConfig) -> list[Problem]:
     """Return everything that sections of a valid shape contradict each other in."""
     data, model = config.data, config.model
-    found = [*_length_problems(config.train), *_model_problems(model)]
-    found += unsafe(config.engine.extra)
-    found += _validation_problems(config)
+    wrong = [*_length_problems(config.train), *_model_problems(model)]
+    wrong += unsafe(config.engine.extra)
+    wrong += _validation_problems(config)
     if not isinstance(data, Examples):
-        return [*found, *_mixture_problems(data)]
+        return [*wrong, *_mixture_problems(data)]
     if config.train.tokens is not None:
-        found.append(("train.tokens", "examples differ in length: say train.epochs or train.steps"))
+        wrong.append(("train.tokens", "examples differ in length: say train.epochs or train.steps"))
     if config.tokenizer is None and model.pretrained is None:
         why = "a model with new weights has no tokenizer of its own: set tokenizer.path"
-        found.append(("tokenizer", why))
+        wrong.append(("tokenizer", why))
     if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
-        found.append(("data.validation", "validation and test leave nothing to train on"))
-    return found
+        wrong.append(("data.validation", "validation and test leave nothing to train on"))
+    return wrong
 
 
 def unsafe(extra: dict[str, Any]) -> list[Problem]:
@@ -161,12 +161,12 @@ def notices(config: TrainConfig, *, rows: int = 0, length: Length | None = None)
     ``rows`` (of an epoch) and ``length`` are not known before the data was read, where the config
     does not say steps or tokens.
     """
-    train, said = config.train, list[str]()
+    train, lines = config.train, list[str]()
     if length is None and train.epochs is None:
         length = run_length(train, rows=0, seq_len=config.data.seq_len)
     if length and config.schedule.warmup_steps >= length.steps:
         asked = next(name for name in ("steps", "epochs", "tokens") if getattr(train, name))
-        said.append(
+        lines.append(
             f"schedule.warmup_steps={config.schedule.warmup_steps} is not below the "
             f"{length.steps} steps of "
             f"train.{asked}={getattr(train, asked)}: the learning rate never gets to optim.lr"
@@ -174,17 +174,17 @@ def notices(config: TrainConfig, *, rows: int = 0, length: Length | None = None)
     if length and rows and isinstance(config.data, Data):
         epochs = (length.steps + length.shift) * train.global_batch / rows
         if epochs > MANY_EPOCHS:
-            said.append(
+            lines.append(
                 f"the run goes {epochs:,.1f} times over the same {rows:,} rows: past about 4 "
                 "epochs repeated text "
                 "teaches little; build more data, or train for fewer steps"
             )
     if config.engine.zero_stage == 0 and config.engine.precision != "fp32":
-        said.append(
+        lines.append(
             f"{config.engine.precision} at ZeRO stage 0 runs as stage 1 (the same result in "
             "less memory)"
         )
-    return said
+    return lines
 
 
 # --------------------------------------------------------------------------------- batch arithmetic
@@ -338,11 +338,11 @@ def resume_differences(
     """Return what a resume of ``old`` as ``new`` must be refused for, and what is accepted with a
     notice.
     """
-    found: dict[Change, list[Difference]] = {"refused": [], "noticed": [], "free": []}
+    by_kind: dict[Change, list[Difference]] = {"refused": [], "noticed": [], "free": []}
     for difference in differences(old, new):
         prefixes = [prefix for prefix in CHANGES if f"{difference.key}.".startswith(f"{prefix}.")]
-        found[CHANGES[max(prefixes, key=len)] if prefixes else "free"].append(difference)
-    return found["refused"], found["noticed"]
+        by_kind[CHANGES[max(prefixes, key=len)] if prefixes else "free"].append(difference)
+    return by_kind["refused"], by_kind["noticed"]
 
 
 def differences(old: Section | dict[str, Any], new: Section | dict[str, Any]) -> list[Difference]:

@@ -101,7 +101,7 @@ class Section(BaseModel):
         """``train.steps: true`` is not one step, and ``compile: 1`` or ``"no"`` is neither true nor
         false.
         """
-        made = handler(value)
-        if (wanted := _mistaken(value, made)) is not None:
+        checked = handler(value)
+        if (wanted := _mistaken(value, checked)) is not None:
             raise ValueError(f"should be {wanted}")
-        return made
+        return checked

@@ -219,8 +219,8 @@ class _Build:
             for side in self._sides:
                 parts, seen = [Manifest.load(folder / side) for folder in folders], set[bytes]()
                 for part in parts:
-                    found = {**part.source, "tokenizer": part.tokenizer}
-                    if found != {
+                    origin = {**part.source, "tokenizer": part.tokenizer}
+                    if origin != {
                         **self._source,
                         "seen": part.source["seen"],
                         "side": side,

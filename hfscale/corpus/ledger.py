@@ -133,9 +133,10 @@ class Ledger:
                     remedy="set shards.path to a new folder",
                 )
             self._append({"plan": plan})
-        elif found := differences(there, plan):
+        elif differing := differences(there, plan):
             changes = "".join(
-                f"\n    {change.key}: there {change.old!r}, now {change.new!r}" for change in found
+                f"\n    {change.key}: there {change.old!r}, now {change.new!r}"
+                for change in differing
             )
             raise DataError(
                 f"shards were already built here, or begun, from something else:{changes}",

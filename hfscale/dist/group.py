@@ -108,14 +108,14 @@ def _store(world: World) -> tuple[torch_dist.Store, World]:
     try:
         return open_store(world, meeting=MEETING, timeout=TIMEOUT)
     except (OSError, RuntimeError, ValueError, torch_dist.DistError) as error:
-        said = str(error).lower()
-        if "eaddrinuse" in said or "in use" in said:
+        message = str(error).lower()
+        if "eaddrinuse" in message or "in use" in message:
             if allocation():
                 raise LostError(
                     f"the port of the rendezvous was taken meanwhile: {place}"
                 ) from error
             raise taken(world) from error
-        if "timed out" in said or "timeout" in said:
+        if "timed out" in message or "timeout" in message:
             raise LostError(
                 f"{world.all.size} ranks did not meet at {place} in {MEETING}: one has not "
                 "started, or cannot "

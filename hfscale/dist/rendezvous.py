@@ -91,12 +91,12 @@ def prove(world: World, group: torch_dist.ProcessGroup | None) -> None:
     Raises:
         ConfigError: naming the ranks that do not.
     """
-    said = exchange(secrets.token_hex(16), group)  # so that no answer of another time will do
-    answers = exchange(_digest(world.secret, f"{world.all.rank} {said}"), group)
+    nonce = exchange(secrets.token_hex(16), group)  # so that no answer of another time will do
+    answers = exchange(_digest(world.secret, f"{world.all.rank} {nonce}"), group)
     wrong = [
         rank
         for rank, answer in enumerate(answers)
-        if not hmac.compare_digest(str(answer), _digest(world.secret, f"{rank} {said}"))
+        if not hmac.compare_digest(str(answer), _digest(world.secret, f"{rank} {nonce}"))
     ]
     if wrong:
         raise ConfigError(

@@ -103,9 +103,9 @@ def _depths(model: nn.Module) -> dict[str, int]:
     an embedding.
     """
     layers = {
-        name: (found[1], int(found[2]))
+        name: (match[1], int(match[2]))
         for name, _ in model.named_parameters()
-        if (found := LAYER.match(name))
+        if (match := LAYER.match(name))
     }
     if not layers:
         raise ConfigError(

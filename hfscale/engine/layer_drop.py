@@ -62,9 +62,9 @@ class _Drop:
             return output
         given = _first(args, kwargs)
         _restore(self._before, given.device)
-        made = output if isinstance(output, Tensor) else output[0]
-        assert made.shape == given.shape, "a layer hands on what has the shape of its input"
-        kept = torch.where(torch.ones((), dtype=torch.bool, device=given.device), given, made)
+        hidden = output if isinstance(output, Tensor) else output[0]
+        assert hidden.shape == given.shape, "a layer hands on what has the shape of its input"
+        kept = torch.where(torch.ones((), dtype=torch.bool, device=given.device), given, hidden)
         return kept if isinstance(output, Tensor) else (kept, *output[1:])
 
 

@@ -119,12 +119,12 @@ def mean(values: dict[str, Sequence[float]], *, proportions: Sequence[str] = ())
     """Return the means of values of each example; those of ``proportions`` are 0 or 1."""
     names = list(values)
     rows_NK = np.array([values[name] for name in names], dtype=float).T
-    made = from_sums(
+    measured = from_sums(
         np.c_[rows_NK, np.ones(len(rows_NK))],
         lambda sums: {name: sums[:, k] / sums[:, -1] for k, name in enumerate(names)},
     )
     shares = {name: Proportion(float(np.sum(values[name])), len(rows_NK)) for name in proportions}
-    return replace(made, proportions=shares)
+    return replace(measured, proportions=shares)
 
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:

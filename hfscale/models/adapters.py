@@ -100,13 +100,13 @@ def _targets(model: PreTrainedModel, asked: str | Sequence[str]) -> dict[str, bo
     }
     if isinstance(asked, str):
         return {name: kind for name, kind in linear.items() if model.get_submodule(name) in inside}
-    found = {end: [name for name in linear if f".{name}".endswith(f".{end}")] for end in asked}
+    by_end = {end: [name for name in linear if f".{name}".endswith(f".{end}")] for end in asked}
     for number, end in enumerate(asked):
-        if not found[end]:
+        if not by_end[end]:
             raise unknown_name(
                 "no linear module has such a name", f"model.lora.targets.{number}", end, linear
             )
-    return {name: linear[name] for names in found.values() for name in names}
+    return {name: linear[name] for names in by_end.values() for name in names}
 
 
 def unknown_name(what: str, where: str, value: str, names: Collection[str]) -> ConfigError:

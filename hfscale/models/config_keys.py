@@ -58,10 +58,10 @@ def _read_by_its_code(config_class: ConfigClass) -> frozenset[str]:
     module = sys.modules[config_class.__module__]
     folder = Path(str(module.__file__)).parent
     files = [*folder.glob("modeling_*.py"), *folder.glob("configuration_*.py")]
-    found = {
+    keys = {
         key for file in files for match in READ.findall(file.read_text("utf-8")) for key in match
     }
-    return frozenset(found - METHODS - {""})
+    return frozenset(keys - METHODS - {""})
 
 
 def checked_values(

@@ -21,10 +21,10 @@ def choose_trained(model: PreTrainedModel, wanted: Model) -> None:
         add_adapters(model, wanted.lora)
     names = dict(model.named_parameters(remove_duplicate=False))
     for number, pattern in enumerate(wanted.freeze):
-        found = [name for name in names if pattern.search(name)]
-        if not found:
+        matching = [name for name in names if pattern.search(name)]
+        if not matching:
             raise unknown_name(
                 "no parameter has such a name", f"model.freeze.{number}", pattern.pattern, names
             )
-        for name in found:
+        for name in matching:
             names[name].requires_grad_(False)

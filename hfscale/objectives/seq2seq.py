@@ -149,15 +149,15 @@ def sentinels(tokenizer: PreTrainedTokenizerBase, count: int) -> np.ndarray:
         ConfigError: if the tokenizer has fewer, with the command that adds them.
     """
     vocabulary = tokenizer.get_vocab()
-    found = [vocabulary.get(f"<extra_id_{number}>") for number in range(count)]
-    if None in found:
+    ids = [vocabulary.get(f"<extra_id_{number}>") for number in range(count)]
+    if None in ids:
         raise lacking(
             tokenizer,
-            f"this tokenizer has {found.index(None)} sentinel tokens (<extra_id_0>, ...), a "
+            f"this tokenizer has {ids.index(None)} sentinel tokens (<extra_id_0>, ...), a "
             f"row needs {count}",
             add=f"sentinels={max(100, count)}",
         )
-    return np.array(found)
+    return np.array(ids)
 
 
 def _parts(total: int, count: int, rng: np.random.Generator) -> np.ndarray:

@@ -128,10 +128,10 @@ def samples(
         if key is None
         else range(manifest.documents)
     )
-    found = stop = 0
+    shown = stop = 0
     for entry in manifest.shards:
         numbers = range(stop, stop := stop + entry.documents)
-        if numbers.stop <= wanted.start or numbers.start >= wanted.stop or found == count:
+        if numbers.stop <= wanted.start or numbers.start >= wanted.stop or shown == count:
             continue
         path = manifest.folder / entry.name
         with manifest.local(entry):
@@ -140,8 +140,8 @@ def samples(
         with open_file(path) as file:
             for number, member in zip(numbers, members, strict=True):
                 name = names.get(int(member["offset"]), "(not in the tar)")
-                if number in wanted and found < count and key in (None, base_plus_ext(name)[0]):
-                    found += 1
+                if number in wanted and shown < count and key in (None, base_plus_ext(name)[0]):
+                    shown += 1
                     try:
                         text = read_text(
                             file,
@@ -153,7 +153,7 @@ def samples(
                             f"sample {number:,} (member {name}): the text {error}", where=path
                         ) from None
                     yield f"sample {number:,}  {entry.name}  {name}", text
-    if key is not None and not found:
+    if key is not None and not shown:
         raise DataError(
             "no sample has this key",
             where=manifest.folder,

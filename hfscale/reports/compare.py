@@ -35,7 +35,7 @@ def find(sources: Sequence[Path]) -> list[Line]:
     Raises:
         DataError: if a source has neither.
     """
-    found: list[Line] = []
+    rows: list[Line] = []
     alike: dict[
         tuple[str, str], dict[Path, Line]
     ] = {}  # (what was scored, config) -> the newest line of each run
@@ -49,18 +49,16 @@ def find(sources: Sequence[Path]) -> list[Line]:
                 remedy="name runs that were validated or evaluated, or files scores.json",
             )
         for what, line in lines:
-            found.append(line)
+            rows.append(line)
             if config:
                 alike.setdefault((what, json.dumps(config | {"run": None}, default=str)), {})[
                     source
                 ] = line
-    found += [
-        _mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1
-    ]
-    tasks = [line.pop("task") for line in found]
+    rows += [_mean(what, [*lines.values()]) for (what, _), lines in alike.items() if len(lines) > 1]
+    tasks = [line.pop("task") for line in rows]
     if len(set(tasks)) > 1:  # a name, such as f1, may then be of several scales
-        found = [_named_by_task(line, task) for task, line in zip(tasks, found, strict=True)]
-    return found
+        rows = [_named_by_task(line, task) for task, line in zip(tasks, rows, strict=True)]
+    return rows
 
 
 def _named_by_task(line: Line, task: str | None) -> Line:
@@ -115,8 +113,8 @@ def _validations(run: Path, config: dict[str, Any]) -> Iterator[tuple[str, Line]
 
 
 def _section(config: dict[str, Any], name: str) -> dict[str, Any]:
-    found = config.get(name)
-    return found if isinstance(found, dict) else {}
+    section = config.get(name)
+    return section if isinstance(section, dict) else {}
 
 
 def _mean(what: str, lines: Sequence[Line]) -> Line:

@@ -128,8 +128,8 @@ def _measured_by_all(found: Sequence[Finding]) -> list[Finding]:
             edges = dict.fromkeys(f"{edge(fine):.3g}" for edge in (min, max))
             one = replace(one, said=f"{' to '.join(edges)} {one.unit}")
         elif state is not None:
-            said = f"{one.value:.3g} (median of all ranks: {usual:.3g}) {one.unit}"
-            one = replace(one, state=state, said=said)
+            words = f"{one.value:.3g} (median of all ranks: {usual:.3g}) {one.unit}"
+            one = replace(one, state=state, said=words)
         judged.append(one)
     return judged
 

@@ -88,15 +88,15 @@ def pick(run_dir: Path, number: int) -> Incident:
     Raises:
         DataError: if there is none of that number.
     """
-    found = incidents(run_dir)
-    if not 1 <= number <= len(found):
+    listed = incidents(run_dir)
+    if not 1 <= number <= len(listed):
         raise DataError(
             "this run has no incident of that number",
             where=run_dir / run_files.INCIDENTS,
             value=number,
-            remedy=f"it has {len(found)}: hfscale incident RUN lists them",
+            remedy=f"it has {len(listed)}: hfscale incident RUN lists them",
         )
-    return found[number - 1]
+    return listed[number - 1]
 
 
 def rerun(run_dir: Path, *, step: int, rows_of: tuple[int, ...] = ()) -> Rerun:

@@ -59,12 +59,12 @@ def _measured(
     least: float = 0.0,
     slow: tuple[float, float] = (0.0, 0.0),
 ) -> Finding:
-    state, said = (
+    state, words = (
         ("warn", f"{value:.3g} {unit}; usual are {least:.3g} and more")
         if value < least
         else ("ok", "")
     )
-    return Finding(check, state, said, value=value, unit=unit, slow=slow)
+    return Finding(check, state, words, value=value, unit=unit, slow=slow)
 
 
 def packages(task: Any, world: World) -> Iterator[Finding]:
@@ -88,8 +88,8 @@ def packages(task: Any, world: World) -> Iterator[Finding]:
     main = ", ".join(
         f"{name} {there[name]}" for name in ("torch", "deepspeed", "transformers") if name in there
     )
-    said = f"Python {platform.python_version()}, {main}; all {len(there)} are in range"
-    yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or said)
+    words = f"Python {platform.python_version()}, {main}; all {len(there)} are in range"
+    yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or words)
 
 
 def deepspeed(task: Any, world: World) -> Iterator[Finding]:

@@ -48,17 +48,17 @@ def digests(checkpoint: Path) -> dict[str, str]:
     """Return the SHA-256 of all weights and of each moment, by whole tensors: the same for every
     world size and ZeRO stage.
     """
-    reader, found = FragmentReader(checkpoint), {kind: hashlib.sha256() for kind in TENSORS}
+    reader, hashes = FragmentReader(checkpoint), {kind: hashlib.sha256() for kind in TENSORS}
     for name, shape in sorted(reader.shapes.items()):
         for kind in reader.kinds(name):
             whole = reader.read(
                 name, kind, start=0, out=torch.empty(prod(shape), dtype=reader.dtype(name))
             )
-            found[kind].update(
+            hashes[kind].update(
                 f"{name}{list(shape)}".encode() + whole.view(torch.uint8).numpy().tobytes()
             )
     reader.close()
-    return {kind: digest.hexdigest() for kind, digest in found.items()}
+    return {kind: digest.hexdigest() for kind, digest in hashes.items()}
 
 
 def first_difference(twin: Evidence, other: Evidence) -> dict[str, Any] | None:
@@ -67,7 +67,7 @@ def first_difference(twin: Evidence, other: Evidence) -> dict[str, Any] | None:
     """
     for step in sorted(twin.keys() | other.keys()):
         for component in COMPONENTS:
-            expected, found = (run.get(step, {}).get(component, []) for run in (twin, other))
-            if any([value] != expected for value in found) or (expected and not found):
-                return {"step": step, "component": component, "twin": expected, "resumed": found}
+            expected, values = (run.get(step, {}).get(component, []) for run in (twin, other))
+            if any([value] != expected for value in values) or (expected and not values):
+                return {"step": step, "component": component, "twin": expected, "resumed": values}
     return None

@@ -102,8 +102,8 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
         epochs = f"{round(in_all / rows, 3):,g} of {rows:,} rows" if rows else later
         facts += [("steps", f"{length.steps:,}"), ("tokens", f"{in_all * seq_len:,}")]
         facts.append(("epochs", epochs))
-    said = notices(config, rows=rows, length=length)
-    return [*facts, *(("notice", line) for line in said)]
+    lines = notices(config, rows=rows, length=length)
+    return [*facts, *(("notice", line) for line in lines)]
 
 
 def _text(value: Any) -> str:

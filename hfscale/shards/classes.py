@@ -19,8 +19,8 @@ def class_names(schema: Any) -> dict[str, list[str]]:
     with suppress(KeyError, TypeError, ValueError, AttributeError):
         features = parse(dict[str, Any], schema.metadata[b"huggingface"])["info"]["features"]
     features = features if isinstance(features, dict) else {}
-    found = {name: _names_of(feature) for name, feature in features.items()}
-    return {name: names for name, names in found.items() if names}
+    names_of = {name: _names_of(feature) for name, feature in features.items()}
+    return {name: names for name, names in names_of.items() if names}
 
 
 def _names_of(feature: Any) -> list[str] | None:

@@ -219,17 +219,17 @@ class Manifest:
             "removed": old.keys() - new,
             "changed": {n for n in old if new.get(n, old[n]) != old[n]},
         }
-        found = [
+        differences = [
             f"shards {how}: {len(names):,}, the first {min(names)}"
             for how, names in shards.items()
             if names
         ]
-        found += [
+        differences += [
             f"another {name}"
             for name in ("dtype", "tokenizer", "source")
             if getattr(self, name) != getattr(other, name)
         ]
-        return "; ".join(found or ["the order of the shards"])
+        return "; ".join(differences or ["the order of the shards"])
 
     @property
     def numpy_dtype(self) -> np.dtype[Any]:

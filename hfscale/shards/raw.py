@@ -70,17 +70,17 @@ def index_tars(
         return entry, index
 
     with ThreadPoolExecutor(threads) as pool:
-        made = list(pool.map(one, tars))
+        entries = list(pool.map(one, tars))
     source = {"format": "webdataset", "field": field}
     manifest = Manifest(
         dtype=TEXT,
         tokenizer=None,
         source=source,
-        shards=tuple(entry for entry, _ in made),
+        shards=tuple(entry for entry, _ in entries),
         folder=folder,
     )
     _refuse_other(manifest)
-    for entry, index in made:
+    for entry, index in entries:
         index.save(folder / entry.index_name)
     manifest.save(folder)
     return manifest

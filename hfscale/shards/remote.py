@@ -195,7 +195,7 @@ class Remote:
         """
         part = tar.with_name(f"{tar.name}.part")
         wanted = f"{entry.bytes:,} bytes, SHA-256 {entry.digest}"
-        found = ""
+        fetched = ""
         # what does not match is fetched once more from the start: the part may be of another day
         for _ in range(2):
             data = self._get(entry.index_name)
@@ -213,15 +213,15 @@ class Remote:
                     file.flush()  # what a killed process has written need not come again
                     at += len(data)
                 sync(file.fileno())
-            found = f"{at:,} bytes, SHA-256 {file_digest(part)}"
-            if found == wanted and ShardIndex.load(index).tar_digest == entry.digest:
+            fetched = f"{at:,} bytes, SHA-256 {file_digest(part)}"
+            if fetched == wanted and ShardIndex.load(index).tar_digest == entry.digest:
                 publish(part, tar)
                 return True
             part.unlink()
         raise DataError(
             "the file on the server is not the one of the manifest",
             where=self._place(entry.name),
-            value=f"{found}; expected {wanted}",
+            value=f"{fetched}; expected {wanted}",
             remedy="put back the shard and index that the manifest describes",
         )
 

@@ -125,7 +125,7 @@ def _is_of(data: bytes, encoding: str) -> bool:
     letters alone are of many.
     """
     with suppress(UnicodeDecodeError):
-        found = codecs.getincrementaldecoder(encoding)().decode(data)
-        wide = sum("\u3040" <= character <= "\u9fff" for character in found)
-        return wide > sum(not character.isascii() for character in found) / 2
+        text = codecs.getincrementaldecoder(encoding)().decode(data)
+        wide = sum("\u3040" <= character <= "\u9fff" for character in text)
+        return wide > sum(not character.isascii() for character in text) / 2
     return False

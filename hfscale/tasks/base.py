@@ -243,11 +243,11 @@ class Task(Objective):
 
     def cut(self, encoded: Callable[..., BatchEncoding]) -> Feature:
         """Return what ``encoded(**how)`` gives, cut to ``seq_len``."""
-        made, longest = encoded(), self.setting.seq_len
-        truncated = len(made["input_ids"]) > longest
+        encoding, longest = encoded(), self.setting.seq_len
+        truncated = len(encoding["input_ids"]) > longest
         if truncated:
-            made = encoded(truncation=True, max_length=longest)
-        return {**made, "truncated": truncated}
+            encoding = encoded(truncation=True, max_length=longest)
+        return {**encoding, "truncated": truncated}
 
     def inputs(self, rows: Examples) -> dict[str, Tensor]:
         """Return what the tokenizer gave, padded; but no types of tokens for a model that knows
@@ -317,6 +317,6 @@ def number(role: str, value: Cell) -> float:
         BadExample: if it is none.
     """
     with suppress(TypeError, ValueError):
-        if isfinite(found := float(value)):
-            return found
+        if isfinite(finite := float(value)):
+            return finite
     raise BadExample(f"the {role} {value!r:.60} is not a number")

@@ -127,12 +127,12 @@ class Embedding(Task):
         ]
         for view in views:
             check_text(view, example[view])
-        made = {view: self.encode(example[view]) for view in views}
+        encodings = {view: self.encode(example[view]) for view in views}
         ids = {
             "input_ids" if view == "text" else view: encoded["input_ids"]
-            for view, encoded in made.items()
+            for view, encoded in encodings.items()
         }
-        return [{**ids, "truncated": any(encoded["truncated"] for encoded in made.values())}]
+        return [{**ids, "truncated": any(encoded["truncated"] for encoded in encodings.values())}]
 
     def answered_features(self, example: Example) -> list[Feature]:
         """Return the one feature; a score is a number."""
@@ -206,17 +206,17 @@ class Embedding(Task):
             "recall_at_10": better_N < 10,
             "mrr": 1 / (1 + better_N),
         }
-        found = mean(
+        measured = mean(
             {name: value.tolist() for name, value in values.items()},
             proportions=["accuracy", "recall_at_10"],
         )
         if len(first) == len(references) == len(right):
-            return found
+            return measured
         note = (
             f"{len(right):,} texts and {len(first):,} positives differ; any positive of a "
             "text is right"
         )
-        return replace(found, notes={"repeated": note})
+        return replace(measured, notes={"repeated": note})
 
     def finish(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Carry along the pooling, and the pipeline that does it."""

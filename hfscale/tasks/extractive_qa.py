@@ -158,16 +158,16 @@ class ExtractiveQA(Task):
             check_text(role, text)
         span = self._span(example) if "answers" in example else None
         with text_alone(self.setting.tokenizer, *asked.values()):
-            made = windows(self.setting.tokenizer, self.how, **asked)
-        if not made:
+            parts = windows(self.setting.tokenizer, self.how, **asked)
+        if not parts:
             raise BadExample("the tokenizer makes nothing of the context")
         if span is None:
-            return made
-        labels = [_label(window, *span) for window in made]
+            return parts
+        labels = [_label(window, *span) for window in parts]
         if span[0] >= 0 and max(labels) == NOTHING_HERE:
             # "none" would be the wrong lesson: the answer is there, in two windows
-            return [{**window, "labels": [IGNORE_INDEX] * 2, "unlearnt": CUT} for window in made]
-        return [{**window, "labels": label} for window, label in zip(made, labels, strict=True)]
+            return [{**window, "labels": [IGNORE_INDEX] * 2, "unlearnt": CUT} for window in parts]
+        return [{**window, "labels": label} for window, label in zip(parts, labels, strict=True)]
 
     def _span(self, example: Example) -> tuple[int, int]:
         """Return the characters of the first answer that is in the context where it should be, else

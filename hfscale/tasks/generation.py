@@ -128,14 +128,14 @@ def resolve(
     model's own do.
     """
     own: GenerationConfig = deepcopy(model.generation_config)
-    said = {**(settings or {}), **options.settings()}
-    if "max_new_tokens" in said:
+    asked = {**(settings or {}), **options.settings()}
+    if "max_new_tokens" in asked:
         own.max_length = None
     elif own.max_new_tokens is None and own.max_length is None:
         own.max_new_tokens = limit
-    if "min_new_tokens" in said:
+    if "min_new_tokens" in asked:
         own.min_length = None
-    for name, value in said.items():
+    for name, value in asked.items():
         setattr(own, name, value)  # update() would warn of what is set for drawing
     known = [id_ for id_ in _listed(own.eos_token_id) if id_ < model.config.vocab_size]
     both = [*dict.fromkeys([*ends, *known])]

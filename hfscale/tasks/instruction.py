@@ -120,10 +120,10 @@ class Instruction(Task):
                 first = len(self.chat.render(messages[:n], prompt=True, of=whole))
                 last = len(self.chat.render(messages[: n + 1], of=whole))
                 spans.append((first, last, message["content"]))
-        made, longest = self.chat.ids(quoted, whole), self.setting.seq_len
-        places = made["offset_mapping"]
+        encoding, longest = self.chat.ids(quoted, whole), self.setting.seq_len
+        places = encoding["offset_mapping"]
         labels = []
-        for number, (begin, end) in zip(made["input_ids"], places, strict=True):
+        for number, (begin, end) in zip(encoding["input_ids"], places, strict=True):
             learnt = any(_is_answer(whole, begin, end, first, last) for first, last, _ in spans)
             labels.append(number if learnt else IGNORE_INDEX)
         read = len(whole)
@@ -136,11 +136,11 @@ class Instruction(Task):
         return [
             {
                 **feature,
-                "input_ids": made["input_ids"][:longest],
+                "input_ids": encoding["input_ids"][:longest],
                 "labels": labels[:longest],
                 "bytes": sum(
-                    _scored_bytes(whole, read, span=(first, last), content=said, mark=quoted.mark)
-                    for first, last, said in spans
+                    _scored_bytes(whole, read, span=(first, last), content=answer, mark=quoted.mark)
+                    for first, last, answer in spans
                 ),
                 "truncated": len(labels) > longest,
             }
@@ -156,14 +156,14 @@ class Instruction(Task):
     def _messages(self, example: Example) -> list[dict[str, str]]:
         messages = example.get("messages")
         if messages is None:
-            said = (
+            turns = (
                 [("user", "prompt"), ("assistant", "response")]
                 if example.get("prompt") is not None
                 else []
             )
             messages = [
                 {"role": role, "content": example[column]}
-                for role, column in said
+                for role, column in turns
                 if column in example
             ]
         if not isinstance(messages, list) or not all(
@@ -302,9 +302,9 @@ def _scored_bytes(whole: str, read: int, *, span: tuple[int, int], content: str,
     token.
     """
     first, last = span
-    for said in (content, content.strip()):  # templates strip
-        if (at := whole.find(said, first, last)) >= 0:
-            first, last = at, at + len(said)
+    for words in (content, content.strip()):  # templates strip
+        if (at := whole.find(words, first, last)) >= 0:
+            first, last = at, at + len(words)
             break
     text = whole[first : min(last, read)]
     return len((text.replace(mark, "") if mark else text).encode())

@@ -93,15 +93,15 @@ def all_labels(values: Iterable[object]) -> list[str]:
             is written in Unicode.
     """
     members = chain.from_iterable(value if isinstance(value, list) else [value] for value in values)
-    found = {
+    labels = {
         label_name(label)
         for label in members
         if isinstance(label, (str, int)) or (isinstance(label, float) and isfinite(label))
     }
     looks = dict[str, str]()
-    for name in sorted(found):
+    for name in sorted(labels):
         look = " ".join(unicodedata.normalize("NFC", name).split())
         if (other := looks.setdefault(look, name)) != name:
             raise BadExample(f"the labels {other!r} and {name!r} look alike: write them alike")
-    sizes = {name: float(name) for name in found if re.fullmatch(r"-?\d+(\.\d+)?", name)}
-    return sorted(found, key=lambda name: (name not in sizes, sizes.get(name, 0.0), name))
+    sizes = {name: float(name) for name in labels if re.fullmatch(r"-?\d+(\.\d+)?", name)}
+    return sorted(labels, key=lambda name: (name not in sizes, sizes.get(name, 0.0), name))

@@ -45,7 +45,7 @@ def windows(
     if truncated:
         question, asked = question[: asked[max_length // 2 - 1][1]], asked[: max_length // 2]
     # not by the tokenizer's own overflow: some versions of tokenizers lose what overflows
-    made = tokenizer(
+    encoding = tokenizer(
         question,
         context,
         truncation=False,
@@ -53,23 +53,23 @@ def windows(
         split_special_tokens=True,  # text that spells a control token is text
         verbose=False,
     )
-    sides, offsets = made.sequence_ids(0), made["offset_mapping"]
+    sides, offsets = encoding.sequence_ids(0), encoding["offset_mapping"]
     own = [n for n, side in enumerate(sides) if side == 1]
     if not own:
         return []
     first, last = own[0], own[-1] + 1
     room = max(1, max_length - first - (len(sides) - last))
-    found = []
+    chunks = []
     for part in parts(len(own), room=room, stride=max_length // 3 if stride is None else stride):
         tokens = [*range(first), *(first + n for n in part), *range(last, len(sides))]
         places = [(-1, -1)] * len(tokens)
         for place, n in enumerate(tokens):
             if sides[n] == 1 and context[slice(*offsets[n])].strip():
                 places[place] = offsets[n]
-        inputs = {name: [made[name][n] for n in tokens] for name in INPUTS if name in made}
+        inputs = {name: [encoding[name][n] for n in tokens] for name in INPUTS if name in encoding}
         begins, ends = (list(side) for side in zip(*places, strict=True))
-        found.append({**inputs, "truncated": truncated, "begins": begins, "ends": ends})
-    return [window for window in found if max(window["begins"]) >= 0]
+        chunks.append({**inputs, "truncated": truncated, "begins": begins, "ends": ends})
+    return [window for window in chunks if max(window["begins"]) >= 0]
 
 
 def parts(tokens: int, *, room: int, stride: int) -> list[range]:
@@ -161,17 +161,17 @@ class QuestionAnsweringPipeline(Pipeline):
 
     def preprocess(self, input_: dict[str, str], **_: object) -> Window:
         assert self.tokenizer is not None
-        found = windows(self.tokenizer, self.model.config.question_answering, **input_)
+        chunks = windows(self.tokenizer, self.model.config.question_answering, **input_)
         rows = {
-            name: [torch.tensor(window[name]) for window in found]
+            name: [torch.tensor(window[name]) for window in chunks]
             for name in INPUTS
-            if name in found[0]
+            if name in chunks[0]
         }
         inputs = {
             name: torch.nn.utils.rnn.pad_sequence(row, batch_first=True)
             for name, row in rows.items()
         }
-        return {"context": input_["context"], "windows": found, "inputs": inputs}
+        return {"context": input_["context"], "windows": chunks, "inputs": inputs}
 
     def _forward(self, input_tensors: Window, **_: object) -> Any:
         output = self.model(**input_tensors.pop("inputs"))
@@ -185,12 +185,12 @@ class QuestionAnsweringPipeline(Pipeline):
             model_outputs["windows"],
             strict=True,
         )
-        made = choose(
+        answer = choose(
             model_outputs["context"],
             [best_spans(start, end, window=window, how=how) for start, end, window in parts],
             how=how,
         )
         return {
-            "answer": made["prediction"],
-            **{name: made[name] for name in ("start", "end", "score")},
+            "answer": answer["prediction"],
+            **{name: answer[name] for name in ("start", "end", "score")},
         }

@@ -35,13 +35,13 @@ class SentenceEmbeddingPipeline(Pipeline):
 
     def preprocess(self, input_: str, **_: object) -> Handed:
         assert self.tokenizer is not None
-        made = self.tokenizer(
+        encoding = self.tokenizer(
             input_,
             truncation=True,
             return_tensors="pt",
             split_special_tokens=True,  # text that spells a control token is text
         )
-        return {name: made[name] for name in ("input_ids", "attention_mask")}
+        return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 
     def _forward(self, input_tensors: Handed, **_: object) -> Any:
         hidden_BTH = self.model(**input_tensors).last_hidden_state.float()

@@ -268,12 +268,12 @@ class SequenceClassification(Task):
         names = [self.names(value) for value in true]
         if self.problem == "multi_label_classification":
             true, got = names, [[named(label, self.labels) for label in labels] for labels in got]
-            said = list(chain.from_iterable(got))
+            predicted = list(chain.from_iterable(got))
         else:
             true, got = [name for (name,) in names], [named(label, self.labels) for label in got]
-            said = got
-        found, notes = classification(got, true, labels=self.labels), dict[str, str]()
-        if unknown := [label for label in said if label not in self.labels]:
+            predicted = got
+        measured, notes = classification(got, true, labels=self.labels), dict[str, str]()
+        if unknown := [label for label in predicted if label not in self.labels]:
             such_as = f"such as {unknown[0]!r:.60}: none of {', '.join(self.labels):.200}"
             notes["unknown labels"] = f"{len(unknown):,}, {such_as}"
         if numbers and not self.options.labels:
@@ -282,9 +282,9 @@ class SequenceClassification(Task):
                 f"{order:.200}: the model's order; where the data count otherwise, say "
                 "task.options.labels"
             )
-        if "f1" in found.scores():
+        if "f1" in measured.scores():
             notes["f1"] = f"of {self.labels[1]!r}, the second label"
-        return replace(found, notes=notes) if notes else found
+        return replace(measured, notes=notes) if notes else measured
 
 
 def _split(value: Cell, options: ClassificationOptions) -> Cell:

@@ -31,8 +31,8 @@ class TextToTextPipeline(Pipeline):
         """Return ``[{"translation_text": text}]``: one for a text, and one for each of a list of
         texts.
         """
-        made = super().__call__(inputs, *args, **options)  # type: ignore[no-untyped-call]
-        return [answers[0] for answers in made] if isinstance(inputs, list) else made
+        outputs = super().__call__(inputs, *args, **options)  # type: ignore[no-untyped-call]
+        return [answers[0] for answers in outputs] if isinstance(inputs, list) else outputs
 
     def _sanitize_parameters(
         self, **generation: object
@@ -42,13 +42,13 @@ class TextToTextPipeline(Pipeline):
     def preprocess(self, input_: str, **_: object) -> Handed:
         assert self.tokenizer is not None
         prefix = getattr(self.model.config, "prefix", None) or ""
-        made = self.tokenizer(
+        encoding = self.tokenizer(
             prefix + input_,
             truncation=True,
             return_tensors="pt",
             split_special_tokens=not prefix,  # text is text; a prefix may put control tokens
         )
-        return {name: made[name] for name in ("input_ids", "attention_mask")}
+        return {name: encoding[name] for name in ("input_ids", "attention_mask")}
 
     def _forward(self, input_tensors: Handed, **generation: object) -> Any:
         return {"ids": self.model.generate(**input_tensors, **generation)}

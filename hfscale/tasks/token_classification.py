@@ -67,17 +67,17 @@ class TokenClassification(Task):
         """Return the tags, ``O`` first."""
         assert isinstance(options, TokenOptions)
         given = (example.get("tags") for example in examples)
-        found = (
-            all_labels(_listed(tags) for tags in given if isinstance(tags, (str, list)))
+        tags = (
+            all_labels(_listed(one) for one in given if isinstance(one, (str, list)))
             if not options.labels
             else []
         )
-        if found and all(label.isdigit() for label in found):
+        if tags and all(label.isdigit() for label in tags):
             raise BadExample(
-                f"tags are numbers ({', '.join(found[:5])}, ...): give their names in order as "
+                f"tags are numbers ({', '.join(tags[:5])}, ...): give their names in order as "
                 "task.options.labels"
             )
-        labels = options.labels or sorted(found, key=lambda label: label != OUTSIDE)
+        labels = options.labels or sorted(tags, key=lambda label: label != OUTSIDE)
         try:
             parts_entities(labels)
         except DataError as error:
@@ -111,10 +111,10 @@ class TokenClassification(Task):
         length = self.setting.seq_len
         spelled = [" " * space + word for word, space in zip(words, spaced, strict=True)]
         with text_alone(self.setting.tokenizer, *spelled):
-            made = self.setting.tokenizer(
+            encoding = self.setting.tokenizer(
                 spelled, is_split_into_words=True, truncation=False, verbose=False
             )
-        of = made.word_ids(0)
+        of = encoding.word_ids(0)
         own = [n for n, word in enumerate(of) if word is not None]
         if not own:
             raise BadExample("there are no words: neither in words nor in text")
@@ -138,9 +138,9 @@ class TokenClassification(Task):
         for window in sorted({window for _, window, _ in best.values()}):
             judged = {word: at for word, (_, place, at) in best.items() if place == window}
             feature = {
-                name: [made[name][n] for n in windows[window]]
+                name: [encoding[name][n] for n in windows[window]]
                 for name in MODEL_INPUTS
-                if name in made
+                if name in encoding
             }
             feature |= {"words": list(judged), "positions": list(judged.values())}
             features.append(
@@ -205,11 +205,11 @@ class TokenClassification(Task):
                 tags[word], scores[word] = tag, score
         if not places:
             return {"prediction": tags}
-        found = {"prediction": tags, "words": words}
+        answer: Output = {"prediction": tags, "words": words}
         if not self._entities:
-            return found
+            return answer
         ends = [place + len(word) for place, word in zip(places, words, strict=True)]
-        return found | {
+        return answer | {
             "entities": [
                 {
                     "type": kind,
@@ -269,10 +269,10 @@ def _words(example: Example) -> tuple[list[str], list[bool], list[int]]:
     text = example.get("text") or ""
     if not isinstance(text, str):
         raise BadExample(f"the text is not text: {text!r:.60}")
-    found = list(regex.finditer(rf"{WORD}|\S", text))
-    places = [match.start() for match in found]
+    matches = list(regex.finditer(rf"{WORD}|\S", text))
+    places = [match.start() for match in matches]
     return (
-        [match.group() for match in found],
+        [match.group() for match in matches],
         [text[place - 1 : place].isspace() for place in places],
         places,
     )
