@@ -21,7 +21,8 @@ from hfscale.reports import compare
 from hfscale.reports.checkpoints import list_checkpoints
 from hfscale.reports.curves import curves_of, draw_runs, draw_shares
 from hfscale.reports.environment import Entry, entries
-from hfscale.reports.goodput import MEANS, duration, ledger
+from hfscale.reports.goodput import MEANS, ledger
+from hfscale.reports.hours import duration
 from hfscale.reports.page import Section, page
 from hfscale.reports.status import describe, last_record
 

@@ -26,7 +26,8 @@ from hfscale.monitor.heartbeat import OWN, read_beats
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
 from hfscale.records import Count, Record
-from hfscale.reports.goodput import COMPUTE, duration, ledger
+from hfscale.reports.goodput import COMPUTE, ledger
+from hfscale.reports.hours import duration
 
 TAIL_BYTES = 65536
 LAST = 5  # attempts that are shown

@@ -172,7 +172,8 @@ def goodput(
 
     Example: hfscale goodput runs/first
     """
-    from hfscale.reports.goodput import describe, ledger
+    from hfscale.reports.goodput import ledger
+    from hfscale.reports.hours import describe
     from launch.request import config_file
 
     times = ledger(config_file(str(run)).resolve().parent)

@@ -9,7 +9,7 @@ import pytest
 
 from hfscale.errors import CheckpointError, DataError
 from hfscale.monitor.fence import take
-from hfscale.reports import goodput
+from hfscale.reports import goodput, hours
 
 T0 = 1_700_000_000.0
 START = {"start/imports": 4.0, "start/model": 2.0}
@@ -78,7 +78,7 @@ def test_two_attempts_of_a_job_the_first_of_which_was_killed(tmp_path: Path):
     assert parts["shutdown"] == 10
     assert times.goodput() == parts["compute"] / 100
     assert times.goodput(held=True) == parts["compute"] / 80
-    text = "\n".join(goodput.describe(times))
+    text = "\n".join(hours.describe(times))
     assert "in 2 attempts" in text and "lost work" in text
 
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 from hfscale import run_files
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.log import logger
 from hfscale.monitor.fence import Fence
 from hfscale.monitor.lines import Lines
@@ -31,6 +32,11 @@ class Goodput(Observer):
         if self._first:
             logger.info(self._first_step())
         self._first = False
+
+    def rewind(self, saved: CheckpointState) -> None:
+        """Mark that the run is back at an older step."""
+        self._step = saved.step
+        self._mark()
 
     def close(self) -> None:
         """Mark the end."""
