@@ -14,6 +14,7 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.state import VERSION, read_state
 from hfscale.errors import CheckpointError
 from hfscale.monitor.fence import attempts
+from hfscale.reports.report import report
 from launch import run_dir
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
@@ -59,6 +60,12 @@ def test_attempts_of_0_1_have_ends(old: Path) -> None:
     end = second.ending()
     assert end is not None and (end.code, end.closed_by) == (None, 3)
     assert end.doing == "save of step 4"
+
+
+def test_the_page_of_a_run_of_0_1(old: Path) -> None:
+    html = report(old / "run")
+    assert "pretrain: clm" in html and "validation_loss" in html
+    assert "nothing here says when this run began" in html, "it kept no times"
 
 
 def test_what_checkpoints_of_0_1_say(old: Path) -> None:
