@@ -41,6 +41,13 @@ TAGS = (
         "(`hfscale batch`)",
     ),
     Tag(
+        "loss/train_source/*",
+        "source_loss/*",
+        "as the objective",
+        "the training loss on the rows of one source",
+        "falls faster than all others, near 0: its text repeats itself; lower its weight",
+    ),
+    Tag(
         "loss/train_*",
         "loss_*",
         "as the objective",
@@ -48,25 +55,11 @@ TAGS = (
         "one falls while another rises: weigh them anew in objective.options",
     ),
     Tag(
-        "loss/source/*",
-        "source_loss/*",
-        "as the objective",
-        "the training loss on the rows of one source",
-        "falls faster than all others, near 0: its text repeats itself; lower its weight",
-    ),
-    Tag(
         "loss/validation",
         "validation_loss",
         "as the objective",
         "the loss on held-out rows, each counted once",
         "rises while loss/train falls: the data is used up; stop, or give more text",
-    ),
-    Tag(
-        "loss/validation_source/*",
-        "validation_source_loss/*",
-        "as the objective",
-        "the same on the rows of one source",
-        "one alone rises: its training text is used up",
     ),
     Tag(
         "loss/validation_*",

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,10 +15,12 @@ import yaml
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hfscale.monitor.tags import NO_CURVES, TAGS, numbered
+from tests.helpers.browser import browser, wait_for
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
 
 STEPS = 12
+PROMPT = "def __init__(self"
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +41,7 @@ def run(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
             "cross_document": False,
         },
         train={"steps": STEPS},
-        metrics={"every_steps": 2, "tensorboard": True},
+        metrics={"every_steps": 2, "tensorboard": True, "samples": {"prompts": [PROMPT]}},
     )
     (folder / "run.yaml").write_text(yaml.safe_dump(values))
     for steps in (7, STEPS):
@@ -67,7 +72,7 @@ def test_every_curve_is_explained_and_has_a_place(events: EventAccumulator):
     explained = [tag for tag in TAGS if tag.name != "loss/*"]
     assert [name for name in plain if not any(tag.matches(name) for tag in explained)] == []
     wanted = {
-        *("loss/train", "loss/validation", "loss/source/web", "loss/validation_perplexity"),
+        *("loss/train", "loss/validation", "loss/train_source/web", "loss/validation_perplexity"),
         *("optim/lr", "optim/grad_norm", "optim/clipped_share", "optim/grad_norm/layers.1"),
         *("optim/update_ratio/head", "speed/tokens_per_s", "speed/tflops", "time/step"),
         *("time/p50/forward", "time/max/step", "memory/peak", "memory/host"),
@@ -111,3 +116,34 @@ def test_config_and_environment_are_there_to_read(events: EventAccumulator):
     assert "global_batch: 16" in text("run/config")
     assert "pretrain run.yaml --procs 2" in text("run/environment")
     assert numbered("loss/train") == "1 loss/train"
+
+
+@pytest.fixture(scope="module")
+def address(run: Path) -> Iterator[str]:
+    """Where TensorBoard shows the run, started as the run says."""
+    command = [sys.executable, "-m", "tensorboard.main", "--host", "localhost", "--port", "0"]
+    where = f"mine:{run / 'tensorboard'}"
+    server = subprocess.Popen([*command, "--logdir_spec", where], stderr=subprocess.PIPE, text=True)
+    try:
+        assert server.stderr is not None
+        said = ""
+        while not (ready := re.search(r"at (http://\S+) ", said)):
+            line = server.stderr.readline()
+            assert line, said
+            said += line
+        yield ready[1]
+    finally:
+        server.terminate()
+        server.communicate(timeout=60)
+
+
+def test_a_browser_shows_loss_layout_config_and_samples(address: str, tmp_path: Path):
+    with browser(tmp_path) as page:
+        page.get(f"{address}#timeseries")
+        shown = wait_for(page, "mine/.", "1 loss/train", "2 optim", "6 data")
+        assert shown.index("1loss/train") < shown.index("2optim") < shown.index("3speed")
+        page.get(f"{address}#custom_scalars")
+        wait_for(page, "At a glance", "gradient norm", "tokens a second", "Layers")
+        page.get(f"{address}#text")
+        page.refresh()
+        wait_for(page, "run/config", "global_batch: 16", "samples/continuations", PROMPT)

@@ -82,7 +82,7 @@ def test_tensorboard_shows_one_value_a_step(tmp_path):
     events = event_accumulator.EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [event.step for event in events.Scalars("1 loss/train")] == [1, 2, 3, 4]
     tags = events.Tags()["scalars"]
-    assert "1 loss/source/web" in tags and "3 speed/mfu" not in tags
+    assert "1 loss/train_source/web" in tags and "3 speed/mfu" not in tags
 
 
 def test_a_record_that_a_full_disk_takes_a_part_of_is_taken_back(tmp_path):

@@ -42,7 +42,6 @@ def test_every_figure_has_a_tag():
             "loss_router": 0.5,
             "source_loss": {"web": 2.0, "books": None},
             "validation_loss": 3.0,
-            "validation_source_loss": {"web": 2.0},
             "validation_f1": 0.5,
             "accuracy": 0.25,
             "source_epoch": {"web": 1.5},
@@ -53,9 +52,8 @@ def test_every_figure_has_a_tag():
     assert points == {
         "loss/train": 2.5,
         "loss/train_router": 0.5,
-        "loss/source/web": 2.0,
+        "loss/train_source/web": 2.0,
         "loss/validation": 3.0,
-        "loss/validation_source/web": 2.0,
         "loss/validation_f1": 0.5,
         "loss/accuracy": 0.25,
         "data/epoch/web": 1.5,

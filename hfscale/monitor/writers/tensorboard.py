@@ -24,8 +24,7 @@ LAYOUT: dict[str, dict[str, tuple[str, ...]]] = {
         "tokens a second": ("speed/tokens_per_s",),
     },
     "Data": {
-        "loss by source": ("loss/source/*",),
-        "held-out loss by source": ("loss/validation_source/*",),
+        "loss by source": ("loss/train_source/*",),
         "epochs": ("data/epoch", "data/epoch/*"),
     },
     "Layers": {
