@@ -200,8 +200,7 @@ class Quoted:
             NotText: if a control token is among the ids that the template has not put.
         """
         if not self.mark:
-            given: BatchEncoding = self._tokenizer(text, **how)
-            return given
+            return self._tokenizer(text, **how)
         control, backend = self._control, self._tokenizer.backend_tokenizer
         with control.kept_out(backend, mark=self.mark):
             bare = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -209,8 +208,7 @@ class Quoted:
                 raise NotText(
                     "it spells a control token, which this tokenizer does not keep as text"
                 )
-            given = self._tokenizer(text, **how)
-        return given
+            return self._tokenizer(text, **how)
 
 
 # of which Unicode says that text has none
@@ -234,7 +232,6 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
 def _unknown_token(backend: Tokenizer) -> str | None:
     model = backend.model
     if hasattr(model, "unk_token"):
-        token: str | None = model.unk_token
-        return token
+        return model.unk_token
     number = json.loads(backend.to_str())["model"].get("unk_id")  # Unigram's
     return None if number is None else backend.id_to_token(number)

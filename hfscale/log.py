@@ -9,12 +9,9 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hfscale.errors import shown
-
-if TYPE_CHECKING:
-    from tqdm import tqdm
 
 LINE_S = (
     30.0  # between lines of progress where no bar can be drawn: in a log, and of several processes
@@ -36,7 +33,7 @@ def setup(*, rank: int = 0) -> None:
     )
 
 
-def progress_bar(title: str, total: int | None, *, unit: str = "B") -> tqdm:
+def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
     """Return a tqdm bar on stderr; where that is no terminal, a line each half minute; without a
     ``title`` nothing.
 
@@ -44,7 +41,7 @@ def progress_bar(title: str, total: int | None, *, unit: str = "B") -> tqdm:
     """
     from tqdm import tqdm
 
-    lines: dict[str, object] = (
+    lines: dict[str, Any] = (
         {}
         if sys.stderr.isatty()
         else {

@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import TypedDict
+from typing import Any
 
 from hfscale.run_files import PATCH
 from hfscale.shards.files import write_atomically
@@ -22,7 +22,7 @@ OURS = ("hfscale", "launch")  # no other file: site.sh may hold passwords
 CODE = Path(__file__).resolve().parents[1]
 
 
-def describe(run_dir: Path) -> dict[str, object]:
+def describe(run_dir: Path) -> dict[str, Any]:
     """Return what this process can tell of the attempt that it starts. What the ranks know is added
     by them (``jobs/environment.py``).
     """
@@ -38,14 +38,7 @@ def describe(run_dir: Path) -> dict[str, object]:
     }
 
 
-class Code(TypedDict):
-    """What runs, of a checkout; nulls where it is none."""
-
-    revision: str | None
-    patch: str | None  # the name of the file in the run directory, or why there is none
-
-
-def code(root: Path, run_dir: Path) -> Code:
+def code(root: Path, run_dir: Path) -> dict[str, Any]:
     """Return the commit of the checkout ``root`` and the patch, now in ``run_dir``, that makes it
     what runs; nulls where it is none.
     """
@@ -57,7 +50,7 @@ def code(root: Path, run_dir: Path) -> Code:
             return None
         return done.stdout if done.returncode in codes else None
 
-    found = Code(revision=None, patch=None)
+    found: dict[str, Any] = {"revision": None, "patch": None}
     if not git("ls-files", "--error-unmatch", "launch") or not (
         revision := git("rev-parse", "HEAD")
     ):
@@ -76,7 +69,6 @@ def code(root: Path, run_dir: Path) -> Code:
     if len(patch) > MAX_PATCH_BYTES:
         found["patch"] = f"not kept: {len(patch):,} bytes"
     elif patch:
-        name = PATCH.format(hashlib.sha256(patch).hexdigest()[:12])
-        found["patch"] = name
-        write_atomically(run_dir / name, patch)
+        found["patch"] = PATCH.format(hashlib.sha256(patch).hexdigest()[:12])
+        write_atomically(run_dir / found["patch"], patch)
     return found

@@ -15,6 +15,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from hfscale.config.schema import Cluster
 from hfscale.dist.world import Allocation, allocation
@@ -140,8 +141,7 @@ def followed(number: str, job: Job, *, log: str) -> str:
 
 
 def tasks_per_node(cluster: Cluster) -> int:
-    asked = cluster.sbatch.get("ntasks-per-node")
-    return int(str(asked)) if asked else cluster.gpus_per_node or 1
+    return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
 
 
 def before(
@@ -184,7 +184,7 @@ def sbatch_options(job: Job, code: Path) -> list[str]:
             value=cluster.min_nodes,
             remedy="take cluster.sbatch.ntasks-per-node out: cluster.gpus_per_node says it",
         )
-    values: dict[str, object] = {
+    values: dict[str, Any] = {
         "job-name": job.name,
         "chdir": code,
         "output": job.folder / LOGS / SLURM_LOG.format("%j"),

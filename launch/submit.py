@@ -20,6 +20,7 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import submitit
 from submitit.helpers import TorchDistributedEnvironment
@@ -45,7 +46,7 @@ class Rank:
     every rank calls it.
     """
 
-    def __call__(self, config: str) -> dict[str, object]:
+    def __call__(self, config: str) -> dict[str, Any]:
         """Return the last record of a run, with ``run_dir`` and whether it is ``done``. A stopped
         Slurm job goes back into the queue.
         """
@@ -129,8 +130,8 @@ def launch(job: Job) -> int:
 
 
 def submit(
-    config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: object
-) -> submitit.Job[dict[str, object]]:
+    config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: Any
+) -> submitit.Job[dict[str, Any]]:
     """Return the job that trains ``config``; ``options`` are those of submitit.
 
     Raises:
@@ -141,12 +142,12 @@ def submit(
 
 def submit_sweep(
     config: str,
-    grid: Mapping[str, Sequence[object]],
+    grid: Mapping[str, Sequence[Any]],
     overrides: Sequence[str] = (),
     *,
     cluster: str = "slurm",
-    **options: object,
-) -> list[submitit.Job[dict[str, object]]]:
+    **options: Any,
+) -> list[submitit.Job[dict[str, Any]]]:
     """Return one job for each combination of ``grid`` (key -> values), as one array; each run's
     name ends in its values.
     """
@@ -172,7 +173,7 @@ def submit_sweep(
     return _submit([*map(Training, requests)], cluster, options)
 
 
-def _checked(jobs: Sequence[Job], cluster: str, options: Mapping[str, object]) -> dict[str, object]:
+def _checked(jobs: Sequence[Job], cluster: str, options: dict[str, Any]) -> dict[str, Any]:
     """Return what submitit is told of ``jobs``, looked at before the first one writes."""
     if cluster == "slurm" and not has_slurm():
         raise ConfigError(
@@ -183,11 +184,12 @@ def _checked(jobs: Sequence[Job], cluster: str, options: Mapping[str, object]) -
     first = jobs[0]
     if cluster == "slurm":
         scripts_home(first.cluster)
-    parameters = {**_parameters(first, cluster), **first.cluster.submitit, **options}
+    parameters = _parameters(first, cluster) | first.cluster.submitit | options
+    nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
     for job in jobs:
         before(
             job,
-            _ranks(parameters),
+            nodes * ranks,
             gpus=bool(parameters.get("gpus_per_node")),
             on_nodes=cluster == "slurm",
         )
@@ -195,17 +197,11 @@ def _checked(jobs: Sequence[Job], cluster: str, options: Mapping[str, object]) -
     return parameters
 
 
-def _ranks(parameters: Mapping[str, object]) -> int:
-    """Return how many ranks submitit starts."""
-    nodes, ranks = (int(str(parameters.get(name, 1))) for name in ("nodes", "tasks_per_node"))
-    return nodes * ranks
-
-
 def _submit(
-    jobs: Sequence[Job], cluster: str, options: Mapping[str, object]
-) -> list[submitit.Job[dict[str, object]]]:
+    jobs: Sequence[Job], cluster: str, options: dict[str, Any]
+) -> list[submitit.Job[dict[str, Any]]]:
     parameters = _checked(jobs, cluster, options)
-    first, procs = jobs[0], _ranks(parameters)
+    first, procs = jobs[0], parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
     code = code_folder(first.folder)
     for job in jobs:
         with run_dir.locked(job.folder):
@@ -219,14 +215,13 @@ def _submit(
         folder=first.folder.parent / "submitit" / "%j", cluster=cluster
     )
     if cluster == "slurm":
-        own = parameters.get("slurm_setup")
         parameters |= {
             "slurm_setup": [
                 f"cd {quote(code)} || exit",
                 "source slurm/start.sh",
                 "set +euo pipefail",
                 "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-                *(own if isinstance(own, list) else []),
+                *parameters.get("slurm_setup", []),
             ]
         }
         if client(["sacct", "-n", "-X"]).returncode:
@@ -244,7 +239,7 @@ def _submit(
     return submitted
 
 
-def _parameters(job: Job, cluster: str) -> dict[str, object]:
+def _parameters(job: Job, cluster: str) -> dict[str, Any]:
     """Return what the job's ``cluster:`` is in submitit's words."""
     asked = job.cluster
     shared = {

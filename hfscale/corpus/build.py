@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -121,7 +122,7 @@ class _Build:
         there finished.
         """
         shards = self._config.shards
-        plan: dict[str, object] = {
+        plan: dict[str, Any] = {
             "version": manifests.VERSION,
             "source": self.corpus.describe(),
             "split": self._config.split.model_dump(),
@@ -161,7 +162,7 @@ class _Build:
                     tokenizer=self._info,
                     shards=tuple(ledger.shards[side]),
                     folder=folders[side],
-                    source={**self._source, "seen": counts.record().as_dict(), "side": side},
+                    source={**self._source, "seen": counts.record(), "side": side},
                 )
                 for side in self._sides
             }
@@ -245,8 +246,7 @@ class _Build:
                             yield document, ids
                         seen.add(document.digest)
             for part in parts:
-                if part.seen:
-                    counts.add(part.seen)
+                counts.add(part.source["seen"])
 
         return feed
 
@@ -273,7 +273,7 @@ class _Side:
         side: Side,
         folder: Path,
         shards: ShardBuild,
-        dtype: np.dtype[np.generic],
+        dtype: np.dtype[Any],
         chunk_tokens: int,
         shard_chunks: int,
         ledger: Ledger,

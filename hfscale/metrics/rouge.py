@@ -24,8 +24,7 @@ class RougeTokenizer:
         """Return the tokens of ``text``."""
         import regex
 
-        words: list[str] = regex.findall(WORD, text.lower())
-        return words
+        return regex.findall(WORD, text.lower())
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> Measure:

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import ValidationError
-from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from hfscale.config.schema import Named
@@ -282,11 +281,11 @@ def check_options(
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
             unknown = problem["type"] == "extra_forbidden"
-            known: Mapping[str, FieldInfo] = schema.model_fields
+            known: Any = schema
             for part in problem["loc"][:-1]:
-                known = getattr(known[str(part)].annotation, "model_fields", {})
+                known = known.model_fields[part].annotation
             lines.append(
-                f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known)}"
+                f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known.model_fields)}"
                 if unknown
                 else f"{name}: {problem['msg']}"
             )

@@ -6,6 +6,7 @@ import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -42,7 +43,7 @@ def filled(
         CheckpointError: if they lack a part of that class; ``name`` is what the user calls them.
     """
 
-    def build(context: Callable[[], AbstractContextManager[object]]) -> PreTrainedModel:
+    def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
         model = accepted(
             lambda: construct(
                 config,
@@ -70,7 +71,7 @@ def filled(
     return engine
 
 
-def no_head(wanted: str, name: str, value: object) -> CheckpointError:
+def no_head(wanted: str, name: str, value: Any) -> CheckpointError:
     """Return the error of a model that lacks a part of the class ``wanted`` of transformers."""
     purpose, pretrained = BY_CLASS.get(wanted), ""
     if purpose and purpose.objective:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -42,7 +43,7 @@ class TokenData:
 
     def __init__(self, config: RunConfig, world: World, sources: Sources) -> None:
         self._config, self._world, self._sources = config, world, sources
-        self.needs: Mapping[str, object] = {}
+        self.needs: Mapping[str, Any] = {}
         self.tokenizer = load_tokenizer(config.tokenizer.path)
         named = zip(config.data.sources, sources.parts, strict=True)
         parts = [(source.shards, rows) for source, rows in named]

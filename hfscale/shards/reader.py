@@ -13,6 +13,7 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -38,7 +39,7 @@ class ShardReader:
         folder: str | Path,
         entry: ShardEntry,
         *,
-        dtype: np.dtype[np.generic],
+        dtype: np.dtype[Any],
         verify: bool = True,
         partial: bool = False,
     ) -> None:

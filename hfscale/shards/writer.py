@@ -12,6 +12,7 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import xxhash
@@ -37,7 +38,7 @@ class ShardWriter:
         folder: Path,
         *,
         name: str,
-        dtype: np.dtype[np.generic],
+        dtype: np.dtype[Any],
         chunk_tokens: int,
         shard_chunks: int,
         committed: Callable[[ShardEntry], None],

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.shards.tables import table_rows
@@ -27,9 +27,8 @@ def read_examples(
     *,
     columns: Mapping[str, str],
     answers: bool = True,
-    subset: str | None = None,
-    split: str = "train",
-) -> Iterator[tuple[str, dict[str, object]]]:
+    **hub: Any,
+) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers``
     they may be missing.
 
@@ -51,7 +50,7 @@ def read_examples(
     if table.endswith(".txt") and "text" not in roles.columns:
         # a text a line is what is asked about, whatever its role's name
         columns = {asked[0]: "text", **columns}
-    for number, (where, row) in enumerate(table_rows(table, subset=subset, split=split)):
+    for number, (where, row) in enumerate(table_rows(table, **hub)):
         example = _example(row, roles, columns, may_lack=may_lack, where=where)
         if not any(role in example for role in asked):  # each of them alone may be missing
             raise DataError(
@@ -61,17 +60,16 @@ def read_examples(
                 remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the "
                 f"columns are {_named(row)}",
             )
-        name = str(number) if example.get("id") is None else str(example["id"])
-        example["id"] = name
+        example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
         _refuse_half_characters(example, where=where)
-        if name in seen:
+        if example["id"] in seen:
             raise DataError(
                 "an id occurs twice",
                 where=where,
-                value=name,
+                value=example["id"],
                 remedy="give each example an id of its own, or no ids",
             )
-        seen.add(name)
+        seen.add(example["id"])
         yield where, example
     if not seen:
         raise DataError(
@@ -81,7 +79,7 @@ def read_examples(
         )
 
 
-def _refuse_half_characters(example: Mapping[str, object], *, where: str) -> None:
+def _refuse_half_characters(example: Mapping[str, Any], *, where: str) -> None:
     if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
         raise DataError(
             "a text holds half of a character (a lone surrogate)",
@@ -92,13 +90,13 @@ def _refuse_half_characters(example: Mapping[str, object], *, where: str) -> Non
 
 
 def _example(
-    row: Mapping[str, object],
+    row: Mapping[str, Any],
     roles: Roles | type[Roles],
     columns: Mapping[str, str],
     *,
     may_lack: Collection[str],
     where: str,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Return the cells of ``row`` by role, those that are there."""
     example = {}
     for role in (*roles.columns, "id"):
@@ -117,22 +115,21 @@ def _example(
     return example
 
 
-def _cell(row: Mapping[str, object], column: str) -> object:
+def _cell(row: Mapping[str, Any], column: str) -> Any:
     """Return a cell of ``row``, or MISSING; a dot goes into an object: ``translation.en`` of
     ``{"translation": {"en": ...}}``.
     """
     if column in row or "." not in column:
         return row.get(column, MISSING)
     outer, _, inner = column.partition(".")
-    within = row.get(outer)
-    return _cell(within, inner) if isinstance(within, Mapping) else MISSING
+    return _cell(row[outer], inner) if isinstance(row.get(outer), Mapping) else MISSING
 
 
-def _named(row: Mapping[str, object]) -> str:
+def _named(row: Mapping[str, Any]) -> str:
     return ", ".join(_columns(row)) or "none"
 
 
-def _columns(row: Mapping[str, object]) -> Iterator[str]:
+def _columns(row: Mapping[str, Any]) -> Iterator[str]:
     for name, cell in row.items():
         if isinstance(cell, Mapping) and cell:
             yield from (f"{name}.{inner}" for inner in _columns(cell))
@@ -149,7 +146,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def fraction_of(example: Mapping[str, object], roles: Roles | type[Roles]) -> float:
+def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
     """Return a number in [0, 1) that depends on what the example asks alone: the same question is
     always in the same split.
     """
@@ -161,7 +158,7 @@ def fraction_of(example: Mapping[str, object], roles: Roles | type[Roles]) -> fl
     return int.from_bytes(digest, "little") / 2**64
 
 
-def all_but_answers(example: Mapping[str, object], roles: Roles | type[Roles]) -> dict[str, object]:
+def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> dict[str, Any]:
     """Return what an example asks, where every role that is no answer says a part of it; a role
     that is empty says nothing.
     """

@@ -80,8 +80,7 @@ def build(
             f"{len(manifest.shards):>5,} shards  "
             f"{manifest.folder}"
         )
-    if seen := built["train"].seen:
-        print(seen_line(seen))
+    print(seen_line(built["train"].source["seen"]))
 
 
 @app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")
