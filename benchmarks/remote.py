@@ -27,6 +27,7 @@ import numpy as np
 from benchmarks.common import interleaved, machine, ratio, record, spread, table, verdict
 from hfscale.dist.world import Place
 from hfscale.shards.manifest import Manifest, ShardEntry, TokenizerInfo
+from hfscale.shards.open import open_manifest
 from hfscale.shards.writer import ShardWriter
 from hfscale.stream.loader import Stream
 from hfscale.stream.rows import TokenRows
@@ -77,7 +78,7 @@ def run(
         options: dict[str, Any] = (
             {"folder": Path(cache), "size_gb": size_gb} if "://" in place else {}
         )
-        rows = TokenRows(place, seq_len=SEQ, **options)
+        rows = TokenRows(open_manifest(place, **options), seq_len=SEQ)
         stream = Stream(
             rows,
             order_of(rows.shard_rows, seed=1, lanes=2, block=1024),

@@ -46,6 +46,7 @@ from examples.tour import (
     translation,
     untold,
 )
+from hfscale.metrics.kept import Scores
 
 LEAST_TESTED, MOST_TESTED = 200, 1000
 
@@ -298,18 +299,18 @@ def make(folder: Path) -> None:
         (folder / name / "run.yaml").write_text(json.dumps(finetuning(name, folder)), "utf-8")
 
 
-def ends(found: dict[str, Any], metric: str) -> tuple[float, float]:
+def ends(found: Scores, metric: str) -> tuple[float, float]:
     """Return the ends of a score's interval; twice the score, where no draw moved it."""
-    value = found["scores"][metric]
-    return found["intervals"].get(metric, (value, value))
+    value = found.scores[metric]
+    return found.intervals.get(metric, (value, value))
 
 
-def cell(found: dict[str, Any], metric: str) -> str:
+def cell(found: Scores, metric: str) -> str:
     """Return a score with its interval, if it has one."""
-    value = f"{found['scores'][metric]:.3f}"
-    if metric not in found["intervals"]:
+    value = f"{found.scores[metric]:.3f}"
+    if metric not in found.intervals:
         return value
-    low, high = found["intervals"][metric]
+    low, high = found.intervals[metric]
     return f"{value} ({low:.3f} - {high:.3f})"
 
 

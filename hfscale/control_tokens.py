@@ -200,7 +200,8 @@ class Quoted:
             NotText: if a control token is among the ids that the template has not put.
         """
         if not self.mark:
-            return self._tokenizer(text, **how)
+            given: BatchEncoding = self._tokenizer(text, **how)
+            return given
         control, backend = self._control, self._tokenizer.backend_tokenizer
         with control.kept_out(backend, mark=self.mark):
             bare = self._tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -208,7 +209,8 @@ class Quoted:
                 raise NotText(
                     "it spells a control token, which this tokenizer does not keep as text"
                 )
-            return self._tokenizer(text, **how)
+            given = self._tokenizer(text, **how)
+        return given
 
 
 # of which Unicode says that text has none
@@ -232,6 +234,7 @@ def _control_tokens(tokenizer: PreTrainedTokenizerFast) -> ControlTokens:
 def _unknown_token(backend: Tokenizer) -> str | None:
     model = backend.model
     if hasattr(model, "unk_token"):
-        return model.unk_token
+        token: str | None = model.unk_token
+        return token
     number = json.loads(backend.to_str())["model"].get("unk_id")  # Unigram's
     return None if number is None else backend.id_to_token(number)

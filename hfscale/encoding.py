@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
 import numpy as np
 
@@ -36,7 +36,18 @@ DEAF = (
     signal.SIGUSR1,
 )
 
+
+class Document(Protocol):
+    """A text, and how many bytes it has."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def size(self) -> int: ...
+
+
 Encode = Callable[[list[str]], list[np.ndarray]]
+D = TypeVar("D", bound=Document)
 R = TypeVar("R")
 _encode: Encode  # of a worker process
 
@@ -108,7 +119,7 @@ class Encoders:
             initargs=(tokenizer_json, eod_id, dtype, forged),
         )
 
-    def submit(self, task: Callable[..., R], *args: Any) -> Callable[[], R]:
+    def submit(self, task: Callable[..., R], *args: object) -> Callable[[], R]:
         """Return what waits for ``task(encode, *args)``, a function of a module that is quick to
         import, run in one of the processes.
 
@@ -122,12 +133,13 @@ class Encoders:
         """Return with the processes told to end; what they have not begun is dropped."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _unbroken(self, call: Callable[..., R], *args: Any) -> R:
+    def _unbroken(self, call: Callable[..., R], *args: object) -> R:
         try:
             return call(*args)
         except BrokenProcessPool as error:
-            pool: Any = self._pool  # whose processes have no public name
-            for process in list((pool._processes or {}).values()):
+            # they have no public name
+            processes = getattr(self._pool, "_processes", None) or {}
+            for process in list(processes.values()):
                 # else the pool would wait for them: it asks them to end with a signal that they do
                 # not hear
                 process.kill()
@@ -139,14 +151,14 @@ class Encoders:
 
 
 def encode_documents(
-    documents: Iterable[Any],
+    documents: Iterable[D],
     tokenizer_json: str,
     *,
     eod_id: int,
     dtype: str,
     procs: int,
     setting: str,
-) -> Iterator[tuple[Any, np.ndarray]]:
+) -> Iterator[tuple[D, np.ndarray]]:
     """Yield each document (it has a ``text``, and its ``size`` in bytes) with its ids,
     end-of-document id included, in their order.
 
@@ -159,7 +171,7 @@ def encode_documents(
             yield from zip(batch, encode([document.text for document in batch]), strict=True)
         return
     encoders = Encoders(tokenizer_json, eod_id=eod_id, dtype=dtype, procs=procs, setting=setting)
-    waiting: deque[tuple[list[Any], Callable[[], list[np.ndarray]]]] = deque()
+    waiting: deque[tuple[list[D], Callable[[], list[np.ndarray]]]] = deque()
     try:
         for batch in _batches(documents):
             waiting.append(
@@ -174,13 +186,13 @@ def encode_documents(
 
 
 def _finish(
-    batch: list[Any], encoded: Callable[[], list[np.ndarray]]
-) -> Iterator[tuple[Any, np.ndarray]]:
+    batch: list[D], encoded: Callable[[], list[np.ndarray]]
+) -> Iterator[tuple[D, np.ndarray]]:
     return zip(batch, encoded(), strict=True)
 
 
-def _batches(documents: Iterable[Any]) -> Iterator[list[Any]]:
-    batch: list[Any] = []
+def _batches(documents: Iterable[D]) -> Iterator[list[D]]:
+    batch: list[D] = []
     size = 0
     for document in documents:
         batch.append(document)
@@ -196,7 +208,7 @@ def _encode_texts(encode: Encode, texts: list[str]) -> list[np.ndarray]:
     return encode(texts)
 
 
-def _work(task: Callable[..., R], *args: Any) -> R:
+def _work(task: Callable[..., R], *args: object) -> R:
     return task(_encode, *args)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -30,7 +30,7 @@ class Task(Record):
     """What an export of ours is for."""
 
     name: str
-    options: dict[str, Any]
+    options: dict[str, object]
 
 
 class Made(Record):
@@ -67,7 +67,7 @@ class ModelConfig(Record):
     model_type: str | None = None
     architectures: list[str] | None = None
     vocab_size: Annotated[int, Field(gt=0, lt=2**31)] | None = None
-    id2label: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], Any] | None = None
+    id2label: dict[Annotated[str, Field(pattern=r"^\d{1,9}$")], object] | None = None
     hfscale: Made | None = None
     bos_token_id: Ids = None
     eos_token_id: Ids = None
@@ -174,13 +174,13 @@ KINDS = {"config.json": ModelConfig, "generation_config.json": GenerationFile}
 
 @lru_cache  # a folder is opened several times in a job
 def _check_json(file: Path, _size: int, _time: int) -> None:
-    kind: Any = KINDS.get(file.name, Any)
+    kind: type[object] = KINDS.get(file.name, object)
     read = load(file, kind, what="this file of a model", error=ConfigError)
     if isinstance(read, ModelConfig):
         refuse_huge(read.as_dict(), where=file)
 
 
-def refuse_huge(values: Mapping[str, Any], *, where: object) -> None:
+def refuse_huge(values: Mapping[str, object], *, where: object) -> None:
     """Return if no count of parts (layers, experts, heads, labels) is one that no model has: each
     is made, one after the other.
 

@@ -9,9 +9,12 @@ from __future__ import annotations
 import io
 import logging
 import sys
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfscale.errors import shown
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 LINE_S = (
     30.0  # between lines of progress where no bar can be drawn: in a log, and of several processes
@@ -33,7 +36,7 @@ def setup(*, rank: int = 0) -> None:
     )
 
 
-def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
+def progress_bar(title: str, total: int | None, *, unit: str = "B") -> tqdm:
     """Return a tqdm bar on stderr; where that is no terminal, a line each half minute; without a
     ``title`` nothing.
 
@@ -41,7 +44,7 @@ def progress_bar(title: str, total: int | None, *, unit: str = "B") -> Any:
     """
     from tqdm import tqdm
 
-    lines: dict[str, Any] = (
+    lines: dict[str, object] = (
         {}
         if sys.stderr.isatty()
         else {

@@ -15,7 +15,7 @@ from collections.abc import Hashable
 from dataclasses import is_dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Annotated, Any, TypeVar, cast
+from typing import IO, Annotated, TypeVar, cast
 
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
@@ -40,7 +40,7 @@ class Record(BaseModel):
 
     model_config = ConfigDict(strict=True, extra="allow", frozen=True, protected_namespaces=())
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> dict[str, object]:
         """Return what was written, and nothing that was not."""
         return self.model_dump(exclude_unset=True)
 
@@ -117,7 +117,7 @@ class Damaged(ValueError):
 
 def parse(kind: type[T], data: bytes | str) -> T:
     """Return the JSON ``data`` as a ``kind``: a dataclass, a `Record`, or an annotation such as
-    ``list[dict[str, Any]]``.
+    ``list[dict[str, object]]``.
 
     Raises:
         Damaged: if it is not JSON (of at most 200 levels), or of other types and ranges.
@@ -156,9 +156,9 @@ def load(
 
 
 @lru_cache
-def _adapter(kind: Any) -> TypeAdapter[Any]:
+def _adapter(kind: Hashable) -> TypeAdapter[object]:
     own = is_dataclass(kind) or (isinstance(kind, type) and issubclass(kind, BaseModel))
-    return TypeAdapter(kind, config=None if own else ConfigDict(strict=True))
+    return TypeAdapter(cast(type[object], kind), config=None if own else ConfigDict(strict=True))
 
 
 def _first(error: ValidationError) -> str:

@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast
+from typing import TYPE_CHECKING, Annotated, cast
 
 from pydantic import Field
 
@@ -37,7 +37,7 @@ class AddedToken(Record):
 class TokenizerFile(Record):
     """``tokenizer.json``, as far as it is looked at here; the rest is for ``tokenizers``."""
 
-    model: dict[str, Any]
+    model: dict[str, object]
     added_tokens: list[AddedToken] = []
 
 
@@ -113,7 +113,7 @@ def save_tokenizer(tokenizer: PreTrainedTokenizerFast, folder: Path) -> None:
     """
     save_files(tokenizer, folder)
     file = folder / "tokenizer_config.json"
-    settings = parse(dict[str, Any], read_file(file))
+    settings = parse(dict[str, object], read_file(file))
     if settings.get("tokenizer_class") == "TokenizersBackend":
         settings["tokenizer_class"] = "PreTrainedTokenizerFast"
     settings["model_input_names"] = tokenizer.model_input_names
@@ -137,20 +137,21 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
         if isinstance(tokenizer, (str, Path)):
             tokenizer = load_tokenizer(tokenizer)
         file = parse(TokenizerFile, tokenizer.backend_tokenizer.to_str())
-    parsed = file.as_dict()
-    ordinary = [token for token in parsed.get("added_tokens", []) if not token["special"]]
+    model = dict(file.model)
+    merges = model.get("merges")
+    if isinstance(merges, list) and merges and isinstance(merges[0], str):  # as in older files
+        model["merges"] = [merge.split(" ") for merge in merges]
+    ordinary = [token.as_dict() for token in file.added_tokens if not token.special]
     canonical = _prune(
         {
-            **parsed,
+            **file.as_dict(),
+            "model": model,
             "padding": None,
             "truncation": None,
             "post_processor": None,
             "added_tokens": ordinary,
         }
     )
-    merges = canonical.get("model", {}).get("merges")
-    if merges and isinstance(merges[0], str):  # as older files have them
-        canonical["model"]["merges"] = [merge.split(" ") for merge in merges]
     return hashlib.sha256(
         json.dumps(canonical, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode()
     ).hexdigest()
@@ -159,7 +160,7 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerFast | str | Path) -> str:
 def framed(
     tokenizer: PreTrainedTokenizerFast,
     frame: tuple[str | None, ...] | None,
-    config: Any,
+    config: object,
 ) -> PreTrainedTokenizerFast:
     """Return the tokenizer, giving what such a model was trained on: tokens of the roles ``frame``
     before a text and after it.
@@ -256,7 +257,7 @@ def vocabulary_size(tokenizer: PreTrainedTokenizerFast) -> int:
     return int(max(tokenizer.get_vocab().values(), default=-1)) + 1
 
 
-def _prune(value: Any) -> Any:
+def _prune(value: object) -> object:
     if isinstance(value, dict):
         return {
             key: _prune(item)

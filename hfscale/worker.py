@@ -18,7 +18,6 @@ from contextlib import nullcontext, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any
 
 from hfscale import log, run_files
 from hfscale.config.load import load_config
@@ -52,11 +51,11 @@ JOBS = {
 }
 
 
-def job_of(config: Section) -> Any:
-    """Return the module with ``run(config, world, stop) -> bool`` that does what ``config`` says:
-    True when done, False when stopped.
-    """
-    return import_module(JOBS[next(section for section in JOBS if hasattr(config, section))])
+def job_of(config: Section) -> Callable[[Section, World, StopRequest], bool]:
+    """Return what does what ``config`` says: it returns True when done, False when stopped."""
+    section = next(section for section in JOBS if hasattr(config, section))
+    job: Callable[[Section, World, StopRequest], bool] = import_module(JOBS[section]).run
+    return job
 
 
 def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -> int:
@@ -96,7 +95,7 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
             attempt=world.attempt,
         ),
     ):
-        code = EXIT_DONE if job.run(config, world, stop) else EXIT_STOPPED
+        code = EXIT_DONE if job(config, world, stop) else EXIT_STOPPED
     if fence:
         fence.end(code)
     return code

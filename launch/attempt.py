@@ -94,16 +94,21 @@ def take(job: Job, here: Allocation) -> None:
         UserError: if another one does, or this one was restarted too often without coming further.
     """
     hold(job.folder, here.job_id)
-    start = {"job": here.job_id, "checkpoint": job.reached()}
+    checkpoint = job.reached()
     file = job.folder / RESTARTS
-    last = load(file, _Start, what="the record of restarts").as_dict() if file.is_file() else {}
-    restarts = last["restarts"] + 1 if last.items() >= start.items() else 0
-    if restarts > job.cluster.max_restarts:
+    last = load(file, _Start, what="the record of restarts") if file.is_file() else None
+    again = last is not None and (last.job, last.checkpoint) == (here.job_id, checkpoint)
+    start = _Start(
+        job=here.job_id,
+        checkpoint=checkpoint,
+        restarts=last.restarts + 1 if last and again else 0,
+    )
+    if start.restarts > job.cluster.max_restarts:
         raise ConfigError(
-            f"job {here.job_id} was restarted {restarts} times without getting beyond "
-            f"{start['checkpoint'] or 'its start'}",
+            f"job {here.job_id} was restarted {start.restarts} times without getting beyond "
+            f"{checkpoint or 'its start'}",
             where="cluster.max_restarts",
             value=job.cluster.max_restarts,
             remedy="see why in the logs; then submit it again, or raise the limit",
         )
-    write_atomically(file, json.dumps({**start, "restarts": restarts}).encode())
+    write_atomically(file, json.dumps(start.as_dict()).encode())

@@ -48,10 +48,10 @@ VERBS = {  # a verb is listed when it works
 class Verbs(TyperGroup):
     """A group of commands that knows their names and one-line helps without importing them."""
 
-    def list_commands(self, ctx: Any) -> list[str]:
+    def list_commands(self, ctx: object) -> list[str]:
         return list(VERBS)
 
-    def get_command(self, ctx: Any, name: str) -> Any:
+    def get_command(self, ctx: object, name: str) -> Any:
         if name not in VERBS:
             raise UserError(
                 f"there is no verb {name!r}", where="command line", remedy=nearest(name, VERBS)
@@ -67,7 +67,7 @@ class Verbs(TyperGroup):
         command.name = name
         return command
 
-    def format_commands(self, ctx: Any, formatter: Any) -> None:
+    def format_commands(self, ctx: object, formatter: Any) -> None:
         with formatter.section("Commands"):
             formatter.write_dl(list(VERBS.items()))
 

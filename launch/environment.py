@@ -12,7 +12,7 @@ import subprocess
 import sys
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from hfscale.run_files import PATCH
 from hfscale.shards.files import write_atomically
@@ -22,7 +22,7 @@ OURS = ("hfscale", "launch")  # no other file: site.sh may hold passwords
 CODE = Path(__file__).resolve().parents[1]
 
 
-def describe(run_dir: Path) -> dict[str, Any]:
+def describe(run_dir: Path) -> dict[str, object]:
     """Return what this process can tell of the attempt that it starts. What the ranks know is added
     by them (``jobs/environment.py``).
     """
@@ -38,7 +38,14 @@ def describe(run_dir: Path) -> dict[str, Any]:
     }
 
 
-def code(root: Path, run_dir: Path) -> dict[str, Any]:
+class Code(TypedDict):
+    """What runs, of a checkout; nulls where it is none."""
+
+    revision: str | None
+    patch: str | None  # the name of the file in the run directory, or why there is none
+
+
+def code(root: Path, run_dir: Path) -> Code:
     """Return the commit of the checkout ``root`` and the patch, now in ``run_dir``, that makes it
     what runs; nulls where it is none.
     """
@@ -50,7 +57,7 @@ def code(root: Path, run_dir: Path) -> dict[str, Any]:
             return None
         return done.stdout if done.returncode in codes else None
 
-    found: dict[str, Any] = {"revision": None, "patch": None}
+    found = Code(revision=None, patch=None)
     if not git("ls-files", "--error-unmatch", "launch") or not (
         revision := git("rev-parse", "HEAD")
     ):
@@ -69,6 +76,7 @@ def code(root: Path, run_dir: Path) -> dict[str, Any]:
     if len(patch) > MAX_PATCH_BYTES:
         found["patch"] = f"not kept: {len(patch):,} bytes"
     elif patch:
-        found["patch"] = PATCH.format(hashlib.sha256(patch).hexdigest()[:12])
-        write_atomically(run_dir / found["patch"], patch)
+        name = PATCH.format(hashlib.sha256(patch).hexdigest()[:12])
+        found["patch"] = name
+        write_atomically(run_dir / name, patch)
     return found

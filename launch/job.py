@@ -11,7 +11,6 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hfscale.checkpoint import layout
 from hfscale.config import permission
@@ -223,7 +222,7 @@ class Training(Job):
     def stops_in(self) -> float:
         """Return how long a step and a save took last."""
         record = last_record(self.folder)
-        return record.get("save_s", 0.0) + record.get("step_s", 0.0)
+        return float(record.get("save_s", 0.0) + record.get("step_s", 0.0))
 
     def told(self, code: int) -> str:
         """Return how the run goes on, or what it is good for now."""
@@ -244,7 +243,11 @@ class Computation(Job):
         self,
         config: PredictConfig | ShardsConfig | HarnessConfig,
         folder: Path | None = None,
-        **how: Any,
+        *,
+        procs: int | None = None,
+        port: int | None = None,
+        dry_run: bool = False,
+        worker: str = Request.worker,
     ) -> None:
         self.config, self.cluster = config, config.cluster
         predicts = isinstance(config, PredictConfig) and not config.predict.answers
@@ -256,7 +259,9 @@ class Computation(Job):
         else:
             asked = config.evaluate if isinstance(config, ShardsConfig) else config.harness
             self.model, self.result = asked.model, asked.out
-        super().__init__(folder or self._home(), **how)
+        super().__init__(
+            folder or self._home(), procs=procs, port=port, dry_run=dry_run, worker=worker
+        )
 
     def _home(self) -> Path:
         if not isinstance(self.config, PredictConfig):
@@ -345,8 +350,8 @@ def open_job(source: str, overrides: Sequence[str] = ()) -> Job:
     """
     folder = Path(source).resolve()
     if is_run(folder):
-        config: Any = load_config(folder / CONFIG, decided=True).config
-        if not isinstance(config, TrainConfig):
+        config: Section = load_config(folder / CONFIG, decided=True).config
+        if isinstance(config, PredictConfig | ShardsConfig | HarnessConfig):
             if rest := permission.grant(overrides):
                 raise ConfigError(
                     "what scores or predicts goes on as it was asked for",

@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import Place, World, allocation, available_cores, listen
@@ -33,6 +33,9 @@ from launch.attempt import begun
 from launch.interpreter import python
 from launch.job import Job
 from launch.queue import refuse_holder
+
+if TYPE_CHECKING:
+    from types import FrameType
 
 GRACE_S = 10.0  # what the other ranks get to end by themselves after one has failed
 TAIL_LINES = 30
@@ -112,7 +115,7 @@ def compute(job: Job) -> int:
         return launch(job)
     refuse_holder(job.folder)
     job.record(launcher="local", procs=1)
-    done = job_of(job.config).run(job.config, World(), StopRequest())
+    done = job_of(job.config)(job.config, World(), StopRequest())
     code = EXIT_DONE if done else EXIT_STOPPED
     if line := job.told(code):
         logger.info(line)
@@ -295,7 +298,7 @@ def _forwarding(ranks: list[Rank]) -> Iterator[list[int]]:
     """
     asked: list[int] = []
 
-    def handle(number: int, _frame: Any) -> None:
+    def handle(number: int, _frame: FrameType | None) -> None:
         asked.append(number)
         if len(asked) == 1:
             logger.info(

@@ -17,7 +17,6 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
-from typing import Any
 
 from hfscale.checkpoint import layout
 from hfscale.config import permission
@@ -249,7 +248,7 @@ def _note_permission(path: Path, config: TrainConfig) -> None:
         file, note = permission.note_of(path, config)
         try:
             file.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(file, json.dumps(note).encode(), private=True)
+            write_atomically(file, json.dumps(note.as_dict()).encode(), private=True)
         except (OSError, DataError):
             logger.info(
                 f"notice: {file.parent} cannot be written: say "
@@ -291,7 +290,7 @@ def made_by_alone(path: Path, *, launcher: str) -> None:
         )
 
 
-def attempts(path: Path) -> list[dict[str, Any]]:
+def attempts(path: Path) -> list[dict[str, object]]:
     """Return the entries of ``environment.json``, oldest first.
 
     Raises:
@@ -302,7 +301,7 @@ def attempts(path: Path) -> list[dict[str, Any]]:
         return []
     return load(
         file,
-        list[dict[str, Any]],
+        list[dict[str, object]],
         what="the record of earlier attempts",
         remedy="restore it, or move it away: the run itself does not need it",
         error=CheckpointError,

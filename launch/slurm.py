@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hfscale.config.schema import Cluster
 from hfscale.dist.world import Allocation, allocation
@@ -141,7 +140,8 @@ def followed(number: str, job: Job, *, log: str) -> str:
 
 
 def tasks_per_node(cluster: Cluster) -> int:
-    return int(cluster.sbatch.get("ntasks-per-node") or cluster.gpus_per_node or 1)
+    asked = cluster.sbatch.get("ntasks-per-node")
+    return int(str(asked)) if asked else cluster.gpus_per_node or 1
 
 
 def before(
@@ -184,7 +184,7 @@ def sbatch_options(job: Job, code: Path) -> list[str]:
             value=cluster.min_nodes,
             remedy="take cluster.sbatch.ntasks-per-node out: cluster.gpus_per_node says it",
         )
-    values: dict[str, Any] = {
+    values: dict[str, object] = {
         "job-name": job.name,
         "chdir": code,
         "output": job.folder / LOGS / SLURM_LOG.format("%j"),

@@ -20,7 +20,6 @@ import signal
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import submitit
 from submitit.helpers import TorchDistributedEnvironment
@@ -46,7 +45,7 @@ class Rank:
     every rank calls it.
     """
 
-    def __call__(self, config: str) -> dict[str, Any]:
+    def __call__(self, config: str) -> dict[str, object]:
         """Return the last record of a run, with ``run_dir`` and whether it is ``done``. A stopped
         Slurm job goes back into the queue.
         """
@@ -130,8 +129,8 @@ def launch(job: Job) -> int:
 
 
 def submit(
-    config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: Any
-) -> submitit.Job[dict[str, Any]]:
+    config: str, overrides: Sequence[str] = (), *, cluster: str = "slurm", **options: object
+) -> submitit.Job[dict[str, object]]:
     """Return the job that trains ``config``; ``options`` are those of submitit.
 
     Raises:
@@ -142,12 +141,12 @@ def submit(
 
 def submit_sweep(
     config: str,
-    grid: Mapping[str, Sequence[Any]],
+    grid: Mapping[str, Sequence[object]],
     overrides: Sequence[str] = (),
     *,
     cluster: str = "slurm",
-    **options: Any,
-) -> list[submitit.Job[dict[str, Any]]]:
+    **options: object,
+) -> list[submitit.Job[dict[str, object]]]:
     """Return one job for each combination of ``grid`` (key -> values), as one array; each run's
     name ends in its values.
     """
@@ -173,7 +172,7 @@ def submit_sweep(
     return _submit([*map(Training, requests)], cluster, options)
 
 
-def _checked(jobs: Sequence[Job], cluster: str, options: dict[str, Any]) -> dict[str, Any]:
+def _checked(jobs: Sequence[Job], cluster: str, options: Mapping[str, object]) -> dict[str, object]:
     """Return what submitit is told of ``jobs``, looked at before the first one writes."""
     if cluster == "slurm" and not has_slurm():
         raise ConfigError(
@@ -184,12 +183,11 @@ def _checked(jobs: Sequence[Job], cluster: str, options: dict[str, Any]) -> dict
     first = jobs[0]
     if cluster == "slurm":
         scripts_home(first.cluster)
-    parameters = _parameters(first, cluster) | first.cluster.submitit | options
-    nodes, ranks = parameters.get("nodes", 1), parameters.get("tasks_per_node", 1)
+    parameters = {**_parameters(first, cluster), **first.cluster.submitit, **options}
     for job in jobs:
         before(
             job,
-            nodes * ranks,
+            _ranks(parameters),
             gpus=bool(parameters.get("gpus_per_node")),
             on_nodes=cluster == "slurm",
         )
@@ -197,11 +195,17 @@ def _checked(jobs: Sequence[Job], cluster: str, options: dict[str, Any]) -> dict
     return parameters
 
 
+def _ranks(parameters: Mapping[str, object]) -> int:
+    """Return how many ranks submitit starts."""
+    nodes, ranks = (int(str(parameters.get(name, 1))) for name in ("nodes", "tasks_per_node"))
+    return nodes * ranks
+
+
 def _submit(
-    jobs: Sequence[Job], cluster: str, options: dict[str, Any]
-) -> list[submitit.Job[dict[str, Any]]]:
+    jobs: Sequence[Job], cluster: str, options: Mapping[str, object]
+) -> list[submitit.Job[dict[str, object]]]:
     parameters = _checked(jobs, cluster, options)
-    first, procs = jobs[0], parameters.get("nodes", 1) * parameters.get("tasks_per_node", 1)
+    first, procs = jobs[0], _ranks(parameters)
     code = code_folder(first.folder)
     for job in jobs:
         with run_dir.locked(job.folder):
@@ -215,13 +219,14 @@ def _submit(
         folder=first.folder.parent / "submitit" / "%j", cluster=cluster
     )
     if cluster == "slurm":
+        own = parameters.get("slurm_setup")
         parameters |= {
             "slurm_setup": [
                 f"cd {quote(code)} || exit",
                 "source slurm/start.sh",
                 "set +euo pipefail",
                 "export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}",
-                *parameters.get("slurm_setup", []),
+                *(own if isinstance(own, list) else []),
             ]
         }
         if client(["sacct", "-n", "-X"]).returncode:
@@ -239,7 +244,7 @@ def _submit(
     return submitted
 
 
-def _parameters(job: Job, cluster: str) -> dict[str, Any]:
+def _parameters(job: Job, cluster: str) -> dict[str, object]:
     """Return what the job's ``cluster:`` is in submitit's words."""
     asked = job.cluster
     shared = {

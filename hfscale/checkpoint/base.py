@@ -13,7 +13,7 @@ import json
 import os
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch.distributed as torch_dist
 
@@ -24,13 +24,18 @@ from hfscale.errors import CheckpointError
 from hfscale.shards.files import file_digest, write_atomically
 
 
-def identity(folder: Path) -> dict[str, Any]:
-    """Return what names the weights in ``folder``: ``sizes`` in bytes and ``digests`` of their
-    files. Collective, in a group.
-    """
+class Identity(TypedDict):
+    """What names the weights in a folder."""
+
+    sizes: dict[str, int]  # bytes of each file
+    digests: dict[str, str]
+
+
+def identity(folder: Path) -> Identity:
+    """Return what names the weights in ``folder``. Collective, in a group."""
     here = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
-    own = {"sizes": sizes(folder), "digests": _digests(folder)} if here else None
-    named: dict[str, Any] = from_rank_0(own)
+    named = from_rank_0(Identity(sizes=sizes(folder), digests=_digests(folder)) if here else None)
+    assert named is not None, "rank 0 looked"
     return named
 
 
@@ -55,19 +60,20 @@ def check_base(saved: Adapters, *, where: Path | str) -> None:
     """
     folder = Path(saved.folder)
     here = not torch_dist.is_initialized() or torch_dist.get_rank() == 0
-    now: dict[str, Any] = from_rank_0({"sizes": sizes(folder)} if here else None)
-    if not now["sizes"]:
+    now = from_rank_0(sizes(folder) if here else {})
+    if not now:
         raise CheckpointError(
             "the weights that the adapters stand beside are gone",
             where=folder,
             value=f"the base of {where}",
             remedy="give them back; an export (merged) would need them no more",
         )
-    if saved.sizes in (None, now["sizes"]):
-        now = identity(folder)
-        if now["digests"] == saved.digests:
+    if saved.sizes in (None, now):
+        named = identity(folder)
+        now = named["sizes"]
+        if named["digests"] == saved.digests:
             return
-    files = ", ".join(sorted({*saved.digests, *now["sizes"]}))
+    files = ", ".join(sorted({*saved.digests, *now}))
     raise CheckpointError(
         "the weights that the adapters stand beside have changed",
         where=folder,

@@ -12,9 +12,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from hfscale.checkpoint.weights import Match, WeightsReader
@@ -37,7 +38,7 @@ def labels_of(folder: Path) -> dict[int, str]:
     say.
     """
     read = load(folder / "config.json", ModelConfig, what="the model's config")
-    return {int(number): name for number, name in (read.id2label or {}).items()}
+    return {int(number): str(name) for number, name in (read.id2label or {}).items()}
 
 
 def match(
@@ -120,7 +121,7 @@ def _sources(
 def _ids(
     model: PreTrainedModel,
     reader: WeightsReader,
-    tensors: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
     shapes: Mapping[str, tuple[int, ...]],
     sources: Mapping[str, Sequence[str]],
 ) -> tuple[int, int]:
@@ -170,8 +171,8 @@ def _no_match(
     )
 
 
-def _renamed(there: Mapping[int, str], here: Any) -> bool:
-    names = (*there.values(), *here.values())
+def _renamed(there: Mapping[int, str], here: Mapping[int, str] | Mapping[str, str] | None) -> bool:
+    names = (*there.values(), *(here or {}).values())
     numbers = any(re.fullmatch(r"(LABEL_)?\d+", name) for name in names)  # which say nothing
     return bool(there) and there != here and not numbers
 

@@ -7,10 +7,10 @@ token or a label, two ends of an answer or hidden states, some numbers are kept.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError
@@ -36,7 +36,7 @@ class Probe:
     inputs: Mapping[str, Tensor]
     logits: Tensor = field(default_factory=lambda: torch.empty(0))  # (K), fp32
 
-    def ask(self, model: Any, *, device: torch.device) -> Tensor | None:
+    def ask(self, model: Callable[..., object], *, device: torch.device) -> Tensor | None:
         """Return what the probe keeps of the output of ``model`` (bare, or an engine): (K), fp32,
         on the CPU.
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 from hfscale.errors import CheckpointError
 from hfscale.records import Count, Record, load
@@ -65,17 +64,17 @@ class CheckpointState(Record):
     tokenizer_digest: str = ""
     data_fingerprint: str = ""
     data: dict[str, str] = {}  # name of a source -> its fingerprint
-    facts: dict[str, Any] = {}  # what the examples said of the task
-    schedule: dict[str, Any] = {}
+    facts: dict[str, object] = {}  # what the examples said of the task
+    schedule: dict[str, object] = {}
     warmed_rows: Count | None = None  # after which the warm-up had ended, or will
     rng: str = ""
     # of the moment
     step: Count
     tokens_seen: Count = 0
     skipped_rows: Count = 0
-    stream: dict[str, Any] = {}  # of ``StreamState``, or of ``ExampleState``
-    metrics: dict[str, Any] = {}
-    engine: dict[str, Any] = {}
+    stream: dict[str, object] = {}  # of ``StreamState``, or of ``ExampleState``
+    metrics: dict[str, object] = {}
+    engine: dict[str, object] = {}
     tied: dict[str, str] = {}
     best: Best | None = None
 

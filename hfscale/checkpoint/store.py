@@ -15,7 +15,7 @@ import struct
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import Protocol, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,7 +69,7 @@ def pack(
     ``tensors`` are their numbers in this order, whole or in pieces; each may be made when its turn
     comes.
     """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
+    header: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     offset = 0
     for name, (dtype, shape) in entries.items():
         stop = offset + torch.Size(shape).numel() * dtype.itemsize
@@ -88,6 +88,24 @@ def pack(
             yield raw[start : start + CHUNK]
 
 
+class Part(Protocol):
+    """A tensor in a file; numbers are read where they are asked for."""
+
+    def get_shape(self) -> list[int]: ...
+    def __getitem__(self, part: slice) -> Tensor: ...
+
+
+class TensorFile(Protocol):
+    """A safetensors file that is open (a context, as ``safe_open``, which has no types)."""
+
+    def keys(self) -> list[str]: ...
+    def metadata(self) -> dict[str, str] | None: ...
+    def get_slice(self, name: str) -> Part: ...
+    def get_tensor(self, name: str) -> Tensor: ...
+    def __enter__(self) -> TensorFile: ...
+    def __exit__(self, *error: object) -> None: ...
+
+
 class FragmentReader:
     """Tensors of a checkpoint by name and range, put together from whichever files hold them.
     Verify the checkpoint first.
@@ -99,7 +117,7 @@ class FragmentReader:
         self._files = ExitStack()
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._ranges: dict[
-            tuple[str, str], list[tuple[int, int, Any, str]]
+            tuple[str, str], list[tuple[int, int, TensorFile, str]]
         ] = {}  # (name, kind) -> (start, stop, file, key)
         for path in sorted((checkpoint / layout.ENGINE).glob("rank-*.safetensors")):
             file = self._files.enter_context(_fragments_in(path))
@@ -158,7 +176,7 @@ class FragmentReader:
         self._files.close()
 
 
-def tensors_in(path: Path) -> Any:
+def tensors_in(path: Path) -> TensorFile:
     """Return a safetensors file, opened (a context, as ``safe_open``), if it is a regular file: a
     pipe would never answer.
 
@@ -166,17 +184,17 @@ def tensors_in(path: Path) -> Any:
         OSError, SafetensorError: if it cannot be opened, or its header does not fit it.
     """
     open_file(path).close()
-    return safe_open(path, framework="pt")
+    return cast(TensorFile, safe_open(path, framework="pt"))
 
 
-def _fragments_in(path: Path) -> Any:
+def _fragments_in(path: Path) -> TensorFile:
     try:
         return tensors_in(path)
     except (OSError, SafetensorError) as error:
         raise _damaged(path, str(error).splitlines()[0]) from None
 
 
-def _shapes(file: Any, path: Path) -> dict[str, tuple[int, ...]]:
+def _shapes(file: TensorFile, path: Path) -> dict[str, tuple[int, ...]]:
     """Return the shapes of the whole tensors of which ``file`` has parts."""
     try:
         return parse(dict[str, tuple[Count, ...]], (file.metadata() or {}).get("shapes", ""))

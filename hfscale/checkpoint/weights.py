@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any, Protocol
+from typing import Annotated, Protocol
 
 import torch
 from pydantic import Field
@@ -19,7 +19,7 @@ from hfscale.checkpoint import layout
 from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.state import Adapters
-from hfscale.checkpoint.store import FragmentReader, tensors_in
+from hfscale.checkpoint.store import FragmentReader, TensorFile, tensors_in
 from hfscale.dist.agree import from_all_ranks
 from hfscale.dist.group import everybody
 from hfscale.errors import CheckpointError
@@ -201,7 +201,14 @@ class MergedWeights(WeightsReader):
         self.saved, self.folder = saved, adapters.folder
         self.scale, self.targets = adapters.scale, adapters.targets
         self.base = open_weights(self.folder, check=check)
-        self.match = Match(**adapters.match.as_dict())
+        saved_match = adapters.match
+        self.match = Match(
+            saved_match.sources,
+            missing=saved_match.missing,
+            unexpected=saved_match.unexpected,
+            grown=saved_match.grown,
+            rows=saved_match.rows,
+        )
         trained = [name for name in saved.names() if not is_adapter(name)]
         self.own = {without_adapter(name): name for name in trained if saved.home(name) == name}
         self.plain = {without_adapter(name): name for name in [*self.match.sources, *trained]}
@@ -279,7 +286,9 @@ class FolderWeights(WeightsReader):
                     "(.bin) are not opened",
                 )
             opened = {name: tensors_in(folder / name) for name in sorted(set(where.values()))}
-            self._tensors: dict[str, Any] = {tensor: opened[file] for tensor, file in where.items()}
+            self._tensors: dict[str, TensorFile] = {
+                tensor: opened[file] for tensor, file in where.items()
+            }
             for name in where:
                 self.shape(name)
         except (OSError, ValueError, KeyError, SafetensorError) as error:
@@ -299,10 +308,9 @@ class FolderWeights(WeightsReader):
     def read_slice(self, name: str, *, start: int, numel: int) -> Tensor:
         shape = self.shape(name)
         if not shape:
-            whole: Tensor = self._tensors[name].get_tensor(name)
-            return whole.view(-1)[start : start + numel]
+            return self._tensors[name].get_tensor(name).view(-1)[start : start + numel]
         # safetensors slices by rows: read those that cover the range
         row = torch.Size(shape[1:]).numel()
         first, last = start // row, -(-(start + numel) // row)
-        rows: Tensor = self._tensors[name].get_slice(name)[first:last]
+        rows = self._tensors[name].get_slice(name)[first:last]
         return rows.reshape(-1)[start - first * row :][:numel]

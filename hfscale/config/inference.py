@@ -4,7 +4,7 @@ lm-evaluation-harness.
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal, Union
+from typing import ClassVar, Literal, Union
 
 from hfscale.config.finetune import Examples
 from hfscale.config.schema import Cluster, Data, Named, Tokenizer
@@ -21,7 +21,9 @@ class Inference(Section):
     offload: Literal["none", "parameters"] = (
         "none"  # stage 3: the shares lie in the memory of the host
     )
-    extra: dict[str, Any] = {}  # stage 3: merged last into DeepSpeed's config, as ``Engine.extra``
+    extra: dict[
+        str, object
+    ] = {}  # stage 3: merged last into DeepSpeed's config, as ``Engine.extra``
 
 
 class Predict(Section):

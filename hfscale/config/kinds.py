@@ -6,7 +6,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from hfscale.config import permission, rules
 from hfscale.config.finetune import FinetuneConfig
@@ -24,7 +23,7 @@ KINDS: tuple[type[Section], ...] = (
 )
 
 
-def kind_of(values: Mapping[str, Any]) -> type[Section]:
+def kind_of(values: Mapping[str, object]) -> type[Section]:
     """Return what a config with these sections is; a ``RunConfig``, where none of them says."""
     return next((kind for kind in KINDS if kind.marker in values), RunConfig)
 

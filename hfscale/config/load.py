@@ -5,10 +5,10 @@ that knows where each value came from.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Generic, TypeVar, get_args, overload
+from typing import Generic, TypeVar, get_args, overload
 
 import yaml
 from pydantic import BaseModel, ValidationError
@@ -20,27 +20,33 @@ from hfscale.config.tree import COMMAND_LINE, Tree, read_tree, with_overrides
 from hfscale.errors import PASSWORD, ConfigError, counted, nearest, shown
 
 DEFAULT = "default"
+MISSING = object()  # None is a value
 S = TypeVar("S", bound=Section)
+C = TypeVar("C", bound=Section, covariant=True)
 
 
 @dataclass(frozen=True)
-class Loaded(Generic[S]):
+class Loaded(Generic[C]):
     """A valid config; ``sources`` gives file:line or the command line for every key that somebody
     wrote.
     """
 
-    config: S
+    config: C
     sources: dict[str, str]
 
     def source(self, key: str, default: str = DEFAULT) -> str:
         """Return where the value of ``key`` came from, ``default`` if nobody wrote it; one inside a
         list or mapping came with it.
         """
-        while key:
-            if key in self.sources:
-                return self.sources[key]
-            key = key.rpartition(".")[0] if key.rpartition(".")[2].isdigit() else ""
-        return default
+        return _source(self.sources, key, default)
+
+
+def _source(sources: Mapping[str, str], key: str, default: str) -> str:
+    while key:
+        if key in sources:
+            return sources[key]
+        key = key.rpartition(".")[0] if key.rpartition(".")[2].isdigit() else ""
+    return default
 
 
 # ------------------------------------------------------------------------------------------- public
@@ -56,9 +62,9 @@ def load_config(
     path: Path | str,
     overrides: Sequence[str] = (),
     *,
-    schema: type[Any] | None = None,
+    schema: type[Section] | None = None,
     decided: bool = False,
-) -> Loaded[Any]:
+) -> Loaded[Section]:
     """Return the valid, frozen config of ``path`` with ``overrides`` (``key=value``, values in
     YAML) on top.
 
@@ -73,25 +79,25 @@ def load_config(
     return _validated(read_tree(path, overrides), path, schema, decided=decided)
 
 
-def load_values(values: dict[str, Any], overrides: Sequence[str], *, schema: type[S]) -> S:
+def load_values(values: Mapping[str, object], overrides: Sequence[str], *, schema: type[S]) -> S:
     """Return the config of ``values``, which no file says, with ``overrides`` on top.
 
     Raises:
         ConfigError: as ``load_config``.
     """
-    tree = with_overrides(Tree(values), overrides)
-    loaded: Loaded[S] = _validated(tree, COMMAND_LINE, schema, decided=True)
-    return loaded.config
+    tree = with_overrides(Tree(dict(values)), overrides)
+    config = _validated(tree, COMMAND_LINE, schema, decided=True).config
+    assert isinstance(config, schema)
+    return config
 
 
 def _validated(
-    tree: Tree, path: Path | str, schema: type[Any] | None, *, decided: bool = False
-) -> Loaded[Any]:
+    tree: Tree, path: Path | str, schema: type[Section] | None, *, decided: bool = False
+) -> Loaded[Section]:
     schema = schema or kinds.kind_of(tree.values)
     for key, value in flatten(tree.values):
         if isinstance(value, str) and PASSWORD.search(value):
-            loaded: Loaded[Any] = Loaded(None, tree.sources)
-            where = loaded.source(key, default=str(path))
+            where = _source(tree.sources, key, str(path))
             raise ConfigError(
                 "a password stands in a URL: it would go into config.yaml and the logs",
                 where=f"{where}: {key}",  # without the value
@@ -127,7 +133,7 @@ def to_yaml(config: Section) -> str:
     )
 
 
-def json_schema(schema: type[Section] = RunConfig) -> dict[str, Any]:
+def json_schema(schema: type[Section] = RunConfig) -> dict[str, object]:
     """Return a JSON schema for editors. Nothing is required at the top, because a file may extend
     others.
     """
@@ -141,7 +147,7 @@ def json_schema(schema: type[Section] = RunConfig) -> dict[str, Any]:
     return described
 
 
-def flatten(values: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def flatten(values: object, prefix: str = "") -> Iterator[tuple[str, object]]:
     """Yield ``(dotted key, value)`` for every leaf; an empty mapping or list is a leaf."""
     if values and isinstance(values, dict | list):
         for key, value in values.items() if isinstance(values, dict) else enumerate(values):
@@ -161,11 +167,13 @@ class _Dumper(yaml.SafeDumper):
             "tag:yaml.org,2002:str", data, style="'" if re.match(r"[-+.\d]", data) else None
         )
 
-    own: ClassVar[Any] = {str: represent_str}
-    yaml_representers = yaml.SafeDumper.yaml_representers | own
+    yaml_representers = {
+        **yaml.SafeDumper.yaml_representers,
+        str: represent_str,  # type: ignore[dict-item]  # of this class alone
+    }
 
 
-def _unprintable(key: str, value: Any) -> str:
+def _unprintable(key: str, value: object) -> str:
     """Return what is wrong with a key and its value as text, "" if nothing is: no system takes NUL
     or half a character.
     """
@@ -190,15 +198,13 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
     """
     by_key: dict[str, list[str]] = {}
     for item in error.errors(include_url=False):
-        here: Any = tree.values
+        here: object = tree.values
         parts: list[str] = []
         # the location goes on with names of union branches, which are not keys
         for part in item["loc"]:
-            is_key = (isinstance(here, dict) and part in here) or (
-                isinstance(here, list) and isinstance(part, int) and part < len(here)
-            )
-            if is_key:
-                here = here[part]
+            inner = _within(here, part)
+            if inner is not MISSING:
+                here = inner
                 parts.append(str(part))
             elif item["type"] == "missing":
                 parts.append(str(part))
@@ -215,10 +221,19 @@ def _problems(error: ValidationError, tree: Tree, schema: type[Section]) -> list
     return [(key, "; or ".join(dict.fromkeys(messages))) for key, messages in by_key.items()]
 
 
+def _within(values: object, part: int | str) -> object:
+    """Return what is under a key or a number, or MISSING."""
+    if isinstance(values, dict):
+        return values.get(part, MISSING)
+    if isinstance(values, list) and isinstance(part, int) and part < len(values):
+        return values[part]
+    return MISSING
+
+
 def _fields(schema: type[BaseModel]) -> dict[str, type[BaseModel] | None]:
     """Return the keys of a section, with the section below a key or None."""
 
-    def below(annotation: Any) -> type[BaseModel] | None:
+    def below(annotation: object) -> type[BaseModel] | None:
         if isinstance(annotation, type) and issubclass(annotation, BaseModel):
             return annotation
         return next((section for part in get_args(annotation) if (section := below(part))), None)
@@ -256,8 +271,7 @@ def _written(key: str, tree: Tree, path: Path | str) -> str:
     file has one.
     """
     below = {source for known, source in tree.sources.items() if known.startswith(f"{key}.")}
-    loaded: Loaded[Any] = Loaded(None, tree.sources)
-    return loaded.source(key, COMMAND_LINE if below == {COMMAND_LINE} else str(path))
+    return _source(tree.sources, key, COMMAND_LINE if below == {COMMAND_LINE} else str(path))
 
 
 def _report(path: Path | str, tree: Tree, problems: list[tuple[str, str]]) -> ConfigError:

@@ -12,7 +12,6 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hfscale.config.schema import Data, TrainConfig
 from hfscale.records import Damaged, Record, parse, read_file
@@ -71,14 +70,14 @@ class Note(Record):
     allowed: dict[str, list[str]]
 
 
-def note_of(run_dir: Path, config: TrainConfig) -> tuple[Path, dict[str, Any]]:
+def note_of(run_dir: Path, config: TrainConfig) -> tuple[Path, Note]:
     """Return where this user's permissions for a run are noted, and what is noted for this
     config.
     """
     home = Path(os.environ.get("XDG_STATE_HOME") or "~/.local/state").expanduser()
     name = hashlib.sha256(os.path.realpath(run_dir).encode()).hexdigest()[:32]
     what = {key: _brings(config, key) for key in sorted(asked(config))}
-    return home / "hfscale" / "allowed" / f"{name}.json", {"run": str(run_dir), "allowed": what}
+    return home / "hfscale" / "allowed" / f"{name}.json", Note(run=str(run_dir), allowed=what)
 
 
 def _brings(config: TrainConfig, key: str) -> list[str]:
@@ -97,7 +96,7 @@ def _noted(home: Path, config: TrainConfig) -> set[str]:
         then = parse(Note, read_file(file, most=1 << 20)).allowed
     except (OSError, Damaged):
         return set()
-    return {key for key, what in now["allowed"].items() if then.get(key) == what}
+    return {key for key, what in now.allowed.items() if then.get(key) == what}
 
 
 def granted(key: str) -> bool:

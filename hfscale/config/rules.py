@@ -8,9 +8,9 @@ both are checked before a run starts.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 from hfscale.config.finetune import Examples
 from hfscale.config.schema import Data, Model, Train, TrainConfig
@@ -55,7 +55,7 @@ def problems(config: TrainConfig) -> list[Problem]:
     return wrong
 
 
-def unsafe(extra: dict[str, Any]) -> list[Problem]:
+def unsafe(extra: dict[str, object]) -> list[Problem]:
     """Return what is wrong with each key of ``engine.extra`` that is in ``UNSAFE``."""
     known = [(key, why) for key, why in UNSAFE.items() if key in extra]
     return [(f"engine.extra.{key}", f"{why}; take it out") for key, why in known]
@@ -325,8 +325,8 @@ class Difference:
     """One key whose value is not the one that the run directory was made with."""
 
     key: str
-    old: Any
-    new: Any
+    old: object
+    new: object
 
     def __str__(self) -> str:
         return f"{self.key}: {self.old!r} -> {self.new!r}"
@@ -345,7 +345,9 @@ def resume_differences(
     return by_kind["refused"], by_kind["noticed"]
 
 
-def differences(old: Section | dict[str, Any], new: Section | dict[str, Any]) -> list[Difference]:
+def differences(
+    old: Section | Mapping[str, object], new: Section | Mapping[str, object]
+) -> list[Difference]:
     """Return every key whose value differs, in the order of the schema (of the mapping)."""
     before, after = (
         one.model_dump(mode="json", by_alias=True) if isinstance(one, Section) else one
@@ -354,7 +356,7 @@ def differences(old: Section | dict[str, Any], new: Section | dict[str, Any]) ->
     return list(_differences(before, after, ""))
 
 
-def _differences(old: Any, new: Any, key: str) -> Iterator[Difference]:
+def _differences(old: object, new: object, key: str) -> Iterator[Difference]:
     if isinstance(old, dict) and isinstance(new, dict):
         for name in dict.fromkeys([*old, *new]):
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}" if key else name)

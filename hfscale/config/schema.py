@@ -112,7 +112,7 @@ class Data(Section):
     allow_pipe: bool = False
 
     @property
-    def remote(self) -> dict[str, Any]:
+    def remote(self) -> dict[str, object]:
         """How shards of a URL are fetched, as keywords of ``open_manifest``."""
         return {**self.cache.model_dump(), "allow_pipe": self.allow_pipe}
 
@@ -134,7 +134,7 @@ class Model(Section):
     """A transformers architecture by name with its config, or pretrained weights to start from."""
 
     architecture: str | None = None
-    config: dict[str, Any] = {}
+    config: dict[str, object] = {}
     pretrained: PathOrHubName | None = None
     # auto: sdpa where the architecture has it, else eager
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = "auto"
@@ -149,7 +149,7 @@ class Named(Section):
     """A plug-in by name, with the options that the plug-in itself declares."""
 
     name: str
-    options: dict[str, Any] = {}
+    options: dict[str, object] = {}
 
 
 class Optim(Section):
@@ -205,7 +205,7 @@ class Engine(Section):
     )
     activation_checkpointing: bool = False
     compile: bool = False
-    extra: dict[str, Any] = {}
+    extra: dict[str, object] = {}
 
 
 class Best(Section):
@@ -293,8 +293,10 @@ class Cluster(Section):
     )
     allow_local_disk: bool = False  # a run directory on a disk that only this machine sees
     scripts: str | None = None  # the folder that holds your own slurm/: `hfscale configs copy`
-    sbatch: dict[str, Any] = {}  # any other option by its long name; true for one without a value
-    submitit: dict[str, Any] = {}
+    sbatch: dict[
+        str, object
+    ] = {}  # any other option by its long name; true for one without a value
+    submitit: dict[str, object] = {}
 
 
 class TrainConfig(Section):

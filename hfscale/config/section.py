@@ -7,9 +7,16 @@ from __future__ import annotations
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, ClassVar
+from typing import Annotated, ClassVar
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidatorFunctionWrapHandler,
+    field_validator,
+)
 
 from hfscale.records import is_name
 
@@ -66,7 +73,7 @@ Table = Annotated[str, Field(min_length=1), AfterValidator(_absolute_unless_hub_
 HeldOut = Annotated[float, Field(gt=0, lt=1, strict=True)]
 
 
-def _mistaken(written: Any, made: Any) -> str | None:
+def _mistaken(written: object, made: object) -> str | None:
     """Return what should have been written, where a truth value was taken for something else or the
     other way round.
     """
@@ -74,7 +81,7 @@ def _mistaken(written: Any, made: Any) -> str | None:
         return "true or false"
     if isinstance(written, bool) and not isinstance(made, bool):
         return "something else than true or false"
-    pairs: list[tuple[Any, Any]] = []
+    pairs: list[tuple[object, object]] = []
     if isinstance(written, dict) and isinstance(made, dict):
         pairs = [(written[key], made[key]) for key in written.keys() & made.keys()]
     elif isinstance(written, list | tuple) and isinstance(made, list | tuple):
@@ -97,7 +104,7 @@ class Section(BaseModel):
 
     @field_validator("*", mode="wrap")
     @classmethod
-    def _true_is_no_number(cls, value: Any, handler: Any) -> Any:
+    def _true_is_no_number(cls, value: object, handler: ValidatorFunctionWrapHandler) -> object:
         """``train.steps: true`` is not one step, and ``compile: 1`` or ``"no"`` is neither true nor
         false.
         """

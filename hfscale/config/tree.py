@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -39,7 +38,7 @@ _WORDS = {"": None, "~": None} | {
 class Tree:
     """Nested values as written, not yet checked, and the source of every key."""
 
-    values: dict[str, Any] = field(default_factory=dict)
+    values: dict[str, object] = field(default_factory=dict)
     sources: dict[str, str] = field(default_factory=dict)
 
     def merge(self, other: Tree) -> None:
@@ -79,7 +78,9 @@ class Tree:
         self._merge(self.values, other.values, "")
         self.sources.update(other.sources)
 
-    def _merge(self, below: Any, above: Any, prefix: str) -> None:
+    def _merge(
+        self, below: dict[str, object] | list[object], above: dict[str, object], prefix: str
+    ) -> None:
         for kind, belonging in (("architecture", "config"), ("name", "options")):
             if (
                 isinstance(below, dict)
@@ -89,22 +90,24 @@ class Tree:
                 below[belonging] = None
         for key, value in above.items():
             name = f"{prefix}{key}"
-            if isinstance(below, list):  # only an override can say `sources.0.shards`
-                if not (key.isdigit() and int(key) < len(below)):
-                    raise ConfigError(
-                        f"{prefix.rstrip('.')} is a list of {len(below)}",
-                        where=COMMAND_LINE,
-                        value=name,
-                        remedy=f"count from 0 to {len(below) - 1}, or give the whole list",
-                    )
-                key = int(key)
-            old = below[key] if isinstance(below, list) else below.get(key)
+            # only an override can say `sources.0.shards`
+            if isinstance(below, list) and not (key.isdigit() and int(key) < len(below)):
+                raise ConfigError(
+                    f"{prefix.rstrip('.')} is a list of {len(below)}",
+                    where=COMMAND_LINE,
+                    value=name,
+                    remedy=f"count from 0 to {len(below) - 1}, or give the whole list",
+                )
+            old = below[int(key)] if isinstance(below, list) else below.get(key)
             if isinstance(value, dict) and (
                 isinstance(old, dict) or (isinstance(old, list) and all(k.isdigit() for k in value))
             ):
                 self._merge(old, value, f"{name}.")
             else:
-                below[key] = value
+                if isinstance(below, list):
+                    below[int(key)] = value
+                else:
+                    below[key] = value
                 self.sources = {
                     known: source
                     for known, source in self.sources.items()
@@ -203,7 +206,7 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
                 "a config is a mapping of sections, and this file is not one",
                 where=f"{label}:1",  # without what it says: that may be a secret
             )
-        own.values = _plain(node, "", label, own.sources)
+        own.values = _mapping(node, "", label, own.sources)
     bases = own.values.pop("extends", None) or []
     where = own.sources.pop("extends", label)
     bases = [bases] if isinstance(bases, str) else bases
@@ -226,22 +229,29 @@ def _read(path: Path, *, chain: tuple[Path, ...]) -> Tree:
     return tree
 
 
-def _plain(node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> Any:
+def _mapping(
+    node: yaml.MappingNode, prefix: str, file: str, sources: dict[str, str]
+) -> dict[str, object]:
+    """Return the values of a mapping, as ``_plain`` does."""
+    values: dict[str, object] = {}
+    for key_node, value_node in node.value:
+        key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
+        if key in values:
+            raise ConfigError(
+                f"{prefix}{key} is written twice",
+                where=where,
+                value=key,
+                remedy="keep one of them",
+            )
+        sources[f"{prefix}{key}"] = where
+        values[key] = _plain(value_node, f"{prefix}{key}.", file, sources)
+    return values
+
+
+def _plain(node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> object:
     """Return the plain value of a YAML node, and note the line of every key in ``sources``."""
     if isinstance(node, yaml.MappingNode):
-        values: dict[str, Any] = {}
-        for key_node, value_node in node.value:
-            key, where = str(key_node.value), f"{file}:{key_node.start_mark.line + 1}"
-            if key in values:
-                raise ConfigError(
-                    f"{prefix}{key} is written twice",
-                    where=where,
-                    value=key,
-                    remedy="keep one of them",
-                )
-            sources[f"{prefix}{key}"] = where
-            values[key] = _plain(value_node, f"{prefix}{key}.", file, sources)
-        return values
+        return _mapping(node, prefix, file, sources)
     if isinstance(node, yaml.SequenceNode):
         return [_plain(item, f"{prefix}{i}.", file, sources) for i, item in enumerate(node.value)]
     if not node.tag.startswith("tag:yaml.org,"):
@@ -254,7 +264,7 @@ def _plain(node: yaml.Node, prefix: str, file: str, sources: dict[str, str]) -> 
     return node.value if quoted else _scalar(node.value)
 
 
-def _scalar(text: str) -> Any:
+def _scalar(text: str) -> str | int | float | None:
     """Return what an unquoted text stands for in YAML 1.2; PyYAML itself is 1.1, with `no`,
     sexagesimal numbers and a text `3e-4`.
     """
@@ -281,12 +291,13 @@ def _parse_override(text: str) -> Tree:
     plain = value.strip()
     if not plain.startswith(("[", "{", '"', "'")) or plain in ("[", "{"):
         # one value: YAML's signs have no use in it; `|`, `-`, `#` mean themselves
-        parsed: Any = _scalar(plain)
+        parsed: object = _scalar(plain)
     else:
         node = _compose(value, where=f"{COMMAND_LINE}, {key}")
         parsed = None if node is None else _plain(node, f"{key}.", COMMAND_LINE, tree.sources)
     tree.sources = dict.fromkeys([*tree.sources, key], COMMAND_LINE)
-    for part in reversed(key.split(".")):
+    section, *inner = key.split(".")
+    for part in reversed(inner):
         parsed = {part: parsed}
-    tree.values = parsed
+    tree.values = {section: parsed}
     return tree

@@ -19,7 +19,6 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -122,7 +121,7 @@ class _Build:
         there finished.
         """
         shards = self._config.shards
-        plan: dict[str, Any] = {
+        plan: dict[str, object] = {
             "version": manifests.VERSION,
             "source": self.corpus.describe(),
             "split": self._config.split.model_dump(),
@@ -162,7 +161,7 @@ class _Build:
                     tokenizer=self._info,
                     shards=tuple(ledger.shards[side]),
                     folder=folders[side],
-                    source={**self._source, "seen": counts.record(), "side": side},
+                    source={**self._source, "seen": counts.record().as_dict(), "side": side},
                 )
                 for side in self._sides
             }
@@ -246,7 +245,8 @@ class _Build:
                             yield document, ids
                         seen.add(document.digest)
             for part in parts:
-                counts.add(part.source["seen"])
+                if part.seen:
+                    counts.add(part.seen)
 
         return feed
 
@@ -273,7 +273,7 @@ class _Side:
         side: Side,
         folder: Path,
         shards: ShardBuild,
-        dtype: np.dtype[Any],
+        dtype: np.dtype[np.generic],
         chunk_tokens: int,
         shard_chunks: int,
         ledger: Ledger,

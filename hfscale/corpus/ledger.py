@@ -13,12 +13,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from hfscale.config.rules import differences
 from hfscale.corpus.split import Side
 from hfscale.errors import DataError
 from hfscale.records import STRICT, Count, Damaged, Record, parse
+from hfscale.shards.counts import Seen
 from hfscale.shards.files import cannot_write, clear_unfinished, locked, sync
 from hfscale.shards.manifest import ShardEntry
 
@@ -44,7 +45,7 @@ class Mark:
 class _Begun(Record):
     """The first line: what is built."""
 
-    plan: dict[str, Any] | None
+    plan: dict[str, object] | None
 
 
 class _Line(Record):
@@ -57,7 +58,7 @@ class _Line(Record):
 
 @contextmanager
 def open_ledger(
-    folder: Path, plan: Mapping[str, Any], *, finished: bool = False
+    folder: Path, plan: Mapping[str, object], *, finished: bool = False
 ) -> Iterator[Ledger]:
     """Yield the ledger of ``folder``, locked meanwhile; one that has no line at the end is taken
     away again.
@@ -95,7 +96,7 @@ class Ledger:
     """
 
     def __init__(
-        self, path: Path, file: IO[bytes], plan: dict[str, Any], *, finished: bool = False
+        self, path: Path, file: IO[bytes], plan: Mapping[str, object], *, finished: bool = False
     ) -> None:
         self._path, self._file = path, file
         self.shards: dict[Side, list[ShardEntry]] = {"train": [], "validation": []}
@@ -149,11 +150,11 @@ class Ledger:
         self.shards[side].append(shard)
         self._append({"side": side, "shard": asdict(shard), "mark": asdict(mark)})
 
-    def finish(self, seen: dict[str, Any]) -> None:
+    def finish(self, seen: Seen) -> None:
         """Return once it is on disk what was read and what was left out."""
-        self._append({"seen": seen})
+        self._append({"seen": seen.as_dict()})
 
-    def _append(self, line: dict[str, Any]) -> None:
+    def _append(self, line: dict[str, object]) -> None:
         try:
             self._file.write(json.dumps(line).encode() + b"\n")
             self._file.flush()

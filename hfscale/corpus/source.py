@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from hfscale.config.corpus import TextSource
 from hfscale.errors import DataError, nearest
@@ -92,7 +92,7 @@ class Corpus:
             missing=self.missing if number == 0 else [],
         )
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self) -> dict[str, object]:
         """Return what identifies this source, without the machine's paths: the same files elsewhere
         are the same source.
         """
@@ -258,7 +258,7 @@ def _between_characters(data: bytes, place: int) -> int:
 
 
 # -------------------------------------------------------------------------------- the text of a row
-def _text_of(row: Any, name: str, where: str) -> str:
+def _text_of(row: object, name: str, where: str) -> str:
     """Return the text in ``row`` under a dotted name; "" for null."""
     value = row
     for part in name.split("."):

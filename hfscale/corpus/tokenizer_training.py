@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, TypedDict
 
 from hfscale.config.corpus import CorpusConfig, TokenizerTraining
 from hfscale.corpus.source import Corpus, open_corpus
@@ -22,13 +22,15 @@ from hfscale.corpus.split import Side, assign, check_sides
 from hfscale.dist.stop import ended_by_ctrl_c
 from hfscale.errors import DataError
 from hfscale.log import progress_bar
-from hfscale.records import Damaged, Record, parse, read_file
-from hfscale.shards.counts import Counts
+from hfscale.records import Count, Damaged, Record, parse, read_file
+from hfscale.shards.counts import Counts, Seen
 from hfscale.shards.files import whole_folder
 from hfscale.tokenizer import save_files
 
 if TYPE_CHECKING:
-    from tokenizers import Tokenizer
+    from tokenizers import AddedToken, Tokenizer
+    from tokenizers.trainers import Trainer
+    from tqdm import tqdm
     from transformers import PreTrainedTokenizerFast
 
 REPORT_NAME = "training_report.json"
@@ -37,23 +39,45 @@ MEASURED_BYTES = 8 << 20  # of text for the report
 LONG_WORD = re.compile(r"\S{1000}")
 
 
+class Measured(TypedDict):
+    """A tokenizer on some text."""
+
+    vocab_size: int
+    bytes_per_token: float
+    unknown: float  # a share of the tokens
+    vocabulary_used: float  # a share of the ids
+
+
+class Report(Record):
+    """What was measured of a tokenizer, and what it was trained on."""
+
+    vocab_size: Count
+    bytes_per_token: float
+    unknown: float
+    vocabulary_used: float
+    measured_on: str
+    trained_on: Count  # documents, as the next ones
+    documents: Count
+    duplicates: Count = 0
+    undecodable: Count = 0
+    seen: Seen | None = None  # None: a report from before
+    already_trained: bool = False  # the tokenizer was there
+
+
 @dataclass
 class Recipe:
     """An untrained tokenizer, its trainer, and what transformers calls its special tokens."""
 
     tokenizer: Tokenizer
-    trainer: Any
+    trainer: Trainer
     names: dict[str, str]
     inputs: tuple[str, ...] = ("input_ids", "attention_mask")  # of the models that it is for
     by_line: bool = False  # train on lines, where a whole document as one "word" would be too long
 
 
-def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
+def train_tokenizer(config: CorpusConfig) -> Report:
     """Return the report of the tokenizer trained and saved in ``config.tokenizer.path``, or found
     there from the same training.
-
-    The report: ``vocab_size``, ``bytes_per_token`` and ``vocabulary_used`` (a fraction) on
-    ``measured_on`` text, and counts.
 
     Raises:
         DataError: if the folder holds something else, or the source no text.
@@ -72,9 +96,7 @@ def train_tokenizer(config: CorpusConfig) -> dict[str, Any]:
         return _train(config, corpus, plan, partial)
 
 
-def _train(
-    config: CorpusConfig, corpus: Corpus, plan: dict[str, Any], partial: Path
-) -> dict[str, Any]:
+def _train(config: CorpusConfig, corpus: Corpus, plan: dict[str, object], partial: Path) -> Report:
     """Return the report of the tokenizer that is now in ``partial``."""
     from transformers import PreTrainedTokenizerFast  # slow to import
 
@@ -93,17 +115,17 @@ def _train(
         **recipe.names,
     )
     held_out = reading.samples["validation"]
-    report = {
+    report = Report(
         **measure(tokenizer, held_out or reading.samples["train"]),
-        "measured_on": "held-out text" if held_out else "training text (nothing was held out)",
-        "trained_on": reading.trained,
-        "documents": reading.counts.documents,
-        "duplicates": reading.counts.duplicates,
-        "undecodable": reading.counts.undecodable,
-        "seen": reading.counts.record(),
-    }
+        measured_on="held-out text" if held_out else "training text (nothing was held out)",
+        trained_on=reading.trained,
+        documents=reading.counts.documents,
+        duplicates=reading.counts.duplicates,
+        undecodable=reading.counts.undecodable,
+        seen=reading.counts.record(),
+    )
     save_files(tokenizer, partial)
-    text = json.dumps({"plan": plan, "report": report}, indent=1, ensure_ascii=False)
+    text = json.dumps({"plan": plan, "report": report.as_dict()}, indent=1, ensure_ascii=False)
     (partial / REPORT_NAME).write_text(text + "\n", "utf-8")
     return report
 
@@ -111,8 +133,8 @@ def _train(
 class _Kept(Record):
     """What lies beside a trained tokenizer: what was asked for, and the report."""
 
-    plan: dict[str, Any]
-    report: dict[str, Any]
+    plan: dict[str, object]
+    report: Report
 
 
 class _Reading:
@@ -126,7 +148,7 @@ class _Reading:
         self._room = dict.fromkeys(self.samples, MEASURED_BYTES)
 
     def training_texts(
-        self, documents: Iterable[str], bar: Any, *, at: Callable[[], str]
+        self, documents: Iterable[str], bar: tqdm, *, at: Callable[[], str]
     ) -> Iterator[str]:
         """Yield the texts of the train side, long words broken."""
         for document in assign(documents, self._config.split, self.counts, at=at):
@@ -142,10 +164,8 @@ class _Reading:
                 yield LONG_WORD.sub(r"\g<0>\n", document.text)
 
 
-def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> dict[str, Any]:
-    """Return ``vocab_size``, ``bytes_per_token``, ``unknown`` (a share of the tokens) and
-    ``vocabulary_used`` (of the ids) of ``texts``.
-    """
+def measure(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> Measured:
+    """Return what the tokenizer makes of ``texts``."""
     used: set[int] = set()
     tokens = unknown = 0
     backend = tokenizer.backend_tokenizer
@@ -176,7 +196,9 @@ def _bpe(training: TokenizerTraining) -> Recipe:
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
     end = "<|endoftext|>"
     trainer = trainers.BpeTrainer(
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), **_common(training, [end])
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=training.min_frequency,
+        **_common(training, [end]),
     )
     return Recipe(tokenizer, trainer, {"bos_token": end, "eos_token": end, "pad_token": end})
 
@@ -212,7 +234,9 @@ def _wordpiece(training: TokenizerTraining) -> Recipe:
         )
     )
     trainer = trainers.WordPieceTrainer(
-        continuing_subword_prefix="##", **_common(training, [*names.values()])
+        continuing_subword_prefix="##",
+        min_frequency=training.min_frequency,
+        **_common(training, [*names.values()]),
     )
     return Recipe(
         tokenizer, trainer, names, inputs=("input_ids", "token_type_ids", "attention_mask")
@@ -239,28 +263,35 @@ def _unigram(training: TokenizerTraining) -> Recipe:
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
     )
     common = _common(training, [*names.values()])
-    del common["min_frequency"]  # this trainer prunes by likelihood instead
-    # lines hold no line's end to learn from
+    # lines hold no line's end to learn from; without min_frequency: it prunes by likelihood instead
     trainer = trainers.UnigramTrainer(unk_token="<unk>", initial_alphabet=["\n", "\t"], **common)
     return Recipe(tokenizer, trainer, names, by_line=True)
 
 
-def _common(training: TokenizerTraining, special: list[str]) -> dict[str, Any]:
+class _Common(TypedDict):
+    """What all trainers are told."""
+
+    vocab_size: int
+    special_tokens: list[str | AddedToken]
+    show_progress: bool
+
+
+def _common(training: TokenizerTraining, special: list[str]) -> _Common:
     extra = [token for token in training.special_tokens if token not in special]
     return {
         "vocab_size": training.vocab_size,
-        "min_frequency": training.min_frequency,
-        "special_tokens": special + extra,
+        "special_tokens": [*special, *extra],
         "show_progress": sys.stderr.isatty(),
     }
 
 
-def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
+def _report_of(folder: Path, plan: dict[str, object]) -> Report:
     """Return the report in ``folder`` if it is of the same training."""
-    there: dict[str, Any] = {}
+    there: _Kept | None = None
     with suppress(OSError, Damaged):
-        there = parse(_Kept, read_file(folder / REPORT_NAME)).as_dict()
-    if differing := [key for key in plan if there.get("plan", {}).get(key) != plan[key]]:
+        there = parse(_Kept, read_file(folder / REPORT_NAME))
+    differing = [key for key in plan if there is None or there.plan.get(key) != plan[key]]
+    if there is None or differing:
         raise DataError(
             f"there is something else already ({', '.join(differing)} differ)"
             if there
@@ -269,7 +300,7 @@ def _report_of(folder: Path, plan: dict[str, Any]) -> dict[str, Any]:
             value=str(folder),
             remedy="choose another tokenizer.path, or remove the folder if it is not needed",
         )
-    return {**there["report"], "already_trained": True}
+    return there.report.model_copy(update={"already_trained": True})
 
 
 RECIPES = {"bpe": _bpe, "wordpiece": _wordpiece, "unigram": _unigram}

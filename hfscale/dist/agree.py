@@ -9,7 +9,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -18,6 +18,8 @@ from hfscale.dist.group import everybody, host_group
 from hfscale.dist.rendezvous import exchange
 from hfscale.dist.world import Place
 from hfscale.errors import DataError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def numbers_of_ranks(values: torch.Tensor) -> torch.Tensor:
     return torch.stack(parts)
 
 
-def from_all_ranks(value: Any) -> list[Any]:
+def from_all_ranks(value: T) -> list[T]:
     """Return every rank's ``value``, on every rank, as JSON has it: keys are texts, a tuple is a
     list. No pickle is opened.
     """
@@ -92,7 +94,7 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
     Raises:
         DataError: on every rank, if one has other files than rank 0.
     """
-    everyone = from_all_ranks([socket.gethostname(), dict(digests)])
+    everyone = from_all_ranks((socket.gethostname(), dict(digests)))
     for rank, (host, theirs) in enumerate(everyone):
         for key, digest in everyone[0][1].items():
             if theirs[key] != digest:
@@ -105,7 +107,7 @@ def same_on_all_ranks(digests: Mapping[str, str]) -> None:
                 )
 
 
-def from_rank_0(value: Any) -> Any:
+def from_rank_0(value: T) -> T:
     """Return rank 0's ``value`` on every rank, as ``from_all_ranks`` has it."""
     return from_all_ranks(value)[0]
 

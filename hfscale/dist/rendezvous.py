@@ -22,7 +22,7 @@ import secrets
 import socket
 from dataclasses import replace
 from datetime import timedelta
-from typing import Any
+from typing import TypeVar
 
 import torch
 import torch.distributed as torch_dist
@@ -30,6 +30,8 @@ import torch.distributed as torch_dist
 from hfscale.dist.secret import SECRET
 from hfscale.dist.world import LISTEN_FD, World, listen
 from hfscale.errors import ConfigError
+
+T = TypeVar("T")
 
 
 def open_store(
@@ -65,7 +67,7 @@ def open_store(
     return store, replace(world, listen_fd=None)
 
 
-def exchange(value: Any, group: torch_dist.ProcessGroup | None) -> list[Any]:
+def exchange(value: T, group: torch_dist.ProcessGroup | None) -> list[T]:
     """Return every rank's ``value`` as JSON has it (a tuple is a list then), on every rank of a
     gloo ``group``.
     """

@@ -15,9 +15,12 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from itertools import count
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfscale.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 PORTS = range(12_000, 30_000)
 LISTEN_FD = "HFSCALE_LISTEN_FD"  # of rank 0: the socket that its launcher listens on for it
@@ -32,7 +35,7 @@ class Place:
 
     rank: int = 0  # counted from 0
     size: int = 1  # how many they are
-    group: Any = None  # torch's group of them; None: everybody
+    group: ProcessGroup | None = None  # torch's group of them; None: everybody
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ def free_port(port: int = 0) -> int:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
                 probe.bind(("", port or secrets.choice(PORTS)))
-                return probe.getsockname()[1]
+                return int(probe.getsockname()[1])
             except OSError:
                 if port:
                     raise

@@ -8,7 +8,7 @@ import shlex
 import warnings
 from copy import copy
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from safetensors.torch import save_file
 
@@ -23,6 +23,9 @@ from hfscale.models.adapters import (
 )
 from hfscale.run.model import RunModel
 from hfscale.tasks.base import Task
+
+if TYPE_CHECKING:
+    from peft import PeftModel
 
 
 def write_adapter(source: RunModel, folder: Path) -> None:
@@ -60,11 +63,12 @@ def write_adapter(source: RunModel, folder: Path) -> None:
     )
 
 
-def load_adapter(source: RunModel, folder: Path) -> Any:
+def load_adapter(source: RunModel, folder: Path) -> PeftModel:
     """Return the run's base with the adapter of ``folder``, as peft puts them together."""
     from peft import PeftModel
 
-    base: Any = copy(source.weights)
+    base = copy(source.weights)
+    assert isinstance(base, MergedWeights), "a run with adapters"
     base.targets = {}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft asks transformers by a name of old

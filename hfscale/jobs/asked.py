@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from hfscale.checkpoint import layout
 from hfscale.config.finetune import FinetuneConfig
@@ -60,7 +59,7 @@ def settle(
     Raises:
         UserError: if there is no such model, or nothing says the task or the data.
     """
-    values: dict[str, Any] = {
+    values: dict[str, dict[str, object]] = {
         "predict": {
             "model": model.address if model else "-",
             "name": model.name if model else "",
@@ -93,7 +92,7 @@ def settle(
     return load_values(values, sections, schema=PredictConfig)
 
 
-def _check_task(name: str | None, model: Model | None, *, answers: bool) -> None:
+def _check_task(name: object, model: Model | None, *, answers: bool) -> None:
     if name is None:
         raise ConfigError(
             "nothing says what this model is for",
@@ -101,7 +100,7 @@ def _check_task(name: str | None, model: Model | None, *, answers: bool) -> None
             value=model and model.name,
             remedy=f"name the task: {', '.join(TASKS)}",
         )
-    if answers and not task_class(name).scored:
+    if answers and not task_class(str(name)).scored:
         raise ConfigError(
             "this task only predicts: there are no answers to score",
             where="--task",
@@ -140,7 +139,7 @@ def key_of(config: PredictConfig, model: Model) -> dict[str, str]:
     }
 
 
-def _as_trained(values: dict[str, Any], model: RunModel, *, data: str | None) -> None:
+def _as_trained(values: dict[str, dict[str, object]], model: RunModel, *, data: str | None) -> None:
     """Complete ``values`` by what the run of ``model`` was trained for, and on."""
     tell_of_best(model)
     run, task = model.run, values["task"]
@@ -158,7 +157,7 @@ def _as_trained(values: dict[str, Any], model: RunModel, *, data: str | None) ->
     values["predict"]["split"] = "train" if data else held_out
 
 
-def _as_suggested(values: dict[str, Any], model: Model) -> None:
+def _as_suggested(values: dict[str, dict[str, object]], model: Model) -> None:
     """Complete ``values`` by what a folder says of its model: an export of ours its task, others
     their architecture.
     """

@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 import socket
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -22,7 +21,7 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 
 def record_ranks(
-    run_dir: Path, world: World, device: torch.device, *, described: dict[str, Any]
+    run_dir: Path, world: World, device: torch.device, *, described: dict[str, object]
 ) -> None:
     """Complete the newest attempt's entry. Collective. One that is complete is of an earlier start,
     so another entry is added.
@@ -32,7 +31,7 @@ def record_ranks(
     if world.all.rank:
         return
     attempts = (
-        load(file, list[dict[str, Any]], what="the record of attempts") if file.is_file() else []
+        load(file, list[dict[str, object]], what="the record of attempts") if file.is_file() else []
     )
     if not attempts or "ranks" in attempts[-1]:
         attempts.append({})

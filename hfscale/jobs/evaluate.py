@@ -14,25 +14,24 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from itertools import islice
 from math import isfinite
 from pathlib import Path
-from typing import Any
 
 from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.inference import PredictConfig
-from hfscale.config.load import flatten
 from hfscale.errors import DataError, counted
 from hfscale.jobs.asked import examples_of, key_of
+from hfscale.metrics.kept import Scores
 from hfscale.metrics.measure import Measure
 from hfscale.objectives.base import Setting, check_options
 from hfscale.run.examples import FEW
 from hfscale.run.model import Model, RunModel
 from hfscale.shards.files import write_atomically
 from hfscale.shards.tables import table_rows
-from hfscale.stream.examples import BadExample
+from hfscale.stream.examples import BadExample, Example
+from hfscale.tasks.base import Output
 from hfscale.tasks.table import task_class
 
 
@@ -52,9 +51,9 @@ def with_folder(config: PredictConfig, model: Model) -> PredictConfig:
     return config.model_copy(update={"predict": config.predict.model_copy(update={"out": out})})
 
 
-def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> dict[str, Any]:
-    """Return the scores of a file of predictions. Of the ``model``, if there is one, only what it
-    says of labels is read.
+def score(config: PredictConfig, predictions: Path, *, model: Model | None, name: str) -> Scores:
+    """Return the scores of a file of predictions, as those of ``name``. Of the ``model``, if there
+    is one, only what it says of labels is read.
 
     Raises:
         DataError: if a line is broken, or predictions and references are not of the same examples.
@@ -77,8 +76,8 @@ def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> d
     try:
         facts = facts or kind.facts(options, iter(usable))
         task = kind(options, Setting(seq_len=config.data.max_length, facts=facts))
-        said = described(task.measure(chosen, usable))
-        said["scores"] = _defined(task.score(chosen, usable))
+        scores = described(task.measure(chosen, usable), model=name)
+        exact = _defined(task.score(chosen, usable))
     except BadExample as error:
         raise DataError(
             str(error),
@@ -94,21 +93,23 @@ def score(config: PredictConfig, predictions: Path, *, model: Model | None) -> d
             value=repr(error),
             remedy=f"give what hfscale predict --task {config.task.name} writes",
         ) from error
-    return {
-        "task": config.task.name,
-        "options": config.task.options,
-        "left_out": len(references) - len(usable),
-        **said,
-    }
+    return scores.model_copy(
+        update={
+            "task": config.task.name,
+            "options": config.task.options,
+            "left_out": len(references) - len(usable),
+            "scores": exact,
+        }
+    )
 
 
-def _predictions(file: Path) -> dict[str, dict[str, Any]]:
+def _predictions(file: Path) -> dict[str, Output]:
     """Return the lines of a file of predictions by the id of their example.
 
     Raises:
         DataError: if a line has no prediction, or an id occurs twice.
     """
-    rows = dict[str, dict[str, Any]]()
+    rows = dict[str, Output]()
     for where, row in table_rows(file):
         name = str(row.get("id"))
         if name in rows or not {"prediction", "problem"} & row.keys():
@@ -122,9 +123,7 @@ def _predictions(file: Path) -> dict[str, dict[str, Any]]:
     return rows
 
 
-def _check_ids(
-    rows: Mapping[str, Any], references: Sequence[Mapping[str, Any]], *, where: Path
-) -> None:
+def _check_ids(rows: Mapping[str, Output], references: Sequence[Example], *, where: Path) -> None:
     """Return if each example has its prediction, and each prediction its example."""
     ids = [example["id"] for example in references]
     missing = [name for name in ids if name not in rows]
@@ -139,20 +138,23 @@ def _check_ids(
         )
 
 
-def described(measure: Measure) -> dict[str, Any]:
-    """Return what ``scores.json`` says of a measure; what is not a number is null."""
+def described(measure: Measure, *, model: str) -> Scores:
+    """Return what ``scores.json`` says of a measure of ``model``; what is not a number is null."""
     scores, notes = measure.scores(), dict(measure.notes)
     intervals = {
-        name: [*ends] for name, ends in measure.intervals().items() if all(map(isfinite, ends))
+        name: (float(low), float(high))
+        for name, (low, high) in measure.intervals().items()
+        if isfinite(low) and isfinite(high)
     }
     if alike := [name for name in scores if name not in intervals and isfinite(scores[name])]:
         notes["no interval"] = f"{', '.join(alike)}: no other draw of these examples moves it"
-    return {
-        "examples": measure.examples,
-        "scores": _defined(scores),
-        "intervals": intervals,
-        "notes": notes | caution(measure.examples),
-    }
+    return Scores(
+        model=model,
+        examples=measure.examples,
+        scores=_defined(scores),
+        intervals=intervals,
+        notes=notes | caution(measure.examples),
+    )
 
 
 def caution(examples: int) -> dict[str, str]:
@@ -162,43 +164,42 @@ def caution(examples: int) -> dict[str, str]:
 
 
 def _defined(scores: dict[str, float]) -> dict[str, float | None]:
-    return {name: value if isfinite(value) else None for name, value in scores.items()}
+    return {name: float(value) if isfinite(value) else None for name, value in scores.items()}
 
 
-def keep(folder: Path, model: Model, found: dict[str, Any]) -> None:
+def keep(folder: Path, model: Model, scores: Scores) -> None:
     """Write scores to ``folder``, and of a run to its TensorBoard at the checkpoint's step."""
     folder.mkdir(parents=True, exist_ok=True)
     write_atomically(
         folder / run_files.SCORES,
-        json.dumps({"model": model.name, **found}, indent=1, ensure_ascii=False).encode(),
+        json.dumps(scores.as_dict(), indent=1, ensure_ascii=False).encode(),
     )
     if isinstance(model, RunModel):
         from torch.utils.tensorboard import SummaryWriter
 
         drawn = model.home / run_files.TENSORBOARD / run_files.EVALUATIONS
         with SummaryWriter(str(drawn)) as board:
-            for name, value in flatten(found["scores"]):
-                with suppress(TypeError):  # null
+            for name, value in scores.scores.items():
+                if value is not None:
                     board.add_scalar(
                         f"{folder.parent.name}/{name}", value, layout.step_of(model.checkpoint)
                     )
 
 
-def table(found: Sequence[dict[str, Any]]) -> str:
+def table(found: Sequence[Scores]) -> str:
     """Return the scores of one or more models as lines, with their intervals."""
     lines = []
     for one in found:
-        left = f", {one['left_out']:,} left out" if one.get("left_out") else ""
+        left = f", {one.left_out:,} left out" if one.left_out else ""
         lines.append(
-            f"{one['model']}  "
-            f"{counted(one['examples'], 'row' if 'objective' in one else 'example')}{left}"
+            f"{one.model}  {counted(one.examples, 'row' if one.objective else 'example')}{left}"
         )
-        for name, value in one["scores"].items():
-            low, high = one["intervals"].get(name, (None, None))
+        for name, value in one.scores.items():
+            low, high = one.intervals.get(name, (None, None))
             shown = "undefined" if value is None else f"{value:.4f}"
             lines.append(
                 f"  {name:<24}{shown:>12}"
                 + (f"   95 % [{low:.4f}, {high:.4f}]" if low is not None else "")
             )
-        lines += [f"  {name}: {note}" for name, note in one["notes"].items()]
+        lines += [f"  {name}: {note}" for name, note in one.notes.items()]
     return "\n".join(lines)

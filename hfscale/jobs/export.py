@@ -14,7 +14,6 @@ from functools import partial
 from importlib import import_module
 from pathlib import Path
 from textwrap import indent
-from typing import Any
 
 import transformers
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
@@ -110,7 +109,8 @@ def _write_beside(source: RunModel, folder: Path, *, adapter: bool) -> None:
     """Write what lies beside the weights: config, tokenizer, how it generates, code of a task."""
     objective, skeleton = source.trained, source.skeleton
     if isinstance(objective, Task):
-        config: Any = source.run
+        config = source.run
+        assert isinstance(config, FinetuneConfig), "it has a task"
         skeleton.config.hfscale = {
             "task": config.task.model_dump(mode="json"),
             "max_length": config.data.max_length,
@@ -189,13 +189,11 @@ def _started_from(source: RunModel) -> str | None:
 
 def card(source: RunModel, difference: float, *, adapter: bool = False) -> str:
     """Return the model card: the run's facts, and how to use the model."""
-    at, finetuned = source.state, isinstance(source.run, FinetuneConfig)
-    config: Any = source.run
-    data = (
-        Path(config.data.train).name
-        if finetuned
-        else ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
-    )
+    at, config = source.state, source.run
+    if isinstance(config, FinetuneConfig):
+        data = Path(config.data.train).name
+    else:
+        data = ", ".join(f"{one.name} (weight {one.weight:g})" for one in config.data.sources)
     rows = {
         "architecture": f"{source.skeleton.config.model_type}, "
         f"{sum(p.numel() for p in source.skeleton.parameters()):,} parameters",

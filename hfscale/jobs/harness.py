@@ -9,15 +9,17 @@ computes its share, and gets the others' answers.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
+from lm_eval.api.instance import Instance
 from lm_eval.evaluator import simple_evaluate
 from lm_eval.models.huggingface import HFLM
 from lm_eval.tasks import TaskManager
+from pydantic import Field
 from transformers import PreTrainedTokenizerFast
 
 from hfscale.config.inference import HarnessConfig
@@ -29,16 +31,22 @@ from hfscale.dist.world import World
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.jobs.evaluate import caution, folder_of, keep
+from hfscale.metrics.kept import Scores
 from hfscale.metrics.measure import Proportion
 from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Objective, Setting
+from hfscale.records import Count, Record
 from hfscale.run.model import Model, find
 
 PROPORTIONS = ("acc", "acc_norm", "exact_match")  # metrics that are 0 or 1 of each example
 PROBED = 16  # tokens, of which the later are changed to see whether the earlier notice
 
 
-class EngineLM(HFLM):
+Q = TypeVar("Q")  # a request
+A = TypeVar("A")  # its answer
+
+
+class EngineLM(HFLM):  # type: ignore[misc]  # which says no types
     """Our engine as the harness wants a model. All ranks get the same requests, in the same
     order.
     """
@@ -53,7 +61,7 @@ class EngineLM(HFLM):
         tokenizer.split_special_tokens = True  # a task's text that spells a control token is text
         self._engine = engine
 
-    def _dealt(self, requests: list[Any], answer: Callable[[list[Any]], list[Any]]) -> list[Any]:
+    def _dealt(self, requests: list[Q], answer: Callable[[list[Q]], list[A]]) -> list[A]:
         """Return the answers to all, a share from each rank; shares are filled up to equal size, so
         each makes as many passes.
         """
@@ -63,15 +71,15 @@ class EngineLM(HFLM):
         return [parts[number % ranks][number // ranks] for number in range(len(requests))]
 
     def _loglikelihood_tokens(
-        self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
-    ) -> Any:
+        self, requests: Iterable[object], disable_tqdm: bool = False, override_bs: int | None = None
+    ) -> list[tuple[float, bool]]:
         answers = self._dealt(
             [*requests],
             lambda some: HFLM._loglikelihood_tokens(self, some, disable_tqdm=disable_tqdm),
         )
-        return [tuple(answer) for answer in answers]
+        return [(logprob, greedy) for logprob, greedy in answers]
 
-    def generate_until(self, requests: list[Any], disable_tqdm: bool = False) -> list[str]:
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         settings = [str(request.args[1]) for request in requests]
         answers = dict[int, str]()
         for _, same in groupby(
@@ -88,7 +96,7 @@ class EngineLM(HFLM):
             )
         return [answers[number] for number in range(len(requests))]
 
-    def _model_generate(self, *args: Any, **how: Any) -> Any:
+    def _model_generate(self, *args: object, **how: object) -> object:
         return super()._model_generate(*args, **how, synced_gpus=self._engine.together)
 
 
@@ -139,7 +147,7 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
         model.objective(partial(_Writing, auto_model), setting, engine)
         asked = EngineLM(engine, model.framed, wanted.batch)
         try:
-            made: Any = simple_evaluate(
+            results = simple_evaluate(
                 asked, tasks=[*wanted.tasks], task_manager=_known(wanted.folder)
             )
         except (ConnectionError, FileNotFoundError) as error:
@@ -152,7 +160,7 @@ def run(config: HarnessConfig, world: World, stop: StopRequest) -> bool:
             ) from error
         engine.close()
         if world.all.rank == 0:
-            keep(wanted.out, model, _scores(made))
+            keep(wanted.out, model, _scores(_Results.model_validate(results), model.name))
     return True
 
 
@@ -175,12 +183,26 @@ def _known(folder: Path | None) -> TaskManager:
     )
 
 
-def _scores(made: dict[str, Any]) -> dict[str, Any]:
-    """Return what the harness found, as ``described`` gives scores."""
+class _Counted(Record):
+    """How many examples of a task were asked."""
+
+    effective: Count
+
+
+class _Results(Record):
+    """What the harness gives, as far as it is kept."""
+
+    results: dict[str, dict[str, object]]  # of each task: its name, and figures
+    asked: dict[str, _Counted] = Field(alias="n-samples")
+    versions: dict[str, object]
+
+
+def _scores(made: _Results, model: str) -> Scores:
+    """Return the scores of ``model`` that the harness found."""
     # my_task/acc, my_task/acc_stderr; after a comma the name of a filter
     figures = {
         f"{task}/{key}".removesuffix(",none"): value
-        for task, some in made["results"].items()
+        for task, some in made.results.items()
         for key, value in some.items()
         if isinstance(value, float)
     }
@@ -193,15 +215,18 @@ def _scores(made: dict[str, Any]) -> dict[str, Any]:
     intervals = {key: (scores[key] - half, scores[key] + half) for key, half in errors.items()}
     for key in errors.keys() & scores.keys():
         task, _, metric = key.rpartition("/")
-        if metric.split(",")[0] in PROPORTIONS and task in made["n-samples"]:
-            asked = made["n-samples"][task]["effective"]
+        if metric.split(",")[0] in PROPORTIONS and task in made.asked:
+            asked = made.asked[task].effective
             intervals[key] = Proportion(scores[key] * asked, asked).interval()
-    examples = sum(count["effective"] for count in made["n-samples"].values())
-    return {
-        "task": "lm_eval",
-        "versions": made["versions"],
-        "examples": examples,
-        "scores": scores,
-        "intervals": {key: [*ends] for key, ends in intervals.items() if ends[0] < ends[1]},
-        "notes": caution(examples),
-    }
+    examples = sum(count.effective for count in made.asked.values())
+    return Scores(
+        model=model,
+        task="lm_eval",
+        versions=made.versions,
+        examples=examples,
+        scores={**scores},
+        intervals={
+            key: (float(low), float(high)) for key, (low, high) in intervals.items() if low < high
+        },
+        notes=caution(examples),
+    )

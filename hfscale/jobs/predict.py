@@ -22,7 +22,7 @@ from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import Field
 
@@ -67,7 +67,7 @@ class _Tally(Record):
     shown: list[str]  # the first problems, with the ids of their examples
 
     @classmethod
-    def of(cls, predictions: Sequence[Mapping[str, Any]]) -> _Tally:
+    def of(cls, predictions: Sequence[Mapping[str, object]]) -> _Tally:
         """Return what is to be said of ``predictions``."""
         bad = [row for row in predictions if "problem" in row]
         return cls(
@@ -88,7 +88,7 @@ def prepare(config: PredictConfig) -> int:
     out, key = config.predict.out, key_of(config, find(config.predict.model))
     file = run_files.parts_of(out) / run_files.ASKED
     if out.exists():
-        if file.is_file() and _key(file.parent)["key"] == key:
+        if file.is_file() and _key(file.parent).key == key:
             return _begun(file.parent)[0]
         raise something_there(out)
     count, size = sum(1 for _ in examples_of(config)), max(CHUNK, config.predict.batch)
@@ -97,12 +97,13 @@ def prepare(config: PredictConfig) -> int:
             "there are no examples", where=config.data.train, remedy="give at least one row"
         )
     parts = run_files.parts_of(out)
-    saved: dict[str, Any] = _key(parts) if file.is_file() else {"key": key, "chunk": size}
-    if saved["key"] != key and not any(parts.glob("0*.jsonl")):
-        # what was asked first was refused, or stopped, before anything was made
-        saved = {"key": key, "chunk": size}
-    if saved["key"] != key:
-        differ = [name for name in key if saved["key"].get(name) != key[name]]
+    saved = _key(parts) if file.is_file() else None
+    asked = _Asked(key=key, examples=count, chunk=size)
+    # without a chunk what was asked first was refused, or stopped, before anything was made
+    if saved and saved.key == key:
+        asked = asked.model_copy(update={"chunk": saved.chunk})
+    elif saved and any(parts.glob("0*.jsonl")):
+        differ = [name for name in key if saved.key.get(name) != key[name]]
         raise DataError(
             "half-made predictions of something else are in the way",
             where=parts,
@@ -113,9 +114,7 @@ def prepare(config: PredictConfig) -> int:
         parts.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise cannot_write(out, error) from None
-    write_atomically(
-        file, json.dumps({"key": key, "examples": count, "chunk": saved["chunk"]}).encode()
-    )
+    write_atomically(file, json.dumps(asked.as_dict()).encode())
     return count
 
 
@@ -165,8 +164,8 @@ def run(config: PredictConfig, world: World, stop: StopRequest) -> bool:
         join(config)
     if config.predict.answers:
         model = find(config.predict.model)
-        scores = score(config, out, model=model)
-        keep(out.parent, model, {"model": config.predict.name, **scores})
+        scores = score(config, out, model=model, name=config.predict.name)
+        keep(out.parent, model, scores)
     return True
 
 
@@ -292,7 +291,7 @@ def join(config: PredictConfig) -> None:
         )
 
 
-def predict_texts(config: PredictConfig, example: Example) -> dict[str, Any]:
+def predict_texts(config: PredictConfig, example: Example) -> dict[str, object]:
     """Return the prediction for one example.
 
     Raises:
@@ -314,16 +313,16 @@ def _begun(parts: Path) -> tuple[int, int]:
     ``predict.batch`` must not move the chunks.
     """
     key = _key(parts)
-    return key["examples"], key["chunk"]
+    return key.examples, key.chunk
 
 
-def _key(parts: Path) -> dict[str, Any]:
+def _key(parts: Path) -> _Asked:
     what = "the record of half-made predictions"
-    return load(parts / run_files.ASKED, _Asked, what=what, remedy="remove that folder").as_dict()
+    return load(parts / run_files.ASKED, _Asked, what=what, remedy="remove that folder")
 
 
 def _write(
-    parts: Path, number: int, predictions: Sequence[Mapping[str, Any]], tally: _Tally
+    parts: Path, number: int, predictions: Sequence[Mapping[str, object]], tally: _Tally
 ) -> None:
     """Write chunk ``number``; its tally first, so that a chunk that is there has one."""
     write_atomically(_tally_file(parts, number), tally.model_dump_json().encode())

@@ -6,11 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from hfscale.config import permission
 from hfscale.config.inference import ShardsConfig
@@ -24,6 +22,7 @@ from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import ConfigError, DataError
 from hfscale.jobs.evaluate import described, folder_of, keep
 from hfscale.log import progress_bar
+from hfscale.metrics.kept import Scores
 from hfscale.metrics.language_model import language_model
 from hfscale.metrics.token_bytes import TokenBytes
 from hfscale.models.build import longest_row
@@ -86,7 +85,7 @@ def settle(model: Model, shards: str | None, overrides: Sequence[str]) -> Shards
     return config.model_copy(update={"evaluate": config.evaluate.model_copy(update=where)})
 
 
-def _values(model: Model, shards: str | None) -> dict[str, Any]:
+def _values(model: Model, shards: str | None) -> dict[str, dict[str, object]]:
     """Return what says how shards are read for the model: its run's config, or one that its
     architecture suggests.
     """
@@ -98,21 +97,22 @@ def _values(model: Model, shards: str | None) -> dict[str, Any]:
                 where=model.name,
                 remedy="--data FILE, or a test split",
             )
-        values = {
+        values: dict[str, dict[str, object]] = {
             "tokenizer": trained.tokenizer.model_dump(),
             "objective": trained.objective.model_dump(),
             "data": trained.data.model_dump(mode="json"),
             "run": {"seed": trained.run.seed},
             "train": {"micro_batch": trained.train.micro_batch},
         }
-        if shards is None and trained.data.validation is None:
+        held_out = trained.data.validation
+        if shards is None and held_out is None:
             raise ConfigError(
                 "this run has no validation shards",
                 where=model.name,
                 remedy="name shards: --data MANIFEST",
             )
-        if shards is None:
-            values["data"]["sources"] = [{"shards": values["data"]["validation"]["shards"]}]
+        if shards is None and held_out is not None:
+            values["data"]["sources"] = [{"shards": held_out.shards}]
     else:
         purpose = model.purpose
         if shards is None or purpose not in (CAUSAL, MASKED):  # what T5 heard of, nobody says
@@ -160,7 +160,7 @@ def run(config: ShardsConfig, world: World, stop: StopRequest) -> bool:
         count = config.data.validation.rows if config.data.validation else None
         rows = open_rows(config.data.sources[0].shards, config, model.tokenizer)
         scored = held_out_rows(rows, config, objective, world, count=count)
-        scores = _scores(objective, engine, scored, model.tokenizer, stop)
+        scores = _scores(objective, engine, scored, model, stop)
         engine.close()
         if scores and world.all.rank == 0:
             keep(config.evaluate.out, model, scores)
@@ -172,10 +172,11 @@ def _scores(
     objective: Objective,
     engine: InferenceEngine,
     rows: EvaluationRows,
-    tokenizer: PreTrainedTokenizerFast,
+    model: Model,
     stop: StopRequest,
-) -> dict[str, Any] | None:
+) -> Scores | None:
     """Return the scores of the rows of all ranks; None if one of them was asked to stop."""
+    tokenizer = model.tokenizer
     mine = list[tuple[int, float, int, int]]()  # of a row: its position, nats, tokens, bytes
     unknown = ""  # why bytes are not known
     try:
@@ -213,7 +214,8 @@ def _scores(
     )
     unknown = next((why for why in from_all_ranks(unknown) if why), "")
     known = objective.causal and not unknown  # of a text all of whose tokens are predicted
-    found = described(language_model(nats, tokens, sizes if known else None))
-    if unknown:
-        found["notes"]["bits_per_byte"] = f"not given: {unknown}"
-    return {"objective": term, "tokens": sum(tokens), **found}
+    scores = described(language_model(nats, tokens, sizes if known else None), model=model.name)
+    more = {"bits_per_byte": f"not given: {unknown}"} if unknown else {}
+    return scores.model_copy(
+        update={"objective": term, "tokens": sum(tokens), "notes": scores.notes | more}
+    )

@@ -35,9 +35,10 @@ def _pearson(x_RN: np.ndarray, y_RN: np.ndarray, w_RN: np.ndarray) -> np.ndarray
     total_R1 = w_RN.sum(1, keepdims=True)
     dx_RN = x_RN - (w_RN * x_RN).sum(1, keepdims=True) / total_R1
     dy_RN = y_RN - (w_RN * y_RN).sum(1, keepdims=True) / total_R1
-    return (w_RN * dx_RN * dy_RN).sum(1) / np.sqrt(
+    r_R: np.ndarray = (w_RN * dx_RN * dy_RN).sum(1) / np.sqrt(
         (w_RN * dx_RN**2).sum(1) * (w_RN * dy_RN**2).sum(1)
     )
+    return r_R
 
 
 def _ranks(x_N: np.ndarray, w_RN: np.ndarray) -> np.ndarray:

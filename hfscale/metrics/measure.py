@@ -129,7 +129,10 @@ def mean(values: dict[str, Sequence[float]], *, proportions: Sequence[str] = ())
 
 def ratio(part: np.ndarray, whole: np.ndarray) -> np.ndarray:
     """Return ``part / whole``, and 0 where ``whole`` is 0."""
-    return np.divide(part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole != 0)
+    shares: np.ndarray = np.divide(
+        part, whole, out=np.zeros(np.broadcast(part, whole).shape), where=whole != 0
+    )
+    return shares
 
 
 def paired(predictions: Sequence[object], references: Sequence[object]) -> int:

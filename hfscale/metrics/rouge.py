@@ -24,7 +24,8 @@ class RougeTokenizer:
         """Return the tokens of ``text``."""
         import regex
 
-        return regex.findall(WORD, text.lower())
+        words: list[str] = regex.findall(WORD, text.lower())
+        return words
 
 
 def rouge(predictions: Sequence[str], references: Sequence[str | Sequence[str]]) -> Measure:

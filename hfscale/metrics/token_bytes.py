@@ -8,18 +8,55 @@ back.
 
 from __future__ import annotations
 
-import json
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hfscale.errors import DataError
+from hfscale.records import Record, parse
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
 
 SPACE = "\u2581"  # SentencePiece's sign for a space
 UNKNOWN = -1  # bytes of a token that says only that there was something
+
+
+class _Part(Record):
+    """A normalizer, a pre-tokenizer or a decoder; or a sequence of them."""
+
+    type: str
+    normalizers: list[_Part] | None = None
+    pretokenizers: list[_Part] | None = None
+    decoders: list[_Part] | None = None
+    add_prefix_space: bool | None = None
+    prepend_scheme: str | None = None
+    pattern: object = None
+    content: object = None
+
+
+class _Model(Record):
+    """What cuts words into tokens."""
+
+    type: str
+    byte_fallback: bool | None = None
+
+
+class _Added(Record):
+    """A token beside the vocabulary."""
+
+    id: int
+    content: str
+
+
+class _Tokenizer(Record):
+    """What ``tokenizers`` says of itself, as far as it tells which bytes a token stands for."""
+
+    normalizer: _Part | None
+    pre_tokenizer: _Part | None
+    decoder: _Part | None
+    model: _Model
+    added_tokens: list[_Added]
 
 
 class TokenBytes:
@@ -34,26 +71,26 @@ class TokenBytes:
     """
 
     def __init__(self, tokenizer: PreTrainedTokenizerFast, *, end_id: int) -> None:
-        backend = json.loads(tokenizer.backend_tokenizer.to_str())
+        backend = parse(_Tokenizer, tokenizer.backend_tokenizer.to_str())
         self._end = end_id
-        parts = [part for name in ("normalizer", "pre_tokenizer") for part in _parts(backend[name])]
+        normalizers = _parts(backend.normalizer)
         # with a space that the text has not
         self._prefixed = any(
-            part["type"] == "Prepend"
-            or part.get("add_prefix_space")
-            or part.get("prepend_scheme", "never") != "never"
-            for part in parts
+            part.type == "Prepend"
+            or part.add_prefix_space
+            or part.prepend_scheme not in (None, "never")
+            for part in [*normalizers, *_parts(backend.pre_tokenizer)]
         )
-        byte_level = any(part["type"] == "ByteLevel" for part in _parts(backend["decoder"]))
+        byte_level = any(part.type == "ByteLevel" for part in _parts(backend.decoder))
         changes = [
-            part["type"]
-            for part in _parts(backend["normalizer"])
-            if part["type"] not in ("NFC", "Prepend") and not _is_space_sign(part)
+            part.type
+            for part in normalizers
+            if part.type not in ("NFC", "Prepend") and not _is_space_sign(part)
         ]
-        if changes or not (byte_level or backend["model"].get("byte_fallback")):
-            why = changes[0] if changes else f"{backend['model']['type']} without bytes"
+        if changes or not (byte_level or backend.model.byte_fallback):
+            why = changes[0] if changes else f"{backend.model.type} without bytes"
             raise DataError(f"the tokenizer ({why}) does not keep every byte of a text")
-        added = {token["id"]: token["content"] for token in backend["added_tokens"]}
+        added = {token.id: token.content for token in backend.added_tokens}
         size = max([*tokenizer.get_vocab().values(), *added]) + 1
         self._bytes, self._begins = np.full(size, UNKNOWN), np.zeros(size, bool)
         alphabet = _byte_alphabet() if byte_level else set[str]()
@@ -84,21 +121,18 @@ class TokenBytes:
         return int(bytes_L[scored_L].sum())
 
 
-def _parts(component: Any) -> list[dict[str, Any]]:
+def _parts(part: _Part | None) -> list[_Part]:
     """Return what a part of a tokenizer consists of, one after the other."""
-    if component is None:
+    if part is None:
         return []
-    for key in ("normalizers", "pretokenizers", "decoders"):
-        if key in component:
-            return [part for one in component[key] for part in _parts(one)]
-    return [component]
+    for several in (part.normalizers, part.pretokenizers, part.decoders):
+        if several is not None:
+            return [inner for one in several for inner in _parts(one)]
+    return [part]
 
 
-def _is_space_sign(part: dict[str, Any]) -> bool:
-    return part["type"] == "Replace" and (part["pattern"], part["content"]) == (
-        {"String": " "},
-        SPACE,
-    )
+def _is_space_sign(part: _Part) -> bool:
+    return part.type == "Replace" and (part.pattern, part.content) == ({"String": " "}, SPACE)
 
 
 def _byte_alphabet() -> set[str]:

@@ -10,12 +10,15 @@ import importlib.util
 import re
 from collections.abc import Sequence
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from hfscale.errors import ConfigError, nearest
 from hfscale.metrics.measure import Measure, from_sums, paired
+
+if TYPE_CHECKING:
+    from sacrebleu.metrics import BLEU, CHRF
 
 _KANA = re.compile(r"[\u3040-\u30ff]")
 _HAN = re.compile(r"[\u3400-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
@@ -67,11 +70,17 @@ def translation(
     return bleu | _corpus("chrf", CHRF(), predictions, streams)
 
 
-def _corpus(name: str, metric: Any, predictions: Sequence[str], streams: Any) -> Measure:
+def _corpus(
+    name: str,
+    metric: BLEU | CHRF,
+    predictions: Sequence[str],
+    streams: Sequence[Sequence[str | None]],
+) -> Measure:
     """Return one of sacreBLEU's metrics from its own statistics of each example, as its own
     significance tests do.
     """
-    rows = metric._extract_corpus_statistics(list(predictions), streams)
+    # its types do not say that an example may have fewer references than others
+    rows = metric._extract_corpus_statistics(list(predictions), streams)  # type: ignore[arg-type]
 
     def score(sums: np.ndarray) -> float:
         return float(metric._compute_score_from_stats(sums.tolist()).score)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -61,7 +61,7 @@ def transposed(model: PreTrainedModel) -> dict[str, bool]:
     return {path: bool(model.get_submodule(path).fan_in_fan_out) for path, _ in pairs(model)}
 
 
-def peft_config(lora: Lora, targets: Sequence[str], **more: Any) -> LoraConfig:
+def peft_config(lora: Lora, targets: Sequence[str], **more: object) -> LoraConfig:
     """Return what peft must know of adapters at the modules ``targets``."""
     from peft import LoraConfig
 
@@ -70,7 +70,7 @@ def peft_config(lora: Lora, targets: Sequence[str], **more: Any) -> LoraConfig:
         lora_alpha=lora.alpha,  # type: ignore[arg-type]
         lora_dropout=lora.dropout,
         target_modules=[*targets],
-        **more,
+        **more,  # type: ignore[arg-type]
     )
 
 

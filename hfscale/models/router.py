@@ -18,7 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 import transformers
@@ -139,10 +139,16 @@ def balancing(config: PretrainedConfig | None, auto_model: str) -> Balancing | N
     return Balancing(wanted["router_aux_loss_coef"] or wanted["aux_loss_coef"])
 
 
-def _specs(model_class: type[nn.Module]) -> list[Any]:
-    """Return what transformers itself records of the routers: ``target_class``, ``index``,
-    ``layer_name``.
-    """
+class _Spec(Protocol):
+    """Where transformers itself finds the logits of a router."""
+
+    target_class: type[nn.Module]
+    index: int
+    layer_name: str | None
+
+
+def _specs(model_class: type[nn.Module]) -> list[_Spec]:
+    """Return what transformers itself records of the routers."""
     specs = (getattr(model_class, "_can_record_outputs", None) or {}).get("router_logits", [])
     return specs if isinstance(specs, list) else [specs]
 

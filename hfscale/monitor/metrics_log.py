@@ -31,6 +31,11 @@ CONSOLE = (
 )
 
 
+# a line of metrics.jsonl: numbers by name, null where they are not finite; ``source_loss`` is by
+# source
+Logged = dict[str, Any]
+
+
 class MetricsLog:
     """Appends one record a logged step, and draws it with the named ``writers``."""
 
@@ -49,7 +54,7 @@ class MetricsLog:
         self.attempt = before + 1
         self._writers = Writers(writers, about)
 
-    def write(self, record: dict[str, Any], details: Mapping[str, float] | None = None) -> None:
+    def write(self, record: Logged, details: Mapping[str, float] | None = None) -> None:
         """Write one step's record everywhere, and its ``details`` (by tag) everywhere else. Values
         are numbers, None, or dicts of numbers; what is not finite becomes None.
 
@@ -73,7 +78,7 @@ class MetricsLog:
         self._details.close()
         self._writers.close()
 
-    def _line(self, record: dict[str, Any]) -> str:
+    def _line(self, record: Logged) -> str:
         parts = [f"step {record['step']:>{len(str(self.total_steps))}}/{self.total_steps}"]
         metrics = tuple(
             (name, "{:.4f}")

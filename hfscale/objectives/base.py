@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pydantic import ValidationError
+from pydantic.fields import FieldInfo
 from torch import Tensor
 
 from hfscale.config.schema import Named
@@ -281,11 +282,11 @@ def check_options(
         for problem in error.errors():
             name = ".".join(map(str, problem["loc"]))
             unknown = problem["type"] == "extra_forbidden"
-            known: Any = schema
+            known: Mapping[str, FieldInfo] = schema.model_fields
             for part in problem["loc"][:-1]:
-                known = known.model_fields[part].annotation
+                known = getattr(known[str(part)].annotation, "model_fields", {})
             lines.append(
-                f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known.model_fields)}"
+                f"{name}: unknown option; {nearest(str(problem['loc'][-1]), known)}"
                 if unknown
                 else f"{name}: {problem['msg']}"
             )

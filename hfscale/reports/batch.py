@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -18,6 +18,7 @@ from hfscale.checkpoint.layout import newest_state
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
+from hfscale.monitor.metrics_log import Logged
 from hfscale.reports.status import records
 from hfscale.run.sources import Sources
 from hfscale.shards.reader import ShardReader
@@ -121,7 +122,7 @@ def _text(
     run_dir: Path,
     *,
     step: int,
-    logged: Mapping[int, Mapping[str, Any]],
+    logged: Mapping[int, Logged],
 ) -> TextRows:
     """Return the rows of a run with raw text: its lanes are walked from the nearest checkpoint
     on.
@@ -156,7 +157,7 @@ def _locate(
 
 
 def _positions(
-    logged: dict[int, dict[str, Any]], config: RunConfig, step: int, *, where: Path
+    logged: Mapping[int, Logged], config: RunConfig, step: int, *, where: Path
 ) -> tuple[int, int]:
     """Return the positions [start, stop) of a step, from the log where it is there:
     ``global_batch`` may have changed on the way.

@@ -146,7 +146,7 @@ def samples(
                         text = read_text(
                             file,
                             *(int(member[of]) for of in ("offset", "bytes", "checksum")),
-                            field=manifest.source["field"],
+                            field=manifest.text_field,
                         )
                     except ValueError as error:
                         raise DataError(

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import statistics
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from hfscale.errors import UserError, shown
 
@@ -48,6 +48,19 @@ REMEDIES = {  # of the findings that bring none along
     "NCCL_DEBUG=INFO says which it took",
     "clocks": "turn on NTP on the node: authentication and the times of files go by its clock",
 }
+
+
+@dataclass
+class Work:
+    """What the ranks look at, beside their machines."""
+
+    run: str = ""  # the folder of the run
+    token: str = ""  # a file that was written there just now
+    gpus: bool = False  # there should be some
+    shards: list[str] = field(default_factory=list)
+    remote: dict[str, object] = field(default_factory=dict)  # how these are fetched
+    checkpoint_gb: float = 0.0
+    keep: int = 2  # checkpoints
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import torch
 import torch.distributed as torch_dist
@@ -39,7 +37,8 @@ from hfscale.dist.world import World, node_name
 from hfscale.engine.ops import compatible_ops
 from hfscale.errors import DataError
 from hfscale.models.flops import peak_flops
-from hfscale.reports.doctor import MARK, Finding, failed
+from hfscale.records import parse
+from hfscale.reports.doctor import MARK, Finding, Work, failed
 from hfscale.shards.files import flock
 from hfscale.shards.open import open_manifest
 
@@ -67,7 +66,7 @@ def _measured(
     return Finding(check, state, words, value=value, unit=unit, slow=slow)
 
 
-def packages(task: Any, world: World) -> Iterator[Finding]:
+def packages(task: Work, world: World) -> Iterator[Finding]:
     setup = configparser.ConfigParser()
     asked = (
         setup["options"]["install_requires"].split("\n")
@@ -92,7 +91,7 @@ def packages(task: Any, world: World) -> Iterator[Finding]:
     yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or words)
 
 
-def deepspeed(task: Any, world: World) -> Iterator[Finding]:
+def deepspeed(task: Work, world: World) -> Iterator[Finding]:
     ops = compatible_ops()
     can, cannot = (
         ", ".join(name for name in ops if ops[name] is one) or "none" for one in (True, False)
@@ -102,7 +101,7 @@ def deepspeed(task: Any, world: World) -> Iterator[Finding]:
     )
 
 
-def gpu(task: Any, world: World) -> Iterator[Finding]:
+def gpu(task: Work, world: World) -> Iterator[Finding]:
     if not torch.cuda.is_available():
         yield Finding("GPU", "fail" if task.gpus else "ok", "torch sees none")
         return
@@ -116,7 +115,7 @@ def gpu(task: Any, world: World) -> Iterator[Finding]:
     )
 
 
-def memory(task: Any, world: World) -> Iterator[Finding]:
+def memory(task: Work, world: World) -> Iterator[Finding]:
     free = next(
         int(line.split()[1]) / 2**20
         for line in MEMORY.read_text().split("\n")
@@ -125,7 +124,7 @@ def memory(task: Any, world: World) -> Iterator[Finding]:
     yield _measured("memory", free, "GiB free a node", least=2.0 * world.local_ranks)
 
 
-def matrix_products(task: Any, world: World) -> Iterator[Finding]:
+def matrix_products(task: Work, world: World) -> Iterator[Finding]:
     device = (
         torch.device("cuda", world.local_rank) if torch.cuda.is_available() else torch.device("cpu")
     )
@@ -159,7 +158,7 @@ def _limit(kind: int) -> float:
     return float("inf") if soft == resource.RLIM_INFINITY else soft
 
 
-def limits(task: Any, world: World) -> Iterator[Finding]:
+def limits(task: Work, world: World) -> Iterator[Finding]:
     files, locked = _limit(resource.RLIMIT_NOFILE), _limit(resource.RLIMIT_MEMLOCK)
     state = "ok"
     if files < 4096:
@@ -173,7 +172,7 @@ def limits(task: Any, world: World) -> Iterator[Finding]:
     )
 
 
-def disk(task: Any, world: World) -> Iterator[Finding]:
+def disk(task: Work, world: World) -> Iterator[Finding]:
     if task.token:
         seen = Path(task.token).is_file()
         yield Finding(
@@ -202,7 +201,7 @@ def disk(task: Any, world: World) -> Iterator[Finding]:
     yield _measured("inodes", room.f_favail if room.f_files else float("inf"), "free", least=10_000)
 
 
-def locks(task: Any, world: World) -> Iterator[Finding]:
+def locks(task: Work, world: World) -> Iterator[Finding]:
     """Yield whether the run's file system has locks, which keep two launchers out of one run
     directory.
     """
@@ -214,7 +213,7 @@ def locks(task: Any, world: World) -> Iterator[Finding]:
     yield Finding("locks", "ok" if has else "warn", f"{task.run} has {'' if has else 'no '}locks")
 
 
-def writing(task: Any, world: World) -> Iterator[Finding]:
+def writing(task: Work, world: World) -> Iterator[Finding]:
     file = Path(task.run) / f".hfscale-doctor-{node_name()}-{os.getpid()}"
     block = os.urandom(PIECE)
     done = 0
@@ -235,7 +234,7 @@ def writing(task: Any, world: World) -> Iterator[Finding]:
         file.unlink(missing_ok=True)
 
 
-def reading(task: Any, world: World) -> Iterator[Finding]:
+def reading(task: Work, world: World) -> Iterator[Finding]:
     done, took = 0, 0.0
     for manifest in (open_manifest(path, **task.remote) for path in task.shards):
         sizes = (
@@ -272,7 +271,7 @@ def reading(task: Any, world: World) -> Iterator[Finding]:
         yield _measured("reading", done / 1e6 / took, "MB/s a rank", least=10.0, slow=(0.3, 0.0))
 
 
-def rendezvous(task: Any, world: World) -> Iterator[Finding]:
+def rendezvous(task: Work, world: World) -> Iterator[Finding]:
     """Yield what takes all ranks: that they meet, how fast they sum, and how far their clocks are
     apart.
     """
@@ -323,7 +322,7 @@ CHECKS = (
 
 def main() -> None:
     """Print the findings of this rank."""
-    task, world = SimpleNamespace(**json.loads(sys.argv[1])), World.from_environment()
+    task, world = parse(Work, sys.argv[1]), World.from_environment()
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed prints that it found none
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 import hashlib
 from math import prod
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -21,7 +20,7 @@ TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # of the checkpoint of that step,
 COMPONENTS = (*LOGGED, *TENSORS, "optimizer", "random state", "position in the data")
 
 # step -> component -> what it was each time that the run came there
-Evidence = dict[int, dict[str, list[Any]]]
+Evidence = dict[int, dict[str, list[object]]]
 
 
 def observe(run_dir: Path) -> Evidence:
@@ -34,7 +33,7 @@ def observe(run_dir: Path) -> Evidence:
             seen.setdefault(record["step"], {}).setdefault(name, []).append(record[name])
     for checkpoint in layout.committed(run_dir / run_files.CHECKPOINTS):
         state = layout.state_of(checkpoint)
-        saved = {
+        saved: dict[str, object] = {
             "optimizer": state.engine,
             "random state": state.rng,
             "position in the data": state.stream,
@@ -61,7 +60,7 @@ def digests(checkpoint: Path) -> dict[str, str]:
     return {kind: digest.hexdigest() for kind, digest in hashes.items()}
 
 
-def first_difference(twin: Evidence, other: Evidence) -> dict[str, Any] | None:
+def first_difference(twin: Evidence, other: Evidence) -> dict[str, object] | None:
     """Return where ``other`` first was not what ``twin`` was, or None; what only one of them has is
     a difference too.
     """

@@ -163,8 +163,9 @@ def _data(config: TrainConfig) -> Section:
 def _rows_read(run_dir: Path) -> dict[str, int]:
     """Return the rows of each source of a mixture, as the newest checkpoint has them."""
     state = layout.newest_state(run_dir)
-    sources = state.stream.get("sources", {}) if state else {}
-    return {name: rows for name, (_, rows) in sources.items()}
+    if state is None or "sources" not in state.stream:
+        return {}
+    return {name: rows for name, (_, rows) in state.position.sources.items()}
 
 
 def _checkpoints(run_dir: Path) -> Section:
@@ -205,10 +206,10 @@ def _scores(run_dir: Path) -> Section:
     rows: list[Sequence[object]] = []
     for line in lines:
         for name in compare.score_names([line]):
-            low, high = line.get(name + compare.LOW), line.get(name + compare.HIGH)
+            low, high = (line.scores.get(name + end) for end in (compare.LOW, compare.HIGH))
             between = "" if low is None or high is None else f"{low:.4f} to {high:.4f}"
-            value = line.get(name)
-            rows.append((line["name"], name, "" if value is None else f"{value:.4f}", between))
+            value = line.scores.get(name)
+            rows.append((line.name, name, "" if value is None else f"{value:.4f}", between))
     return Section(title, header=("", "score", "value", "95 % interval"), rows=rows)
 
 

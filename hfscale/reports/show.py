@@ -7,7 +7,6 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 from hfscale.config.corpus import CorpusConfig
 from hfscale.config.finetune import FinetuneConfig
@@ -45,7 +44,7 @@ def show_config(
         ConfigError: for everything that is wrong with the config, and for a batch that ``procs``
             ranks cannot share.
     """
-    loaded: Loaded[Any] = load_config(path, overrides, schema=schema_of(path, overrides))
+    loaded: Loaded[Section] = load_config(path, overrides, schema=schema_of(path, overrides))
     rows = [
         (key, _text(value), loaded.source(key))
         for key, value in flatten(loaded.config.model_dump(mode="json", by_alias=True))
@@ -106,7 +105,7 @@ def derived(config: TrainConfig, *, procs: int | None = None) -> list[tuple[str,
     return [*facts, *(("notice", line) for line in lines)]
 
 
-def _text(value: Any) -> str:
+def _text(value: object) -> str:
     return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
 
 

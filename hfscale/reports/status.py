@@ -9,7 +9,6 @@ from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 from hfscale import run_files
 from hfscale.checkpoint import layout
@@ -25,6 +24,7 @@ from hfscale.monitor.fence import End, Fence, attempts
 from hfscale.monitor.heartbeat import OWN, read_beats
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
+from hfscale.monitor.metrics_log import Logged
 from hfscale.records import Count, Record
 from hfscale.reports.goodput import COMPUTE, ledger
 from hfscale.reports.hours import duration
@@ -54,7 +54,7 @@ class Metrics(Record):
     epoch: float | None = None
 
 
-def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[str, Any]]:
+def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[Logged]:
     """Yield the records of a run's metrics in the order in which they were logged, but for what a
     kill has torn; none if there is no run.
 
@@ -64,12 +64,12 @@ def records(run_dir: Path, *, last_bytes: int | None = None) -> Iterator[dict[st
         yield record.as_dict()
 
 
-def last_record(run_dir: Path) -> dict[str, Any]:
+def last_record(run_dir: Path) -> Logged:
     """Return the newest whole record of a run's metrics; empty if there is none."""
     return [{}, *records(run_dir, last_bytes=TAIL_BYTES)][-1]
 
 
-def progress(config: TrainConfig, record: dict[str, Any]) -> float:
+def progress(config: TrainConfig, record: Logged) -> float:
     """Return which part of the run is done, in [0, 1]."""
     train = config.train
     done = (
@@ -80,7 +80,7 @@ def progress(config: TrainConfig, record: dict[str, Any]) -> float:
     return min(1.0, next((have / whole for have, whole in done if have is not None and whole), 0.0))
 
 
-def steps_left(config: TrainConfig, record: dict[str, Any]) -> float:
+def steps_left(config: TrainConfig, record: Logged) -> float:
     """Return how many steps of the present batch are left.
 
     Of a run of epochs, as if it had always had that batch: a record does not tell the rows of an
@@ -88,11 +88,11 @@ def steps_left(config: TrainConfig, record: dict[str, Any]) -> float:
     """
     train, part = config.train, progress(config, record)
     if train.steps is not None:
-        return max(0, train.steps - record["step"])
+        return max(0, train.steps - int(record["step"]))
     if train.tokens is not None:
         rows = (train.tokens - record["tokens_seen"]) / config.data.seq_len
-        return max(0.0, rows / train.global_batch)
-    return record["step"] * (1 - part) / part if part else 0.0
+        return float(max(0.0, rows / train.global_batch))
+    return int(record["step"]) * (1 - part) / part if part else 0.0
 
 
 @dataclass(frozen=True)
@@ -128,7 +128,7 @@ def describe(config: TrainConfig, *, now: float | None = None, running: bool = T
     return lines
 
 
-def _progress(config: TrainConfig, record: dict[str, Any], *, now: float) -> list[Line]:
+def _progress(config: TrainConfig, record: Logged, *, now: float) -> list[Line]:
     """Return the lines on step, loss and speed."""
     part = progress(config, record)
     quiet_s = now - os.stat(config.run_dir / run_files.METRICS).st_mtime
@@ -150,9 +150,7 @@ def _progress(config: TrainConfig, record: dict[str, Any], *, now: float) -> lis
     ]
 
 
-def _end(
-    config: TrainConfig, record: dict[str, Any], tries: Sequence[Fence], *, now: float | None
-) -> Line:
+def _end(config: TrainConfig, record: Logged, tries: Sequence[Fence], *, now: float | None) -> Line:
     """Return when the run is expected to end, by the steps of late: the median of their times, and
     a tenth of them from either end. ``now`` is None where nothing runs.
     """

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -27,7 +27,7 @@ class OpenData:
     names: tuple[str, ...]  # of the sources, as the rows number them
     evaluator: Evaluator | TaskEvaluator | None  # None: the config asks for no validation
     validate_every: int  # steps; 0: never
-    about: Mapping[str, Any]  # what every checkpoint says of the data, by its keys there
+    about: Mapping[str, object]  # what every checkpoint says of the data, by its keys there
     # held out, and alike on all ranks: what samples of text are of; None: nobody asked
     shown: Rows | Examples | None = None
 
@@ -36,7 +36,7 @@ class RunData(Protocol):
     """The data of a run before there is a model. Opened, it trains one."""
 
     tokenizer: PreTrainedTokenizerFast
-    needs: Mapping[str, Any]  # values that the model's config must have
+    needs: Mapping[str, object]  # values that the model's config must have
 
     @property
     def tokenizer_digest(self) -> str:

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
 
 from transformers import PretrainedConfig
 
@@ -51,11 +50,11 @@ class ExampleData:
             facts = json.dumps(self._facts, ensure_ascii=False)
             logger.info(f"found in the training examples: {facts:.300}")
         task = self.objective()
-        self.needs: Mapping[str, Any] = task.model_overrides()
+        self.needs: Mapping[str, object] = task.model_overrides()
         prepared = partial(data.prepared, features=task.answered_features, about=cache_key(task))
         self._train = prepared("train")
         self._validation = prepared("validation") if config.data.validation else None
-        if self._validation and (count := self._validation.report["examples"]) < FEW:
+        if self._validation and (count := self._validation.report.examples) < FEW:
             logger.warning(
                 f"validation: {counted(count, 'example')}: scores of so few say little, and "
                 "keep_best follows chance"

@@ -6,7 +6,6 @@ import shlex
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PretrainedConfig, PreTrainedModel
@@ -43,7 +42,7 @@ def filled(
         CheckpointError: if they lack a part of that class; ``name`` is what the user calls them.
     """
 
-    def build(context: Callable[[], AbstractContextManager[Any]]) -> PreTrainedModel:
+    def build(context: Callable[[], AbstractContextManager[object]]) -> PreTrainedModel:
         model = accepted(
             lambda: construct(
                 config,
@@ -71,7 +70,7 @@ def filled(
     return engine
 
 
-def no_head(wanted: str, name: str, value: Any) -> CheckpointError:
+def no_head(wanted: str, name: str, value: object) -> CheckpointError:
     """Return the error of a model that lacks a part of the class ``wanted`` of transformers."""
     purpose, pretrained = BY_CLASS.get(wanted), ""
     if purpose and purpose.objective:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from transformers import PreTrainedModel
@@ -282,7 +282,7 @@ def begin(run: Run, engine: Engine, beside: Beside | None, saved: CheckpointStat
     load_pretrained(engine, reader, tell(filling, engine.module))
 
 
-def describe(run: Run, opened: OpenData, device: torch.device) -> dict[str, Any]:
+def describe(run: Run, opened: OpenData, device: torch.device) -> dict[str, object]:
     """Return what every checkpoint of this run says about itself, beside its position."""
     config, packages = run.config, ("torch", "deepspeed", "transformers")
     return {

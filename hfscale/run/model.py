@@ -16,7 +16,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import TypeVar, cast
 
 import torch
 import transformers
@@ -372,7 +372,11 @@ class RunModel(Model):
 
 
 def check_live(
-    objective: Objective, model: Any, *, device: torch.device | str, said: schema.Model
+    objective: Objective,
+    model: Callable[..., object],
+    *,
+    device: torch.device | str,
+    said: schema.Model,
 ) -> None:
     """Refuse a live model, in eval mode, that ``objective`` cannot be used with. Whoever makes one
     asks this: training, scoring, predicting, exporting. Collective, in a group.

@@ -7,7 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 import torch
 from transformers import (
@@ -24,7 +24,7 @@ from hfscale.checkpoint.base import check_base
 from hfscale.checkpoint.manifest import SMALL, verify
 from hfscale.checkpoint.weights import checked
 from hfscale.config.load import load_config
-from hfscale.config.schema import TrainConfig
+from hfscale.config.schema import Model, TrainConfig
 from hfscale.errors import ConfigError
 from hfscale.hub import GenerationFile, local_folder
 from hfscale.log import logger
@@ -132,15 +132,23 @@ def warn_of_tokenizer(folder: Path, digest: str, *, place: str = "") -> None:
         )
 
 
+class Needs(TypedDict):
+    """What a run asks of its model: keywords of ``check_model_config`` and ``build_model``."""
+
+    model: Model
+    vocab_size: int
+    seq_len: int
+    overrides: Mapping[str, object]
+
+
 def model_needs(
     config: TrainConfig,
     tokenizer: PreTrainedTokenizerFast,
     folder: Path | None,
     *,
-    also: Mapping[str, Any] | None = None,
-) -> dict[str, Any]:
-    """Return what the run asks of its model, which starts in ``folder`` if any: keywords of
-    ``check_model_config`` and ``build_model``.
+    also: Mapping[str, object] | None = None,
+) -> Needs:
+    """Return what the run asks of its model, which starts in ``folder`` if any.
 
     ``also`` are values of the model's config that a task needs; those of ``model.config`` win.
     """

@@ -6,7 +6,6 @@ from collections.abc import Callable
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from transformers import PreTrainedModel
@@ -16,6 +15,7 @@ from hfscale.checkpoint.export import compare_logits
 from hfscale.checkpoint.probe import read_probe
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.group import default_device, device_name
+from hfscale.models.call import live
 from hfscale.objectives.base import Objective
 from hfscale.run.model import check_live
 
@@ -38,7 +38,7 @@ def prove(
     skeleton: PreTrainedModel,
     checkpoint: Path,
     config: TrainConfig,
-    load: Callable[[Path], Any] | None = None,
+    load: Callable[[Path], torch.nn.Module] | None = None,
 ) -> float:
     """Return the relative difference between the engine's logits at the save of ``checkpoint`` and
     those of ``folder``, loaded by transformers unless ``load`` loads it.
@@ -52,6 +52,7 @@ def prove(
     if device.type == "cuda" and size + ROOM > torch.cuda.mem_get_info()[0]:
         # where files are mapped: a model larger than the memory is slow there, but goes
         device, attention = torch.device("cpu"), None
+    model: torch.nn.Module
     if load:
         model = load(folder)
     else:
@@ -60,7 +61,7 @@ def prove(
         )
     model.to(device).eval()
     objective = copy(objective)  # the run may train with it
-    objective.setting = replace(objective.setting, model_config=model.config)
+    objective.setting = replace(objective.setting, model_config=live(model).config)
     check_live(objective, model, device=device, said=config.model)
     probe = read_probe(checkpoint)
     with torch.no_grad():

@@ -4,10 +4,9 @@ model is on the meta device, DeepSpeed is not imported, and nobody waits for ano
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from functools import cached_property, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -26,6 +25,7 @@ from hfscale.objectives.base import Objective
 from hfscale.run.data import RunData
 from hfscale.run.examples import ExampleData
 from hfscale.run.origin import (
+    Needs,
     check_padding,
     lacks_flash_attention,
     model_needs,
@@ -74,10 +74,8 @@ class Shape:
         return self.data.objective()
 
     @cached_property
-    def needs(self) -> Mapping[str, Any]:
-        """What the run asks of its model: keywords of ``check_model_config`` and
-        ``build_model``.
-        """
+    def needs(self) -> Needs:
+        """What the run asks of its model."""
         return model_needs(self._config, self.data.tokenizer, self.folder, also=self.data.needs)
 
     @cached_property

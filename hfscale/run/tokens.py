@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
-from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedTokenizerFast
 
@@ -43,7 +42,7 @@ class TokenData:
 
     def __init__(self, config: RunConfig, world: World, sources: Sources) -> None:
         self._config, self._world, self._sources = config, world, sources
-        self.needs: Mapping[str, Any] = {}
+        self.needs: Mapping[str, object] = {}
         self.tokenizer = load_tokenizer(config.tokenizer.path)
         named = zip(config.data.sources, sources.parts, strict=True)
         parts = [(source.shards, rows) for source, rows in named]

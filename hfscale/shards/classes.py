@@ -6,24 +6,36 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any
+from typing import TYPE_CHECKING
 
-from hfscale.records import parse
+from hfscale.records import Damaged, Record, parse
+
+if TYPE_CHECKING:
+    import pyarrow
 
 
-def class_names(schema: Any) -> dict[str, list[str]]:
+class _Info(Record):
+    features: dict[str, object]
+
+
+class _Metadata(Record):
+    """What ``datasets`` says of a table."""
+
+    info: _Info
+
+
+def class_names(schema: pyarrow.Schema) -> dict[str, list[str]]:
     """Return the names of the classes that the numbers in some columns are of, as ``datasets``
     writes them into a table's metadata.
     """
-    features: Any = {}
-    with suppress(KeyError, TypeError, ValueError, AttributeError):
-        features = parse(dict[str, Any], schema.metadata[b"huggingface"])["info"]["features"]
-    features = features if isinstance(features, dict) else {}
+    features: dict[str, object] = {}
+    with suppress(KeyError, TypeError, Damaged):  # no metadata, or of another shape
+        features = parse(_Metadata, (schema.metadata or {})[b"huggingface"]).info.features
     names_of = {name: _names_of(feature) for name, feature in features.items()}
     return {name: names for name, names in names_of.items() if names}
 
 
-def _names_of(feature: Any) -> list[str] | None:
+def _names_of(feature: object) -> list[str] | None:
     """Return the names of a ClassLabel, or of a list of them."""
     if isinstance(feature, list) and len(feature) == 1:  # an older way to write a list
         feature = {"feature": feature[0]}
@@ -36,7 +48,7 @@ def _names_of(feature: Any) -> list[str] | None:
     return _names_of(feature["feature"]) if "feature" in feature else None
 
 
-def with_names(row: dict[str, Any], named: Mapping[str, list[str]]) -> dict[str, Any]:
+def with_names(row: dict[str, object], named: Mapping[str, list[str]]) -> dict[str, object]:
     """Return ``row`` with the names of classes for their numbers; -1 is ``datasets``' sign for
     none.
     """
@@ -46,7 +58,7 @@ def with_names(row: dict[str, Any], named: Mapping[str, list[str]]) -> dict[str,
     return row
 
 
-def _name(value: Any, names: list[str]) -> Any:
+def _name(value: object, names: list[str]) -> object:
     if isinstance(value, list):
         return [_name(part, names) for part in value]
     if not isinstance(value, int) or isinstance(value, bool):

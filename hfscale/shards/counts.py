@@ -4,9 +4,9 @@ and in the manifests.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+
+from hfscale.records import Count, Record
 
 NAMED = 20  # of what was left out for one reason, in the record
 SHOWN = 3  # of those in a line for people
@@ -19,6 +19,19 @@ REASONS = {
     "missing": "links that lead nowhere, or no files",
 }
 ALWAYS = ("duplicates", "empty", "invalid", "undecodable")  # told also where there are none
+
+
+class Seen(Record):
+    """What was read and left out, as it is kept."""
+
+    documents: Count
+    duplicates: Count = 0
+    empty: Count = 0
+    invalid: Count = 0
+    undecodable: Count = 0
+    packed: Count = 0
+    missing: Count = 0
+    names: dict[str, list[str]] | None = None  # None: a build from before, which named nothing
 
 
 @dataclass
@@ -43,30 +56,30 @@ class Counts:
         if name and len(names) < NAMED:
             names.append(name)
 
-    def add(self, part: Mapping[str, Any]) -> None:
-        """Count what ``record()`` of a part of the build says too."""
+    def add(self, part: Seen) -> None:
+        """Count what a part of the build has seen too."""
         for name in ("documents", *REASONS):
-            setattr(self, name, getattr(self, name) + part.get(name, 0))
-        for why, names in part.get("names", {}).items():
+            setattr(self, name, getattr(self, name) + getattr(part, name))
+        for why, names in (part.names or {}).items():
             self.names[why] = [*self.names.get(why, []), *names][:NAMED]
 
-    def record(self) -> dict[str, Any]:
-        """Return all of it as JSON types."""
-        numbers = {name: getattr(self, name) for name in ("documents", *REASONS)}
-        return {**numbers, "names": {why: names for why, names in self.names.items() if names}}
+    def record(self) -> Seen:
+        """Return all of it, to be kept."""
+        numbers: dict[str, int] = {name: getattr(self, name) for name in ("documents", *REASONS)}
+        named = {why: names for why, names in self.names.items() if names}
+        return Seen(**numbers, names=named)
 
 
-def seen_line(record: Mapping[str, Any]) -> str:
-    """Return one line for people of what ``Counts.record`` gave, also of builds from before, which
-    had no names.
-    """
+def seen_line(seen: Seen) -> str:
+    """Return one line for people of what a build has seen."""
     parts, left = list[str](), 0
     for why, meaning in REASONS.items():
-        count, names = record.get(why, 0), record.get("names", {}).get(why, [])
+        count: int = getattr(seen, why)
+        names = (seen.names or {}).get(why, [])
         left += count
         if count or why in ALWAYS:
             more = ", ..." if count > SHOWN and names else ""
             such_as = f" ({', '.join(names[:SHOWN])}{more})" if names else ""
             parts.append(f"{count:,} {meaning}{such_as}")
-    read = record["documents"] + (0 if "names" in record else record.get("undecodable", 0))
+    read = seen.documents + (seen.undecodable if seen.names is None else 0)
     return f"{read:,} documents read; left out: {', '.join(parts)}; kept: {read - left:,}"

@@ -20,7 +20,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 from hfscale.errors import DataError
 from hfscale.records import open_file
@@ -56,7 +56,7 @@ def locked(path: Path, *, wait: bool = True) -> Iterator[IO[bytes]]:
                 yield file
 
 
-def flock(file: IO[Any], *, wait: bool) -> bool:
+def flock(file: IO[bytes] | IO[str], *, wait: bool) -> bool:
     """Return True once ``file`` is locked; False where its file system has no locks.
 
     Raises:

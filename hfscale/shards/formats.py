@@ -12,7 +12,7 @@ from contextlib import suppress
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfscale.errors import DataError
 from hfscale.records import open_file
@@ -21,12 +21,15 @@ from hfscale.shards.raw import members_of, too_large
 from hfscale.shards.tars import PICKLED
 from hfscale.shards.text_files import BYTE_ORDERS, lines_of, open_source, open_table
 
-Rows = Iterator[tuple[str, Any]]
+if TYPE_CHECKING:
+    import pyarrow
+
+Rows = Iterator[tuple[str, object]]
 DEPTH = 200  # levels of JSON in a row
 HUGE = 1 << 28  # bytes of a row that nobody has set a limit for
 
 
-def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def distinct_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
     """Return a JSON object; a key that is there twice is an error, where Python would take the
     last.
     """
@@ -38,7 +41,7 @@ def distinct_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return content
 
 
-def _json(text: str | bytes) -> Any:
+def _json(text: str | bytes) -> object:
     """Return what a row of JSON says.
 
     Raises:
@@ -46,8 +49,12 @@ def _json(text: str | bytes) -> Any:
             could walk.
     """
     value = json.loads(text, object_pairs_hook=distinct_keys)
-    signs: Any = ("[", "{") if isinstance(text, str) else (b"[", b"{")
-    if sum(text.count(sign) for sign in signs) <= DEPTH:
+    nested = (
+        text.count("[") + text.count("{")
+        if isinstance(text, str)
+        else text.count(b"[") + text.count(b"{")
+    )
+    if nested <= DEPTH:
         return value
     level = [value] if isinstance(value, dict | list) else []
     for _ in range(DEPTH):
@@ -85,7 +92,7 @@ def _jsonl(file: Path, column: str | None, most: int = HUGE) -> Rows:
                 raise _not_json(error, line, where) from None
 
 
-def _over_lines(file: Path, most: int) -> Any:
+def _over_lines(file: Path, most: int) -> object:
     """Return what a file of JSON over several lines holds, or None where it is no such file or too
     large to be held.
     """
@@ -203,7 +210,7 @@ def _parquet(file: Path, column: str | None, most: int = HUGE) -> Rows:
 BATCH_BYTES = 1 << 24  # of parquet that are made Python objects at once
 
 
-def _row_bytes(group: Any, columns: list[str] | None) -> int:
+def _row_bytes(group: pyarrow.RowGroupMetaData, columns: list[str] | None) -> int:
     """Return the bytes of a row of a row group of parquet, on average."""
     parts = [group.column(number) for number in range(group.num_columns)]
     wanted = [
@@ -220,13 +227,15 @@ def _webdataset(file: Path, column: str | None, most: int = HUGE) -> Rows:
     """
     with open_file(file) as stream:
         for key, members in members_of(file):
-            where, row = f"{file}, sample {key}", dict[str, Any](id=key)
+            where, row = f"{file}, sample {key}", dict[str, object](id=key)
             for name, member in members.items():
                 stream.seek(member.offset)
                 payload = b"" if name in PICKLED else stream.read(member.size)
                 try:
                     text = payload.decode("utf-8-sig")
                     cells = _json(text) if name.endswith("json") else {name: text}
+                    if not isinstance(cells, dict):
+                        raise TypeError(f"{cells!r:.60}")
                     if twice := cells.keys() & row.keys() - {"id"}:
                         raise ValueError(f"{min(twice)!r} is there twice in the sample")
                     row |= cells

@@ -15,13 +15,14 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal, Protocol
+from typing import Annotated, Literal, Protocol
 
 import numpy as np
 from pydantic import Field
 
 from hfscale.errors import DataError
 from hfscale.records import STRICT, Count, Damaged, Record, parse, read_file
+from hfscale.shards.counts import Seen
 from hfscale.shards.files import write_atomically
 
 VERSION = 1
@@ -83,19 +84,11 @@ class _Version(Record):
     version: int
 
 
-class _Seen(Record):
-    """What a build has read and left out (``counts.py``): numbers, and some names."""
-
-    __pydantic_extra__: dict[str, Count]
-    documents: Count
-    names: dict[str, list[str]] = {}
-
-
 class _Source(Record):
     """Where the text came from."""
 
     field: str | None = None
-    seen: _Seen | None = None
+    seen: Seen | None = None
 
 
 class _File(Record):
@@ -116,7 +109,7 @@ class Manifest:
 
     dtype: str
     tokenizer: TokenizerInfo | None
-    source: Mapping[str, Any]
+    source: Mapping[str, object]
     shards: tuple[ShardEntry, ...]
     version: int = VERSION
     # where it was loaded from; not part of the data
@@ -192,7 +185,7 @@ class Manifest:
         return self.remote.hold(self.folder, entry) if self.remote else nullcontext()
 
     @property
-    def _content(self) -> dict[str, Any]:
+    def _content(self) -> dict[str, object]:
         tokenizer = asdict(self.tokenizer) if self.tokenizer else None
         shards = [dict(vars(entry)) for entry in self.shards]
         return {
@@ -232,9 +225,21 @@ class Manifest:
         return "; ".join(differences or ["the order of the shards"])
 
     @property
-    def numpy_dtype(self) -> np.dtype[Any]:
+    def seen(self) -> Seen | None:
+        """What the build read and left out; None: it does not say."""
+        return _Source.model_validate(dict(self.source)).seen
+
+    @property
+    def text_field(self) -> str:
+        """The member of a sample that is its text, where rows are of raw text."""
+        field = _Source.model_validate(dict(self.source)).field
+        assert field is not None, "a manifest of raw text without it is refused"
+        return field
+
+    @property
+    def numpy_dtype(self) -> np.dtype[np.generic]:
         """The little-endian dtype of the token ids on disk."""
-        dtype: np.dtype[Any] = np.dtype(self.dtype).newbyteorder("<")
+        dtype: np.dtype[np.generic] = np.dtype(self.dtype).newbyteorder("<")
         return dtype
 
     @property

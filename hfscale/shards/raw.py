@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
-from typing import IO, Any
+from typing import IO
 
 import numpy as np
 import xxhash
@@ -106,8 +106,8 @@ def text_of(payload: bytes, field: str) -> str:
     """
     _, place = _split(field)
     try:
-        value: Any = payload.decode("utf-8-sig")
-        value = json.loads(value) if place else value
+        text = payload.decode("utf-8-sig")
+        value: object = json.loads(text) if place else text
         for part in place:
             if not isinstance(value, dict) or part not in value:
                 raise ValueError(

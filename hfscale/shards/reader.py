@@ -13,7 +13,6 @@ from bisect import bisect_right
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -39,7 +38,7 @@ class ShardReader:
         folder: str | Path,
         entry: ShardEntry,
         *,
-        dtype: np.dtype[Any],
+        dtype: np.dtype[np.generic],
         verify: bool = True,
         partial: bool = False,
     ) -> None:

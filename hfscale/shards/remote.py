@@ -27,13 +27,16 @@ from concurrent.futures import CancelledError
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING
 
 from hfscale.errors import PASSWORD, ConfigError, DataError
 from hfscale.log import logger
 from hfscale.shards.files import file_digest, flock, locked, publish, sync, write_atomically
 from hfscale.shards.index import ShardIndex
 from hfscale.shards.manifest import FILE_NAME, Manifest, ShardEntry
+
+if TYPE_CHECKING:
+    from fsspec import AbstractFileSystem
 
 BLOCK = 2**23  # bytes asked for at once
 LEAST_BLOCK = 2**18  # after failures, so that a slow line has a block within the timeout
@@ -66,7 +69,7 @@ class Remote:
         self._base, self._manifest = (
             (base, last) if last.endswith(".json") else (f"{base}/{last}", FILE_NAME)
         )
-        self._fs: Any = None
+        self._fs: AbstractFileSystem | None = None
         if PASSWORD.search(url):
             raise ConfigError(
                 "a password stands in a URL: it would go into the logs",

@@ -7,7 +7,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -15,6 +15,9 @@ from hfscale.errors import DataError, UserError
 from hfscale.shards.counts import seen_line
 from hfscale.shards.manifest import TEXT, Manifest
 from hfscale.shards.reader import ShardReader
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 READ_TOKENS = 1 << 20
 BAR = 40  # characters of the longest bar
@@ -46,8 +49,8 @@ def describe(manifest: Manifest) -> str:
             f"document {tokenizer.eod_id}",
         ]
     lines.append(f"  fingerprint {manifest.fingerprint}")
-    if "seen" in manifest.source:
-        lines.append(f"  of all sides: {seen_line(manifest.source['seen'])}")
+    if manifest.seen:
+        lines.append(f"  of all sides: {seen_line(manifest.seen)}")
     if manifest.dtype != TEXT and manifest.documents:
         lengths = document_lengths(manifest)
         lines.append(
@@ -96,7 +99,7 @@ def draw(manifests: Mapping[str, Manifest], path: Path) -> None:
 
 
 @contextmanager
-def picture(path: Path, *, width: float, height: float) -> Iterator[Any]:
+def picture(path: Path, *, width: float, height: float) -> Iterator[Figure]:
     """Yield a matplotlib figure of so many inches, which is a PNG at ``path`` afterwards.
 
     Raises:

@@ -5,19 +5,23 @@ names its content.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from functools import cache
 from glob import has_magic
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
 from hfscale.errors import DataError
 from hfscale.hub import asked_once
 from hfscale.log import logger
 from hfscale.shards.classes import class_names, with_names
-from hfscale.shards.formats import READERS, SUFFIXES, Rows, kind_of, unread_kind
+from hfscale.shards.formats import READERS, SUFFIXES, kind_of, unread_kind
 from hfscale.shards.listing import files_below, split_glob
 from hfscale.shards.text_files import open_source
+
+if TYPE_CHECKING:
+    from datasets import Dataset, IterableDataset
 
 
 def table_files(name: str | Path) -> list[Path]:
@@ -88,7 +92,9 @@ def _say_once(line: str) -> None:
     logger.warning(line)
 
 
-def table_rows(name: str | Path, *, subset: str | None = None, split: str = "train") -> Rows:
+def table_rows(
+    name: str | Path, *, subset: str | None = None, split: str = "train"
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, row) of all rows of a table here, or of ``NAME`` or ``NAME:SPLIT`` of the hub.
 
     Raises:
@@ -130,17 +136,19 @@ def table_rows(name: str | Path, *, subset: str | None = None, split: str = "tra
             yield f"{name}, row {number}", with_names(row, named)
 
 
-def _rows_of(document: Any) -> list[Any]:
+def _rows_of(document: object) -> list[object]:
     """Return the rows of what stands on a line: itself, the members of a list, or the questions of
     SQuAD's own file (one line).
     """
+    articles = document.get("data", ()) if isinstance(document, dict) else ()
     with suppress(KeyError, TypeError):
-        if asked := [
+        asked: list[object] = [
             {"context": part["context"], **question}
-            for article in document["data"]
+            for article in articles
             for part in article["paragraphs"]
             for question in part["qas"]
-        ]:
+        ]
+        if asked:
             return asked
     return document if isinstance(document, list) else [document]
 
@@ -161,7 +169,7 @@ def table_digest(name: str | Path, *, subset: str | None = None, split: str = "t
 
 def hub_dataset(
     name: str, *, subset: str | None, split: str, streaming: bool = False, setting: str = "data"
-) -> Any:
+) -> Dataset | IterableDataset:
     """Return ``NAME`` or ``NAME:SPLIT`` of the hub, from the cache or fetched.
 
     Raises:

@@ -11,7 +11,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, cast
 
 from hfscale.errors import DataError
 from hfscale.records import open_file
@@ -39,10 +39,7 @@ def open_source(file: Path) -> Iterator[IO[bytes]]:
     """
     try:
         with open_file(file) as plain:
-            unpacked: Any = plain
-            if file.suffix == ".gz":
-                unpacked = gzip.GzipFile(fileobj=plain)
-            yield unpacked
+            yield cast(IO[bytes], gzip.GzipFile(fileobj=plain)) if file.suffix == ".gz" else plain
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(
             f"cannot read a source file: {getattr(error, 'strerror', None) or error}", where=file

@@ -87,7 +87,7 @@ def _check(manifest: Manifest, entry: ShardEntry) -> Iterator[str]:
             yield f"{place} does not match its checksum"
         elif manifest.dtype == TEXT:
             try:
-                text_of(payload.tobytes(), manifest.source["field"])
+                text_of(payload.tobytes(), manifest.text_field)
             except ValueError as error:
                 yield f"{place}: the text {error}"
     if manifest.dtype == TEXT:

@@ -12,7 +12,6 @@ import io
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import xxhash
@@ -38,7 +37,7 @@ class ShardWriter:
         folder: Path,
         *,
         name: str,
-        dtype: np.dtype[Any],
+        dtype: np.dtype[np.generic],
         chunk_tokens: int,
         shard_chunks: int,
         committed: Callable[[ShardEntry], None],

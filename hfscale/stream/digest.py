@@ -19,7 +19,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -53,10 +53,10 @@ def batch_digest(ids: Iterable[Tensor]) -> int:
 
 def digest_rows(ids_BL: np.ndarray) -> int:
     """Return the sum, modulo 2**64, of the rows' digests: the unsigned number of the metrics."""
-    return _sum(np.ascontiguousarray(ids_BL, dtype="<i8"))
+    return _sum(row.data for row in np.ascontiguousarray(ids_BL, dtype="<i8"))
 
 
-def digest_features(features: Iterable[Mapping[str, Any]]) -> int:
+def digest_features(features: Iterable[Mapping[str, object]]) -> int:
     """Return the same of features; ``example``, a number in the split, is no part of what is
     learnt.
     """
@@ -68,7 +68,7 @@ def digest_features(features: Iterable[Mapping[str, Any]]) -> int:
     )
 
 
-def _sum(rows: Iterable[Any]) -> int:
+def _sum(rows: Iterable[bytes | memoryview]) -> int:
     digests = (hashlib.blake2b(row, digest_size=8).digest() for row in rows)
     return sum(int.from_bytes(digest, "little") for digest in digests) % 2**64
 

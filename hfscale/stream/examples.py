@@ -13,7 +13,7 @@ Shape legend: B features of a micro-batch, n of those asked for, N of an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -26,6 +26,7 @@ from hfscale.errors import DataError
 from hfscale.stream.order import Order, key_of, mix
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
+    from datasets import Dataset
     from torch import Tensor
 
 POOL, GROUP = 4096, 64  # features: what is sorted together, and stays together
@@ -75,7 +76,7 @@ class ExampleState:
     epoch_rows: int
     consumed_rows: int = 0
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         return asdict(self)
 
 
@@ -124,23 +125,24 @@ class ExampleStream:
 
     def __init__(
         self,
-        features: Any,
+        features: Dataset | Sequence[Feature],
         order: ExampleOrder,
         *,
         fingerprint: str,
         global_batch: int,
         micro_batch: int,
         place: Place,
-        state: dict[str, Any] | None = None,
+        state: Mapping[str, object] | None = None,
     ) -> None:
         self._features, self._order, self._place = features, order, place
         self._global_batch, self._micro_batch = global_batch, micro_batch
+        consumed = state.get("consumed_rows") if state else 0
         self._state = ExampleState(
             fingerprint,
             order.seed,
             order.grouped,
             len(order.lengths),
-            state["consumed_rows"] if state else 0,
+            consumed if isinstance(consumed, int) else 0,
         )
         if state and state != self._state.to_dict():
             differ = [
@@ -172,7 +174,7 @@ class ExampleStream:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
         return self._state
 
-    def epochs(self) -> dict[str, Any]:
+    def epochs(self) -> dict[str, float]:
         """Return the passes over the examples so far."""
         return {"epoch": self._state.consumed_rows / self._state.epoch_rows}
 
@@ -205,7 +207,12 @@ class ExampleRows:
     """
 
     def __init__(
-        self, features: Any, lengths: np.ndarray, *, micro_batch: int, place: Place
+        self,
+        features: Dataset | Sequence[Feature],
+        lengths: np.ndarray,
+        *,
+        micro_batch: int,
+        place: Place,
     ) -> None:
         self._features = features
         self._by_length = np.argsort(lengths, kind="stable")
@@ -222,7 +229,10 @@ class ExampleRows:
 
 
 def micro_batch(
-    features: Any, numbers: np.ndarray, positions: np.ndarray, valid: np.ndarray | None = None
+    features: Dataset | Sequence[Feature],
+    numbers: np.ndarray,
+    positions: np.ndarray,
+    valid: np.ndarray | None = None,
 ) -> Examples:
     """Return features ``numbers`` (B) of a ``datasets.Dataset``, or of a list, as a micro-batch."""
     import torch

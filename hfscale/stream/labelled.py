@@ -16,11 +16,11 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, cast
+from typing import TYPE_CHECKING, TypeVar, cast
 
 import numpy as np
 
@@ -31,16 +31,35 @@ from hfscale.log import logger, progress_bar
 from hfscale.records import load
 from hfscale.shards.files import locked
 from hfscale.shards.tables import table_digest
-from hfscale.stream.examples import BadExample, Example, Facts
+from hfscale.stream.examples import BadExample, Example, Facts, Feature
 from hfscale.stream.roles import Roles, fraction_of, read_examples
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 SHOWN = 3  # bad examples that a report names
 VERSION = 4  # of what is cached
 
 
-def _kept(file: Path) -> dict[str, Any]:
+T = TypeVar("T")
+
+
+def _kept(file: Path, kind: type[T]) -> T:
     remedy = f"remove the folder {file.parent}: it is made again"
-    return load(file, dict[str, Any], what="what was kept of the examples", remedy=remedy)
+    return load(file, kind, what="what was kept of the examples", remedy=remedy)
+
+
+@dataclass
+class Report:
+    """What is in a split."""
+
+    examples: int = 0
+    features: int = 0
+    truncated: int = 0  # examples
+    unlearnt: dict[str, int] = field(default_factory=dict)  # why -> examples
+    bad: int = 0  # examples that were left out
+    shown: list[str] = field(default_factory=list)  # some of these
+    digest: str = ""  # of the features
 
 
 @dataclass
@@ -50,14 +69,12 @@ class Split:
     folder: Path
 
     @cached_property
-    def report(self) -> dict[str, Any]:
-        """What is in it: ``examples``, ``features``, ``truncated`` (examples), ``bad`` (examples)
-        and some of these.
-        """
-        return _kept(self.folder / "report.json")
+    def report(self) -> Report:
+        """What is in it."""
+        return _kept(self.folder / "report.json", Report)
 
     @cached_property
-    def features(self) -> Any:
+    def features(self) -> Dataset:
         """The features, memory-mapped."""
         return _mapped(self.folder / "features.arrow")
 
@@ -76,9 +93,9 @@ class Split:
         """The digest of the features: the same whatever files, options and code they were made
         of.
         """
-        return str(self.report["digest"])
+        return self.report.digest
 
-    def examples(self) -> list[dict[str, Any]]:
+    def examples(self) -> list[Example]:
         """Return all examples, in the order of their numbers."""
         return [
             json.loads(text)
@@ -110,7 +127,7 @@ class LabelledData:
             begin += part
         self._parts["train"] = (begin, 1.0)
 
-    def examples(self, split: str, *, answers: bool = True) -> Iterator[dict[str, Any]]:
+    def examples(self, split: str, *, answers: bool = True) -> Iterator[Example]:
         """Yield the examples of a split: ``train``, ``validation``, ``test``; ``id`` is the row's
         number in its table if it has none.
 
@@ -164,12 +181,12 @@ class LabelledData:
                 ) from error
 
         folder = self._made(self.digest("train", "facts"), build)
-        return cast("Facts", _kept(folder / "facts.json"))
+        return cast(Facts, _kept(folder / "facts.json", dict[str, object]))
 
     def prepared(
         self,
         split: str,
-        features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]],
+        features: Callable[[Example], Sequence[Feature]],
         *,
         about: str,
     ) -> Split:
@@ -187,30 +204,30 @@ class LabelledData:
             )
         )
         report = made.report
-        say = f"{split}: {report['examples']:,} examples in {report['features']:,} features"
-        if report["truncated"]:
-            share = report["truncated"] / report["examples"]
+        say = f"{split}: {report.examples:,} examples in {report.features:,} features"
+        if report.truncated:
+            share = report.truncated / report.examples
             say += (
-                f"; {report['truncated']:,} ({share:.1%}) were cut to "
+                f"; {report.truncated:,} ({share:.1%}) were cut to "
                 f"data.max_length={self.data.max_length} tokens"
             )
         logger.info(say)
-        for why, count in report["unlearnt"].items():
+        for why, count in report.unlearnt.items():
             logger.warning(f"{split}: {counted(count, 'example')} cannot be learnt from: {why}")
-        if report["bad"] and self.data.on_error == "stop":
+        if report.bad and self.data.on_error == "stop":
             raise DataError(
-                f"{report['bad']:,} examples of {split} cannot be used",
+                f"{report.bad:,} examples of {split} cannot be used",
                 where=where,
-                value=report["shown"],
+                value=report.shown,
                 remedy="mend them, or leave them out with data.on_error=skip",
             )
-        if report["bad"]:
+        if report.bad:
             logger.warning(
-                f"{split}: {counted(report['bad'], 'example')} left out, such as "
-                f"{'; '.join(report['shown'])}"
+                f"{split}: {counted(report.bad, 'example')} left out, such as "
+                f"{'; '.join(report.shown)}"
             )
-        useless = split == "train" and sum(report["unlearnt"].values()) == report["examples"]
-        if not report["features"] or useless:
+        useless = split == "train" and sum(report.unlearnt.values()) == report.examples
+        if not report.features or useless:
             few = (
                 f"; data.{split} is a share of the texts that differ, and these are few"
                 if split in self._parts
@@ -219,7 +236,7 @@ class LabelledData:
             raise DataError(
                 f"no example of {split} is left",
                 where=where,
-                value=report["shown"] or [*report["unlearnt"]] or report["examples"],
+                value=report.shown or [*report.unlearnt] or report.examples,
                 remedy=f"give more or other examples{few}",
             )
         return made
@@ -228,19 +245,12 @@ class LabelledData:
         self,
         folder: Path,
         split: str,
-        features: Callable[[dict[str, Any]], Sequence[dict[str, Any]]],
+        features: Callable[[Example], Sequence[Feature]],
     ) -> None:
         from datasets.arrow_writer import ArrowWriter
 
         content = hashlib.blake2b(digest_size=16)
-        report: dict[str, Any] = {
-            "examples": 0,
-            "features": 0,
-            "truncated": 0,
-            "unlearnt": {},
-            "bad": 0,
-            "shown": [],
-        }
+        report = Report()
         with (
             ArrowWriter(path=str(folder / "features.arrow")) as rows,
             ArrowWriter(path=str(folder / "examples.arrow")) as examples,
@@ -257,15 +267,15 @@ class LabelledData:
                             f"it is longer than data.max_length={self.data.max_length} tokens"
                         )
                 except (BadExample, NotText) as error:
-                    report["bad"] += 1
-                    report["shown"] = [*report["shown"], f"{example['id']}: {error}"][:SHOWN]
+                    report.bad += 1
+                    report.shown = [*report.shown, f"{example['id']}: {error}"][:SHOWN]
                     continue
                 for feature in made:
                     content.update(json.dumps(feature, sort_keys=True).encode())
                     rows.write(
                         {
                             **feature,
-                            "example": report["examples"],
+                            "example": report.examples,
                             "length": len(feature["input_ids"]),
                         }
                     )
@@ -275,15 +285,15 @@ class LabelledData:
                         "example": json.dumps(example, ensure_ascii=False, default=str),
                     }
                 )
-                report["truncated"] += any(cut)
+                report.truncated += any(cut)
                 for why in useless:
-                    report["unlearnt"][why] = report["unlearnt"].get(why, 0) + 1
-                report["features"] += len(made)
-                report["examples"] += 1
-            for writer in (rows, examples) if report["features"] else ():
+                    report.unlearnt[why] = report.unlearnt.get(why, 0) + 1
+                report.features += len(made)
+                report.examples += 1
+            for writer in (rows, examples) if report.features else ():
                 writer.finalize()
-        report["digest"] = content.hexdigest()
-        (folder / "report.json").write_text(json.dumps(report, ensure_ascii=False), "utf-8")
+        report.digest = content.hexdigest()
+        (folder / "report.json").write_text(json.dumps(asdict(report), ensure_ascii=False), "utf-8")
 
     def digest(self, split: str, about: str = "") -> str:
         """Return what names the examples of a split, as they are read for this task, and what is
@@ -325,12 +335,12 @@ class LabelledData:
         return folder
 
 
-def _column(features: Any, name: str) -> np.ndarray:
+def _column(features: Dataset, name: str) -> np.ndarray:
     numbers: np.ndarray = features.data.column(name).to_numpy()
     return numbers
 
 
-def _mapped(file: Path) -> Any:
+def _mapped(file: Path) -> Dataset:
     import datasets
 
     return datasets.Dataset.from_file(str(file))

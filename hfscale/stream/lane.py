@@ -168,7 +168,7 @@ class Lane:
             self._size = max(self._size, min(2 * self._size, self._how.task_bytes))
 
     def _encode(self, samples: list[Sample]) -> Callable[[], Encoded]:
-        return self._how.submit(samples, self._samples.manifest.source["field"])
+        return self._how.submit(samples, self._samples.manifest.text_field)
 
     def take(self) -> Piece:
         """Return the next row."""

@@ -21,7 +21,6 @@ import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +28,7 @@ import torch
 from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.stream.ahead import fetch_ahead
-from hfscale.stream.mixture import Mixture
+from hfscale.stream.mixture import Mixture, Passes
 from hfscale.stream.order import Places
 from hfscale.stream.prepared import Prepared, RowSource, RunRows
 from hfscale.stream.rows import Rows
@@ -142,14 +141,14 @@ class Stream:
             self._opened,
             consumed_rows=self._consumed,
             **self._order.record(self._consumed),
-            **self._rows.record(),
+            cursors=self._rows.record(),
         )
 
-    def epochs(self) -> dict[str, Any]:
+    def epochs(self) -> Passes:
         """Return ``epoch``, and ``source_epoch`` where there are several sources: passes so far.
         All ranks call this together.
         """
-        return self._order.epochs(self._consumed, **self._rows.record())
+        return self._order.epochs(self._consumed, self._rows.record())
 
     def close(self) -> None:
         """Return with the reader thread ended. The stream can no longer be taken from."""

@@ -23,12 +23,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypedDict
 
 import numpy as np
 
 from hfscale.dist.world import Place
 from hfscale.stream.order import Order, Places, deal, key_of, mix, permute
+from hfscale.stream.state import Cursors
 
 _SLOTS = 4  # purpose of a key; order.py and sources.py have the others
 
@@ -131,6 +132,20 @@ def _rows_before(phases: Sequence[Phase]) -> np.ndarray:
             np.cumsum(counts[:-1] * np.array(blocks, dtype=np.int64)[:, None], axis=0),
         ]
     )
+
+
+class Mixed(TypedDict, total=False):
+    """What the state of a stream says of its mixture (``StreamState``); one source has none."""
+
+    sources: dict[str, tuple[str, int]]
+    phases: list[tuple[int, list[int]]]
+
+
+class Passes(TypedDict, total=False):
+    """How often the data were gone through."""
+
+    epoch: float
+    source_epoch: dict[str, float]  # where there are several
 
 
 class Mixture:
@@ -246,19 +261,19 @@ class Mixture:
         rows: np.ndarray = self._before[phase] + block * self._counts[phase] + in_block
         return rows
 
-    def epochs(self, position: int, cursors: Sequence[Any] = ()) -> dict[str, Any]:
+    def epochs(self, position: int, cursors: Cursors | None = None) -> Passes:
         """Return the passes over all the data, and over each source where there are several; of raw
         text by the samples used up.
         """
         used = self.consumed(position)
-        used[list(self.raw)] = [sum(sample for sample, _ in lanes) for lanes in cursors]
-        passes = dict(zip(self.names, (used / self._rows).tolist(), strict=True))
-        return {
-            "epoch": int(used.sum()) / self.rows,
-            **({"source_epoch": passes} if len(passes) > 1 else {}),
-        }
+        used[list(self.raw)] = [sum(sample for sample, _ in lanes) for lanes in cursors or ()]
+        by_source = dict(zip(self.names, (used / self._rows).tolist(), strict=True))
+        passes = Passes(epoch=int(used.sum()) / self.rows)
+        if len(by_source) > 1:
+            passes["source_epoch"] = by_source
+        return passes
 
-    def record(self, position: int) -> dict[str, Any]:
+    def record(self, position: int) -> Mixed:
         """Return what the state of a stream must say of the mixture at ``position``: its sources,
         and the phases begun; one has none.
         """
@@ -267,11 +282,11 @@ class Mixture:
         rows = self.consumed(position).tolist()
         return {
             "sources": {
-                name: [print_[:12], n]
+                name: (print_[:12], n)
                 for (name, print_), n in zip(self.fingerprints.items(), rows, strict=True)
             },
             "phases": [
-                [phase.begin, list(phase.counts)]
+                (phase.begin, list(phase.counts))
                 for phase in self._phases
                 if phase.begin < position
             ],

@@ -6,13 +6,14 @@ Shape legend: B rows, L + 1 tokens each; n rows prepared, of L = ``seq_len``.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.lib.stride_tricks import as_strided
 
 from hfscale.errors import DataError
 from hfscale.shards.manifest import Manifest
+from hfscale.stream.state import Cursors
 
 GATHERED_TOKENS = 2**17  # at once: what is between shard and output stays in the cache
 FILLER_ID = 0  # of the tokens of a row that is skipped: an id that every vocabulary has
@@ -50,7 +51,14 @@ class Prepared:
 
     @classmethod
     def copied(
-        cls, ids: np.ndarray, begins: Sequence[np.ndarray], documents_per: int, **fields: Any
+        cls,
+        ids: np.ndarray,
+        begins: Sequence[np.ndarray],
+        documents_per: int,
+        *,
+        valid: np.ndarray,
+        source: np.ndarray,
+        blocked: Mapping[int, DataError],
     ) -> Prepared:
         """Return the rows ``ids`` (n, L + 1), in each of which documents begin at ``begins``
         (n).
@@ -67,7 +75,9 @@ class Prepared:
             [ids.reshape(-1)],
             length=length,
             boundaries=boundaries,
-            **fields,
+            valid=valid,
+            source=source,
+            blocked=blocked,
         )
 
     def fill(self, part: slice, ids_BL: np.ndarray) -> None:
@@ -132,7 +142,7 @@ class RunRows(RowSource, Protocol):
     def advance(self, consumed: int) -> None:
         """Return with ``consumed`` rows of the run noted."""
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Cursors:
         """Return what the state of a stream must hold of its rows. All ranks call this together."""
 
     def close(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, ClassVar, Protocol
+from typing import ClassVar, Protocol
 
 from hfscale.errors import ConfigError, DataError, nearest
 from hfscale.shards.tables import table_rows
@@ -27,8 +27,9 @@ def read_examples(
     *,
     columns: Mapping[str, str],
     answers: bool = True,
-    **hub: Any,
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    subset: str | None = None,
+    split: str = "train",
+) -> Iterator[tuple[str, dict[str, object]]]:
     """Yield (place, example) of each row. ``columns`` maps roles to columns; without ``answers``
     they may be missing.
 
@@ -50,7 +51,7 @@ def read_examples(
     if table.endswith(".txt") and "text" not in roles.columns:
         # a text a line is what is asked about, whatever its role's name
         columns = {asked[0]: "text", **columns}
-    for number, (where, row) in enumerate(table_rows(table, **hub)):
+    for number, (where, row) in enumerate(table_rows(table, subset=subset, split=split)):
         example = _example(row, roles, columns, may_lack=may_lack, where=where)
         if not any(role in example for role in asked):  # each of them alone may be missing
             raise DataError(
@@ -60,16 +61,17 @@ def read_examples(
                 remedy=f"say which column is one of them: data.columns.{asked[0]}=COLUMN; the "
                 f"columns are {_named(row)}",
             )
-        example["id"] = str(example["id"]) if example.get("id") is not None else str(number)
+        name = str(number) if example.get("id") is None else str(example["id"])
+        example["id"] = name
         _refuse_half_characters(example, where=where)
-        if example["id"] in seen:
+        if name in seen:
             raise DataError(
                 "an id occurs twice",
                 where=where,
-                value=example["id"],
+                value=name,
                 remedy="give each example an id of its own, or no ids",
             )
-        seen.add(example["id"])
+        seen.add(name)
         yield where, example
     if not seen:
         raise DataError(
@@ -79,7 +81,7 @@ def read_examples(
         )
 
 
-def _refuse_half_characters(example: Mapping[str, Any], *, where: str) -> None:
+def _refuse_half_characters(example: Mapping[str, object], *, where: str) -> None:
     if not is_text(json.dumps(example, ensure_ascii=False, default=str)):
         raise DataError(
             "a text holds half of a character (a lone surrogate)",
@@ -90,13 +92,13 @@ def _refuse_half_characters(example: Mapping[str, Any], *, where: str) -> None:
 
 
 def _example(
-    row: Mapping[str, Any],
+    row: Mapping[str, object],
     roles: Roles | type[Roles],
     columns: Mapping[str, str],
     *,
     may_lack: Collection[str],
     where: str,
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return the cells of ``row`` by role, those that are there."""
     example = {}
     for role in (*roles.columns, "id"):
@@ -115,21 +117,22 @@ def _example(
     return example
 
 
-def _cell(row: Mapping[str, Any], column: str) -> Any:
+def _cell(row: Mapping[str, object], column: str) -> object:
     """Return a cell of ``row``, or MISSING; a dot goes into an object: ``translation.en`` of
     ``{"translation": {"en": ...}}``.
     """
     if column in row or "." not in column:
         return row.get(column, MISSING)
     outer, _, inner = column.partition(".")
-    return _cell(row[outer], inner) if isinstance(row.get(outer), Mapping) else MISSING
+    within = row.get(outer)
+    return _cell(within, inner) if isinstance(within, Mapping) else MISSING
 
 
-def _named(row: Mapping[str, Any]) -> str:
+def _named(row: Mapping[str, object]) -> str:
     return ", ".join(_columns(row)) or "none"
 
 
-def _columns(row: Mapping[str, Any]) -> Iterator[str]:
+def _columns(row: Mapping[str, object]) -> Iterator[str]:
     for name, cell in row.items():
         if isinstance(cell, Mapping) and cell:
             yield from (f"{name}.{inner}" for inner in _columns(cell))
@@ -146,7 +149,7 @@ def is_text(value: str) -> bool:
     return True
 
 
-def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float:
+def fraction_of(example: Mapping[str, object], roles: Roles | type[Roles]) -> float:
     """Return a number in [0, 1) that depends on what the example asks alone: the same question is
     always in the same split.
     """
@@ -158,7 +161,7 @@ def fraction_of(example: Mapping[str, Any], roles: Roles | type[Roles]) -> float
     return int.from_bytes(digest, "little") / 2**64
 
 
-def all_but_answers(example: Mapping[str, Any], roles: Roles | type[Roles]) -> dict[str, Any]:
+def all_but_answers(example: Mapping[str, object], roles: Roles | type[Roles]) -> dict[str, object]:
     """Return what an example asks, where every role that is no answer says a part of it; a role
     that is empty says nothing.
     """

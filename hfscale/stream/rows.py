@@ -16,7 +16,7 @@ from copy import copy
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -26,6 +26,7 @@ from hfscale.shards.manifest import TEXT, Manifest, ShardEntry
 from hfscale.shards.open import open_manifest
 from hfscale.shards.reader import ShardReader
 from hfscale.stream.prepared import FILLER_ID, Prepared, address_of
+from hfscale.stream.state import Cursors
 
 PAGE = 4096  # bytes
 
@@ -79,10 +80,9 @@ class TokenRows:
         place: str | Path | None = None,
         verify: bool = True,
         skip: bool = False,
-        **remote: Any,
     ) -> None:
         """``place`` is what the user calls a manifest that is open already."""
-        self.manifest = path if isinstance(path, Manifest) else open_manifest(path, **remote)
+        self.manifest = path if isinstance(path, Manifest) else open_manifest(path)
         self.manifests = [self.manifest]
         self.first_shards = np.array([0])  # of each manifest, shards numbered through
         self.raw = self.manifest.dtype == TEXT
@@ -215,11 +215,11 @@ class TokenRows:
         which rows those were.
         """
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Cursors:
         """Return what the state of a stream must hold of its rows: only raw text has something to
         say.
         """
-        return {}
+        return []
 
     def close(self) -> None:
         """Return with nothing left that works for these rows: what prepares them may end in an

@@ -7,12 +7,14 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from hfscale.errors import DataError
 from hfscale.records import STRICT, Count, Damaged, parse
 
 STATE_VERSION = 1
+# of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
+Cursors = list[list[list[int]]]
 
 
 class Saved(Protocol):
@@ -41,15 +43,16 @@ class StreamState:
     epoch_rows: Count
     consumed_rows: Count = 0
     # of a mixture: name -> [start of the fingerprint, rows consumed]
-    sources: dict[str, list[Any]] = field(default_factory=dict)
-    phases: list[list[Any]] = field(default_factory=list)  # of a mixture: those begun (mixture.py)
-    # of raw text: (source, lane) -> [sample, ids of it consumed] (text.py)
-    cursors: list[list[list[int]]] = field(default_factory=list)
+    sources: dict[str, tuple[str, int]] = field(default_factory=dict)
+    phases: list[tuple[int, list[int]]] = field(
+        default_factory=list
+    )  # of a mixture: those begun (mixture.py)
+    cursors: Cursors = field(default_factory=list)
     # of raw text: 1, from before, made control tokens of text that spells them; so it goes on
     text: int = 2
     version: int = STATE_VERSION
 
-    def to_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, object]:
         """Return the state as JSON types."""
         content = {**asdict(self), "consumed_tokens": self.consumed_rows * self.seq_len}
         return {
@@ -59,7 +62,7 @@ class StreamState:
         }
 
     @classmethod
-    def from_dict(cls, content: Mapping[str, Any]) -> StreamState:
+    def from_dict(cls, content: Mapping[str, object]) -> StreamState:
         """Return the state that ``to_dict`` gave.
 
         Raises:
@@ -73,7 +76,9 @@ class StreamState:
                 remedy=f"this program reads version {STATE_VERSION}: resume with the version "
                 "of hfscale that saved it",
             )
-        begun = {"text": 1 if content.get("cursors") else 2}  # of a state that does not say it
+        begun: dict[str, object] = {
+            "text": 1 if content.get("cursors") else 2
+        }  # of a state that does not say it
         begun |= {name: value for name, value in content.items() if name != "consumed_tokens"}
         try:
             return parse(cls, json.dumps(begun))

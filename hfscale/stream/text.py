@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -35,6 +35,7 @@ from hfscale.stream.mixture import Mixture
 from hfscale.stream.order import Order
 from hfscale.stream.prepared import FILLER_ID, Prepared
 from hfscale.stream.rows import TokenRows
+from hfscale.stream.state import Cursors
 from hfscale.tokenizer import end_of_document_id
 
 if TYPE_CHECKING:
@@ -196,12 +197,13 @@ class TextRows:
             _, lane, cursor = self._walked.popleft()
             self.cursors[self._order.raw.index(lane.source), lane.number] = cursor
 
-    def record(self) -> dict[str, Any]:
+    def record(self) -> Cursors:
         """Return the cursors (R, C, 2) for the state of the stream, gathered from all ranks: they
         call this together.
         """
         own = torch.from_numpy(self.cursors * self._owned[:, None])
-        return {"cursors": sum_over_ranks(own).long().tolist()}
+        cursors: Cursors = sum_over_ranks(own).long().tolist()
+        return cursors
 
     def close(self) -> None:
         """Return with the tokenizing processes told to end."""

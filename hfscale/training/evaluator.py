@@ -94,7 +94,7 @@ class TaskEvaluator:
         gathered = {
             number: output for part in from_all_ranks([*outputs.items()]) for number, output in part
         }
-        scores: dict[str, float] = from_rank_0(self._score(gathered) if self._examples else None)
+        scores = from_rank_0(self._score(gathered) if self._examples else {})
         return losses | scores
 
     def _score(self, outputs: Mapping[int, Output]) -> dict[str, float]:

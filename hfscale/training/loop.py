@@ -13,7 +13,6 @@ import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
 
 import torch
 
@@ -56,7 +55,7 @@ class Trainer:
     throughput: Throughput
     stop: StopRequest
     learning_rate: Callable[[int], float]
-    describe: dict[str, Any]  # what every checkpoint says about the run
+    describe: dict[str, object]  # what every checkpoint says about the run
     total_steps: int
     seed: int
     max_skipped: float = 0.0  # of the rows read
@@ -188,17 +187,16 @@ class Trainer:
 
     def snapshot(self) -> CheckpointState:
         """Return what a checkpoint of this moment says of the run, beside the engine's state."""
-        observed: dict[str, Any] = {"metrics": {}, "best": None}
+        observed: dict[str, object] = {"metrics": {}, "best": None}
         for observer in self.observers:
             observed |= observer.state()
-        return CheckpointState(
-            **self.describe,
-            step=self.state.step,
-            tokens_seen=self.state.tokens_seen,
-            skipped_rows=self.state.skipped_rows,
-            stream=self.stream.state().to_dict(),
-            **observed,
-        )
+        moment = {
+            "step": self.state.step,
+            "tokens_seen": self.state.tokens_seen,
+            "skipped_rows": self.state.skipped_rows,
+            "stream": self.stream.state().to_dict(),
+        }
+        return CheckpointState.model_validate({**self.describe, **moment, **observed})
 
     def _save(self) -> None:
         """Save the step that is done, if it was not yet."""

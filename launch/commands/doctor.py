@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -36,7 +36,7 @@ from hfscale.dist.world import (
     node_name,
 )
 from hfscale.errors import UserError
-from hfscale.reports.doctor import MARK, Finding, bad_nodes, failed, judge, table
+from hfscale.reports.doctor import MARK, Finding, Work, bad_nodes, failed, judge, table
 from launch import slurm
 from launch.interpreter import python
 from launch.job import Training
@@ -84,7 +84,7 @@ def doctor(
     """
     grant(overrides or ())
     wanted = Training(Request(config, tuple(overrides or ()))) if config else None
-    here, task = allocation(), dict[str, Any](shards=[], remote={}, checkpoint_gb=0.0, keep=2)
+    here, task = allocation(), Work()
     names = (
         client(["scontrol", "show", "hostnames", here.node_list]).stdout.split()
         if here and has_slurm()
@@ -123,9 +123,7 @@ def _tried(check: str, look: Callable[[], Sequence[str]]) -> Finding:
     return Finding(check, "warn" if said else "ok", "; ".join(said) or "fits")
 
 
-def _before(
-    job: Training | None, here: Allocation | None, task: dict[str, Any]
-) -> Iterator[Finding]:
+def _before(job: Training | None, here: Allocation | None, task: Work) -> Iterator[Finding]:
     """Yield what can be known without the ranks, of Slurm and of the config; ``task`` learns what
     they are to look at.
     """
@@ -169,16 +167,15 @@ def _before(
     yield _tried(
         "config", lambda: slurm.before(job, procs, gpus=gpus, on_nodes=bool(here or submits))
     )
-    task["keep"] = config.checkpoint.keep_last
+    task.keep = config.checkpoint.keep_last
     if isinstance(config, RunConfig):  # labelled examples lie in a few small files
-        task.update(
-            shards=[source.shards for source in config.data.sources], remote=config.data.remote
-        )
+        task.shards = [source.shards for source in config.data.sources]
+        task.remote = config.data.remote
 
     def parts() -> Sequence[str]:
         job.run.check()
         # weights and two moments in fp32
-        task["checkpoint_gb"] = 12e-9 * job.run.shape.parameters
+        task.checkpoint_gb = 12e-9 * job.run.shape.parameters
         return ()
 
     yield _tried("parts", parts)
@@ -206,7 +203,7 @@ def _await(ranks: Sequence[subprocess.Popen[bytes]]) -> None:
 
 def _measure(
     place: Path,
-    task: dict[str, Any],
+    task: Work,
     here: Allocation | None,
     names: Sequence[str],
     *,
@@ -218,13 +215,10 @@ def _measure(
     token = place / f".hfscale-doctor-{uuid.uuid4().hex}"
     with suppress(OSError):  # `writing` will say so
         token.touch()
-    about = {
-        **task,
-        "run": str(place),
-        "token": str(token) if token.exists() else "",
-        "gpus": here.gpus_per_node > 0 if here else gpu_count() > 0,
-    }
-    text = json.dumps(about, default=str)
+    task.run = str(place)
+    task.token = str(token) if token.exists() else ""
+    task.gpus = (here.gpus_per_node if here else gpu_count()) > 0
+    text = json.dumps(asdict(task), default=str)
     try:
         if here:
             out, err = _by_srun(text, here, procs, master=names[0], home=home)

@@ -7,13 +7,14 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from hfscale import run_files
 from hfscale.config import permission
 from hfscale.errors import CheckpointError, ConfigError
+from hfscale.metrics.kept import Scores, read_scores
 from hfscale.shards.files import alone
 from launch.commands.predict import Launcher, Overrides, Procs, nothing_left_if_refused, start
 
@@ -118,7 +119,7 @@ def evaluate(
 
 
 Pairs = Sequence[tuple[str | None, str | None]]  # a task, and the data it is for
-Kept = list[tuple[Path, dict[str, Any]]]  # the folder of scores, and they
+Kept = list[tuple[Path, Scores]]  # the folder of scores, and they
 
 
 def _on_all(run: str, asked: Pairs, how: How) -> Kept:
@@ -159,8 +160,6 @@ def _on_all(run: str, asked: Pairs, how: How) -> Kept:
 
 def _on_each(name: str, asked: Pairs, how: How) -> Kept:
     """Return the scores of a model, without those that a job was submitted for."""
-    from hfscale.metrics.kept import read_scores
-
     kept: Kept = []
     for task, data in asked:
         home = _on_harness(name, how) if how.harness is not None else _scored(name, task, data, how)
@@ -169,7 +168,8 @@ def _on_each(name: str, asked: Pairs, how: How) -> Kept:
         # on what: its own split, or --data
         label = [name, task, data] if task or data else [name, home.parent.name]
         scores = read_scores(home / run_files.SCORES)
-        kept.append((home, {**scores, "model": "  ".join(filter(None, label))}))
+        name_shown = "  ".join(filter(None, label))
+        kept.append((home, scores.model_copy(update={"model": name_shown})))
     return kept
 
 
@@ -211,7 +211,7 @@ def _rescored(
     asked: Sequence[tuple[str | None, str | None]],
     predictions: Path,
     said: Sequence[str],
-) -> dict[str, Any]:
+) -> Scores:
     """Return the scores of a file of predictions; without a ``model``, of which at most the labels
     are read.
     """
@@ -236,7 +236,7 @@ def _rescored(
     rest, _ = permission.split(said)
     known = None if model is None else find(model)
     config = settle(known, task=task, data=data, out=Path("-"), overrides=rest, answers=True)
-    return {"model": str(predictions), **job.score(config, predictions, model=known)}
+    return job.score(config, predictions, model=known, name=str(predictions))
 
 
 def _scored(name: str, task: str | None, data: str | None, how: How) -> Path:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -124,7 +124,7 @@ def resume(
     raise typer.Exit(1 if difference else 0)
 
 
-def _certify(out: Path, **certificate: Any) -> None:
+def _certify(out: Path, **certificate: object) -> None:
     """Write what was seen."""
     out.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(out, json.dumps(certificate, indent=1, ensure_ascii=False).encode())
@@ -132,7 +132,7 @@ def _certify(out: Path, **certificate: Any) -> None:
 
 def _killed(
     command: Sequence[str], run: Path, *, moments: Sequence[int], rng: random.Random
-) -> list[dict[str, Any]]:
+) -> list[dict[str, object]]:
     """Return what was killed and from where the run went on then, once ``command`` was killed after
     each of the steps ``moments``, and has finished.
 
@@ -203,7 +203,7 @@ def _finish(command: Sequence[str], run: Path) -> None:
 
 def _kill(
     command: Sequence[str], run: Path, *, attempt: int, step: int, rng: random.Random
-) -> dict[str, Any]:
+) -> dict[str, object]:
     """Return which process was killed at a random moment of the step after ``step``; nothing if the
     run was done before.
     """

@@ -80,7 +80,8 @@ def build(
             f"{len(manifest.shards):>5,} shards  "
             f"{manifest.folder}"
         )
-    print(seen_line(built["train"].source["seen"]))
+    if seen := built["train"].seen:
+        print(seen_line(seen))
 
 
 @app.command(epilog="Example: hfscale shards index data/raw-*.tar --field txt")

@@ -34,21 +34,19 @@ def train(
     from hfscale.shards.counts import seen_line
 
     report = train_tokenizer(loaded)
-    state = "was trained already, nothing to do" if report.get("already_trained") else "trained"
+    state = "was trained already, nothing to do" if report.already_trained else "trained"
     print(f"tokenizer {state}: {loaded.tokenizer.path}")
     asked = loaded.tokenizer.vocab_size
-    fewer = (
-        f" ({asked:,} were asked: the text gives no more)" if report["vocab_size"] < asked else ""
-    )
+    fewer = f" ({asked:,} were asked: the text gives no more)" if report.vocab_size < asked else ""
     print(
-        f"  {loaded.tokenizer.kind}, {report['vocab_size']:,} tokens{fewer}, "
-        f"from {report['trained_on']:,} of {report['documents']:,} documents"
+        f"  {loaded.tokenizer.kind}, {report.vocab_size:,} tokens{fewer}, "
+        f"from {report.trained_on:,} of {report.documents:,} documents"
     )
-    if "seen" in report:  # there is none in those from before
-        print(f"  {seen_line(report['seen'])}")
+    if report.seen:  # there is none in those from before
+        print(f"  {seen_line(report.seen)}")
     print(
-        f"  on {report['measured_on']}: {report['bytes_per_token']:.2f} bytes a token, "
-        f"{report['vocabulary_used']:.1%} of the vocabulary used, {report['unknown']:.2%} "
+        f"  on {report.measured_on}: {report.bytes_per_token:.2f} bytes a token, "
+        f"{report.vocabulary_used:.1%} of the vocabulary used, {report.unknown:.2%} "
         "unknown tokens"
     )
 

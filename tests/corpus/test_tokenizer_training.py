@@ -51,10 +51,10 @@ def test_byte_level_bpe_is_lossless(tmp_path: Path) -> None:
     assert tokenizer.convert_tokens_to_ids("<|user|>") == 1
     assert tokenizer.decode(tokenizer(ROUND_TRIP)["input_ids"]) == ROUND_TRIP
     assert tokenizer.tokenize("hi <|user|>")[-1] == "<|user|>"
-    assert report["vocab_size"] == vocabulary_size(tokenizer) == 330
-    assert report["measured_on"] == "held-out text"
-    assert 1 < report["bytes_per_token"] < 10
-    assert 0 < report["vocabulary_used"] <= 1
+    assert report.vocab_size == vocabulary_size(tokenizer) == 330
+    assert report.measured_on == "held-out text"
+    assert 1 < report.bytes_per_token < 10
+    assert 0 < report.vocabulary_used <= 1
 
 
 def test_wordpiece_is_as_bert(tmp_path: Path) -> None:
@@ -119,14 +119,14 @@ def test_held_out_documents_do_not_train(tmp_path: Path) -> None:
 
 
 def test_max_documents_limits_what_is_read(tmp_path: Path) -> None:
-    assert train_tokenizer(config(tmp_path, max_documents=5))["documents"] < 12
+    assert train_tokenizer(config(tmp_path, max_documents=5)).documents < 12
 
 
 def test_a_tokenizer_is_never_overwritten(tmp_path: Path) -> None:
     settings = config(tmp_path)
     report = train_tokenizer(settings)
     before = (tmp_path / "tok" / "tokenizer.json").stat().st_mtime_ns
-    assert train_tokenizer(settings) == {**report, "already_trained": True}
+    assert train_tokenizer(settings) == report.model_copy(update={"already_trained": True})
     with pytest.raises(DataError, match="tokenizer differ"):
         train_tokenizer(config(tmp_path, vocab_size=300))
     assert (tmp_path / "tok" / "tokenizer.json").stat().st_mtime_ns == before
@@ -201,4 +201,4 @@ def test_words_without_an_end_do_not_take_for_ever(tmp_path: Path, kind: str) ->
     for k in range(8):
         # quadratic: two minutes and more
         (tmp_path / "text" / f"{k}.txt").write_text("a" * 250_000 + f" word{k}")
-    assert train_tokenizer(config(tmp_path, kind=kind))["documents"] == 8
+    assert train_tokenizer(config(tmp_path, kind=kind)).documents == 8

@@ -75,7 +75,7 @@ def test_what_has_no_scores(tmp_path: Path) -> None:
     ) as file:  # few folders above it, none of which is an evaluation's
         file.write('{"model": "m", "examples": 1, "scores": {"f1": 0.5}, "intervals": {}}')
         file.flush()
-        assert find([Path(file.name)])[0]["f1"] == 0.5
+        assert find([Path(file.name)])[0].scores["f1"] == 0.5
     with pytest.raises(DataError, match=r"(?s)cannot write.*nowhere"):
         write_csv([{"name": "a", "f1": 0.5}], tmp_path / "nowhere" / "t.csv")
 
@@ -93,12 +93,14 @@ def test_runs_that_differ_in_seed_alone_get_a_mean(tmp_path: Path) -> None:
         }
         (run / "config.yaml").write_text(json.dumps(config))
     found = find(runs)
-    means = {line["name"]: line for line in found if "mean of" in line["name"]}
+    means = {line.name: line for line in found if "mean of" in line.name}
     assert set(means) == {
         f"{what}, mean of 2 seeds" for what in ("ner-test", "validation", "best validation")
     }
     mean = means["ner-test, mean of 2 seeds"]
-    assert mean["f1"] == pytest.approx(0.6) and mean["f1_deviation"] == pytest.approx(0.02**0.5)
+    assert mean.scores["f1"] == pytest.approx(0.6) and mean.scores["f1_deviation"] == pytest.approx(
+        0.02**0.5
+    )
     assert "0.6000 ± 0.1414" in table(found) and "best validation, step 1 " in table(found)
 
 
@@ -111,7 +113,7 @@ def test_evaluations_that_differ_in_options_alone_have_names_of_their_own(
     again = file.parents[1] / "step-00000002-def" / "scores.json"
     again.parent.mkdir()
     again.write_text(file.read_text().replace('"a"', json.dumps(str(run))))
-    assert [line["name"] for line in find([run])][:2] == [
+    assert [line.name for line in find([run])][:2] == [
         "a ner-test step-00000002-abc",
         "a ner-test step-00000002-def",
     ]
@@ -145,11 +147,12 @@ def test_scores_of_unlike_tasks_have_columns_of_their_own(
         answers["extractive_qa f1_high"],
         answers["token_classification f1"],
     ) == ("75.0", "75.1", "")
-    means = [line for line in find(runs) if "mean of" in line["name"]]
-    assert [line["token_classification f1"] for line in means] == [
+    means = [line for line in find(runs) if "mean of" in line.name]
+    assert [line.scores["token_classification f1"] for line in means] == [
         pytest.approx(0.55),
         pytest.approx(0.2),
     ]
-    assert {name for line in find([runs[0], runs[2]]) for name in line} >= {"f1", "f1_low"}, (
-        "of one task they keep their names"
-    )
+    assert {name for line in find([runs[0], runs[2]]) for name in line.scores} >= {
+        "f1",
+        "f1_low",
+    }, "of one task they keep their names"

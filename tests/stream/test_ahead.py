@@ -15,6 +15,7 @@ import pytest
 from hfscale.dist.world import Place
 from hfscale.errors import DataError
 from hfscale.shards import remote
+from hfscale.shards.open import open_manifest
 from hfscale.shards.reader import ShardReader
 from hfscale.stream import ahead, loader
 from hfscale.stream.loader import Stream
@@ -57,7 +58,7 @@ class Rounds(threading.Event):
 def open_stream(
     url: str | Path, *, lanes: int = 1, block: int = 1, skip: bool = False, **options
 ) -> tuple[Stream, TokenRows]:
-    rows = TokenRows(url, seq_len=SEQ, skip=skip, **options)
+    rows = TokenRows(open_manifest(url, **options), seq_len=SEQ, skip=skip)
     if rows.manifest.remote:
         rows.manifest.remote.cancelled = Rounds()
     return Stream(
@@ -194,7 +195,7 @@ def test_a_cache_too_small_for_the_lanes_is_told(
 
 
 def test_a_shard_that_was_removed_is_let_go(server: Server, tmp_path: Path) -> None:
-    rows = TokenRows(server.url, seq_len=SEQ, folder=tmp_path, size_gb=30e-6)
+    rows = TokenRows(open_manifest(server.url, folder=tmp_path, size_gb=30e-6), seq_len=SEQ)
     ids = np.empty((1, SEQ + 1), np.int64)
     for shard in range(10):
         rows.fill(np.array([shard]), np.array([0]), ids)

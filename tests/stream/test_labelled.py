@@ -8,6 +8,7 @@ import csv
 import io
 import json
 import tarfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -315,7 +316,7 @@ def test_prepared_once_and_by_content(tmp_path: Path) -> None:
         labelled(path, tmp_path).prepared("train", counted, about="a")
     made = labelled(path, tmp_path, on_error="skip").prepared("train", counted, about="a")
     assert calls == ["0", "1", "2"], "what was made before the refusal is found again"
-    assert made.report | {"digest": ""} == {
+    assert asdict(made.report) | {"digest": ""} == {
         "digest": "",
         "examples": 2,
         "features": 2,
@@ -337,8 +338,8 @@ def test_prepared_once_and_by_content(tmp_path: Path) -> None:
     refused = labelled(path, tmp_path, on_error="skip", too_long="refuse").prepared(
         "train", counted, about="a"
     )
-    assert refused.fingerprint != made.fingerprint and refused.report["bad"] == 2
-    assert "longer than data.max_length" in refused.report["shown"][1]
+    assert refused.fingerprint != made.fingerprint and refused.report.bad == 2
+    assert "longer than data.max_length" in refused.report.shown[1]
     path.write_text(json.dumps({"text": "bad", "label": 1}) + "\n")
     with pytest.raises(DataError, match="no example of train is left"):
         labelled(path, tmp_path, on_error="skip").prepared("train", counted, about="a")

@@ -27,6 +27,7 @@ from hfscale.config.schema import RunConfig
 from hfscale.dist.world import Place
 from hfscale.encoding import Encoders
 from hfscale.errors import ConfigError, DataError
+from hfscale.shards.open import open_manifest
 from hfscale.shards.raw import index_tars
 from hfscale.stream import ahead, text
 from hfscale.stream.loader import EvaluationRows, Stream
@@ -154,7 +155,7 @@ def open_stream(
     rows, order = open_mixture(
         config,
         [
-            TokenRows(s.shards, seq_len=SEQ, skip=skip, **config.data.remote)
+            TokenRows(open_manifest(s.shards, **config.data.remote), seq_len=SEQ, skip=skip)
             for s in config.data.sources
         ],
         saved=saved,

@@ -7,10 +7,10 @@ before anything of that step is computed, so the checkpoint is of the step that 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
 from hfscale.dist.agree import Agreed
 from hfscale.engine.engine import StepStats
+from hfscale.monitor.metrics_log import Logged
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Step:
     skipped_rows: int
     # as metrics.jsonl has them, of a watched step: observers add to them, each for those after it;
     # the same on all ranks but for times
-    figures: dict[str, Any] = field(default_factory=dict)
+    figures: Logged = field(default_factory=dict)
     # what only pictures need, of a watched step: numbers by their tags in TensorBoard; rank 0's
     # are written
     details: dict[str, float] = field(default_factory=dict)
@@ -44,7 +44,7 @@ class Observer:
     def look(self, step: Step) -> None:
         """Look at ``step``. All ranks call it together."""
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps of this observer, by its keys there (JSON)."""
         return {}
 

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 from hfscale.checkpoint.state import Best
 from hfscale.config import schema
 from hfscale.errors import ConfigError, nearest
+from hfscale.monitor.metrics_log import Logged
 from hfscale.training.observers.base import Observer, Step
 
 
@@ -33,11 +32,11 @@ class KeepBest(Observer):
         self.save = self._improves(step.figures)
         self._count()
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return the best value, and since when it stands."""
         return {"best": self._best}
 
-    def _improves(self, figures: Mapping[str, Any]) -> bool:
+    def _improves(self, figures: Logged) -> bool:
         given = [name for name in figures if name.startswith("validation_")]
         if not given:
             return False

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import shlex
 from dataclasses import dataclass, field
-from typing import Any
 
 from hfscale.checkpoint.manager import CheckpointManager
 from hfscale.engine.engine import Engine
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import beat
-from hfscale.monitor.metrics_log import MetricsLog
+from hfscale.monitor.metrics_log import Logged, MetricsLog
 from hfscale.monitor.spikes import Spikes
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.stream.digest import VERSION as DIGEST_VERSION
@@ -34,7 +33,7 @@ class Figures(Observer):
     every_steps: int
     sources: tuple[str, ...] = ("text",)  # names, as the rows number them
     warned_s: float | None = None  # in a Slurm job: how long before its end ranks are told to save
-    latest: dict[str, Any] = field(default_factory=dict)  # of the last watched step
+    latest: Logged = field(default_factory=dict)  # of the last watched step
 
     def wants(self, step: int) -> bool:
         """Return whether ``step`` is logged."""
@@ -78,7 +77,7 @@ class Figures(Observer):
             )
             self.warned_s = None
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> dict[str, object]:
         """Return the losses of the last watched step, and its validation."""
         kept = {
             name: value
