@@ -239,6 +239,15 @@ TAGS = (
         "rises: `hfscale shards verify` names the damaged shards",
     ),
     Tag(
+        "goodput/*",
+        "",
+        "0 to 1",
+        "the share of this attempt's time on rank 0 that went into compute (forward, backward, "
+        "optimizer), start, data, collective, validation, save, observe (logging)",
+        "compute under 0.9 after an hour: the largest of the others says why; `hfscale goodput` "
+        "counts restarts too",
+    ),
+    Tag(
         "loss/*",
         "*",
         "as the score",

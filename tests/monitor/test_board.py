@@ -76,6 +76,7 @@ def test_every_curve_is_explained_and_has_a_place(events: EventAccumulator):
         *("optim/lr", "optim/grad_norm", "optim/clipped_share", "optim/grad_norm/layers.1"),
         *("optim/update_ratio/head", "speed/tokens_per_s", "speed/tflops", "time/step"),
         *("time/p50/forward", "time/max/step", "memory/peak", "memory/host"),
+        *("goodput/compute", "goodput/start"),
         *("data/epoch/books", "data/padding_share", "data/documents_a_row", "data/tokens_seen"),
     }
     assert wanted - {*plain} == set()
@@ -90,6 +91,7 @@ def test_details_agree_with_the_figures(run: Path):
         norms = [line[name] for name in tags if name.startswith("optim/grad_norm/")]
         whole = math.sqrt(sum(norm**2 for norm in norms))
         assert whole == pytest.approx(records[line["step"]]["grad_norm"], rel=1e-5)
+        assert 0.9 < sum(line[name] for name in tags if name.startswith("goodput/")) <= 1 + 1e-9
         assert line["data/padding_share"] == 0 and line["data/documents_a_row"] >= 1
         assert all(
             line[f"time/max/{name}"] >= line[f"time/p50/{name}"] for name in ("data", "step")
@@ -140,7 +142,7 @@ def address(run: Path) -> Iterator[str]:
 def test_a_browser_shows_loss_layout_config_and_samples(address: str, tmp_path: Path):
     with browser(tmp_path) as page:
         page.get(f"{address}#timeseries")
-        shown = wait_for(page, "mine/.", "1 loss/train", "2 optim", "6 data")
+        shown = wait_for(page, "mine/.", "1 loss/train", "2 optim", "6 data", "8 goodput")
         assert shown.index("1loss/train") < shown.index("2optim") < shown.index("3speed")
         page.get(f"{address}#custom_scalars")
         wait_for(page, "At a glance", "gradient norm", "tokens a second", "Layers")

@@ -13,13 +13,15 @@ from torch import Tensor
 from hfscale.dist.agree import numbers_of_ranks, sum_over_ranks
 from hfscale.engine.engine import Engine
 from hfscale.monitor.heartbeat import beat
-from hfscale.monitor.phases import PHASES
+from hfscale.monitor.phases import PHASES, START
 from hfscale.monitor.throughput import Throughput, memory_now_gib
 from hfscale.training.accounting import DOCUMENTS, POSITIONS, ROWS, TOKENS
 from hfscale.training.observers.base import Observer, Step
 
 # of a step, in the order in which their seconds are gathered
 SHOWN = ("data", "forward", "backward", "step", "collective", "validation", "save")
+COMPUTING = ("forward", "backward", "step")
+BESIDE = ("data", "collective", "validation", "save", "observe")
 
 
 @dataclass
@@ -51,6 +53,7 @@ class Details(Observer):
         step.details["speed/tflops"] = flops / self.engine.all.size / 1e12
         step.details.update(of_rows(step.agreed.counts))
         step.details.update(self._of_ranks())
+        step.details.update(shares(self._seconds))
         self._steps = self._clipped = 0
         beat("observe")
 
@@ -71,6 +74,17 @@ class Details(Observer):
             if most[n]:
                 details |= {f"time/p50/{name}": middle[n], f"time/max/{name}": most[n]}
         return details
+
+
+def shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Return which part of an attempt went where, by tag; ``seconds`` are by phase since it began.
+    What it lost to other attempts `hfscale goodput` tells.
+    """
+    whole = sum(seconds.values())
+    parts = {"compute": sum(seconds.get(name, 0.0) for name in COMPUTING)}
+    parts["start"] = sum(spent for name, spent in seconds.items() if name.startswith(START))
+    parts |= {name: spent for name, spent in seconds.items() if name in BESIDE}
+    return {f"goodput/{name}": spent / whole for name, spent in parts.items()}
 
 
 def by_layer(sums: Tensor, layers: list[str], *, norm: float) -> dict[str, float]:
