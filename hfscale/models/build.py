@@ -11,13 +11,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from hfscale.config.schema import Model
 from hfscale.errors import ConfigError, UserError, lost_peer, nearest
 from hfscale.hub import foreign_code, local_folder
 from hfscale.log import logger
-from hfscale.models.config_keys import checked_values, known_keys
+from hfscale.models.config_keys import ConfigClass, checked_values, known_keys
 from hfscale.models.kinds import PURPOSES
 
 if TYPE_CHECKING:
@@ -124,12 +124,12 @@ def check_model_config(
             remedy=near if near.startswith("did") else usual,
         )
     else:
-        config_class = CONFIG_MAPPING[model.architecture]
+        config_class: ConfigClass = CONFIG_MAPPING[model.architecture]
         known = accepted(lambda: known_keys(config_class), model)
         values = checked_values(
             model.config, known, architecture=model.architecture, like=config_class()
         )
-        defaults: dict[str, Any] = {"vocab_size": vocab_size} | {
+        defaults: dict[str, object] = {"vocab_size": vocab_size} | {
             key: value for key, value in (overrides or {}).items() if key in known
         }
         config = accepted(lambda: config_class(**(defaults | values)), model)

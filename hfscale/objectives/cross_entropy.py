@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -36,11 +36,20 @@ def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.
     return losses_N.view(labels_BT.shape)
 
 
+class _Kept(Protocol):
+    """What torch keeps of a forward pass for its backward."""
+
+    saved_tensors: tuple[Tensor, ...]
+    smoothing: float
+
+    def save_for_backward(self, *tensors: Tensor) -> None: ...
+
+
 class _CrossEntropy(torch.autograd.Function):
     """d loss / d logits = softmax(logits) - target, computed again in backward."""
 
     @staticmethod
-    def forward(ctx: Any, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
+    def forward(ctx: _Kept, logits_NV: Tensor, labels_N: Tensor, smoothing: float) -> Tensor:
         ctx.save_for_backward(logits_NV, labels_N)
         ctx.smoothing = smoothing
         losses = partial(
@@ -58,7 +67,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_N: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: _Kept, grad_N: Tensor) -> tuple[Tensor, None, None]:
         logits_NV, labels_N = ctx.saved_tensors
         asked_N = labels_N != IGNORE_INDEX
         targets_N1 = labels_N.where(asked_N, 0).unsqueeze(1)
