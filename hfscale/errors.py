@@ -98,6 +98,10 @@ class UnhealthyError(Exception):
     """Training produced numbers that must not be saved or trained on (exit code 76)."""
 
 
+class LossScaleError(UnhealthyError):
+    """fp16 has no lower loss scale."""
+
+
 class LostError(Exception):
     """This attempt cannot go on, but another one may (exit code 77)."""
 

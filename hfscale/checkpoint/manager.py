@@ -319,7 +319,7 @@ class CheckpointManager:
         for checkpoint in reversed(folders):
             began = time.monotonic()
             if problems := verify_together(checkpoint):
-                self._reject(checkpoint, problems)
+                self._reject(checkpoint, f"is damaged and not loaded: {'; '.join(problems[:3])}")
                 continue
             state = layout.state_of(checkpoint)
             reader = FragmentReader(checkpoint)
@@ -343,11 +343,34 @@ class CheckpointManager:
             )
         return None
 
-    def _reject(self, checkpoint: Path, problems: list[str]) -> None:
+    def before(self, step: int) -> bool:
+        """Return whether there is a checkpoint from before ``step``, once what is being written is
+        committed.
+        """
+        self.wait()
+        found = layout.candidates(self.folder)
+        return bool(from_rank_0(any(layout.step_of(path) < step for path in found)))
+
+    def rewind(self, engine: Engine, *, step: int) -> CheckpointState:
+        """Return the state of the newest good checkpoint from before ``step``, now loaded into
+        ``engine``. Those since then are moved to ``rejected/``: the run does not go on from them.
+
+        Raises:
+            CheckpointError: if none before is intact.
+        """
+        names = from_rank_0([path.name for path in layout.candidates(self.folder)])
+        for checkpoint in [self.folder / name for name in names]:
+            if layout.step_of(checkpoint) >= step:
+                self._reject(checkpoint, f"has the update of step {step}, which is taken back")
+        state = self.load_latest(engine)
+        if state is None:
+            raise CheckpointError(
+                "there is no checkpoint to go back to", where=self.folder, value=f"step {step}"
+            )
+        return state
+
+    def _reject(self, checkpoint: Path, why: str) -> None:
         torch_dist.barrier(group=host_group())  # nobody reads it any more
         if self._place.rank == 0:
-            logger.warning(
-                f"{checkpoint.name} is damaged and not loaded: {'; '.join(problems[:3])}. Kept "
-                f"in {layout.reject(checkpoint)}"
-            )
+            logger.warning(f"{checkpoint.name} {why}. Kept in {layout.reject(checkpoint)}")
         torch_dist.barrier(group=host_group())

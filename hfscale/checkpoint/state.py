@@ -77,6 +77,7 @@ class CheckpointState(Record):
     engine: dict[str, object] = {}
     tied: dict[str, str] = {}
     best: Best | None = None
+    health: dict[str, list[list[float]]] = {}  # the values that say what is ordinary
 
     @property
     def position(self) -> StreamState:

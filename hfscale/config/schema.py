@@ -271,6 +271,20 @@ class Metrics(Section):
         return [name for name in asked if self.tensorboard or name != "tensorboard"]
 
 
+class Health(Section):
+    """What is done about a step whose loss or gradient is out of the ordinary. A gradient that is
+    not finite stops a run that only warns.
+    """
+
+    # skip: the update is dropped. rewind: back to the checkpoint before, without those rows
+    policy: Literal["warn", "skip", "rewind", "stop"] = "warn"
+    budget: Annotated[int, Field(ge=0)] = 3  # updates that are skipped, or rewinds;
+    budget_steps: Positive = 1000  # in so many steps: one more stops the run
+    window: Annotated[int, Field(ge=8, lt=2**16)] = 128  # steps that say what is ordinary
+    threshold: Annotated[float, Field(gt=0)] = 8.0  # robust deviations above it
+    replicas_every_steps: Positive | None = 500  # compare the weights of the ranks so often
+
+
 class Cluster(Section):
     """What a submitter asks Slurm for. Read by submitters only; inside an allocation the allocation
     wins.
@@ -314,6 +328,7 @@ class TrainConfig(Section):
     engine: Engine = Engine()
     checkpoint: Checkpoint = Checkpoint()
     metrics: Metrics = Metrics()
+    health: Health = Health()
     cluster: Cluster = Cluster()
 
     verb: ClassVar[str] = "pretrain"  # the command that starts such a run and goes on with it

@@ -21,8 +21,6 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as torch_dist
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
 from torch import Tensor, nn
 
 from hfscale.config.schema import TrainConfig
@@ -35,11 +33,13 @@ from hfscale.engine.fragments import Fragment
 from hfscale.engine.groups import layer_names, param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.engine.layer_sums import LayerSums
-from hfscale.errors import ConfigError, UnhealthyError
+from hfscale.engine.wrapper import one_optimizer_below_stage_3
+from hfscale.errors import ConfigError, LossScaleError, UnhealthyError
 
 # says of the norm of a gradient whether the update may be made
 Allow = Callable[[float], bool]
 BLOCK = 1024  # elements that are added up in the gradient's own precision
+AT_FLOOR = "loss scale already at minimum"  # DeepSpeed's words
 # of DeepSpeed's dynamic scaler (fp16)
 LOSS_SCALE_STATE = (
     "cur_scale",
@@ -132,7 +132,7 @@ class Engine:
             eps=config.optim.eps,
             fused=True,
         )
-        with _one_optimizer_below_stage_3():
+        with one_optimizer_below_stage_3():
             ds, *_ = deepspeed.initialize(
                 model=model, optimizer=adamw, config=settings, dist_init_required=False
             )
@@ -173,13 +173,15 @@ class Engine:
         ``allow`` is asked once, before AdamW changes anything, with the norm that ``StepStats``
         will give. Where it says no, weights and moments stay as they are, bit for bit, and training
         may go on. The norm is the same on all ranks, and ``allow`` must answer alike on all: it
-        looks at this norm and at what the ranks have agreed on, so no collective is needed. With
-        ``measure`` the step's ``layer_sums`` are taken on the way.
+        looks at this norm and at what the ranks have agreed on, so no collective is needed. A norm
+        that is not finite is asked about too, and only a no lets training go on. With ``measure``
+        the step's ``layer_sums`` are taken on the way.
 
         Raises:
             UnhealthyError: on every rank, with weights and moments untouched, if the gradient is
-                not finite (fp16: the step is skipped and the loss scale lowered instead). The
-                engine must not be trained further.
+                not finite and ``allow`` did not say no (fp16: the step is skipped and the loss
+                scale lowered instead, until that is at its floor). The engine must not be trained
+                further.
         """
         for group in self._adamw.param_groups:
             group["lr"] = lr * group["lr_share"]
@@ -188,10 +190,17 @@ class Engine:
         self._layers.begin(measure)
         if self.stage < 2:
             fill(self._zero, self._trained, stage=self.stage)
-        self._ds.step()
+        try:
+            self._ds.step()
+        except Exception as error:
+            if AT_FLOOR not in str(error):
+                raise
+            raise LossScaleError(
+                "the gradient overflows fp16 at the lowest loss scale; weights were not changed"
+            ) from error
         if getattr(self._zero, "overflow", False):
             if self.precision != "fp16":
-                raise UnhealthyError("the gradient is not finite; weights were not changed")
+                self._drop(math.inf)
             return StepStats(float("inf"), lr, updated=False)
         expected = {lr * group["lr_share"] for group in self._adamw.param_groups}
         assert self._lr_used == expected, (
@@ -206,14 +215,21 @@ class Engine:
         adamw = self._adamw
         self._lr_used.update(group["lr"] for group in adamw.param_groups)
         self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
-        if not math.isfinite(self._norm):
-            raise UnhealthyError("the gradient is not finite; weights were not changed")
         if self._allowed is None:
-            self._allowed = self._allow is None or self._allow(self._norm)
+            if math.isfinite(self._norm):
+                self._allowed = self._allow is None or self._allow(self._norm)
+            else:
+                self._drop(self._norm)
         if not self._allowed:
             return None
         with self._layers.around(adamw):
             return self._update(closure)
+
+    def _drop(self, norm: float) -> None:
+        """Return if ``allow`` says that a gradient that is not finite may be dropped."""
+        if self._allow is None or self._allow(norm):
+            raise UnhealthyError("the gradient is not finite; weights were not changed")
+        self._allowed = False
 
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
@@ -358,27 +374,6 @@ def _norm(gradients: list[Tensor]) -> Tensor:
         norms.append(torch.linalg.vector_norm(gradient[:in_blocks].view(-1, BLOCK), dim=1))
         norms.append(torch.linalg.vector_norm(gradient[in_blocks:], keepdim=True))
     return torch.cat(norms).double().square().sum().sqrt().float()
-
-
-@contextmanager
-def _one_optimizer_below_stage_3() -> Iterator[None]:
-    """Have DeepSpeed take its optimizer of stages 1 and 2 where bf16 at stage 1 accumulates in
-    fp32.
-
-    That optimizer can do it, and does for fp16. For bf16 DeepSpeed would choose ``BF16_Optimizer``,
-    which knows no offload, keeps its state elsewhere and has other hooks.
-    """
-    choose = DeepSpeedEngine._do_optimizer_sanity_check
-
-    def chosen(self: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> Any:
-        wrapper = choose(self, optimizer)
-        return ZERO_OPTIMIZATION if self.zero_optimization() else wrapper
-
-    DeepSpeedEngine._do_optimizer_sanity_check = chosen
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._do_optimizer_sanity_check = choose
 
 
 def _enable_activation_checkpointing(model: nn.Module) -> None:

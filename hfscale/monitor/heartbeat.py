@@ -37,7 +37,7 @@ from hfscale.monitor.phases import PHASES
 from hfscale.run_files import HANGS, HEARTBEATS, REPORT
 
 OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
-LONG = ("start", "save")  # may take LONG_S; so may the first step, which compiles
+LONG = ("start", "save", "rewind")  # may take LONG_S; so may the first step, which compiles
 LONG_S = 1800.0
 POLL_S = 1.0  # between looks
 SETTLE_S = 20.0  # until all have written their stacks

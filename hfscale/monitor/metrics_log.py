@@ -8,6 +8,7 @@ higher ``attempt``, and writers drop what the earlier attempt drew of the steps 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -52,7 +53,13 @@ class MetricsLog:
         self._details = Lines(self.run_dir / run_files.DETAILS, fence=fence)
         before = parse(_Line, self._lines.last).attempt if self._lines.last else 0
         self.attempt = before + 1
+        self._about, self._names = about, writers
         self._writers = Writers(writers, about)
+
+    def rewind(self, first_step: int) -> None:
+        """Return with pictures that end before ``first_step``, which will be logged next."""
+        self._writers.close()
+        self._writers = Writers(self._names, replace(self._about, first_step=first_step))
 
     def write(self, record: Logged, details: Mapping[str, float] | None = None) -> None:
         """Write one step's record everywhere, and its ``details`` (by tag) everywhere else. Values

@@ -18,11 +18,12 @@ from hfscale.checkpoint.layout import newest_state
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
+from hfscale.monitor.incidents import incidents, left_out
 from hfscale.monitor.metrics_log import Logged
 from hfscale.reports.status import records
 from hfscale.run.sources import Sources
-from hfscale.shards.reader import ShardReader
 from hfscale.stream.digest import VERSION, digest_rows
+from hfscale.stream.left_out import LeftOut
 from hfscale.stream.mixture import Mixture
 from hfscale.stream.prepared import RunRows
 from hfscale.stream.rows import TokenRows
@@ -31,6 +32,9 @@ from hfscale.tokenizer import load_tokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
+
+
+_Place = tuple[str, int, str, tuple[int, ...]]  # shard, first token, member, documents
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,18 @@ class Step:
     version: int  # of both: 1, of older records, is of the inputs alone, without the last label
 
 
-def rebuild(run_dir: Path, *, step: int, rows_of: tuple[int, ...] = ()) -> Step:
-    """Return what step ``step`` (from 1) of a run was trained on.
+def ledger_of(run_dir: Path) -> LeftOut:
+    """Return which rows the run leaves out, by its newest checkpoint and its incidents."""
+    newest = newest_state(run_dir)
+    saved = newest.position.left_out if newest else []
+    return LeftOut([*saved, *left_out(incidents(run_dir))])
+
+
+def rebuild(
+    run_dir: Path, *, step: int, rows_of: tuple[int, ...] = (), whole: bool = False
+) -> Step:
+    """Return what step ``step`` (from 1) of a run was trained on; with ``whole`` also the rows that
+    the run has left out of it since.
 
     ``rows_of`` are the step's positions (the first, and the one after the last) where an incident
     names them: of a step that was never logged, say.
@@ -97,15 +111,22 @@ def rebuild(run_dir: Path, *, step: int, rows_of: tuple[int, ...] = ()) -> Step:
     positions = np.arange(start, stop)
     places = order.locate(positions)
     ids_BL = np.empty((stop - start, config.data.seq_len + 1), np.int64)
-    prepared = data.prepare(places.shard, places.row, positions=positions)
+    out = (LeftOut() if whole else ledger_of(run_dir)).mask(positions)
+    prepared = data.prepare(places.shard, places.row, positions=positions, left_out=out)
     prepared.fill(slice(0, len(positions)), ids_BL)
     sources = tokens.source_of(places.shard).tolist()
     rows = []
     for k, (shard, row) in enumerate(zip(places.shard.tolist(), places.row.tolist(), strict=True)):
         valid = bool(prepared.valid[k])
-        of_text = text if text and k in text.pieces else None
-        place = of_text.locate(k) if of_text else _locate(tokens, shard, row, valid=valid)
-        words = str(tokenizer.decode(ids_BL[k, :-1].tolist())) if valid else "(skipped)"
+        if text and k in text.pieces:
+            place: _Place = text.locate(k)
+        elif valid or out[k]:
+            place = tokens.locate(shard, row)
+        else:
+            place = tokens.shard(shard)[1].name, row * tokens.seq_len, "damaged", ()
+        words = str(tokenizer.decode(ids_BL[k, :-1].tolist()))
+        if not valid:
+            words = "(left out)" if out[k] else "(skipped)"
         rows.append(Row(start + k, order.names[sources[k]], *place, words, ids_BL[k].tolist()))
     data.close()
     record = logged.get(step, {})
@@ -139,21 +160,6 @@ def _text(
         global_batch=config.train.global_batch,
         state=saved.position if saved else None,
     )
-
-
-def _locate(
-    tokens: TokenRows, shard: int, row: int, *, valid: bool
-) -> tuple[str, int, str, tuple[int, ...]]:
-    """Return shard, first token, member and documents of a row of token shards."""
-    manifest, entry = tokens.shard(shard)
-    first = row * tokens.seq_len
-    if not valid:
-        return entry.name, first, "damaged", ()
-    with manifest.local(entry):  # the row was verified when it was read
-        reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)
-    member, begins = reader.locate(first)
-    _, ends = reader.locate(first + tokens.seq_len - 1)
-    return entry.name, first, member, (begins, ends)
 
 
 def _positions(

@@ -105,7 +105,11 @@ def rerun(run_dir: Path, *, step: int, rows_of: tuple[int, ...] = ()) -> Rerun:
     Raises:
         UserError: if its rows are not known or not of text, or there is no checkpoint.
     """
-    rows = [row for row in rebuild(run_dir, step=step, rows_of=rows_of).rows if row.documents]
+    rows = [
+        row
+        for row in rebuild(run_dir, step=step, rows_of=rows_of, whole=True).rows
+        if row.documents
+    ]
     model = _model(run_dir, step)
     trained = model.run
     assert isinstance(trained, RunConfig), "others are not rebuilt"

@@ -41,6 +41,7 @@ from hfscale.monitor.throughput import Throughput
 from hfscale.run.about import about_run
 from hfscale.run.beside import Beside
 from hfscale.run.data import OpenData
+from hfscale.run.health import health_of, incidents_of, leave_out
 from hfscale.run.model import check_live
 from hfscale.run.origin import generate_as
 from hfscale.run.rehearsal import rehearse
@@ -51,8 +52,10 @@ from hfscale.training.observers.base import Observer
 from hfscale.training.observers.best import KeepBest
 from hfscale.training.observers.details import Details
 from hfscale.training.observers.goodput import Goodput
+from hfscale.training.observers.journal import Journal
 from hfscale.training.observers.log import Figures, Log
 from hfscale.training.observers.profile import Profile
+from hfscale.training.observers.replicas import Replicas
 from hfscale.training.observers.sampling import Sampling
 from hfscale.training.observers.validate import Validate
 from hfscale.training.sampler import sampler_class
@@ -93,6 +96,8 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
     begin(run, engine, beside, saved)
     PHASES.enter(START + "data")
     opened = data.open(objective, saved=saved, pin_memory=device.type == "cuda")
+    found = incidents_of(config)
+    leave_out(opened, saved, found)
     length, warmed = how_long(run, opened, saved)
     about = describe(run, opened, device) | {"warmed_rows": warmed}
     about["pretrained"] = saved.pretrained if saved else shape.folder and str(shape.folder)
@@ -102,9 +107,7 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
         stream=opened.stream,
         accounting=Accounting(objective),
         checkpoints=checkpoints,
-        state=TrainState(saved.step, saved.tokens_seen, saved.skipped_rows)
-        if saved
-        else TrainState(),
+        state=TrainState.after(saved),
         stop=(stop or StopRequest()).listen(),
         throughput=throughput,
         learning_rate=partial(
@@ -114,6 +117,7 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
         total_steps=length.steps,
         seed=config.run.seed,
         max_skipped=getattr(config.data, "max_skipped", 0.0),
+        health=health_of(config, saved, found),
     )
     trainer.observers = [*observers(run, opened, trainer, fence=fence, saved=saved)]
     if saved is None:
@@ -189,6 +193,18 @@ def observers(
     yield Details(
         engine=trainer.engine, throughput=trainer.throughput, clip_norm=config.optim.clip_norm
     )
+    if log:
+        trainer.health.write = Journal(
+            config.run_dir,
+            attempt=log.attempt,
+            fence=fence,
+            rows_of=trainer.rows_of,
+            places=opened.stream.places,
+        ).write
+    yield trainer.health
+    if every_steps := config.health.replicas_every_steps:
+        first = trainer.state.step
+        yield Replicas(trainer.engine, trainer.health, every_steps=every_steps, good=first)
     if log:
         yield Log(log)
     if best := config.checkpoint.keep_best:

@@ -13,7 +13,7 @@ Shape legend: B features of a micro-batch, n of those asked for, N of an epoch.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache
@@ -23,6 +23,8 @@ import numpy as np
 
 from hfscale.dist.world import Place
 from hfscale.errors import DataError
+from hfscale.monitor.incidents import Place as DataPlace
+from hfscale.stream.left_out import LeftOut, Span, merged
 from hfscale.stream.order import Order, key_of, mix
 
 if TYPE_CHECKING:  # so that checks on the login node need no torch
@@ -75,9 +77,13 @@ class ExampleState:
     grouped: bool
     epoch_rows: int
     consumed_rows: int = 0
+    left_out: tuple[Span, ...] = ()  # rows that the run leaves out (left_out.py)
 
     def to_dict(self) -> dict[str, object]:
-        return asdict(self)
+        content = asdict(self)
+        if not self.left_out:
+            del content["left_out"]
+        return content
 
 
 class ExampleOrder:
@@ -136,20 +142,22 @@ class ExampleStream:
     ) -> None:
         self._features, self._order, self._place = features, order, place
         self._global_batch, self._micro_batch = global_batch, micro_batch
-        consumed = state.get("consumed_rows") if state else 0
+        state = state or {}
+        consumed, left_out = state.get("consumed_rows"), state.get("left_out")
         self._state = ExampleState(
             fingerprint,
             order.seed,
             order.grouped,
             len(order.lengths),
             consumed if isinstance(consumed, int) else 0,
+            left_out=tuple(merged(left_out if isinstance(left_out, list | tuple) else ())),
         )
-        if state and state != self._state.to_dict():
-            differ = [
-                f"{name}: {state.get(name)} in the checkpoint, {now} now"
-                for name, now in self._state.to_dict().items()
-                if state.get(name) != now
-            ]
+        differ = [
+            f"{name}: {state.get(name)} in the checkpoint, {now} now"
+            for name, now in self._state.to_dict().items()
+            if state and name != "left_out" and state.get(name) != now
+        ]
+        if differ:
             raise DataError(
                 "the checkpoint continues other examples, or another order of them",
                 where="; ".join(differ),
@@ -169,6 +177,32 @@ class ExampleStream:
             self._state, consumed_rows=self._state.consumed_rows + self._global_batch
         )
         self._next = self._reader.submit(self._read, self._state.consumed_rows)
+
+    def rewind(
+        self, content: Mapping[str, object], *, left_out: Iterable[Span], at: int | None = None
+    ) -> None:
+        """Return with the stream where a checkpoint's ``content`` (``state().to_dict()``) has it,
+        or at row ``at``, and without the rows that are ``left_out``.
+        """
+        start = content["consumed_rows"] if at is None else at
+        assert isinstance(start, int), start
+        self._state = replace(self._state, consumed_rows=start, left_out=tuple(merged(left_out)))
+        self._next = self._reader.submit(self._read, self._state.consumed_rows)
+
+    @property
+    def step_rows(self) -> Span:
+        """The positions of the step that comes next, or is taken."""
+        first = self._state.consumed_rows
+        return first, first + self._global_batch
+
+    @property
+    def ledger(self) -> LeftOut:
+        """The rows that the run leaves out."""
+        return LeftOut(self._state.left_out)
+
+    def places(self, rows: Span) -> list[DataPlace]:
+        """Return nothing: a row is an example, not a place in a shard."""
+        return []
 
     def state(self) -> ExampleState:
         """Return where the stream stands: after the steps that were completed by ``advance``."""
@@ -193,11 +227,11 @@ class ExampleStream:
         numbers, positions = numbers[by_length], positions[by_length]
         width = self._micro_batch
         firsts = range(self._place.rank * width, self._global_batch, self._place.size * width)
+        kept = ~LeftOut(self._state.left_out).mask(positions)
+        cuts = [slice(first, first + width) for first in firsts]
         return [
-            micro_batch(
-                self._features, numbers[first : first + width], positions[first : first + width]
-            )
-            for first in firsts
+            micro_batch(self._features, numbers[cut], positions[cut], valid=kept[cut])
+            for cut in cuts
         ]
 
 

@@ -18,8 +18,9 @@ prepared ahead is prepared again. Worker processes would cost about 1 ms a batch
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -27,15 +28,18 @@ import torch
 
 from hfscale.dist.world import Place
 from hfscale.errors import DataError
+from hfscale.monitor.incidents import Place as DataPlace
 from hfscale.stream.ahead import fetch_ahead
+from hfscale.stream.left_out import LeftOut, Span
 from hfscale.stream.mixture import Mixture, Passes
 from hfscale.stream.order import Places
 from hfscale.stream.prepared import Prepared, RowSource, RunRows
-from hfscale.stream.rows import Rows
+from hfscale.stream.rows import Rows, TokenRows
 from hfscale.stream.state import StreamState
 
 SPARSE = 16  # a look further ahead is further from the one before, by the 16th of its distance
 SLAB_TOKENS = 2**16  # of a slab (0.5 MiB of ids: it stays in the cache), where a step is not larger
+MOST_PLACES = 256  # rows whose documents an incident names
 # at most, of all ranks, that are prepared at once: rows share what is found once a shard and chunk
 PLAN_ROWS = 2**15
 
@@ -74,6 +78,7 @@ class Stream:
         self._opened = replace(state or fresh, epoch_rows=order.rows)
         _check_same(fresh, self._opened)
         self._consumed = self._opened.consumed_rows
+        self.ledger = LeftOut(self._opened.left_out)  # the rows that the run leaves out
         self._global_batch, self._place = global_batch, place
         self._share = global_batch // place.size  # rows of this rank in a step
         self._plan_steps = max(
@@ -84,19 +89,22 @@ class Stream:
         self._slab = _Slab(
             slab_steps, self._share, micro_batch, length=rows.seq_len + 1, pin_memory=pin_memory
         )
-        self._step = self._steps = (
-            0  # of the slab: the one being trained on, and how many are filled
-        )
-        # of the rows that the slab is filled from, and how many of them were
-        self._positions = np.empty(0, np.int64)
-        self._copied = 0
         self._reader = ThreadPoolExecutor(1, thread_name_prefix="stream-reader")
         self._closed = False
-        self._next = self._reader.submit(self._prepare, self._consumed, 1)
+        self._begin()
         self._ahead = threading.Thread(
             target=fetch_ahead, args=(rows, self._wanted), daemon=True, name="stream-ahead"
         )
         self._ahead.start()
+
+    def _begin(self) -> None:
+        """Have the reader prepare what comes after the rows consumed."""
+        # of the slab: the step being trained on, and how many are filled
+        self._step = self._steps = 0
+        # of the rows that the slab is filled from, and how many of them were
+        self._positions = np.empty(0, np.int64)
+        self._copied = 0
+        self._next = self._reader.submit(self._prepare, self._consumed, 1)
 
     def take(self) -> list[Rows]:
         """Return this rank's micro-batches of the next step; until ``advance`` the same again.
@@ -133,6 +141,44 @@ class Stream:
         self._rows.advance(self._consumed)
         self._step += 1
 
+    def rewind(
+        self, content: Mapping[str, object], *, left_out: Iterable[Span], at: int | None = None
+    ) -> None:
+        """Return with the stream where a checkpoint's ``content`` (``state().to_dict()``) has it,
+        or further on at row ``at``, and without the rows that are ``left_out``.
+        """
+        self.ledger = LeftOut(left_out)
+        state = replace(
+            StreamState.from_dict(content), left_out=[[*span] for span in self.ledger.spans]
+        )
+        with suppress(Exception):  # whatever stopped the reader is met again, if it still matters
+            self._next.result()
+        self._opened = replace(state, epoch_rows=self._order.rows)
+        self._consumed = state.consumed_rows if at is None else at
+        self._rows.rewind(state)
+        self._begin()
+
+    @property
+    def step_rows(self) -> Span:
+        """The positions of the step that comes next, or is taken."""
+        return self._consumed, self._consumed + self._global_batch
+
+    def places(self, rows: Span) -> list[DataPlace]:
+        """Return where the rows at these positions lie, at most MOST_PLACES; nothing of raw text,
+        of which only a rebuilt step knows it.
+        """
+        if not isinstance(self._rows, TokenRows):
+            return []
+        positions = np.arange(rows[0], min(rows[1], rows[0] + MOST_PLACES))
+        of_positions = self._order.locate(positions)
+        lies = zip(positions.tolist(), of_positions.shard.tolist(), of_positions.row.tolist())
+        places = []
+        for position, shard, row in lies:
+            with suppress(DataError):  # damaged, and skipped
+                name, _, _, documents = self._rows.locate(shard, row)
+                places.append(DataPlace(position=position, shard=name, documents=documents))
+        return places
+
     def state(self) -> StreamState:
         """Return where the stream stands: after the steps that were completed by ``advance``. All
         ranks call this together.
@@ -163,7 +209,11 @@ class Stream:
         """
         positions, places = self._places(start, steps)
         return positions, self._rows.prepare(
-            places.shard, places.row, documents_per=self._documents_per, positions=positions
+            places.shard,
+            places.row,
+            documents_per=self._documents_per,
+            positions=positions,
+            left_out=self.ledger.mask(positions) if self.ledger else None,
         )
 
     def _wanted(self) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from numpy.lib.stride_tricks import as_strided
 
 from hfscale.errors import DataError
 from hfscale.shards.manifest import Manifest
-from hfscale.stream.state import Cursors
+from hfscale.stream.state import Cursors, StreamState
 
 GATHERED_TOKENS = 2**17  # at once: what is between shard and output stays in the cache
 FILLER_ID = 0  # of the tokens of a row that is skipped: an id that every vocabulary has
@@ -130,6 +130,19 @@ class RunRows(RowSource, Protocol):
     plan_tokens: int  # at most, of all ranks, that are prepared at once
     manifests: list[Manifest]
 
+    def prepare(
+        self,
+        shards: np.ndarray,
+        rows: np.ndarray,
+        *,
+        documents_per: int = 0,
+        positions: np.ndarray | None = None,
+        left_out: np.ndarray | None = None,
+    ) -> Prepared:
+        """Return the rows as every ``RowSource`` does, with fillers for those that are ``left_out``
+        (n; bool): they are not read, and not valid.
+        """
+
     @property
     def fingerprint(self) -> str:
         """What names the data: the digest of its manifest (the first one's)."""
@@ -141,6 +154,9 @@ class RunRows(RowSource, Protocol):
 
     def advance(self, consumed: int) -> None:
         """Return with ``consumed`` rows of the run noted."""
+
+    def rewind(self, state: StreamState) -> None:
+        """Return with the run at ``state`` again; nothing is being prepared meanwhile."""
 
     def record(self) -> Cursors:
         """Return what the state of a stream must hold of its rows. All ranks call this together."""

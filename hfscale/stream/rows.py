@@ -33,6 +33,8 @@ PAGE = 4096  # bytes
 if TYPE_CHECKING:  # so that checks on the login node need no torch
     from torch import Tensor
 
+    from hfscale.stream.state import StreamState
+
 
 @dataclass
 class Rows:
@@ -144,19 +146,23 @@ class TokenRows:
         *,
         documents_per: int = 0,
         positions: np.ndarray | None = None,
+        left_out: np.ndarray | None = None,
     ) -> Prepared:
         """Return row ``rows[k]`` of shard ``shards[k]``, for each k of n, ready to be copied: read
         from disk and verified.
 
         ``documents_per`` is the number of rows of a micro-batch for which ``Rows.boundaries`` are
         wanted; 0: not at all. ``positions`` (n) are those in the run, which matter to raw text
-        only. What is missing or damaged stops ``Prepared.fill`` at the first row that needs it,
+        only. Fillers come for rows that are ``left_out`` (n; bool): they are not read, and not
+        valid. What is missing or damaged stops ``Prepared.fill`` at the first row that needs it,
         unless it is to be skipped.
         """
         L = self.seq_len
         preparing = _Preparing(self._filler, starts=rows * L, most_maps=self._most_open // 3)
         near = set[tuple[int, int]]()
-        for at, shard in _by_shard(shards, rows):
+        kept = np.arange(len(rows)) if left_out is None else np.flatnonzero(~left_out)
+        for of_kept, shard in _by_shard(shards[kept], rows[kept]):
+            at = kept[of_kept]
             try:
                 reader = self._reader(shard)
             except DataError as error:
@@ -204,6 +210,18 @@ class TokenRows:
         prepared.fill(slice(0, len(shards)), ids_BL)
         return prepared.valid
 
+    def locate(self, shard: int, row: int) -> tuple[str, int, str, tuple[int, int]]:
+        """Return the name of a row's shard, its first token there, and the member and the first
+        and last of the documents that it is of.
+        """
+        manifest, entry = self.shard(shard)
+        first = row * self.seq_len
+        with manifest.local(entry):  # the row was verified when it was read
+            reader = ShardReader(manifest.folder, entry, dtype=manifest.numpy_dtype, verify=False)
+        member, begins = reader.locate(first)
+        _, ends = reader.locate(first + self.seq_len - 1)
+        return entry.name, first, member, (begins, ends)
+
     def wanted(self) -> Callable[[np.ndarray, int], np.ndarray]:
         """Return what tells which shards are wanted, given those of rows (n) and how many steps
         ahead these are.
@@ -214,6 +232,9 @@ class TokenRows:
         """Return with ``consumed`` rows of the run noted: nothing to do where the order alone says
         which rows those were.
         """
+
+    def rewind(self, state: StreamState) -> None:
+        """Return with nothing done, for the same reason."""
 
     def record(self) -> Cursors:
         """Return what the state of a stream must hold of its rows: only raw text has something to

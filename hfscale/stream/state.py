@@ -50,6 +50,8 @@ class StreamState:
     cursors: Cursors = field(default_factory=list)
     # of raw text: 1, from before, made control tokens of text that spells them; so it goes on
     text: int = 2
+    # rows that the run leaves out: [first position, the one after the last] (left_out.py)
+    left_out: list[list[Count]] = field(default_factory=list)
     version: int = STATE_VERSION
 
     def to_dict(self) -> dict[str, object]:
@@ -58,7 +60,7 @@ class StreamState:
         return {
             name: value
             for name, value in content.items()
-            if value or name not in ("sources", "phases", "cursors")
+            if value or name not in ("sources", "phases", "cursors", "left_out")
         }
 
     @classmethod

@@ -114,13 +114,18 @@ class TextRows:
             tasks=tasks,
             task_bytes=max(least, min(most, AHEAD_BYTES // width // (1 + tasks))),
         )
+        self._samples = {source: Samples(tokens, order, source) for source in order.raw}
+        self._begin(state)
+
+    def _begin(self, state: StreamState | None) -> None:
+        """Stand at ``state``, with no lane open."""
+        order, lanes = self._order, self._order.lanes
         self.cursors = np.zeros((len(order.raw), lanes, 2), np.int64)
         start = state.consumed_rows if state else 0
         if state and state.cursors and state.lanes == lanes:  # other lanes are refused by `Stream`
             self.cursors[: len(state.cursors)] = state.cursors
         # the first position of each lane that was not walked yet
         self._next = start + (np.arange(lanes) - start) % lanes
-        self._samples = {source: Samples(tokens, order, source) for source in order.raw}
         self._lanes: dict[tuple[int, int], Lane] = {}  # by source and number
         # position, and the lane's cursor after it
         self._walked: deque[tuple[int, Lane, Cursor]] = deque()
@@ -134,6 +139,7 @@ class TextRows:
         *,
         documents_per: int = 0,
         positions: np.ndarray | None = None,
+        left_out: np.ndarray | None = None,
     ) -> Prepared:
         """Return the rows (n) of a rank at ``positions`` of the run, ready to be copied.
 
@@ -151,7 +157,10 @@ class TextRows:
         of_tokens = np.flatnonzero(~np.isin(source, self._order.raw))
         if of_tokens.size:
             prepared = self._tokens.prepare(
-                shards[of_tokens], rows[of_tokens], documents_per=min(1, documents_per)
+                shards[of_tokens],
+                rows[of_tokens],
+                documents_per=min(1, documents_per),
+                left_out=None if left_out is None else left_out[of_tokens],
             )
             blocked = {int(of_tokens[k]): error for k, error in prepared.blocked.items()}
             prepared.blocked = {}
@@ -162,6 +171,9 @@ class TextRows:
                 documents[k] = boundaries + 1
         self.pieces = self._pieces(positions)
         for k, (lane, piece) in self.pieces.items():
+            if left_out is not None and left_out[k]:
+                valid[k] = False  # its lane goes on all the same
+                continue
             if piece.damage is None:
                 ids_BL[k], documents[k] = piece.ids, piece.documents
                 continue
@@ -196,6 +208,10 @@ class TextRows:
         while self._walked and self._walked[0][0] < consumed:
             _, lane, cursor = self._walked.popleft()
             self.cursors[self._order.raw.index(lane.source), lane.number] = cursor
+
+    def rewind(self, state: StreamState) -> None:
+        """Return with every lane at the cursor that ``state`` has of it."""
+        self._begin(state)
 
     def record(self) -> Cursors:
         """Return the cursors (R, C, 2) for the state of the stream, gathered from all ranks: they

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from math import nan
+from math import inf, nan
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ from hfscale.stream.examples import Examples
 from hfscale.stream.rows import Rows
 from hfscale.training.balanced import balanced, routed
 
+# each rank's part of the loss of the step before, in whole units of 1 / LOSS_UNITS, so that their
+# sum is exact; and how many ranks have one that is none
+LOSS, NO_LOSS = "loss_before", "no_loss_before"
+LOSS_UNITS = 2.0**32
+MOST_LOSS = 2.0**28
 # among what the ranks agree on; the first also in the metrics and in a checkpoint's state
 SKIPPED, TOKENS = "skipped_rows", "tokens"
 # for pictures: positions of the batches, padding included; rows whose documents are known, and
@@ -112,6 +117,15 @@ class Accounting:
             total = self._by_source(sums_B.detach().double(), batch)
             self._sums[term] = self._sums[term] + total if term in self._sums else total
 
+    def loss_share(self, global_counts: Mapping[str, int]) -> Tensor:
+        """Return this rank's part (fp64, on its device) of the loss of the step just made; the
+        books stay open.
+        """
+        weights, sums = self.objective.weights(), self._sums
+        trained = [term for term in sums if weights[term]]
+        parts = [weights[term] * sums[term].sum() / max(1, global_counts[term]) for term in trained]
+        return torch.stack(parts).sum()
+
     def take_sums(self) -> dict[str, Tensor]:
         """Return ``{term: sum of each source}`` (fp64) of this rank's part of the step just made,
         and forget it.
@@ -173,6 +187,28 @@ def counts_of(
         ROWS: known,
         DOCUMENTS: known + sum(map(len, boundaries)),
     }
+
+
+def agree_on_counts(
+    accounting: Accounting, rows: Sequence[Rows | Examples], batches: Sequence[Batch]
+) -> dict[str, int]:
+    """Return the counts of a step that is only tried, of all ranks."""
+    own = counts_of(accounting, rows, batches)
+    totals = sum_over_ranks(torch.tensor([own[name] for name in sorted(own)], dtype=torch.float64))
+    return {name: int(n) for name, n in zip(sorted(own), totals.tolist(), strict=True)}
+
+
+def told_of_loss(share: torch.Tensor | None) -> dict[str, int]:
+    """Return what a rank tells the others of its part of a loss (a scalar on the host)."""
+    value = 0.0 if share is None else float(share)
+    if not abs(value) < MOST_LOSS:  # nor NaN
+        return {LOSS: 0, NO_LOSS: 1}
+    return {LOSS: round(value * LOSS_UNITS), NO_LOSS: 0}
+
+
+def heard_of_loss(counts: Mapping[str, int]) -> float:
+    """Return the loss that all ranks have told of; infinite if one of them has none."""
+    return inf if counts[NO_LOSS] else counts[LOSS] / LOSS_UNITS
 
 
 def check_skipped(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -179,6 +181,31 @@ def poisoned(stage: int, precision: str) -> tuple[str, list[str], bool]:
 def test_a_gradient_that_is_not_finite_stops_all_ranks_before_the_weights_change(stage, precision):
     for message, changed, same_logits in run_ranks(poisoned, 2, stage, precision, fresh=False):
         assert "gradient is not finite" in message and changed == [] and same_logits
+
+
+def dropped(stage: int, precision: str) -> tuple[list[str], list[str], bool]:
+    config = tiny_config(stage, precision, world_size=2)
+    states, changed, updated = [], [], True
+    for poison in (True, False):
+        engine = tiny_engine(config)
+        train_step(engine, config, 1)
+        before = full_state(engine)
+        if poison:
+            out = engine(input_ids=rows(2)[0]).logits
+            engine.backward(out.float().mean() * (float("nan") if engine.all.rank == 1 else 1.0))
+            updated = engine.step(0.01, allow=math.isfinite).updated
+            changed = same(before, full_state(engine))
+        for step in (3, 4):
+            train_step(engine, config, step)
+        states.append(full_state(engine))
+        engine.close()
+    return changed, same(*states), updated
+
+
+@pytest.mark.parametrize(("stage", "precision"), [*((n, "fp32") for n in STAGES), (3, "bf16")])
+def test_a_gradient_that_is_not_finite_is_dropped_where_that_is_allowed(stage, precision):
+    for changed, differ, updated in run_ranks(dropped, 2, stage, precision):
+        assert changed == [] and differ == [] and not updated
 
 
 def views(stage: int, precision: str, **options: object) -> dict[str, object]:

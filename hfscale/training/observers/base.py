@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.dist.agree import Agreed
 from hfscale.engine.engine import StepStats
 from hfscale.monitor.metrics_log import Logged
@@ -43,6 +44,9 @@ class Observer:
 
     def look(self, step: Step) -> None:
         """Look at ``step``. All ranks call it together."""
+
+    def rewind(self, saved: CheckpointState) -> None:
+        """Forget what came after ``saved``: the run goes back to it."""
 
     def state(self) -> dict[str, object]:
         """Return what a checkpoint keeps of this observer, by its keys there (JSON)."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from hfscale.checkpoint.state import Best
+from hfscale.checkpoint.state import Best, CheckpointState
 from hfscale.config import schema
 from hfscale.errors import ConfigError, nearest
 from hfscale.monitor.metrics_log import Logged
@@ -30,6 +30,11 @@ class KeepBest(Observer):
             ConfigError: if the metric is not among its figures.
         """
         self.save = self._improves(step.figures)
+        self._count()
+
+    def rewind(self, saved: CheckpointState) -> None:
+        """Take over the best value of then."""
+        self._best, self.save = saved.best, False
         self._count()
 
     def state(self) -> dict[str, object]:

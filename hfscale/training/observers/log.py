@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import shlex
 from dataclasses import dataclass, field
 
 from hfscale.checkpoint.manager import CheckpointManager
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.engine.engine import Engine
 from hfscale.log import logger
 from hfscale.monitor.heartbeat import beat
 from hfscale.monitor.metrics_log import Logged, MetricsLog
-from hfscale.monitor.spikes import Spikes
 from hfscale.monitor.throughput import Throughput, peak_memory_gib
 from hfscale.stream.digest import VERSION as DIGEST_VERSION
 from hfscale.stream.examples import ExampleStream
@@ -88,18 +87,17 @@ class Figures(Observer):
 
 
 class Log(Observer):
-    """Writes the figures, and says where a gradient is far above the usual. On rank 0 only."""
+    """Writes the figures. On rank 0 only."""
 
     def __init__(self, writer: MetricsLog) -> None:
-        self.writer, self._spikes = writer, Spikes()
+        self.writer = writer
+
+    def rewind(self, saved: CheckpointState) -> None:
+        """Have pictures end at ``saved``; in the record the last line of a step counts."""
+        self.writer.rewind(saved.step + 1)
 
     def look(self, step: Step) -> None:
         """Write the figures of ``step``, if it has any."""
-        notice = self._spikes.look(step.number, step.stats.grad_norm)
-        if notice:
-            run_dir = shlex.quote(str(self.writer.run_dir))
-            texts = f"hfscale batch {run_dir} --step {step.number}"
-            logger.info(f"notice: {notice}; its texts: {texts}")
         if step.figures:
             self.writer.write(step.figures, step.details)
 
