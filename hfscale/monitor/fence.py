@@ -31,7 +31,7 @@ from pathlib import Path
 
 from hfscale.errors import EXIT_HUNG, SupersededError, code_of
 from hfscale.log import logger
-from hfscale.monitor.heartbeat import last_beat
+from hfscale.monitor.beats import last_beat
 from hfscale.records import Damaged, parse, read_file
 from hfscale.run_files import ATTEMPTS, ENDED, EXIT_CODE, HANGS, LEFT, OWNER, REPORT
 

@@ -26,17 +26,16 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import NoReturn
 
 from hfscale.errors import EXIT_HUNG
 from hfscale.log import logger
+from hfscale.monitor.beats import DATA, OWN, Beat, Slow, odd_ones, read_beats, slow_ranks
 from hfscale.monitor.phases import PHASES
 from hfscale.run_files import HANGS, HEARTBEATS, REPORT
 
-OWN = ("data", "forward")  # where a rank works by itself, whatever the others do (but for ZeRO 3)
 LONG = ("start", "save", "rewind")  # may take LONG_S; so may the first step, which compiles
 LONG_S = 1800.0
 POLL_S = 1.0  # between looks
@@ -44,23 +43,7 @@ SETTLE_S = 20.0  # until all have written their stacks
 AFTER_S = 3.0  # after the report
 LAST_S = 55.0  # to leave, come what may
 ROUND_S = 60.0  # how often rank 0 looks for slow ranks
-SLOW = 2.0  # how many times the others' time is slow
 WIDTH = 160  # bytes of a heartbeat
-
-
-@dataclass(frozen=True)
-class Beat:
-    """What a rank does. ``count`` is of all phases so far, ``own_s`` the time spent in those of
-    ``OWN``.
-    """
-
-    rank: int
-    count: int = -1
-    step: int = 0
-    phase: str = "not_started"
-    own_s: float = 0.0
-    pid: int = 0
-    node: str = "?"
 
 
 _current: Heartbeat | None = None
@@ -71,6 +54,14 @@ def beat(phase: str, step: int | None = None) -> None:
     PHASES.enter(phase)
     if _current is not None:
         _current.beat(phase, step)
+
+
+def slow_lately() -> list[Slow]:
+    """Return the slow ranks that were seen since the last call: on rank 0, about once a minute."""
+    if _current is None:
+        return []
+    slow, _current.slow = _current.slow, []
+    return slow
 
 
 @contextmanager
@@ -144,7 +135,8 @@ class Heartbeat:
         self._fd = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
         self._node, self._whose = node, f"{os.getpid()} {node}"
         self._count, self._step, self._phase = 0, 0, "start"
-        self._own_s, self._since = 0.0, time.monotonic()
+        self._own_s, self._data_s, self._since = 0.0, 0.0, time.monotonic()
+        self.slow: list[Slow] = []  # that nobody has asked for yet
         self._first: int | None = None  # step of this attempt
         self.beat("start", None)
         self._write_down()
@@ -161,11 +153,14 @@ class Heartbeat:
         now = time.monotonic()
         if self._phase in OWN:
             self._own_s += now - self._since
+        if self._phase == DATA:
+            self._data_s += now - self._since
         if step is not None:
             self._step = step
             self._first = self._first or step
         self._count, self._phase, self._since = self._count + 1, phase, now
-        self._now = (self._count, self._step, phase, self._own_s)  # at once: others read it
+        # at once: others read it
+        self._now = (self._count, self._step, phase, self._own_s, self._data_s)
 
     def close(self) -> None:
         self._over.set()
@@ -182,8 +177,8 @@ class Heartbeat:
                 return self._write_down()
 
     def _write_down(self) -> None:
-        count, step, phase, own_s = self._now
-        line = f"{count} {step} {phase} {own_s:.3f} {self._whose}\n"
+        count, step, phase, own_s, data_s = self._now
+        line = f"{count} {step} {phase} {own_s:.3f} {self._whose} {data_s:.3f}\n"
         with suppress(OSError):  # training goes on without
             os.pwrite(self._fd, line.ljust(WIDTH).encode(), 0)
 
@@ -204,8 +199,7 @@ class Heartbeat:
             faulthandler.dump_traceback_later(limit_s, file=2)
             if self._rank == 0 and time.monotonic() - looked > min(ROUND_S, self._timeout_s):
                 beats = read_beats(self._run_dir, range(self._ranks))
-                for line in slow_ranks(earlier, beats):
-                    logger.warning(line)
+                self.slow += slow_ranks(earlier, beats)
                 earlier, looked = beats, time.monotonic()
 
     # -------------------------------------------------------------------------------------- autopsy
@@ -309,73 +303,8 @@ class Heartbeat:
         self._on_hang(odd[0].rank if odd else self._rank)
 
 
-def read_beats(run_dir: Path, ranks: Sequence[int]) -> list[Beat]:
-    """Return the last beat of each of ``ranks``."""
-    beats = {rank: Beat(rank) for rank in ranks}
-    for rank in ranks:
-        with suppress(OSError, ValueError):
-            count, step, phase, own_s, pid, node = (
-                (run_dir / HEARTBEATS / f"rank-{rank}").read_text().split()
-            )
-            beats[rank] = Beat(rank, int(count), int(step), phase, float(own_s), int(pid), node)
-    return list(beats.values())
-
-
-def last_beat(run_dir: Path) -> tuple[float, Beat] | None:
-    """Return when a rank of the run was last heard (seconds of the epoch), and what it did then."""
-    heard = []
-    with suppress(OSError):
-        for file in os.scandir(run_dir / HEARTBEATS):
-            rank = file.name.removeprefix("rank-")
-            if rank.isdecimal():
-                heard.append((file.stat().st_mtime, int(rank)))
-    if not heard:
-        return None
-    seconds, last = max(heard)
-    return seconds, read_beats(run_dir, [last])[0]
-
-
-def odd_ones(beats: Sequence[Beat], *, silent: Sequence[int], waiting: Sequence[int]) -> list[Beat]:
-    """Return the ranks to blame: those that do not answer, else those that are behind, else those
-    that are not ``waiting`` for others.
-
-    Nobody, if that would be everybody.
-    """
-    fewest = min(beat.count for beat in beats)
-    mute = [beat for beat in beats if beat.rank in silent]
-    behind = [beat for beat in beats if beat.count == fewest]
-    busy = [beat for beat in beats if beat.rank not in waiting]
-    for odd in (mute, behind, busy):
-        if odd and (len(odd) < len(beats) or len(beats) == 1):
-            return odd
-    return []
-
-
 def _waits(stacks: str) -> bool:
     """Return whether the main thread, the last one in faulthandler's words, is inside a
     collective.
     """
     return "torch/distributed/" in stacks.rpartition("hread 0x")[2]
-
-
-def slow_ranks(earlier: Sequence[Beat], beats: Sequence[Beat]) -> list[str]:
-    """Return a line on each rank that takes ``SLOW`` times as long as the others for what it does
-    by itself, per step.
-    """
-    if (
-        len(beats) < 2
-        or len(earlier) != len(beats)
-        or any(new.step <= old.step for old, new in zip(earlier, beats, strict=True))
-    ):
-        return []
-    own_s = [
-        (new.own_s - old.own_s) / (new.step - old.step)
-        for old, new in zip(earlier, beats, strict=True)
-    ]
-    usual_s = median(sorted(own_s)[:-1])
-    return [
-        f"rank {beat.rank} on {beat.node} is slow: {mine_s:.2f} s a step for "
-        f"{' and '.join(OWN)}, the others {usual_s:.2f} s"
-        for beat, mine_s in zip(beats, own_s, strict=True)
-        if mine_s > SLOW * usual_s and mine_s - usual_s > 0.05
-    ]

@@ -20,8 +20,8 @@ from hfscale.errors import (
     EXIT_UNHEALTHY,
     EXIT_USER_ERROR,
 )
+from hfscale.monitor.beats import OWN, read_beats
 from hfscale.monitor.fence import End, Fence, attempts
-from hfscale.monitor.heartbeat import OWN, read_beats
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
 from hfscale.monitor.metrics_log import Logged

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import yaml
 
-from hfscale.monitor.heartbeat import Beat, read_beats
+from hfscale.monitor.beats import Beat, read_beats
 from hfscale.reports.status import last_record
 from tests.helpers.cli import ROOT
 from tests.helpers.corpus import run_values

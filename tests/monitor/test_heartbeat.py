@@ -8,21 +8,14 @@ import os
 import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from hfscale.monitor import heartbeat
-from hfscale.monitor.heartbeat import (
-    LONG_S,
-    Beat,
-    Heartbeat,
-    beat,
-    odd_ones,
-    read_beats,
-    slow_ranks,
-    watching,
-)
+from hfscale.monitor.beats import Beat, odd_ones, read_beats, slow_ranks
+from hfscale.monitor.heartbeat import LONG_S, Heartbeat, beat, slow_lately, watching
 from tests.helpers.slurm import wait_for
 
 
@@ -111,13 +104,22 @@ def test_who_is_to_blame(
 
 
 def test_a_slow_rank_is_named():
-    old = [Beat(rank, 1, 10, "data", 1.0, 1, f"n{rank}") for rank in range(4)]
+    old = [Beat(rank, 1, 10, "data", 1.0, 1, f"n{rank}", 0.1) for rank in range(4)]
     new = [
-        Beat(rank, 99, 20, "data", 1.0 + own_s, 1, f"n{rank}")
-        for rank, own_s in enumerate([2.0, 2.2, 6.0, 2.1])
+        Beat(rank, 99, 20, "data", 1.0 + own_s, 1, f"n{rank}", 0.1 + data_s)
+        for rank, (own_s, data_s) in enumerate([(2.0, 0.2), (2.2, 0.2), (6.0, 3.9), (2.1, 0.2)])
     ]
-    assert slow_ranks(old, new) == [
-        "rank 2 on n2 is slow: 0.60 s a step for data and forward, the others 0.21 s"
+    assert list(map(str, slow_ranks(old, new))) == [
+        "rank 2 on n2 is slow in data: 0.60 s a step for data and forward, the others 0.21 s"
     ]
+    [in_forward] = slow_ranks(old, [replace(beat, data_s=0.3) for beat in new])
+    assert in_forward.phase == "forward"
     assert slow_ranks([], new) == [], "the first look"
     assert slow_ranks(new, new) == [], "no step was made in between"
+
+
+def test_slow_ranks_are_told_once(watched: Heartbeat):
+    watched.slow = slow_ranks(
+        [Beat(0, 1, 1), Beat(1, 1, 1)], [Beat(0, 9, 2, own_s=0.1), Beat(1, 9, 2, own_s=1.0)]
+    )
+    assert [one.rank for one in slow_lately()] == [1] and slow_lately() == []

@@ -10,6 +10,7 @@ from hfscale.config import schema
 from hfscale.dist.agree import Agreed
 from hfscale.engine.engine import StepStats
 from hfscale.errors import UnhealthyError
+from hfscale.monitor.beats import Slow
 from hfscale.monitor.incidents import Incident
 from hfscale.training.observers.base import Step
 from hfscale.training.observers.health import QUIET_STEPS, Health
@@ -130,3 +131,18 @@ def test_a_loss_that_has_lost_half_of_its_way_diverges() -> None:
     with pytest.raises(UnhealthyError, match="came down to"):
         [health.hear(step, 2.0 + (step - 300) * 0.002) for step in range(540, 600)]
     assert written[-1].kind == "divergence"
+
+
+def test_a_straggler_is_an_incident(monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = [Slow(2, "n2", "data", step_s=0.6, usual_s=0.2)]
+    monkeypatch.setattr("hfscale.training.observers.health.slow_lately", lambda: slow)
+    health, written = watching("warn")
+    agreed = Agreed({}, stop=False, due=False, failed=False, save=False, end=False, digest=0)
+    stats = StepStats(grad_norm=1.0, lr=1e-3)
+    health.look(Step(120, False, agreed, stats, tokens_seen=1, skipped_rows=0))
+    assert written == [], "where nothing is logged, nobody looks"
+    health.look(Step(121, True, agreed, stats, tokens_seen=1, skipped_rows=0))
+    [incident] = written
+    assert (incident.kind, incident.decision) == ("straggler", "warn")
+    assert "rank 2 on n2 is slow in data" in incident.text
+    assert incident.scores == {"rank 2": pytest.approx(3.0)}

@@ -20,6 +20,7 @@ from hfscale.config import schema
 from hfscale.errors import UnhealthyError
 from hfscale.log import logger
 from hfscale.monitor import incidents
+from hfscale.monitor.heartbeat import slow_lately
 from hfscale.monitor.incidents import ACTS, Decision, Incident
 from hfscale.monitor.scores import Window
 from hfscale.stream.left_out import Span
@@ -170,9 +171,19 @@ class Health(Observer):
             text = f"{', '.join(still)}: not moved by this update, while other layers were"
             # on rank 0 alone, where details are whole
             self.tell(Offence(step.number, incidents.STILL, text, {"layers": len(still)}), "warn")
+        if step.watched:
+            self._look_for_slow(step.number)
         validation = step.figures.get("validation_loss")
         if validation is not None and math.isfinite(validation):
             self._validated(step.number, validation)
+
+    def _look_for_slow(self, step: int) -> None:
+        """Tell of the ranks that were seen to be slow: on rank 0, whose heartbeat looks at all."""
+        slow = slow_lately()
+        if slow:
+            scores = {f"rank {one.rank}": one.step_s / max(one.usual_s, 1e-9) for one in slow}
+            text = "; ".join(map(str, slow))
+            self.tell(Offence(step, incidents.STRAGGLER, text, scores), "warn")
 
     def _validated(self, step: int, loss: float) -> None:
         """Compare a validation with the best one, and with what training has come to since."""
