@@ -49,7 +49,8 @@ class Curves:
     """What a run has logged: of a step that several attempts did, what the last one logged."""
 
     points: Mapping[int, Mapping[str, object]]  # step -> its record, in order
-    restarts: Sequence[int]  # the first step that each attempt but the first logged
+    # the first step that each attempt but the first logged, or a run after it went back
+    restarts: Sequence[int]
 
     def of(self, name: str) -> list[tuple[int, float]]:
         """Return (step, value) of the field ``name``, where it is a finite number."""
@@ -69,7 +70,10 @@ def curves_of(run_dir: Path) -> Curves:
     for before, record in pairwise([None, *logged]):
         assert record is not None, "only the first has none before it"
         newest[record["step"]] = record
-        if before and record.get("attempt") != before.get("attempt"):
+        if before is None:
+            continue
+        went_back = record["step"] <= before["step"]
+        if went_back or record.get("attempt") != before.get("attempt"):
             restarts.append(record["step"])
     return Curves(dict(sorted(newest.items())), restarts)
 

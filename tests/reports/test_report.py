@@ -10,6 +10,7 @@ import pytest
 
 from hfscale.config.load import to_yaml
 from hfscale.monitor.fence import take
+from hfscale.reports.curves import curves_of
 from hfscale.reports.diff import compare_runs
 from hfscale.reports.report import report
 from tests.helpers.cli import hfscale
@@ -72,6 +73,16 @@ def test_a_page_needs_no_network_and_runs_nothing(tmp_path: Path):
     ):
         assert words in html
     assert html.count("<svg") == 2
+
+
+def test_curves_have_the_last_line_of_a_step_and_mark_where_a_run_went_back(tmp_path: Path):
+    run = make_run(tmp_path, losses={1: 4.0, 2: 3.5, 3: 9.0})
+    with open(run / "metrics.jsonl", "a") as file:
+        for step in (2, 3, 4):
+            file.write(json.dumps({**RECORD, "step": step, "loss": 3.0, "attempt": 2}) + "\n")
+    curves = curves_of(run)
+    assert curves.of("loss") == [(1, 4.0), (2, 3.0), (3, 3.0), (4, 3.0)]
+    assert curves.restarts == [3, 2], "another attempt, and a rewind"
 
 
 def test_a_run_that_has_not_begun_has_a_page(tmp_path: Path):
