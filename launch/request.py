@@ -15,7 +15,7 @@ from pathlib import Path
 from hfscale.config.load import Loaded, load_config
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.world import copies
-from hfscale.errors import ConfigError
+from hfscale.errors import CheckpointError, ConfigError
 from hfscale.run_files import CONFIG, is_run, no_run
 
 LAUNCHERS = {
@@ -68,6 +68,25 @@ def refuse_copies() -> None:
             where="srun",
             remedy="leave srun out and say --launcher slurm: it starts the ranks with srun itself",
         )
+
+
+def training_run(name: str | Path) -> Path:
+    """Return the directory of the run ``name``, one that trains.
+
+    Raises:
+        CheckpointError: if it is none.
+        ConfigError: if its config is damaged.
+    """
+    if not is_run(Path(name)):
+        raise no_run(name)
+    run_dir = Path(name).resolve()
+    if not isinstance(load_config(run_dir / CONFIG, decided=True).config, TrainConfig):
+        raise CheckpointError(
+            "this folder is of scores or predictions, not of a run that trains",
+            where=name,
+            remedy="hfscale compare shows scores side by side",
+        )
+    return run_dir
 
 
 def config_file(source: str) -> Path:

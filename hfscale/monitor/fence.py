@@ -176,6 +176,19 @@ class Fence:
             at = max(at, float(read_file(self.folder / LEFT, most=64)))
         return at
 
+    def under_way(self) -> bool:
+        """Return whether the attempt has not ended, as far as one can tell from here: of one that
+        was killed with its launcher the launcher's own machine knows.
+        """
+        if self.ending() is not None:
+            return False
+        owner = self.owner()
+        # its launcher lives as long as its ranks
+        local = owner is not None and owner.launcher == "local"
+        if owner is None or not local or owner.host != socket.gethostname():
+            return True
+        return os.path.exists(f"/proc/{owner.pid}")
+
     def ended(self) -> int | None:
         """Return the code with which the attempt has ended; None if it has not, or nobody knows."""
         end = self.ending()

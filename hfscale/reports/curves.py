@@ -78,12 +78,24 @@ def curves_of(run_dir: Path) -> Curves:
     return Curves(dict(sorted(newest.items())), restarts)
 
 
-def thinned(pairs: Sequence[tuple[int, float]]) -> list[tuple[float, float]]:
-    """Return means of neighbours, at most ``MOST_POINTS`` of them."""
+@dataclass(frozen=True)
+class Point:
+    """Neighbouring steps as one: their mean, and between what their values lie."""
+
+    step: float
+    mean: float
+    least: float
+    most: float
+
+
+def thinned(pairs: Sequence[tuple[int, float]]) -> list[Point]:
+    """Return neighbours as one point, at most ``MOST_POINTS`` of them."""
     size = -(-len(pairs) // MOST_POINTS)
     chunks = (pairs[start : start + size] for start in range(0, len(pairs), max(1, size)))
     columns = (zip(*chunk, strict=True) for chunk in chunks)
-    return [(fmean(steps), fmean(values)) for steps, values in columns]
+    return [
+        Point(fmean(steps), fmean(values), min(values), max(values)) for steps, values in columns
+    ]
 
 
 def draw_runs(runs: Mapping[str, Curves]) -> str:
@@ -112,15 +124,18 @@ def _draw_panel(
     drawn = 0
     for colour, (run, curves) in zip(COLOURS, runs.items(), strict=False):
         for number, name in enumerate(names):
-            pairs = thinned(curves.of(name))
-            if not pairs:
+            points = thinned(curves.of(name))
+            if not points:
                 continue
             label = " ".join([run] * (len(runs) > 1) + [name] * (len(names) > 1))
             style = "-" if number == 0 else "o--"
             own = colour if len(runs) > 1 or number == 0 else COLOURS[number]
-            steps, values = zip(*pairs, strict=True)
+            steps, means = [one.step for one in points], [one.mean for one in points]
             drawn += 1
-            axis.plot(steps, values, style, color=own, lw=1.2, ms=3, label=label or None)
+            axis.plot(steps, means, style, color=own, lw=1.2, ms=3, label=label or None)
+            if any(one.least < one.most for one in points):  # a spike is among them
+                least, most = [one.least for one in points], [one.most for one in points]
+                axis.fill_between(steps, least, most, color=own, alpha=0.25, lw=0)
         for step in curves.restarts:
             axis.axvline(step, color=colour if len(runs) > 1 else "0.5", ls=":", lw=0.8)
     if powers:

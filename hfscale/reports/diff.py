@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -78,19 +79,23 @@ def compare_runs(first: Path, second: Path) -> Comparison:
             raise run_files.no_run(run)
     curves = curves_of(first), curves_of(second)
     before, after = _newest(first), _newest(second)
-    changes = {
-        "config": _config(first, second),
-        "data": _data(first, second),
-        "code": _differing({"commit": before.code.words()}, {"commit": after.code.words()}),
-        "versions": _differing(_versions(before), _versions(after)),
-        "hardware": _differing(_hardware(before), _hardware(after)),
-    }
+    changes = {"config": _config(first, second), "data": _data(first, second)}
+    if before and after:
+        changes |= {
+            "code": _differing({"commit": before.code.words()}, {"commit": after.code.words()}),
+            "versions": _differing(_versions(before), _versions(after)),
+            "hardware": _differing(_hardware(before), _hardware(after)),
+        }
+    else:
+        there = ["there" if entry else "not there" for entry in (before, after)]
+        unknown = Change(run_files.ENVIRONMENT, *there)
+        changes["code, versions and hardware are not known"] = [unknown]
     return Comparison((first, second), changes, parting(*curves), curves)
 
 
-def _newest(run: Path) -> Entry:
-    """Return the newest attempt of a run, or one that says nothing."""
-    return [Entry(), *entries(run)][-1]
+def _newest(run: Path) -> Entry | None:
+    """Return the newest attempt of a run; None if nothing says with what it was made."""
+    return [None, *entries(run)][-1]
 
 
 def _versions(entry: Entry) -> dict[str, str]:
@@ -100,10 +105,15 @@ def _versions(entry: Entry) -> dict[str, str]:
 def _config(first: Path, second: Path) -> list[Change]:
     configs = (load_config(run / run_files.CONFIG).config for run in (first, second))
     return [
-        Change(change.key, str(change.old), str(change.new))
+        Change(change.key, _written(change.old), _written(change.new))
         for change in differences(*configs)
         if change.key not in WHERE
     ]
+
+
+def _written(value: object) -> str:
+    """Return a value as a config has it."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
 
 
 def _data(first: Path, second: Path) -> list[Change]:

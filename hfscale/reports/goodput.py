@@ -55,7 +55,7 @@ MEANS = {
     "save stall": "training waited for a save",
     "evaluation": "validations",
     "logging": "what watches the run",
-    LOST: "steps after the checkpoint that the next attempt began from, done again",
+    LOST: "steps behind the checkpoint from which the run goes on: done again, or to be",
     HANG: "from the last progress until the hang was found",
     SHUTDOWN: "from the last step's end to the end of the attempt",
     UNMARKED: "since the newest mark of an attempt under way",
@@ -89,6 +89,7 @@ class Spent:
 
     number: int
     began: float  # of this record: where the one before ended, in seconds of the epoch
+    at: float  # of the attempt
     ended: float
     code: int | None = None  # None: under way, or nobody knows
     start: Seconds = field(default_factory=dict)  # of the start-up, by its parts
@@ -170,7 +171,7 @@ class Ledger:
             "attempts": [
                 {
                     "attempt": one.number,
-                    "began": one.began,
+                    "began": one.at,
                     "ended": one.ended,
                     "code": one.code,
                     "steps": list(one.steps),
@@ -198,13 +199,21 @@ def ledger(run_dir: Path, *, now: float | None = None) -> Ledger:
             remedy="runs of version 0.1 kept no times; its next attempt does",
         )
     marks = list(read_lines(run_dir / run_files.GOODPUT, Mark))
+    logged = run_dir / run_files.METRICS
+    if not marks and logged.is_file() and logged.stat().st_size:
+        raise CheckpointError(
+            "this run has trained, and nothing says what it did when",
+            where=run_dir / run_files.GOODPUT,
+            remedy="restore the file; the run itself does not need it",
+        )
     spent: list[Spent] = []
     for one, owner in zip(tries, owners, strict=True):
         if owner is None or not owner.at:
             continue
         since = spent[-1].ended if spent else first_submission(run_dir, one)
-        spent.append(_spent(one, [mark for mark in marks if mark.attempt == one.number], since))
-    under_way = tries[-1].ending() is None
+        own = [mark for mark in marks if mark.attempt == one.number]
+        spent.append(_spent(one, own, since, first=not spent))
+    under_way = tries[-1].under_way()
     if under_way:
         seen = max(time.time() if now is None else now, spent[-1].ended)
         add(spent[-1].around, {UNMARKED: seen - spent[-1].ended})
@@ -232,31 +241,39 @@ class _Entry(Record):
     started: Annotated[datetime, Field(strict=False)]
 
 
-def _spent(attempt: Fence, marks: Sequence[Mark], since: float) -> Spent:
+def _spent(attempt: Fence, marks: Sequence[Mark], since: float, *, first: bool) -> Spent:
     """Return the time from ``since`` to the end of an attempt, or to its newest mark."""
     owner, end = attempt.owner(), attempt.ending()
     assert owner is not None, "an attempt with an owner"
     begins = max(owner.at, since)
     ends = attempt.left_at() if end else 0.0
+    if not end and not attempt.under_way():  # killed with its launcher; nobody has said so yet
+        ends = attempt.last_seen()[0]
     ends = ends or (marks[-1].time if marks else begins)
-    spent = Spent(attempt.number, since, max(ends, begins), code=end.code if end else None)
+    code = end.code if end else None
+    spent = Spent(attempt.number, since, begins, max(ends, begins), code=code)
     granted = min(max(owner.job_began, since), begins) if owner.job else begins
-    spent.around = {QUEUE if owner.job else BETWEEN: granted - since}
-    spent.start = {"job script": begins - granted}
+    if owner.job:
+        spent.around = {QUEUE: granted - since}
+        spent.start = {"job script": begins - granted}
+    elif first:
+        spent.start = {LAUNCH: begins - since}
+    else:
+        spent.around = {BETWEEN: begins - since}
     if not marks:
         spent.start["never done"] = spent.ended - begins
         return spent
-    spent.start[LAUNCH] = max(0.0, marks[0].began - begins)
+    add(spent.start, {LAUNCH: max(0.0, marks[0].began - begins)})
     for before, after in pairwise([None, *marks]):
         assert after is not None, "only the first has none before it"
         add(spent.start, {name.removeprefix(START): s for name, s in _starting(before, after)})
         step = before.step if before else after.step
         spent.pieces.append(Piece((step, after.step), _working(before, after)))
     _move_first_step(spent)
-    if end:
+    if not attempt.under_way():
         after_s = max(0.0, spent.ended - marks[-1].time)
-        hung_s = min(hang_s(attempt), after_s) if end.code == EXIT_HUNG else 0.0
-        left = SHUTDOWN if end.code in ENDED_WELL else LOST
+        hung_s = min(hang_s(attempt), after_s) if spent.code == EXIT_HUNG else 0.0
+        left = SHUTDOWN if spent.code in ENDED_WELL else LOST
         add(spent.around, {HANG: hung_s, left: after_s - hung_s})
     return spent
 

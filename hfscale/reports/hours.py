@@ -31,7 +31,7 @@ def describe(run: Ledger) -> list[str]:
         start_s = sum(one.start.values())
         code = "" if one.code is None else f"exit code {one.code}"
         lines.append(
-            f"{one.number:<9}{steps:>17}{duration(one.ended - one.began):>12}"
+            f"{one.number:<9}{steps:>17}{duration(one.ended - one.at):>12}"
             f"{duration(start_s):>12}{duration(one.parts().get(COMPUTE, 0.0)):>12}  {code}".rstrip()
         )
     return lines

@@ -12,14 +12,14 @@ from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.config.load import load_config, to_yaml
 from hfscale.config.schema import RunConfig, TrainConfig
-from hfscale.errors import CheckpointError, DataError
+from hfscale.errors import CheckpointError, DataError, counted
 from hfscale.monitor.fence import newest
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
 from hfscale.records import Count, Record
 from hfscale.reports import compare
 from hfscale.reports.checkpoints import list_checkpoints
-from hfscale.reports.curves import curves_of, draw_runs, draw_shares
+from hfscale.reports.curves import MOST_POINTS, curves_of, draw_runs, draw_shares
 from hfscale.reports.environment import Entry, entries
 from hfscale.reports.goodput import MEANS, ledger
 from hfscale.reports.hours import duration
@@ -37,20 +37,14 @@ def report(run_dir: Path) -> str:
         UserError: if this is no run, or one of its files is damaged.
     """
     config = load_config(run_dir / run_files.CONFIG).config
-    if not isinstance(config, TrainConfig):
-        raise CheckpointError(
-            "this folder is of scores or predictions, not of a run",
-            where=run_dir,
-            remedy="hfscale compare shows scores side by side",
-        )
+    assert isinstance(config, TrainConfig), "a run that trains"
+    # a run that was moved is where it lies, not where it says that it is
+    place = {"root": run_dir.parent, "name": run_dir.name}
+    config = config.model_copy(update={"run": config.run.model_copy(update=place)})
     attempts = entries(run_dir)
     sections = [
         _status(config),
-        Section(
-            "Curves",
-            _unless(last_record(run_dir), "No step was logged yet."),
-            draw_runs({config.run.name: curves_of(run_dir)}),
-        ),
+        _curves(config),
         _time(run_dir),
         _incidents(run_dir),
         _data(config),
@@ -58,8 +52,19 @@ def report(run_dir: Path) -> str:
         _scores(run_dir),
         _attempts(attempts),
         _again(config, attempts),
+        Section("The whole config", code=to_yaml(config), folded=run_files.CONFIG),
     ]
     return page(config.run.name, lead(config), sections)
+
+
+def _curves(config: TrainConfig) -> Section:
+    curves = curves_of(config.run_dir)
+    texts = _unless(curves.points, "No step was logged yet.")
+    if len(curves.points) > MOST_POINTS:
+        texts = ["Of many steps a line is their mean; shaded is what lies between least and most."]
+    if curves.restarts:
+        texts.append("Dotted: where another attempt, or a run that went back, goes on.")
+    return Section("Curves", texts, draw_runs({config.run.name: curves}))
 
 
 def _unless(there: object, text: str) -> list[str]:
@@ -117,9 +122,9 @@ def _time(run_dir: Path) -> Section:
     ]
     starts = ", ".join(f"{name} {s:.1f} s" for name, s in times.start().items() if s >= 0.05)
     texts = [
-        f"{duration(times.seconds)} since the first submission, in {len(times.attempts)} "
-        f"attempts: goodput {times.goodput():.1%}, {times.goodput(held=True):.1%} of the time on "
-        "nodes.",
+        f"{duration(times.seconds)} since the first submission, in "
+        f"{counted(len(times.attempts), 'attempt')}: goodput {times.goodput():.1%}, "
+        f"{times.goodput(held=True):.1%} of the time on nodes.",
         f"The start-up: {starts}.",
     ]
     return Section(title, texts, draw_shares(parts), ("part", "time", "share", ""), rows)
@@ -144,7 +149,7 @@ def _data(config: TrainConfig) -> Section:
     if not isinstance(config, RunConfig):
         data = config.data.model_dump(mode="json")
         tables = [(name, data[name]) for name in ("train", "validation", "test") if data.get(name)]
-        return Section("Data", header=("split", "table"), rows=tables)
+        return Section("Data", header=("split", "table, or share of the one above"), rows=tables)
     passes: Mapping[str, float] = record.get("source_epoch") or {}
     read = _rows_read(config.run_dir)
     whole, weights = sum(read.values()), sum(one.weight for one in config.data.sources)
@@ -152,6 +157,7 @@ def _data(config: TrainConfig) -> Section:
     rows: list[Sequence[object]] = []
     for source in config.data.sources:
         share = f"{read[source.name] / whole:.1%}" if whole and source.name in read else ""
+        share = "100.0%" if alone and record else share
         epochs = record.get("epoch") if alone else passes.get(source.name)
         done = "" if epochs is None else f"{epochs:.3f}"
         rows.append((source.name, source.shards, f"{source.weight / weights:.1%}", share, done))
@@ -237,5 +243,5 @@ def _again(config: TrainConfig, attempts: Sequence[Entry]) -> Section:
     procs = f" --procs {attempts[-1].procs}" if attempts else ""
     lines.append(f"hfscale {config.verb} {saved} {again}{procs}")
     typed = " ".join(map(shlex.quote, attempts[0].command[1:])) if attempts else ""
-    texts = [*([f"It was started by: hfscale {typed}"] if typed else []), "\n".join(lines)]
-    return Section("To repeat it", texts, code=to_yaml(config), folded="the whole config")
+    texts = [f"It was started by: hfscale {typed}"] if typed else []
+    return Section("To repeat it", texts, code="\n".join(lines))

@@ -19,8 +19,9 @@ from hfscale.errors import (
     EXIT_STOPPED,
     EXIT_UNHEALTHY,
     EXIT_USER_ERROR,
+    UserError,
 )
-from hfscale.monitor.beats import OWN, read_beats
+from hfscale.monitor.beats import OWN, last_beat, read_beats
 from hfscale.monitor.fence import End, Fence, attempts
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
@@ -119,13 +120,22 @@ def describe(config: TrainConfig, *, now: float | None = None, running: bool = T
         lines.append(Line("step", "none was logged yet"))
     lines.append(_last_checkpoint(run, now=now))
     lines += [*_last_incident(run, now=now), *_goodput(run, now=now)]
-    if running and (slowest := slowest_rank(run)):
-        lines.append(slowest)
+    if running:
+        lines += [line for line in (_starting(tries, now=now), slowest_rank(run)) if line]
     # runs of 0.1 have them in the record alone
     count = max([record.get("attempt", 0), *(one.number for one in tries)])
     lines.append(Line("attempts", str(count), [_attempt_of(one) for one in tries]))
     lines += [Line(f"attempt {one.number}", _attempt(one)) for one in tries[-LAST:]]
     return lines
+
+
+def _starting(tries: Sequence[Fence], *, now: float) -> Line | None:
+    """Return that the newest attempt is on its way to its first step; None if it is not."""
+    owner, last = (tries[-1].owner(), last_beat(tries[-1].run_dir)) if tries else (None, None)
+    if owner is None or not owner.at or (last and last[1].step):
+        return None
+    since_s = now - owner.at
+    return Line("now", f"starting, for {_time(since_s)}", {"starting_for_s": since_s})
 
 
 def _progress(config: TrainConfig, record: Logged, *, now: float) -> list[Line]:
@@ -218,7 +228,11 @@ def _goodput(run: Path, *, now: float) -> Iterator[Line]:
     """
     if not (run / run_files.GOODPUT).is_file():
         return
-    times = ledger(run, now=now)
+    try:
+        times = ledger(run, now=now)
+    except UserError as error:  # one line less of many
+        yield Line("goodput", f"not known: {error.what}")
+        return
     rest = {name: s for name, s in times.parts().items() if name != COMPUTE}
     most = max(rest, key=lambda name: rest[name], default="")
     words = f"{times.goodput():.1%} of {duration(times.seconds)}"
@@ -238,7 +252,7 @@ def slowest_rank(run: Path) -> Line | None:
     folder = run / run_files.HEARTBEATS
     names = [file.name.removeprefix("rank-") for file in folder.glob("rank-*")]
     beats = read_beats(run, sorted(int(name) for name in names if name.isdecimal()))
-    if len(beats) < 2:
+    if len(beats) < 2 or max(beat.step for beat in beats) == 0:
         return None
     slowest = max(beats, key=lambda beat: beat.own_s)
     usual_s = median(beat.own_s for beat in beats if beat is not slowest)
@@ -270,8 +284,10 @@ def _attempt(attempt: Fence) -> str:
     if owner:
         job = f", job {owner.job} (restart {owner.restart})" if owner.job else ""
         words.append(f"{owner.launcher} on {owner.nodes or owner.host}{job}, since {owner.started}")
-    if end is None:
+    if end is None and attempt.under_way():
         words.append("no end yet")
+    elif end is None:
+        words.append("no end written: killed, with its launcher")
     elif end.closed_by:
         words.append(str(end))
     else:

@@ -24,8 +24,9 @@ def diff(
     Example: hfscale diff runs/first runs/second both.html
     """
     from hfscale.reports.diff import compare_runs
+    from launch.request import training_run
 
-    compared = compare_runs(first.resolve(), second.resolve())
+    compared = compare_runs(training_run(first), training_run(second))
     typer.echo("\n".join(map(shown, compared.text().splitlines())))
     if out:
         write_page(out, compared.html())

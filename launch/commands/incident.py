@@ -36,17 +36,19 @@ def incident(
     Examples: hfscale incident runs/first; hfscale incident runs/first 2
     """
     from hfscale.reports.incident import listed, pick, rerun
+    from launch.request import training_run
 
     permit(permissions)
+    run_dir = training_run(run)
     if number is None:
-        for line in listed(run) or [f"{run} had no incidents"]:
+        for line in listed(run_dir) or [f"{run} had no incidents"]:
             typer.echo(shown(line))
         return
-    one = pick(run, number)
+    one = pick(run_dir, number)
     typer.echo(
         shown(f"incident {number}: step {one.step:,}, {one.kind}, {one.decision}: {one.text}")
     )
-    again = rerun(run, step=one.step, rows_of=one.rows)
+    again = rerun(run_dir, step=one.step, rows_of=one.rows)
     typer.echo(
         f"{again.rows:,} rows, each alone, with the weights of {again.checkpoint}; the gradient of "
         f"all has norm {again.grad_norm:.4g}"

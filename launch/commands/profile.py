@@ -34,9 +34,9 @@ def profile(
     from hfscale.monitor.fence import newest
     from hfscale.monitor.request import ProfileRequest, request_file
     from hfscale.shards.files import write_atomically
-    from launch.request import config_file, quote
+    from launch.request import quote, training_run
 
-    run_dir = config_file(run).resolve().parent
+    run_dir = training_run(run)
     attempt = newest(run_dir)
     if attempt is None or attempt.ending() is not None:
         raise CheckpointError(

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from hfscale.errors import shown
+from hfscale.errors import DataError, shown
 
 
 def report(
@@ -23,9 +23,9 @@ def report(
     Example: hfscale report runs/first first.html
     """
     from hfscale.reports.report import report as html_of
-    from launch.request import config_file
+    from launch.request import training_run
 
-    run_dir = config_file(run).resolve().parent
+    run_dir = training_run(run)
     write_page(out or run_dir / "report.html", html_of(run_dir))
 
 
@@ -35,10 +35,15 @@ def write_page(path: Path, html: str) -> None:
     Raises:
         DataError: if it cannot be written.
     """
-    from hfscale.shards.files import cannot_write, write_atomically
+    from hfscale.shards.files import write_atomically
 
     try:
         write_atomically(path, html.encode())
-    except OSError as error:
-        raise cannot_write(path, error) from None
+    except (OSError, DataError) as error:
+        raise DataError(
+            "the page cannot be written",
+            where=path,
+            value=error.strerror if isinstance(error, OSError) else error.what,
+            remedy="name a file, OUT.html, in a folder that is there and that you may write to",
+        ) from None
     typer.echo(shown(f"{path}: open it in a browser"))

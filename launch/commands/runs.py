@@ -174,9 +174,9 @@ def goodput(
     """
     from hfscale.reports.goodput import ledger
     from hfscale.reports.hours import describe
-    from launch.request import config_file
+    from launch.request import training_run
 
-    times = ledger(config_file(str(run)).resolve().parent)
+    times = ledger(training_run(run))
     typer.echo(json.dumps(times.as_dict()) if as_json else "\n".join(describe(times)))
 
 

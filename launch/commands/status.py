@@ -77,7 +77,7 @@ def _status(run: str) -> list[Line]:
     if job and told is not None:
         running = told.get("JobState") == "RUNNING"
     else:  # no job, or nobody answers
-        running = attempt is None or attempt.ended() is None
+        running = attempt is None or attempt.under_way()
     lines = open_job(run).status(running=running)
     if job:
         gone = "of which Slurm gives no answer" if told is None else "has left the queue"

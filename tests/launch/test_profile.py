@@ -37,6 +37,10 @@ def test_profiles_that_are_planned_and_asked_for(corpus: Path, tmp_path: Path):
     hfscale("pretrain", config, "--procs", 2)
     plan = ["run.name=run", "metrics.profile.at_step=3", "metrics.profile.steps=2"]
     hfscale("pretrain", config, *plan, "metrics.profile.every_rank=true", "--procs", 2)
+    ended = ["run.name=ended", "metrics.profile.at_step=8", "metrics.profile.steps=9"]
+    told = hfscale("pretrain", config, *ended, "--procs", 1).stderr
+    assert "profile of 1 steps from step 8 on, of 9 that were asked for: the run ended" in told
+    assert (tmp_path / "ended/profiles/attempt-1-step-8/rank-0.txt").is_file()
     run = tmp_path / "run"
     assert losses(run) == losses(tmp_path / "plain")
     for rank in (0, 1):

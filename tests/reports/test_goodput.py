@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
 
 from hfscale.errors import CheckpointError, DataError
-from hfscale.monitor.fence import take
+from hfscale.monitor.fence import Fence, take
 from hfscale.reports import goodput, hours
 
 T0 = 1_700_000_000.0
@@ -91,6 +92,28 @@ def test_what_a_run_that_went_back_in_one_attempt_did_again_is_lost(tmp_path: Pa
     parts = goodput.ledger(tmp_path).parts()
     assert parts["lost work"] == pytest.approx(5.0)
     assert sum(parts.values()) == pytest.approx(30)
+
+
+def test_a_run_whose_marks_are_gone_is_not_told_a_wrong_number(tmp_path: Path):
+    attempt(tmp_path, 1, at=0, ended=(9, 0))
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n')
+    with pytest.raises(CheckpointError, match="nothing says what it did when"):
+        goodput.ledger(tmp_path)
+
+
+def test_an_attempt_that_was_killed_with_its_launcher_is_not_under_way(tmp_path: Path):
+    attempt(tmp_path, 1, at=0, ended=None)
+    owner = tmp_path / "attempts" / "1" / "owner.json"
+    content = json.loads(owner.read_text())
+    assert Fence(tmp_path, 1).under_way()
+    owner.write_text(json.dumps({**content, "launcher": "local", "pid": 2**22 + 1}))
+    os.utime(owner, (T0 + 20, T0 + 20))
+    mark(tmp_path, 1, 0, began=0, at=6)
+    mark(tmp_path, 1, 1, began=0, at=7, forward=1.0)
+    assert not Fence(tmp_path, 1).under_way()
+    parts = goodput.ledger(tmp_path, now=T0 + 1000).parts()
+    # 13 s behind the last mark, and the step that nothing has saved
+    assert parts == pytest.approx({"start-up": 6, "lost work": 14})
 
 
 def test_an_attempt_under_way_and_one_that_never_trained(tmp_path: Path):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import re
+import time
 from pathlib import Path
 
 import pytest
 
 from hfscale.config.load import to_yaml
 from hfscale.monitor.fence import take
-from hfscale.reports.curves import curves_of
+from hfscale.reports.curves import MOST_POINTS, curves_of, thinned
 from hfscale.reports.diff import compare_runs
 from hfscale.reports.report import report
 from tests.helpers.cli import hfscale
@@ -29,6 +30,10 @@ def make_run(root: Path, *, losses: dict[int, float], revision: str = "a" * 40) 
         for step, loss in losses.items()
     ]
     (run / "metrics.jsonl").write_text("".join(f"{json.dumps(one)}\n" for one in records))
+    now = time.time()
+    phases = {"start/imports": 1.0, "forward": 2.0}
+    mark = {"attempt": 1, "step": 1, "began": now - 3, "time": now, "phases": phases}
+    (run / "goodput.jsonl").write_text(json.dumps(mark) + "\n")
     entry = {
         "started": "2026-01-01T00:00:00+00:00",
         "launcher": "local",
@@ -110,6 +115,31 @@ def test_what_a_report_refuses(tmp_path: Path):
     assert str(run / "report.html") in told.stdout and (run / "report.html").exists()
     nowhere = hfscale("report", run, tmp_path / "no" / "where.html", check=False)
     assert nowhere.returncode == 2 and "where.html" in nowhere.stderr
+
+
+def test_a_run_that_was_moved_is_where_it_lies(tmp_path: Path):
+    run = make_run(tmp_path, losses={1: 4.0, 2: 3.5})
+    moved = run.rename(tmp_path / "moved")
+    html = report(moved)
+    assert str(moved) in html and str(run) + "<" not in html
+    assert "none was logged yet" not in html
+
+
+def test_a_spike_among_many_steps_stays_in_the_picture(tmp_path: Path):
+    run = make_run(tmp_path, losses={step: 50.0 if step == 900 else 3.0 for step in range(1, 2001)})
+    points = thinned(curves_of(run).of("loss"))
+    assert len(points) <= MOST_POINTS and max(point.most for point in points) == 50.0
+    assert "shaded is what lies between" in report(run)
+
+
+@pytest.mark.parametrize("verb", ["report", "goodput", "profile", "incident"])
+def test_what_is_no_run_that_trains(tmp_path: Path, verb: str):
+    refused = hfscale(verb, tmp_path, check=False)
+    assert refused.returncode == 2 and "this folder is not a run directory" in refused.stderr
+    (tmp_path / "config.yaml").write_text("not: [a config\n")
+    refused = hfscale(verb, tmp_path, check=False)
+    assert refused.returncode == 2 and "config.yaml" in refused.stderr
+    assert "Traceback" not in refused.stderr
 
 
 def test_where_two_runs_part(tmp_path: Path):

@@ -43,16 +43,23 @@ class Profile(Observer):
         before = read_request(run_dir)
         self._answered = before.number if before else 0  # what was asked of an earlier attempt
         self._work: Iterator[None] | None = None
+        self._steps_left = True
+        self._step = 0  # that was looked at last
 
     def look(self, step: Step) -> None:
         """Go on with what is under way; begin what is planned, or was asked for, with the step
         that comes. What fails is said, and the run goes on.
         """
+        self._step = step.number
         if self._work is None:
             request = self._asked(step)
             if request is None:
                 return
             self._work = self._profile(step.number + 1, request.steps)
+        self._go_on()
+
+    def _go_on(self) -> None:
+        assert self._work is not None, "something is under way"
         try:
             next(self._work)
         except StopIteration:
@@ -62,9 +69,17 @@ class Profile(Observer):
             self._work = None
 
     def close(self) -> None:
-        """End what is under way."""
+        """End what is under way with the steps that there were, and say of what was planned that
+        the run did not come to it.
+        """
+        self._steps_left = False
         if self._work is not None:
-            self._work.close()  # type: ignore[attr-defined]
+            self._go_on()
+        elif self._plan and self._rank == 0 and self._step + 1 < self._plan.at_step:
+            logger.info(
+                f"notice: no profile: the run ended at step {self._step}, before "
+                f"metrics.profile.at_step={self._plan.at_step}"
+            )
 
     def _asked(self, step: Step) -> ProfileRequest | None:
         """Return what this rank is to do from the next step on."""
@@ -81,13 +96,15 @@ class Profile(Observer):
         return request if request.every_rank or self._rank == 0 else None
 
     def _profile(self, first: int, steps: int) -> Iterator[None]:
-        """Profile ``steps`` steps from ``first`` on, and one more for its flops; yields before
-        each.
+        """Profile ``steps`` steps from ``first`` on, and one more for its flops, as far as the run
+        goes; yields before each.
         """
         folder = self._run_dir / run_files.PROFILES / f"attempt-{self._attempt}-step-{first}"
         folder.mkdir(parents=True, exist_ok=True)
         name = f"rank-{self._rank}"
-        logger.info(f"profiling steps {first} to {first + steps}: {folder}")
+        last = first + steps - 1
+        flops = f"and step {last + 1} with DeepSpeed's profiler"
+        logger.info(f"profiling steps {first} to {last}, {flops}: {folder}")
         on_gpu = self._engine.device.type == "cuda"
         activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * on_gpu
         profiler = profile(activities=activities, record_shapes=True, profile_memory=True)
@@ -95,9 +112,13 @@ class Profile(Observer):
         if on_gpu:
             torch.cuda.memory._record_memory_history(max_entries=MOST_ALLOCATIONS)
         profiler.start()
+        done = 0
         try:
-            for _ in range(steps):
+            yield
+            done = 1
+            while done < steps and self._steps_left:
                 yield
+                done += self._steps_left
         finally:
             profiler.stop()
             if on_gpu:
@@ -105,11 +126,13 @@ class Profile(Observer):
                 torch.cuda.memory._record_memory_history(enabled=None)
         seconds = perf_counter() - begin
         profiler.export_chrome_trace(str(folder / f"{name}.pt.trace.json.gz"))
-        with self._engine.flops_profiled(first + steps, folder / f"{name}-flops.txt"):
-            yield
-        text = operators(profiler, steps=steps, seconds=seconds, on_gpu=on_gpu)
+        if self._steps_left:
+            with self._engine.flops_profiled(last + 1, folder / f"{name}-flops.txt"):
+                yield
+        text = operators(profiler, steps=done, seconds=seconds, on_gpu=on_gpu)
         (folder / run_files.PROFILED.format(self._rank)).write_text(text + "\n")
-        logger.info(f"profile of steps {first} to {first + steps - 1} in {folder}\n{text}")
+        short = f", of {steps} that were asked for: the run ended" if done < steps else ""
+        logger.info(f"profile of {done} steps from step {first} on{short}; in {folder}\n{text}")
 
 
 def operators(profiler: profile, *, steps: int, seconds: float, on_gpu: bool) -> str:
