@@ -3,11 +3,17 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def listen_to_ctrl_c() -> None:
+    """Let a child hear SIGINT, which a background job of a shell, as tests may be, ignores."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def hfscale(

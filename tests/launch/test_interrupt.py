@@ -10,7 +10,7 @@ import threading
 import time
 from pathlib import Path
 
-from tests.helpers.cli import ROOT
+from tests.helpers.cli import ROOT, listen_to_ctrl_c
 
 
 def interrupted(words: list[str], cwd: Path, *, when: str) -> subprocess.CompletedProcess[str]:
@@ -24,6 +24,7 @@ def interrupted(words: list[str], cwd: Path, *, when: str) -> subprocess.Complet
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=listen_to_ctrl_c,
     )
     guard = threading.Timer(90, process.kill)
     guard.start()

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.helpers.cli import ROOT, hfscale
+from tests.helpers.cli import ROOT, hfscale, listen_to_ctrl_c
 from tests.helpers.corpus import run_values
 from tests.helpers.slurm import wait_for
 
@@ -57,7 +57,10 @@ def test_profiles_that_are_planned_and_asked_for(corpus: Path, tmp_path: Path):
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     words = ["pretrain", str(run), "train.steps=1000000", "--procs", "2"]
     launcher = subprocess.Popen(
-        [sys.executable, "-m", "launch.cli", *words], env=environment, stderr=subprocess.DEVNULL
+        [sys.executable, "-m", "launch.cli", *words],
+        env=environment,
+        stderr=subprocess.DEVNULL,
+        preexec_fn=listen_to_ctrl_c,
     )
     wait_for(lambda: len(losses(run)) > 9 or launcher.poll() is not None, timeout_s=300)
     asked = hfscale("profile", run, "--steps", 1)

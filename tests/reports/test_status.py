@@ -20,7 +20,7 @@ from hfscale.monitor.incidents import LOSS, Incident
 from hfscale.monitor.lines import Lines
 from hfscale.reports.status import describe, last_record, progress, slowest_rank, steps_left
 from hfscale.run_files import INCIDENTS
-from tests.helpers.cli import ROOT, hfscale
+from tests.helpers.cli import ROOT, hfscale, listen_to_ctrl_c
 
 RECORD = {
     "step": 25,
@@ -174,7 +174,13 @@ def test_status_is_shown_anew_until_ctrl_c_and_is_json_for_scripts(tmp_path: Pat
     (run / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
     command = [sys.executable, "-m", "launch.cli", "status", str(run)]
     ours, theirs = pty.openpty()
-    watching = subprocess.Popen([*command, "--watch"], cwd=ROOT, stdout=theirs, stderr=theirs)
+    watching = subprocess.Popen(
+        [*command, "--watch"],
+        cwd=ROOT,
+        stdout=theirs,
+        stderr=theirs,
+        preexec_fn=listen_to_ctrl_c,
+    )
     screen = b""
     while screen.count(b"\x1b[H") < 2 or not screen.endswith(b"\x1b[J\r\n"):
         assert watching.poll() is None
