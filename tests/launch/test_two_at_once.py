@@ -61,5 +61,5 @@ def test_a_tokenizer_is_trained_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
         train_tokenizer(config)
     assert not (tmp_path / "tokenizer").exists()
     train_tokenizer(config)
-    assert train_tokenizer(config)["already_trained"]
+    assert train_tokenizer(config).already_trained
     assert sorted(os.listdir(tmp_path)) == ["corpus.yaml", "texts", "tokenizer"]
