@@ -1,4 +1,6 @@
 # Every script of this folder begins with it: what the site needs, and what must hold whatever that is.
+# sbatch hands on the variables of whoever submits: in another job, or after one in the same process, each rank would take itself for that one's
+unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 set +eu                               # conda and modules read variables that are not set
 source slurm/site.sh
 set -euo pipefail

@@ -96,6 +96,8 @@ def test_a_wheel_submits_and_its_job_trains(
     values = run_values(corpus, tmp_path / "runs", "run", cluster=asks, train=train)
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(values))
     slurm = {name: cluster.env[name] for name in ("SLURM_CONF", "PATH")}
+    # of the world of whoever submits, which is none of the job's
+    slurm |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
     nowhere = installed(
         "pretrain", "config.yaml", "cluster.scripts=nowhere", "--launcher", "slurm", env=slurm
     )
