@@ -12,8 +12,8 @@ from hfscale.checkpoint import layout
 from hfscale.config.load import load_config
 from hfscale.config.rules import differences
 from hfscale.reports.curves import Curves, curves_of, draw_runs
-from hfscale.reports.environment import Entry, entries
 from hfscale.reports.page import Section, page
+from hfscale.run.environment import Entry, entries
 
 WHERE = ("run.name", "run.root")  # in which any two runs differ
 COMPARED = ("batch_digest", "lr", "loss", "grad_norm")  # of a step, causes before effects

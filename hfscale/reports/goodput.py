@@ -14,9 +14,6 @@ from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from hfscale import run_files
 from hfscale.checkpoint import layout
@@ -25,6 +22,7 @@ from hfscale.monitor.fence import Fence, attempts
 from hfscale.monitor.lines import read_lines
 from hfscale.monitor.phases import START
 from hfscale.records import Count, Damaged, Record, parse, read_file
+from hfscale.run.environment import entries
 
 QUEUE, BETWEEN, LAUNCH = "queue", "between attempts", "launch"
 START_UP, COMPUTE, LOST = "start-up", "compute", "lost work"
@@ -231,14 +229,10 @@ def first_submission(run_dir: Path, first: Fence) -> float:
     moments = [owner.at]
     if owner.submitted:
         moments.append(owner.submitted)
-    with suppress(OSError, Damaged):  # then the attempt tells enough
-        entries = parse(list[_Entry], read_file(run_dir / run_files.ENVIRONMENT))
-        moments += [entry.started.timestamp() for entry in entries[:1]]  # to the second
+    with suppress(CheckpointError, ValueError):  # then the attempt tells enough
+        started = [entry.started for entry in entries(run_dir)[:1]]
+        moments += [datetime.fromisoformat(moment).timestamp() for moment in started]
     return min(moments)
-
-
-class _Entry(Record):
-    started: Annotated[datetime, Field(strict=False)]
 
 
 def _spent(attempt: Fence, marks: Sequence[Mark], since: float, *, first: bool) -> Spent:

@@ -20,11 +20,11 @@ from hfscale.records import Count, Record
 from hfscale.reports import compare
 from hfscale.reports.checkpoints import list_checkpoints
 from hfscale.reports.curves import MOST_POINTS, curves_of, draw_runs, draw_shares
-from hfscale.reports.environment import Entry, entries
 from hfscale.reports.goodput import MEANS, ledger
 from hfscale.reports.hours import duration
 from hfscale.reports.page import Section, page
 from hfscale.reports.status import describe, last_record
+from hfscale.run.environment import Entry, entries
 
 MOST_INCIDENTS = 50  # that are shown
 LIBRARIES = ("torch", "deepspeed", "transformers", "tokenizers", "datasets", "webdataset", "numpy")
@@ -106,7 +106,7 @@ def _status(config: TrainConfig) -> Section:
 
 def _running(run_dir: Path) -> bool:
     attempt = newest(run_dir)
-    return attempt is not None and attempt.ending() is None
+    return attempt is not None and attempt.under_way()
 
 
 def _time(run_dir: Path) -> Section:

@@ -2,20 +2,12 @@
 
 from __future__ import annotations
 
-from hfscale import run_files
 from hfscale.config.load import flatten, to_yaml
 from hfscale.config.schema import TrainConfig
 from hfscale.monitor.writers.base import About
-from hfscale.records import Record, load
+from hfscale.run.environment import entries
 
 TEXTS = ("run/config", "run/environment")
-
-
-class _Attempt(Record):
-    """An entry of environment.json."""
-
-    command: list[str] = []
-    packages: dict[str, str] = {}
 
 
 def about_run(config: TrainConfig, *, first_step: int) -> About:
@@ -38,14 +30,11 @@ def environment(config: TrainConfig) -> str:
     """Return the newest entry of the run's environment.json as a table; "" where no launcher wrote
     one.
     """
-    path = config.run_dir / run_files.ENVIRONMENT
-    if not path.is_file():
+    attempts = entries(config.run_dir)
+    if not attempts:
         return ""
-    entries = load(path, list[_Attempt], what="the record of environments")
-    if not entries:
-        return ""
-    facts = entries[-1].as_dict()
+    facts = attempts[-1].as_dict()
     facts.pop("sources", None)  # where each value of the config came from
-    facts["command"] = " ".join(entries[-1].command)
+    facts["command"] = " ".join(attempts[-1].command)
     rows = [f"| {name} | {value} |" for name, value in flatten(facts) if value]
     return "\n".join(["| | |", "|---|---|", *rows])

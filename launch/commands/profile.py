@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hfscale import run_files
 from hfscale.errors import CheckpointError, shown
+
+if TYPE_CHECKING:  # slow to import
+    from hfscale.monitor.fence import Fence
 
 POLL_S = 0.5
 
@@ -38,11 +41,11 @@ def profile(
 
     run_dir = training_run(run)
     attempt = newest(run_dir)
-    if attempt is None or attempt.ending() is not None:
+    if attempt is None or not attempt.under_way():
         raise CheckpointError(
             "this run is not under way",
             where=run_dir,
-            value="it has not begun" if attempt is None else str(attempt.ending()),
+            value="it has not begun" if attempt is None else _how_ended(attempt),
             remedy="plan the profile instead: metrics.profile.at_step=20 when you start it",
         )
     request = ProfileRequest(number=time.time_ns(), steps=steps, every_rank=every_rank)
@@ -55,16 +58,21 @@ def profile(
         return
     typer.echo("waiting for the next logged step (Ctrl-C leaves; the run goes on) ...", err=True)
     while not (new := _tables(run_dir) - there):
-        if attempt.ending() is not None:
+        if not attempt.under_way():
             raise CheckpointError(
                 "the run ended before it was profiled",
                 where=run_dir,
-                value=str(attempt.ending()),
+                value=_how_ended(attempt),
                 remedy=f"see why: hfscale status {quote(run_dir)}",
             )
         time.sleep(POLL_S)
     table = min(new)[0]
     typer.echo(f"{shown(str(table.parent))}\n{table.read_text().rstrip()}")
+
+
+def _how_ended(attempt: Fence) -> str:
+    """Return how an attempt ended, as far as anybody knows."""
+    return str(attempt.ending() or "killed, with its launcher")
 
 
 def _tables(run_dir: Path) -> set[tuple[Path, int]]:

@@ -125,6 +125,17 @@ def test_a_run_that_was_moved_is_where_it_lies(tmp_path: Path):
     assert "none was logged yet" not in html
 
 
+def test_a_run_whose_launcher_was_killed_is_not_running(tmp_path: Path):
+    run = make_run(tmp_path, losses={1: 4.0, 2: 3.5})
+    assert "not while it does not run" not in report(run)
+    owner = run / "attempts" / "2" / "owner.json"
+    owner.write_text(json.dumps({**json.loads(owner.read_text()), "pid": 2**22 + 1}))
+    assert "not while it does not run" in report(run)
+    refused = hfscale("profile", run, check=False)
+    assert refused.returncode == 2
+    assert "not under way" in refused.stderr and "killed, with its launcher" in refused.stderr
+
+
 def test_a_spike_among_many_steps_stays_in_the_picture(tmp_path: Path):
     run = make_run(tmp_path, losses={step: 50.0 if step == 900 else 3.0 for step in range(1, 2001)})
     points = thinned(curves_of(run).of("loss"))
