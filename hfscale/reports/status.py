@@ -204,7 +204,11 @@ def _last_incident(run: Path, *, now: float) -> Iterator[Line]:
     """Yield what was wrong with the run last, and what was done; nothing of a run that was always
     healthy.
     """
-    every = incidents(run)
+    try:
+        every = incidents(run)
+    except UserError as error:  # one line less of many
+        yield Line("last incident", f"not known: {error.what}")
+        return
     if not every:
         return
     last = every[-1]

@@ -151,6 +151,19 @@ def test_the_expected_end_has_a_spread_where_steps_differ(tmp_path: Path):
     )
 
 
+def test_a_damaged_line_of_a_side_file_costs_one_line(tmp_path: Path):
+    run = tmp_path / "r"
+    run.mkdir()
+    (run / "metrics.jsonl").write_text(json.dumps(RECORD) + "\n")
+    take(run, launcher="local")
+    for name in ("goodput.jsonl", "incidents.jsonl"):
+        (run / name).write_text('{"step": "many"}\n')
+    lines = words(config(tmp_path, steps=100))
+    assert lines["loss"] == "3.5000"
+    assert lines["goodput"].startswith("not known: a record of the run is damaged")
+    assert lines["last incident"].startswith("not known: a record of the run is damaged")
+
+
 def test_the_rank_that_needs_most_time(tmp_path: Path):
     folder = tmp_path / "heartbeats"
     folder.mkdir()
