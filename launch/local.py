@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hfscale.checks.start import refuse
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import Place, World, allocation, available_cores, listen
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
@@ -33,6 +34,7 @@ from launch.attempt import begun
 from launch.interpreter import python
 from launch.job import Job
 from launch.queue import refuse_holder
+from launch.start import Start
 
 if TYPE_CHECKING:
     from types import FrameType
@@ -60,7 +62,10 @@ def launch(job: Job) -> int:
             remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to {job.does} on "
             "the CPU",
         )
-    said = [*job.check(procs, device_type="cuda" if gpus else "cpu"), *unused_allocation()]
+    start = Start(job, procs=procs, gpus=gpus > 0)
+    # what takes seconds the ranks find out themselves
+    told = refuse(start) if job.dry_run else start.config()
+    said = [*(told or ()), *unused_allocation()]
     try:
         listener = listen(job.port or 0)  # ours from now on: nobody can take the port
     except OSError as error:
@@ -74,7 +79,6 @@ def launch(job: Job) -> int:
         logger.info(f"notice: {line}")
     if job.dry_run:
         with listener:
-            job.check_parts()  # takes seconds: who starts the ranks lets them do it
             print(_plan(job, procs, listener.getsockname()[1]))
         return EXIT_DONE
     with listener:

@@ -35,6 +35,7 @@ FINAL = (EXIT_DONE, EXIT_USER_ERROR, EXIT_UNHEALTHY)  # a job does not come back
 ENDING_S, AGAIN_S = 180.0, 15.0  # what a job gets to end; between two tries to requeue
 ALIVE = ("PENDING", "CONFIGURING", "RUNNING", "SUSPENDED", "COMPLETING", "REQUEUED")
 TIMEOUT_S = 60
+ANSWER_S = 5.0  # to say what there is
 
 
 def has_slurm() -> bool:
@@ -57,6 +58,19 @@ def client(
         return subprocess.CompletedProcess(
             words, 124, "", f"{words[0]} got no answer in {timeout_s:.0f} s"
         )
+
+
+def queue_says(here: Allocation | None) -> tuple[bool, str]:
+    """Return whether Slurm answers, where there is one, and what it says of the job ``here``, or
+    offers.
+    """
+    if not has_slurm():
+        return True, "none on this machine"
+    command = ["sinfo", "-h", "-o", "%P (%D nodes with %G, up to %l)"]
+    if here:
+        command = ["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"]
+    done = client(command, timeout_s=ANSWER_S)
+    return done.returncode == 0, "; ".join((done.stdout or done.stderr).splitlines())
 
 
 def facts(job: str) -> dict[str, str] | None:

@@ -34,7 +34,8 @@ from launch.attempt import begun
 from launch.job import open_job
 from launch.queue import TOLD, NoAnswer, asked, cores_per_rank, facts, ranks_per_node
 from launch.request import quote
-from launch.slurm import SCRIPT, before, excluded, sbatch_options
+from launch.slurm import SCRIPT, excluded, sbatch_options
+from launch.start import before
 
 MARK = "hfscale: "  # before each line that is for slurm/train.sbatch
 TWICE = 2  # hangs of a node, after which the run leaves it out

@@ -12,10 +12,10 @@ import shlex
 import signal
 import subprocess
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
+from hfscale.checks.start import refuse
 from hfscale.config.schema import Cluster
 from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, ConfigError
@@ -24,13 +24,20 @@ from hfscale.run_files import EXCLUDED, LOGS, RANK_LOG, SLURM_LOG
 from launch import run_dir
 from launch.attempt import code_folder, prepare
 from launch.job import Job
-from launch.queue import client, has_slurm, hold, longest, ranks_per_node, seconds
+from launch.queue import (
+    client,
+    has_slurm,
+    hold,
+    longest,
+    queue_says,
+    ranks_per_node,
+    seconds,
+)
 from launch.request import quote
 from launch.share import scripts_home
+from launch.start import Start, before
 
 SCRIPT = "slurm/train.sbatch"
-LOCAL_FOLDERS = ("/tmp", "/var/tmp", "/dev/shm", "/run", tempfile.gettempdir())
-LOCAL_KINDS = ("tmpfs", "ramfs", "devtmpfs", "squashfs")
 REFUSED = {
     "no-kill": "a job that lost a node would go on and end as if all was well",
     "array": "every task would be the same run; launch.submit has sweeps",
@@ -46,37 +53,66 @@ def launch(job: Job) -> int:
             Nothing is submitted then.
     """
     here, cluster = allocation(), job.cluster
-    home = scripts_home(cluster)
+    scripts_home(cluster)
     no_ranks(job)
-    procs = here.nodes * ranks_per_node(here) if here else cluster.nodes * tasks_per_node(cluster)
-    if cluster.min_nodes:
-        before(job, cluster.min_nodes * tasks_per_node(cluster), gpus=bool(cluster.gpus_per_node))
-    said = before(job, procs, gpus=bool(here.gpus_per_node if here else cluster.gpus_per_node))
     code = code_folder(job.folder)
-    options = [] if here else sbatch_options(job, code)
-    started = ["bash"] if here else ["sbatch", "--parsable", *options]
-    command = [*started, SCRIPT, str(job.folder)]
-    if here:
-        said += differences(cluster, here)
-    else:
-        said += accepted(options, home=home, dry_run=job.dry_run)
-    job.check_parts()
-    for line in said:
+    start = Submission(job, here=here, code=code)
+    for line in refuse(start):
         logger.info(f"notice: {line}")
+    if start.expected:
+        logger.info(f"notice: {start.expected}")
+    started = ["bash"] if here else ["sbatch", "--parsable", *sbatch_options(job, code)]
+    command = [*started, SCRIPT, str(job.folder)]
     if job.dry_run:
         print(f"cd {quote(code)} && {shlex.join(command)}")
         return EXIT_DONE
     os.environ["HFSCALE_PYTHON"] = sys.executable
     with run_dir.locked(job.folder):
-        prepare(job, launcher="slurm", procs=procs, code=code)
+        prepare(job, launcher="slurm", procs=start.procs, code=code)
         if here is None:
             number = _submitted(job, command, code)
     if here:
         return watched(command, code)
     log = f"{job.folder / LOGS / SLURM_LOG.format(number)} and {RANK_LOG.format('*')}"
-    nodes = f"{procs} ranks on {cluster.nodes} nodes"
+    nodes = f"{start.procs} ranks on {cluster.nodes} nodes"
     print(f"job {number}: {nodes}\n{followed(number, job, log=log)}")
     return EXIT_DONE
+
+
+class Submission(Start):
+    """The start of a job on nodes: of the allocation ``here``, or of one that Slurm is to give."""
+
+    def __init__(self, job: Job | None, *, here: Allocation | None, code: Path = Path()) -> None:
+        self.here, self.code = here, code
+        if here:
+            nodes, a_node, gpus = here.nodes, ranks_per_node(here), here.gpus_per_node
+        else:
+            cluster = job.cluster if job else Cluster()
+            nodes, a_node, gpus = cluster.nodes, tasks_per_node(cluster), cluster.gpus_per_node or 0
+        procs, slurm = nodes * a_node, queue_says(here)
+        super().__init__(job, procs=procs, gpus=gpus > 0, nodes=nodes, slurm=slurm)
+
+    def config(self) -> Sequence[str] | None:
+        """Return notices on the config, cut for these nodes, and for the fewest that it allows."""
+        job, cluster = self.job, self.job.cluster if self.job else Cluster()
+        if job is None:
+            return None
+        if cluster.min_nodes:
+            before(job, cluster.min_nodes * tasks_per_node(cluster), gpus=self.gpus)
+        return before(job, self.procs, gpus=self.gpus)
+
+    def allocation(self) -> Sequence[str] | None:
+        """Return how the allocation differs from the config."""
+        return differences(self.job.cluster, self.here) if self.job and self.here else None
+
+    def request(self) -> Sequence[str] | None:
+        """Return what Slurm says of the job; when it would start is ``expected``."""
+        if self.job is None or self.here:
+            return None
+        options, home = sbatch_options(self.job, self.code), scripts_home(self.job.cluster)
+        lines = accepted(options, home=home, dry_run=self.job.dry_run)
+        self.expected = next((line for line in lines if " to start at " in line), "")
+        return [line for line in lines if line != self.expected]
 
 
 def _submitted(job: Job, command: Sequence[str], code: Path) -> str:
@@ -142,29 +178,6 @@ def followed(number: str, job: Job, *, log: str) -> str:
 def tasks_per_node(cluster: Cluster) -> int:
     asked = cluster.sbatch.get("ntasks-per-node")
     return int(str(asked)) if asked else cluster.gpus_per_node or 1
-
-
-def before(
-    job: Job,
-    procs: int,
-    *,
-    gpus: bool,
-    on_nodes: bool = True,
-    limit: str | None = None,
-) -> list[str]:
-    """Return notices on ``procs`` ranks of a job, after looking at all that can be known without
-    asking Slurm or importing torch.
-
-    ``limit`` is the time limit of the job around this, as Slurm writes it, where it is known.
-
-    Raises:
-        UserError: for the first thing that speaks against it.
-    """
-    said = job.check(procs, device_type="cuda" if gpus else "cpu")
-    if on_nodes:
-        _refuse_local_disk(job)
-    job.fetch()  # into the cache, where the nodes find it: they have no network
-    return [*said, *(_time_to_save(job, limit) if on_nodes else ())]
 
 
 def sbatch_options(job: Job, code: Path) -> list[str]:
@@ -292,69 +305,3 @@ def differences(cluster: Cluster, here: Allocation) -> list[str]:
         for name, (asked, has) in pairs.items()
         if asked != has
     ]
-
-
-def _time_to_save(job: Job, limit: str | None = None) -> list[str]:
-    """Return a notice if saves were seen to take longer than the time between Slurm's signal and
-    the end.
-
-    ``limit`` is that of the job; without it, what the config asks for.
-
-    Raises:
-        ConfigError: if the time limit leaves no time to train.
-    """
-    cluster, needed = job.cluster, job.stops_in()
-    limit = limit or cluster.time
-    if limit and limit[0].isdigit() and seconds(limit) <= max(cluster.signal_s, needed):
-        why = (
-            f"step and save take {needed:.0f} s, and the ranks are told to save "
-            f"{cluster.signal_s} s (cluster.signal_s) before the end"
-        )
-        raise ConfigError(
-            f"the time limit leaves no time to {job.does}: {why}",
-            where="cluster.time",
-            value=limit,
-            remedy="ask for more; or for a later warning, if a step and a save are shorter: "
-            "cluster.signal_s=60 "
-            "(by hand: sbatch --signal=USR1@60 ... cluster.signal_s=60)",
-        )
-    if needed > cluster.signal_s:
-        return [
-            f"step and save took {needed:.0f} s, Slurm warns {cluster.signal_s} s ahead: "
-            f"better cluster.signal_s={2 * needed:.0f}"
-        ]
-    return []
-
-
-def _refuse_local_disk(job: Job) -> None:
-    """Return if the job's folder and hub cache are, as far as one can see, on a disk that every
-    node sees.
-
-    Raises:
-        ConfigError: naming the one that is not.
-    """
-    places = {job.place[1]: job.folder}
-    if job.from_hub():
-        places["HF_HOME"] = Path(os.environ.get("HF_HOME", "~/.cache/huggingface")).expanduser()
-    for where, path in places.items():
-        if not job.cluster.allow_local_disk and (kind := local_kind(path)):
-            raise ConfigError(
-                f"this folder is on {kind}, which other nodes do not see",
-                where=where,
-                value=str(path),
-                remedy="choose one on a shared file system, or cluster.allow_local_disk=true "
-                "if it is one",
-            )
-
-
-def local_kind(path: Path) -> str | None:
-    """Return what kind of place of this node alone ``path`` is in; None where it seems shared."""
-    path = Path(os.path.realpath(path))
-    for folder in LOCAL_FOLDERS:
-        if path.is_relative_to(os.path.realpath(folder)):
-            return folder
-    mounts = [line.split() for line in Path("/proc/mounts").read_text().splitlines()]
-    _, kind = max(
-        (len(fields[1]), fields[2]) for fields in mounts if path.is_relative_to(fields[1])
-    )
-    return f"a {kind}" if kind in LOCAL_KINDS else None

@@ -37,7 +37,8 @@ from launch.job import Job, Training, open_job
 from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
 from launch.request import Request, quote
 from launch.share import scripts_home
-from launch.slurm import before, followed, no_ranks, refusal, tasks_per_node
+from launch.slurm import followed, no_ranks, refusal, tasks_per_node
+from launch.start import before
 
 
 class Rank:

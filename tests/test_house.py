@@ -30,7 +30,7 @@ FLOORS = [
     {"tasks"},
     {"training"},
     {"run"},
-    {"jobs", "reports"},
+    {"jobs", "reports", "checks"},
     {"worker"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

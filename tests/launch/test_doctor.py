@@ -83,11 +83,11 @@ def test_a_poor_disk_and_a_missing_shard(corpus: Path, tmp_path: Path):
     said = json.loads(done.stdout)
     findings = by_check(said)
     failed = {check for check, one in findings.items() if one["state"] == "fail"}
-    assert failed == {"config", "free space", "writing", "reading"}
+    assert failed == {"config", "folder", "free space", "writing", "reading"}
     assert "shard-000000.tar" in findings["reading"]["said"]
     assert "build the shards again" in findings["reading"]["remedy"]
     assert "Read-only file system" in findings["writing"]["said"]
-    assert "a checkpoint takes about 0.000" in findings["free space"]["said"]
+    assert "a checkpoint takes about 0.000" in findings["free space"]["needs"]
     assert "run.root" in findings["writing"]["remedy"]
     assert not said["ok"]
     assert said["bad_nodes"] == [], "it is not this node's fault: there is no other"

@@ -18,7 +18,7 @@ from hfscale import log
 from hfscale.checkpoint import layout
 from hfscale.dist.world import allocation
 from hfscale.errors import CheckpointError, ConfigError
-from launch import attempt, local, script, slurm
+from launch import attempt, local, script, slurm, start
 from launch.job import Training
 from launch.queue import seconds
 from launch.request import Request
@@ -172,7 +172,7 @@ def test_a_time_limit_shorter_than_a_save_that_was_measured(config: Path):
         submit(config, "cluster.time=15")
     assert any(
         "better cluster.signal_s=1820" in line
-        for line in slurm._time_to_save(Training(Request(str(config))))
+        for line in start.time_to_save(Training(Request(str(config))))
     )
 
 

@@ -8,8 +8,10 @@ from dataclasses import replace
 
 import pytest
 
+from hfscale.checks.finding import Finding, failed
+from hfscale.checks.judge import bad_nodes, judge, table
+from hfscale.checks.needs import Needs
 from hfscale.errors import ConfigError
-from hfscale.reports.doctor import Finding, bad_nodes, failed, judge, table
 
 NODES = ("n1", "n2", "n3", "n4")
 RATE = Finding("matrix products", "ok", "", unit="TFLOP/s", slow=(0.9, 0.75))
@@ -105,3 +107,90 @@ def test_the_range_of_what_is_ok_leaves_the_bad_nodes_out():
         ("ok", ("n1", "n2"), "60 to 70 GB"),
         ("fail", ("n3",), "0.001 GB"),
     ]
+
+
+# ------------------------------------------------------------------------------- what a run needs
+GPT2 = Needs(
+    ranks=4,
+    nodes=4,
+    parameters=124_000_000,
+    trained=124_000_000,
+    signal_s=300,
+    flops_per_token=0.86e9,
+    bytes_per_token=2.0,
+    rank_flops=1e12,
+    step_tokens=512 * 1024,
+)
+
+
+def reading(*values: float) -> list[Finding]:
+    unit = "MB/s a rank"
+    pairs = zip(NODES, values, strict=True)
+    return [
+        Finding("reading", "ok", "", nodes=(node,), value=value, unit=unit, slow=(0.3, 0.0))
+        for node, value in pairs
+    ]
+
+
+def test_what_is_enough_for_the_run_is_ok_and_says_so():
+    """20 MB/s is little for a disk; tokens of a GPT-2 are 2 bytes, and come at 600 a second."""
+    [one] = judge(reading(20.0, 20.0, 20.0, 20.0), nodes=NODES, needs=GPT2)
+    assert one.state == "ok"
+    assert one.needs == "0.00116 (581 tokens/s of 2 bytes (50% of the matrix products, at most))"
+    assert "20 MB/s a rank; enough: needs 0.00116 (581 tokens/s" in table([one])
+    assert judge(reading(20.0, 20.0, 20.0, 2.0), nodes=NODES, needs=GPT2)[0].state == "ok"
+
+
+def test_shards_that_all_ranks_read_too_slowly_are_to_be_copied():
+    fast = replace(GPT2, rank_flops=0.0, tokens_per_s=40e6)
+    [one] = judge(reading(12.0, 12.0, 11.0, 12.0), nodes=NODES, needs=fast)
+    assert (one.state, one.nodes) == ("warn", ())
+    assert "copy the shards" in one.remedy
+    assert one.needs == "20 (10,000,000 tokens/s of 2 bytes (as this run logged it))"
+
+
+@pytest.mark.parametrize("needs", [Needs(), replace(GPT2, rank_flops=0.0, tokens_per_s=40e6)])
+def test_a_straggler_is_not_told_to_copy_shards(needs: Needs):
+    """The file system does well for the others: the node is to be looked at."""
+    *_, one = judge(reading(100.0, 100.0, 11.0, 100.0), nodes=NODES, needs=needs)
+    assert (one.state, one.nodes) == ("warn", ("n3",))
+    assert "shards" not in one.remedy
+    assert "leave the node out" in one.remedy
+
+
+def test_a_save_that_is_not_done_in_time():
+    slow = [Finding("writing", "ok", "", nodes=(n,), value=1.0, unit="MB/s") for n in NODES]
+    [one] = judge(slow, nodes=NODES, needs=GPT2)
+    assert one.state == "warn"
+    assert one.needs == "1.24 (0.372 GB of a checkpoint in the 300 s of cluster.signal_s)"
+    assert "cluster.signal_s" in one.remedy
+
+
+@pytest.mark.parametrize(("free", "state"), [(100.0, "ok"), (3.0, "warn"), (2.0, "fail")])
+def test_memory_is_compared_with_what_the_run_takes(free: float, state: str):
+    """16 bytes a parameter at stage 0: 1.85 GiB, and a GiB of Python."""
+    found = [Finding("memory", "ok", "", nodes=(n,), value=free, unit="GiB") for n in NODES]
+    [one] = judge(found, nodes=NODES, needs=GPT2)
+    assert one.state == state
+    assert one.needs.startswith("3.85 (1 ranks of 2.8 GiB")
+
+
+def test_stages_share_out_what_they_say():
+    gib = {
+        stage: replace(GPT2, stage=stage, precision="bf16").model_bytes / GPT2.parameters
+        for stage in range(4)
+    }
+    assert gib == {0: 16, 1: 4 + 3, 2: 2 + 3.5, 3: 4}
+
+
+def test_checkpoints_that_are_there_take_no_more_room():
+    assert GPT2.free_space().least == pytest.approx(3 * 1.488)
+    assert replace(GPT2, kept=2).free_space().least == pytest.approx(1.488)
+    assert "2 are there" in replace(GPT2, kept=2).free_space().how
+
+
+def test_nodes_are_not_judged_by_what_a_login_node_has():
+    login = replace(GPT2, elsewhere=True)
+    found = [Finding("memory", "ok", "", nodes=("n1",), value=2.5, unit="GiB")]
+    assert judge(found, nodes=("n1",), needs=login)[0].state == "ok"
+    assert judge(found, nodes=("n1",), needs=GPT2)[0].state == "fail"
