@@ -13,6 +13,7 @@ import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.version import Version
 
@@ -283,13 +284,36 @@ def test_the_command_line_and_config_load_no_slow_library():
     assert (done.returncode, done.stdout.strip()) == (0, ""), f"loaded: {done.stdout}{done.stderr}"
 
 
-def test_only_the_engine_imports_deepspeed():
-    assert [
+def test_only_the_engine_imports_deepspeed_and_in_one_place():
+    """By ``library.py``, without what makes each start slow."""
+    by_name = {
+        relative(p) for p in MODULES for _, name in imports(p) if name.split(".")[0] == "deepspeed"
+    }
+    of_library = {
         relative(p)
         for p in MODULES
         for _, name in imports(p)
-        if name.split(".")[0] == "deepspeed" and not p.is_relative_to(ROOT / "hfscale" / "engine")
-    ] == []
+        if name.startswith("hfscale.engine.library")
+    }
+    assert by_name == set()
+    assert of_library and {Path(file).parts[:2] for file in of_library} == {("hfscale", "engine")}
+
+
+@pytest.mark.slow
+def test_a_start_loads_no_compiler_and_no_tracker():
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import sys, hfscale.engine.engine; "
+            "print({'mlflow', 'torch._inductor.compile_fx'} & set(sys.modules))",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout.strip().endswith("set()"), done.stdout
 
 
 def test_a_manifest_knows_no_network():

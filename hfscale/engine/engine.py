@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import deepspeed
 import torch
 import torch.distributed as torch_dist
 from torch import Tensor, nn
@@ -33,6 +32,7 @@ from hfscale.engine.fragments import Fragment
 from hfscale.engine.groups import layer_names, param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.engine.layer_sums import LayerSums
+from hfscale.engine.library import deepspeed
 from hfscale.engine.wrapper import one_optimizer_below_stage_3
 from hfscale.errors import ConfigError, LossScaleError, UnhealthyError
 

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from deepspeed.profiling.flops_profiler import FlopsProfiler
+from hfscale.engine.library import deepspeed
 
 
 @contextmanager
 def flops_profiled(module: Any, ds: Any, *, step: int, file: Path) -> Iterator[None]:
     """Count what ``module`` computes inside, for the engine ``ds``, and write it to ``file``."""
-    profiler = FlopsProfiler(module, ds)
+    profiler = deepspeed.profiling.flops_profiler.FlopsProfiler(module, ds)
     profiler.start_profile()
     try:
         yield

@@ -49,9 +49,8 @@ class InferenceEngine:
         """
         if how.zero_stage < 3:
             return cls(build(nullcontext), device=device)
-        import deepspeed
-
         from hfscale.engine.engine import join_process_group
+        from hfscale.engine.library import deepspeed  # slow to import
 
         join_process_group()
         settings = inference_config(how, precision=precision, device_type=device.type)

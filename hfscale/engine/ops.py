@@ -7,10 +7,10 @@ def compatible_ops() -> dict[str, bool]:
     """Return name -> whether DeepSpeed finds what the kernel needs here (compiler, CUDA,
     libraries). hfscale itself needs none of them.
     """
-    from deepspeed.ops.op_builder.all_ops import ALL_OPS  # slow to import
+    from hfscale.engine import library  # slow to import
 
     return {
         name: bool(builder.is_compatible(verbose=False))
-        for name, builder in ALL_OPS.items()
+        for name, builder in library.op_builders().items()
         if "not_implemented" not in name
     }

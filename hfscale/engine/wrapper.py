@@ -7,8 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from deepspeed.runtime.engine import DeepSpeedEngine
-from deepspeed.runtime.zero.config import ZERO_OPTIMIZATION
+
+from hfscale.engine.library import deepspeed
 
 
 @contextmanager
@@ -19,14 +19,16 @@ def one_optimizer_below_stage_3() -> Iterator[None]:
     That optimizer can do it, and does for fp16. For bf16 DeepSpeed would choose ``BF16_Optimizer``,
     which knows no offload, keeps its state elsewhere and has other hooks.
     """
-    choose = DeepSpeedEngine._do_optimizer_sanity_check
+    engine = deepspeed.runtime.engine.DeepSpeedEngine
+    below_stage_3 = deepspeed.runtime.zero.config.ZERO_OPTIMIZATION
+    choose = engine._do_optimizer_sanity_check
 
-    def chosen(self: DeepSpeedEngine, optimizer: torch.optim.Optimizer) -> Any:
+    def chosen(self: Any, optimizer: torch.optim.Optimizer) -> Any:
         wrapper = choose(self, optimizer)
-        return ZERO_OPTIMIZATION if self.zero_optimization() else wrapper
+        return below_stage_3 if self.zero_optimization() else wrapper
 
-    DeepSpeedEngine._do_optimizer_sanity_check = chosen
+    engine._do_optimizer_sanity_check = chosen
     try:
         yield
     finally:
-        DeepSpeedEngine._do_optimizer_sanity_check = choose
+        engine._do_optimizer_sanity_check = choose

@@ -106,8 +106,6 @@ def main() -> None:
     """Import what ranks need, then fork for each line of stdin."""
     libc = ctypes.CDLL(None)
     libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-    import deepspeed.runtime.zero.muon.muon_optimizer  # noqa: F401  (imported by each engine otherwise: a second)
-
     from hfscale.dist import group
     from hfscale.run import live  # noqa: F401
     from tests.engine.tiny import tiny_model
