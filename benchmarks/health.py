@@ -197,7 +197,7 @@ def _blames(incident: Incident, planted: set[int]) -> bool:
 def _listed(run_dir: Path, step: int, planted: set[int]) -> bool:
     """Return whether ``hfscale incident`` names one of the rows at ``planted`` first."""
     again = rerun(run_dir, step=step, rows_of=((step - 1) * BATCH, step * BATCH))
-    first = {again.by_gradient()[0].row.position, again.by_loss()[0].row.position}
+    first = {again.by_gradient()[0].part.position, again.by_loss()[0].part.position}
     return bool(first & planted)
 
 

@@ -9,6 +9,9 @@ from pathlib import Path
 
 import yaml
 
+from hfscale.monitor.incidents import GRADIENT, LOSS, Incident
+from hfscale.monitor.lines import Lines
+from hfscale.run_files import INCIDENTS
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import make_corpus, run_values
 
@@ -20,9 +23,29 @@ def make_base(home: Path) -> Path:
     base = make_corpus(home / "base")
     add_files(base)
     hfscale("pretrain", "run.yaml", "--procs", 1, cwd=base)
+    add_incidents(base / "runs" / "r")
     hfscale("export", "runs/r", "export", cwd=base)
     hfscale("evaluate", "runs/r", cwd=base)
     return base
+
+
+def add_incidents(run: Path) -> None:
+    """Have two steps of a run be out of the ordinary, one of which was gone back from."""
+    lines = Lines(run / INCIDENTS, fence=None)
+    spike = Incident(step=2, kind=GRADIENT, decision="warn", text="grad_norm 9", rows=(4, 8))
+    rewound = Incident(
+        step=4,
+        kind=LOSS,
+        decision="rewind",
+        text="loss 9",
+        scores={"loss": 9.0},
+        rows=(12, 16),
+        back_to=2,
+        left_out=((12, 13),),
+    )
+    for incident in (spike, rewound):
+        lines.append(incident.stamped(1).model_dump(mode="json"))
+    lines.close()
 
 
 def add_files(base: Path) -> None:

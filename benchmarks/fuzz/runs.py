@@ -89,13 +89,18 @@ def on_export(rng: Random, home: Path) -> Act:
 
 
 RECORDS = ["metrics.jsonl", "environment.json", "attempts/1/ended", "scores", "config.yaml"]
+HISTORY = ["incidents.jsonl", "goodput.jsonl", "details.jsonl"]
 STATUS, COMPARE, SHOW = ("status", "runs/r"), ("compare", "runs/r"), ("show", "runs/r")
+LOOKS = [STATUS, ("incident", "runs/r"), ("incident", "runs/r", "1"), ("goodput", "runs/r")]
 
 
 def on_records(rng: Random, home: Path) -> Act:
-    """What a run has written of itself: metrics, environment, scores, its config."""
+    """What a run has written of itself: metrics, environment, scores, its config, its history."""
     run = home / "runs" / "r"
-    which = rng.choice(RECORDS)
+    which = rng.choice(RECORDS + HISTORY)
+    if which in HISTORY:
+        bend_lines(rng, run / which)
+        return command(*rng.choice([*LOOKS, ("report", "runs/r", "out.html")]))
     if which == "metrics.jsonl":
         bend_lines(rng, run / which)
         if rng.random() < 0.1:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from pydantic import FiniteFloat
+
 from hfscale.monitor.lines import read_lines
 from hfscale.records import Count, Record
 from hfscale.run_files import INCIDENTS
@@ -54,7 +56,7 @@ class Incident(Record):
     # of a rewind: to the checkpoint of this step, without these rows from now on (first, after)
     back_to: Count | None = None
     left_out: tuple[tuple[Count, Count], ...] = ()
-    time: float = 0.0  # seconds of the epoch
+    time: FiniteFloat = 0.0  # seconds of the epoch
     attempt: Count = 0
 
     def stamped(self, attempt: int) -> Incident:

@@ -15,6 +15,8 @@ from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
+from pydantic import FiniteFloat
+
 from hfscale import run_files
 from hfscale.checkpoint import layout
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED, CheckpointError
@@ -65,9 +67,9 @@ class Mark(Record):
 
     attempt: Count
     step: Count
-    began: float  # of the process, in seconds of the epoch
-    time: float
-    phases: dict[str, float]  # seconds since ``began``
+    began: FiniteFloat  # of the process, in seconds of the epoch
+    time: FiniteFloat
+    phases: dict[str, FiniteFloat]  # seconds since ``began``
 
 
 Seconds = dict[str, float]
@@ -86,7 +88,7 @@ class Spent:
     """The seconds of one attempt, with the wait before it."""
 
     number: int
-    began: float  # of this record: where the one before ended, in seconds of the epoch
+    began: FiniteFloat  # of this record: where the one before ended, in seconds of the epoch
     at: float  # of the attempt
     ended: float
     code: int | None = None  # None: under way, or nobody knows

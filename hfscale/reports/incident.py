@@ -1,22 +1,21 @@
 """The incidents of a run, and which documents of a step are to blame for one: its rows are run
-again, each alone, with the weights of the checkpoint before.
+again with the weights of the checkpoint before, and each is held against the others.
 
 A step's gradient is the sum of its rows' gradients, each over the count of the whole step. So a row
 is ranked by the norm of its part, then the documents of the worst rows by the norm of theirs. What
 repeats itself pushes the weights one way all along, so its part is large even where its loss is
-small; garbage is found by both. One process, in fp32 and without dropout; nothing is written.
-
-Shape legend: L = ``seq_len``; a row has L + 1 tokens.
+small; garbage is found by both. Where rows are compared with each other (contrastive), the part of
+a row is what passes through its own vectors. One process, in fp32, without dropout; nothing is
+written.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -24,18 +23,18 @@ from torch import Tensor
 
 from hfscale import run_files
 from hfscale.checkpoint import layout
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import Inference
 from hfscale.config.schema import RunConfig
 from hfscale.engine.inference import InferenceEngine
 from hfscale.errors import CheckpointError, DataError
 from hfscale.log import progress_bar
 from hfscale.monitor.incidents import Incident, incidents
-from hfscale.objectives.base import ROUTER, Batch, Objective, Setting, load_objective
-from hfscale.objectives.cross_entropy import IGNORE_INDEX
-from hfscale.reports.batch import Row, rebuild
+from hfscale.objectives.base import ROUTER, Batch, Forward, Objective, Setting, load_objective
+from hfscale.reports.batch import rebuild
+from hfscale.reports.step_rows import ExampleRows, Part, StepRows, TokenRows
 from hfscale.run.model import RunModel
-from hfscale.stream.rows import Rows
-from hfscale.tokenizer import end_of_document_id
+from hfscale.tasks.table import load_task, task_class
 
 WORST_ROWS = 8  # by gradient and by loss, whose documents are looked at one by one
 
@@ -44,15 +43,12 @@ Gradient = list[Tensor]  # of each parameter
 
 @dataclass(frozen=True)
 class Suspect:
-    """A document of the step, or what of it lies in one row."""
+    """A document or an example of the step, or what of it lies in one row."""
 
-    row: Row
-    first: int  # of the row's tokens
-    stop: int  # the one after its last
-    loss: float  # a scored token
+    part: Part
+    loss: float  # what training minimizes, of this part alone
     grad_norm: float  # of its part of the step's gradient
     rest: float  # norm of the step's gradient without it
-    text: str
 
 
 @dataclass(frozen=True)
@@ -100,45 +96,45 @@ def pick(run_dir: Path, number: int) -> Incident:
 
 
 def rerun(run_dir: Path, *, step: int, rows_of: tuple[int, ...] = ()) -> Rerun:
-    """Return the documents of ``step``, whose rows lie at ``rows_of`` where that is known.
+    """Return the documents or examples of ``step``, whose rows lie at ``rows_of`` where that is
+    known.
 
     Raises:
-        UserError: if its rows are not known or not of text, or there is no checkpoint.
+        UserError: if its rows are not known, or there is no checkpoint.
     """
-    rows = [
-        row
-        for row in rebuild(run_dir, step=step, rows_of=rows_of, whole=True).rows
-        if row.documents
-    ]
     model = _model(run_dir, step)
-    trained = model.run
-    assert isinstance(trained, RunConfig), "others are not rebuilt"
+    engine = model.engine(None, Inference(precision="fp32"))
+    rows = _rows(run_dir, model, engine, step=step, rows_of=rows_of)
+    passes = _Passes(rows, engine)
+    chosen = passes.worst()
+    return Rerun(model.checkpoint.name, len(rows), passes.grad_norm, [*passes.suspects(chosen)])
+
+
+def _rows(
+    run_dir: Path,
+    model: RunModel,
+    engine: InferenceEngine,
+    *,
+    step: int,
+    rows_of: tuple[int, ...],
+) -> StepRows:
+    """Return the rows of ``step`` and the objective or task that was trained on them."""
+    trained, data = model.run, model.run.data
     setting = Setting(
-        seq_len=trained.data.seq_len,
-        cross_document=trained.data.cross_document,
+        seq_len=data.seq_len,
+        cross_document=getattr(data, "cross_document", True),
         tokenizer=model.tokenizer,
         seed=trained.run.seed,
     )
-    engine = model.engine(None, Inference(precision="fp32"))
+    if isinstance(trained, FinetuneConfig):
+        setting = replace(setting, facts=model.facts(task_class(trained.task.name)))
+        task = model.objective(partial(load_task, trained.task), setting, engine)
+        return ExampleRows(run_dir, trained, task, model.state, step=step, rows_of=rows_of)
+    assert isinstance(trained, RunConfig), "nothing else trains"
     make = partial(load_objective, trained.objective)
     objective = model.objective(make, setting, engine)
-    if type(objective).forwards is not Objective.forwards:
-        raise DataError(
-            "a row of this objective has no loss of its own: rows are compared with each other",
-            where=run_dir,
-            value=trained.objective.name,
-            remedy=f"read them: hfscale batch RUN --step {step}",
-        )
-    passes = _Passes(objective, engine, rows, end_id=end_of_document_id(model.tokenizer))
-    chosen = passes.worst()
-    suspects = [
-        replace(
-            suspect, text=str(model.tokenizer.decode(suspect.row.ids[suspect.first : suspect.stop]))
-        )
-        for row in chosen
-        for suspect in passes.documents(row)
-    ]
-    return Rerun(model.checkpoint.name, len(rows), passes.grad_norm, suspects)
+    read = rebuild(run_dir, step=step, rows_of=rows_of, whole=True).rows
+    return TokenRows([row for row in read if row.documents], objective, model.tokenizer)
 
 
 def _model(run_dir: Path, step: int) -> RunModel:
@@ -162,21 +158,21 @@ def _model(run_dir: Path, step: int) -> RunModel:
 class _Passes:
     """Forward and backward passes over the rows of a step, one at a time."""
 
-    def __init__(
-        self, objective: Objective, engine: InferenceEngine, rows: Sequence[Row], *, end_id: int
-    ) -> None:
-        self._objective, self._engine, self._rows, self._end_id = objective, engine, rows, end_id
+    def __init__(self, rows: StepRows, engine: InferenceEngine) -> None:
+        self._rows, self._objective, self._engine = rows, rows.objective, engine
         self._params = [param for param in engine.module.parameters() if param.requires_grad]
         self._weights = {
             term: weight
-            for term, weight in objective.weights().items()
+            for term, weight in self._objective.weights().items()
             if weight and term != ROUTER
         }
-        self._batches = [self._batch(row) for row in rows]
-        self._counts = {
-            term: sum(int(batch.counts[term].sum()) for batch in self._batches)
-            for term in self._weights
+        self._batches = [rows.batch(number).to(engine.device) for number in range(len(rows))]
+        self._scales = {
+            term: weight / max(1, sum(_count(batch, term) for batch in self._batches))
+            for term, weight in self._weights.items()
         }
+        # a row of an objective that compares rows has no gradient without the others
+        self._compares = type(self._objective).forwards is not Objective.forwards
         self._whole = [torch.zeros_like(param) for param in self._params]
 
     @property
@@ -184,85 +180,68 @@ class _Passes:
         """The norm of the gradient of all rows that ``worst`` went through."""
         return _norm(self._whole)
 
-    def worst(self) -> list[Row]:
-        """Return the rows with the largest gradients and those with the highest losses."""
+    def worst(self) -> list[int]:
+        """Return which rows have the largest gradients, and which the highest losses."""
         losses, norms = list[float](), list[float]()
-        with progress_bar("rows of the step", len(self._rows), unit=" rows") as bar:
-            for batch in self._batches:
-                loss, gradient = self._pass(batch)
-                losses.append(loss)
+        with progress_bar("rows of the step", len(self._batches), unit=" rows") as bar:
+            for forward in self._forwards(self._batches):
+                gradient = self._gradient(forward)
+                losses.append(self._loss(forward))
                 norms.append(_norm(gradient))
                 for total, part in zip(self._whole, gradient, strict=True):
                     total += part
                 bar.update()
-        numbers = range(len(self._rows))
-        chosen = {
-            number
-            for figures in (norms, losses)
-            for number in sorted(numbers, key=lambda k: _rank(figures[k]))[:WORST_ROWS]
-        }
-        return [self._rows[number] for number in sorted(chosen)]
+        chosen = set[int]()
+        for figures in (norms, losses):
+            worst_first = sorted(range(len(figures)), key=lambda k: _rank(figures[k]))
+            chosen.update(worst_first[:WORST_ROWS])
+        return sorted(chosen)
 
-    def documents(self, row: Row) -> Iterator[Suspect]:
-        """Yield the documents of ``row`` that are scored; it is one where labels are not tokens of
-        it.
-        """
-        batch = self._batch(row)
-        parts = [(0, len(row.ids))]
-        if batch.labels_BT.shape == batch.input_ids.shape:
-            parts = _cut(row.ids, self._end_id)
-        for first, stop in parts:
-            alone = batch if len(parts) == 1 else self._only(batch, first, stop)
-            if not (alone.labels_BT != IGNORE_INDEX).any():
-                continue
-            loss, gradient = self._pass(alone)
-            rest = [whole - part for whole, part in zip(self._whole, gradient, strict=True)]
-            yield Suspect(row, first, stop, loss, _norm(gradient), _norm(rest), text="")
+    def suspects(self, chosen: Collection[int]) -> Iterator[Suspect]:
+        """Yield the documents of the rows ``chosen`` in which something is asked."""
+        if self._compares:
+            for number, forward in enumerate(self._forwards(self._batches)):
+                if number in chosen:
+                    [part] = self._rows.parts(number)
+                    yield self._suspect(part, forward)
+            return
+        for number in chosen:
+            for part in self._rows.parts(number):
+                alone = part.batch.to(self._engine.device)
+                if any(_count(alone, term) for term in self._weights):
+                    [forward] = self._forwards([alone])
+                    yield self._suspect(part, forward)
 
-    def _batch(self, row: Row) -> Batch:
-        """Return a batch of ``row`` alone, as training had it."""
-        ends = [t for t, token in enumerate(row.ids[:-1]) if token == self._end_id]
-        rows = Rows(
-            ids_BL=torch.tensor([row.ids]),
-            boundaries=torch.tensor(ends, dtype=torch.int64),
-            valid_B=torch.tensor([True]),
-            source_B=torch.zeros(1, dtype=torch.int16),
-            position=torch.tensor([row.position]),
-        )
-        return self._objective.collate(rows)
+    def _suspect(self, part: Part, forward: Forward) -> Suspect:
+        gradient = self._gradient(forward)
+        rest = [whole - own for whole, own in zip(self._whole, gradient, strict=True)]
+        return Suspect(part, self._loss(forward), _norm(gradient), _norm(rest))
 
-    def _only(self, batch: Batch, first: int, stop: int) -> Batch:
-        """Return ``batch`` with nothing asked but the tokens from ``first`` to before ``stop``."""
-        # a causal model is asked for a token at the place before it
-        shift = 1 if self._objective.causal else 0
-        asked = slice(max(0, first - shift), stop - shift)
-        labels_BT = torch.full_like(batch.labels_BT, IGNORE_INDEX)
-        labels_BT[:, asked] = batch.labels_BT[:, asked]
-        return replace(batch, labels_BT=labels_BT)
+    def _forwards(self, batches: Iterable[Batch]) -> Iterator[Forward]:
+        return self._objective.forwards(self._engine, batches, self._scales)
 
-    def _pass(self, batch: Batch) -> tuple[float, Gradient]:
-        """Return the loss a scored token, and the gradient of the batch's part of the step's
-        loss.
-        """
-        sums = self._objective.loss(self._engine, batch.to(self._engine.device))
-        parts = [
-            weight * sums[term].sum() / max(1, self._counts[term])
+    def _loss(self, forward: Forward) -> float:
+        """Return the loss of a row, over its own counts."""
+        losses = [
+            weight * float(forward.sums[term].detach().sum()) / max(1, _count(forward.batch, term))
             for term, weight in self._weights.items()
         ]
-        part = torch.stack(parts).sum()
+        return sum(losses)
+
+    def _gradient(self, forward: Forward) -> Gradient:
+        """Return the part of a row in the gradient of the step's loss."""
+        loss = forward.surrogate
+        if loss is None:
+            parts = [scale * forward.sums[term].sum() for term, scale in self._scales.items()]
+            loss = torch.stack(parts).sum()
         gradient = torch.autograd.grad(
-            part, self._params, allow_unused=True, materialize_grads=True
+            loss, self._params, allow_unused=True, materialize_grads=True
         )
-        asked = int((batch.labels_BT != IGNORE_INDEX).sum())
-        loss = float(part.detach()) * max(self._counts.values()) / max(1, asked)
-        return loss, [*gradient]
+        return [*gradient]
 
 
-def _cut(ids: Sequence[int], end_id: int) -> list[tuple[int, int]]:
-    """Return the documents of a row, as (first token, the one after the last)."""
-    ends = [t + 1 for t, token in enumerate(ids) if token == end_id]
-    edges = sorted({0, *ends, len(ids)})
-    return [*pairwise(edges)]
+def _count(batch: Batch, term: str) -> int:
+    return int(batch.counts[term].sum())
 
 
 def _norm(gradient: Gradient) -> float:

@@ -13,13 +13,19 @@ from transformers import PretrainedConfig
 from hfscale import run_files
 from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.finetune import FinetuneConfig
-from hfscale.dist.world import World
+from hfscale.dist.world import Place, World
 from hfscale.errors import counted
 from hfscale.log import logger
 from hfscale.objectives.base import Objective, Setting, check_options
 from hfscale.run.data import OpenData
 from hfscale.run.origin import tokenizer_folder
-from hfscale.stream.examples import ExampleOrder, ExampleRows, ExampleStream
+from hfscale.stream.examples import (
+    Example,
+    ExampleOrder,
+    ExampleRows,
+    Examples,
+    ExampleStream,
+)
 from hfscale.stream.labelled import LabelledData, Split
 from hfscale.tasks.base import Task
 from hfscale.tasks.table import cache_key, code_digest, load_task, task_class
@@ -106,17 +112,11 @@ class ExampleData:
         config, world, train = self._config, self._world, self._train
         if world.all.rank == 0:
             self._keep_tokenizer(config.run_dir / run_files.TOKENIZER)
-        order = ExampleOrder(
-            train.lengths, seed=config.run.seed, grouped=config.data.length_grouping
-        )
-        stream = ExampleStream(
-            train.features,
-            order,
-            fingerprint=train.fingerprint,
-            global_batch=config.train.global_batch,
-            micro_batch=config.train.micro_batch,
-            place=world.data,
-            state=saved.stream if saved else None,
+        stream = self._stream(
+            config.train.global_batch,
+            config.train.micro_batch,
+            world.data,
+            saved.stream if saved else None,
         )
         evaluator, validate_every, shown = None, 0, None
         if self._validation:
@@ -126,6 +126,42 @@ class ExampleData:
             shown = first_examples(self._validation.features) if config.metrics.samples else None
         about = {"data_fingerprint": train.fingerprint, "facts": self._facts}
         return OpenData(stream, ("train",), evaluator, validate_every, about, shown)
+
+    def step(
+        self, first: int, count: int, *, saved: CheckpointState
+    ) -> tuple[Examples, list[Example]]:
+        """Return the features at ``count`` positions of the run from ``first`` on, and all examples
+        of the training split, in the order of their numbers.
+
+        Raises:
+            DataError: if ``saved`` is of other examples, or of another order of them.
+        """
+        position: dict[str, object] = {"consumed_rows": first, "left_out": ()}
+        stream = self._stream(count, count, Place(), saved.stream | position)
+        [rows] = stream.take()
+        stream.close()
+        return rows, self._train.examples()
+
+    def _stream(
+        self,
+        global_batch: int,
+        micro_batch: int,
+        place: Place,
+        state: Mapping[str, object] | None,
+    ) -> ExampleStream:
+        config, train = self._config, self._train
+        order = ExampleOrder(
+            train.lengths, seed=config.run.seed, grouped=config.data.length_grouping
+        )
+        return ExampleStream(
+            train.features,
+            order,
+            fingerprint=train.fingerprint,
+            global_batch=global_batch,
+            micro_batch=micro_batch,
+            place=place,
+            state=state,
+        )
 
     def _keep_tokenizer(self, folder: Path) -> None:
         if folder.is_dir():

@@ -61,14 +61,12 @@ def incident(
 
 def _print(suspects: Sequence[Suspect], *, full: bool) -> None:
     for place, one in enumerate(suspects, 1):
-        documents = "-".join(map(str, dict.fromkeys(one.row.documents)))
+        part = one.part
         typer.echo(
             shown(
                 f"{place:>3}. norm {one.grad_norm:.4g}, without it {one.rest:.4g}, loss "
-                f"{one.loss:.3f}  row {one.row.position:,}  {one.row.source}  {one.row.shard}  "
-                f"tokens {one.row.start + one.first:,} to {one.row.start + one.stop - 1:,}  of "
-                f"documents {documents}"
+                f"{one.loss:.3f}  row {part.position:,}  {part.where}"
             )
         )
-        text = one.text if full else one.text[:SHOWN]
+        text = part.text if full else part.text[:SHOWN]
         typer.echo(shown("     " + text.replace("\n", "\n     "), lines=True))

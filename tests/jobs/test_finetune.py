@@ -31,7 +31,7 @@ from launch.commands.predict import predict
 from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import train
+from tests.helpers.training import check_rewind, train
 
 pytestmark = pytest.mark.slow
 NO_DROPOUT = {"config": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}}
@@ -123,6 +123,24 @@ def test_the_cut_changes_nothing_and_a_resume_is_exact(folder: Path) -> None:
         train, 1, task_values(folder, "halves", train={"steps": 9}, schedule={"name": "constant"})
     )[0]
     assert [record["step"] for record in moved] == [7, 8, 9]  # on another number of ranks
+
+
+def test_a_run_on_examples_goes_back_without_those_of_a_step(folder: Path) -> None:
+    def values(name: str, policy: str) -> dict[str, Any]:
+        return task_values(
+            folder,
+            name,
+            data={"validate_every_steps": 3},
+            model=NO_DROPOUT,
+            schedule={"name": "constant"},
+            train={"steps": 8},
+            checkpoint={"every_steps": 2, "keep_last": 9},
+            health={"policy": policy},
+        )
+
+    check_rewind(values, rows=(64, 80), exact=EXACT)
+    printed = hfscale("incident", folder / "runs" / "spiked", 1).stdout
+    assert "16 rows" in printed and "of data.train, id r" in printed and '"label": "' in printed
 
 
 def lines(file: Path) -> list[dict[str, Any]]:

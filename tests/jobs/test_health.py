@@ -47,7 +47,7 @@ def values(corpus: Path, root: Path, name: str, policy: str, **sections: Any) ->
         "schedule": {"name": "constant", "warmup_steps": 5},
         "optim": {"lr": 3e-3},
         "checkpoint": {"every_steps": 50, "every_minutes": None, "async": False},
-        "health": {"policy": policy, "window": 64, "threshold": 5},
+        "health": {"policy": policy, "window": 64, "threshold": 3},
     }
     return run_values(corpus, root, name, **own | sections)
 

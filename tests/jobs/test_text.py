@@ -21,7 +21,7 @@ from launch.request import Request
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import LLAMA, run_values
 from tests.helpers.ranks import run_ranks
-from tests.helpers.training import train
+from tests.helpers.training import check_rewind, train
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +72,18 @@ def values(
         **{"data": data, "train": length, "checkpoint": {"keep_last": 9, "every_minutes": None}}
         | sections,
     )
+
+
+@pytest.mark.slow
+def test_a_run_on_raw_text_goes_back_without_the_rows_of_a_step(
+    corpus: Path, raw: Path, tmp_path: Path
+) -> None:
+    def of(name: str, policy: str) -> dict[str, Any]:
+        saves = {"every_steps": 2, "every_minutes": None, "keep_last": 9}
+        return values(corpus, raw, tmp_path, name, health={"policy": policy}, checkpoint=saves)
+
+    exact = ("loss", "grad_norm", "batch_digest", "source_epoch", "validation_loss")
+    check_rewind(of, rows=(96, 120), exact=exact)
 
 
 @pytest.mark.slow

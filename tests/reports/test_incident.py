@@ -18,6 +18,7 @@ from hfscale.tokenizer import end_of_document_id, load_tokenizer
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import run_values
 from tests.helpers.poison import plant
+from tests.helpers.pretraining import pretraining
 from tests.helpers.ranks import run_ranks
 from tests.helpers.training import train
 
@@ -53,10 +54,25 @@ def test_the_planted_document_is_named_first(run: Path) -> None:
     again = rerun(run, step=incident.step, rows_of=incident.rows)
     worst = again.by_gradient()[0]
     assert (again.checkpoint, again.rows) == ("step-00000004", BATCH)
-    assert (worst.row.position, worst.first, worst.stop) == (PLANTED, ENDS + 1, 33)
-    assert worst.text.startswith(" self self self")
+    assert worst.part.position == PLANTED
+    assert worst.part.text.startswith(" self self self")
     # parts of a sum: without the worst, what is left is less, and the norms obey the triangle
     assert worst.rest < again.grad_norm <= worst.rest + worst.grad_norm
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["t5", "bert", "contrastive", "contrastive_mlm"])
+def test_parts_of_rows_add_up_to_the_gradient_that_the_step_had(
+    corpus: Path, tmp_path: Path, kind: str
+) -> None:
+    steps = {"steps": 3, "global_batch": BATCH, "micro_batch": BATCH}
+    values = pretraining(corpus, tmp_path, "run", kind, train=steps, checkpoint={"every_steps": 2})
+    [records] = run_ranks(train, 1, values)
+    (tmp_path / "run" / "config.yaml").write_text(to_yaml(RunConfig.model_validate(values)))
+    again = rerun(tmp_path / "run", step=3, rows_of=(2 * BATCH, 3 * BATCH))
+    assert again.grad_norm == pytest.approx(records[2]["grad_norm"], rel=1e-4)
+    worst = again.by_gradient()[0]
+    assert worst.rest <= again.grad_norm + worst.grad_norm and worst.part.text
 
 
 def test_one_that_is_not_there(run: Path) -> None:

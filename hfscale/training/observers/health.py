@@ -27,7 +27,7 @@ from hfscale.stream.left_out import Span
 from hfscale.training.observers.base import Observer, Step
 
 LOSS_NOISE = 0.02  # of the loss, and
-NORM_NOISE = 0.20  # of the norm's logarithm: deviations that are ordinary in any run
+NORM_NOISE = 0.30  # of the norm's logarithm: deviations that are ordinary in any run
 WARMUP = 2.0  # how much higher the threshold is while the learning rate rises
 WORSE = 0.05  # of the best validation: a contradiction, where training gets better
 LOST = 0.5  # of what the loss had fallen by: it diverges
