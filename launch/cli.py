@@ -32,6 +32,7 @@ VERBS = {  # a verb is listed when it works
     "diff": "In what two runs differ, and from which step on their losses part.",
     "logs": "Print a run's log, and follow it.",
     "doctor": "Check and measure this machine, or the nodes of an allocation, for a run.",
+    "plan": "What a config will take: memory, speed, cost; which stage and micro-batch fit.",
     "configs": "List the configs that come with hfscale, or copy them to edit.",
     "show": "Print a config as it resolves, and where each value came from.",
     "batch": "Print the texts that a step of a run was trained on.",

@@ -31,6 +31,7 @@ FLOORS = [
     {"tasks"},
     {"training"},
     {"run"},
+    {"planning"},
     {"jobs", "reports", "checks"},
     {"worker"},
 ]

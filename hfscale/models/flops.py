@@ -18,36 +18,11 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from hfscale.models.devices import device_seen
+
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig, PreTrainedModel
-
-# dense 16-bit tensor-core flop/s by a part of the device's name, first match wins; vendors' data
-# sheets
-PEAK_FLOPS = {
-    "GB200": 2500e12,
-    "B200": 2250e12,
-    "H200": 989e12,
-    "H100 PCIe": 756e12,
-    "H100 NVL": 835e12,
-    "H100": 989e12,
-    "H800": 989e12,
-    "A100": 312e12,
-    "A800": 312e12,
-    "L40S": 362e12,
-    "L40": 181e12,
-    "L4": 121e12,
-    "A40": 150e12,
-    "A30": 165e12,
-    "A10": 125e12,
-    "V100": 125e12,
-    "T4": 65e12,
-    "RTX 4090": 165e12,
-    "RTX 3090": 71e12,
-    "MI300X": 1307e12,
-    "MI250": 362e12,
-}
-
 
 LAYER = re.compile(r"\.\d+(\.|$)")  # in the path of what belongs to a numbered layer
 EXPERT = re.compile(r"(^|\.)experts\.\d+\.")  # in the path of an expert that is a module of its own
@@ -131,5 +106,5 @@ def peak_flops(device: torch.device, *, precision: str) -> float | None:
         return None
     import torch
 
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    known = device_seen(torch.cuda.get_device_name(device))
+    return known.flops_16 if known else None

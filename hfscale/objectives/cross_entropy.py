@@ -9,6 +9,7 @@ cache, it is also 1.5 to 3 times faster.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextvars import ContextVar
 from functools import partial
 from typing import Protocol
 
@@ -21,6 +22,8 @@ IGNORE_INDEX = -100  # labels that ask nothing; same value as transformers
 # numbers in flight
 CPU_CHUNK = 1 << 20  # 4 MiB of cache
 GPU_CHUNK = 1 << 26  # few kernel launches, and 256 MiB
+# what the meta device stands for, where a plan is made of what another one would hold
+META_IS: ContextVar[str] = ContextVar("META_IS", default="cuda")
 
 
 def token_losses(logits_BTV: Tensor, labels_BT: Tensor, *, smoothing: float = 0.0) -> Tensor:
@@ -84,6 +87,7 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _chunks(logits_NV: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Return an iterator over ``tensors``, cut alike along N."""
-    numbers = CPU_CHUNK if logits_NV.device.type == "cpu" else GPU_CHUNK
+    kind = META_IS.get() if logits_NV.is_meta else logits_NV.device.type
+    numbers = CPU_CHUNK if kind == "cpu" else GPU_CHUNK
     rows = max(1, numbers // logits_NV.shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)

@@ -13,6 +13,7 @@ from hfscale.checkpoint import layout
 from hfscale.config.load import load_config, to_yaml
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.errors import CheckpointError, DataError, counted
+from hfscale.monitor.clock import duration
 from hfscale.monitor.fence import newest
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
@@ -21,7 +22,6 @@ from hfscale.reports import compare
 from hfscale.reports.checkpoints import list_checkpoints
 from hfscale.reports.curves import MOST_POINTS, curves_of, draw_runs, draw_shares
 from hfscale.reports.goodput import MEANS, ledger
-from hfscale.reports.hours import duration
 from hfscale.reports.page import Section, page
 from hfscale.reports.status import describe, last_record
 from hfscale.run.environment import Entry, entries

@@ -22,13 +22,13 @@ from hfscale.errors import (
     UserError,
 )
 from hfscale.monitor.beats import OWN, last_beat, read_beats
+from hfscale.monitor.clock import duration
 from hfscale.monitor.fence import End, Fence, attempts
 from hfscale.monitor.incidents import incidents
 from hfscale.monitor.lines import read_lines
 from hfscale.monitor.metrics_log import Logged
 from hfscale.records import Count, Record
 from hfscale.reports.goodput import COMPUTE, ledger
-from hfscale.reports.hours import duration
 
 TAIL_BYTES = 65536
 LAST = 5  # attempts that are shown

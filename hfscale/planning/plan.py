@@ -1,0 +1,339 @@
+"""`hfscale plan`: what a config takes before anything runs, as one record that text, JSON and
+explanations are printed from.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from hfscale.config.schema import TrainConfig
+from hfscale.errors import ConfigError
+from hfscale.models.devices import CPU, GB, Device, device_named, device_seen
+from hfscale.monitor.clock import duration
+from hfscale.planning.advice import Choice, Site, best_by_stage, choice, config_lines, recommended
+from hfscale.planning.figures import GIB, Figure, count, size
+from hfscale.planning.memory import shared_memory
+from hfscale.planning.subject import Subject
+
+CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, table 3)
+LOGGED_BYTES = 4000  # of a logged step, with its details and pictures: as seen in runs
+MEMORY_FILE = Path("/proc/meminfo")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the command line says of the place of a plan; None: the config's cluster decides."""
+
+    gpu: str | None = None
+    gpus: int | None = None
+    nodes: int | None = None
+    network_gb_s: float | None = None
+    memory_gib: float | None = None
+
+
+@dataclass(frozen=True)
+class Section:
+    """Figures under one heading; the first may be the sum of the others."""
+
+    title: str
+    figures: tuple[Figure, ...]
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """The best way to train at one stage, as a line of a table."""
+
+    stage: int
+    offload: str
+    checkpointing: bool
+    micro_batch: int
+    accumulation: int
+    peak_bytes: float
+    host_bytes: float  # of a node
+    step_s: float
+    tokens_per_s: float
+    fits: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All that a plan says."""
+
+    name: str
+    place: str
+    fits: bool
+    sections: tuple[Section, ...]
+    stages: tuple[StageRow, ...]
+    advice: tuple[str, ...]
+    assumed: tuple[str, ...]
+
+    def figure(self, title: str, name: str) -> Figure:
+        """Return one figure of a section."""
+        section = next(one for one in self.sections if one.title == title)
+        return next(one for one in section.figures if one.name == name)
+
+    def to_json(self) -> str:
+        """Return all of it as JSON."""
+        return json.dumps(asdict(self), indent=1, ensure_ascii=False)
+
+    def text(self, *, explain: bool = False) -> str:
+        """Return all of it for people; with ``explain`` each figure says how it comes about."""
+        verdict = "fits" if self.fits else "does not fit"
+        lines = [f"{self.name} on {self.place}: {verdict}"]
+        for section in self.sections:
+            lines += ["", section.title, *_lines(section.figures, explain)]
+        lines += ["", "the best at each ZeRO stage", *_table(self.stages)]
+        lines += ["", *self.advice]
+        if self.assumed:
+            lines += ["", "assumed", *(f"  {line}" for line in self.assumed)]
+        return "\n".join(lines)
+
+
+def _lines(figures: Sequence[Figure], explain: bool) -> Iterator[str]:
+    width = max(len(one.name) for one in figures)
+    for one in figures:
+        yield f"  {one.name:<{width}}  {one}" + (f"  = {one.how}" if explain else "")
+
+
+def _table(rows: Sequence[StageRow]) -> list[str]:
+    lines = ["  stage  offload     checkpointing  micro-batch  peak a rank  host a node  tokens/s"]
+    for one in rows:
+        tokens = count(one.tokens_per_s) if one.fits else "does not fit"
+        lines.append(
+            f"  {one.stage:<7}{one.offload:<12}{'yes' if one.checkpointing else 'no':<15}"
+            f"{one.micro_batch:<13}{size(one.peak_bytes):<13}{size(one.host_bytes):<13}{tokens}"
+        )
+    return lines
+
+
+def site_of(config: TrainConfig, asked: Asked) -> Site:
+    """Return where a run of ``config`` is planned to run.
+
+    Raises:
+        ConfigError: for an unknown GPU, a number of GPUs that nodes cannot share, or several nodes
+            of which nothing says how fast they are joined.
+    """
+    cluster = config.cluster
+    device = device_named(asked.gpu) if asked.gpu else _device_here()
+    usual = cluster.gpus_per_node or device.a_node
+    ranks, nodes = asked.gpus, asked.nodes
+    if ranks is None:
+        nodes = nodes or cluster.nodes
+        here = cluster.gpus_per_node or (device.a_node if nodes > 1 or device is CPU else 1)
+        ranks = nodes * here
+    nodes = nodes or max(1, -(-ranks // usual))
+    if ranks % nodes:
+        raise ConfigError(
+            f"{ranks} GPUs cannot be shared by {nodes} nodes",
+            where="--gpus, --nodes",
+            value=ranks,
+            remedy=f"--gpus {max(nodes, ranks - ranks % nodes)} would do",
+        )
+    network = asked.network_gb_s * GB if asked.network_gb_s else device.network
+    if nodes > 1 and network is None:
+        raise ConfigError(
+            f"nothing says how fast nodes with {device.name} are joined",
+            where="--network",
+            value=None,
+            remedy="give what one GPU has of it in GB/s, as `hfscale doctor` measures it between "
+            "nodes: --network 12.5 (100 Gb/s)",
+        )
+    held = asked.memory_gib or device.memory_gib or _memory_here_gib() / ranks
+    return Site(device, ranks, ranks // nodes, network, held * GIB)
+
+
+def _device_here() -> Device:
+    import torch
+
+    if not torch.cuda.is_available():
+        return CPU
+    name = torch.cuda.get_device_name()
+    if known := device_seen(name):
+        return known
+    raise ConfigError(
+        "this GPU is not in the table of devices",
+        where="--gpu",
+        value=name,
+        remedy="name the nearest one with --gpu, and its memory with --memory",
+    )
+
+
+def _memory_here_gib() -> float:
+    lines = MEMORY_FILE.read_text().splitlines()
+    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemTotal"))
+
+
+def make_plan(config: TrainConfig, asked: Asked) -> Plan:
+    """Return the plan of ``config``.
+
+    Raises:
+        UserError: if its model cannot be built, or the place is not known well enough.
+    """
+    site = site_of(config, asked)
+    subject = Subject(config, on_cpu=site.device is CPU)
+    own = choice(subject, subject.setup(site.ranks, a_node=site.a_node), site)
+    found = best_by_stage(subject, site)
+    sections = [
+        _model(subject),
+        _memory(own, site),
+        _host(own),
+        _speed(own),
+        _run(subject, own, site),
+    ]
+    assumed = list(subject.assumed)
+    if site.device is CPU and not asked.gpu:
+        assumed.append("no GPU here and none named: ranks on cores of this machine (--gpu h100)")
+    whole = own.setup.micro_batch * own.setup.accumulation * site.ranks
+    if whole != config.train.global_batch:
+        assumed.append(
+            f"train.global_batch={config.train.global_batch} cannot be cut so: {whole} was taken"
+        )
+    return Plan(
+        config.run.name,
+        _place(site),
+        own.fits,
+        tuple(sections),
+        tuple(map(_row, found)),
+        tuple(_advice(own, found, subject)),
+        tuple(assumed),
+    )
+
+
+def _place(site: Site) -> str:
+    nodes = site.ranks // site.a_node
+    on = f" on {nodes} nodes" if nodes > 1 else ""
+    return f"{site.ranks} x {site.device.name} ({site.memory_bytes / GIB:.1f} GiB each){on}"
+
+
+def _row(one: Choice) -> StageRow:
+    setup = one.setup
+    return StageRow(
+        setup.stage,
+        setup.offload,
+        setup.checkpointing,
+        setup.micro_batch,
+        setup.accumulation,
+        one.memory.peak.value,
+        one.memory.on_host.value,
+        one.speed.step.value,
+        one.speed.tokens_per_s.value,
+        one.fits,
+    )
+
+
+def _model(subject: Subject) -> Section:
+    weights = subject.weights
+    parts = [
+        Figure(name, number, "", "weights whose names say so")
+        for name, number in weights.parts.items()
+    ]
+    everything = weights.trained + weights.frozen
+    how = " + ".join(f"{one.name} {count(one.value)}" for one in parts)
+    flops = "2 a weight forward, 4 backward where it is trained, and attention: models/flops.py"
+    return Section(
+        "model",
+        (
+            Figure("parameters", everything, "", how),
+            Figure("trained", weights.trained, "", "those with a gradient"),
+            *(replace(one, name=f"  {one.name}") for one in parts),
+            Figure("flops a token", subject.flops_per_token, "", flops),
+        ),
+    )
+
+
+def _memory(own: Choice, site: Site) -> Section:
+    setup = own.setup
+    how = f"{setup.precision}, stage {setup.stage}"
+    room = Figure("memory of a device", site.memory_bytes, "bytes", site.device.name)
+    moments = [replace(one, name=f"at its {one.name}") for one in own.memory.moments]
+    peak = own.memory.peak
+    return Section(
+        f"memory a rank ({how}, micro-batch {setup.micro_batch})",
+        (peak, *(replace(one, name=f"  {one.name}") for one in own.memory.parts), *moments, room),
+    )
+
+
+def _host(own: Choice) -> Section:
+    host = own.memory.on_host
+    parts = (replace(one, name=f"  {one.name}") for one in own.memory.host)
+    return Section("a node beside its devices", (host, *parts, shared_memory(own.setup)))
+
+
+def _speed(own: Choice) -> Section:
+    fast = own.speed
+    parts = (replace(one, name=f"  {one.name}") for one in fast.parts)
+    return Section("a step", (fast.step, *parts, fast.tokens_per_s, fast.mfu))
+
+
+def _run(subject: Subject, own: Choice, site: Site) -> Section:
+    config, weights = subject.config, subject.weights
+    saved = own.memory.saved.value * own.setup.ranks
+    kept = config.checkpoint.keep_last + 1 + (1 if config.checkpoint.keep_best else 0)
+    names = f"{config.checkpoint.keep_last} kept, one in the making"
+    figures = [
+        Figure("a checkpoint", saved, "bytes", own.memory.saved.how + " x ranks"),
+    ]
+    length = subject.length
+    forever = 0
+    if length is not None and config.checkpoint.keep_every_steps:
+        forever = length.steps // config.checkpoint.keep_every_steps
+        names += f", {forever} for good"
+    how = f"{size(saved)} x ({names}{', the best' if config.checkpoint.keep_best else ''})"
+    figures.append(Figure("disk for checkpoints", saved * (kept + forever), "bytes", how))
+    if length is None:
+        return Section("the run", tuple(figures))
+    steps = length.steps
+    seconds = steps * own.speed.step.value
+    tokens = steps * own.speed.tokens
+    logged = steps / config.metrics.every_steps * LOGGED_BYTES
+    a_weight = tokens / (weights.trained + weights.frozen)
+    figures += [
+        Figure(
+            "disk for logs",
+            logged,
+            "bytes",
+            f"{steps:,} steps / {config.metrics.every_steps} x {LOGGED_BYTES} bytes",
+        ),
+        Figure("steps", steps, "", "as train says"),
+        Figure("tokens", tokens, "", f"{steps:,} steps x {count(own.speed.tokens)}"),
+        Figure(
+            "tokens a parameter",
+            a_weight,
+            "",
+            f"{count(tokens)} / {count(weights.trained + weights.frozen)}; {CHINCHILLA} is "
+            "Chinchilla's rule",
+        ),
+        Figure("time", seconds, "s", f"{steps:,} steps x {own.speed.step.value:.4g} s"),
+        Figure(
+            "device hours",
+            seconds / 3600 * site.ranks,
+            "h",
+            f"{duration(seconds)} x {site.ranks}",
+        ),
+    ]
+    return Section("the run", tuple(figures))
+
+
+def _advice(own: Choice, found: Sequence[Choice], subject: Subject) -> Iterator[str]:
+    best = recommended(found)
+    if best is None:
+        least = min(found, key=lambda one: one.memory.peak.value)
+        yield (
+            f"nothing fits: one row at stage {least.setup.stage} with checkpointing takes "
+            f"{least.memory.peak} a rank. More GPUs, larger ones, a shorter data.seq_len or a "
+            "smaller model"
+        )
+        return
+    gain = best.speed.tokens_per_s.value / own.speed.tokens_per_s.value
+    if own.fits and gain < 1.05 and best.setup.stage >= own.setup.stage:
+        yield "the config is as good as any that was tried"
+        return
+    times = f", {gain:.2f} x as fast as the config" if own.fits else ", where the config does not"
+    yield (
+        f"recommended (fits in {best.memory.peak}, {count(best.speed.tokens_per_s.value)} "
+        f"tokens/s{times}):"
+    )
+    yield from (f"  {line}" for line in config_lines(best, subject))

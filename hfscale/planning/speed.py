@@ -1,0 +1,178 @@
+"""How long a step takes, by a roofline: each operator takes as long as its arithmetic or its memory
+traffic, whichever is longer; then come what ranks send each other, and the optimizer.
+
+    step = accumulation x micro-batch + communication + update
+
+A micro-batch is the sum over the operators of its trace. Bytes that the ranks exchange, a rank and
+step (W ranks, b bytes a weight; a reduction is in fp32 whatever the precision):
+
+    stage 0    8 P (W - 1) / W                          gradients, all-reduced
+    stage 1    (4 + b) P (W - 1) / W                    gradients to their owners, weights back
+    stage 2    (4 A + b) P (W - 1) / W                  gradients of each of A micro-batches
+    stage 3    (4 + 2 b) A P (W - 1) / W                weights gathered twice a micro-batch
+
+Below stage 3 nothing of it hides behind the backward pass: hfscale reduces once a step, where the
+sum is exact. Stage 3 fetches weights while it computes. Source: Williams et al. 2009 (roofline),
+Rajbhandari et al. 2020 (ZeRO, sec. 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hfscale.models.devices import Device
+from hfscale.planning.figures import Figure, count, total
+from hfscale.planning.memory import FP32, MOMENTS, Setup
+from hfscale.planning.parameters import Weights
+from hfscale.planning.tracing import Step, Work
+
+# of the peaks on data sheets, what large operators reach (assumed; `--check` learns what they do)
+ARITHMETIC, TRAFFIC, WIRE = 0.70, 0.80, 0.75
+GAP_S = 3e-6  # of each operator of a GPU: its start and its tail (assumed)
+FUSED = 0.4  # of the traffic of operators without products, where torch.compile fuses them
+HOST_SPEED = 100e9  # bytes a second, of a node's memory: AdamW on offloaded states
+BUS_SPEED = 25e9  # bytes a second between a GPU and its host
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A step of all ranks. Seconds, tokens of the whole step, and flops a token as the MFU has."""
+
+    parts: tuple[Figure, ...]
+    tokens: float
+    flops_per_token: float
+    peak_flops: float  # of all ranks
+
+    @property
+    def step(self) -> Figure:
+        """How long a step takes."""
+        return total("step", self.parts)
+
+    @property
+    def tokens_per_s(self) -> Figure:
+        """How fast the run reads."""
+        value = self.tokens / self.step.value
+        how = f"{count(self.tokens)} tokens a step / {self.step.value:.4g} s"
+        return Figure("speed", value, "tokens/s", how)
+
+    @property
+    def mfu(self) -> Figure:
+        """What part of the peak goes into the model itself."""
+        rate = self.tokens_per_s.value * self.flops_per_token
+        how = (
+            f"{count(self.flops_per_token)} flops a token x {count(self.tokens_per_s.value)} "
+            f"tokens/s / {count(self.peak_flops)} flop/s"
+        )
+        return Figure("MFU", rate / self.peak_flops, "%", how)
+
+
+@dataclass(frozen=True)
+class Wires:
+    """How fast ranks exchange bytes, and why."""
+
+    speed: float  # bytes a second
+    how: str
+
+
+def wires(device: Device, setup: Setup, *, network: float | None) -> Wires:
+    """Return how fast a ring over all ranks is; ``network`` is of a GPU to one of another node, in
+    bytes a second.
+    """
+    if setup.ranks <= setup.a_node:
+        return Wires(WIRE * device.link, f"{device.link / 1e9:.4g} GB/s in a node x {WIRE}")
+    assert network is not None, "the command has asked for it"
+    together = min(device.link, network * setup.a_node)
+    how = (
+        f"the least of {device.link / 1e9:.4g} GB/s in a node and {setup.a_node} x "
+        f"{network / 1e9:.4g} GB/s between nodes, x {WIRE}"
+    )
+    return Wires(WIRE * together, how)
+
+
+def compute_s(work: Sequence[Work], device: Device, setup: Setup, *, compiled: bool) -> float:
+    """Return how long the operators of a micro-batch take."""
+    peak = ARITHMETIC * device.peak(setup.precision)
+    traffic = TRAFFIC * device.memory_speed
+    gap = 0.0 if setup.on_cpu else GAP_S
+    seconds = 0.0
+    for flops, moved in work:
+        if compiled and not flops:
+            seconds += FUSED * (moved / traffic + gap)
+        else:
+            seconds += max(flops / peak, moved / traffic) + gap
+    return seconds
+
+
+def speed(
+    setup: Setup,
+    weights: Weights,
+    step: Step,
+    *,
+    device: Device,
+    network: float | None,
+    seq_len: int,
+    flops_per_token: float,
+    compiled: bool,
+) -> Speed:
+    """Return how long a step takes."""
+    seconds = step.of(lambda one: compute_s(one.work, device, setup, compiled=compiled))
+    flops = step.of(lambda one: sum(work[0] for work in one.work))
+    how = (
+        f"{setup.accumulation} micro-batches of {setup.micro_batch} x {seconds:.4g} s: each "
+        f"operator at {ARITHMETIC:.0%} of {count(device.peak(setup.precision))} flop/s or "
+        f"{TRAFFIC:.0%} of {device.memory_speed / 1e9:,.4g} GB/s; {count(flops)} flops"
+    )
+    compute = Figure("compute", setup.accumulation * seconds, "s", how)
+    parts = [
+        compute,
+        *_exchange(setup, weights, compute.value, wires(device, setup, network=network)),
+    ]
+    parts.append(_update(setup, weights, device))
+    tokens = setup.micro_batch * setup.accumulation * setup.ranks * seq_len
+    peak = device.flops_32 if setup.on_cpu else device.flops_16
+    return Speed(
+        tuple(one for one in parts if one.value), tokens, flops_per_token, setup.ranks * peak
+    )
+
+
+def _exchange(setup: Setup, weights: Weights, compute: float, over: Wires) -> list[Figure]:
+    ranks, stage, b = setup.ranks, setup.stage, setup.bytes
+    if ranks == 1:
+        return []
+    others, trained = (ranks - 1) / ranks, weights.trained
+    times = setup.accumulation if stage >= 2 else 1
+    gradients = (2 if stage == 0 else 1) * FP32 * times * trained * others
+    gathered = b * trained * others
+    if stage == 3:
+        gathered = 2 * times * b * (trained + weights.frozen) * others
+    sent = gradients + (gathered if stage else 0.0)
+    how = (
+        f"{count(sent)} bytes a rank and step (stage {stage}) / {over.speed / 1e9:.4g} GB/s: "
+        f"{over.how}"
+    )
+    seconds = sent / over.speed
+    if stage == 3:
+        seconds = max(0.0, seconds - compute) + 0.1 * min(seconds, compute)
+        how += "; of what fits behind the computing a tenth is seen (assumed)"
+    return [Figure("communication", seconds, "s", how)]
+
+
+def _update(setup: Setup, weights: Weights, device: Device) -> Figure:
+    share = weights.trained / (setup.ranks if setup.stage else 1)
+    moved = (2 * (FP32 + MOMENTS) + 2 * FP32 + setup.bytes) * share
+    if setup.offload == "none":
+        at = TRAFFIC * device.memory_speed
+        how = f"AdamW reads and writes {count(moved)} bytes at {at / 1e9:,.4g} GB/s"
+        return Figure("update", moved / at, "s", how)
+    over_bus = (FP32 + setup.bytes) * share
+    if setup.offload == "parameters":  # fetched twice a micro-batch
+        everything = weights.trained + weights.frozen
+        over_bus += 2 * setup.accumulation * setup.bytes * everything / setup.ranks
+    seconds = moved * setup.a_node / HOST_SPEED + over_bus / BUS_SPEED
+    how = (
+        f"AdamW on the host moves {count(moved)} bytes x {setup.a_node} ranks at "
+        f"{HOST_SPEED / 1e9:.4g} GB/s, and {count(over_bus)} bytes over the bus at "
+        f"{BUS_SPEED / 1e9:.4g} GB/s (assumed)"
+    )
+    return Figure("update", seconds, "s", how)

@@ -1,0 +1,77 @@
+"""`hfscale plan`: memory, speed and cost of a config before it is submitted."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from hfscale.config.permission import grant
+from hfscale.errors import shown
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="key=value...", help="Dotted overrides.", show_default=False),
+]
+Gpu = Annotated[
+    str | None,
+    typer.Option(
+        "--gpu",
+        help="h100, h200, a100-80, b200, l40s, mi300x, rtx4090, cpu, ...; default: the one here.",
+        show_default=False,
+    ),
+]
+Gpus = Annotated[
+    int | None,
+    typer.Option("--gpus", min=1, help="In all; default: as cluster says.", show_default=False),
+]
+Nodes = Annotated[
+    int | None, typer.Option("--nodes", min=1, help="That share them.", show_default=False)
+]
+Network = Annotated[
+    float | None,
+    typer.Option(
+        "--network",
+        min=1e-6,
+        help="GB/s that a GPU has to another node; default: of the vendor's own node.",
+        show_default=False,
+    ),
+]
+Memory = Annotated[
+    float | None,
+    typer.Option("--memory", min=0.1, help="GiB of one GPU, or rank.", show_default=False),
+]
+
+
+def plan(
+    config: Annotated[
+        str, typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory.")
+    ],
+    overrides: Overrides = None,
+    gpu: Gpu = None,
+    gpus: Gpus = None,
+    nodes: Nodes = None,
+    network: Network = None,
+    memory: Memory = None,
+    explain: Annotated[
+        bool, typer.Option("--explain", help="Say how every number comes about.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Say what CONFIG will take, without a GPU and without building the model: memory a rank by
+    part, whether it fits, speed, the end of the run, GPU-hours, disk; and which ZeRO stage and
+    micro-batch to choose. Data and tokenizer need not be there.
+
+    Examples: hfscale plan configs/pretrain/llama_1b.yaml --gpu h100 --gpus 8; hfscale plan
+    runs/first --gpu a100-80 --explain
+    """
+    from hfscale.planning.plan import Asked, make_plan
+    from launch.request import Request
+
+    grant(overrides or ())
+    wanted = Request(config, tuple(overrides or ())).load().config
+    made = make_plan(wanted, Asked(gpu, gpus, nodes, network, memory))
+    if as_json:
+        typer.echo(made.to_json())
+        return
+    typer.echo("\n".join(map(shown, made.text(explain=explain).splitlines())))
