@@ -4,7 +4,7 @@ older one still writes.
     python -m benchmarks.two_attempts [--rounds 50] [--locks]
 
 Each round a real attempt (the worker's own `run`, one gloo rank, a record a step, a save every
-second step, no rehearsal) trains; after a random time a younger one takes its number and trains on
+second step, no trial) trains; after a random time a younger one takes its number and trains on
 beside it, without any guard. Counted are the records and the checkpoints that the older one wrote
 after the younger one had begun, by the process that wrote them and the clock they share, and how
 long the older one stayed. Every process is forked from one that has imported torch.
@@ -61,7 +61,7 @@ def attempt(config: Path, number: int, log: Path) -> None:
     committed = noted("commit", CheckpointManager._commit)
     CheckpointManager._commit = committed  # type: ignore[method-assign]
     sys.argv = ["hfscale.worker", str(config)]
-    live.rehearse = lambda trainer, config: None  # not what is measured
+    live.try_out = lambda trainer, config: None  # not what is measured
     commit = CheckpointManager._commit
 
     def tell_modules(*arguments, **named):  # type: ignore[no-untyped-def]

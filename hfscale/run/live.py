@@ -44,8 +44,8 @@ from hfscale.run.data import OpenData
 from hfscale.run.health import health_of, incidents_of, leave_out
 from hfscale.run.model import check_live
 from hfscale.run.origin import generate_as
-from hfscale.run.rehearsal import rehearse
 from hfscale.run.shape import say_notices
+from hfscale.run.trial import try_out
 from hfscale.training.accounting import Accounting
 from hfscale.training.loop import Trainer, TrainState
 from hfscale.training.observers.base import Observer
@@ -121,8 +121,8 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
     )
     trainer.observers = [*observers(run, opened, trainer, fence=fence, saved=saved)]
     if saved is None:
-        PHASES.enter(START + "rehearsal")
-        rehearse(trainer, config)
+        PHASES.enter(START + "trial")
+        try_out(trainer, config)
     return trainer
 
 

@@ -47,7 +47,7 @@ def collectives(values: dict[str, Any]) -> list[int]:
         Trainer._step = step  # type: ignore[method-assign]
         for name, function in own.items():
             setattr(torch_dist, name, function)
-    return counts[-STEPS:]  # before them the rehearsal
+    return counts[-STEPS:]  # before them the trial
 
 
 def test_a_logged_step_has_two_collectives_more_than_its_losses(corpus: Path, tmp_path: Path):

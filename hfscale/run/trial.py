@@ -39,13 +39,13 @@ from hfscale.training.loop import Trainer
 WRITTEN_BYTES = 2**30  # a larger checkpoint is not written for a trial
 
 
-def rehearse(trainer: Trainer, config: TrainConfig) -> None:
+def try_out(trainer: Trainer, config: TrainConfig) -> None:
     """Return if this run can be saved, resumed and exported; the engine is as it was. Collective.
 
     Raises:
         UserError: on every rank, with what cannot be done.
     """
-    engine, folder = trainer.engine, config.run_dir / run_files.REHEARSAL
+    engine, folder = trainer.engine, config.run_dir / run_files.TRIAL
     inputs = trainer.objective.probe_inputs(engine.module.config)
     before = accepted(partial(make_probe, engine, inputs), config.model)
     own = sum(t.nbytes for part in engine.fragments() for t in part.tensors.values())
@@ -67,7 +67,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
         if after is None or not torch.equal(after.logits, before.logits):
             raise CheckpointError(
                 "the model answers otherwise once it was saved and loaded",
-                where="rehearsal before step 1",
+                where="trial before step 1",
                 remedy="this is a defect of hfscale, of DeepSpeed or of the architecture: "
                 "report it",
             )
@@ -78,7 +78,7 @@ def rehearse(trainer: Trainer, config: TrainConfig) -> None:
         if problem := from_rank_0(problem):
             raise CheckpointError(
                 "this model cannot be exported as it would be trained; nothing was trained",
-                where="rehearsal before step 1",
+                where="trial before step 1",
                 value=problem,
                 remedy="choose another architecture or other values in model.config",
             )

@@ -71,7 +71,7 @@ def test_it_is_saved_and_is_the_model_that_leaves(
 ) -> None:
     assert run_ranks(outcome, 2, values(corpus, tmp_path, architecture, config)) == ["", ""]
     assert (tmp_path / "run/checkpoints/step-00000002/manifest.json").is_file()
-    assert not (tmp_path / "run/rehearsal").exists()
+    assert not (tmp_path / "run/trial").exists()
 
 
 def test_what_transformers_would_load_otherwise_is_refused_before_step_1(
