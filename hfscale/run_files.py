@@ -21,6 +21,7 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/trial/                while the first save is tried
     RUN_DIR/secret, lock, job     by which ranks know each other; of whoever works here
     RUN_DIR/restarts.json, excluded_nodes.txt    of its Slurm jobs (launch/attempt.py)
+    RUN_DIR/rehearsal.json, rehearsal.jsonl, verdict.json    of a rehearsal (rehearsal/plan.py)
 
 A folder that scores or predicts has the same names, as far as it has these files.
 """
@@ -66,6 +67,8 @@ LOCK = "lock"
 JOB = "job"  # the id of the Slurm job that holds the run, or held it last (launch/queue.py)
 RESTARTS = "restarts.json"  # how often which job began from which checkpoint
 EXCLUDED = "excluded_nodes.txt"
+REHEARSAL, REHEARSED = "rehearsal.json", "rehearsal.jsonl"  # its plan, and what was done
+VERDICT = "verdict.json"  # on it
 
 
 # of what scores or predicts: what was asked for

@@ -40,6 +40,7 @@ from hfscale.monitor.fence import Fence, newest, take
 from hfscale.monitor.heartbeat import watching
 from hfscale.monitor.phases import PHASES
 from hfscale.packages import refuse_wrong_versions
+from hfscale.rehearsal.plan import is_rehearsal
 
 # the section of a config that names the job -> its module
 JOBS = {
@@ -49,12 +50,16 @@ JOBS = {
     "objective": "hfscale.jobs.train",
     "task": "hfscale.jobs.train",
 }
+REHEARSAL = "hfscale.rehearsal.job"  # trains too, and what a plan in the run directory says
 
 
-def job_of(config: Section) -> Callable[[Section, World, StopRequest], bool]:
+def job_of(
+    config: Section, run_dir: Path | None = None
+) -> Callable[[Section, World, StopRequest], bool]:
     """Return what does what ``config`` says: it returns True when done, False when stopped."""
     section = next(section for section in JOBS if hasattr(config, section))
-    job: Callable[[Section, World, StopRequest], bool] = import_module(JOBS[section]).run
+    module = REHEARSAL if run_dir and is_rehearsal(run_dir) else JOBS[section]
+    job: Callable[[Section, World, StopRequest], bool] = import_module(module).run
     return job
 
 
@@ -79,7 +84,8 @@ def run(config_path: Path, on_hang: Callable[[int], None] = lambda rank: None) -
         # else DeepSpeed prints on stdout that it found none
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     refuse_wrong_versions()
-    job, run_dir = job_of(config), config_path.parent
+    run_dir = config_path.parent
+    job = job_of(config, run_dir)
     fence = attempt_of(run_dir, world) if world.all.rank == 0 else None
     if fence:
         world = replace(world, attempt=fence.number)

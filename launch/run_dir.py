@@ -39,6 +39,7 @@ from hfscale.run_files import (
     LOCK,
     LOGS,
     METRICS,
+    REHEARSAL,
     RESTARTS,
     SECRET,
     is_run,
@@ -73,6 +74,7 @@ def compare(config: TrainConfig) -> list[str]:
             RESTARTS,
             SECRET,
             ATTEMPTS,
+            REHEARSAL,
         }
         if foreign := sorted(name for name in names - early if not name.startswith("environment")):
             raise CheckpointError(

@@ -33,6 +33,7 @@ FLOORS = [
     {"run"},
     {"planning"},
     {"jobs", "reports", "checks"},
+    {"rehearsal"},
     {"worker"},
 ]
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

@@ -145,6 +145,16 @@ def given_attempt(env: Mapping[str, str] = os.environ) -> int:
     return _number(env, ATTEMPT, "0") if env.get(ATTEMPT) else 0
 
 
+def without_place(env: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """Return the variables for a process that is no rank of this world, nor of its Slurm job."""
+    ours = {*World(listen_fd=0, attempt=1).export()}
+    return {
+        name: value
+        for name, value in env.items()
+        if name not in ours and not name.startswith(("SLURM_", "PMI", "SRUN_"))
+    }
+
+
 def copies(env: Mapping[str, str] = os.environ) -> int:
     """Return how many times srun started the command of this process, at once; 1 outside of any
     step.

@@ -88,6 +88,7 @@ def watching(
     if timeout_s is None:
         yield
         return
+    before = _current  # of a run around this one: a rehearsal's twin
     (run_dir / HANGS).mkdir(exist_ok=True)
     recorder = {
         "TORCH_FR_BUFFER_SIZE": "2000",
@@ -109,7 +110,7 @@ def watching(
         yield
     finally:
         _current.close()
-        _current = None
+        _current = before
 
 
 class Heartbeat:

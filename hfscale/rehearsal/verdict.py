@@ -1,0 +1,311 @@
+"""What a rehearsal has shown: a line for each thing that was done, from what the ranks have
+written, and whether all is well.
+
+It is a function of the folder: the ranks of the last attempt judge, and so can whoever submitted
+the job, if they never came so far.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from hfscale import run_files
+from hfscale.errors import EXIT_HUNG, EXIT_STOPPED
+from hfscale.monitor.fence import Fence, attempts
+from hfscale.monitor.metrics_log import Logged
+from hfscale.records import Record, load
+from hfscale.rehearsal import plan as planned
+from hfscale.rehearsal.advice import advise, space
+from hfscale.rehearsal.plan import Event, Plan
+from hfscale.reports.prove import TENSORS, Evidence, first_difference, observe
+from hfscale.reports.status import records
+
+State = Literal["ok", "warn", "fail", "left out"]
+NEAR = 0.05  # of a loss, in steps that others ranks do: sums in another order, other dropout
+WIDTH = 20
+MEANT = {  # the code with which an attempt leaves
+    planned.TIME_LIMIT: EXIT_STOPPED,
+    planned.SIGNAL: EXIT_STOPPED,
+    planned.STOP: EXIT_HUNG,
+}
+
+
+class Stage(Record):
+    """What one thing has shown; ``remedy`` says what to do where it is not ok."""
+
+    name: str
+    state: State
+    words: str
+    remedy: str = ""
+
+
+class Verdict(Record):
+    """On a rehearsal."""
+
+    passed: bool
+    seconds: float
+    stages: list[Stage]
+    advice: list[str] = []
+
+    def lines(self) -> Iterator[str]:
+        """Yield it for people."""
+        for stage in self.stages:
+            yield f"{stage.state:<9}{stage.name:<{WIDTH}}{stage.words}"
+            if stage.remedy:
+                yield f"{'':{9 + WIDTH}}-> {stage.remedy}"
+        yield from (f"{'advice':<9}{line}" for line in self.advice)
+        wrong = sum(stage.state == "fail" for stage in self.stages)
+        end = "passed" if self.passed else f"{wrong} of {len(self.stages)} went wrong"
+        yield f"verdict: {end}, in {self.seconds:.0f} s"
+
+
+@dataclass(frozen=True)
+class Shown:
+    """What lies in the folder of a rehearsal."""
+
+    run_dir: Path
+    plan: Plan
+    events: Sequence[Event]
+    records: Sequence[Logged]  # of the run
+    attempts: Sequence[Fence]
+
+    def events_of(self, what: str) -> list[Event]:
+        return [one for one in self.events if one.what == what]
+
+    def first(self, attempt: int) -> Logged | None:
+        """Return the first step that an attempt logged."""
+        return next((one for one in self.records if one["attempt"] == attempt), None)
+
+
+def judge(run_dir: Path, *, ended: str = "") -> Verdict:
+    """Return what the rehearsal in ``run_dir`` has shown so far; ``ended`` says how its job did, as
+    far as whoever asks knows, where the ranks did not come to its end.
+    """
+    plan = planned.read_plan(run_dir)
+    events = [*planned.events(run_dir)]
+    shown = Shown(run_dir, plan, events, [*records(run_dir)], attempts(run_dir))
+    stages = [_start(shown, ended), *_faults(shown)]
+    twin = observe(run_dir.with_name(planned.TWIN))
+    stages += [_exact(shown, twin), _one_writer(shown), *_commands(shown, twin)]
+    stages.append(Stage.model_validate(space(run_dir, plan)))
+    stages += [Stage(name=name, state="left out", words=why) for name, why in plan.left_out.items()]
+    return Verdict(
+        passed=all(stage.state != "fail" for stage in stages),
+        seconds=round(time.time() - plan.began, 1),
+        stages=stages,
+        advice=advise(run_dir, plan, events, shown.records),
+    )
+
+
+def _start(shown: Shown, ended: str) -> Stage:
+    """Where the ranks are, and whether each has a GPU of its own."""
+    plan, name = shown.plan, "start"
+    seen = shown.events_of("ranks")
+    if not seen or not shown.records:
+        words = f"no step was done; {ended}" if ended else "no step was done"
+        return Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+    places = seen[-1].places
+    nodes = list(dict.fromkeys(place.node for place in places))
+    words = f"{len(places)} ranks on {', '.join(nodes)}, on {_devices(shown)}"
+    if len(places) != plan.ranks:
+        remedy = "see --ntasks-per-node and --gpus-per-node in cluster: and in the script"
+        words += f", not the {plan.ranks} that were asked for"
+        return Stage(name=name, state="fail", words=words, remedy=remedy)
+    if plan.gpus_per_node and any(place.device == "cpu" for place in places):
+        words += f", though {plan.gpus_per_node} GPUs a node were asked for"
+        remedy = "torch sees none: is it a build for CUDA? is the container started with --nv?"
+        return Stage(name=name, state="warn", words=words, remedy=remedy)
+    for node in nodes:
+        here = [place for place in places if place.node == node]
+        own = {place.gpu for place in here if place.gpu}
+        if own and len(own) < len(here):
+            words += f": {len(here)} ranks share {len(own)} GPUs on {node}"
+            remedy = "take --gpu-bind and --gpus-per-task out of cluster.sbatch and the script"
+            return Stage(name=name, state="fail", words=words, remedy=remedy)
+        if own and len(here) < plan.gpus_per_node:
+            words += f": {plan.gpus_per_node - len(here)} GPUs of {node} stay idle"
+            remedy = "leave --ntasks-per-node out, or say as many as there are GPUs"
+            return Stage(name=name, state="warn", words=words, remedy=remedy)
+    return Stage(name=name, state="ok", words=words)
+
+
+def _devices(shown: Shown) -> str:
+    places = shown.events_of("ranks")[-1].places
+    kinds = dict.fromkeys(place.device for place in places)
+    return ", ".join("the CPU" if kind == "cpu" else kind for kind in kinds)
+
+
+def _logs(shown: Shown) -> str:
+    return str(shown.run_dir / run_files.LOGS)
+
+
+# ------------------------------------------------------------------------------------------- faults
+def _faults(shown: Shown) -> Iterator[Stage]:
+    done = {one.name: one for one in shown.events_of("fault")}
+    late = {one.name: one for one in shown.events_of("warned")}
+    for fault in shown.plan.faults:
+        if fault.name in done:
+            yield _fault(shown, done[fault.name])
+        elif fault.name in late:
+            words = f"no warning came {shown.plan.signal_s} s before it"
+            remedy = (
+                "the script's --signal=USR1@N does not reach the ranks: compare it with "
+                "slurm/train.sbatch that hfscale brings, or ask whether the site filters signals"
+            )
+            yield Stage(name=fault.name, state="fail", words=words, remedy=remedy)
+        else:
+            words = "the run did not come so far"
+            yield Stage(name=fault.name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+
+
+def _fault(shown: Shown, event: Event) -> Stage:
+    """What became of a run to which something was done."""
+    name = event.name
+    one = Fence(shown.run_dir, event.attempt)
+    end, after = one.ending(), shown.first(event.attempt + 1)
+    if after is None:
+        how = f"the attempt {end}" if end else "nobody knows how the attempt ended"
+        words = f"after step {event.step} the run did not go on: {how}"
+        remedy = f"does the script end with `scontrol requeue`? see {_logs(shown)}"
+        return Stage(name=name, state="fail", words=words, remedy=remedy)
+    last = max(one["step"] for one in shown.records if one["attempt"] == event.attempt)
+    lost = last - int(after["step"]) + 1
+    began = Fence(shown.run_dir, event.attempt + 1).owner()
+    back_s = _first_step_at(shown, event.attempt + 1, began.at if began else 0.0) - event.time
+    words = f"{_how(shown, event)}; back at step {after['step']} after {back_s:.0f} s"
+    words += f", {lost} of {last} steps lost" if lost else ", nothing lost"
+    code = end.code if end else None
+    meant = MEANT.get(name)
+    if (meant is not None and code != meant) or (meant is None and (code or 0) < 128):
+        remedy = "the script must hand on the code of the ranks: compare it with slurm/train.sbatch"
+        words += f"; left with code {code}"
+        return Stage(name=name, state="fail", words=words, remedy=remedy)
+    most = 0 if meant == EXIT_STOPPED else 2 * planned.SAVE_EVERY
+    if lost > most:
+        remedy = f"a save was not done in time: see {_logs(shown)}"
+        return Stage(name=name, state="fail", words=words, remedy=remedy)
+    return Stage(name=name, state="ok", words=words)
+
+
+def _how(shown: Shown, event: Event) -> str:
+    """What was done, and what the run did then."""
+    if event.name == planned.TIME_LIMIT:
+        return f"warned {event.seconds:.0f} s before the limit, saved"
+    if event.name == planned.SIGNAL:
+        return f"saved at step {event.step + 1}"
+    if event.name == planned.KILL:
+        return f"SIGKILL after step {event.step}"
+    report = shown.run_dir / run_files.HANGS / str(event.attempt) / run_files.REPORT
+    verdict = load(report, _Hang, what="the report of a hang").verdict if report.is_file() else ""
+    return verdict or "no report says which rank"
+
+
+class _Hang(Record):
+    verdict: str
+
+
+def _first_step_at(shown: Shown, attempt: int, began: float) -> float:
+    """Return when an attempt had done its first step, as near as its figures tell."""
+    noted = [one.time for one in shown.events_of("ranks") if one.attempt == attempt]
+    first = shown.first(attempt)
+    step_s = float(first["step_s"] or 0.0) if first else 0.0
+    return (noted[-1] if noted else began) + step_s
+
+
+# ------------------------------------------------------------------------------------------ numbers
+def _exact(shown: Shown, twin: Evidence) -> Stage:
+    """Whether the run is its twin, bit for bit."""
+    name = "exact"
+    if not twin or not shown.events_of("twin"):
+        words = "there is no undisturbed twin: the run did not come to its end"
+        return Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+    ours = observe(shown.run_dir)
+    for step, seen in ours.items():  # a save on request is of a step that the twin did not save
+        if not set(TENSORS) & twin.get(step, {}).keys():
+            ours[step] = {key: value for key, value in seen.items() if key in twin.get(step, {})}
+    difference = first_difference(twin, ours)
+    if difference:
+        where = f"{difference['component']} of step {difference['step']}"
+        words = f"not what an undisturbed run is: {where}"
+        remedy = "`hfscale prove resume CONFIG` looks closer"
+        return Stage(name=name, state="fail", words=words, remedy=remedy)
+    saved = sum(bool(set(TENSORS) & seen.keys()) for seen in twin.values())
+    words = f"{len(twin)} steps and {saved} checkpoints as of an undisturbed run, bit for bit"
+    return Stage(name=name, state="ok", words=words)
+
+
+def _one_writer(shown: Shown) -> Stage:
+    """Whether one attempt at a time wrote."""
+    name, before = "one writer", (0, 0)
+    for one in shown.records:
+        number, step = int(one["attempt"]), int(one["step"])
+        if number < before[0] or (number == before[0] and step != before[1] + 1):
+            words = f"step {step} of attempt {number} was logged after step {before[1]} of "
+            words += f"attempt {before[0]}"
+            remedy = "two jobs write in one run directory: is it the same one on all nodes?"
+            return Stage(name=name, state="fail", words=words, remedy=remedy)
+        before = number, step
+    words = f"{len(shown.attempts)} attempts, one after the other"
+    return Stage(name=name, state="ok", words=words)
+
+
+# ----------------------------------------------------------------------------------------- commands
+def _commands(shown: Shown, twin: Evidence) -> Iterator[Stage]:
+    done = {one.name: one for one in shown.events_of("command")}
+    for command in shown.plan.commands:
+        name = command.name
+        event = done.get(name)
+        if event is None:
+            words = "the run did not come so far"
+            yield Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+        elif event.code:
+            words = f"exit code {event.code}: {_error_of(event.words)}"
+            yield Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+        elif name == planned.OTHER_WORLD:
+            yield _other_world(shown, twin, seconds=event.seconds)
+        else:
+            yield Stage(name=name, state="ok", words=f"{_result(event)}, in {event.seconds:.0f} s")
+
+
+def _error_of(words: str) -> str:
+    """Return what a command said was wrong, on one line."""
+    lines = [line.strip() for line in words.splitlines() if line.strip()]
+    told = [number for number, line in enumerate(lines) if line.startswith("error: ")]
+    return "; ".join(lines[told[-1] :] if told else lines[-1:])
+
+
+def _result(event: Event) -> str:
+    lines = event.words.splitlines()
+    if event.name == planned.EXPORT:
+        equal = [line.partition("; ")[2] for line in lines if "logits equal" in line]
+        return equal[-1] if equal else "exported"
+    scores = [" ".join(line.split()[:2]) for line in lines if line.startswith("  ")]
+    return ", ".join(scores[:3])
+
+
+def _other_world(shown: Shown, twin: Evidence, *, seconds: float) -> Stage:
+    """Whether other ranks took the same rows, and came to about the same losses."""
+    name = planned.OTHER_WORLD
+    other = [*records(shown.run_dir.with_name(planned.OTHER))]
+    if not other:
+        return Stage(name=name, state="fail", words="no step was done", remedy=_logs(shown))
+    apart = 0.0
+    for one in other:
+        twins = twin.get(one["step"], {})
+        if twins.get("batch_digest") != [one["batch_digest"]]:
+            words = f"step {one['step']} took other rows than it should"
+            remedy = "report it: this is a defect of hfscale"
+            return Stage(name=name, state="fail", words=words, remedy=remedy)
+        [loss] = twins["loss"]
+        assert isinstance(loss, float)
+        apart = max(apart, abs(one["loss"] - loss) / max(abs(loss), 1e-9))
+    words = f"{len(other)} more steps from a checkpoint of {shown.plan.ranks} ranks: the same "
+    words += f"rows, losses within {apart:.1e}, in {seconds:.0f} s"
+    if apart <= NEAR:
+        return Stage(name=name, state="ok", words=words)
+    remedy = "dropout draws by rank: without it losses must agree"
+    return Stage(name=name, state="warn", words=words, remedy=remedy)

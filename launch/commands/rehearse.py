@@ -1,0 +1,226 @@
+"""`hfscale rehearse`: the life cycle of a run in small, before GPUs burn."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, redirect_stdout
+from dataclasses import replace
+from io import StringIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Optional
+
+import typer
+
+from hfscale import run_files
+from hfscale.config.permission import grant
+from hfscale.dist.world import allocation, available_cores
+from hfscale.errors import CheckpointError, ConfigError, nearest
+from hfscale.log import logger
+from hfscale.monitor.fence import newest
+from hfscale.registry import load_plugin
+from hfscale.shards.files import write_atomically
+from launch.interpreter import python
+from launch.job import Training
+from launch.queue import refuse_holder
+from launch.request import LAUNCHERS, Request, refuse_copies
+
+if TYPE_CHECKING:  # slow to import
+    from hfscale.rehearsal.verdict import Verdict
+
+Config = Annotated[
+    str,
+    typer.Argument(metavar="CONFIG", help="A YAML file, or a run directory, which is not touched."),
+]
+Overrides = Annotated[
+    Optional[list[str]],
+    typer.Argument(metavar="key=value...", help="As for pretrain or finetune.", show_default=False),
+]
+Launcher = Annotated[str, typer.Option(help="local: ranks here; slurm: one real job.")]
+Procs = Annotated[
+    Optional[int],
+    typer.Option(min=1, help="Ranks, of local. Without it: one a GPU, or 2 on the CPU."),
+]
+Keep = Annotated[bool, typer.Option("--keep", help="Keep the folder, also where all is well.")]
+Skip = Annotated[
+    Optional[list[str]],
+    typer.Option(metavar="NAME", help="Leave this out, by its name in the report. Repeatable."),
+]
+Json = Annotated[bool, typer.Option("--json", help="Print the verdict for scripts.")]
+
+
+def rehearse(
+    config: Config,
+    overrides: Overrides = None,
+    launcher: Launcher = "local",
+    procs: Procs = None,
+    keep: Keep = False,
+    skip: Skip = None,
+    as_json: Json = False,
+) -> None:
+    """Go through the life of a run in small: a short run of CONFIG with a small model of its
+    architecture, which is signalled, killed, hung, resumed, evaluated and exported, and compared
+    with an undisturbed twin.
+
+    The exit code is 1 if something went wrong; then the folder beside the run is kept. Examples:
+    hfscale rehearse configs/pretrain/gpt2_small.yaml --procs 2; hfscale rehearse
+    configs/pretrain/gpt2_small.yaml --launcher slurm cluster.nodes=4 cluster.gpus_per_node=8
+    """
+    refuse_copies()
+    grant(overrides or ())
+    if launcher not in ("local", "slurm"):
+        raise ConfigError(
+            "no rehearsal by this launcher",
+            where="--launcher",
+            value=launcher,
+            remedy="local or slurm",
+        )
+    if launcher == "slurm" and (here := allocation()):
+        raise ConfigError(
+            "a rehearsal on the cluster is a job of its own, and this is one",
+            where="--launcher slurm",
+            value=f"job {here.job_id}",
+            remedy="start it on a login node, or rehearse on this node: --launcher local",
+        )
+    request = Request(config, tuple(overrides or ()), procs=procs)
+    job = Training(request)
+    _refuse_under_way(job.folder)
+    _dry_run(request, launcher)
+    with _home(job) as home:
+        verdict = _rehearsed(job, home, launcher, skip or [])
+        if verdict.passed and not keep:
+            shutil.rmtree(home)
+    if as_json:
+        typer.echo(json.dumps(verdict.as_dict(), indent=1, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(verdict.lines()))
+    if home.exists():
+        logger.info(f"kept in {home}")
+    if verdict.passed and launcher == "slurm":
+        from launch.rehearsal import kept
+
+        kept.keep(job.cluster, name=job.name, seconds=verdict.seconds)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _refuse_under_way(run_dir: Path) -> None:
+    """Return if nobody trains in the run directory of the config.
+
+    Raises:
+        CheckpointError: naming who does: the next submission would be refused, rehearsed or not.
+    """
+    if not run_files.is_run(run_dir):
+        return
+    refuse_holder(run_dir)
+    attempt = newest(run_dir)
+    if attempt and attempt.alive():
+        raise CheckpointError(
+            "this run is under way",
+            where=run_dir,
+            value=str(attempt.owner()),
+            remedy=f"rehearse what comes next under another name: run.name={run_dir.name}-next",
+        )
+
+
+def _dry_run(request: Request, launcher: str) -> None:
+    """Return if a dry run of the config itself finds nothing against it.
+
+    Raises:
+        UserError: what it finds.
+    """
+    launch = load_plugin("launcher", LAUNCHERS, launcher)
+    with redirect_stdout(StringIO()):  # what would run
+        launch(Training(replace(request, dry_run=True)))
+
+
+@contextmanager
+def _home(job: Training) -> Iterator[Path]:
+    """Yield the folder of a rehearsal, beside the run; after an error or Ctrl-C nothing is left.
+
+    Raises:
+        ConfigError: if none can be made there.
+    """
+    root = job.config.run.root
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        home = Path(tempfile.mkdtemp(prefix=f"{job.name}-rehearsal-", dir=root))
+    except OSError as error:
+        raise ConfigError(
+            f"cannot make a folder for the rehearsal: {error.strerror}",
+            where="run.root",
+            value=str(root),
+            remedy="choose another run.root",
+        ) from None
+    try:
+        yield home
+    except BaseException:
+        shutil.rmtree(home, ignore_errors=True)
+        raise
+
+
+def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) -> Verdict:
+    """Return the verdict on a rehearsal in ``home``."""
+    from hfscale.rehearsal.plan import RUN
+    from hfscale.rehearsal.verdict import judge
+    from launch.rehearsal import cluster
+    from launch.rehearsal.shrink import shrink
+    from launch.rehearsal.stages import STAGES, plan_of
+    from launch.slurm import tasks_per_node
+
+    if unknown := [name for name in skip if name not in STAGES]:
+        raise ConfigError(
+            "a rehearsal has no such part",
+            where="--skip",
+            value=unknown[0],
+            remedy=nearest(unknown[0], STAGES),
+        )
+    config, run_dir = job.config, home / RUN
+    on_slurm = launcher == "slurm"
+    short, limit_s = cluster.smaller(config.cluster) if on_slurm else ([], 0)
+    if on_slurm:
+        gpus = config.cluster.gpus_per_node or 0
+        ranks = min(2, config.cluster.nodes) * tasks_per_node(config.cluster)
+    else:
+        from launch.local import gpu_count
+
+        gpus = gpu_count()
+        ranks = job.procs or gpus or min(2, available_cores())
+    shrunk = shrink(job.request, home=home, procs=ranks)
+    ours = [*shrunk.overrides, *short, f"run.name={RUN}"]
+    plan = plan_of(
+        config,
+        shrunk,
+        run_dir=run_dir,
+        launcher=launcher,
+        ranks=ranks,
+        gpus=gpus,
+        python=["-m", "launch.cli"] if on_slurm else python("launch.cli")[1:],
+        skipped=skip,
+        cluster=cluster.described(config.cluster) if on_slurm else {},
+        limit_s=limit_s,
+        signal_s=config.cluster.signal_s if on_slurm else 0,
+    )
+    run_dir.mkdir()
+    write_atomically(run_dir / run_files.REHEARSAL, json.dumps(plan.as_dict(), indent=1).encode())
+    logger.info(
+        f"{shrunk.whole.words}, {_millions(shrunk.whole.parameters)}, rehearsed as "
+        f"{shrunk.small.words}, {_millions(shrunk.small.parameters)}, on {ranks} ranks"
+    )
+    asked = replace(job.request, overrides=(*job.request.overrides, *ours))
+    if on_slurm:
+        with cluster.submitted(asked):
+            ended = cluster.wait(run_dir, logger.info)
+        if ended:
+            ended += f": {cluster.last_words(run_dir)}"
+    else:
+        from launch.rehearsal.here import rehearse_here
+
+        words = [config.verb, asked.source, *asked.overrides, "--procs", ranks]
+        ended = rehearse_here(python("launch.cli", *words), run_dir)
+    return judge(run_dir, ended=ended)
+
+
+def _millions(parameters: int) -> str:
+    return f"{parameters / 1e6:,.1f} M parameters"

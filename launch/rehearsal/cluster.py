@@ -1,0 +1,127 @@
+"""A rehearsal as a job of Slurm: one submission by the user's own scripts, which goes back into the
+queue by itself as often as the plan wants.
+
+Nobody has to wait for it: the plan is in its run directory, and its last attempt judges.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from hfscale import run_files
+from hfscale.config.schema import Cluster
+from hfscale.rehearsal.plan import events
+from launch import slurm
+from launch.job import Training
+from launch.queue import ALIVE, client, facts, longest, seconds
+from launch.request import Request
+
+WAIT_S = 90  # at least, from the start of a job to Slurm's warning
+POLL_S, QUIET_S = 1.0, 60.0
+KNOWN = (  # of `scontrol show config`, what the advice looks at
+    "KillWait",
+    "OverTimeLimit",
+    "PreemptMode",
+    "PreemptType",
+    "SlurmctldParameters",
+    "SlurmdTimeout",
+    "JobRequeue",
+)
+
+
+def smaller(cluster: Cluster) -> tuple[list[str], int]:
+    """Return the overrides that make a job of ``cluster`` a short one on at most two nodes, and its
+    time limit in seconds.
+
+    The limit is such that Slurm warns soon, ``cluster.signal_s`` before it.
+    """
+    minutes = math.ceil((cluster.signal_s + WAIT_S) / 60)
+    most = [limit for limit in (cluster.time, longest(cluster.partition)) if _counts(limit)]
+    limits_s = [60 * minutes, *(seconds(str(limit)) for limit in most)]
+    limit_s = max(limits_s[1:], default=0) if min(limits_s) <= cluster.signal_s else min(limits_s)
+    nodes = min(2, cluster.nodes)
+    ours = [f"cluster.nodes={nodes}", "cluster.min_nodes=null"]
+    return [*ours, f"cluster.time='{math.ceil(limit_s / 60)}'"], limit_s
+
+
+def _counts(limit: str | None) -> bool:
+    return bool(limit) and str(limit)[0].isdigit()
+
+
+def described(cluster: Cluster) -> dict[str, str]:
+    """Return what Slurm says of itself and of the partition."""
+    told = client(["scontrol", "show", "config"]).stdout
+    pairs = (line.partition("=") for line in told.splitlines() if "=" in line)
+    known = {name.strip(): value.strip() for name, _, value in pairs}
+    partition = client(["scontrol", "-o", "show", "partition", *_named(cluster)]).stdout
+    theirs = dict(re.findall(r"(\S+?)=(\S*)", partition.partition("\n")[0]))
+    own = {name: theirs[name] for name in ("MaxTime", "GraceTime") if name in theirs}
+    if theirs.get("PreemptMode") == "OFF":
+        own["PreemptMode"] = "OFF"
+    return {name: known[name] for name in KNOWN if name in known} | own
+
+
+def _named(cluster: Cluster) -> list[str]:
+    return [cluster.partition] if cluster.partition else []
+
+
+@contextmanager
+def submitted(request: Request) -> Iterator[Path]:
+    """Yield the run directory of the job that was submitted; it does not outlive an error or Ctrl-C
+    inside.
+    """
+    job = Training(request)
+    slurm.launch(job)
+    try:
+        yield job.folder
+    except BaseException:
+        client(["scancel", number(job.folder)])
+        raise
+
+
+def number(run_dir: Path) -> str:
+    """Return the job that holds a run directory now."""
+    return (run_dir / run_files.JOB).read_text().strip()
+
+
+def wait(run_dir: Path, say: Callable[[str], None]) -> str:
+    """Return how the job ended, "" if its last attempt has judged; meanwhile ``say`` what
+    happens.
+    """
+    before, seen, quiet_since = "", 0, 0.0
+    while True:
+        job = number(run_dir)
+        told = facts(job)
+        state = (told or {}).get("JobState", "")
+        if (run_dir / run_files.VERDICT).is_file():
+            return ""
+        for event in list(events(run_dir))[seen:]:
+            seen += 1
+            after = f" after step {event.step}" if event.step else ""
+            say(f"attempt {event.attempt}: {event.name or event.what}{after}")
+        if told is not None and state not in ALIVE:
+            code = told.get("ExitCode", "?")
+            return f"job {job} ended {state or 'and is forgotten'}, exit code {code}"
+        reason = (told or {}).get("Reason", "")
+        line = f"job {job}: {state.lower() or 'Slurm does not answer'}"
+        if reason not in ("", "None"):
+            line += f" ({reason})"
+        if line != before or time.monotonic() - quiet_since > QUIET_S:
+            before, quiet_since = line, time.monotonic()
+            say(line)
+        time.sleep(POLL_S)
+
+
+def last_words(run_dir: Path) -> str:
+    """Return what the job's own log said last."""
+    logs = sorted((run_dir / run_files.LOGS).glob(run_files.SLURM_LOG.format("*")))
+    if not logs:
+        return "it left no log"
+    lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()]
+    told = [at for at, line in enumerate(lines) if "error" in line]
+    return " ".join(line.strip() for line in lines[told[0] if told else -3 :][:6])
