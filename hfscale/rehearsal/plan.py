@@ -62,6 +62,13 @@ class Asked(Record):
     root: str = "."  # where its checkpoints will lie
 
 
+class Looked(Record):
+    """How many shards there are, and were read whole before the rehearsal began."""
+
+    shards: Count
+    read: Count
+
+
 class Plan(Record):
     """A rehearsal."""
 
@@ -73,6 +80,7 @@ class Plan(Record):
     whole: Size
     small: Size
     asked: Asked
+    data: Looked | None = None  # of shards
     faults: list[Fault]
     commands: list[Command]
     left_out: dict[str, str] = {}  # what is not done -> why

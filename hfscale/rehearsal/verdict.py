@@ -88,7 +88,7 @@ def judge(run_dir: Path, *, ended: str = "") -> Verdict:
     plan = planned.read_plan(run_dir)
     events = [*planned.events(run_dir)]
     shown = Shown(run_dir, plan, events, [*records(run_dir)], attempts(run_dir))
-    stages = [_start(shown, ended), *_faults(shown)]
+    stages = [*_data(plan), _start(shown, ended), *_faults(shown)]
     twin = observe(run_dir.with_name(planned.TWIN))
     stages += [_exact(shown, twin), _one_writer(shown), *_commands(shown, twin)]
     stages.append(Stage.model_validate(space(run_dir, plan)))
@@ -99,6 +99,13 @@ def judge(run_dir: Path, *, ended: str = "") -> Verdict:
         stages=stages,
         advice=advise(run_dir, plan, events, shown.records),
     )
+
+
+def _data(plan: Plan) -> Iterator[Stage]:
+    if plan.data:
+        some = f"{plan.data.read:,} of {plan.data.shards:,} shards are"
+        words = f"{some} what their manifests say, to the byte; all are as long"
+        yield Stage(name="data", state="ok", words=words)
 
 
 def _start(shown: Shown, ended: str) -> Stage:

@@ -16,7 +16,8 @@ import typer
 
 from hfscale import run_files
 from hfscale.config.permission import grant
-from hfscale.dist.world import allocation, available_cores
+from hfscale.config.schema import RunConfig
+from hfscale.dist.world import allocation
 from hfscale.errors import CheckpointError, ConfigError, nearest
 from hfscale.log import logger
 from hfscale.monitor.fence import newest
@@ -29,6 +30,7 @@ from launch.request import LAUNCHERS, Request, refuse_copies
 
 if TYPE_CHECKING:  # slow to import
     from hfscale.rehearsal.verdict import Verdict
+    from launch.rehearsal.where import Where
 
 Config = Annotated[
     str,
@@ -163,11 +165,11 @@ def _home(job: Training) -> Iterator[Path]:
 def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) -> Verdict:
     """Return the verdict on a rehearsal in ``home``."""
     from hfscale.rehearsal.plan import RUN
+    from hfscale.rehearsal.shards import look_at_shards
     from hfscale.rehearsal.verdict import judge
-    from launch.rehearsal import cluster
     from launch.rehearsal.shrink import shrink
     from launch.rehearsal.stages import STAGES, plan_of
-    from launch.slurm import tasks_per_node
+    from launch.rehearsal.where import here, on_cluster
 
     if unknown := [name for name in skip if name not in STAGES]:
         raise ConfigError(
@@ -177,49 +179,33 @@ def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) ->
             remedy=nearest(unknown[0], STAGES),
         )
     config, run_dir = job.config, home / RUN
-    on_slurm = launcher == "slurm"
-    short, limit_s = cluster.smaller(config.cluster) if on_slurm else ([], 0)
-    if on_slurm:
-        gpus = config.cluster.gpus_per_node or 0
-        ranks = min(2, config.cluster.nodes) * tasks_per_node(config.cluster)
-    else:
-        from launch.local import gpu_count
-
-        gpus = gpu_count()
-        ranks = job.procs or gpus or min(2, available_cores())
-    shrunk = shrink(job.request, home=home, procs=ranks)
-    ours = [*shrunk.overrides, *short, f"run.name={RUN}"]
-    plan = plan_of(
-        config,
-        shrunk,
-        run_dir=run_dir,
-        launcher=launcher,
-        ranks=ranks,
-        gpus=gpus,
-        python=["-m", "launch.cli"] if on_slurm else python("launch.cli")[1:],
-        skipped=skip,
-        cluster=cluster.described(config.cluster) if on_slurm else {},
-        limit_s=limit_s,
-        signal_s=config.cluster.signal_s if on_slurm else 0,
-    )
+    looked = look_at_shards(config) if isinstance(config, RunConfig) else None
+    where = on_cluster(job) if launcher == "slurm" else here(job)
+    shrunk = shrink(job.request, home=home, procs=where.ranks)
+    plan = plan_of(config, shrunk, where, run_dir=run_dir, skipped=skip, data=looked)
     run_dir.mkdir()
     write_atomically(run_dir / run_files.REHEARSAL, json.dumps(plan.as_dict(), indent=1).encode())
     logger.info(
         f"{shrunk.whole.words}, {_millions(shrunk.whole.parameters)}, rehearsed as "
-        f"{shrunk.small.words}, {_millions(shrunk.small.parameters)}, on {ranks} ranks"
+        f"{shrunk.small.words}, {_millions(shrunk.small.parameters)}, on {where.ranks} ranks"
     )
-    asked = replace(job.request, overrides=(*job.request.overrides, *ours))
-    if on_slurm:
+    ours = (*job.request.overrides, *shrunk.overrides, *where.overrides, f"run.name={RUN}")
+    return judge(run_dir, ended=_run(replace(job.request, overrides=ours), run_dir, where))
+
+
+def _run(asked: Request, run_dir: Path, where: Where) -> str:
+    """Return how the rehearsal ended, "" if its last attempt has judged."""
+    if where.launcher == "slurm":
+        from launch.rehearsal import cluster
+
         with cluster.submitted(asked):
             ended = cluster.wait(run_dir, logger.info)
-        if ended:
-            ended += f": {cluster.last_words(run_dir)}"
-    else:
-        from launch.rehearsal.here import rehearse_here
+        return f"{ended}: {cluster.last_words(run_dir)}" if ended else ""
+    from launch.rehearsal.here import rehearse_here
 
-        words = [config.verb, asked.source, *asked.overrides, "--procs", ranks]
-        ended = rehearse_here(python("launch.cli", *words), run_dir)
-    return judge(run_dir, ended=ended)
+    verb = Training(asked).config.verb
+    words = [verb, asked.source, *asked.overrides, "--procs", where.ranks]
+    return rehearse_here(python("launch.cli", *words), run_dir)
 
 
 def _millions(parameters: int) -> str:

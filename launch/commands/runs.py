@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from hfscale.errors import CheckpointError, ConfigError, shown
+from hfscale.log import logger
 from hfscale.run_files import JOB, LOGS, RANK_LOG, SLURM_LOG
 
 Source = Annotated[
@@ -119,6 +120,7 @@ def _train(
     from hfscale.config.permission import grant
     from hfscale.registry import load_plugin
     from launch.job import Training
+    from launch.rehearsal import kept
     from launch.request import LAUNCHERS, Request, quote, refuse_copies
 
     refuse_copies()
@@ -134,6 +136,9 @@ def _train(
             value=f"hfscale {verb}",
             remedy=f"hfscale {job.config.verb} {quote(source)}",
         )
+    if launcher in ("slurm", "submitit"):
+        for line in kept.said(job):
+            logger.info(f"notice: {line}")
     raise typer.Exit(launch(job))
 
 

@@ -51,10 +51,8 @@ def keep(cluster: Cluster, *, name: str, seconds: float) -> None:
 
 
 def said(job: Job) -> list[str]:
-    """Return the notice, before a run is submitted, on whether a job like it was rehearsed; none of
-    a rehearsal itself, or of what only computes.
-    """
-    if job.does != "train" or is_rehearsal(job.folder):
+    """Return the notice, before ``job`` is submitted, on whether its like was rehearsed."""
+    if is_rehearsal(job.folder):
         return []
     try:
         one = parse(Pass, read_file(_file(job.cluster), most=1 << 16))

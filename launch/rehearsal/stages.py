@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from pathlib import Path
 
 from hfscale.config.schema import RunConfig, TrainConfig
@@ -19,9 +19,11 @@ from hfscale.rehearsal.plan import (
     Asked,
     Command,
     Fault,
+    Looked,
     Plan,
 )
 from launch.rehearsal.shrink import Shrunk
+from launch.rehearsal.where import Where
 
 STAGES = (*FAULTS, OTHER_WORLD, EVALUATION, EXPORT)
 
@@ -29,64 +31,56 @@ STAGES = (*FAULTS, OTHER_WORLD, EVALUATION, EXPORT)
 def plan_of(
     config: TrainConfig,
     shrunk: Shrunk,
+    where: Where,
     *,
     run_dir: Path,
-    launcher: str,
-    ranks: int,
-    gpus: int,
-    python: list[str],
     skipped: Collection[str],
-    cluster: Mapping[str, str],
-    limit_s: int = 0,
-    signal_s: int = 0,
+    data: Looked | None,
 ) -> Plan:
-    """Return the plan of a rehearsal of ``config`` in ``run_dir``. ``python`` stands before the
-    words of a command of hfscale; ``gpus`` are those of a node.
-    """
+    """Return the plan of a rehearsal of ``config`` in ``run_dir``; ``data`` has been looked at."""
     left_out = {name: "not asked for" for name in STAGES if name in skipped}
-    left_out |= _impossible(config, launcher=launcher, ranks=ranks, gpus=gpus)
+    left_out |= _impossible(config, where)
     if isinstance(config, RunConfig) and not shrunk.scored:
         left_out[EVALUATION] = f"{config.objective.name} has no loss a token to score"
-    others = 1 if ranks > 1 else 2
+    others = 1 if where.ranks > 1 else 2
     home = run_dir.parent
     commands = {
         OTHER_WORLD: [config.verb, str(home / OTHER), "--procs", str(others)],
         EVALUATION: ["evaluate", str(run_dir)],
         EXPORT: ["export", str(run_dir), str(home / EXPORTED)],
     }
-    return Plan.model_validate(
-        {
-            "launcher": launcher,
-            "ranks": ranks,
-            "gpus_per_node": gpus,
-            "whole": shrunk.whole,
-            "small": shrunk.small,
-            "asked": _asked(config),
-            "faults": [
-                Fault(name=name, step=step) for name, step in FAULTS.items() if name not in left_out
-            ],
-            "commands": [
-                Command(name=name, words=[*python, *words])
-                for name, words in commands.items()
-                if name not in left_out
-            ],
-            "left_out": left_out,
-            "cluster": dict(cluster),
-            "limit_s": limit_s,
-            "signal_s": signal_s,
-            "began": time.time(),
-        }
+    faults = [Fault(name=name, step=step) for name, step in FAULTS.items() if name not in left_out]
+    done_after = [
+        Command(name=name, words=[*where.python, *words])
+        for name, words in commands.items()
+        if name not in left_out
+    ]
+    return Plan(
+        launcher=where.launcher,
+        ranks=where.ranks,
+        gpus_per_node=where.gpus,
+        whole=shrunk.whole,
+        small=shrunk.small,
+        asked=_asked(config),
+        faults=faults,
+        commands=done_after,
+        left_out=left_out,
+        cluster=dict(where.told),
+        data=data,
+        limit_s=where.limit_s,
+        signal_s=where.signal_s,
+        began=time.time(),
     )
 
 
-def _impossible(config: TrainConfig, *, launcher: str, ranks: int, gpus: int) -> dict[str, str]:
+def _impossible(config: TrainConfig, where: Where) -> dict[str, str]:
     """Return what cannot be done, and why."""
     left_out: dict[str, str] = {}
-    if launcher != "slurm":
+    if where.launcher != "slurm":
         left_out[TIME_LIMIT] = "only a job of Slurm has one: --launcher slurm"
-    if ranks == 1:
+    if where.ranks == 1:
         left_out[STOP] = "a rank alone has nobody who sees that it stands still"
-        if gpus == 1:
+        if where.gpus == 1:
             left_out[OTHER_WORLD] = "there is one GPU"
     if config.data.validation is None:
         left_out[EVALUATION] = "the config holds nothing out: data.validation"
