@@ -20,7 +20,7 @@ from hfscale.reports.goodput import ledger
 
 ENGINE = "engine"  # of a checkpoint: what grows with the model
 COST = 0.02  # share of the time that saves, or starts, may take
-SHORT_S = 60
+SPARE_S = 30  # for the step under way
 
 
 def checkpoint_bytes(run_dir: Path, plan: Plan) -> float:
@@ -89,7 +89,7 @@ def _saves(plan: Plan, *, save_s: float, rate: float) -> Iterator[str]:
 
 
 def _warning(plan: Plan, *, save_s: float) -> Iterator[str]:
-    least = SHORT_S + math.ceil(1.5 * save_s)
+    least = SPARE_S + math.ceil(1.5 * save_s)
     left = plan.asked.signal_s - save_s
     if plan.asked.signal_s < least:
         yield (

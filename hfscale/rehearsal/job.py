@@ -68,7 +68,7 @@ def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
         return False
     if journal:
         for command in plan.commands:
-            _command(command, run_dir, journal)
+            _command(command, run_dir, journal, stop)
         _judge(run_dir)
     else:
         _wait_for_verdict(run_dir)
@@ -136,14 +136,25 @@ def _write(run_dir: Path, world: World, journal: Journal | None) -> None:
         journal.note("writing", seconds=seconds, bytes=WRITTEN_BYTES * world.all.size)
 
 
-def _command(command: Command, run_dir: Path, journal: Journal) -> None:
-    """Run what a user would, in a process of its own, and note how it ended."""
+def _command(command: Command, run_dir: Path, journal: Journal, stop: StopRequest) -> None:
+    """Run what a user would, in a process of its own, and note how it ended. One that Slurm's
+    warning has ended, which reaches every process of a job, is run again: there is time for it.
+    """
     if any((one.what, one.name) == ("command", command.name) for one in planned.events(run_dir)):
         return
     beat(LONG)
+    began, warned = time.monotonic(), stop.requested
+    code, words = _run(command, run_dir)
+    if code and stop.requested and not warned:
+        code, words = _run(command, run_dir)
+    seconds = time.monotonic() - began
+    journal.note("command", name=command.name, code=code, words=words, seconds=seconds)
+
+
+def _run(command: Command, run_dir: Path) -> tuple[int, str]:
+    """Return the code of a command, and its last lines."""
     if command.name == planned.OTHER_WORLD:
         _fork(run_dir, run_dir.parent / planned.OTHER)
-    began = time.monotonic()
     log = run_dir / run_files.LOGS / f"{command.name.replace(' ', '-')}.log"
     with open(log, "wb") as out:
         try:
@@ -158,9 +169,7 @@ def _command(command: Command, run_dir: Path, journal: Journal) -> None:
             ).returncode
         except subprocess.TimeoutExpired:
             code = 124
-    words = "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
-    seconds = time.monotonic() - began
-    journal.note("command", name=command.name, code=code, words=words, seconds=seconds)
+    return code, "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 
 
 def _fork(run_dir: Path, other: Path) -> None:
