@@ -30,7 +30,7 @@ def misspelt(section: str) -> Callable[[Place], None]:
 
     def make(place: Place) -> None:
         values = place.values[section]
-        name = place.rng.choice(sorted(name for name in values if len(set(name)) > 2))
+        name = place.rng.choice(sorted(name for name in values if len(set(name)) > 1))
         at = next(i for i in range(1, len(name)) if name[i - 1] != name[i])
         values[name[: at - 1] + name[at] + name[at - 1] + name[at + 1 :]] = values.pop(name)
 

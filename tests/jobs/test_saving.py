@@ -86,9 +86,7 @@ def test_a_writer_that_fails_ends_the_run_at_the_next_step(corpus: Path, tmp_pat
     unable = "a checkpoint could not be written"
     said = run_ranks(on_a_full_disk, 2, values)
     assert all(unable in message for message in said)
-    assert (tmp_path / "run/metrics.jsonl").read_text() == "", (
-        "the trial found it before step 1"
-    )
+    assert (tmp_path / "run/metrics.jsonl").read_text() == "", "the trial found it before step 1"
 
     run_ranks(train, 2, {**values, "train": {**values["train"], "steps": 1}})
     said = run_ranks(on_a_full_disk, 2, values)
