@@ -20,13 +20,15 @@ from hfscale.monitor.metrics_log import Logged
 from hfscale.records import Record, load
 from hfscale.rehearsal import plan as planned
 from hfscale.rehearsal.advice import advise, space
-from hfscale.rehearsal.plan import Event, Plan
+from hfscale.rehearsal.plan import Event, Place, Plan
 from hfscale.reports.prove import TENSORS, Evidence, first_difference, observe
 from hfscale.reports.status import records
 
-State = Literal["ok", "warn", "fail", "left out"]
+State = Literal["ok", "warn", "fail", "missed", "left out"]
 NEAR = 0.05  # of a loss, in steps that others ranks do: sums in another order, other dropout
 WIDTH = 20
+WRONG = ("fail", "missed")
+FAR = "the run did not come so far"
 MEANT = {  # the code with which an attempt leaves
     planned.TIME_LIMIT: EXIT_STOPPED,
     planned.SIGNAL: EXIT_STOPPED,
@@ -58,8 +60,11 @@ class Verdict(Record):
             if stage.remedy:
                 yield f"{'':{9 + WIDTH}}-> {stage.remedy}"
         yield from (f"{'advice':<9}{line}" for line in self.advice)
-        wrong = sum(stage.state == "fail" for stage in self.stages)
-        end = "passed" if self.passed else f"{wrong} of {len(self.stages)} went wrong"
+        wrong = [stage.state for stage in self.stages if stage.state in WRONG]
+        end = "passed"
+        if not self.passed:
+            end = f"{wrong.count('fail')} went wrong"
+            end += f", {wrong.count('missed')} were not reached" if "missed" in wrong else ""
         yield f"verdict: {end}, in {self.seconds:.0f} s"
 
 
@@ -88,13 +93,13 @@ def judge(run_dir: Path, *, ended: str = "") -> Verdict:
     plan = planned.read_plan(run_dir)
     events = [*planned.events(run_dir)]
     shown = Shown(run_dir, plan, events, [*records(run_dir)], attempts(run_dir))
-    stages = [*_data(plan), _start(shown, ended), *_faults(shown)]
+    stages = [*_data(plan), *_start(shown), *_end(shown, ended), *_faults(shown)]
     twin = observe(run_dir.with_name(planned.TWIN))
     stages += [_exact(shown, twin), _one_writer(shown), *_commands(shown, twin)]
     stages.append(Stage.model_validate(space(run_dir, plan)))
     stages += [Stage(name=name, state="left out", words=why) for name, why in plan.left_out.items()]
     return Verdict(
-        passed=all(stage.state != "fail" for stage in stages),
+        passed=all(stage.state not in WRONG for stage in stages),
         seconds=round(time.time() - plan.began, 1),
         stages=stages,
         advice=advise(run_dir, plan, events, shown.records),
@@ -108,40 +113,51 @@ def _data(plan: Plan) -> Iterator[Stage]:
         yield Stage(name="data", state="ok", words=words)
 
 
-def _start(shown: Shown, ended: str) -> Stage:
+def _end(shown: Shown, ended: str) -> Iterator[Stage]:
+    """How the job ended, where its last attempt did not come to judge."""
+    if ended:
+        yield Stage(name="end", state="fail", words=ended, remedy=f"see {_logs(shown)}")
+
+
+def _start(shown: Shown) -> Iterator[Stage]:
     """Where the ranks are, and whether each has a GPU of its own."""
     plan, name = shown.plan, "start"
     seen = shown.events_of("ranks")
-    if not seen or not shown.records:
-        words = f"no step was done; {ended}" if ended else "no step was done"
-        return Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+    if not seen:
+        yield Stage(name=name, state="missed", words="the ranks did not meet")
+        return
     places = seen[-1].places
     nodes = list(dict.fromkeys(place.node for place in places))
-    words = f"{len(places)} ranks on {', '.join(nodes)}, on {_devices(shown)}"
+    words = f"{len(places)} ranks on {', '.join(nodes)}, on {_devices(places)}"
     if len(places) != plan.ranks:
         remedy = "see --ntasks-per-node and --gpus-per-node in cluster: and in the script"
         words += f", not the {plan.ranks} that were asked for"
-        return Stage(name=name, state="fail", words=words, remedy=remedy)
-    if plan.gpus_per_node and any(place.device == "cpu" for place in places):
+        yield Stage(name=name, state="fail", words=words, remedy=remedy)
+    elif plan.gpus_per_node and any(place.device == "cpu" for place in places):
         words += f", though {plan.gpus_per_node} GPUs a node were asked for"
         remedy = "torch sees none: is it a build for CUDA? is the container started with --nv?"
-        return Stage(name=name, state="warn", words=words, remedy=remedy)
-    for node in nodes:
+        yield Stage(name=name, state="warn", words=words, remedy=remedy)
+    else:
+        doubts = list(_sharing(plan, places))
+        yield from doubts or [Stage(name=name, state="ok", words=words)]
+
+
+def _sharing(plan: Plan, places: Sequence[Place]) -> Iterator[Stage]:
+    """Yield which nodes have ranks that share a GPU, or GPUs without a rank."""
+    for node in dict.fromkeys(place.node for place in places):
         here = [place for place in places if place.node == node]
         own = {place.gpu for place in here if place.gpu}
         if own and len(own) < len(here):
-            words += f": {len(here)} ranks share {len(own)} GPUs on {node}"
+            words = f"{len(here)} ranks share {len(own)} GPUs on {node}"
             remedy = "take --gpu-bind and --gpus-per-task out of cluster.sbatch and the script"
-            return Stage(name=name, state="fail", words=words, remedy=remedy)
-        if own and len(here) < plan.gpus_per_node:
-            words += f": {plan.gpus_per_node - len(here)} GPUs of {node} stay idle"
+            yield Stage(name="start", state="fail", words=words, remedy=remedy)
+        elif own and len(here) < plan.gpus_per_node:
+            words = f"{plan.gpus_per_node - len(here)} GPUs of {node} stay idle"
             remedy = "leave --ntasks-per-node out, or say as many as there are GPUs"
-            return Stage(name=name, state="warn", words=words, remedy=remedy)
-    return Stage(name=name, state="ok", words=words)
+            yield Stage(name="start", state="warn", words=words, remedy=remedy)
 
 
-def _devices(shown: Shown) -> str:
-    places = shown.events_of("ranks")[-1].places
+def _devices(places: Sequence[Place]) -> str:
     kinds = dict.fromkeys(place.device for place in places)
     return ", ".join("the CPU" if kind == "cpu" else kind for kind in kinds)
 
@@ -165,8 +181,7 @@ def _faults(shown: Shown) -> Iterator[Stage]:
             )
             yield Stage(name=fault.name, state="fail", words=words, remedy=remedy)
         else:
-            words = "the run did not come so far"
-            yield Stage(name=fault.name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+            yield Stage(name=fault.name, state="missed", words=FAR)
 
 
 def _fault(shown: Shown, event: Event) -> Stage:
@@ -228,8 +243,7 @@ def _exact(shown: Shown, twin: Evidence) -> Stage:
     """Whether the run is its twin, bit for bit."""
     name = "exact"
     if not twin or not shown.events_of("twin"):
-        words = "there is no undisturbed twin: the run did not come to its end"
-        return Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+        return Stage(name=name, state="missed", words=FAR)
     ours = observe(shown.run_dir)
     for step, seen in ours.items():  # a save on request is of a step that the twin did not save
         if not set(TENSORS) & twin.get(step, {}).keys():
@@ -267,8 +281,7 @@ def _commands(shown: Shown, twin: Evidence) -> Iterator[Stage]:
         name = command.name
         event = done.get(name)
         if event is None:
-            words = "the run did not come so far"
-            yield Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+            yield Stage(name=name, state="missed", words=FAR)
         elif event.code:
             words = f"exit code {event.code}: {_error_of(event.words)}"
             yield Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")

@@ -23,6 +23,10 @@ from launch.request import Request
 
 WAIT_S = 90  # at least, from the start of a job to Slurm's warning
 POLL_S, QUIET_S = 1.0, 60.0
+LINES = 6  # of a log
+USUAL = re.compile(
+    r"Exited with exit code|Terminating StepId|^\S+ (job \d+, restart|notice:)|CANCELLED AT"
+)
 KNOWN = (  # of `scontrol show config`, what the advice looks at
     "KillWait",
     "OverTimeLimit",
@@ -118,10 +122,12 @@ def wait(run_dir: Path, say: Callable[[str], None]) -> str:
 
 
 def last_words(run_dir: Path) -> str:
-    """Return what the job's own log said last."""
+    """Return what the job's own log said last, without what Slurm and the launcher say of any
+    job.
+    """
     logs = sorted((run_dir / run_files.LOGS).glob(run_files.SLURM_LOG.format("*")))
     if not logs:
         return "it left no log"
-    lines = [line for line in logs[-1].read_text(errors="replace").splitlines() if line.strip()]
-    told = [at for at, line in enumerate(lines) if "error" in line]
-    return " ".join(line.strip() for line in lines[told[0] if told else -3 :][:6])
+    lines = [line.strip() for line in logs[-1].read_text(errors="replace").splitlines()]
+    telling = [line for line in lines if line and not USUAL.search(line)]
+    return " | ".join(telling[-LINES:]) or "it said nothing"

@@ -26,7 +26,7 @@ def rehearse_here(command: Sequence[str], run_dir: Path) -> str:
             code = _attempt(command, log.fileno())
             if code == EXIT_DONE:
                 return ""
-            again = code in (EXIT_STOPPED, EXIT_HUNG) or code >= 128
+            again = code in (EXIT_STOPPED, EXIT_HUNG) or code < 0 or code >= 128
             if not again:
                 return f"attempt {_number(run_dir)} ended with code {code}: {_last(run_dir)}"
     return f"it was not done after {TRIES} attempts"

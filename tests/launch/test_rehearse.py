@@ -58,28 +58,19 @@ def config(corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_rehearsal_passes_on_this_machine(config: Path, tmp_path: Path):
-    done = hfscale("rehearse", config, "--procs", 2, "--json", "--keep")
+    """The rest of its parts take a minute more: benchmarks/rehearse.py."""
+    left = ("one rank stopped", "evaluation", "another world size")
+    skip = [word for name in left for word in ("--skip", name)]
+    done = hfscale("rehearse", config, "--procs", 2, "--json", "--keep", *skip)
     verdict = json.loads(done.stdout)
     states = {stage["name"]: stage["state"] for stage in verdict["stages"]}
-    assert states.pop("time limit") == "left out"
+    assert {states.pop(name) for name in ("time limit", *left)} == {"left out"}
     assert set(states.values()) == {"ok"}, done.stdout
-    assert set(states) == {
-        "data",
-        "start",
-        "signal",
-        "all ranks killed",
-        "one rank stopped",
-        "exact",
-        "one writer",
-        "another world size",
-        "evaluation",
-        "export",
-        "a full disk",
-    }
+    reached = {"data", "start", "signal", "all ranks killed", "exact", "one writer", "export"}
+    assert set(states) == reached | {"a full disk"}
     [home] = (tmp_path / "runs").iterdir()
     run = home / "rehearsal"
     words = {stage["name"]: stage["words"] for stage in verdict["stages"]}
-    assert "does not answer" in words["one rank stopped"]
     assert "nothing lost" in words["signal"] and "1 of 5 steps lost" in words["all ranks killed"]
     plan = read_plan(run)
     assert plan.small.parameters < plan.whole.parameters / 20
@@ -103,28 +94,48 @@ def check_what_would_have_failed(run: Path) -> None:
     assert "the run did not go on" in failed(run)["all ranks killed"]
     metrics.write_text(logged)
     events = run / "rehearsal.jsonl"
-    noted = events.read_text()
-    events.write_text(noted.replace('"name": "export", ', '"name": "export", "code": 2, ', 1))
-    assert "export" in failed(run)
-    events.write_text(
-        noted.replace('"what": "fault", "name": "signal"', '"what": "warned", "name": "signal"')
-    )
-    assert "no warning came" in failed(run)["signal"]
-    events.write_text(noted)
-    assert failed(run) == {}
+    noted = [json.loads(line) for line in events.read_text().splitlines()]
+
+    def with_event(name: str, **change: object) -> dict[str, str]:
+        changed = [event | (change if event.get("name") == name else {}) for event in noted]
+        events.write_text("".join(json.dumps(event) + "\n" for event in changed))
+        return failed(run)
+
+    assert with_event("export", code=2, words="error: a disk\n  where: here") == {
+        "export": "exit code 2: error: a disk; where: here"
+    }
+    assert "no warning came" in with_event("signal", what="warned")["signal"]
+    place = {"node": "n1", "device": "H100", "gpu": "0", "gpus": 1}
+    ranks = {"what": "ranks", "attempt": 3, "time": 0.0, "places": [place, place]}
+    noted.append(ranks)
+    assert with_event("") == {"start": "2 ranks share 1 GPUs on n1"}
+    noted[-1] = ranks | {"places": [place]}
+    assert "not the 2 that were asked for" in with_event("")["start"]
+    del noted[-1]
+    assert with_event("") == {}
+    said = judge(run, ended="job 7 ended FAILED: no Python")
+    assert not said.passed and "no Python" in "\n".join(said.lines())
 
 
 def failed(run: Path) -> dict[str, str]:
     return {stage.name: stage.words for stage in judge(run).stages if stage.state == "fail"}
 
 
-@pytest.mark.slow
-def test_ranks_that_do_not_start_are_named_with_what_they_said(config: Path, tmp_path: Path):
-    done = hfscale("rehearse", config, "optim.lr=1e30", "optim.clip_norm=0", check=False)
-    assert done.returncode == 1, done.stderr
-    assert "attempt 1 ended with code 76" in done.stdout and "not finite" in done.stdout
-    [home] = (tmp_path / "runs").iterdir()
-    assert f"kept in {home}" in done.stderr
+def test_what_is_not_to_be_started_again_is_said(tmp_path: Path):
+    """A command that stops, hangs and is killed is started again; one that is refused is not."""
+    from launch.rehearsal.here import rehearse_here
+
+    script = """
+    echo x >> starts
+    case $(wc -l < starts) in 1) exit 75 ;; 2) exit 77 ;; 3) kill -9 $$ ;; esac
+    [ ! -e wrong ] || { echo "error: no such thing"; echo "  where: here"; exit 2; }
+    """
+    command = ["bash", "-c", f"cd {tmp_path}; {script}"]
+    assert rehearse_here(command, tmp_path / "rehearsal") == ""
+    assert len((tmp_path / "starts").read_text().splitlines()) == 4
+    (tmp_path / "wrong").touch()
+    ended = rehearse_here(command, tmp_path / "rehearsal")
+    assert ended == "attempt 0 ended with code 2: error: no such thing where: here"
 
 
 def test_what_a_dry_run_refuses_is_refused_at_once(config: Path, tmp_path: Path):
