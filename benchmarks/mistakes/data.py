@@ -127,7 +127,11 @@ SHARDS = [
     Mistake("a bit of an index has flipped", flip(".idx"), (".idx",)),
     Mistake("validation shards are not there", remove("shards/validation"), ("shards/validation",)),
     Mistake("a pipe for a shard", lambda p: _pipe(p.shard(".tar")), (".tar",)),
-    Mistake("shards of a folder that is a file", write("x", ""), ("shards",)),
+    Mistake(
+        "a table where shards should be",
+        lambda p: put("data.sources", [{"shards": str(p.folder / "reviews.jsonl")}])(p),
+        ("reviews.jsonl",),
+    ),
     Mistake("another tokenizer", other_tokenizer, ("tokenizer",)),
     Mistake("no tokenizer there", remove("tokenizer"), ("tokenizer.path",)),
     Mistake("half a tokenizer", half("tokenizer/tokenizer.json"), ("tokenizer",)),
@@ -159,7 +163,7 @@ EXAMPLES = [
         "an id twice", reviews(lambda rows: [row.update(id="a") for row in rows[:2]]), ("id",), True
     ),
     Mistake("no such task", put("task.name", "classification"), ("task",), True),
-    Mistake("too much held out", put("data.validation", 0.95), ("data.validation", "train"), True),
+    Mistake("all held out", put("data.validation", 1.5), ("data.validation",), True),
     Mistake("no pretrained folder", remove("encoder"), ("encoder",), True),
     Mistake("pretrained weights are gone", lambda p: _weights(p).unlink(), ("encoder",), True),
     Mistake("pretrained weights are cut off", lambda p: _halve(_weights(p)), ("encoder",), True),

@@ -40,7 +40,7 @@ def version(package: str, number: str) -> Callable[[Place], None]:
 
 CLUSTER = [
     Mistake("no such partition", put("cluster.partition", "gpus"), ("partition",)),
-    Mistake("too many nodes", put("cluster.nodes", 9), ("--nodes=9", "nodes")),
+    Mistake("too many nodes", put("cluster.nodes", 9), ("--nodes=9",)),
     Mistake("too many GPUs", put("cluster.gpus_per_node", 8), ("--gpus-per-node=8",)),
     Mistake("too long", put("cluster.time", "3-00:00:00"), ("time", "limit")),
     Mistake("no time to train", put("cluster.time", "1"), ("cluster.time",)),
@@ -59,7 +59,7 @@ CLUSTER = [
 ]
 SITE = [
     Mistake("an open quote in site.sh", site("export A='x"), ("site.sh",)),
-    Mistake("site.sh exits", site("exit 3"), ("exit code 3", "3:0", "site.sh")),
+    Mistake("site.sh exits", site("exit 3"), ("exit code 3",)),
     Mistake("an environment that is not there", site("PYTHON=/nowhere/bin/python"), ("/nowhere",)),
     Mistake(
         "a Python without packages",

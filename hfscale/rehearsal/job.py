@@ -155,6 +155,8 @@ def _run(command: Command, run_dir: Path) -> tuple[int, str]:
     """Return the code of a command, and its last lines."""
     if command.name == planned.OTHER_WORLD:
         _fork(run_dir, run_dir.parent / planned.OTHER)
+    if command.name == planned.EXPORT:  # of a first try
+        shutil.rmtree(run_dir.parent / planned.EXPORTED, ignore_errors=True)
     log = run_dir / run_files.LOGS / f"{command.name.replace(' ', '-')}.log"
     with open(log, "wb") as out:
         try:
