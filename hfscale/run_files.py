@@ -18,6 +18,8 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/evaluations/          scores and predictions (jobs/evaluate.py)
     RUN_DIR/data/, tokenizer/     copies of the sources' manifests, and of a borrowed tokenizer
     RUN_DIR/code/N/               the code that a job of Slurm runs
+    RUN_DIR/gradient.json         how far the engine's gradient was from plain autograd's, at the
+                                  newest start (run/gradient_proof.py)
     RUN_DIR/trial/                while the first save is tried
     RUN_DIR/secret, lock, job     by which ranks know each other; of whoever works here
     RUN_DIR/restarts.json, excluded_nodes.txt    of its Slurm jobs (launch/attempt.py)
@@ -61,6 +63,7 @@ SCORES, PREDICTIONS = "scores.json", "predictions.jsonl"  # of an evaluation
 DATA = "data"
 TOKENIZER = "tokenizer"
 CODE = "code"
+GRADIENT_PROOF = "gradient.json"
 TRIAL = "trial"
 SECRET = "secret"
 LOCK = "lock"

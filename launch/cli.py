@@ -39,7 +39,7 @@ VERBS = {  # a verb is listed when it works
     "incident": "What was wrong with a run, and which texts of a step are to blame.",
     "checkpoints": "List a run's checkpoints and why each is kept; verify, pin, prune.",
     "rehearse": "Go through the life of a run in small: signals, kills, a hang, resumes, export.",
-    "prove": "Kill and resume a short run of a config, and compare it with an undisturbed twin.",
+    "prove": "Try what a run promises on your config: a resume after kills, the engine's gradient.",
     "export": "Turn a run into a transformers folder, proven to give equal logits.",
     "evaluate": "Scores of a model: a task's metrics with intervals, or perplexity on shards.",
     "compare": "A table of the scores of runs.",

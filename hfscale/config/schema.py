@@ -205,6 +205,7 @@ class Engine(Section):
     )
     activation_checkpointing: bool = False
     compile: bool = False
+    prove: bool = True  # at each start, the gradient is held against plain autograd's
     extra: dict[str, object] = {}
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import gc
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,10 +25,12 @@ from torch import Tensor, nn
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.group import everybody
 from hfscale.engine import fragments as parts
+from hfscale.engine import gradients
 from hfscale.engine.arrivals import Arrivals, SameModules, fill
 from hfscale.engine.ds_config import deepspeed_config, running_stage
 from hfscale.engine.flops import flops_profiled
 from hfscale.engine.fragments import Fragment
+from hfscale.engine.gradients import Reader
 from hfscale.engine.groups import layer_names, param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.engine.layer_sums import LayerSums
@@ -38,7 +40,6 @@ from hfscale.errors import ConfigError, LossScaleError, UnhealthyError
 
 # says of the norm of a gradient whether the update may be made
 Allow = Callable[[float], bool]
-BLOCK = 1024  # elements that are added up in the gradient's own precision
 AT_FLOOR = "loss scale already at minimum"  # DeepSpeed's words
 # of DeepSpeed's dynamic scaler (fp16)
 LOSS_SCALE_STATE = (
@@ -107,6 +108,7 @@ class Engine:
         if self.stage >= 2:
             Arrivals(ds.module, self._zero, stage=self.stage)
         self._modules = SameModules(self._zero) if self.stage == 3 and self.all.size > 1 else None
+        self._shown: tuple[Collection[str], Reader] | None = None  # in the next step
         self._allow: Allow | None = None
         self._allowed: bool | None = None  # None: not asked yet
         self._layers = LayerSums(lambda: self.fragments(frozen=False), layer_names(ds.module))
@@ -208,6 +210,27 @@ class Engine:
         )
         return StepStats(self._norm, lr, updated=self._allowed is not False)
 
+    @contextmanager
+    def gradients_shown(self, names: Collection[str], read: Reader) -> Iterator[None]:
+        """Have the steps made inside show ``read`` what the ranks have added up for the parameters
+        ``names``: to each rank the fragments that are its own.
+        """
+        self._shown = names, read
+        try:
+            yield
+        finally:
+            self._shown = None
+
+    def _show(self, adamw: torch.optim.Optimizer) -> None:
+        """Show what ``adamw`` is about to use, if somebody has asked."""
+        if self._shown is None:
+            return
+        names, read = self._shown
+        # as DeepSpeed and torch divide it
+        clipped_by = max(1.0, (self._norm + 1e-6) / (self._clip_norm or math.inf))
+        own = self.fragments(frozen=False)
+        gradients.show(own, adamw, read, names=names, clipped_by=clipped_by)
+
     def _guarded_update(self, closure: Any = None) -> Any:
         """Let AdamW change the weights, unless ``allow`` says no. DeepSpeed calls it in place of
         ``AdamW.step``, once for each of its groups of parameters; ZeRO has clipped by now.
@@ -215,6 +238,7 @@ class Engine:
         adamw = self._adamw
         self._lr_used.update(group["lr"] for group in adamw.param_groups)
         self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
+        self._show(adamw)
         if self._allowed is None:
             if math.isfinite(self._norm):
                 self._allowed = self._allow is None or self._allow(self._norm)
@@ -234,7 +258,7 @@ class Engine:
     def _clip(self, adamw: torch.optim.Optimizer) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
         params = [param for group in adamw.param_groups for param in group["params"]]
-        norm = _norm([param.grad for param in params if param.grad is not None])
+        norm = gradients.norm([param.grad for param in params if param.grad is not None])
         if self._clip_norm:
             torch.nn.utils.clip_grads_with_norm_(params, self._clip_norm, norm)
         return norm.item()
@@ -362,18 +386,6 @@ def join_process_group() -> None:
     warnings.filterwarnings(
         "ignore", category=FutureWarning, message="`torch.distributed.*is deprecated"
     )
-
-
-def _norm(gradients: list[Tensor]) -> Tensor:
-    """Return the L2 norm of all of them. A CPU adds a tensor up in fp32 one by one (0.5 % off at 66
-    M elements), so in blocks here.
-    """
-    norms = []
-    for gradient in (whole.flatten() for whole in gradients):
-        in_blocks = gradient.numel() // BLOCK * BLOCK
-        norms.append(torch.linalg.vector_norm(gradient[:in_blocks].view(-1, BLOCK), dim=1))
-        norms.append(torch.linalg.vector_norm(gradient[in_blocks:], keepdim=True))
-    return torch.cat(norms).double().square().sum().sqrt().float()
 
 
 def _enable_activation_checkpointing(model: nn.Module) -> None:

@@ -41,6 +41,7 @@ from hfscale.monitor.throughput import Throughput
 from hfscale.run.about import about_run
 from hfscale.run.beside import Beside
 from hfscale.run.data import OpenData
+from hfscale.run.gradient_proof import prove_gradient
 from hfscale.run.health import health_of, incidents_of, leave_out
 from hfscale.run.model import check_live
 from hfscale.run.origin import generate_as
@@ -120,10 +121,20 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
         health=health_of(config, saved, found),
     )
     trainer.observers = [*observers(run, opened, trainer, fence=fence, saved=saved)]
-    if saved is None:
+    look_before(trainer, config, new=saved is None)
+    return trainer
+
+
+def look_before(trainer: Trainer, config: TrainConfig, *, new: bool) -> None:
+    """Return if what is ``new`` can be saved and exported, and what is left to do has a gradient
+    that is right.
+    """
+    if new:
         PHASES.enter(START + "trial")
         try_out(trainer, config)
-    return trainer
+    if config.engine.prove and trainer.state.step < trainer.total_steps:
+        PHASES.enter(START + "proof")
+        prove_gradient(trainer, config)
 
 
 def agreed(folder: Path | None) -> Path | None:

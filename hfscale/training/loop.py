@@ -222,6 +222,10 @@ class Trainer:
         beat("step")
         return self.engine.step(self.learning_rate(step + 1), allow=allow, measure=measure)
 
+    def forget_loss(self) -> None:
+        """Forget the loss of a step that was only tried: the next step does not tell of it."""
+        self._loss_share = None
+
     def _on_host(self, share: torch.Tensor) -> torch.Tensor:
         """Return ``share`` where it can be read after the step, without waiting for a GPU now: the
         optimizer waits for the gradient's norm, which comes later.

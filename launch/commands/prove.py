@@ -1,8 +1,10 @@
-"""`hfscale prove resume`: a short run of your config is killed, resumed, and compared with a twin
-that nobody disturbed.
+"""`hfscale prove`: what a run promises, tried on your own config, data and machine.
 
-Both are ordinary runs of `hfscale pretrain`, in processes of their own and in a new folder beside
-the run that the config names.
+    resume  a short run is killed, resumed, and compared with a twin that nobody disturbed
+    engine  the gradient of the live engine is held against plain autograd
+
+By ordinary runs, in processes of their own and in a new folder beside the run that the config
+names.
 """
 
 from __future__ import annotations
@@ -122,6 +124,44 @@ def resume(
         verdict = "equal, bit for bit"
     logger.info(f"{verdict}; certificate: {out}")
     raise typer.Exit(1 if difference else 0)
+
+
+@app.command(epilog="Example: hfscale prove engine configs/pretrain/quickstart.yaml --procs 2")
+def engine(config: Config, overrides: Overrides = None, procs: Procs = None) -> None:
+    """Start CONFIG in a folder of its own, and hold the gradient of its live engine against plain
+    autograd of the same rows through the same weights: ZeRO stage, precision, options, ranks and
+    accumulation as they are.
+
+    Every start does this by itself (engine.prove). Exit code 0: they agree. 1: they do not.
+    """
+    wanted = Request(config, tuple(overrides or ())).load()
+    root = wanted.config.run.root
+    root.mkdir(parents=True, exist_ok=True)
+    home = Path(tempfile.mkdtemp(prefix=f"{wanted.config.run.name}-prove-", dir=root))
+    ours = {
+        "run.root": home,
+        "run.name": "engine",
+        "train.steps": 1,
+        "train.epochs": "null",
+        "train.tokens": "null",
+        "engine.prove": "true",
+        "metrics.tensorboard": "false",
+    }
+    asked = [*(overrides or ()), *(f"{key}={value}" for key, value in ours.items())]
+    if procs:
+        asked += ["--procs", str(procs)]
+    try:
+        code = subprocess.run(python("launch.cli", wanted.config.verb, config, *asked)).returncode
+        from hfscale.run.gradient_proof import proof_of  # slow to import
+
+        proof = proof_of(home / "engine")
+    finally:
+        shutil.rmtree(home, ignore_errors=True)
+    if proof is None and code == 0:
+        logger.warning("nothing was compared; the log above says why")
+    if proof:
+        typer.echo("\n".join(proof.lines()))
+    raise typer.Exit(1 if proof and code else code)
 
 
 def _certify(out: Path, **certificate: object) -> None:

@@ -7,8 +7,9 @@ import math
 import pytest
 import torch
 
-from hfscale.engine.engine import Engine, _norm, construction, gathered
+from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.fragments import tied
+from hfscale.engine.gradients import norm
 from hfscale.errors import ConfigError, UnhealthyError
 from tests.engine.tiny import (
     accumulation_error,
@@ -110,7 +111,7 @@ def test_the_norm_of_a_large_gradient_is_exact_at_stage_0():
         torch.randn(number, generator=torch.Generator().manual_seed(1)) for number in (2**23 + 7, 3)
     ]
     right = torch.cat(gradients).double().norm().item()
-    assert _norm(gradients).item() == pytest.approx(right, rel=1e-6)
+    assert norm(gradients).item() == pytest.approx(right, rel=1e-6)
 
 
 def decay_groups(stage: int) -> list[tuple[float, int]]:
