@@ -7,11 +7,12 @@ bytes and flop/s here; a ``Need`` is in the unit of the measurement that it is f
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from hfscale.checkpoint import layout
 from hfscale.checks.finding import figure
+from hfscale.config.schema import TrainConfig
 from hfscale.engine.ds_config import running_stage
 from hfscale.run_files import CHECKPOINTS
 from hfscale.shards.manifest import TEXT
@@ -21,10 +22,10 @@ if TYPE_CHECKING:
 
 SAVED = 12  # bytes of a checkpoint for a trained weight: fp32, and two moments
 HELD = 4  # and for a frozen one
-BASE = 2**30  # bytes of a rank before it has a model: Python, torch, DeepSpeed
 TEXT_BYTES = 5.0  # of raw text a token: more than tokenizers leave of any common language
 # of the rate of matrix products, what training gets at most
 MOST_MFU = 0.5
+SURE = 0.8  # of what is planned: with less a run ends for certain
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,11 @@ class Needs:
     beside_base: bool = False  # adapters: checkpoints do not hold the frozen weights
     stage: int = 0
     precision: str = "fp32"
-    offload: str = "none"
+    # as planned: of a node, and of a GPU; with what makes it up
+    node_bytes: float = 0.0
+    node_how: str = ""
+    gpu_bytes: float = 0.0
+    gpu_how: str = ""
     keep: int = 2  # checkpoints
     kept: int = 0  # that are there already
     signal_s: int = 0  # in which a save must be done
@@ -71,19 +76,6 @@ class Needs:
         """What a checkpoint takes."""
         frozen = 0 if self.beside_base else self.parameters - self.trained
         return SAVED * self.trained + HELD * frozen
-
-    @property
-    def model_bytes(self) -> float:
-        """What weights, gradients and optimizer take of a rank; activations come on top.
-
-        Rajbhandari et al. 2020, ZeRO, sec. 3.1: 16 bytes for a trained weight, of which stage 1
-        shares out 12, stage 2 14, stage 3 all.
-        """
-        shared = {0: 0, 1: 12, 2: 14, 3: 16}[self.stage]
-        trained = self.trained * (16 - shared + shared / self.ranks)
-        width = 4 if self.precision == "fp32" else 2
-        frozen = (self.parameters - self.trained) * width
-        return trained + frozen / (self.ranks if self.stage == 3 else 1)
 
     @property
     def speed(self) -> tuple[float, str]:
@@ -133,36 +125,20 @@ class Needs:
 
     def memory(self) -> Need:
         """Return GiB of a node's memory."""
+        ranks = self.ranks_per_node
         if self.elsewhere:
             return Need(2.0, "2 GiB to look at a run", usual=True)
-        ranks = self.ranks_per_node
-        here = self.model_bytes if not self.on_gpu else 0.0
-        if self.on_gpu and self.offload != "none":
-            here = SAVED * self.trained / self.ranks
-        if not here:
+        if not self.node_bytes:
             return Need(2.0 * ranks, "2 GiB for each rank", usual=True)
-        each = (BASE + here) / 2**30
-        return Need(
-            ranks * (each + 1),
-            f"{ranks} ranks of {each:.2g} GiB (weights, gradients, optimizer, Python), and "
-            "activations",
-            fatal=ranks * each,
+        return _planned(
+            self.node_bytes, f"`hfscale plan` says so of {ranks} ranks: {self.node_how}"
         )
 
     def gpu_memory(self) -> Need:
         """Return GiB of a GPU."""
-        if self.elsewhere or not (self.on_gpu and self.parameters):
+        if self.elsewhere or not self.gpu_bytes:
             return Need(0.0, "", usual=True)
-        here = self.model_bytes
-        if self.offload != "none":
-            here -= SAVED * self.trained / self.ranks
-        size = here / 2**30
-        return Need(
-            1.25 * size + 1,
-            f"weights, gradients and optimizer at ZeRO {self.stage} on {self.ranks} ranks take "
-            f"{size:.3g} GiB; activations come on top",
-            fatal=size,
-        )
+        return _planned(self.gpu_bytes, f"`hfscale plan` says so: {self.gpu_how}")
 
     def all_reduce(self) -> Need:
         """Return GB/s of bus bandwidth at which the gradients of a step take as long as the step
@@ -200,7 +176,6 @@ def needs_of(run: Run, *, ranks: int, nodes: int, on_gpu: bool, tokens_per_s: fl
         beside_base=config.model.lora is not None,
         stage=running_stage(config.engine),
         precision=config.engine.precision,
-        offload=config.engine.offload,
         keep=config.checkpoint.keep_last,
         kept=len(layout.committed(config.run_dir / CHECKPOINTS)),
         signal_s=config.cluster.signal_s,
@@ -210,6 +185,39 @@ def needs_of(run: Run, *, ranks: int, nodes: int, on_gpu: bool, tokens_per_s: fl
         accumulation=max(1, config.train.global_batch // (config.train.micro_batch * ranks)),
         tokens_per_s=tokens_per_s,
     )
+
+
+def with_memory(needs: Needs, config: TrainConfig) -> Needs:
+    """Return ``needs`` with the memory that `hfscale plan` computes for ``config``, which takes a
+    second or two.
+
+    Raises:
+        UserError: if the model cannot be built.
+    """
+    # torch is slow to import
+    from hfscale.planning.memory import memory
+    from hfscale.planning.subject import Subject
+
+    subject = Subject(config, on_cpu=not needs.on_gpu)
+    setup = subject.setup(needs.ranks, a_node=needs.ranks_per_node)
+    step = subject.step(setup.micro_batch, checkpointing=setup.checkpointing)
+    held = memory(setup, subject.weights, step)
+    rank, node = held.peak, held.on_host
+    if needs.on_gpu:
+        return replace(
+            needs,
+            gpu_bytes=rank.value,
+            gpu_how=rank.how,
+            node_bytes=node.value,
+            node_how=node.how,
+        )
+    # on a CPU what a rank holds is in its node's memory
+    bytes_of_all = needs.ranks_per_node * rank.value
+    return replace(needs, node_bytes=bytes_of_all, node_how=f"each {rank.how}")
+
+
+def _planned(size: float, how: str) -> Need:
+    return Need(size / 2**30, how, fatal=SURE * size / 2**30)
 
 
 def _bytes_per_token(run: Run) -> float:

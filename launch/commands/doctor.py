@@ -13,7 +13,7 @@ import typer
 
 from hfscale.checks.finding import Finding, product_rate
 from hfscale.checks.judge import bad_nodes, judge, table
-from hfscale.checks.needs import Needs
+from hfscale.checks.needs import Needs, with_memory
 from hfscale.checks.node import Task
 from hfscale.checks.start import read
 from hfscale.config.permission import grant
@@ -74,6 +74,8 @@ def doctor(
     needs = with_rate(start.needs, findings)
     if isinstance(start, Submission) and not here:  # the nodes are others than this one
         needs = replace(needs, elsewhere=True)
+    elif wanted and needs.parameters:
+        needs = with_memory(needs, wanted.config)
     judged = judge(findings, nodes=nodes, needs=needs)
     bad, ok = bad_nodes(judged), all(one.state != "fail" for one in judged)
     if as_json:

@@ -168,19 +168,11 @@ def test_a_save_that_is_not_done_in_time():
 
 @pytest.mark.parametrize(("free", "state"), [(100.0, "ok"), (3.0, "warn"), (2.0, "fail")])
 def test_memory_is_compared_with_what_the_run_takes(free: float, state: str):
-    """16 bytes a parameter at stage 0: 1.85 GiB, and a GiB of Python."""
+    planned = replace(GPT2, node_bytes=3.5 * 2**30, node_how="weights 1 GiB + AdamW 2.5 GiB")
     found = [Finding("memory", "ok", "", nodes=(n,), value=free, unit="GiB") for n in NODES]
-    [one] = judge(found, nodes=NODES, needs=GPT2)
+    [one] = judge(found, nodes=NODES, needs=planned)
     assert one.state == state
-    assert one.needs.startswith("3.85 (1 ranks of 2.8 GiB")
-
-
-def test_stages_share_out_what_they_say():
-    gib = {
-        stage: replace(GPT2, stage=stage, precision="bf16").model_bytes / GPT2.parameters
-        for stage in range(4)
-    }
-    assert gib == {0: 16, 1: 4 + 3, 2: 2 + 3.5, 3: 4}
+    assert one.needs.startswith("3.5 (`hfscale plan` says so of 1 ranks: weights 1 GiB")
 
 
 def test_checkpoints_that_are_there_take_no_more_room():
@@ -190,7 +182,8 @@ def test_checkpoints_that_are_there_take_no_more_room():
 
 
 def test_nodes_are_not_judged_by_what_a_login_node_has():
-    login = replace(GPT2, elsewhere=True)
+    planned = replace(GPT2, node_bytes=2**33, node_how="all of it")
     found = [Finding("memory", "ok", "", nodes=("n1",), value=2.5, unit="GiB")]
+    assert judge(found, nodes=("n1",), needs=planned)[0].state == "fail"
+    login = replace(planned, elsewhere=True)
     assert judge(found, nodes=("n1",), needs=login)[0].state == "ok"
-    assert judge(found, nodes=("n1",), needs=GPT2)[0].state == "fail"
