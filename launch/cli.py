@@ -25,6 +25,7 @@ VERBS = {  # a verb is listed when it works
     "shards": "Build, index, verify and describe token shards.",
     "pretrain": "Train from a config, or go on with a run.",
     "finetune": "Fine-tune a model for a task on labelled examples.",
+    "tune": "Find the micro-batch, speed options and learning rate of a config, by trials here.",
     "status": "Where a run is: queue, step, speed, expected end, last checkpoint.",
     "goodput": "Where the time of a run went: queue, start-up, compute, stalls, lost work.",
     "profile": "A profile of the next steps of a run that is under way.",

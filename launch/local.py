@@ -252,13 +252,6 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
         | world.export()
     )
     launcher = os.getpid()
-
-    def die_with_launcher() -> None:
-        if _libc is not None:
-            _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != launcher:  # it died before the line above
-            os._exit(1)
-
     # a console that goes away does not stop the run
     tee = [
         "tee",
@@ -287,12 +280,20 @@ def _start(command: Sequence[str], world: World, logs: Path) -> Rank:
             stdout=out,
             stderr=err,
             start_new_session=True,
-            preexec_fn=die_with_launcher,
+            preexec_fn=lambda: die_with(launcher),
             pass_fds=[] if world.listen_fd is None else [world.listen_fd],
         )
     for pipe in (tee.stdin for tee in tees if tee.stdin):
         pipe.close()
     return Rank(world.all.rank, process, path, begins, tees)
+
+
+def die_with(parent: int) -> None:
+    """Have the kernel kill this process, a child of ``parent``, when that dies."""
+    if _libc is not None:
+        _libc.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:  # it died before the line above
+        os._exit(1)
 
 
 @contextmanager

@@ -32,7 +32,7 @@ FLOORS = [
     {"training"},
     {"run"},
     {"planning"},
-    {"jobs", "reports", "checks"},
+    {"jobs", "reports", "checks", "tuning"},
     {"rehearsal"},
     {"worker"},
 ]
