@@ -7,6 +7,7 @@ In a checkout they lie in its folders, where one edits them; a wheel carries the
 from __future__ import annotations
 
 import shutil
+import subprocess
 from pathlib import Path
 
 from hfscale.config.schema import Cluster
@@ -14,6 +15,7 @@ from hfscale.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]  # holds the packages hfscale and launch
 CARRIED = Path(__file__).with_suffix("")
+SCRIPTS = ("train.sbatch", "start.sh", "site.sh")  # of a job: the first is Slurm's
 SHARED = ("configs", "slurm", "constraints.txt")
 
 
@@ -38,6 +40,36 @@ def scripts_home(cluster: Cluster) -> Path:
             remedy="`hfscale configs copy FOLDER` makes one to edit: cluster.scripts=FOLDER",
         )
     return home
+
+
+def check_scripts(cluster: Cluster) -> None:
+    """Return if the shell can read the scripts of a job: found out here, it costs no queue.
+
+    Raises:
+        ConfigError: naming the script and its line.
+    """
+    for name in SCRIPTS:
+        file = scripts_home(cluster) / "slurm" / name
+        if not file.is_file():
+            raise ConfigError(
+                f"there is no slurm/{name}",
+                where=file.parent,
+                remedy="`hfscale configs copy FOLDER` brings one: cluster.scripts=FOLDER",
+            )
+        if name == SCRIPTS[0] and not file.read_bytes().startswith(b"#!"):
+            raise ConfigError(
+                "a script of Slurm begins with #! and its shell",
+                where=f"{file}:1",
+                value=file.read_text(errors="replace")[:40].partition("\n")[0],
+                remedy="#!/bin/bash",
+            )
+        done = subprocess.run(["bash", "-n", file], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise ConfigError(
+                f"the shell cannot read slurm/{name}: {done.stderr.strip().splitlines()[-1]}",
+                where=file,
+                remedy="mend the line: a quote, a bracket or a word of the shell is left open",
+            )
 
 
 def copy(folder: Path) -> list[Path]:

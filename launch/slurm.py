@@ -34,7 +34,7 @@ from launch.queue import (
     seconds,
 )
 from launch.request import quote
-from launch.share import scripts_home
+from launch.share import check_scripts, scripts_home
 from launch.start import Start, before
 
 SCRIPT = "slurm/train.sbatch"
@@ -104,6 +104,12 @@ class Submission(Start):
     def allocation(self) -> Sequence[str] | None:
         """Return how the allocation differs from the config."""
         return differences(self.job.cluster, self.here) if self.job and self.here else None
+
+    def scripts(self) -> Sequence[str] | None:
+        """Return no notices if the shell can read what the job runs."""
+        if self.job is not None:
+            check_scripts(self.job.cluster)
+        return [] if self.job else None
 
     def request(self) -> Sequence[str] | None:
         """Return what Slurm says of the job; when it would start is ``expected``."""

@@ -70,6 +70,10 @@ class Start:
         """Return None: there is none."""
         return None
 
+    def scripts(self) -> Sequence[str] | None:
+        """Return None: there is no job script."""
+        return None
+
     def request(self) -> Sequence[str] | None:
         """Return None: nothing is submitted."""
         return None

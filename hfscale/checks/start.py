@@ -37,6 +37,8 @@ class Start(Protocol):
 
     def allocation(self) -> Notices | None: ...
 
+    def scripts(self) -> Notices | None: ...
+
     def request(self) -> Notices | None: ...
 
     def parts(self) -> Notices | None: ...
@@ -95,6 +97,11 @@ def config(start: Start) -> Iterator[Finding]:
 def allocation(start: Start) -> Iterator[Finding]:
     """Yield how the allocation around this process differs from what the config asks for."""
     yield from _told("allocation", start.allocation())
+
+
+def scripts(start: Start) -> Iterator[Finding]:
+    """Yield whether the shell can read what a job runs."""
+    yield from _told("scripts", start.scripts(), fits="the shell reads them")
 
 
 def request(start: Start) -> Iterator[Finding]:

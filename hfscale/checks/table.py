@@ -64,6 +64,12 @@ CHECKS = (
         remedy="the allocation wins; ask for another one if that is not what you want",
     ),
     Check(
+        "scripts",
+        "read",
+        "hfscale.checks.start:scripts",
+        remedy="mend the script that is named",
+    ),
+    Check(
         "request",
         "read",
         "hfscale.checks.start:request",

@@ -5,6 +5,7 @@ ranks have written; and a whole one, on this machine.
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from launch.commands.rehearse import rehearse
 from launch.rehearsal import kept
 from launch.rehearsal.cluster import smaller
 from launch.request import Request
-from tests.helpers.cli import hfscale
+from launch.share import check_scripts
+from tests.helpers.cli import ROOT, hfscale
 from tests.helpers.corpus import LLAMA, run_values
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
 
@@ -162,8 +164,6 @@ def test_a_run_that_is_under_way_is_not_rehearsed(config: Path, tmp_path: Path):
 def test_a_damaged_shard_is_named_before_anything_starts(
     config: Path, corpus: Path, tmp_path: Path
 ):
-    import shutil
-
     shards = Path(shutil.copytree(corpus / "shards" / "train", tmp_path / "shards"))
     asked = [f"data.sources=[{{shards: '{shards}'}}]"]
     tar = sorted(shards.glob("*.tar"))[0]
@@ -246,10 +246,7 @@ def test_a_job_is_as_long_as_it_takes_to_be_warned():
 def test_a_pass_is_kept_until_scripts_or_cluster_change(
     config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
-    import shutil
-
     from launch.job import Training
-    from tests.helpers.cli import ROOT
 
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     shutil.copytree(ROOT / "slurm", tmp_path / "site" / "slurm")
@@ -277,3 +274,23 @@ def test_times_of_slurm():
         None,
         None,
     ]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("site.sh", "export A='x", "cannot read slurm/site.sh(.|\n)*line"),
+        ("train.sbatch", "bash\n", "begins with #!"),
+        ("train.sbatch", "#!/bin/bash\nif true; then\n", "cannot read slurm/train.sbatch"),
+        ("start.sh", None, "there is no slurm/start.sh"),
+    ],
+)
+def test_a_script_that_the_shell_cannot_read_is_named(
+    tmp_path: Path, name: str, text: str | None, words: str
+):
+    file = Path(shutil.copytree(ROOT / "slurm", tmp_path / "slurm")) / name
+    cluster = Cluster(scripts=str(tmp_path))
+    check_scripts(cluster)
+    file.unlink() if text is None else file.write_text(text)
+    with pytest.raises(ConfigError, match=words):
+        check_scripts(cluster)
