@@ -154,7 +154,7 @@ def _command(command: Command, run_dir: Path, journal: Journal, stop: StopReques
 def _run(command: Command, run_dir: Path) -> tuple[int, str]:
     """Return the code of a command, and its last lines."""
     if command.name == planned.OTHER_WORLD:
-        _fork(run_dir, run_dir.parent / planned.OTHER)
+        fork(run_dir, run_dir.parent / planned.OTHER)
     if command.name == planned.EXPORT:  # of a first try
         shutil.rmtree(run_dir.parent / planned.EXPORTED, ignore_errors=True)
     log = run_dir / run_files.LOGS / f"{command.name.replace(' ', '-')}.log"
@@ -174,13 +174,16 @@ def _run(command: Command, run_dir: Path) -> tuple[int, str]:
     return code, "\n".join(log.read_text(errors="replace").splitlines()[-TAIL_LINES:])
 
 
-def _fork(run_dir: Path, other: Path) -> None:
+def fork(run_dir: Path, other: Path) -> None:
     """Make ``other`` a run that stands where ``run_dir`` did some steps before its end."""
     shutil.rmtree(other, ignore_errors=True)
     saved = layout.committed(run_dir / run_files.CHECKPOINTS)
     [before, *_] = [one for one in reversed(saved) if layout.step_of(one) < planned.STEPS]
     shutil.copytree(before, other / run_files.CHECKPOINTS / before.name)
     shutil.copy(run_dir / run_files.CONFIG, other / run_files.CONFIG)
+    for name in (run_files.DATA, run_files.TOKENIZER):  # what a run was begun with
+        if (run_dir / name).is_dir():
+            shutil.copytree(run_dir / name, other / name)
 
 
 def _judge(run_dir: Path) -> None:

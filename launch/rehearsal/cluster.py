@@ -23,6 +23,7 @@ from launch.request import Request
 
 WAIT_S = 90  # at least, from the start of a job to Slurm's warning
 POLL_S, QUIET_S = 1.0, 60.0
+END_S = 60.0  # what a job gets to end
 LINES = 6  # of a log
 USUAL = re.compile(
     r"Exited with exit code|Terminating StepId|^\S+ (job \d+, restart|notice:)|CANCELLED AT"
@@ -85,6 +86,7 @@ def submitted(request: Request) -> Iterator[Path]:
         yield job.folder
     except BaseException:
         client(["scancel", number(job.folder)])
+        _let_end(number(job.folder))
         raise
 
 
@@ -103,6 +105,7 @@ def wait(run_dir: Path, say: Callable[[str], None]) -> str:
         told = facts(job)
         state = (told or {}).get("JobState", "")
         if (run_dir / run_files.VERDICT).is_file():
+            _let_end(job)
             return ""
         for event in list(events(run_dir))[seen:]:
             seen += 1
@@ -118,6 +121,13 @@ def wait(run_dir: Path, say: Callable[[str], None]) -> str:
         if line != before or time.monotonic() - quiet_since > QUIET_S:
             before, quiet_since = line, time.monotonic()
             say(line)
+        time.sleep(POLL_S)
+
+
+def _let_end(job: str) -> None:
+    """Return when a job has ended, or should have: until then it writes into its folder."""
+    until = time.monotonic() + END_S
+    while (facts(job) or {}).get("JobState", "") in ALIVE and time.monotonic() < until:
         time.sleep(POLL_S)
 
 

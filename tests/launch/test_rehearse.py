@@ -178,6 +178,27 @@ def test_a_damaged_shard_is_named_before_anything_starts(
     assert not list((tmp_path / "runs").glob("*")), "nothing is left"
 
 
+def test_a_run_is_copied_with_what_it_needs_to_go_on(tmp_path: Path):
+    """Of a run that borrows its tokenizer, the tokenizer too."""
+    from hfscale.rehearsal.job import fork
+
+    run, other = tmp_path / "rehearsal", tmp_path / "other"
+    for step in (8, 10, 12):
+        saved = run / "checkpoints" / f"step-{step:08}"
+        saved.mkdir(parents=True)
+        (saved / "manifest.json").touch()
+    (run / "tokenizer").mkdir()
+    (run / "config.yaml").touch()
+    fork(run, other)
+    fork(run, other)  # again, in place of what was there
+    assert [path.name for path in (other / "checkpoints").iterdir()] == ["step-00000010"]
+    assert sorted(path.name for path in other.iterdir()) == [
+        "checkpoints",
+        "config.yaml",
+        "tokenizer",
+    ]
+
+
 # -------------------------------------------------------------------------------------- what is cut
 ARCHITECTURES: dict[str, dict[str, Any]] = {
     "gpt2": {"n_layer": 12, "n_embd": 768, "n_head": 12, "n_positions": 64},
