@@ -38,9 +38,15 @@ def version(package: str, number: str) -> Callable[[Place], None]:
     return make
 
 
+def many_nodes(place: Place) -> None:
+    """More than there are, among which the batch divides."""
+    place.values["cluster"]["nodes"] = 8
+    place.values["train"]["global_batch"] = 32
+
+
 CLUSTER = [
     Mistake("no such partition", put("cluster.partition", "gpus"), ("partition",)),
-    Mistake("too many nodes", put("cluster.nodes", 9), ("--nodes=9",)),
+    Mistake("too many nodes", many_nodes, ("--nodes=8",)),
     Mistake("too many GPUs", put("cluster.gpus_per_node", 8), ("--gpus-per-node=8",)),
     Mistake("too long", put("cluster.time", "3-00:00:00"), ("time", "limit")),
     Mistake("no time to train", put("cluster.time", "1"), ("cluster.time",)),
