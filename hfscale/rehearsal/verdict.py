@@ -25,7 +25,7 @@ from hfscale.reports.prove import TENSORS, Evidence, first_difference, observe
 from hfscale.reports.status import records
 
 State = Literal["ok", "warn", "fail", "missed", "left out"]
-NEAR = 0.05  # of a loss, in steps that others ranks do: sums in another order, other dropout
+NEAR = 0.25  # of a loss: other ranks draw other dropout. That the rows are the same is exact
 WIDTH = 20
 WRONG = ("fail", "missed")
 FAR = "the run did not come so far"

@@ -39,6 +39,9 @@ class Alone:
     def allocation(self) -> Notices | None:
         return None
 
+    def scripts(self) -> Notices | None:
+        return None
+
     def request(self) -> Notices | None:
         return None
 
