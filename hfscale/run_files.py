@@ -10,6 +10,7 @@ here and nowhere else. On the lowest floor, because the rooms that write these f
     RUN_DIR/details.jsonl, incidents.jsonl, goodput.jsonl, samples.jsonl    more such lines
                                   (monitor/lines.py)
     RUN_DIR/exports.jsonl         what was exported to where (jobs/export.py)
+    RUN_DIR/plan.json             what was planned for it beside what it took (planning/check.py)
     RUN_DIR/profiles/             what the profiler wrote
     RUN_DIR/checkpoints/          what lies in it: checkpoint/layout.py
     RUN_DIR/attempts/N/           who worked here, and how that ended (monitor/fence.py)
@@ -37,6 +38,7 @@ from hfscale.errors import CheckpointError
 
 CONFIG = "config.yaml"
 ENVIRONMENT = "environment.json"
+PLAN = "plan.json"
 PATCH = "environment-{}.patch"
 METRICS = "metrics.jsonl"
 DETAILS = "details.jsonl"

@@ -26,6 +26,7 @@ def make_base(home: Path) -> Path:
     add_incidents(base / "runs" / "r")
     hfscale("export", "runs/r", "export", cwd=base)
     hfscale("evaluate", "runs/r", cwd=base)
+    hfscale("plan", "runs/r", "--check", cwd=base)
     return base
 
 

@@ -89,6 +89,8 @@ def on_export(rng: Random, home: Path) -> Act:
 
 
 RECORDS = ["metrics.jsonl", "environment.json", "attempts/1/ended", "scores", "config.yaml"]
+RECORDS += ["plan.json"]
+PLANS = [("plan", "runs/r", "--gpu", "cpu"), ("plan", "runs/r", "--check")]
 HISTORY = ["incidents.jsonl", "goodput.jsonl", "details.jsonl"]
 STATUS, COMPARE, SHOW = ("status", "runs/r"), ("compare", "runs/r"), ("show", "runs/r")
 LOOKS = [STATUS, ("incident", "runs/r"), ("incident", "runs/r", "1"), ("goodput", "runs/r")]
@@ -105,7 +107,10 @@ def on_records(rng: Random, home: Path) -> Act:
         bend_lines(rng, run / which)
         if rng.random() < 0.1:
             replaced(rng, run / which)
-        return command(*rng.choice([STATUS, COMPARE, ("batch", "runs/r", "--step", "2")]))
+        return command(*rng.choice([STATUS, COMPARE, PLANS[1], ("batch", "runs/r", "--step", "2")]))
+    if which == "plan.json":
+        bend_json(rng, run / which)
+        return command(*rng.choice(PLANS))
     if which == "scores":
         [file] = run.glob("evaluations/*/*/scores.json")
         bend_json(rng, file)

@@ -14,6 +14,7 @@ from hfscale.errors import ConfigError
 from hfscale.models.devices import CPU, GB, Device, device_named, device_seen
 from hfscale.monitor.clock import duration
 from hfscale.planning.advice import Choice, Site, best_by_stage, choice, config_lines, recommended
+from hfscale.planning.corrections import MEMORY, STEP, corrections
 from hfscale.planning.figures import GIB, Figure, count, size
 from hfscale.planning.memory import shared_memory
 from hfscale.planning.subject import Subject
@@ -32,6 +33,7 @@ class Asked:
     nodes: int | None = None
     network_gb_s: float | None = None
     memory_gib: float | None = None
+    corrected: bool = True  # by the checked runs of the same root
 
 
 @dataclass(frozen=True)
@@ -69,10 +71,21 @@ class Plan:
     stages: tuple[StageRow, ...]
     advice: tuple[str, ...]
     assumed: tuple[str, ...]
+    setup: dict[str, str | int | float | bool]  # that memory and speed depend on
+
+    @property
+    def peak(self) -> float:
+        """The most bytes of a rank."""
+        return self.figure("memory a rank", "peak a rank").value
+
+    @property
+    def step_s(self) -> float:
+        """How long a step takes."""
+        return self.figure("a step", "step").value
 
     def figure(self, title: str, name: str) -> Figure:
-        """Return one figure of a section."""
-        section = next(one for one in self.sections if one.title == title)
+        """Return one figure of the section whose title begins so."""
+        section = next(one for one in self.sections if one.title.startswith(title))
         return next(one for one in section.figures if one.name == name)
 
     def to_json(self) -> str:
@@ -180,9 +193,12 @@ def make_plan(config: TrainConfig, asked: Asked) -> Plan:
         _model(subject),
         _memory(own, site),
         _host(own),
-        _speed(own),
+        _speed(own, on_cpu=subject.on_cpu),
         _run(subject, own, site),
     ]
+    learnt = _learnt(config, own, site) if asked.corrected else None
+    if learnt:
+        sections.append(learnt)
     assumed = list(subject.assumed)
     if site.device is CPU and not asked.gpu:
         assumed.append("no GPU here and none named: ranks on cores of this machine (--gpu h100)")
@@ -197,8 +213,9 @@ def make_plan(config: TrainConfig, asked: Asked) -> Plan:
         own.fits,
         tuple(sections),
         tuple(map(_row, found)),
-        tuple(_advice(own, found, subject)),
+        (*_advice(own, found, subject), *_warned(learnt, site)),
         tuple(assumed),
+        {key: value for key, value in asdict(own.setup).items() if key != "zero"},
     )
 
 
@@ -248,7 +265,7 @@ def _memory(own: Choice, site: Site) -> Section:
     setup = own.setup
     how = f"{setup.precision}, stage {setup.stage}"
     room = Figure("memory of a device", site.memory_bytes, "bytes", site.device.name)
-    moments = [replace(one, name=f"at its {one.name}") for one in own.memory.moments]
+    moments = [replace(one, name=f"tensors at: {one.name}") for one in own.memory.moments]
     peak = own.memory.peak
     return Section(
         f"memory a rank ({how}, micro-batch {setup.micro_batch})",
@@ -262,10 +279,11 @@ def _host(own: Choice) -> Section:
     return Section("a node beside its devices", (host, *parts, shared_memory(own.setup)))
 
 
-def _speed(own: Choice) -> Section:
+def _speed(own: Choice, *, on_cpu: bool) -> Section:
     fast = own.speed
     parts = (replace(one, name=f"  {one.name}") for one in fast.parts)
-    return Section("a step", (fast.step, *parts, fast.tokens_per_s, fast.mfu))
+    of_peak = () if on_cpu else (fast.mfu,)  # of a CPU no peak is known
+    return Section("a step", (fast.step, *parts, fast.tokens_per_s, *of_peak))
 
 
 def _run(subject: Subject, own: Choice, site: Site) -> Section:
@@ -317,6 +335,21 @@ def _run(subject: Subject, own: Choice, site: Site) -> Section:
     return Section("the run", tuple(figures))
 
 
+def _learnt(config: TrainConfig, own: Choice, site: Site) -> Section | None:
+    """Return what the checked runs of the same root say that this one will take."""
+    root = Path(config.run.root)
+    known = corrections(root, device=site.device.key)
+    planned = {MEMORY: own.memory.peak, STEP: own.speed.step}
+    figures = [known[name].apply(figure) for name, figure in planned.items() if name in known]
+    return Section(f"as checked runs of {root} went", tuple(figures)) if figures else None
+
+
+def _warned(learnt: Section | None, site: Site) -> Iterator[str]:
+    for figure in learnt.figures if learnt else ():
+        if figure.unit == "bytes" and figure.value > site.memory_bytes:
+            yield f"as checked runs here went, it takes {figure}: more than there is"
+
+
 def _advice(own: Choice, found: Sequence[Choice], subject: Subject) -> Iterator[str]:
     best = recommended(found)
     if best is None:
@@ -328,7 +361,7 @@ def _advice(own: Choice, found: Sequence[Choice], subject: Subject) -> Iterator[
         )
         return
     gain = best.speed.tokens_per_s.value / own.speed.tokens_per_s.value
-    if own.fits and gain < 1.05 and best.setup.stage >= own.setup.stage:
+    if own.fits and gain < 1.05:
         yield "the config is as good as any that was tried"
         return
     times = f", {gain:.2f} x as fast as the config" if own.fits else ", where the config does not"

@@ -136,6 +136,8 @@ class OtherDevice(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.scaled_dot_product_attention:
             return self._attention(*args, **kwargs)
+        if func is F.dropout and not self._on_cpu:  # of its kernel a GPU keeps a byte a number
+            return self._dropout(*args, **kwargs)
         if func in GROUPED:
             return _Grouped.apply(*args[:2])  # type: ignore[no-untyped-call]
         if func is torch.Tensor.__bool__ and args[0].is_meta:
@@ -143,6 +145,11 @@ class OtherDevice(TorchFunctionMode):
         if func is torch.Tensor.item and args[0].is_meta:
             return 1
         return func(*args, **kwargs)
+
+    def _dropout(
+        self, input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+    ) -> Tensor:
+        return torch.native_dropout(input, p, True)[0] if training and p else input
 
     def _attention(
         self,

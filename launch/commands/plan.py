@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from hfscale.config.permission import grant
-from hfscale.errors import shown
+from hfscale.errors import ConfigError, shown
+from launch.request import quote
 
 Overrides = Annotated[
     list[str] | None,
@@ -57,6 +58,10 @@ def plan(
         bool, typer.Option("--explain", help="Say how every number comes about.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    checked: Annotated[
+        bool,
+        typer.Option("--check", help="CONFIG is a run: compare what it took with its plan."),
+    ] = False,
 ) -> None:
     """Say what CONFIG will take, without a GPU and without building the model: memory a rank by
     part, whether it fits, speed, the end of the run, GPU-hours, disk; and which ZeRO stage and
@@ -68,6 +73,9 @@ def plan(
     from hfscale.planning.plan import Asked, make_plan
     from launch.request import Request
 
+    if checked:
+        _check(config, given=[*(overrides or ()), *filter(None, (gpu, gpus, nodes))])
+        return
     grant(overrides or ())
     wanted = Request(config, tuple(overrides or ())).load().config
     made = make_plan(wanted, Asked(gpu, gpus, nodes, network, memory))
@@ -75,3 +83,22 @@ def plan(
         typer.echo(made.to_json())
         return
     typer.echo("\n".join(map(shown, made.text(explain=explain).splitlines())))
+
+
+def _check(run: str, *, given: list[object]) -> None:
+    """Print what a run took beside its plan, which it keeps.
+
+    Raises:
+        ConfigError: if the command line says anything else: the run itself says it.
+    """
+    from hfscale.planning.check import check
+    from launch.request import training_run
+
+    if given:
+        raise ConfigError(
+            "a run that is checked says itself what it ran on",
+            where="command line",
+            value=given[0],
+            remedy=f"hfscale plan --check {quote(run)}",
+        )
+    typer.echo("\n".join(map(shown, check(training_run(run)).text().splitlines())))
