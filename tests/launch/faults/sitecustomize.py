@@ -26,29 +26,33 @@ if {"hfscale.worker", "submitit.core._submit"} & {*sys.orig_argv}:
         else first and rank == int(os.environ.get("FAULT_RANK", "1"))
     )
     fault, left = os.environ.get("FAULT", "") if mine else "", int(os.environ.get("AT", "4"))
-    agree, take = hfscale.dist.agree.agree, Stream.take
+    agree, take, advance = hfscale.dist.agree.agree, Stream.take, Stream.advance
 
     def agree_slowly(**facts):
         time.sleep(float(os.environ.get("STEP_S", "0")) if first or node else 0)
-        if fault == "raise" and left < 0:
+        if fault == "raise" and left <= 0:
             raise RuntimeError("a defect that shows on one rank")
         return agree(**facts)
 
     def sleep(*_):
         threading.Event().wait()
 
-    def take_or_fail(self):
+    def count(self):
         global left
         left -= 1
-        if left < 0 and fault == "loader exits":
+        advance(self)
+
+    def take_or_fail(self):
+        if left <= 0 and fault == "loader exits":
             self._reader.submit(sys.exit, 0).result()
-        if left < 0 and fault == "loader sleeps":
+        if left <= 0 and fault == "loader sleeps":
             self._reader.submit(sleep).result()
-        if left < 0 and fault == "slow":
+        if left <= 0 and fault == "slow":
             time.sleep(0.6)
         return take(self)
 
-    hfscale.dist.agree.agree, Stream.take = agree_slowly, take_or_fail
+    hfscale.dist.agree.agree = agree_slowly
+    Stream.take, Stream.advance = take_or_fail, count
 
     if first and "PASS_S" in os.environ:
         from hfscale.engine.inference import InferenceEngine
