@@ -18,7 +18,7 @@ def load() -> Any:
     """Return the module ``deepspeed``."""
     with _without("mlflow"):
         deepspeed = import_module("deepspeed")
-    compiler = import_module("deepspeed.runtime.compiler")
+    compiler: Any = import_module("deepspeed.runtime.compiler")
     compiled = compiler.compile
     compiler.compile = lambda *_, **__: lambda function: function
     try:
