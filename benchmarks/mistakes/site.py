@@ -74,7 +74,6 @@ SITE = [
     ),
     Mistake("no apptainer", site("CONTAINER=(apptainer exec --nv x.sif)"), ("apptainer",)),
     Mistake("pyxis is not installed", site("CONTAINER=(--container-image=x.sqsh)"), ("container",)),
-    Mistake("another folder", site("unset PYTHONPATH; cd /"), ("No module named",)),
     Mistake("no memory", site("ulimit -v 400000"), ("emory", "failed to map", "allocate")),
     Mistake("few files", site("ulimit -n 16"), ("open files", "open any more files")),
     Mistake("a network that is not there", site("export GLOO_SOCKET_IFNAME=ib7"), ("ib7",)),

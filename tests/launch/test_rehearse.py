@@ -60,7 +60,7 @@ def config(corpus: Path, tmp_path: Path) -> Path:
 
 @pytest.mark.slow
 def test_a_rehearsal_passes_on_this_machine(config: Path, tmp_path: Path):
-    """The rest of its parts take a minute more: benchmarks/rehearse.py."""
+    """The rest of its parts take a minute more: benchmarks/mistakes goes through all, on Slurm."""
     left = ("one rank stopped", "evaluation", "another world size")
     skip = [word for name in left for word in ("--skip", name)]
     done = hfscale("rehearse", config, "--procs", 2, "--json", "--keep", *skip)
