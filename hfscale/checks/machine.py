@@ -24,6 +24,11 @@ MAIN = ("torch", "deepspeed", "transformers")
 
 def packages(node: Node) -> Iterator[Finding]:
     """Yield which of the packages that setup.cfg asks for are out of its ranges."""
+    yield look_at_packages()
+
+
+def look_at_packages() -> Finding:
+    """Return it for the Python of this process."""
     setup = configparser.ConfigParser()
     if setup.read(SETUP):
         asked = setup["options"]["install_requires"].split("\n")
@@ -42,7 +47,7 @@ def packages(node: Node) -> Iterator[Finding]:
     ]
     main = ", ".join(f"{name} {there[name]}" for name in MAIN if name in there)
     words = f"Python {platform.python_version()}, {main}; all {len(there)} are in range"
-    yield Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or words)
+    return Finding("packages", "fail" if wrong else "ok", "; ".join(wrong) or words)
 
 
 def deepspeed(node: Node) -> Iterator[Finding]:

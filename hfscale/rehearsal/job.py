@@ -22,6 +22,7 @@ import torch
 
 from hfscale import run_files
 from hfscale.checkpoint import layout
+from hfscale.checks.machine import look_at_packages
 from hfscale.config.load import to_yaml
 from hfscale.config.schema import TrainConfig
 from hfscale.dist import group
@@ -55,6 +56,8 @@ def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
     places = from_all_ranks(_place(device).as_dict())
     if journal:
         journal.note("ranks", places=places)
+        found = look_at_packages()
+        journal.note("packages", words=found.said, code=int(found.state == "fail"))
     faults = Faults(plan, done, run_dir=run_dir, world=world, stop=stop, journal=journal)
     if not train(config, world, stop, device=device, watched_by=[faults]):
         group.shutdown()

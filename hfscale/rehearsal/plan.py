@@ -100,7 +100,7 @@ class Place(Record):
 class Event(Record):
     """Something that was done."""
 
-    what: Literal["fault", "ranks", "writing", "twin", "command", "warned"]
+    what: Literal["fault", "ranks", "packages", "writing", "twin", "command", "warned"]
     name: str = ""
     attempt: Count
     step: Count = 0

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Literal
 
 from hfscale import run_files
+from hfscale.checks.table import BY_NAME
 from hfscale.errors import EXIT_HUNG, EXIT_STOPPED
 from hfscale.monitor.fence import Fence, attempts
 from hfscale.monitor.metrics_log import Logged
@@ -93,7 +94,7 @@ def judge(run_dir: Path, *, ended: str = "") -> Verdict:
     plan = planned.read_plan(run_dir)
     events = [*planned.events(run_dir)]
     shown = Shown(run_dir, plan, events, [*records(run_dir)], attempts(run_dir))
-    stages = [*_data(plan), *_start(shown), *_end(shown, ended), *_faults(shown)]
+    stages = [*_data(plan), *_packages(shown), *_start(shown), *_end(shown, ended), *_faults(shown)]
     twin = observe(run_dir.with_name(planned.TWIN))
     stages += [_exact(shown, twin), _one_writer(shown), *_commands(shown, twin)]
     stages.append(Stage.model_validate(space(run_dir, plan)))
@@ -111,6 +112,17 @@ def _data(plan: Plan) -> Iterator[Stage]:
         some = f"{plan.data.read:,} of {plan.data.shards:,} shards are"
         words = f"{some} what their manifests say, to the byte; all are as long"
         yield Stage(name="data", state="ok", words=words)
+
+
+def _packages(shown: Shown) -> Iterator[Stage]:
+    """Whether the Python of the ranks has the packages that hfscale was tested with."""
+    for event in shown.events_of("packages")[-1:]:
+        name = "packages"
+        if event.code:
+            remedy = BY_NAME[name].remedy
+            yield Stage(name=name, state="fail", words=event.words, remedy=remedy)
+        else:
+            yield Stage(name=name, state="ok", words=event.words)
 
 
 def _end(shown: Shown, ended: str) -> Iterator[Stage]:

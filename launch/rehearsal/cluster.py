@@ -25,6 +25,7 @@ WAIT_S = 90  # at least, from the start of a job to Slurm's warning
 POLL_S, QUIET_S = 1.0, 60.0
 END_S = 60.0  # what a job gets to end
 LINES = 6  # of a log
+TELLING = re.compile(r"command not found|No such file|No module named|cannot allocate")
 USUAL = re.compile(
     r"Exited with exit code|Terminating StepId|^\S+ (job \d+, restart|notice:)|CANCELLED AT"
 )
@@ -140,4 +141,5 @@ def last_words(run_dir: Path) -> str:
         return "it left no log"
     lines = [line.strip() for line in logs[-1].read_text(errors="replace").splitlines()]
     telling = [line for line in lines if line and not USUAL.search(line)]
-    return " | ".join(telling[-LINES:]) or "it said nothing"
+    first = [line for line in telling if TELLING.search(line)][:2]  # what began it
+    return " | ".join(dict.fromkeys([*first, *telling[-LINES:]])) or "it said nothing"

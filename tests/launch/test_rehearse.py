@@ -68,7 +68,16 @@ def test_a_rehearsal_passes_on_this_machine(config: Path, tmp_path: Path):
     states = {stage["name"]: stage["state"] for stage in verdict["stages"]}
     assert {states.pop(name) for name in ("time limit", *left)} == {"left out"}
     assert set(states.values()) == {"ok"}, done.stdout
-    reached = {"data", "start", "signal", "all ranks killed", "exact", "one writer", "export"}
+    reached = {
+        "data",
+        "packages",
+        "start",
+        "signal",
+        "all ranks killed",
+        "exact",
+        "one writer",
+        "export",
+    }
     assert set(states) == reached | {"a full disk"}
     [home] = (tmp_path / "runs").iterdir()
     run = home / "rehearsal"
@@ -176,6 +185,23 @@ def test_a_damaged_shard_is_named_before_anything_starts(
     with pytest.raises(DataError, match=f"not as long as its manifest says(.|\n)*{tar.name}"):
         rehearse(str(config), asked, procs=2)
     assert not list((tmp_path / "runs").glob("*")), "nothing is left"
+
+
+def test_a_log_is_told_by_what_began_it_and_what_came_last(tmp_path: Path):
+    from launch.rehearsal.cluster import last_words
+
+    assert last_words(tmp_path) == "it left no log"
+    (tmp_path / "logs").mkdir()
+    lines = [
+        "slurm/site.sh: line 7: module: command not found",
+        "12:00:00 job 7, restart 0: 2 ranks",
+        *(f"line {number}" for number in range(20)),
+        "srun: error: n1: task 0: Exited with exit code 1",
+    ]
+    (tmp_path / "logs" / "slurm-7.log").write_text("\n".join(lines))
+    words = last_words(tmp_path)
+    assert words.startswith("slurm/site.sh: line 7: module: command not found | line 14")
+    assert words.endswith("line 19")
 
 
 def test_a_run_is_copied_with_what_it_needs_to_go_on(tmp_path: Path):
