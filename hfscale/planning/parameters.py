@@ -32,6 +32,7 @@ class Weights:
 
     trained: int
     frozen: int
+    tensors: int  # parameters that they are in
     largest: int  # of one parameter
     persistent: int
     buffer_bytes: int
@@ -44,13 +45,14 @@ def weights_of(model: PreTrainedModel, *, whole_below: float) -> Weights:
 
     ``whole_below`` is DeepSpeed's ``stage3_param_persistence_threshold``.
     """
-    parts, trained, frozen, largest, persistent = dict[str, int](), 0, 0, 0, 0
+    parts, trained, frozen, tensors, largest, persistent = dict[str, int](), 0, 0, 0, 0, 0
     adapted = False
     for name, weight in model.named_parameters():
         number = weight.numel()
         part = _part(name, model.get_submodule(name.rpartition(".")[0]))
         parts[part] = parts.get(part, 0) + number
         adapted = adapted or is_adapter(name)
+        tensors += 1
         largest = max(largest, number)
         persistent += number if number <= whole_below else 0
         if weight.requires_grad:
@@ -60,7 +62,14 @@ def weights_of(model: PreTrainedModel, *, whole_below: float) -> Weights:
     held = sum(one.numel() * one.element_size() for one in model.buffers())
     order = sorted(parts, key=lambda part: -parts[part])
     return Weights(
-        trained, frozen, largest, persistent, held, {one: parts[one] for one in order}, adapted
+        trained=trained,
+        frozen=frozen,
+        tensors=tensors,
+        largest=largest,
+        persistent=persistent,
+        buffer_bytes=held,
+        parts={one: parts[one] for one in order},
+        adapted=adapted,
     )
 
 

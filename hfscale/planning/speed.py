@@ -29,6 +29,8 @@ from hfscale.planning.tracing import Step, Work
 
 # of the peaks on data sheets, what large operators reach (assumed; `--check` learns what they do)
 ARITHMETIC, TRAFFIC, WIRE = 0.70, 0.80, 0.75
+# of one exchange however small: NCCL's and gloo's (assumed)
+LATENCY_S, GLOO_LATENCY_S = 3e-5, 5e-4
 GAP_S = 3e-6  # of each operator of a GPU: its start and its tail (assumed)
 FUSED = 0.4  # of the traffic of operators without products, where torch.compile fuses them
 HOST_SPEED = 100e9  # bytes a second, of a node's memory: AdamW on offloaded states
@@ -147,15 +149,30 @@ def _exchange(setup: Setup, weights: Weights, compute: float, over: Wires) -> li
     if stage == 3:
         gathered = 2 * times * b * (trained + weights.frozen) * others
     sent = gradients + (gathered if stage else 0.0)
+    latency = GLOO_LATENCY_S if setup.on_cpu else LATENCY_S
+    exchanges = _exchanges(setup, weights)
     how = (
         f"{count(sent)} bytes a rank and step (stage {stage}) / {over.speed / 1e9:.4g} GB/s: "
-        f"{over.how}"
+        f"{over.how}; {count(exchanges)} exchanges x {latency * 1e6:.0f} us"
     )
-    seconds = sent / over.speed
+    seconds = sent / over.speed + exchanges * latency
     if stage == 3:
         seconds = max(0.0, seconds - compute) + 0.1 * min(seconds, compute)
         how += "; of what fits behind the computing a tenth is seen (assumed)"
     return [Figure("communication", seconds, "s", how)]
+
+
+def _exchanges(setup: Setup, weights: Weights) -> float:
+    """Return how many collectives a step has: of a bucket to each owner, or of each parameter that
+    stage 3 cuts.
+    """
+    buckets = 1 + weights.trained // setup.size("reduce_bucket_size")
+    if setup.stage == 0:
+        return float(buckets)
+    if setup.stage == 3:
+        return float(setup.accumulation * (2 * weights.tensors + buckets))
+    times = setup.accumulation if setup.stage == 2 else 1
+    return float(times * buckets * setup.ranks + 1)
 
 
 def _update(setup: Setup, weights: Weights, device: Device) -> Figure:

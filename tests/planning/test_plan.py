@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
+from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError
@@ -152,6 +153,26 @@ def test_every_objective_is_planned_without_its_tokenizer():
     for name, architecture in (("mlm", "bert"), ("seq2seq", "t5")):
         config = config_of(objective__name=name, model__architecture=architecture, model__config={})
         assert peak(make_plan(config, H100)) > GIB
+
+
+@pytest.mark.parametrize("task", ["sequence_classification", "extractive_qa"])
+def test_adapters_beside_a_pretrained_model_are_planned(tmp_path: Path, task: str):
+    from transformers import BertConfig, BertModel
+
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=300, intermediate_size=128, **sizes)).save_pretrained(tmp_path)
+    values = {
+        "run": {"name": "tuned"},
+        "data": {"train": "./no-table.csv"},
+        "model": {"pretrained": str(tmp_path), "lora": {"r": 4}},
+        "task": {"name": task},
+        "train": {"epochs": 1, "global_batch": 16, "micro_batch": 8},
+    }
+    plan = make_plan(FinetuneConfig.model_validate(values), H100)
+    whole, trained = (plan.figure("model", name).value for name in ("parameters", "trained"))
+    assert 0 < trained < whole / 4
+    assert plan.figure("model", "  adapters").value > 0
+    assert any("max_length" in line for line in plan.assumed)
 
 
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]):
