@@ -41,6 +41,7 @@ from hfscale.shards.files import write_atomically
 
 WRITTEN_BYTES = 64 * 2**20  # by each rank at once, to see how fast a disk is
 COMMAND_S, POLL_S = 600.0, 0.2
+AGAIN = ".again-{}"  # of an attempt: its ranks leave together, to be started again
 TAIL_LINES = 12
 LONG = "save"  # a phase in which half an hour is no hang
 
@@ -69,12 +70,14 @@ def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
     group.shutdown()
     if not whole:
         return False
-    if journal:
-        for command in plan.commands:
-            _command(command, run_dir, journal, stop)
-        _judge(run_dir)
-    else:
-        _wait_for_verdict(run_dir)
+    again = run_dir / AGAIN.format(world.attempt)
+    if journal is None:
+        return _wait_for_verdict(run_dir, again)
+    for command in plan.commands:
+        if _command(command, run_dir, journal, stop) and stop.requested:
+            again.touch()  # the time limit is near: the next attempt goes on behind this command
+            return False
+    _judge(run_dir)
     return True
 
 
@@ -139,12 +142,13 @@ def _write(run_dir: Path, world: World, journal: Journal | None) -> None:
         journal.note("writing", seconds=seconds, bytes=WRITTEN_BYTES * world.all.size)
 
 
-def _command(command: Command, run_dir: Path, journal: Journal, stop: StopRequest) -> None:
-    """Run what a user would, in a process of its own, and note how it ended. One that Slurm's
-    warning has ended, which reaches every process of a job, is run again: there is time for it.
+def _command(command: Command, run_dir: Path, journal: Journal, stop: StopRequest) -> bool:
+    """Return whether a command had not been run: what a user would, in a process of its own. How it
+    ended is noted. One that Slurm's warning has ended, which reaches every process of a job, is run
+    again: there is time for it.
     """
     if any((one.what, one.name) == ("command", command.name) for one in planned.events(run_dir)):
-        return
+        return False
     beat(LONG)
     began, warned = time.monotonic(), stop.requested
     code, words = _run(command, run_dir)
@@ -152,6 +156,7 @@ def _command(command: Command, run_dir: Path, journal: Journal, stop: StopReques
         code, words = _run(command, run_dir)
     seconds = time.monotonic() - began
     journal.note("command", name=command.name, code=code, words=words, seconds=seconds)
+    return True
 
 
 def _run(command: Command, run_dir: Path) -> tuple[int, str]:
@@ -198,10 +203,15 @@ def _judge(run_dir: Path) -> None:
     write_atomically(run_dir / run_files.VERDICT, content.encode())
 
 
-def _wait_for_verdict(run_dir: Path) -> None:
-    """Return when rank 0 is done: a site may end ranks soon after the first one has left."""
+def _wait_for_verdict(run_dir: Path, again: Path) -> bool:
+    """Return whether rank 0 has judged, or False where it leaves to be started again: a site may
+    end ranks soon after the first one has left.
+    """
     while not (run_dir / run_files.VERDICT).exists():
+        if again.exists():
+            return False
         beat(LONG)
         with suppress(OSError):
             os.stat(run_dir)  # NFS looks anew
         time.sleep(POLL_S)
+    return True

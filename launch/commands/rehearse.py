@@ -164,7 +164,7 @@ def _home(job: Training) -> Iterator[Path]:
 
 def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) -> Verdict:
     """Return the verdict on a rehearsal in ``home``."""
-    from hfscale.rehearsal.plan import RUN
+    from hfscale.rehearsal.plan import RUN, TIME_LIMIT
     from hfscale.rehearsal.shards import look_at_shards
     from hfscale.rehearsal.verdict import judge
     from launch.rehearsal.shrink import shrink
@@ -180,7 +180,8 @@ def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) ->
         )
     config, run_dir = job.config, home / RUN
     looked = look_at_shards(config) if isinstance(config, RunConfig) else None
-    where = on_cluster(job) if launcher == "slurm" else here(job)
+    on_slurm = launcher == "slurm"
+    where = on_cluster(job, warned=TIME_LIMIT not in skip) if on_slurm else here(job)
     shrunk = shrink(job.request, home=home, procs=where.ranks)
     plan = plan_of(config, shrunk, where, run_dir=run_dir, skipped=skip, data=looked)
     run_dir.mkdir()

@@ -22,6 +22,7 @@ from launch.queue import ALIVE, client, facts, longest, seconds
 from launch.request import Request
 
 WAIT_S = 90  # at least, from the start of a job to Slurm's warning
+LONG_S = 1200
 POLL_S, QUIET_S = 1.0, 60.0
 END_S = 60.0  # what a job gets to end
 LINES = 6  # of a log
@@ -40,13 +41,14 @@ KNOWN = (  # of `scontrol show config`, what the advice looks at
 )
 
 
-def smaller(cluster: Cluster) -> tuple[list[str], int]:
+def smaller(cluster: Cluster, *, warned: bool = True) -> tuple[list[str], int]:
     """Return the overrides that make a job of ``cluster`` a short one on at most two nodes, and its
     time limit in seconds.
 
-    The limit is such that Slurm warns soon, ``cluster.signal_s`` before it.
+    If it is to be ``warned``, the limit is such that Slurm does so soon, ``cluster.signal_s``
+    before it; else there is time for all.
     """
-    minutes = math.ceil((cluster.signal_s + WAIT_S) / 60)
+    minutes = math.ceil((cluster.signal_s + (WAIT_S if warned else LONG_S)) / 60)
     most = [limit for limit in (cluster.time, longest(cluster.partition)) if _counts(limit)]
     limits_s = [60 * minutes, *(seconds(str(limit)) for limit in most)]
     limit_s = max(limits_s[1:], default=0) if min(limits_s) <= cluster.signal_s else min(limits_s)

@@ -35,10 +35,12 @@ def here(job: Training) -> Where:
     return Where("local", ranks, gpus, python("launch.cli")[1:])
 
 
-def on_cluster(job: Training) -> Where:
-    """Return a short job on at most two nodes, as ``cluster:`` asks for it."""
+def on_cluster(job: Training, *, warned: bool) -> Where:
+    """Return a short job on at most two nodes, as ``cluster:`` asks for it, which Slurm is to have
+    ``warned`` of its time limit.
+    """
     asked = job.cluster
-    overrides, limit_s = cluster.smaller(asked)
+    overrides, limit_s = cluster.smaller(asked, warned=warned)
     return Where(
         "slurm",
         min(2, asked.nodes) * tasks_per_node(asked),

@@ -288,6 +288,7 @@ def test_a_job_is_as_long_as_it_takes_to_be_warned():
         420,
     )
     assert smaller(Cluster(signal_s=60, time="2"))[1] == 120
+    assert smaller(asked, warned=False)[1] == 1500
 
 
 def test_a_pass_is_kept_until_scripts_or_cluster_change(
