@@ -36,7 +36,7 @@ EXACT = ("loss", "lr", "grad_norm", "batch_digest", "tokens_seen")
 SMALL = {"oversubscribe": True, "mem": 100}  # several jobs share a node
 # name -> nodes, ranks on each, and more of `cluster:`; Slurm warns half a minute before it should
 WAYS = {
-    "time limit": (1, 2, {"time": "2", "signal_s": 80, "sbatch": {"nodelist": "n1"}}),
+    "time limit": (1, 2, {"time": "3", "signal_s": 120, "sbatch": {"nodelist": "n1"}}),
     "signal": (2, 1, {"sbatch": {"nodelist": "n1,n2"}}),
     "requeue": (2, 1, {"signal_s": 1, "sbatch": {"nodelist": "n2,n3"}}),
     "preemption": (1, 2, {"partition": "low", "signal_s": 60, "sbatch": {"nodelist": "n4"}}),
