@@ -16,8 +16,10 @@ LUSTRE = "lustre"
 
 
 def existing(folder: Path) -> Path:
-    """Return ``folder``, or the nearest one above it that is there."""
-    return next(place for place in (folder, *folder.parents) if place.exists())
+    """Return ``folder``, or the nearest one above it that is there for all that this user may
+    see.
+    """
+    return next(place for place in (folder, *folder.parents) if os.path.exists(place))
 
 
 def folder(start: Start) -> Iterator[Finding]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -99,18 +100,34 @@ def test_a_file_system_that_is_read_only(read_only: Path):
     assert (mount, device, kind) == (str(read_only), "none", "tmpfs")
 
 
-def test_a_folder_of_somebody_else(tmp_path: Path):
-    """Root may write everywhere, so another user looks."""
+def test_a_folder_of_somebody_else():
+    """Root may write everywhere, so another user looks; also where the folder above is closed."""
     if os.geteuid():
         lacking("to become another user takes root")
-    for folder in (tmp_path, *tmp_path.parents[:2]):
-        folder.chmod(0o755)
+    with tempfile.TemporaryDirectory() as made:  # pytest's own folders are closed to others
+        above, inside = Path(made), Path(made) / "inside"
+        inside.mkdir()
+        above.chmod(0o755)
+        assert said_to_nobody(inside) == f"fail: user 65534 may not write to {inside}"
+        above.chmod(0o700)
+        assert said_to_nobody(inside) == f"fail: user 65534 may not write to {above}"
+
+
+def said_to_nobody(folder: Path) -> str:
+    """Return what the check says of ``folder`` to user 65534, in a process of its own."""
+    reading, writing = os.pipe()
     pid = os.fork()
-    if pid == 0:
-        os.setresuid(65534, 65534, 65534)
-        [one] = places.folder(Alone(tmp_path))
-        os._exit(17 if one.state == "fail" and "user 65534 may not write" in one.said else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 17
+    if pid == 0:  # whatever happens, this copy of the tests must not go on
+        try:
+            os.setresuid(65534, 65534, 65534)
+            [one] = places.folder(Alone(folder))
+            os.write(writing, f"{one.state}: {one.said}".encode())
+        finally:
+            os._exit(0)
+    os.close(writing)
+    os.waitpid(pid, 0)
+    with os.fdopen(reading) as answer:
+        return answer.read()
 
 
 QUOTA = """Disk quotas for user me (uid 1000):
