@@ -74,29 +74,29 @@ def check_rewind(
     run again has the gradient that it had. ``values`` are those of a run by name and policy, of 8
     steps, saved every 2 and kept, without dropout.
     """
-    given = values("spiked", "rewind")
+    given = values("rewound", "rewind")
     spiked, _ = run_ranks(train_with_a_spike, 2, given)
     root = Path(given["run"]["root"])
-    [incident] = [one for one in incidents(root / "spiked") if one.decision == "rewind"]
+    [incident] = [one for one in incidents(root / "rewound") if one.decision == "rewind"]
     assert (incident.kind, incident.step, incident.back_to) == ("loss_spike", 5, 4)
     assert incident.left_out == (rows,), "no row explains it: the whole step"
     config = (FinetuneConfig if "task" in given else RunConfig).model_validate(given)
-    (root / "spiked" / CONFIG).write_text(to_yaml(config))
-    again = rerun(root / "spiked", step=5, rows_of=incident.rows)
+    (root / "rewound" / CONFIG).write_text(to_yaml(config))
+    again = rerun(root / "rewound", step=5, rows_of=incident.rows)
     first = next(record for record in spiked if record["step"] == 5)
     assert (again.checkpoint, again.rows) == ("step-00000004", rows[1] - rows[0])
     assert again.grad_norm == pytest.approx(first["grad_norm"], rel=1e-4)
-    (root / "twin").mkdir()
-    shutil.copy(root / "spiked" / INCIDENTS, root / "twin")
-    twin, _ = run_ranks(train, 2, values("twin", "warn"))
+    (root / "left_out").mkdir()
+    shutil.copy(root / "rewound" / INCIDENTS, root / "left_out")
+    twin, _ = run_ranks(train, 2, values("left_out", "warn"))
     last = {record["step"]: record for record in spiked}
     assert len(twin) == 8
     for record in twin:  # step 5 asks nothing, so its loss is no number
         ours = {key: repr(last[record["step"]].get(key)) for key in exact}
         assert ours == {key: repr(record.get(key)) for key in exact}, record["step"]
-    (root / "alone").mkdir()
-    shutil.copy(root / "spiked" / INCIDENTS, root / "alone")
-    [alone] = run_ranks(train, 1, values("alone", "warn"))
+    (root / "left_out_alone").mkdir()
+    shutil.copy(root / "rewound" / INCIDENTS, root / "left_out_alone")
+    [alone] = run_ranks(train, 1, values("left_out_alone", "warn"))
     assert [one["batch_digest"] for one in alone] == [one["batch_digest"] for one in twin]
     losses = [one["loss"] for one in twin]
     assert [one["loss"] for one in alone] == pytest.approx(losses, rel=1e-4, nan_ok=True)

@@ -139,7 +139,7 @@ def test_a_run_on_examples_goes_back_without_those_of_a_step(folder: Path) -> No
         )
 
     check_rewind(values, rows=(64, 80), exact=EXACT)
-    printed = hfscale("incident", folder / "runs" / "spiked", 1).stdout
+    printed = hfscale("incident", folder / "runs" / "rewound", 1).stdout
     assert "16 rows" in printed and "of data.train, id r" in printed and '"label": "' in printed
 
 
