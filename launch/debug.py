@@ -13,6 +13,7 @@ import sys
 import traceback
 
 from hfscale import worker
+from hfscale.checks.start import refuse
 from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.load import COMMAND_LINE, Loaded
 from hfscale.config.schema import TrainConfig
@@ -22,6 +23,7 @@ from hfscale.run_files import LOCK, is_run
 from launch import run_dir
 from launch.job import Training
 from launch.local import gpu_count
+from launch.start import Start
 
 SUFFIX = "-debug"
 _LAYER_KEYS = ("n_layer", "num_hidden_layers", "num_layers", "decoder_layers", "encoder_layers")
@@ -37,12 +39,15 @@ def launch(job: Training) -> int:
     on_gpu = gpu_count() > 0
     job = Training(job.request, extra=tiny(job.loaded, on_gpu=on_gpu), fresh=True)
     config = job.config
-    batch = job.fit(1)
-    job.run.read(device_type="cuda" if on_gpu else "cpu")
+    start = Start(job, procs=1, gpus=on_gpu)
+    # what takes seconds the rank finds out itself
+    told = refuse(start) if job.dry_run else start.config()
+    for line in told or ():
+        logger.info(f"notice: {line}")
     if job.dry_run:
-        job.check_parts()  # takes seconds: the rank does it itself
         print(
-            f"{batch}\nrun directory {config.run_dir} (made anew)\none process, in the foreground"
+            f"{job.fit(1)}\nrun directory {config.run_dir} (made anew)\none process, in the "
+            "foreground"
         )
         return EXIT_DONE
     with run_dir.locked(config.run_dir):

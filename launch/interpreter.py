@@ -21,8 +21,8 @@ run_module(sys.argv[0], run_name="__main__", alter_sys=True)
 """
 
 
-def python(module: str, *arguments: object) -> list[str]:
-    """Return the command that runs ``module`` of the code that is running now, in this
-    interpreter.
+def python(module: str, *arguments: object, root: str = ROOT) -> list[str]:
+    """Return the command that runs ``module`` of the code in ``root``, which is running now, in
+    this interpreter.
     """
-    return [sys.executable, "-c", _RUN, ROOT, module, *map(str, arguments)]
+    return [sys.executable, "-c", _RUN, root, module, *map(str, arguments)]

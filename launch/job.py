@@ -160,7 +160,9 @@ class Training(Job):
     def check(self, procs: int, *, device_type: str) -> list[str]:
         """Return notices on the config, and on what it changes in its run directory."""
         self.fit(procs)
-        said = [*notices(self.config), *run_dir.compare(self.config), *self._over()]
+        said = notices(self.config)
+        if not self.run.fresh:  # else what lies there is replaced
+            said = [*said, *run_dir.compare(self.config), *self._over()]
         self.run.read(device_type=device_type)
         return said
 

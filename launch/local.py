@@ -22,7 +22,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hfscale.checks.start import refuse
+from hfscale.checks.start import refuse, refuse_limits
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import Place, World, allocation, available_cores, listen
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, ConfigError
@@ -62,6 +62,7 @@ def launch(job: Job) -> int:
             remedy=f"--procs {gpus}, or hide the GPUs with CUDA_VISIBLE_DEVICES= to {job.does} on "
             "the CPU",
         )
+    refuse_limits()
     start = Start(job, procs=procs, gpus=gpus > 0)
     # what takes seconds the ranks find out themselves
     told = refuse(start) if job.dry_run else start.config()

@@ -24,6 +24,7 @@ from pathlib import Path
 from signal import SIGUSR1
 
 from hfscale import log
+from hfscale.checks.start import refuse_limits
 from hfscale.dist.world import allocation, gpus_here, job_port
 from hfscale.errors import EXIT_HUNG, EXIT_STOPPED, ConfigError, exit_code
 from hfscale.log import logger
@@ -92,6 +93,7 @@ def begin(source: str, overrides: Sequence[str]) -> Begun:
             where=SCRIPT,
             remedy=f"submit it: sbatch --nodes=N {SCRIPT} CONFIG",
         )
+    refuse_limits()  # as site.sh has set them
     job, told = open_job(source, overrides), facts(here.job_id) or {}
     tasks = ranks_per_node(here)
     nodes = job.usable_nodes(here.nodes, tasks)

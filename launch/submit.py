@@ -26,6 +26,7 @@ from submitit.helpers import TorchDistributedEnvironment
 from submitit.slurm.slurm import SlurmInfoWatcher, SlurmJob
 
 from hfscale import worker
+from hfscale.checks.start import refuse
 from hfscale.dist.stop import SIGNALS
 from hfscale.dist.world import Allocation, allocation
 from hfscale.errors import EXIT_DONE, EXIT_STOPPED, ConfigError
@@ -34,11 +35,11 @@ from hfscale.reports.status import last_record
 from launch import run_dir
 from launch.attempt import code_folder, prepare, take
 from launch.job import Job, Training, open_job
-from launch.queue import AGAIN_S, client, facts, has_slurm, hold, requeue, seconds
+from launch.queue import AGAIN_S, client, facts, has_slurm, hold, queue_says, requeue, seconds
 from launch.request import Request, quote
-from launch.share import scripts_home
+from launch.share import check_scripts, scripts_home
 from launch.slurm import followed, no_ranks, refusal, tasks_per_node
-from launch.start import before
+from launch.start import Start, before
 
 
 class Rank:
@@ -185,15 +186,38 @@ def _checked(jobs: Sequence[Job], cluster: str, options: Mapping[str, object]) -
     if cluster == "slurm":
         scripts_home(first.cluster)
     parameters = {**_parameters(first, cluster), **first.cluster.submitit, **options}
-    for job in jobs:
-        before(
-            job,
-            _ranks(parameters),
-            gpus=bool(parameters.get("gpus_per_node")),
-            on_nodes=cluster == "slurm",
-        )
-    first.check_parts()
+    starts = [SubmititStart(job, cluster, parameters) for job in jobs]
+    notices = refuse(starts[0])
+    for start in starts[1:]:  # they differ in values, not in parts or folders
+        notices += start.config()
+    for line in dict.fromkeys(notices):
+        logger.info(f"notice: {line}")
     return parameters
+
+
+class SubmititStart(Start):
+    """The start of a job by submitit, which is told ``parameters``: on nodes, or here."""
+
+    def __init__(self, job: Job, cluster: str, parameters: Mapping[str, object]) -> None:
+        self.on_nodes = cluster == "slurm"
+        procs, gpus = _ranks(parameters), bool(parameters.get("gpus_per_node"))
+        nodes = int(str(parameters.get("nodes", 1)))
+        if self.on_nodes:
+            super().__init__(job, procs=procs, gpus=gpus, nodes=nodes, slurm=queue_says(None))
+        else:
+            super().__init__(job, procs=procs, gpus=gpus)
+
+    def config(self) -> list[str]:
+        """Return notices on the config."""
+        assert self.job is not None
+        return before(self.job, self.procs, gpus=self.gpus, on_nodes=self.on_nodes)
+
+    def scripts(self) -> list[str] | None:
+        """Return no notices if the shell can read what a job begins with."""
+        if self.job is None or not self.on_nodes:
+            return None
+        check_scripts(self.job.cluster)
+        return []
 
 
 def _ranks(parameters: Mapping[str, object]) -> int:

@@ -124,7 +124,7 @@ def unmount(folder: Path) -> None:
     subprocess.run(["umount", "-l", folder / "runs"], check=False, stderr=subprocess.DEVNULL)
 
 
-def report(answers: Sequence[Answer], alarms: Sequence[Answer]) -> str:
+def report(answers: Sequence[Answer], alarms: Sequence[Answer], *, on: str) -> str:
     """Return the section of RESULTS.md."""
     count = Counter(answer.by for answer in answers)
     named = len(answers) - count[NOWHERE] - count[ELSEWHERE]
@@ -137,7 +137,7 @@ def report(answers: Sequence[Answer], alarms: Sequence[Answer]) -> str:
     wanted = round(WANTED * len(answers))
     return "\n\n".join(
         [
-            f"{machine('torch', 'deepspeed')} {len(answers)} mistakes in config, data, paths, "
+            f"{on} {len(answers)} mistakes in config, data, paths, "
             "request, script and site, each asked about in the order of the table (doctor not of "
             "script and site: on a login node it starts nothing of them).",
             table(["named by", "mistakes", "s (median)"], rows),
@@ -173,7 +173,7 @@ def main() -> None:
         sys.exit(reason)
     home = options.home or Path(tempfile.mkdtemp(prefix="hfscale-mistakes-", dir="/srv"))
     chosen = [one for one in MISTAKES if options.only in one.name]
-    answers: list[Answer] = []
+    on, answers = machine("torch", "deepspeed"), list[Answer]()
     with running() as cluster:
         os.environ.update(cluster.env)
         os.environ["XDG_STATE_HOME"] = str(home / "state")
@@ -193,7 +193,7 @@ def main() -> None:
     if not options.home:
         with suppress(OSError):
             shutil.rmtree(home)
-    text = report(answers, alarms)
+    text = report(answers, alarms, on=on)
     if options.only:
         print(text)
     else:

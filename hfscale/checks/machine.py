@@ -100,6 +100,15 @@ def open_files(node: Node) -> Iterator[Finding]:
         yield Finding("open files", "ok", f"at most {most}", value=float(most))
 
 
+def file_size(node: Node) -> Iterator[Finding]:
+    """Yield how large a file may become."""
+    most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)
+    if most == resource.RLIM_INFINITY:
+        yield Finding("file size", "ok", "any size")
+    else:
+        yield Finding("file size", "ok", f"at most {most / 1e9:.3g} GB", value=most / 1e9)
+
+
 def locked_memory(node: Node) -> Iterator[Finding]:
     """Yield how much memory the network may lock, where it is used."""
     most, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)

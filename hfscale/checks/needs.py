@@ -123,6 +123,11 @@ class Needs:
             fatal=max(0.25, min(more, 2) * one),
         )
 
+    def file_size(self) -> Need:
+        """Return GB of the largest file: a rank's share of a checkpoint, or a log."""
+        share = self.checkpoint_bytes / self.ranks / 1e9
+        return Need(max(1.0, share), "logs and a rank's share of a checkpoint", fatal=0.01 + share)
+
     def memory(self) -> Need:
         """Return GiB of a node's memory."""
         ranks = self.ranks_per_node

@@ -18,6 +18,7 @@ from hfscale.checks.table import BY_NAME, Check, of_depth
 from hfscale.errors import ConfigError
 
 Notices = Sequence[str]
+LIMITS = ("open files", "file size")  # checks of depth `node` that ask nothing but the process
 
 
 class Start(Protocol):
@@ -76,9 +77,26 @@ def refuse(start: Start) -> list[str]:
     return notices
 
 
-def _look(check: Check, start: Start) -> Iterator[Finding]:
+def refuse_limits() -> None:
+    """Return if this process may open and write what its ranks will: they inherit its limits.
+
+    Raises:
+        ConfigError: naming the limit.
+    """
+    for check in (BY_NAME[name] for name in LIMITS):
+        for finding in _look(check, None):
+            judged = against_need(finding, Needs())
+            if judged.state == "fail":
+                raise ConfigError(
+                    f"{check.name}: {judged.said}; needed: {judged.needs}",
+                    where="limits of this process",
+                    remedy=check.remedy,
+                )
+
+
+def _look(check: Check, subject: Start | None) -> Iterator[Finding]:
     module, _, function = check.look.partition(":")
-    findings: Iterator[Finding] = getattr(import_module(module), function)(start)
+    findings: Iterator[Finding] = getattr(import_module(module), function)(subject)
     return findings
 
 

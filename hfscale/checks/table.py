@@ -7,8 +7,8 @@ and what to do where that is not there.
     run    what only a run in small shows: `hfscale rehearse`
 
 To add one: a row here, and a function that yields what it finds (``Finding``). One of ``read``
-takes a ``Start``, one of ``node`` a ``Node``. What it raises is a failure with the error's own
-remedy.
+takes a ``Start``, one of ``node`` a ``Node``; what it raises is a failure with the error's own
+remedy. One of ``run`` takes what a rehearsal has shown, and the name of its row.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ class Check:
 def _always(least: float, how: str, *, fatal: float = 0.0) -> Callable[[Needs], Need]:
     """Return a need that is the same for every run."""
     return lambda needs: Need(least, how, fatal=fatal)
+
+
+def _shown(name: str, look: str, *, remedy: str) -> Check:
+    """Return a check of depth `run`: ``look`` reads what the rehearsal has written."""
+    return Check(name, "run", f"hfscale.rehearsal.verdict:{look}", remedy)
 
 
 CHECKS = (
@@ -181,6 +186,14 @@ CHECKS = (
         each_rank=False,
     ),
     Check(
+        "file size",
+        "node",
+        "hfscale.checks.machine:file_size",
+        need=Needs.file_size,
+        remedy="`ulimit -f unlimited` in slurm/site.sh or your shell",
+        each_rank=False,
+    ),
+    Check(
         "locked memory",
         "node",
         "hfscale.checks.machine:locked_memory",
@@ -247,6 +260,37 @@ CHECKS = (
         "",  # of a node that says nothing: who listens notes it
         remedy="are the checkout and its Python there? or it hangs on a file system or device: "
         "leave the node out",
+    ),
+    # -------------------------------------------------------------------------------------- run
+    _shown("data", "data", remedy="`hfscale shards verify` finds all that are damaged"),
+    _shown(
+        "start",
+        "start",
+        remedy="see --ntasks-per-node and --gpus-per-node in cluster: and in the script",
+    ),
+    _shown("end", "end", remedy="see the logs"),
+    _shown(
+        "time limit",
+        "fault",
+        remedy="the script's --signal=USR1@N does not reach the ranks: compare it with "
+        "slurm/train.sbatch that hfscale brings, or ask whether the site filters signals",
+    ),
+    _shown("signal", "fault", remedy="compare the script with slurm/train.sbatch"),
+    _shown("all ranks killed", "fault", remedy="compare the script with slurm/train.sbatch"),
+    _shown("one rank stopped", "fault", remedy="compare the script with slurm/train.sbatch"),
+    _shown("exact", "exact", remedy="`hfscale prove resume CONFIG` looks closer"),
+    _shown(
+        "one writer",
+        "one_writer",
+        remedy="two jobs write in one run directory: is it the same one on all nodes?",
+    ),
+    _shown("another world size", "command", remedy="report it: this is a defect of hfscale"),
+    _shown("evaluation", "command", remedy="see the logs"),
+    _shown("export", "command", remedy="see the logs"),
+    _shown(
+        "a full disk",
+        "full_disk",
+        remedy=f"make room, {FOLDER}, or keep fewer: checkpoint.keep_last=1",
     ),
 )
 BY_NAME = {check.name: check for check in CHECKS}

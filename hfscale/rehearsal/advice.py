@@ -35,10 +35,10 @@ def checkpoint_bytes(run_dir: Path, plan: Plan) -> float:
 
 def space(run_dir: Path, plan: Plan) -> dict[str, object]:
     """Return whether the disk has room for the checkpoints of the whole model, as a stage."""
-    one, name = checkpoint_bytes(run_dir, plan), "a full disk"
+    one = checkpoint_bytes(run_dir, plan)
     if not one:
         words = "no checkpoint says how large those of the whole model will be"
-        return {"name": name, "state": "left out", "words": words}
+        return {"state": "left out", "words": words}
     count = plan.asked.keep_last + 1  # the next one is written before the oldest is removed
     free = shutil.disk_usage(plan.asked.root).free
     words = (
@@ -46,9 +46,8 @@ def space(run_dir: Path, plan: Plan) -> dict[str, object]:
         f"{_size(free)} are free in {plan.asked.root}"
     )
     if free > count * one:
-        return {"name": name, "state": "ok", "words": words}
-    remedy = "make room, name another run.root, or keep fewer: checkpoint.keep_last=1"
-    return {"name": name, "state": "warn", "words": words, "remedy": remedy}
+        return {"state": "ok", "words": words}
+    return {"state": "warn", "words": words}
 
 
 def advise(

@@ -10,11 +10,12 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 from hfscale import run_files
-from hfscale.checks.table import BY_NAME
+from hfscale.checks.table import BY_NAME, Check, of_depth
 from hfscale.errors import EXIT_HUNG, EXIT_STOPPED
 from hfscale.monitor.fence import Fence, attempts
 from hfscale.monitor.metrics_log import Logged
@@ -78,6 +79,8 @@ class Shown:
     events: Sequence[Event]
     records: Sequence[Logged]  # of the run
     attempts: Sequence[Fence]
+    twin: Evidence
+    ended: str  # how the job did, where its last attempt did not come to judge
 
     def events_of(self, what: str) -> list[Event]:
         return [one for one in self.events if one.what == what]
@@ -93,11 +96,11 @@ def judge(run_dir: Path, *, ended: str = "") -> Verdict:
     """
     plan = planned.read_plan(run_dir)
     events = [*planned.events(run_dir)]
-    shown = Shown(run_dir, plan, events, [*records(run_dir)], attempts(run_dir))
-    stages = [*_data(plan), *_packages(shown), *_start(shown), *_end(shown, ended), *_faults(shown)]
     twin = observe(run_dir.with_name(planned.TWIN))
-    stages += [_exact(shown, twin), _one_writer(shown), *_commands(shown, twin)]
-    stages.append(Stage.model_validate(space(run_dir, plan)))
+    shown = Shown(run_dir, plan, events, [*records(run_dir)], attempts(run_dir), twin, ended)
+    stages = [*_packages(shown)]
+    for check in of_depth("run"):
+        stages += _looked(check, shown)
     stages += [Stage(name=name, state="left out", words=why) for name, why in plan.left_out.items()]
     return Verdict(
         passed=all(stage.state not in WRONG for stage in stages),
@@ -107,11 +110,21 @@ def judge(run_dir: Path, *, ended: str = "") -> Verdict:
     )
 
 
-def _data(plan: Plan) -> Iterator[Stage]:
-    if plan.data:
-        some = f"{plan.data.read:,} of {plan.data.shards:,} shards are"
+def _looked(check: Check, shown: Shown) -> Iterator[Stage]:
+    """Yield what a check of depth `run` has shown, with its usual remedy where it has no other."""
+    module, _, function = check.look.partition(":")
+    stages: Iterator[Stage] = getattr(import_module(module), function)(shown, check.name)
+    for stage in stages:
+        needs_remedy = stage.state in ("fail", "warn") and not stage.remedy
+        yield stage.model_copy(update={"remedy": check.remedy}) if needs_remedy else stage
+
+
+def data(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield what the shards are, which were looked at before anything started."""
+    if looked := shown.plan.data:
+        some = f"{looked.read:,} of {looked.shards:,} shards are"
         words = f"{some} what their manifests say, to the byte; all are as long"
-        yield Stage(name="data", state="ok", words=words)
+        yield Stage(name=name, state="ok", words=words)
 
 
 def _packages(shown: Shown) -> Iterator[Stage]:
@@ -125,15 +138,16 @@ def _packages(shown: Shown) -> Iterator[Stage]:
             yield Stage(name=name, state="ok", words=event.words)
 
 
-def _end(shown: Shown, ended: str) -> Iterator[Stage]:
-    """How the job ended, where its last attempt did not come to judge."""
-    if ended:
-        yield Stage(name="end", state="fail", words=ended, remedy=f"see {_logs(shown)}")
+def end(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield how the job ended, where its last attempt did not come to judge."""
+    if shown.ended:
+        remedy = f"see {_logs(shown)}"
+        yield Stage(name=name, state="fail", words=shown.ended, remedy=remedy)
 
 
-def _start(shown: Shown) -> Iterator[Stage]:
-    """Where the ranks are, and whether each has a GPU of its own."""
-    plan, name = shown.plan, "start"
+def start(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield where the ranks are, and whether each has a GPU of its own."""
+    plan = shown.plan
     seen = shown.events_of("ranks")
     if not seen:
         yield Stage(name=name, state="missed", words="the ranks did not meet")
@@ -142,9 +156,8 @@ def _start(shown: Shown) -> Iterator[Stage]:
     nodes = list(dict.fromkeys(place.node for place in places))
     words = f"{len(places)} ranks on {', '.join(nodes)}, on {_devices(places)}"
     if len(places) != plan.ranks:
-        remedy = "see --ntasks-per-node and --gpus-per-node in cluster: and in the script"
         words += f", not the {plan.ranks} that were asked for"
-        yield Stage(name=name, state="fail", words=words, remedy=remedy)
+        yield Stage(name=name, state="fail", words=words)
     elif plan.gpus_per_node and any(place.device == "cpu" for place in places):
         words += f", though {plan.gpus_per_node} GPUs a node were asked for"
         remedy = "torch sees none: is it a build for CUDA? is the container started with --nv?"
@@ -179,25 +192,23 @@ def _logs(shown: Shown) -> str:
 
 
 # ------------------------------------------------------------------------------------------- faults
-def _faults(shown: Shown) -> Iterator[Stage]:
+def fault(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield what became of a run to which the fault ``name`` was done."""
+    if name not in (one.name for one in shown.plan.faults):
+        return
     done = {one.name: one for one in shown.events_of("fault")}
-    late = {one.name: one for one in shown.events_of("warned")}
-    for fault in shown.plan.faults:
-        if fault.name in done:
-            yield _fault(shown, done[fault.name])
-        elif fault.name in late:
-            words = f"no warning came {shown.plan.signal_s} s before it"
-            remedy = (
-                "the script's --signal=USR1@N does not reach the ranks: compare it with "
-                "slurm/train.sbatch that hfscale brings, or ask whether the site filters signals"
-            )
-            yield Stage(name=fault.name, state="fail", words=words, remedy=remedy)
-        else:
-            yield Stage(name=fault.name, state="missed", words=FAR)
+    late = [one for one in shown.events_of("warned") if one.name == name]
+    if name in done:
+        yield _fault(shown, done[name])
+    elif late:
+        words = f"no warning came {shown.plan.signal_s} s before it"
+        yield Stage(name=name, state="fail", words=words)
+    else:
+        yield Stage(name=name, state="missed", words=FAR)
 
 
 def _fault(shown: Shown, event: Event) -> Stage:
-    """What became of a run to which something was done."""
+    """Return the stage of something that was done."""
     name = event.name
     one = Fence(shown.run_dir, event.attempt)
     end, after = one.ending(), shown.first(event.attempt + 1)
@@ -251,11 +262,12 @@ def _first_step_at(shown: Shown, attempt: int, began: float) -> float:
 
 
 # ------------------------------------------------------------------------------------------ numbers
-def _exact(shown: Shown, twin: Evidence) -> Stage:
-    """Whether the run is its twin, bit for bit."""
-    name = "exact"
+def exact(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield whether the run is its twin, bit for bit."""
+    twin = shown.twin
     if not twin or not shown.events_of("twin"):
-        return Stage(name=name, state="missed", words=FAR)
+        yield Stage(name=name, state="missed", words=FAR)
+        return
     ours = observe(shown.run_dir)
     for step, seen in ours.items():  # a save on request is of a step that the twin did not save
         if not set(TENSORS) & twin.get(step, {}).keys():
@@ -264,43 +276,50 @@ def _exact(shown: Shown, twin: Evidence) -> Stage:
     if difference:
         where = f"{difference['component']} of step {difference['step']}"
         words = f"not what an undisturbed run is: {where}"
-        remedy = "`hfscale prove resume CONFIG` looks closer"
-        return Stage(name=name, state="fail", words=words, remedy=remedy)
+        yield Stage(name=name, state="fail", words=words)
+        return
     saved = sum(bool(set(TENSORS) & seen.keys()) for seen in twin.values())
     words = f"{len(twin)} steps and {saved} checkpoints as of an undisturbed run, bit for bit"
-    return Stage(name=name, state="ok", words=words)
+    yield Stage(name=name, state="ok", words=words)
 
 
-def _one_writer(shown: Shown) -> Stage:
-    """Whether one attempt at a time wrote."""
-    name, before = "one writer", (0, 0)
+def one_writer(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield whether one attempt at a time wrote."""
+    before = (0, 0)
     for one in shown.records:
         number, step = int(one["attempt"]), int(one["step"])
         if number < before[0] or (number == before[0] and step != before[1] + 1):
             words = f"step {step} of attempt {number} was logged after step {before[1]} of "
             words += f"attempt {before[0]}"
-            remedy = "two jobs write in one run directory: is it the same one on all nodes?"
-            return Stage(name=name, state="fail", words=words, remedy=remedy)
+            yield Stage(name=name, state="fail", words=words)
+            return
         before = number, step
     words = f"{len(shown.attempts)} attempts, one after the other"
-    return Stage(name=name, state="ok", words=words)
+    yield Stage(name=name, state="ok", words=words)
 
 
 # ----------------------------------------------------------------------------------------- commands
-def _commands(shown: Shown, twin: Evidence) -> Iterator[Stage]:
-    done = {one.name: one for one in shown.events_of("command")}
-    for command in shown.plan.commands:
-        name = command.name
-        event = done.get(name)
-        if event is None:
-            yield Stage(name=name, state="missed", words=FAR)
-        elif event.code:
-            words = f"exit code {event.code}: {_error_of(event.words)}"
-            yield Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
-        elif name == planned.OTHER_WORLD:
-            yield _other_world(shown, twin, seconds=event.seconds)
-        else:
-            yield Stage(name=name, state="ok", words=f"{_result(event)}, in {event.seconds:.0f} s")
+def command(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield how the command ``name`` ended, and what came of it."""
+    if name not in (one.name for one in shown.plan.commands):
+        return
+    done = [one for one in shown.events_of("command") if one.name == name]
+    if not done:
+        yield Stage(name=name, state="missed", words=FAR)
+        return
+    event = done[-1]
+    if event.code:
+        words = f"exit code {event.code}: {_error_of(event.words)}"
+        yield Stage(name=name, state="fail", words=words, remedy=f"see {_logs(shown)}")
+    elif name == planned.OTHER_WORLD:
+        yield _other_world(shown, seconds=event.seconds)
+    else:
+        yield Stage(name=name, state="ok", words=f"{_result(event)}, in {event.seconds:.0f} s")
+
+
+def full_disk(shown: Shown, name: str) -> Iterator[Stage]:
+    """Yield whether there is room for the checkpoints of the whole model."""
+    yield Stage.model_validate({"name": name, **space(shown.run_dir, shown.plan)})
 
 
 def _error_of(words: str) -> str:
@@ -319,19 +338,18 @@ def _result(event: Event) -> str:
     return ", ".join(scores[:3])
 
 
-def _other_world(shown: Shown, twin: Evidence, *, seconds: float) -> Stage:
-    """Whether other ranks took the same rows, and came to about the same losses."""
+def _other_world(shown: Shown, *, seconds: float) -> Stage:
+    """Return whether other ranks took the same rows, and came to about the same losses."""
     name = planned.OTHER_WORLD
     other = [*records(shown.run_dir.with_name(planned.OTHER))]
     if not other:
         return Stage(name=name, state="fail", words="no step was done", remedy=_logs(shown))
     apart = 0.0
     for one in other:
-        twins = twin.get(one["step"], {})
+        twins = shown.twin.get(one["step"], {})
         if twins.get("batch_digest") != [one["batch_digest"]]:
             words = f"step {one['step']} took other rows than it should"
-            remedy = "report it: this is a defect of hfscale"
-            return Stage(name=name, state="fail", words=words, remedy=remedy)
+            return Stage(name=name, state="fail", words=words)
         [loss] = twins["loss"]
         assert isinstance(loss, float)
         apart = max(apart, abs(one["loss"] - loss) / max(abs(loss), 1e-9))

@@ -25,8 +25,9 @@ from hfscale.registry import load_plugin
 from hfscale.shards.files import write_atomically
 from launch.interpreter import python
 from launch.job import Training
-from launch.queue import refuse_holder
+from launch.queue import has_slurm, queue_says, refuse_holder
 from launch.request import LAUNCHERS, Request, refuse_copies
+from launch.slurm import tasks_per_node
 
 if TYPE_CHECKING:  # slow to import
     from hfscale.rehearsal.verdict import Verdict
@@ -41,6 +42,13 @@ Overrides = Annotated[
     typer.Argument(metavar="key=value...", help="As for pretrain or finetune.", show_default=False),
 ]
 Launcher = Annotated[str, typer.Option(help="local: ranks here; slurm: one real job.")]
+Private = Annotated[
+    bool,
+    typer.Option(
+        "--private-slurm",
+        help="One job of a Slurm of this machine alone, made for it: where no cluster is near.",
+    ),
+]
 Procs = Annotated[
     Optional[int],
     typer.Option(min=1, help="Ranks, of local. Without it: one a GPU, or 2 on the CPU."),
@@ -57,6 +65,7 @@ def rehearse(
     config: Config,
     overrides: Overrides = None,
     launcher: Launcher = "local",
+    private: Private = False,
     procs: Procs = None,
     keep: Keep = False,
     skip: Skip = None,
@@ -68,10 +77,40 @@ def rehearse(
 
     The exit code is 1 if something went wrong; then the folder beside the run is kept. Examples:
     hfscale rehearse configs/pretrain/gpt2_small.yaml --procs 2; hfscale rehearse
-    configs/pretrain/gpt2_small.yaml --launcher slurm cluster.nodes=4 cluster.gpus_per_node=8
+    configs/pretrain/gpt2_small.yaml --launcher slurm cluster.nodes=4 cluster.gpus_per_node=8;
+    without a cluster: hfscale rehearse CONFIG --private-slurm
     """
     refuse_copies()
     grant(overrides or ())
+    launcher = "slurm" if private else launcher
+    _refuse_launcher(launcher, private=private)
+    job = Training(Request(config, tuple(overrides or ()), procs=procs))
+    _refuse_under_way(job.folder)
+    with _stand_in(job, private=private) as there:
+        _dry_run(there.request, launcher)
+        with _home(job, keep=keep) as home:
+            verdict = _rehearsed(job, there, home, launcher, skip or [])
+            if verdict.passed and not keep:
+                shutil.rmtree(home)
+    if as_json:
+        typer.echo(json.dumps(verdict.as_dict(), indent=1, ensure_ascii=False))
+    else:
+        typer.echo("\n".join(verdict.lines()))
+    if home.exists():
+        logger.info(f"kept in {home}")
+    if verdict.passed and launcher == "slurm" and not private:
+        from launch.rehearsal import kept
+
+        kept.keep(job.cluster, name=job.name, seconds=verdict.seconds)
+    raise typer.Exit(0 if verdict.passed else 1)
+
+
+def _refuse_launcher(launcher: str, *, private: bool) -> None:
+    """Return if a rehearsal can be started so, from here.
+
+    Raises:
+        ConfigError: if not.
+    """
     if launcher not in ("local", "slurm"):
         raise ConfigError(
             "no rehearsal by this launcher",
@@ -79,32 +118,44 @@ def rehearse(
             value=launcher,
             remedy="local or slurm",
         )
-    if launcher == "slurm" and (here := allocation()):
+    if launcher == "local":
+        return
+    if here := allocation():
         raise ConfigError(
             "a rehearsal on the cluster is a job of its own, and this is one",
             where="--launcher slurm",
             value=f"job {here.job_id}",
             remedy="start it on a login node, or rehearse on this node: --launcher local",
         )
-    request = Request(config, tuple(overrides or ()), procs=procs)
-    job = Training(request)
-    _refuse_under_way(job.folder)
-    _dry_run(request, launcher)
-    with _home(job) as home:
-        verdict = _rehearsed(job, home, launcher, skip or [])
-        if verdict.passed and not keep:
-            shutil.rmtree(home)
-    if as_json:
-        typer.echo(json.dumps(verdict.as_dict(), indent=1, ensure_ascii=False))
-    else:
-        typer.echo("\n".join(verdict.lines()))
-    if home.exists():
-        logger.info(f"kept in {home}")
-    if verdict.passed and launcher == "slurm":
-        from launch.rehearsal import kept
+    answers, words = queue_says(None)
+    if not private and not (has_slurm() and answers):
+        raise ConfigError(
+            "no Slurm answers here",
+            where="--launcher slurm",
+            value=words,
+            remedy="go to a login node; or, on this machine alone: --private-slurm, which makes a "
+            "Slurm for the job's own script, or --launcher local",
+        )
 
-        kept.keep(job.cluster, name=job.name, seconds=verdict.seconds)
-    raise typer.Exit(0 if verdict.passed else 1)
+
+@contextmanager
+def _stand_in(job: Training, *, private: bool) -> Iterator[Training]:
+    """Yield the job as Slurm is to be asked for it: itself, or one of a ``private`` Slurm.
+
+    Raises:
+        UserError: for what speaks against it where it was meant to run, and if there can be no such
+            Slurm here.
+    """
+    if not private:
+        yield job
+        return
+    from launch.rehearsal.private import stand_in
+
+    cluster = job.cluster
+    ranks = cluster.nodes * tasks_per_node(cluster)
+    job.check(ranks, device_type="cuda" if cluster.gpus_per_node else "cpu")
+    with stand_in(cluster) as ours:
+        yield Training(replace(job.request, overrides=(*job.request.overrides, *ours)))
 
 
 def _refuse_under_way(run_dir: Path) -> None:
@@ -138,8 +189,9 @@ def _dry_run(request: Request, launcher: str) -> None:
 
 
 @contextmanager
-def _home(job: Training) -> Iterator[Path]:
-    """Yield the folder of a rehearsal, beside the run; after an error or Ctrl-C nothing is left.
+def _home(job: Training, *, keep: bool) -> Iterator[Path]:
+    """Yield the folder of a rehearsal, beside the run; after an error or Ctrl-C nothing is left,
+    unless it is to be kept.
 
     Raises:
         ConfigError: if none can be made there.
@@ -158,12 +210,17 @@ def _home(job: Training) -> Iterator[Path]:
     try:
         yield home
     except BaseException:
-        shutil.rmtree(home, ignore_errors=True)
+        if not keep:
+            shutil.rmtree(home, ignore_errors=True)
+        left = f"kept in {home}" if home.exists() else f"{home} is removed: nothing of it is left"
+        logger.info(f"the rehearsal did not come to its end; {left}")
         raise
 
 
-def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) -> Verdict:
-    """Return the verdict on a rehearsal in ``home``."""
+def _rehearsed(
+    job: Training, there: Training, home: Path, launcher: str, skip: Sequence[str]
+) -> Verdict:
+    """Return the verdict on a rehearsal of ``job`` in ``home``, as the job ``there``."""
     from hfscale.rehearsal.plan import RUN, TIME_LIMIT
     from hfscale.rehearsal.shards import look_at_shards
     from hfscale.rehearsal.verdict import judge
@@ -181,7 +238,10 @@ def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) ->
     config, run_dir = job.config, home / RUN
     looked = look_at_shards(config) if isinstance(config, RunConfig) else None
     on_slurm = launcher == "slurm"
-    where = on_cluster(job, warned=TIME_LIMIT not in skip) if on_slurm else here(job)
+    if on_slurm:
+        where = on_cluster(there, warned=TIME_LIMIT not in skip, private=there is not job)
+    else:
+        where = here(job)
     shrunk = shrink(job.request, home=home, procs=where.ranks)
     plan = plan_of(config, shrunk, where, run_dir=run_dir, skipped=skip, data=looked)
     run_dir.mkdir()
@@ -190,7 +250,7 @@ def _rehearsed(job: Training, home: Path, launcher: str, skip: Sequence[str]) ->
         f"{shrunk.whole.words}, {_millions(shrunk.whole.parameters)}, rehearsed as "
         f"{shrunk.small.words}, {_millions(shrunk.small.parameters)}, on {where.ranks} ranks"
     )
-    ours = (*job.request.overrides, *shrunk.overrides, *where.overrides, f"run.name={RUN}")
+    ours = (*there.request.overrides, *shrunk.overrides, *where.overrides, f"run.name={RUN}")
     return judge(run_dir, ended=_run(replace(job.request, overrides=ours), run_dir, where))
 
 

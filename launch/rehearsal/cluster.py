@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 from hfscale import run_files
 from hfscale.config.schema import Cluster
+from hfscale.log import logger
 from hfscale.rehearsal.plan import events
 from launch import slurm
 from launch.job import Training
@@ -30,6 +33,11 @@ TELLING = re.compile(r"command not found|No such file|No module named|cannot all
 USUAL = re.compile(
     r"Exited with exit code|Terminating StepId|^\S+ (job \d+, restart|notice:)|CANCELLED AT"
 )
+# signals that limits of a process end in, and who sets them
+LIMITED = {
+    signal.SIGXFSZ: "a file may not grow so large: `ulimit -f` in slurm/site.sh",
+    signal.SIGXCPU: "its time on the processor is over: `ulimit -t` in slurm/site.sh",
+}
 KNOWN = (  # of `scontrol show config`, what the advice looks at
     "KillWait",
     "OverTimeLimit",
@@ -84,13 +92,34 @@ def submitted(request: Request) -> Iterator[Path]:
     inside.
     """
     job = Training(request)
-    slurm.launch(job)
     try:
+        with redirect_stdout(StringIO()):  # how a run is followed
+            slurm.launch(job)
         yield job.folder
     except BaseException:
-        client(["scancel", number(job.folder)])
-        _let_end(number(job.folder))
+        cancel(job.folder)
         raise
+
+
+def cancel(run_dir: Path) -> None:
+    """Cancel what was submitted for ``run_dir``, and say what became of it."""
+    for job in jobs_of(run_dir):
+        client(["scancel", job])
+        if _let_end(job):
+            logger.info(f"job {job} is cancelled")
+        else:
+            logger.warning(f"job {job} may still run, Slurm does not say: scancel {job}")
+
+
+def jobs_of(run_dir: Path) -> list[str]:
+    """Return the jobs in the queue that work in a snapshot of ``run_dir``, as all of its launcher
+    do: who was interrupted between submission and note finds them too.
+    """
+    queue = client(["squeue", "-h", "--me", "-o", "%A|%Z"]).stdout.splitlines()
+    rows = [line.partition("|") for line in queue]
+    queued = [job for job, _, folder in rows if Path(folder).is_relative_to(run_dir)]
+    noted = [number(run_dir)] if (run_dir / run_files.JOB).is_file() else []
+    return [*dict.fromkeys([*queued, *noted])]
 
 
 def number(run_dir: Path) -> str:
@@ -115,8 +144,8 @@ def wait(run_dir: Path, say: Callable[[str], None]) -> str:
             after = f" after step {event.step}" if event.step else ""
             say(f"attempt {event.attempt}: {event.name or event.what}{after}")
         if told is not None and state not in ALIVE:
-            code = told.get("ExitCode", "?")
-            return f"job {job} ended {state or 'and is forgotten'}, exit code {code}"
+            code = how_it_left(told.get("ExitCode", ""))
+            return f"job {job} ended {state or 'and is forgotten'}, {code}"
         reason = (told or {}).get("Reason", "")
         line = f"job {job}: {state.lower() or 'Slurm does not answer'}"
         if reason not in ("", "None"):
@@ -127,11 +156,32 @@ def wait(run_dir: Path, say: Callable[[str], None]) -> str:
         time.sleep(POLL_S)
 
 
-def _let_end(job: str) -> None:
-    """Return when a job has ended, or should have: until then it writes into its folder."""
+def _let_end(job: str) -> bool:
+    """Return whether a job has ended, once it has, or should have: until then it writes into its
+    folder.
+    """
     until = time.monotonic() + END_S
-    while (facts(job) or {}).get("JobState", "") in ALIVE and time.monotonic() < until:
+    while time.monotonic() < until:
+        told = facts(job)
+        if told is not None and told.get("JobState", "") not in ALIVE:
+            return True
         time.sleep(POLL_S)
+    return False
+
+
+def how_it_left(told: str) -> str:
+    """Return an exit code of Slurm ("2:0": code 2; "0:25": signal 25) in words, and what a signal
+    is of, where few know it.
+    """
+    code, _, number = told.partition(":")
+    if not (code.isdigit() and number.isdigit()):
+        return "exit code unknown"
+    ended_by = int(number) or max(0, int(code) - 128)  # a shell has the signal in its code
+    if ended_by not in {*signal.Signals}:
+        return f"exit code {code}"
+    name = signal.Signals(ended_by)
+    why = f": {LIMITED[name]}" if name in LIMITED else ""
+    return f"exit code {told}, which is {name.name}{why}"
 
 
 def last_words(run_dir: Path) -> str:

@@ -4,6 +4,7 @@ would.
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 from collections.abc import Sequence
@@ -13,9 +14,10 @@ from pathlib import Path
 from hfscale.errors import EXIT_DONE, EXIT_HUNG, EXIT_STOPPED
 from hfscale.monitor.fence import newest
 from hfscale.rehearsal.plan import FAULTS
+from launch.local import die_with
 
 TRIES = len(FAULTS) + 3
-END_S = 30.0  # what ranks get to end after Ctrl-C
+ASKED_S, END_S = 1.0, 30.0  # what ranks get to end after the first Ctrl-C, and the second
 SAID = "hfscale.log"  # what the commands of all attempts have printed
 
 
@@ -33,19 +35,33 @@ def rehearse_here(command: Sequence[str], run_dir: Path) -> str:
 
 
 def _attempt(command: Sequence[str], log: int) -> int:
-    """Return the code of one attempt; nothing of it outlives Ctrl-C."""
+    """Return the code of one attempt; nothing of it outlives this process, or Ctrl-C."""
+    rehearsal = os.getpid()
     with subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        start_new_session=True,
+        preexec_fn=lambda: die_with(rehearsal),
     ) as process:
         try:
             return process.wait()
         except BaseException:
-            process.send_signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                process.wait(END_S)
+            _end(process)
             raise
         finally:
             process.kill()  # its ranks go with it
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End an attempt as two Ctrl-C do: nothing of it is kept, so that its save is not waited for;
+    the second one kills the ranks with all that they have started.
+    """
+    for wait_s in (ASKED_S, END_S):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(wait_s)
 
 
 def _number(run_dir: Path) -> int:

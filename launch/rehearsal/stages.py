@@ -39,7 +39,7 @@ def plan_of(
 ) -> Plan:
     """Return the plan of a rehearsal of ``config`` in ``run_dir``; ``data`` has been looked at."""
     left_out = {name: "not asked for" for name in STAGES if name in skipped}
-    left_out |= _impossible(config, where)
+    left_out |= {**_impossible(config, where), **where.left_out}
     if isinstance(config, RunConfig) and not shrunk.scored:
         left_out[EVALUATION] = f"{config.objective.name} has no loss a token to score"
     others = 1 if where.ranks > 1 else 2

@@ -11,6 +11,7 @@ from launch.interpreter import python
 from launch.job import Training
 from launch.local import gpu_count
 from launch.rehearsal import cluster
+from launch.rehearsal.private import LEFT_OUT
 from launch.slurm import tasks_per_node
 
 
@@ -26,6 +27,7 @@ class Where:
     limit_s: int = 0  # of the job
     signal_s: int = 0  # so long before it Slurm warns
     told: Mapping[str, str] = field(default_factory=dict)  # what Slurm says of itself
+    left_out: Mapping[str, str] = field(default_factory=dict)  # what is not tried here -> why
 
 
 def here(job: Training) -> Where:
@@ -35,9 +37,9 @@ def here(job: Training) -> Where:
     return Where("local", ranks, gpus, python("launch.cli")[1:])
 
 
-def on_cluster(job: Training, *, warned: bool) -> Where:
+def on_cluster(job: Training, *, warned: bool, private: bool = False) -> Where:
     """Return a short job on at most two nodes, as ``cluster:`` asks for it, which Slurm is to have
-    ``warned`` of its time limit.
+    ``warned`` of its time limit. Of a ``private`` Slurm the settings say nothing of the cluster's.
     """
     asked = job.cluster
     overrides, limit_s = cluster.smaller(asked, warned=warned)
@@ -45,9 +47,10 @@ def on_cluster(job: Training, *, warned: bool) -> Where:
         "slurm",
         min(2, asked.nodes) * tasks_per_node(asked),
         asked.gpus_per_node or 0,
-        ["-m", "launch.cli"],  # of the snapshot that the job runs in
+        python("launch.cli", root=".")[1:],  # of the snapshot, in which the job runs
         overrides,
         limit_s,
         asked.signal_s,
-        cluster.described(asked),
+        {} if private else cluster.described(asked),
+        LEFT_OUT if private else {},
     )

@@ -101,3 +101,11 @@ def test_a_debug_run_trains_and_starts_afresh_each_time(tmp_path: Path):
     assert f"run directory {tmp_path / 'runs' / 'tiny-llama-debug'}" in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-llama-debug"]
     assert load_config(tmp_path / "runs/tiny-llama-debug/config.yaml").config.engine.zero_stage == 3
+
+
+def test_a_dry_run_looks_at_what_every_dry_run_does(folder: Path):
+    """Beside the config, at the folder."""
+    (folder / "runs").touch()
+    done = hfscale("pretrain", "config.yaml", "--launcher", "debug", "--dry-run", check=False)
+    assert done.returncode == 2
+    assert "runs is no folder" in done.stderr, done.stderr

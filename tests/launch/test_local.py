@@ -226,3 +226,24 @@ def test_what_is_printed_can_be_copied(folder: Path):
         f"_spec '{job.name}:{job.folder}/tensorboard'"
     )
     assert show_curves(Path("/a,b"), name="run").endswith("--logdir /a,b"), "TensorBoard cuts there"
+
+
+@pytest.mark.parametrize(
+    ("limit", "says"),
+    [
+        ("-n 64", "open files: at most 64; needed: 4,096"),
+        ("-f 1000", "file size: at most 0.00102 GB; needed: 1 (logs"),
+    ],
+)
+def test_limits_of_a_process_are_refused_by_name(folder: Path, limit: str, says: str):
+    command = f"ulimit {limit}; exec {sys.executable} -m launch.cli pretrain config.yaml --dry-run"
+    done = subprocess.run(
+        ["bash", "-c", command],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr and f"ulimit {limit[:2]}" in done.stderr

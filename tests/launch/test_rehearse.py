@@ -1,31 +1,46 @@
 """`hfscale rehearse`: what it makes of a config, what it refuses at once, what it says of what the
-ranks have written; and a whole one, on this machine.
+ranks have written; and a whole one, on a Slurm of its own.
 """
 
 from __future__ import annotations
 
 import json
+import logging
+import os
 import shutil
+import signal
+import subprocess
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
 
+from hfscale.checks.table import of_depth
 from hfscale.config.load import load_config
 from hfscale.config.schema import Cluster
-from hfscale.errors import CheckpointError, ConfigError, DataError
+from hfscale.errors import EXIT_INTERRUPTED, CheckpointError, ConfigError, DataError
+from hfscale.log import logger
 from hfscale.rehearsal.advice import seconds
 from hfscale.rehearsal.plan import read_plan
 from hfscale.rehearsal.verdict import judge
 from launch.commands.rehearse import rehearse
+from launch.interrupt import Interrupted
+from launch.private_slurm import this_host
 from launch.rehearsal import kept
-from launch.rehearsal.cluster import smaller
+from launch.rehearsal.cluster import how_it_left, number, smaller, submitted
+from launch.rehearsal.private import NODES, stands_for
+from launch.rehearsal.stages import STAGES
 from launch.request import Request
 from launch.share import check_scripts
-from tests.helpers.cli import ROOT, hfscale
+from tests.helpers.cli import ROOT, hfscale, listen_to_ctrl_c
 from tests.helpers.corpus import LLAMA, run_values
 from tests.helpers.labelled import make_encoder, reviews, task_values, write_jsonl
+from tests.helpers.needs import lacking
+from tests.helpers.slurm import Cluster as SlurmCluster
+from tests.helpers.slurm import missing, wait_for
 
 WIDE = {
     "num_hidden_layers": 12,
@@ -59,20 +74,24 @@ def config(corpus: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_a_rehearsal_passes_on_this_machine(config: Path, tmp_path: Path):
-    """The rest of its parts take a minute more: benchmarks/mistakes goes through all, on Slurm."""
-    left = ("one rank stopped", "evaluation", "another world size")
+def test_a_rehearsal_passes_on_a_private_slurm(config: Path, tmp_path: Path):
+    """A job's own script, in as many attempts as things happen to it. The rest of its parts take
+    two minutes more: benchmarks/mistakes goes through all.
+    """
+    if reason := missing():
+        lacking(reason)
+    left = ("time limit", "signal", "one rank stopped", "evaluation", "another world size")
     skip = [word for name in left for word in ("--skip", name)]
-    done = hfscale("rehearse", config, "--procs", 2, "--json", "--keep", *skip)
+    asked = ["--private-slurm", "cluster.nodes=2", "cluster.partition=gpu", "cluster.signal_s=60"]
+    done = hfscale("rehearse", config, *asked, "--json", "--keep", *skip)
     verdict = json.loads(done.stdout)
     states = {stage["name"]: stage["state"] for stage in verdict["stages"]}
-    assert {states.pop(name) for name in ("time limit", *left)} == {"left out"}
+    assert {states.pop(name) for name in ("the cluster itself", *left)} == {"left out"}
     assert set(states.values()) == {"ok"}, done.stdout
     reached = {
         "data",
         "packages",
         "start",
-        "signal",
         "all ranks killed",
         "exact",
         "one writer",
@@ -82,11 +101,98 @@ def test_a_rehearsal_passes_on_this_machine(config: Path, tmp_path: Path):
     [home] = (tmp_path / "runs").iterdir()
     run = home / "rehearsal"
     words = {stage["name"]: stage["words"] for stage in verdict["stages"]}
-    assert "nothing lost" in words["signal"] and "1 of 5 steps lost" in words["all ranks killed"]
+    assert words["start"].startswith("2 ranks on private1, private2")
+    assert "1 of 5 steps lost" in words["all ranks killed"]
     plan = read_plan(run)
     assert plan.small.parameters < plan.whole.parameters / 20
     assert (home / "export" / "model.safetensors").is_file()
+    assert processes_that_name(home) == [], "the Slurm is taken down"
     check_what_would_have_failed(run)
+
+
+def processes_that_name(folder: Path) -> list[int]:
+    """Return the processes whose command line has a path in ``folder``."""
+    there = []
+    for entry in Path("/proc").iterdir():
+        with suppress(OSError):
+            if entry.name.isdigit() and bytes(folder) in (entry / "cmdline").read_bytes():
+                there.append(int(entry.name))
+    return there
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_rank_and_no_folder(config: Path, tmp_path: Path):
+    runs, said = tmp_path / "runs", tmp_path / "said"
+    with open(said, "w") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "launch.cli", "rehearse", str(config), "--procs", "2"],
+            env=os.environ | {"PYTHONPATH": str(ROOT)},
+            stdout=log,
+            stderr=log,
+            preexec_fn=listen_to_ctrl_c,
+        )
+    beats = "*/rehearsal/heartbeats/rank-1"  # of two ranks
+    wait_for(lambda: process.poll() is not None or list(runs.glob(beats)))
+    [home] = runs.iterdir()
+    assert len(processes_that_name(home)) > 2
+    process.send_signal(signal.SIGINT)
+    code, text = process.wait(90), said.read_text()
+    assert code == EXIT_INTERRUPTED, text
+    assert "interrupted: cleaning up" in text and "nothing of it is left" in text
+    assert list(runs.iterdir()) == [] and "Traceback" not in text, text
+    wait_for(lambda: not processes_that_name(home))
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_no_job(
+    config: Path,
+    tmp_path: Path,
+    cluster: SlurmCluster,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+):
+    for name in ("SLURM_CONF", "PATH"):
+        monkeypatch.setenv(name, cluster.env[name])
+    asked = ("cluster.allow_local_disk=true", "cluster.sbatch.hold=true")
+    run = tmp_path / "runs" / "mine"
+    caplog.set_level(logging.INFO, logger=logger.name)
+    with suppress(Interrupted), submitted(Request(str(config), asked)):
+        job = number(run)
+        assert cluster.state(job) == "PENDING"
+        (run / "job").unlink()  # it came between submission and note
+        raise Interrupted
+    assert cluster.state(job) == "CANCELLED"
+    assert f"job {job} is cancelled" in caplog.text
+
+
+def test_no_slurm_is_said_at_once(config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Neither a cluster, nor what a private one takes."""
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(ConfigError, match="no Slurm answers here(.|\n)*--private-slurm"):
+        rehearse(str(config), launcher="slurm")
+    monkeypatch.setattr("launch.private_slurm.SBIN", str(tmp_path))
+    with pytest.raises(ConfigError, match="munged, slurmctld(.|\n)*apt-get install"):
+        rehearse(str(config), private=True)
+    assert not list((tmp_path / "runs").glob("*")), "nothing is left"
+
+
+def test_a_private_slurm_has_what_this_machine_has(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr("launch.rehearsal.private.available_cores", lambda: 4)
+    options = {"ntasks-per-node": 8, "cpus-per-task": 6, "reservation": "mine", "mem": "900G"}
+    asked = Cluster(nodes=16, partition="gpu", sbatch=options)
+    for named, nodes, ranks in ((True, NODES, 2), (False, (this_host(),), 4)):
+        monkeypatch.setattr("launch.rehearsal.private.can_name_nodes", lambda named=named: named)
+        machines, overrides = stands_for(asked)
+        assert machines.nodes == nodes and machines.cpus == 6 * ranks
+        assert f"cluster.nodes={len(nodes)}" in overrides and "cluster.partition=null" in overrides
+        assert overrides[-1] == (
+            f'cluster.sbatch={{"cpus-per-task": 6, "ntasks-per-node": {ranks}}}'
+        )
+    monkeypatch.setattr("launch.rehearsal.private.can_name_nodes", lambda: True)
+    monkeypatch.setattr("launch.rehearsal.private.gpu_count", lambda: 4)
+    machines, overrides = stands_for(Cluster(nodes=4, gpus_per_node=8))
+    assert (machines.gpus, overrides[-1]) == (2, 'cluster.sbatch={"ntasks-per-node": 2}')
+    assert "cluster.gpus_per_node=2" in overrides
 
 
 def check_what_would_have_failed(run: Path) -> None:
@@ -101,7 +207,7 @@ def check_what_would_have_failed(run: Path) -> None:
     assert failed(run) == {"exact": "not what an undisturbed run is: loss of step 9"}
     metrics.write_text("\n".join([*lines, lines[number]]) + "\n")  # two wrote
     assert "was logged after step 12" in failed(run)["one writer"]
-    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["attempt"] < 3))
+    metrics.write_text("".join(f"{line}\n" for line in lines if json.loads(line)["attempt"] < 2))
     assert "the run did not go on" in failed(run)["all ranks killed"]
     metrics.write_text(logged)
     events = run / "rehearsal.jsonl"
@@ -115,9 +221,10 @@ def check_what_would_have_failed(run: Path) -> None:
     assert with_event("export", code=2, words="error: a disk\n  where: here") == {
         "export": "exit code 2: error: a disk; where: here"
     }
-    assert "no warning came" in with_event("signal", what="warned")["signal"]
+    killed = "all ranks killed"
+    assert "no warning came" in with_event(killed, what="warned")[killed]
     place = {"node": "n1", "device": "H100", "gpu": "0", "gpus": 1}
-    ranks = {"what": "ranks", "attempt": 3, "time": 0.0, "places": [place, place]}
+    ranks = {"what": "ranks", "attempt": 2, "time": 0.0, "places": [place, place]}
     noted.append(ranks)
     assert with_event("") == {"start": "2 ranks share 1 GPUs on n1"}
     noted[-1] = ranks | {"places": [place]}
@@ -202,6 +309,19 @@ def test_a_log_is_told_by_what_began_it_and_what_came_last(tmp_path: Path):
     words = last_words(tmp_path)
     assert words.startswith("slurm/site.sh: line 7: module: command not found | line 14")
     assert words.endswith("line 19")
+
+
+def test_each_part_is_a_row_of_the_list_of_checks():
+    rows = [check.name for check in of_depth("run")]
+    assert [name for name in rows if name in STAGES] == [*STAGES]
+
+
+def test_how_a_job_left_is_said_in_words():
+    assert how_it_left("2:0") == "exit code 2"
+    limited = "SIGXFSZ: a file may not grow so large: `ulimit -f` in slurm/site.sh"
+    assert how_it_left("0:25").endswith(limited) and how_it_left("153:0").endswith(limited)
+    assert how_it_left("0:9") == "exit code 0:9, which is SIGKILL"
+    assert how_it_left("") == "exit code unknown"
 
 
 def test_a_run_is_copied_with_what_it_needs_to_go_on(tmp_path: Path):
