@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import pty
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,7 +17,6 @@ from hfscale.config.load import load_config
 from launch.debug import tiny
 from launch.request import Request
 from tests.helpers.cli import ROOT, hfscale
-from tests.helpers.corpus import make_corpus
 
 BROKEN = """
 import sys
@@ -85,8 +85,9 @@ def test_an_error_opens_the_debugger_on_a_terminal_only(folder: Path):
 
 
 @pytest.mark.slow
-def test_a_debug_run_trains_and_starts_afresh_each_time(tmp_path: Path):
-    make_corpus(tmp_path)
+def test_a_debug_run_trains_and_starts_afresh_each_time(corpus: Path, tmp_path: Path):
+    for name in ("tokenizer", "shards"):
+        shutil.copytree(corpus / name, tmp_path / name)
     (tmp_path / "llama.yaml").write_text(
         f"extends: {ROOT / 'configs/debug/tiny_llama.yaml'}\ntokenizer: {{path: tokenizer}}\n"
         "data: {sources: [{shards: shards/train}], validation: {shards: shards/validation}}\n"
@@ -101,11 +102,6 @@ def test_a_debug_run_trains_and_starts_afresh_each_time(tmp_path: Path):
     assert f"run directory {tmp_path / 'runs' / 'tiny-llama-debug'}" in done.stderr
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["tiny-llama-debug"]
     assert load_config(tmp_path / "runs/tiny-llama-debug/config.yaml").config.engine.zero_stage == 3
-
-
-def test_a_dry_run_looks_at_what_every_dry_run_does(folder: Path):
-    """Beside the config, at the folder."""
-    (folder / "runs").touch()
-    done = hfscale("pretrain", "config.yaml", "--launcher", "debug", "--dry-run", check=False)
-    assert done.returncode == 2
-    assert "runs is no folder" in done.stderr, done.stderr
+    asked = ["pretrain", "llama.yaml", "data.seq_len=32", "run.root=llama.yaml"]
+    dry = hfscale(*asked, "--launcher", "debug", "--dry-run", cwd=tmp_path, check=False)
+    assert dry.returncode == 2 and "llama.yaml is no folder" in dry.stderr, dry.stderr
