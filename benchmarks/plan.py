@@ -26,7 +26,8 @@ from benchmarks.common import machine, record, table, verdict
 from hfscale.config.load import load_values
 from hfscale.config.schema import RunConfig
 from hfscale.planning.memory import PROCESS_BYTES
-from hfscale.planning.plan import Asked, Plan, make_plan
+from hfscale.planning.plan import Plan, make_plan
+from hfscale.planning.site import Asked
 from tests.helpers.corpus import make_corpus
 from tests.helpers.forks import Forks
 from tests.helpers.pretraining import pretraining

@@ -16,9 +16,10 @@ from typing import Any
 from hfscale.config.schema import RunConfig
 from hfscale.models.devices import device_named
 from hfscale.monitor.clock import duration
-from hfscale.planning.advice import Choice, Site, best_by_stage, recommended
+from hfscale.planning.advice import Choice, best_by_stage, recommended
 from hfscale.planning.figures import GIB, count, size
 from hfscale.planning.plan import CHINCHILLA
+from hfscale.planning.site import Site
 from hfscale.planning.subject import Subject
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "sizing.md"

@@ -79,6 +79,13 @@ class CheckpointManager:
         self.stall_s = 0.0  # of the last save: how long training waited
         self.write_s = 0.0  # of the last save that was written: how long its writer took
 
+    @property
+    def save_s(self) -> float:
+        """How long the last save that was written took, from its begin to its commit; 0 before."""
+        if not self.write_s:
+            return 0.0
+        return self.stall_s + (self.write_s if self._config.async_ else 0.0)
+
     # ----------------------------------------------------------------------------------------- when
     def due(self, step: int) -> bool:
         """Return True on rank 0 when ``step`` should be saved; the ranks agree on it by the step's

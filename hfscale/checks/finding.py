@@ -9,6 +9,7 @@ from hfscale.errors import UserError
 
 MARK = "hfscale-doctor "  # begins a finding on a rank's stdout
 State = Literal["ok", "warn", "fail"]
+NO_GPU = "torch sees none"  # what "GPU" says of a node that computes on cores
 STATES: tuple[State, ...] = ("ok", "warn", "fail")
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from hfscale.checks.finding import Finding, measured, product_rate
+from hfscale.checks.finding import NO_GPU, Finding, measured, product_rate
 from hfscale.checks.node import Node
 from hfscale.models.flops import peak_flops
 
@@ -30,6 +30,8 @@ SLOW = {
     ("cuda", "fp32"): (0.9, 0.75),
     ("cpu", "fp32"): (0.5, 0.0),
 }
+COPIED = {"cuda": 2**28, "cpu": 2**25}  # numbers of fp32
+COPYING_S = 0.3
 LEAST_OF_PEAK = 0.4
 FREE = 0.9  # of a GPU's memory that nobody has taken
 TIMEOUT_S = 10.0  # for the driver to answer
@@ -51,7 +53,7 @@ XID = re.compile(r"NVRM: Xid \(([^)]*)\): (\d+)")
 def gpu(node: Node) -> Iterator[Finding]:
     """Yield which GPUs this node has, and their driver."""
     if not node.on_gpu:
-        yield Finding("GPU", "fail" if node.task.gpus else "ok", "torch sees none")
+        yield Finding("GPU", "fail" if node.task.gpus else "ok", NO_GPU)
         return
     _, total = torch.cuda.mem_get_info(node.device)
     driver = DRIVER.read_text().split("Module")[-1].split()[0] if DRIVER.is_file() else "unknown"
@@ -107,6 +109,24 @@ def _rate(size: int, dtype: torch.dtype, device: torch.device) -> float:
     times = max(1, min(500, int(SECONDS / TURNS / multiply(1))))
     # the best turn: in the others something else was in the way
     return 2 * size**3 * times / min(multiply(times) for _ in range(TURNS))
+
+
+def memory_speed(node: Node) -> Iterator[Finding]:
+    """Yield how fast this rank copies what no cache holds: bytes read and written."""
+    source = torch.ones(COPIED[node.device.type], device=node.device)
+    target = torch.empty_like(source)
+
+    def copy(times: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(times):
+            target.copy_(source)
+        float(target[0])  # waits for them
+        return time.perf_counter() - begun
+
+    copy(1)
+    times = max(1, int(COPYING_S / TURNS / copy(1)))
+    took = min(copy(times) for _ in range(TURNS)) / times
+    yield measured("memory speed", 2 * source.nbytes / took / 1e9, "GB/s a rank", slow=(0.5, 0.0))
 
 
 # --------------------------------------------------------------------------------------- the driver

@@ -23,19 +23,24 @@ def judge(
     findings: Sequence[Finding], *, nodes: Collection[str], needs: Needs = Needs()
 ) -> list[Finding]:
     """Return the findings of all ranks, each with its node; those that say the same are one, with
-    its nodes if they are not all of them.
+    its nodes if they are not all of them and the least value that was measured.
     """
     judged = []
     for check, unit in dict.fromkeys((one.check, one.unit) for one in findings):
         of_check = [one for one in findings if (one.check, one.unit) == (check, unit)]
         enough = [against_need(one, needs) for one in of_check]
         groups: dict[Finding, set[str]] = {}
+        least: dict[Finding, float] = {}  # of what was measured
         for one in against_others(enough, need=_need(check, needs)):
-            groups.setdefault(replace(one, nodes=(), value=None), set()).update(one.nodes)
+            alike = replace(one, nodes=(), value=None)
+            groups.setdefault(alike, set()).update(one.nodes)
+            if one.value is not None:
+                least[alike] = min(one.value, least.get(alike, one.value))
         common = max(groups, key=lambda one: len(groups[one]))
-        for one, there in groups.items():
+        for kind, there in groups.items():
+            one = replace(kind, value=least.get(kind))
             everywhere = there >= set(nodes)
-            if BY_NAME[check].alike and one.state == "ok" and one != common:
+            if BY_NAME[check].alike and one.state == "ok" and kind != common:
                 one = _unlike(one, common)
             one = replace(one, remedy=_remedy(one, everywhere=everywhere))
             judged.append(replace(one, nodes=() if everywhere else tuple(sorted(there))))

@@ -171,6 +171,12 @@ CHECKS = (
         "`nvidia-smi -q -d PERFORMANCE,TEMPERATURE`",
     ),
     Check(
+        "memory speed",
+        "node",
+        "hfscale.checks.gpu:memory_speed",
+        remedy="see what else runs there, with `top` or `nvidia-smi`",
+    ),
+    Check(
         "deepspeed",
         "node",
         "hfscale.checks.machine:deepspeed",

@@ -11,25 +11,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
-from hfscale.models.devices import Device
 from hfscale.planning.memory import Memory, Setup, memory
+from hfscale.planning.site import Site
 from hfscale.planning.speed import Speed, speed
 from hfscale.planning.subject import Subject
 
 # of the same speed are settings that a roofline cannot tell apart: then the smaller one
 ALIKE = 1.03
 LARGEST_ROWS = 512  # of a micro-batch
-
-
-@dataclass(frozen=True)
-class Site:
-    """Where a plan is for: ``ranks`` devices, ``a_node`` of them on each node."""
-
-    device: Device
-    ranks: int
-    a_node: int
-    network: float | None  # bytes a second of a device to one of another node
-    memory_bytes: float  # of one device
 
 
 @dataclass(frozen=True)
@@ -55,8 +44,7 @@ def choice(subject: Subject, setup: Setup, site: Site) -> Choice:
         setup,
         subject.weights,
         step,
-        device=site.device,
-        network=site.network,
+        site=site,
         seq_len=config.data.seq_len,
         flops_per_token=subject.flops_per_token,
         compiled=config.engine.compile,
@@ -71,7 +59,7 @@ def best_by_stage(subject: Subject, site: Site) -> list[Choice]:
     base = subject.setup(site.ranks, a_node=site.a_node)
     stages = (0, 1, 2, 3) if base.precision == "fp32" else (1, 2, 3)
     found = [_best(subject, base.at(stage), site) for stage in stages]
-    if site.device.key != "cpu" and not any(one.fits for one in found):
+    if not site.on_cpu and not any(one.fits for one in found):
         found.append(_best(subject, base.at(2, "optimizer"), site))
         found.append(_best(subject, base.at(3, "optimizer"), site))
         found.append(_best(subject, base.at(3, "parameters"), site))

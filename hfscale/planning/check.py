@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from statistics import median
 
@@ -15,9 +16,10 @@ from hfscale.config.load import load_config
 from hfscale.errors import CheckpointError, UserError
 from hfscale.models.devices import CPU, Device, device_seen
 from hfscale.monitor.lines import read_lines
-from hfscale.planning.corrections import MEMORY, STEP, UNITS, Checked
+from hfscale.planning.corrections import MEMORY, SAVE, STEP, UNITS, Checked
 from hfscale.planning.figures import GIB, shown
-from hfscale.planning.plan import Asked, Plan, make_plan
+from hfscale.planning.plan import Plan, make_plan
+from hfscale.planning.site import Asked, Measured
 from hfscale.records import Count, Record, load
 from hfscale.run.environment import Entry, entries
 from hfscale.shards.files import write_atomically
@@ -59,11 +61,14 @@ class Check:
             unit = UNITS[name]
             off = f"{planned / seen - 1:+.1%}"
             lines.append(f"  {name:<8}{shown(planned, unit):>12}{shown(seen, unit):>12}{off:>9}")
+        if SAVE not in self.record.seen:
+            lines.append("  no save was logged: the first step behind one says how long it took")
         return "\n".join(lines)
 
 
-def check(run_dir: Path) -> Check:
-    """Return what the newest attempt of a run took beside its plan, and keep it in the run.
+def check(run_dir: Path, *, measured: Measured | None = None) -> Check:
+    """Return what the newest attempt of a run took beside its plan, and keep it in the run;
+    ``measured`` is what doctor said of the machines.
 
     Raises:
         CheckpointError: if the run has not logged a step, or has begun anew since it did: what it
@@ -82,14 +87,21 @@ def check(run_dir: Path) -> Check:
         )
     entry = attempts[-1] if attempts else Entry(procs=1)
     device, nodes = _device(entry, run_dir), _nodes(entry)
-    asked = Asked(gpu=device.key, gpus=max(1, entry.procs), nodes=nodes, corrected=False)
+    asked = Asked(
+        gpu=device.key,
+        gpus=max(1, entry.procs),
+        nodes=nodes,
+        corrected=False,
+        measured=measured,
+    )
     plan = make_plan(config, asked)
     record = Checked(
         device=device.key,
         attempt=logged[-1].attempt,
         setup=plan.setup,
-        planned={MEMORY: plan.peak, STEP: plan.step_s},
+        planned={MEMORY: plan.peak, STEP: plan.step_s, SAVE: plan.save_s},
         seen=_seen(run_dir, logged),
+        measured=measured is not None,
     )
     changed = tuple(_changes(_before(run_dir), record))
     text = json.dumps(record.as_dict(), indent=1)
@@ -114,8 +126,8 @@ def _of_last_attempt(run_dir: Path) -> list[_Logged]:
 
 
 def _seen(run_dir: Path, logged: list[_Logged]) -> dict[str, float]:
-    """Return the peak of memory (what torch reserved, where it says so), and the usual
-    step.
+    """Return the peak of memory (what torch reserved, where it says so), the usual step and the
+    usual save.
     """
     seen = dict[str, float]()
     held = [line.memory_gib * GIB for line in logged if line.memory_gib]
@@ -125,6 +137,10 @@ def _seen(run_dir: Path, logged: list[_Logged]) -> dict[str, float]:
     steps = [line.step_s for line in logged if line.step_s]
     if usual := steps[WARM:] or steps:
         seen[STEP] = median(usual)
+    # a save is logged with each step until the next one
+    saves = [took for took, _ in groupby(line.save_s for line in logged) if took]
+    if saves:
+        seen[SAVE] = median(saves)
     return seen
 
 

@@ -23,8 +23,8 @@ from hfscale.log import logger
 from hfscale.planning.figures import Figure, shown
 from hfscale.records import Count, Record, load
 
-MEMORY, STEP = "memory", "step"
-UNITS: Mapping[str, str] = {MEMORY: "bytes", STEP: "s"}
+MEMORY, STEP, SAVE = "memory", "step", "save"
+UNITS: Mapping[str, str] = {MEMORY: "bytes", STEP: "s", SAVE: "s"}
 NORMAL = 1.4826  # MAD of a normal distribution of deviation 1, inverted
 NINE_IN_TEN = 1.645  # deviations on each side
 FEW = 3  # runs, below which their spread says nothing
@@ -36,7 +36,8 @@ Amount = Annotated[float, Field(gt=0, lt=1e18)]  # bytes, or seconds
 
 class Checked(Record):
     """``plan.json`` of a run: what was planned for it, and what it took. ``setup`` is what the plan
-    depended on; numbers are in ``UNITS``, and a run may lack some.
+    depended on, ``measured`` whether its speeds were doctor's; numbers are in ``UNITS``, and a run
+    may lack some.
     """
 
     device: str
@@ -44,6 +45,7 @@ class Checked(Record):
     setup: dict[str, str | int | float | bool]
     planned: dict[str, Amount]
     seen: dict[str, Amount]
+    measured: bool = False
 
 
 @dataclass(frozen=True)
@@ -82,15 +84,19 @@ def correction(pairs: Sequence[tuple[float, float]]) -> Correction | None:
     return Correction(math.exp(middle), low, high, len(logs))
 
 
-def corrections(root: Path, *, device: str) -> dict[str, Correction]:
-    """Return the correction of each quantity, by the checked runs in ``root`` on ``device``."""
+def corrections(root: Path, *, device: str, measured: bool) -> dict[str, Correction]:
+    """Return the correction of each quantity, by the checked runs in ``root`` on ``device``. Times
+    are learnt of plans alone whose speeds are known alike: ``measured`` by doctor, or not.
+    """
     checked = [one for one in _checked(root) if one.device == device]
     found = dict[str, Correction]()
     for name in UNITS:
         pairs = [
             (one.planned[name], one.seen[name])
             for one in checked
-            if name in one.planned and name in one.seen
+            if name in one.planned
+            and name in one.seen
+            and (name == MEMORY or one.measured == measured)
         ]
         if one := correction(pairs):
             found[name] = one

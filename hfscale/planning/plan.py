@@ -5,35 +5,23 @@ explanations are printed from.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from hfscale.config.schema import TrainConfig
-from hfscale.errors import ConfigError
-from hfscale.models.devices import CPU, GB, Device, device_named, device_seen
 from hfscale.monitor.clock import duration
-from hfscale.planning.advice import Choice, Site, best_by_stage, choice, config_lines, recommended
-from hfscale.planning.corrections import MEMORY, STEP, corrections
+from hfscale.planning.advice import Choice, best_by_stage, choice, config_lines, recommended
+from hfscale.planning.corrections import MEMORY, SAVE, STEP, corrections
 from hfscale.planning.figures import GIB, Figure, count, size
 from hfscale.planning.memory import shared_memory
+from hfscale.planning.saving import SPARE, Save, save
+from hfscale.planning.site import Asked, Site, site_of
 from hfscale.planning.subject import Subject
 
 CHINCHILLA = 20  # tokens a parameter (Hoffmann et al. 2022, table 3)
 LOGGED_BYTES = 4000  # of a logged step, with its details and pictures: as seen in runs
-MEMORY_FILE = Path("/proc/meminfo")
-
-
-@dataclass(frozen=True)
-class Asked:
-    """What the command line says of the place of a plan; None: the config's cluster decides."""
-
-    gpu: str | None = None
-    gpus: int | None = None
-    nodes: int | None = None
-    network_gb_s: float | None = None
-    memory_gib: float | None = None
-    corrected: bool = True  # by the checked runs of the same root
 
 
 @dataclass(frozen=True)
@@ -83,6 +71,11 @@ class Plan:
         """How long a step takes."""
         return self.figure("a step", "step").value
 
+    @property
+    def save_s(self) -> float:
+        """How long a save takes, from its begin to its commit."""
+        return self.figure("a save", "save").value
+
     def figure(self, title: str, name: str) -> Figure:
         """Return one figure of the section whose title begins so."""
         section = next(one for one in self.sections if one.title.startswith(title))
@@ -122,63 +115,6 @@ def _table(rows: Sequence[StageRow]) -> list[str]:
     return lines
 
 
-def site_of(config: TrainConfig, asked: Asked) -> Site:
-    """Return where a run of ``config`` is planned to run.
-
-    Raises:
-        ConfigError: for an unknown GPU, a number of GPUs that nodes cannot share, or several nodes
-            of which nothing says how fast they are joined.
-    """
-    cluster = config.cluster
-    device = device_named(asked.gpu) if asked.gpu else _device_here()
-    usual = cluster.gpus_per_node or device.a_node
-    ranks, nodes = asked.gpus, asked.nodes
-    if ranks is None:
-        nodes = nodes or cluster.nodes
-        here = cluster.gpus_per_node or (device.a_node if nodes > 1 or device is CPU else 1)
-        ranks = nodes * here
-    nodes = nodes or max(1, -(-ranks // usual))
-    if ranks % nodes:
-        raise ConfigError(
-            f"{ranks} GPUs cannot be shared by {nodes} nodes",
-            where="--gpus, --nodes",
-            value=ranks,
-            remedy=f"--gpus {max(nodes, ranks - ranks % nodes)} would do",
-        )
-    network = asked.network_gb_s * GB if asked.network_gb_s else device.network
-    if nodes > 1 and network is None:
-        raise ConfigError(
-            f"nothing says how fast nodes with {device.name} are joined",
-            where="--network",
-            value=None,
-            remedy="give what one GPU has of it in GB/s, as `hfscale doctor` measures it between "
-            "nodes: --network 12.5 (100 Gb/s)",
-        )
-    held = asked.memory_gib or device.memory_gib or _memory_here_gib() / ranks
-    return Site(device, ranks, ranks // nodes, network, held * GIB)
-
-
-def _device_here() -> Device:
-    import torch
-
-    if not torch.cuda.is_available():
-        return CPU
-    name = torch.cuda.get_device_name()
-    if known := device_seen(name):
-        return known
-    raise ConfigError(
-        "this GPU is not in the table of devices",
-        where="--gpu",
-        value=name,
-        remedy="name the nearest one with --gpu, and its memory with --memory",
-    )
-
-
-def _memory_here_gib() -> float:
-    lines = MEMORY_FILE.read_text().splitlines()
-    return next(int(line.split()[1]) / 2**20 for line in lines if line.startswith("MemTotal"))
-
-
 def make_plan(config: TrainConfig, asked: Asked) -> Plan:
     """Return the plan of ``config``.
 
@@ -186,21 +122,23 @@ def make_plan(config: TrainConfig, asked: Asked) -> Plan:
         UserError: if its model cannot be built, or the place is not known well enough.
     """
     site = site_of(config, asked)
-    subject = Subject(config, on_cpu=site.device is CPU)
+    subject = Subject(config, on_cpu=site.on_cpu)
     own = choice(subject, subject.setup(site.ranks, a_node=site.a_node), site)
+    saving = save(own.setup, own.memory.saved, site)
     found = best_by_stage(subject, site)
     sections = [
         _model(subject),
         _memory(own, site),
         _host(own),
         _speed(own, on_cpu=subject.on_cpu),
-        _run(subject, own, site),
+        _save(saving, own, subject),
+        _run(subject, own, saving, site),
     ]
-    learnt = _learnt(config, own, site) if asked.corrected else None
+    learnt = _learnt(config, own, saving, site) if asked.corrected else None
     if learnt:
         sections.append(learnt)
-    assumed = list(subject.assumed)
-    if site.device is CPU and not asked.gpu:
+    assumed = [*subject.assumed, *site.assumed()]
+    if site.on_cpu and not asked.gpu:
         assumed.append("no GPU here and none named: ranks on cores of this machine (--gpu h100)")
     whole = own.setup.micro_batch * own.setup.accumulation * site.ranks
     if whole != config.train.global_batch:
@@ -213,15 +151,18 @@ def make_plan(config: TrainConfig, asked: Asked) -> Plan:
         own.fits,
         tuple(sections),
         tuple(map(_row, found)),
-        (*_advice(own, found, subject), *_warned(learnt, site)),
+        (
+            *_advice(own, found, subject),
+            *_warned(learnt, site),
+            *_saves_in_time(saving, own, subject, learnt),
+        ),
         tuple(assumed),
         {key: value for key, value in asdict(own.setup).items() if key != "zero"},
     )
 
 
 def _place(site: Site) -> str:
-    nodes = site.ranks // site.a_node
-    on = f" on {nodes} nodes" if nodes > 1 else ""
+    on = f" on {site.nodes} nodes" if site.nodes > 1 else ""
     return f"{site.ranks} x {site.device.name} ({site.memory_bytes / GIB:.1f} GiB each){on}"
 
 
@@ -286,7 +227,15 @@ def _speed(own: Choice, *, on_cpu: bool) -> Section:
     return Section("a step", (fast.step, *parts, fast.tokens_per_s, *of_peak))
 
 
-def _run(subject: Subject, own: Choice, site: Site) -> Section:
+def _save(saving: Save, own: Choice, subject: Subject) -> Section:
+    parts = (replace(one, name=f"  {one.name}") for one in (saving.copy, saving.writing))
+    after = saving.after_warning(own.speed.step, saving.whole)
+    signal_s = float(subject.config.cluster.signal_s)
+    warned = Figure("warned before a limit", signal_s, "s", "cluster.signal_s, in a job of Slurm")
+    return Section("a save", (saving.whole, *parts, saving.stall, after, warned))
+
+
+def _run(subject: Subject, own: Choice, saving: Save, site: Site) -> Section:
     config, weights = subject.config, subject.weights
     saved = own.memory.saved.value * own.setup.ranks
     kept = config.checkpoint.keep_last + 1 + (1 if config.checkpoint.keep_best else 0)
@@ -304,7 +253,9 @@ def _run(subject: Subject, own: Choice, site: Site) -> Section:
     if length is None:
         return Section("the run", tuple(figures))
     steps = length.steps
-    seconds = steps * own.speed.step.value
+    computing = steps * own.speed.step.value
+    saves = _saves(subject, computing, steps)
+    seconds = computing + saves * saving.stall.value
     tokens = steps * own.speed.tokens
     logged = steps / config.metrics.every_steps * LOGGED_BYTES
     a_weight = tokens / (weights.trained + weights.frozen)
@@ -324,7 +275,13 @@ def _run(subject: Subject, own: Choice, site: Site) -> Section:
             f"{count(tokens)} / {count(weights.trained + weights.frozen)}; {CHINCHILLA} is "
             "Chinchilla's rule",
         ),
-        Figure("time", seconds, "s", f"{steps:,} steps x {own.speed.step.value:.4g} s"),
+        Figure(
+            "time",
+            seconds,
+            "s",
+            f"{steps:,} steps x {own.speed.step.value:.4g} s + {saves:,} saves x "
+            f"{saving.stall.value:.3g} s that training waits",
+        ),
         Figure(
             "device hours",
             seconds / 3600 * site.ranks,
@@ -335,11 +292,20 @@ def _run(subject: Subject, own: Choice, site: Site) -> Section:
     return Section("the run", tuple(figures))
 
 
-def _learnt(config: TrainConfig, own: Choice, site: Site) -> Section | None:
+def _saves(subject: Subject, computing_s: float, steps: int) -> int:
+    """Return how many saves a run makes, with its last."""
+    config = subject.config.checkpoint
+    every = [steps // one for one in (config.every_steps, config.keep_every_steps) if one]
+    if config.every_minutes:
+        every.append(int(computing_s / 60 / config.every_minutes))
+    return 1 + max(every, default=0)
+
+
+def _learnt(config: TrainConfig, own: Choice, saving: Save, site: Site) -> Section | None:
     """Return what the checked runs of the same root say that this one will take."""
     root = Path(config.run.root)
-    known = corrections(root, device=site.device.key)
-    planned = {MEMORY: own.memory.peak, STEP: own.speed.step}
+    known = corrections(root, device=site.device.key, measured=site.measured is not None)
+    planned = {MEMORY: own.memory.peak, STEP: own.speed.step, SAVE: saving.whole}
     figures = [known[name].apply(figure) for name, figure in planned.items() if name in known]
     return Section(f"as checked runs of {root} went", tuple(figures)) if figures else None
 
@@ -348,6 +314,29 @@ def _warned(learnt: Section | None, site: Site) -> Iterator[str]:
     for figure in learnt.figures if learnt else ():
         if figure.unit == "bytes" and figure.value > site.memory_bytes:
             yield f"as checked runs here went, it takes {figure}: more than there is"
+
+
+def _saves_in_time(
+    saving: Save, own: Choice, subject: Subject, learnt: Section | None
+) -> Iterator[str]:
+    """Yield what is wrong with when it saves: too late for a warning, or too often."""
+    known = {one.name: one for one in learnt.figures} if learnt else {}
+    step, whole = known.get("step", own.speed.step), known.get("save", saving.whole)
+    after, signal_s = saving.after_warning(step, whole), subject.config.cluster.signal_s
+    if after.value > signal_s:
+        yield (
+            f"cluster.signal_s={math.ceil(SPARE * after.value)}: a job of Slurm is warned "
+            f"{signal_s} s before its limit, and takes up to {after} to save ({after.how})"
+        )
+    config = subject.config.checkpoint
+    between = (config.every_steps or math.inf) * step.value
+    between = min(between, 60 * (config.every_minutes or math.inf))
+    if saving.asynchronous and between < whole.value:
+        yield (
+            f"a save takes {whole}, and the next comes after {Figure('', between, 's', '')}: "
+            "training waits for the one before. Save less often (checkpoint.every_steps, "
+            "every_minutes)"
+        )
 
 
 def _advice(own: Choice, found: Sequence[Choice], subject: Subject) -> Iterator[str]:

@@ -21,20 +21,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from hfscale.models.devices import Device
 from hfscale.planning.figures import Figure, count, total
 from hfscale.planning.memory import FP32, MOMENTS, Setup
 from hfscale.planning.parameters import Weights
+from hfscale.planning.site import BUS_SPEED, Rate, Site
 from hfscale.planning.tracing import Step, Work
 
-# of the peaks on data sheets, what large operators reach (assumed; `--check` learns what they do)
-ARITHMETIC, TRAFFIC, WIRE = 0.70, 0.80, 0.75
 # of one exchange however small: NCCL's and gloo's (assumed)
 LATENCY_S, GLOO_LATENCY_S = 3e-5, 5e-4
 GAP_S = 3e-6  # of each operator of a GPU: its start and its tail (assumed)
 FUSED = 0.4  # of the traffic of operators without products, where torch.compile fuses them
 HOST_SPEED = 100e9  # bytes a second, of a node's memory: AdamW on offloaded states
-BUS_SPEED = 25e9  # bytes a second between a GPU and its host
 
 
 @dataclass(frozen=True)
@@ -69,33 +66,9 @@ class Speed:
         return Figure("MFU", rate / self.peak_flops, "%", how)
 
 
-@dataclass(frozen=True)
-class Wires:
-    """How fast ranks exchange bytes, and why."""
-
-    speed: float  # bytes a second
-    how: str
-
-
-def wires(device: Device, setup: Setup, *, network: float | None) -> Wires:
-    """Return how fast a ring over all ranks is; ``network`` is of a GPU to one of another node, in
-    bytes a second.
-    """
-    if setup.ranks <= setup.a_node:
-        return Wires(WIRE * device.link, f"{device.link / 1e9:.4g} GB/s in a node x {WIRE}")
-    assert network is not None, "the command has asked for it"
-    together = min(device.link, network * setup.a_node)
-    how = (
-        f"the least of {device.link / 1e9:.4g} GB/s in a node and {setup.a_node} x "
-        f"{network / 1e9:.4g} GB/s between nodes, x {WIRE}"
-    )
-    return Wires(WIRE * together, how)
-
-
-def compute_s(work: Sequence[Work], device: Device, setup: Setup, *, compiled: bool) -> float:
+def compute_s(work: Sequence[Work], site: Site, setup: Setup, *, compiled: bool) -> float:
     """Return how long the operators of a micro-batch take."""
-    peak = ARITHMETIC * device.peak(setup.precision)
-    traffic = TRAFFIC * device.memory_speed
+    peak, traffic = site.flops(setup.precision).speed, site.traffic.speed
     gap = 0.0 if setup.on_cpu else GAP_S
     seconds = 0.0
     for flops, moved in work:
@@ -111,34 +84,33 @@ def speed(
     weights: Weights,
     step: Step,
     *,
-    device: Device,
-    network: float | None,
+    site: Site,
     seq_len: int,
     flops_per_token: float,
     compiled: bool,
 ) -> Speed:
     """Return how long a step takes."""
-    seconds = step.of(lambda one: compute_s(one.work, device, setup, compiled=compiled))
+    seconds = step.of(lambda one: compute_s(one.work, site, setup, compiled=compiled))
     flops = step.of(lambda one: sum(work[0] for work in one.work))
     how = (
         f"{setup.accumulation} micro-batches of {setup.micro_batch} x {seconds:.4g} s: each "
-        f"operator at {ARITHMETIC:.0%} of {count(device.peak(setup.precision))} flop/s or "
-        f"{TRAFFIC:.0%} of {device.memory_speed / 1e9:,.4g} GB/s; {count(flops)} flops"
+        f"operator at {site.flops(setup.precision).how} or {site.traffic.how}; "
+        f"{count(flops)} flops"
     )
     compute = Figure("compute", setup.accumulation * seconds, "s", how)
     parts = [
         compute,
-        *_exchange(setup, weights, compute.value, wires(device, setup, network=network)),
+        *_exchange(setup, weights, compute.value, site.exchange),
     ]
-    parts.append(_update(setup, weights, device))
+    parts.append(_update(setup, weights, site))
     tokens = setup.micro_batch * setup.accumulation * setup.ranks * seq_len
-    peak = device.flops_32 if setup.on_cpu else device.flops_16
+    peak = site.device.flops_32 if setup.on_cpu else site.device.flops_16
     return Speed(
         tuple(one for one in parts if one.value), tokens, flops_per_token, setup.ranks * peak
     )
 
 
-def _exchange(setup: Setup, weights: Weights, compute: float, over: Wires) -> list[Figure]:
+def _exchange(setup: Setup, weights: Weights, compute: float, over: Rate) -> list[Figure]:
     ranks, stage, b = setup.ranks, setup.stage, setup.bytes
     if ranks == 1:
         return []
@@ -175,13 +147,12 @@ def _exchanges(setup: Setup, weights: Weights) -> float:
     return float(times * buckets * setup.ranks + 1)
 
 
-def _update(setup: Setup, weights: Weights, device: Device) -> Figure:
+def _update(setup: Setup, weights: Weights, site: Site) -> Figure:
     share = weights.trained / (setup.ranks if setup.stage else 1)
     moved = (2 * (FP32 + MOMENTS) + 2 * FP32 + setup.bytes) * share
     if setup.offload == "none":
-        at = TRAFFIC * device.memory_speed
-        how = f"AdamW reads and writes {count(moved)} bytes at {at / 1e9:,.4g} GB/s"
-        return Figure("update", moved / at, "s", how)
+        how = f"AdamW reads and writes {count(moved)} bytes at {site.traffic.how}"
+        return Figure("update", moved / site.traffic.speed, "s", how)
     over_bus = (FP32 + setup.bytes) * share
     if setup.offload == "parameters":  # fetched twice a micro-batch
         everything = weights.trained + weights.frozen

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from hfscale.config.permission import grant
 from hfscale.errors import ConfigError, shown
 from launch.request import quote
+
+if TYPE_CHECKING:
+    from hfscale.planning.site import Measured
 
 Overrides = Annotated[
     list[str] | None,
@@ -42,6 +46,15 @@ Memory = Annotated[
     float | None,
     typer.Option("--memory", min=0.1, help="GiB of one GPU, or rank.", show_default=False),
 ]
+Doctor = Annotated[
+    Path | None,
+    typer.Option(
+        "--doctor",
+        metavar="FILE",
+        help="What `hfscale doctor --json` measured: its network, disk, and speed of cores.",
+        show_default=False,
+    ),
+]
 
 
 def plan(
@@ -54,6 +67,7 @@ def plan(
     nodes: Nodes = None,
     network: Network = None,
     memory: Memory = None,
+    doctor: Doctor = None,
     explain: Annotated[
         bool, typer.Option("--explain", help="Say how every number comes about.")
     ] = False,
@@ -70,22 +84,26 @@ def plan(
     Examples: hfscale plan configs/pretrain/llama_1b.yaml --gpu h100 --gpus 8; hfscale plan
     runs/first --gpu a100-80 --explain
     """
-    from hfscale.planning.plan import Asked, make_plan
+    from hfscale.checks.measured import read_measured
+    from hfscale.planning.plan import make_plan
+    from hfscale.planning.site import Asked
     from launch.request import Request
 
+    measured = read_measured(doctor) if doctor else None
     if checked:
-        _check(config, given=[*(overrides or ()), *filter(None, (gpu, gpus, nodes))])
+        given = [*(overrides or ()), *filter(None, (gpu, gpus, nodes, network, memory))]
+        _check(config, given=given, measured=measured)
         return
     grant(overrides or ())
     wanted = Request(config, tuple(overrides or ())).load().config
-    made = make_plan(wanted, Asked(gpu, gpus, nodes, network, memory))
+    made = make_plan(wanted, Asked(gpu, gpus, nodes, network, memory, measured=measured))
     if as_json:
         typer.echo(made.to_json())
         return
     typer.echo("\n".join(map(shown, made.text(explain=explain).splitlines())))
 
 
-def _check(run: str, *, given: list[object]) -> None:
+def _check(run: str, *, given: list[object], measured: Measured | None) -> None:
     """Print what a run took beside its plan, which it keeps.
 
     Raises:
@@ -101,4 +119,6 @@ def _check(run: str, *, given: list[object]) -> None:
             value=given[0],
             remedy=f"hfscale plan --check {quote(run)}",
         )
-    typer.echo("\n".join(map(shown, check(training_run(run)).text().splitlines())))
+    typer.echo(
+        "\n".join(map(shown, check(training_run(run), measured=measured).text().splitlines()))
+    )

@@ -26,6 +26,7 @@ def rates(*values: float) -> list[Finding]:
 def test_ranks_that_agree_are_one_line():
     [one] = judge(rates(610.4, 612.0, 599.7, 640.0), nodes=NODES)
     assert (one.state, one.said, one.nodes, one.remedy) == ("ok", "600 to 640 TFLOP/s", (), "")
+    assert one.value == 599.7
 
 
 @pytest.mark.parametrize(

@@ -61,6 +61,7 @@ def test_a_machine_without_slurm_and_without_a_config(tmp_path: Path):
     assert lines["rendezvous"].startswith("ok    rendezvous")
     for check, unit in {
         "matrix products": "TFLOP/s",
+        "memory speed": "GB/s",
         "writing": "MB/s",
         "all-reduce": "GB/s",
         "clocks": "s apart",

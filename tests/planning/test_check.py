@@ -13,13 +13,15 @@ from hfscale.config.load import load_config, to_yaml
 from hfscale.config.schema import RunConfig
 from hfscale.errors import CheckpointError, ConfigError
 from hfscale.planning.check import check
-from hfscale.planning.corrections import MEMORY, STEP, correction, corrections
+from hfscale.planning.corrections import MEMORY, SAVE, STEP, correction, corrections
 from hfscale.planning.figures import GIB, Figure
-from hfscale.planning.plan import Asked, make_plan
+from hfscale.planning.plan import make_plan
+from hfscale.planning.site import Asked
 from launch.commands.plan import plan as plan_verb
 from tests.planning.test_plan import config_of
 
 CPU = Asked(gpu="cpu", gpus=2, memory_gib=8)
+SAVES = (2.0, 2.0, 4.0)
 
 
 def run_at(root: Path, name: str, *, memory_gib: float, step_s: float, stage: int = 1) -> Path:
@@ -32,10 +34,12 @@ def run_at(root: Path, name: str, *, memory_gib: float, step_s: float, stage: in
     (run_dir / "config.yaml").write_text(to_yaml(RunConfig.model_validate(values)))
     entry = {"procs": 2, "launcher": "local", "ranks": ["here: cpu", "here: cpu"]}
     (run_dir / "environment.json").write_text(json.dumps([entry]))
-    lines = [
+    lines: list[dict[str, Any]] = [
         {"step": step, "attempt": 1, "step_s": took, "memory_gib": memory_gib, "loss": 1.0}
         for step, took in enumerate([9.0, 5.0, step_s, step_s, step_s], start=1)
     ]
+    for line, save_s in zip(lines[2:], SAVES, strict=True):
+        line["save_s"] = save_s  # logged until the next one
     (run_dir / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return run_dir
 
@@ -44,9 +48,14 @@ def test_a_run_is_held_against_its_plan_and_keeps_that(tmp_path: Path):
     run_dir = run_at(tmp_path, "one", memory_gib=1.5, step_s=0.75)
     compared = check(run_dir)
     kept = json.loads((run_dir / "plan.json").read_text())
-    assert kept["seen"] == {MEMORY: 1.5 * GIB, STEP: 0.75}  # the first steps are slow
+    assert kept["seen"] == {
+        MEMORY: 1.5 * GIB,
+        STEP: 0.75,  # the first steps are slow
+        SAVE: 3.0,
+    }
     config = load_config(run_dir / "config.yaml").config
-    assert kept["planned"][MEMORY] == make_plan(config, CPU).peak
+    plan = make_plan(config, CPU)
+    assert kept["planned"] == {MEMORY: plan.peak, STEP: plan.step_s, SAVE: plan.save_s}
     assert "off" in compared.text() and compared.changed == ()
 
 
@@ -56,7 +65,7 @@ def test_later_plans_learn_from_checked_runs(tmp_path: Path):
     for number, factor in enumerate((1.1, 1.1, 1.2, 9.0)):  # the last is an odd one
         held, took = factor * before.peak / GIB, factor * before.step_s
         check(run_at(tmp_path, f"run-{number}", memory_gib=held, step_s=took))
-    learnt = corrections(tmp_path, device="cpu")
+    learnt = corrections(tmp_path, device="cpu", measured=False)
     assert learnt[MEMORY].runs == 4
     assert learnt[MEMORY].factor == pytest.approx(math.sqrt(1.1 * 1.2))
     plan = make_plan(config, CPU)
@@ -108,5 +117,5 @@ def test_a_damaged_plan_of_another_run_says_nothing(tmp_path: Path):
     config = load_config(run_at(tmp_path, "one", memory_gib=2, step_s=1) / "config.yaml").config
     (tmp_path / "broken").mkdir()
     (tmp_path / "broken" / "plan.json").write_text("{")
-    assert corrections(tmp_path, device="cpu") == {}
+    assert corrections(tmp_path, device="cpu", measured=False) == {}
     assert make_plan(config, CPU).fits

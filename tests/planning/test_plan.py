@@ -18,7 +18,8 @@ from hfscale.config.load import load_config
 from hfscale.config.schema import RunConfig
 from hfscale.errors import ConfigError
 from hfscale.planning.figures import GIB
-from hfscale.planning.plan import Asked, Plan, make_plan
+from hfscale.planning.plan import Plan, make_plan
+from hfscale.planning.site import Asked
 from launch.commands.plan import plan as plan_verb
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -60,9 +60,8 @@ class Figures(Observer):
         }
         if step.skipped_rows:
             self.latest[SKIPPED] = step.skipped_rows
-        if self.checkpoints.write_s:
-            # at most: a synchronous save counts its writing twice
-            self.latest["save_s"] = self.checkpoints.stall_s + self.checkpoints.write_s
+        if self.checkpoints.save_s:
+            self.latest["save_s"] = self.checkpoints.save_s
             self._check_warning_time(self.latest["save_s"] + self.latest["step_s"])
 
     def _check_warning_time(self, needed_s: float) -> None:
