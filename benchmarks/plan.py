@@ -32,7 +32,7 @@ from tests.helpers.corpus import make_corpus
 from tests.helpers.forks import Forks
 from tests.helpers.pretraining import pretraining
 
-RANKS, STEPS, VOCABULARY = 2, 3, 16_000
+RANKS, STEPS, VOCABULARY = 2, 4, 16_000
 WIDE = {"vocab_size": VOCABULARY, "max_position_embeddings": 512}
 LLAMA = WIDE | {
     "hidden_size": 384,
@@ -134,9 +134,12 @@ def forget_peak() -> None:
     Path("/proc/self/clear_refs").write_text("5")
 
 
-def train(values: dict[str, Any]) -> dict[str, float]:
-    """Return what a rank's run took: ``base`` and ``peak`` (bytes, the largest of all ranks), and
-    the median ``step_s``.
+SEEN = ("base", "peak", "step_s", "cpu_s", "save_s")
+
+
+def train(config_values: dict[str, Any]) -> dict[str, float]:
+    """Return what a rank's run took, the largest of all ranks: ``base`` and ``peak`` (bytes), the
+    median ``step_s`` and ``cpu_s`` (of its processor in a step), and the last ``save_s``.
     """
     import torch
 
@@ -146,24 +149,27 @@ def train(values: dict[str, Any]) -> dict[str, float]:
     torch.set_num_threads(1)
     forget_peak()
     base = peak_rss()
-    config = RunConfig.model_validate(values)
+    config = RunConfig.model_validate(config_values)
     config.run_dir.mkdir(parents=True, exist_ok=True)
     trainer = Run(config, World.from_environment()).live(torch.device("cpu"))
-    seconds = []
+    seconds, own = list[float](), list[float]()
     update = trainer.update
 
     def timed(*args: Any, **kwargs: Any) -> Any:
-        begun = time.perf_counter()
+        begun, worked = time.perf_counter(), time.process_time()
         stats = update(*args, **kwargs)
         seconds.append(time.perf_counter() - begun)
+        own.append(time.process_time() - worked)
         return stats
 
     trainer.update = timed  # type: ignore[method-assign]
     trainer.run()
     trainer.close()
-    peaks = torch.tensor([float(base), float(peak_rss())])
-    torch.distributed.all_reduce(peaks, op=torch.distributed.ReduceOp.MAX)
-    return {"base": peaks[0].item(), "peak": peaks[1].item(), "step_s": median(seconds[1:])}
+    save_s = trainer.checkpoints.save_s
+    values = [base, peak_rss(), median(seconds[1:]), median(own[1:]), save_s]
+    most = torch.tensor(values, dtype=torch.float64)
+    torch.distributed.all_reduce(most, op=torch.distributed.ReduceOp.MAX)
+    return dict(zip(SEEN, most.tolist(), strict=True))
 
 
 def planned(values: dict[str, Any]) -> Plan:

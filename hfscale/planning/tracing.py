@@ -144,6 +144,8 @@ class OtherDevice(TorchFunctionMode):
             return True
         if func is torch.Tensor.item and args[0].is_meta:
             return 1
+        if func is torch.Tensor.__contains__ and args[0].is_meta:  # padding, among ids
+            return False
         return func(*args, **kwargs)
 
     def _dropout(

@@ -29,11 +29,12 @@ SIZES: dict[str, Any] = {
     "bos_token_id": 1,
     "eos_token_id": 1,
 }
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 1}  # padding is looked for
 GROUPED = SIZES | {"num_key_value_heads": 2}
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "gpt2": (
         "AutoModelForCausalLM",
-        {"vocab_size": 211, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 64},
+        {"vocab_size": 211, "n_embd": 64, "n_layer": 5, "n_head": 4, "n_positions": 64, **IDS},
     ),
     "llama": ("AutoModelForCausalLM", GROUPED),
     "qwen3": ("AutoModelForCausalLM", GROUPED | {"head_dim": 32}),
