@@ -70,7 +70,9 @@ def queue_says(here: Allocation | None) -> tuple[bool, str]:
     if here:
         command = ["squeue", "-h", "-j", here.job_id, "-o", "job %i on %N, time left: %L"]
     done = client(command, timeout_s=ANSWER_S)
-    return done.returncode == 0, "; ".join((done.stdout or done.stderr).splitlines())
+    if done.returncode == 0:
+        return True, "; ".join(done.stdout.splitlines())
+    return False, "; ".join(done.stderr.strip().splitlines()[-1:])  # what comes before leads there
 
 
 def facts(job: str) -> dict[str, str] | None:

@@ -46,7 +46,7 @@ PAGES = {  # of docs/tasks, whose script writes the table of a config
     "summarization": "summarization",
     "translation": "translation",
 }
-FASTER = ("signal", "one rank stopped")  # what happens to every run alike
+FASTER = ("signal", "one rank stopped", "another world size")  # alike for every run
 # like those that the configs name; of Qwen fewer layers, which all are alike
 BERT = (BertConfig(), "tokenizer-bert")
 QWEN = Qwen2Config(
@@ -117,7 +117,9 @@ def make_models(home: Path) -> None:
     for name, (config, tokenizer_name) in PRETRAINED.items():
         tokenizer = AutoTokenizer.from_pretrained(home / CORPUS / tokenizer_name)
         config.vocab_size = len(tokenizer)
-        for token in ("bos", "eos", "pad"):
+        # RoBERTa's positions begin behind the id of its padding
+        kept = ("bos", "eos") if config.model_type == "roberta" else ("bos", "eos", "pad")
+        for token in kept:
             setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
         if config.model_type == "t5":
             config.decoder_start_token_id = tokenizer.pad_token_id

@@ -268,13 +268,13 @@ CHECKS = (
         "leave the node out",
     ),
     # -------------------------------------------------------------------------------------- run
+    _shown("end", "end", remedy="see the logs"),
     _shown("data", "data", remedy="`hfscale shards verify` finds all that are damaged"),
     _shown(
         "start",
         "start",
         remedy="see --ntasks-per-node and --gpus-per-node in cluster: and in the script",
     ),
-    _shown("end", "end", remedy="see the logs"),
     _shown(
         "time limit",
         "fault",

@@ -56,11 +56,16 @@ class Verdict(Record):
     advice: list[str] = []
 
     def lines(self) -> Iterator[str]:
-        """Yield it for people."""
+        """Yield it for people: what the run did not come to in one line."""
+        far = [stage.name for stage in self.stages if stage.state == "missed"]
         for stage in self.stages:
+            if stage.state == "missed":
+                continue
             yield f"{stage.state:<9}{stage.name:<{WIDTH}}{stage.words}"
             if stage.remedy:
                 yield f"{'':{9 + WIDTH}}-> {stage.remedy}"
+        if far:
+            yield f"{'missed':<9}{', '.join(far)}: {FAR}"
         yield from (f"{'advice':<9}{line}" for line in self.advice)
         wrong = [stage.state for stage in self.stages if stage.state in WRONG]
         end = "passed"
@@ -150,7 +155,7 @@ def start(shown: Shown, name: str) -> Iterator[Stage]:
     plan = shown.plan
     seen = shown.events_of("ranks")
     if not seen:
-        yield Stage(name=name, state="missed", words="the ranks did not meet")
+        yield Stage(name=name, state="missed", words=FAR)
         return
     places = seen[-1].places
     nodes = list(dict.fromkeys(place.node for place in places))
@@ -286,6 +291,8 @@ def exact(shown: Shown, name: str) -> Iterator[Stage]:
 def one_writer(shown: Shown, name: str) -> Iterator[Stage]:
     """Yield whether one attempt at a time wrote."""
     before = (0, 0)
+    if not shown.records:
+        yield Stage(name=name, state="missed", words=FAR)
     for one in shown.records:
         number, step = int(one["attempt"]), int(one["step"])
         if number < before[0] or (number == before[0] and step != before[1] + 1):
@@ -294,8 +301,9 @@ def one_writer(shown: Shown, name: str) -> Iterator[Stage]:
             yield Stage(name=name, state="fail", words=words)
             return
         before = number, step
-    words = f"{len(shown.attempts)} attempts, one after the other"
-    yield Stage(name=name, state="ok", words=words)
+    if shown.records:
+        words = f"{len(shown.attempts)} attempts, one after the other"
+        yield Stage(name=name, state="ok", words=words)
 
 
 # ----------------------------------------------------------------------------------------- commands

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout
@@ -242,7 +243,8 @@ def _rehearsed(
         where = on_cluster(there, warned=TIME_LIMIT not in skip, private=there is not job)
     else:
         where = here(job)
-    shrunk = shrink(job.request, home=home, procs=where.ranks)
+    with redirect_stdout(sys.stderr):  # libraries say there what they find
+        shrunk = shrink(job.request, home=home, procs=where.ranks)
     plan = plan_of(config, shrunk, where, run_dir=run_dir, skipped=skip, data=looked)
     run_dir.mkdir()
     write_atomically(run_dir / run_files.REHEARSAL, json.dumps(plan.as_dict(), indent=1).encode())

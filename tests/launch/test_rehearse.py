@@ -233,6 +233,12 @@ def check_what_would_have_failed(run: Path) -> None:
     assert with_event("") == {}
     said = judge(run, ended="job 7 ended FAILED: no Python")
     assert not said.passed and "no Python" in "\n".join(said.lines())
+    events.unlink()
+    metrics.unlink()
+    lines = [*judge(run, ended="job 7 ended FAILED").lines()]
+    assert lines[0].split()[:2] == ["fail", "end"], "what began it comes first"
+    [far] = [line for line in lines if line.startswith("missed")]
+    assert "start, all ranks killed, exact, one writer, export: the run did not" in far
 
 
 def failed(run: Path) -> dict[str, str]:
