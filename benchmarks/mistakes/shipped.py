@@ -117,10 +117,10 @@ def make_models(home: Path) -> None:
     for name, (config, tokenizer_name) in PRETRAINED.items():
         tokenizer = AutoTokenizer.from_pretrained(home / CORPUS / tokenizer_name)
         config.vocab_size = len(tokenizer)
-        # RoBERTa's positions begin behind the id of its padding
-        kept = ("bos", "eos") if config.model_type == "roberta" else ("bos", "eos", "pad")
-        for token in kept:
+        for token in ("bos", "eos", "pad"):
             setattr(config, f"{token}_token_id", getattr(tokenizer, f"{token}_token_id"))
+        if config.model_type == "roberta":  # its positions begin behind the id of its padding
+            config.max_position_embeddings += tokenizer.pad_token_id
         if config.model_type == "t5":
             config.decoder_start_token_id = tokenizer.pad_token_id
         folder = home / "models" / name

@@ -110,6 +110,7 @@ class Embedding(Task):
     def check(self, model: Model, *, device: torch.device | str) -> None:
         """Refuse what any task does, and a model whose vectors do not depend on the text."""
         super().check(model, device=device)
+        self.contrastive.setting = self.setting  # which knows the live model by now
         self.contrastive.check(model, device=device)
 
     def files(self, config: PretrainedConfig) -> dict[str, str]:

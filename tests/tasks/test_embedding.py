@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -191,6 +192,14 @@ def test_an_export_says_to_sentence_transformers_how_it_pools(pooling: str) -> N
     assert chosen == [f"pooling_mode_{names[pooling]}"]
     assert files["1_Pooling/config.json"]["word_embedding_dimension"] == model.config.hidden_size
     assert files["sentence_bert_config.json"]["max_seq_length"] == task.setting.seq_len
+
+
+def test_a_task_from_before_there_was_a_model_checks_one() -> None:
+    """As an export does, that has a checkpoint and no training beside it."""
+    task, model, _ = embedding()
+    early = type(task)(task.options, replace(task.setting, model_config=None))
+    early.setting = replace(early.setting, model_config=model.config)
+    early.check(model, device="cpu")
 
 
 def test_the_key_of_a_text_knows_no_padding() -> None:
