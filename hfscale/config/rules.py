@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import Data, Model, Train, TrainConfig
+from hfscale.config.schema import Data, Engine, Model, Train, TrainConfig
 from hfscale.config.section import Section
 from hfscale.errors import ConfigError, nearest
 from hfscale.metrics.better import lower_is_better
@@ -42,6 +42,7 @@ def problems(config: TrainConfig) -> list[Problem]:
     data, model = config.data, config.model
     wrong = [*_length_problems(config.train), *_model_problems(model)]
     wrong += unsafe(config.engine.extra)
+    wrong += _engine_problems(config.engine)
     wrong += _validation_problems(config)
     if not isinstance(data, Examples):
         return [*wrong, *_mixture_problems(data)]
@@ -93,6 +94,15 @@ def _model_problems(model: Model) -> Iterator[Problem]:
         yield (
             "model.lora",
             "all that has pretrained weights is frozen beside adapters: take back model.freeze",
+        )
+
+
+def _engine_problems(engine: Engine) -> Iterator[Problem]:
+    if engine.head == "chunked" and engine.compile:
+        yield (
+            "engine.head",
+            "a compiled model has its head compiled in: set engine.compile=false, or engine.head="
+            "plain",
         )
 
 

@@ -205,6 +205,9 @@ class Engine(Section):
     )
     activation_checkpointing: bool = False
     compile: bool = False
+    # how losses of tokens are made. plain: from all logits of a micro-batch. chunked: from those of
+    # some tokens at a time. auto: chunked where all are 2^28 or more, and that saves memory
+    head: Literal["auto", "plain", "chunked"] = "auto"
     prove: bool = True  # at each start, the gradient is held against plain autograd's
     extra: dict[str, object] = {}
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -22,9 +23,11 @@ from hfscale.config.section import Section
 from hfscale.dist.world import Place
 from hfscale.errors import ConfigError, nearest
 from hfscale.models.call import Model, call, probe_row
+from hfscale.models.head import hidden_states
 from hfscale.models.kinds import CAUSAL
 from hfscale.models.router import balancing
-from hfscale.objectives.cross_entropy import token_losses
+from hfscale.objectives.chunked_head import ChunkedHead, Scores
+from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
 from hfscale.objectives.isolation import keep_apart
 from hfscale.objectives.probes import check_live
 from hfscale.registry import load_plugin
@@ -137,6 +140,8 @@ class Objective:
         self.options, self.setting = options, setting
         # of a mixture of experts: the term that keeps its routers in balance
         self.balancing = balancing(setting.model_config, self.auto_model)
+        # what makes losses without the logits, where the run has chosen it (run/head.py)
+        self.head: ChunkedHead | None = None
 
     def weights(self) -> dict[str, float]:
         """Return ``{term: its weight in the loss}``; a term of weight 0 is reported only.
@@ -167,7 +172,24 @@ class Objective:
         """Return ``{term: sums_B}``: fp32, one sum a row, with gradient where the term has a
         weight.
         """
-        return {self.term: self.row_losses(self.logits(model, batch), batch)}
+        return {self.term: self.scores(model, batch).losses_BT.sum(1)}
+
+    def scores(
+        self, model: Model, batch: Batch, *, smoothing: float = 0.0, guesses: bool = False
+    ) -> Scores:
+        """Return the losses of the labels' tokens, and with ``guesses`` which labels are the
+        likeliest ids. The logits of the batch are there together only if nobody chose a chunked
+        head.
+        """
+        labels_BT = batch.labels_BT
+        if self.head is not None:
+            forward = partial(self.logits, model, batch)
+            return self.head.scores(model, labels_BT, forward, smoothing=smoothing, guesses=guesses)
+        logits_BTV = self.logits(model, batch)
+        right_BT = None
+        if guesses:
+            right_BT = (logits_BTV.detach().argmax(-1) == labels_BT) & (labels_BT != IGNORE_INDEX)
+        return Scores(token_losses(logits_BTV, labels_BT, smoothing=smoothing), right_BT)
 
     def forwards(
         self, model: Model, batches: Iterable[Batch], scales: Mapping[str, float]
@@ -179,10 +201,6 @@ class Objective:
         """
         for batch in batches:
             yield Forward(batch, self.loss(model, batch))
-
-    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
-        """Return ``sums_B`` of the one term, 0 for fillers; here in nats of the labels' tokens."""
-        return token_losses(logits, batch.labels_BT).sum(1)
 
     def logits(self, model: Model, batch: Batch) -> Tensor:
         """Return ``logits_BTV`` of the live model, documents kept apart where the batch names
@@ -211,12 +229,14 @@ class Objective:
 
     def logits_of(self, model: Model, *, device: torch.device | str) -> Callable[..., Tensor]:
         """Return the function (``ids_BT``, ``document_ids_BT`` if they are kept apart) ->
-        ``logits_BTV`` of the live model, for probes.
+        ``logits_BTV`` of the live model, for probes; where the run does without logits, the hidden
+        states that they would be made of.
         """
 
         def logits(ids_BT: Tensor, documents_BT: Tensor | None = None) -> Tensor:
             batch = Batch({"input_ids": ids_BT}, ids_BT, ids_BT, {}, ids_BT, ids_BT, documents_BT)
-            return self.logits(model, batch.to(device))
+            forward = partial(self.logits, model, batch.to(device))
+            return forward() if self.head is None else hidden_states(model, forward, ids_BT.shape)
 
         return logits
 

@@ -87,7 +87,10 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _chunks(logits_NV: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Return an iterator over ``tensors``, cut alike along N."""
-    kind = META_IS.get() if logits_NV.is_meta else logits_NV.device.type
-    numbers = CPU_CHUNK if kind == "cpu" else GPU_CHUNK
-    rows = max(1, numbers // logits_NV.shape[1])
+    rows = max(1, (CPU_CHUNK if on_cpu(logits_NV) else GPU_CHUNK) // logits_NV.shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
+
+
+def on_cpu(tensor: Tensor) -> bool:
+    """Return whether ``tensor`` is on a CPU, or stands for one that is."""
+    return (META_IS.get() if tensor.is_meta else tensor.device.type) == "cpu"

@@ -38,7 +38,8 @@ def keep_apart(
     if config._attn_implementation == "flash_attention_2":
         flat = {name: tensor.reshape(1, -1) for name, tensor in inputs.items()}
         logits: Tensor = call(model, **flat, position_ids=positions_BT.reshape(1, -1)).logits
-        return logits.view(*document_ids_BT.shape, -1)
+        # a chunked head leaves none
+        return logits if logits.numel() == 1 else logits.view(*document_ids_BT.shape, -1)
     dtype = live(model).dtype  # masks must have the precision that it computes in
     masks = attention_masks(document_ids_BT, dtype=dtype, config=config, causal=causal)
     logits = call(model, **inputs, position_ids=positions_BT, attention_mask=masks).logits

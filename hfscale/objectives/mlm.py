@@ -21,7 +21,7 @@ from torch import Tensor
 from hfscale.config.section import Fraction, Section
 from hfscale.errors import ConfigError
 from hfscale.objectives.base import Batch, Model, Objective, Setting
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.objectives.draws import row_generators, special_id
 from hfscale.objectives.words import word_starts
 
@@ -130,11 +130,6 @@ class MaskedLM(Objective):
 
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return the sums_B of ``mlm`` in nats and of right guesses."""
-        logits_BTV = self.logits(model, batch)
-        right_BT = (logits_BTV.detach().argmax(-1) == batch.labels_BT) & (
-            batch.labels_BT != IGNORE_INDEX
-        )
-        return {
-            "mlm": token_losses(logits_BTV, batch.labels_BT).sum(1),
-            "masked_accuracy": right_BT.sum(1),
-        }
+        scores = self.scores(model, batch, guesses=True)
+        assert scores.right_BT is not None, "they were wanted"
+        return {"mlm": scores.losses_BT.sum(1), "masked_accuracy": scores.right_BT.sum(1)}

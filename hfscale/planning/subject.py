@@ -22,15 +22,17 @@ from hfscale.engine.ds_config import deepspeed_config, running_stage
 from hfscale.errors import ConfigError, UserError
 from hfscale.log import logger
 from hfscale.models.build import accepted, check_head, check_model_config, first_line
-from hfscale.models.call import call
+from hfscale.models.call import call, row_inputs
 from hfscale.models.flops import flops_per_token
+from hfscale.models.head import UnknownHead, head_of, listen
 from hfscale.models.trained import choose_trained
 from hfscale.objectives.base import OBJECTIVES, Batch, Objective, Setting, load_objective
+from hfscale.objectives.chunked_head import ChunkedHead, chunk_tokens, wants_chunks
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.planning.layers import Deep, trace_deep
 from hfscale.planning.memory import DEFAULTS, Setup
 from hfscale.planning.parameters import Weights, weights_of
-from hfscale.planning.tracing import Rows, Step, Trace, checkpoint, quiet
+from hfscale.planning.tracing import OtherDevice, Rows, Step, Trace, checkpoint, quiet
 from hfscale.registry import load_plugin
 from hfscale.run.origin import Needs, model_needs, pretrained_folder, skeleton, tokenizer_folder
 from hfscale.run.run import Run
@@ -57,7 +59,7 @@ class Subject:
     def __init__(self, config: TrainConfig, *, on_cpu: bool) -> None:
         self.config, self.on_cpu = config, on_cpu
         self.assumed: list[str] = []
-        self._steps: dict[tuple[int, bool], Deep] = {}
+        self._steps: dict[tuple[int, bool, bool], Deep] = {}
 
     # ---------------------------------------------------------------------------------------- parts
     @cached_property
@@ -77,11 +79,15 @@ class Subject:
     @cached_property
     def auto_model(self) -> str:
         """The class of transformers that the objective or task asks for."""
+        return self._kind.auto_model
+
+    @cached_property
+    def _kind(self) -> type[Objective]:
         if isinstance(self.config, FinetuneConfig):
-            return task_class(self.config.task.name).auto_model
+            return task_class(self.config.task.name)
         assert isinstance(self.config, RunConfig)
         kind: type[Objective] = load_plugin("objective", OBJECTIVES, self.config.objective.name)
-        return kind.auto_model
+        return kind
 
     @cached_property
     def model_config(self) -> PretrainedConfig:
@@ -199,21 +205,51 @@ class Subject:
 
     # ---------------------------------------------------------------------------------------- steps
     def step(self, rows: int, *, checkpointing: bool) -> Step:
-        """Return what a micro-batch of ``rows`` rows holds; more than two follow from one and
-        two.
+        """Return what a micro-batch of ``rows`` rows holds; many follow from few and twice as
+        many.
         """
-        if rows <= 2:
-            return self._traced(rows, checkpointing)
-        one, two = (self._traced(few, checkpointing) for few in (1, 2))
-        return Rows(one, two, rows)
+        head = self._head(rows)
+        few = 1
+        if head is not None:  # so many that they fill a chunk of it
+            chunk = chunk_tokens(head_of(self.model).out_features, cpu=self.on_cpu)
+            few = -(-chunk // self.config.data.seq_len)
+        if rows <= 2 * few:
+            return self._traced(rows, checkpointing, head)
+        one, two = (self._traced(some, checkpointing, head) for some in (few, 2 * few))
+        return Rows(one, two, rows, few)
+
+    def _head(self, rows: int) -> ChunkedHead | None:
+        """Return what makes the losses of ``rows`` rows without their logits, where the run will
+        choose that.
+        """
+        tokens = rows * self.config.data.seq_len
+        try:
+            linear = head_of(self.model)
+        except UnknownHead:
+            return None
+        wanted = wants_chunks(self.config.engine, tokens=tokens, head=linear)
+        return self._chunked_head if wanted and self._kind.token_loss else None
+
+    @cached_property
+    def _chunked_head(self) -> ChunkedHead | None:
+        """What stands in for the logits; None: the model keeps them whole."""
+        ids_BT = torch.zeros(1, min(2, self.config.data.seq_len), dtype=torch.int64, device=META)
+        inputs = row_inputs(ids_BT, self.model_config)
+        try:
+            with OtherDevice(on_cpu=self.on_cpu):
+                after, *_ = listen(self.model, lambda: call(self.model, **inputs).logits)
+        except UnknownHead as error:
+            self._assume(f"the logits are kept whole: {error}")
+            return None
+        return ChunkedHead(after)
 
     @property
     def checkpoints(self) -> bool:
         """Whether the architecture has activation checkpointing."""
         return bool(getattr(self.model, "supports_gradient_checkpointing", False))
 
-    def _traced(self, rows: int, checkpointing: bool) -> Deep:
-        key = (rows, checkpointing)
+    def _traced(self, rows: int, checkpointing: bool, head: ChunkedHead | None) -> Deep:
+        key = (rows, checkpointing, head is not None)
         if key in self._steps:
             return self._steps[key]
         if checkpointing and not self.checkpoints:
@@ -226,7 +262,7 @@ class Subject:
         if checkpointing:
             checkpoint(self.model, on_cpu=self.on_cpu)
         try:
-            run, inputs = self._micro_batch(rows)
+            run, inputs = self._micro_batch(rows, head)
             step = trace_deep(self.model, run, inputs=inputs, on_cpu=self.on_cpu)
         except UserError:
             raise
@@ -244,11 +280,14 @@ class Subject:
         self._steps[key] = step
         return step
 
-    def _micro_batch(self, rows: int) -> tuple[Callable[[nn.Module], Tensor], list[Tensor]]:
+    def _micro_batch(
+        self, rows: int, head: ChunkedHead | None
+    ) -> tuple[Callable[[nn.Module], Tensor], list[Tensor]]:
         """Return what maps the model to the loss of a micro-batch, and the tensors of that."""
         objective = self.objective
         if objective is None:
-            return self._plain(rows)
+            return self._plain(rows, head)
+        objective.head = head
         batch = objective.collate(_rows(rows, self.config.data.seq_len)).to(META)
 
         def run(model: nn.Module) -> Tensor:
@@ -262,7 +301,9 @@ class Subject:
 
         return run, _tensors(batch)
 
-    def _plain(self, rows: int) -> tuple[Callable[[nn.Module], Tensor], list[Tensor]]:
+    def _plain(
+        self, rows: int, head: ChunkedHead | None
+    ) -> tuple[Callable[[nn.Module], Tensor], list[Tensor]]:
         """Return the same for a task: rows as long as they may be, a loss of every logit."""
         ids_BT = torch.zeros(rows, self.config.data.seq_len, dtype=torch.int64, device=META)
         inputs = {"input_ids": ids_BT, "attention_mask": torch.ones_like(ids_BT)}
@@ -272,6 +313,9 @@ class Subject:
             self._assume("examples are taken to be as long as data.max_length lets them be")
 
         def run(model: nn.Module) -> Tensor:
+            if head is not None:
+                scores = head.scores(model, ids_BT, lambda: call(model, **inputs).logits)
+                return scores.losses_BT.sum()
             out = call(model, **inputs)
             logits: Tensor | None = getattr(out, "logits", None)
             if logits is None:

@@ -65,21 +65,24 @@ class Step(Protocol):
 
 @dataclass(frozen=True)
 class Rows:
-    """A micro-batch of ``rows``, by those of one row and of two: all of it is linear in them."""
+    """A micro-batch of ``rows``, by those of ``few`` and of twice as many: all of it is linear in
+    them.
+    """
 
     one: Step
     two: Step
     rows: int
+    few: int = 1
 
     def of(self, figure: Callable[[Trace], float]) -> float:
         """Return ``figure`` of ``rows`` rows."""
         begin = self.one.of(figure)
-        return begin + (self.two.of(figure) - begin) * (self.rows - 1)
+        return begin + (self.two.of(figure) - begin) * (self.rows / self.few - 1)
 
     @property
     def how(self) -> str:
         """Which were traced."""
-        return f"{self.one.how}, by 1 and 2 rows"
+        return f"{self.one.how}, by {self.few} and {2 * self.few} rows"
 
 
 class Watch(TorchDispatchMode):

@@ -31,7 +31,7 @@ from hfscale.dist.world import World, allocation
 from hfscale.engine.engine import Engine, construction, gathered
 from hfscale.engine.schedule import learning_rate
 from hfscale.log import logger
-from hfscale.models.build import build_model
+from hfscale.models.build import accepted, build_model
 from hfscale.models.flops import flops_per_token, peak_flops
 from hfscale.monitor.fence import Fence
 from hfscale.monitor.lines import Lines
@@ -42,6 +42,7 @@ from hfscale.run.about import about_run
 from hfscale.run.beside import Beside
 from hfscale.run.data import OpenData
 from hfscale.run.gradient_proof import prove_gradient
+from hfscale.run.head import choose_head
 from hfscale.run.health import health_of, incidents_of, leave_out
 from hfscale.run.model import check_live
 from hfscale.run.origin import generate_as
@@ -88,6 +89,7 @@ def live(run: Run, device: torch.device, stop: StopRequest | None) -> Trainer:
     engine = Engine.create(model, config=config, device=device)
     PHASES.enter(START + "check")
     with engine.eval_mode():
+        accepted(partial(choose_head, objective, engine, config), config.model)
         check_live(objective, engine, device=device, said=config.model)
 
     PHASES.enter(START + "weights")

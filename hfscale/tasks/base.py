@@ -33,6 +33,7 @@ from hfscale.log import logger
 from hfscale.metrics.measure import Measure
 from hfscale.models.kinds import WRITERS
 from hfscale.objectives.base import Batch, Model, Objective
+from hfscale.objectives.cross_entropy import token_losses
 from hfscale.stream.examples import BadExample, Cell, Example, Examples, Facts, Feature
 from hfscale.stream.roles import all_but_answers
 from hfscale.tasks.padding import reads_padding
@@ -171,6 +172,14 @@ class Task(Objective):
     def validated(self) -> set[str]:
         """Return the names of the loss and its parts, and the metrics."""
         return super().validated() | self.metrics
+
+    def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
+        """Return the sums_B of the one term, from the logits of one pass."""
+        return {self.term: self.row_losses(self.logits(model, batch), batch)}
+
+    def row_losses(self, logits: Tensor, batch: Batch) -> Tensor:
+        """Return ``sums_B`` of the one term, 0 for fillers; here in nats of what is labelled."""
+        return token_losses(logits, batch.labels_BT).sum(1)
 
     def outputs(self, logits: Tensor, rows: Examples) -> list[Output]:
         """Return one JSON-able output for each row, fillers too. For tasks whose loss and outputs

@@ -24,6 +24,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from hfscale.config.section import Section
@@ -31,7 +32,7 @@ from hfscale.metrics.language_model import language_model
 from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge
 from hfscale.objectives.base import Batch, Model, Setting
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Output, Task, check_text, pad_rows
 from hfscale.tasks.chat import Chat
@@ -211,14 +212,18 @@ class Instruction(Task):
         """Return ``{"answers": sums_B}`` in nats."""
         owner_RT, counts_B = batch.document_ids_BT, batch.counts["answers"]
         assert owner_RT is not None
-        logits_RTV = self.logits(
-            model, batch if self.options.packed else replace(batch, document_ids_BT=None)
+        # padding belongs to nobody, whose number is behind the last
+        asked_B1 = F.pad(counts_B > 0, (0, 1)).to(owner_RT.device)
+        owner_RT = owner_RT.long()
+        batch = replace(
+            batch,
+            labels_BT=batch.labels_BT.masked_fill(~asked_B1[owner_RT], IGNORE_INDEX),
+            document_ids_BT=batch.document_ids_BT if self.options.packed else None,
         )
-        losses_RT = token_losses(logits_RTV, batch.labels_BT)
-        sums_B = losses_RT.new_zeros(len(counts_B) + 1).index_add(
-            0, owner_RT.flatten().long(), losses_RT.flatten()
-        )[:-1]
-        return {"answers": sums_B * (counts_B > 0).to(sums_B.device)}
+        losses_RT = self.scores(model, batch).losses_BT
+        sums_B1 = losses_RT.new_zeros(len(asked_B1))
+        sums_B1 = sums_B1.index_add(0, owner_RT.flatten(), losses_RT.flatten())
+        return {"answers": sums_B1[:-1]}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return the last answer a row, ``{"prediction": text}``, and how well the model knows the

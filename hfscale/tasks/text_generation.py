@@ -16,6 +16,7 @@ Shape legend: B examples, S source tokens, U target tokens, T of both.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING, Annotated, ClassVar
 
@@ -30,7 +31,7 @@ from hfscale.metrics.measure import Measure
 from hfscale.metrics.rouge import rouge
 from hfscale.metrics.translation import translation
 from hfscale.objectives.base import Batch, Model, Setting
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, token_losses
+from hfscale.objectives.cross_entropy import IGNORE_INDEX
 from hfscale.stream.examples import BadExample, Examples
 from hfscale.tasks.base import Example, Feature, Output, Task, check_text, pad_rows
 from hfscale.tasks.generation import Generation, written
@@ -216,8 +217,10 @@ class TextToText(Task):
     def loss(self, model: Model, batch: Batch) -> dict[str, Tensor]:
         """Return ``{"text": sums_B}`` in nats; smoothed while training."""
         smoothing = self.options.label_smoothing if torch.is_grad_enabled() else 0.0
-        losses_BU = token_losses(self.logits(model, batch), batch.labels_BT, smoothing=smoothing)
-        return {"text": losses_BU.sum(1) * (batch.counts["text"] > 0).to(losses_BU.device)}
+        filler_B = (batch.counts["text"] == 0).to(batch.labels_BT.device)
+        labels_BU = batch.labels_BT.masked_fill(filler_B[:, None], IGNORE_INDEX)
+        scores = self.scores(model, replace(batch, labels_BT=labels_BU), smoothing=smoothing)
+        return {"text": scores.losses_BT.sum(1)}
 
     def predict(self, model: Model, batch: Batch, rows: Examples) -> list[Output]:
         """Return ``{"prediction": text}`` a row."""

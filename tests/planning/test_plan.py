@@ -176,6 +176,23 @@ def test_adapters_beside_a_pretrained_model_are_planned(tmp_path: Path, task: st
     assert any("max_length" in line for line in plan.assumed)
 
 
+def test_logits_that_are_never_there_together_are_not_planned_for():
+    sizes = config_of().model.config | {"vocab_size": 128256, "max_position_embeddings": 2048}
+    peaks = {}
+    for head in ("plain", "chunked", "auto"):
+        config = config_of(
+            model__config=sizes,
+            data__seq_len=2048,
+            engine__head=head,
+            engine__activation_checkpointing=True,
+        )
+        peaks[head] = peak(make_plan(config, Asked(gpu="h100", gpus=1)))
+    assert peaks["auto"] == peaks["chunked"]
+    logits = 2 * 4 * 2048 * 128256
+    weight = 4 * 256 * 128256
+    assert peaks["plain"] - peaks["chunked"] > 2 * logits - 4 * weight - 0.5 * GIB
+
+
 def test_the_command_prints_it(capsys: pytest.CaptureFixture[str]):
     plan_verb(str(LLAMA_1B), gpu="h100", gpus=8)
     text = capsys.readouterr().out

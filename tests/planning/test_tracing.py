@@ -4,6 +4,7 @@ tensors.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +14,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig
 
 from hfscale.models.call import call
+from hfscale.models.head import After
+from hfscale.objectives import chunked_head, cross_entropy
+from hfscale.objectives.chunked_head import ChunkedHead
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.planning.layers import trace_deep
 from hfscale.planning.tracing import Watch, checkpoint
@@ -86,7 +90,14 @@ def loss_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
     return token_losses(call(model, **inputs).logits, ids_BT).sum()
 
 
-def seen_on_a_cpu(model: Any) -> tuple[int, int]:
+def chunked_loss_of(model: nn.Module, ids_BT: Tensor) -> Tensor:
+    head = ChunkedHead(After())
+    return head.scores(model, ids_BT, lambda: call(model, input_ids=ids_BT).logits).losses_BT.sum()
+
+
+def seen_on_a_cpu(
+    model: Any, loss_of: Callable[[nn.Module, Tensor], Tensor] = loss_of
+) -> tuple[int, int]:
     """Return the bytes that a real step holds after its forward pass, and at most."""
     ids_BT = torch.zeros(ROWS, TOKENS, dtype=torch.int64)
     for weight in model.parameters():
@@ -109,4 +120,15 @@ def test_a_trace_is_what_a_step_holds(kind: str, checkpointing: bool):
     deep = trace_deep(model, lambda one: loss_of(one, ids_BT), inputs=[ids_BT], on_cpu=True)
     assert deep.of(lambda one: one.saved) == pytest.approx(saved, rel=0.01)
     # in a model this small the fullest moment may lie in other layers, the deeper it is
+    assert deep.of(lambda one: one.peak) == pytest.approx(peak, rel=0.05)
+
+
+def test_a_trace_of_a_chunked_head_has_no_logits(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(chunked_head, "CPU_LOGITS", 211 * 32)
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK", 211 * 8)
+    saved, peak = seen_on_a_cpu(model_of("llama", "cpu", torch.float32, False), chunked_loss_of)
+    model = model_of("llama", "meta", torch.float32, False)
+    ids_BT = torch.zeros(ROWS, TOKENS, dtype=torch.int64, device="meta")
+    deep = trace_deep(model, lambda one: chunked_loss_of(one, ids_BT), inputs=[ids_BT], on_cpu=True)
+    assert deep.of(lambda one: one.saved) == pytest.approx(saved, rel=0.01)
     assert deep.of(lambda one: one.peak) == pytest.approx(peak, rel=0.05)
