@@ -12,6 +12,7 @@ from dataclasses import replace
 
 from hfscale.config.schema import RunConfig
 from hfscale.errors import DataError
+from hfscale.records import open_file
 from hfscale.rehearsal.plan import Looked
 from hfscale.shards.manifest import Manifest, ShardEntry
 from hfscale.shards.open import open_manifest
@@ -59,8 +60,16 @@ def _refuse_other_sizes(shards: Sequence[tuple[Manifest, ShardEntry]]) -> None:
 
     def size(shard: tuple[Manifest, ShardEntry]) -> int:
         manifest, entry = shard
-        with open(manifest.folder / entry.name, "rb") as file:
-            return file.seek(0, 2)
+        place = manifest.folder / entry.name
+        try:
+            with open_file(place) as file:
+                return file.seek(0, 2)
+        except OSError as error:
+            raise DataError(
+                f"a shard cannot be opened: {error.strerror}",
+                where=place,
+                remedy="copy it again, mend its permissions, or build the shards again",
+            ) from None
 
     with ThreadPoolExecutor(THREADS) as pool:
         for (manifest, entry), size_bytes in zip(shards, pool.map(size, shards), strict=True):

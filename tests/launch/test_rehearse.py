@@ -297,6 +297,10 @@ def test_a_damaged_shard_is_named_before_anything_starts(
     tar.write_bytes(content[:-512])
     with pytest.raises(DataError, match=f"not as long as its manifest says(.|\n)*{tar.name}"):
         rehearse(str(config), asked, procs=2)
+    tar.unlink()
+    os.mkfifo(tar)  # to which nobody writes
+    with pytest.raises(DataError, match=f"it is no regular file(.|\n)*{tar.name}"):
+        rehearse(str(config), asked, procs=2)
     assert not list((tmp_path / "runs").glob("*")), "nothing is left"
 
 
