@@ -10,6 +10,9 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 from statistics import median
+from typing import Annotated
+
+from pydantic import Field
 
 from hfscale import run_files
 from hfscale.config.load import load_config
@@ -24,6 +27,8 @@ from hfscale.records import Count, Record, load
 from hfscale.run.environment import Entry, entries
 from hfscale.shards.files import write_atomically
 
+Seconds = Annotated[float, Field(ge=0, lt=1e12)]
+Gib = Annotated[float, Field(ge=0, lt=1e8)]
 WARM = 2  # logged steps, before which caches fill and kernels are made
 
 
@@ -32,9 +37,9 @@ class _Logged(Record):
 
     step: Count
     attempt: Count
-    step_s: float | None = None
-    save_s: float | None = None
-    memory_gib: float | None = None
+    step_s: Seconds | None = None
+    save_s: Seconds | None = None
+    memory_gib: Gib | None = None
 
 
 class _Detail(Record):
@@ -71,8 +76,8 @@ def check(run_dir: Path, *, measured: Measured | None = None) -> Check:
     ``measured`` is what doctor said of the machines.
 
     Raises:
-        CheckpointError: if the run has not logged a step, or has begun anew since it did: what it
-            logged is then of another config.
+        CheckpointError: if the run has not logged a step or does not say on what ranks, or has
+            begun anew since it did: what it logged is then of another config.
         UserError: if it cannot be planned.
     """
     config = load_config(run_dir / run_files.CONFIG, _home(run_dir)).config
@@ -85,7 +90,13 @@ def check(run_dir: Path, *, measured: Measured | None = None) -> Check:
             value=f"attempt {len(attempts)}, logged was attempt {logged[-1].attempt}",
             remedy="check it once it has logged steps",
         )
-    entry = attempts[-1] if attempts else Entry(procs=1)
+    if not attempts:
+        raise CheckpointError(
+            "nothing says on how many ranks the run was trained",
+            where=run_dir / run_files.ENVIRONMENT,
+            remedy="copy it from where the run was trained",
+        )
+    entry = attempts[-1]
     device, nodes = _device(entry, run_dir), _nodes(entry)
     asked = Asked(
         gpu=device.key,
@@ -147,7 +158,7 @@ def _seen(run_dir: Path, logged: list[_Logged]) -> dict[str, float]:
 def _reserved(run_dir: Path, attempt: int) -> Iterator[float]:
     for line in read_lines(run_dir / run_files.DETAILS, _Detail):
         value = (line.model_extra or {}).get("memory/reserved")
-        if line.attempt == attempt and isinstance(value, int | float):
+        if line.attempt == attempt and isinstance(value, int | float) and 0 < value < 1e8:
             yield float(value)
 
 

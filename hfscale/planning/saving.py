@@ -57,7 +57,7 @@ def save(setup: Setup, saved: Figure, site: Site) -> Save:
     """Return how long a save of ``saved`` bytes a rank takes."""
     share = saved.value
     if site.on_cpu:
-        at = site.traffic.speed / 2  # each byte is read and written
+        at = site.traffic.speed / 2  # each byte is read and written, into fresh pages at first
         how = f"{size(share)} a rank, read and written at {site.traffic.how}"
     else:
         at, how = BUS_SPEED, f"{size(share)} a rank / {BUS_SPEED / 1e9:g} GB/s of its bus (assumed)"

@@ -16,6 +16,9 @@ from hfscale.planning.figures import GIB, count
 MEMORY_FILE = Path("/proc/meminfo")
 # of the peaks on data sheets, what large operators reach (assumed; `--check` learns what they do)
 ARITHMETIC, TRAFFIC, WIRE = 0.70, 0.80, 0.75
+# of the speed at which a core copies memory, what operators reach that make new tensors: fresh
+# pages, exponentials and divisions take most of it (by a fit to benchmarks/plan.py)
+TOUCHED = 0.22
 DISK_SPEED = 1 * GB  # bytes a second that a node writes (assumed)
 BUS_SPEED = 25 * GB  # between a GPU and its host (assumed)
 
@@ -94,13 +97,20 @@ class Site:
         return Rate(ARITHMETIC * peak, f"{ARITHMETIC:.0%} of {count(peak)} flop/s")
 
     @property
-    def traffic(self) -> Rate:
-        """Bytes a second of a device's own memory."""
+    def memory(self) -> Rate:
+        """Bytes a second that are read and written of a device's own memory, in place."""
         if self.rates and self.on_cpu and self.rates.memory:
             seen = self.rates.memory
             return Rate(seen, f"{seen / GB:,.4g} GB/s, as doctor measured")
-        peak = self.device.memory_speed
-        return Rate(TRAFFIC * peak, f"{TRAFFIC:.0%} of {peak / GB:,.4g} GB/s")
+        peak, part = self.device.memory_speed, 1.0 if self.on_cpu else TRAFFIC
+        return Rate(part * peak, f"{part:.0%} of {peak / GB:,.4g} GB/s")
+
+    @property
+    def traffic(self) -> Rate:
+        """The same of operators that make new tensors."""
+        if not self.on_cpu:
+            return self.memory
+        return Rate(TOUCHED * self.memory.speed, f"{TOUCHED:.0%} of {self.memory.how}")
 
     @property
     def exchange(self) -> Rate:

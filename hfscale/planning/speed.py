@@ -1,7 +1,7 @@
 """How long a step takes, by a roofline: each operator takes as long as its arithmetic or its memory
 traffic, whichever is longer; then come what ranks send each other, and the optimizer.
 
-    step = accumulation x micro-batch + communication + update
+    step = accumulation x micro-batch + communication + update (+ gradients, on a CPU)
 
 A micro-batch is the sum over the operators of its trace. Bytes that the ranks exchange, a rank and
 step (W ranks, b bytes a weight; a reduction is in fp32 whatever the precision):
@@ -12,8 +12,9 @@ step (W ranks, b bytes a weight; a reduction is in fp32 whatever the precision):
     stage 3    (4 + 2 b) A P (W - 1) / W                weights gathered twice a micro-batch
 
 Below stage 3 nothing of it hides behind the backward pass: hfscale reduces once a step, where the
-sum is exact. Stage 3 fetches weights while it computes. Source: Williams et al. 2009 (roofline),
-Rajbhandari et al. 2020 (ZeRO, sec. 7).
+sum is exact. Stage 3 fetches weights while it computes. On a CPU products and everything else are
+added up: both are work of the same core, and new tensors cost it more than their bytes. Source:
+Williams et al. 2009 (roofline), Rajbhandari et al. 2020 (ZeRO, sec. 7).
 """
 
 from __future__ import annotations
@@ -30,6 +31,9 @@ from hfscale.planning.tracing import Step, Work
 # of one exchange however small: NCCL's and gloo's (assumed)
 LATENCY_S, GLOO_LATENCY_S = 3e-5, 5e-4
 GAP_S = 3e-6  # of each operator of a GPU: its start and its tail (assumed)
+# over gradients, on a CPU, without ZeRO and with it (by a fit to benchmarks/plan.py)
+PASSES, ZERO_PASSES = 4, 11
+GATHER_PASSES = 2  # over the weights that stage 3 gathers
 FUSED = 0.4  # of the traffic of operators without products, where torch.compile fuses them
 HOST_SPEED = 100e9  # bytes a second, of a node's memory: AdamW on offloaded states
 
@@ -69,8 +73,9 @@ class Speed:
 def compute_s(work: Sequence[Work], site: Site, setup: Setup, *, compiled: bool) -> float:
     """Return how long the operators of a micro-batch take."""
     peak, traffic = site.flops(setup.precision).speed, site.traffic.speed
-    gap = 0.0 if setup.on_cpu else GAP_S
-    seconds = 0.0
+    if setup.on_cpu:  # products go through its cache
+        return sum(flops / peak if flops else moved / traffic for flops, moved in work)
+    gap, seconds = GAP_S, 0.0
     for flops, moved in work:
         if compiled and not flops:
             seconds += FUSED * (moved / traffic + gap)
@@ -100,6 +105,7 @@ def speed(
     compute = Figure("compute", setup.accumulation * seconds, "s", how)
     parts = [
         compute,
+        *_handling(setup, weights, site),
         *_exchange(setup, weights, compute.value, site.exchange),
     ]
     parts.append(_update(setup, weights, site))
@@ -108,6 +114,28 @@ def speed(
     return Speed(
         tuple(one for one in parts if one.value), tokens, flops_per_token, setup.ranks * peak
     )
+
+
+def _handling(setup: Setup, weights: Weights, site: Site) -> list[Figure]:
+    """Return what ranks on cores do to gradients and gathered weights beside sending them."""
+    if not setup.on_cpu:
+        return []
+    times = setup.accumulation if setup.stage >= 2 else 1
+    passes = ZERO_PASSES if setup.stage else PASSES
+    moved = passes * FP32 * times * weights.trained
+    how = (
+        f"{count(weights.trained)} x {FP32} bytes x {times} x {passes} passes (laid end to end, "
+        f"cast, summed, normed; seen on CPU ranks) at {site.traffic.how}"
+    )
+    handled = [Figure("gradients", moved / site.traffic.speed, "s", how)]
+    if setup.stage == 3:
+        whole = 2 * setup.accumulation * setup.bytes * (weights.trained + weights.frozen)
+        how = (
+            f"{count(whole)} bytes of weights, gathered twice a micro-batch and moved "
+            f"{GATHER_PASSES} times (seen on CPU ranks) at {site.traffic.how}"
+        )
+        handled.append(Figure("gathering", GATHER_PASSES * whole / site.traffic.speed, "s", how))
+    return handled
 
 
 def _exchange(setup: Setup, weights: Weights, compute: float, over: Rate) -> list[Figure]:
@@ -128,7 +156,7 @@ def _exchange(setup: Setup, weights: Weights, compute: float, over: Rate) -> lis
         f"{over.how}; {count(exchanges)} exchanges x {latency * 1e6:.0f} us"
     )
     seconds = sent / over.speed + exchanges * latency
-    if stage == 3:
+    if stage == 3 and not setup.on_cpu:  # there the same cores do both
         seconds = max(0.0, seconds - compute) + 0.1 * min(seconds, compute)
         how += "; of what fits behind the computing a tenth is seen (assumed)"
     return [Figure("communication", seconds, "s", how)]
@@ -151,8 +179,8 @@ def _update(setup: Setup, weights: Weights, site: Site) -> Figure:
     share = weights.trained / (setup.ranks if setup.stage else 1)
     moved = (2 * (FP32 + MOMENTS) + 2 * FP32 + setup.bytes) * share
     if setup.offload == "none":
-        how = f"AdamW reads and writes {count(moved)} bytes at {site.traffic.how}"
-        return Figure("update", moved / site.traffic.speed, "s", how)
+        how = f"AdamW reads and writes {count(moved)} bytes at {site.memory.how}"
+        return Figure("update", moved / site.memory.speed, "s", how)
     over_bus = (FP32 + setup.bytes) * share
     if setup.offload == "parameters":  # fetched twice a micro-batch
         everything = weights.trained + weights.frozen

@@ -11,7 +11,7 @@ import pytest
 
 from hfscale.config.load import load_config, to_yaml
 from hfscale.config.schema import RunConfig
-from hfscale.errors import CheckpointError, ConfigError
+from hfscale.errors import CheckpointError, ConfigError, UserError
 from hfscale.planning.check import check
 from hfscale.planning.corrections import MEMORY, SAVE, STEP, correction, corrections
 from hfscale.planning.figures import GIB, Figure
@@ -106,6 +106,15 @@ def test_what_cannot_be_checked_is_refused(tmp_path: Path):
         check(run_dir)
     with pytest.raises(ConfigError, match="says itself"):
         plan_verb(str(run_dir), gpus=8, checked=True)
+    (run_dir / "environment.json").unlink()
+    metrics = run_dir / "metrics.jsonl"
+    metrics.write_text('{"step": 1, "attempt": 1, "step_s": 1.0}\n')
+    with pytest.raises(CheckpointError, match="how many ranks"):
+        check(run_dir)
+    for took in ("-1.0", "NaN", '"x"'):
+        metrics.write_text(f'{{"step": 1, "attempt": 1, "step_s": {took}}}\n')
+        with pytest.raises(UserError, match="step_s"):
+            check(run_dir)
     strange: list[dict[str, Any]] = [{"procs": 1, "ranks": ["here: NVIDIA Z9"]}]
     (run_dir / "environment.json").write_text(json.dumps(strange))
     (run_dir / "metrics.jsonl").write_text('{"step": 1, "attempt": 1, "step_s": 1.0}\n')

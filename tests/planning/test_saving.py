@@ -109,7 +109,7 @@ def test_a_plan_takes_what_doctor_measured(tmp_path: Path):
     assert (known.exchange, known.disk, known.memory) == (2 * GB, 0.05 * GB, 8 * GB)
     assert known.flops == {"fp32": 0.25e12, "bf16": 0.5e12} and known.on_cpu
     here = Site(CPU, 2, 2, None, 8e9, known)
-    assert (here.flops("bf16").speed, here.traffic.speed) == (0.5e12, 8 * GB)
+    assert (here.flops("bf16").speed, here.memory.speed) == (0.5e12, 8 * GB)
     assert (here.exchange.speed, here.disk.speed) == (2 * GB, 0.05 * GB)
     plan = make_plan(config_of(), Asked(gpu="cpu", gpus=2, memory_gib=8, measured=known))
     assert plan.text(explain=True).count("as doctor measured") >= 4
