@@ -104,6 +104,12 @@ def _engine_problems(engine: Engine) -> Iterator[Problem]:
             "a compiled model has its head compiled in: set engine.compile=false, or engine.head="
             "plain",
         )
+    if engine.head == "chunked" and engine.precision == "fp16":
+        yield (
+            "engine.head",
+            "the gradient that it makes in the forward pass is too small for fp16, whose loss "
+            "scale comes later: set engine.precision=bf16, or engine.head=plain",
+        )
 
 
 def _validation_problems(config: TrainConfig) -> Iterator[Problem]:

@@ -34,13 +34,9 @@ from hfscale.config.schema import Engine
 from hfscale.errors import ConfigError
 from hfscale.models.call import Model
 from hfscale.models.head import After, answering, head_of
-from hfscale.objectives import cross_entropy
-from hfscale.objectives.cross_entropy import IGNORE_INDEX, on_cpu
+from hfscale.objectives.cross_entropy import IGNORE_INDEX, in_flight
 
-# logits in flight between the products; of them cross_entropy.CPU_CHUNK at a time go through the
-# cache of a CPU
-CPU_LOGITS = 1 << 25  # 128 MiB in fp32
-GPU_LOGITS = 1 << 26
+CHUNK_BYTES = 1 << 27  # of the logits of a chunk
 LARGE = 2**28  # logits of a micro-batch: 1 GiB in fp32, and once more for their gradient
 
 
@@ -48,17 +44,19 @@ def wants_chunks(engine: Engine, *, tokens: int, head: nn.Linear) -> bool:
     """Return whether the losses of a micro-batch of ``tokens`` shall be made in chunks.
 
     By itself that is so where the logits are large, and larger than what there is in their place:
-    the gradient of a head that is trained, in fp32 and of a chunk.
+    the gradient of a head that is trained, in fp32. Not in fp16, whose loss scale would come too
+    late: in the forward pass the gradient is too small for it.
     """
     if engine.head == "auto":
         room = tokens >= 2 * head.in_features or not head.weight.requires_grad
-        return tokens * head.out_features >= LARGE and room and not engine.compile
+        able = not engine.compile and engine.precision != "fp16"
+        return tokens * head.out_features >= LARGE and room and able
     return engine.head == "chunked"
 
 
-def chunk_tokens(vocab_size: int, *, cpu: bool) -> int:
+def chunk_tokens(weight_VH: Tensor) -> int:
     """Return how many tokens have their logits at the same time."""
-    return max(1, (CPU_LOGITS if cpu else GPU_LOGITS) // max(1, vocab_size))
+    return max(1, CHUNK_BYTES // (len(weight_VH) * weight_VH.element_size()))
 
 
 @dataclass(frozen=True)
@@ -223,8 +221,11 @@ class _Gradients:
             torch.mm(slope_RV, weight_VH, out=self.hidden_nH[rows])
         if self.weight_VH is not None and slope_RV.dtype == torch.float32:
             self.weight_VH.addmm_(slope_RV.T, hidden_RH)
-        elif self.weight_VH is not None:
-            self.weight_VH.add_(slope_RV.T @ hidden_RH)
+        elif self.weight_VH is not None:  # a part of the ids at a time: the product is in 16 bit
+            some = max(1, in_flight(slope_RV) // hidden_RH.shape[1])
+            parts = zip(self.weight_VH.split(some), slope_RV.split(some, dim=1), strict=True)
+            for part_vH, slope_Rv in parts:
+                part_vH.add_(slope_Rv.T @ hidden_RH)
         if self.bias_V is not None:
             self.bias_V.add_(slope_RV.sum(0, dtype=torch.float32))
 
@@ -239,9 +240,8 @@ def _pass(
 ) -> tuple[Tensor, Tensor]:
     """Return ``losses_n`` and ``right_n``, with the gradients put into ``gradients``."""
     n, V = len(labels_n), len(weight_VH)
-    cpu = on_cpu(hidden_nH)
-    rows_R = chunk_tokens(V, cpu=cpu)
-    rows_cached = max(1, (cross_entropy.CPU_CHUNK if cpu else cross_entropy.GPU_CHUNK) // V)
+    rows_R = chunk_tokens(weight_VH)
+    rows_cached = max(1, in_flight(hidden_nH) // V)
     losses_n = hidden_nH.new_empty(n, dtype=torch.float32)
     right_n = hidden_nH.new_zeros(n, dtype=torch.bool)
     logits_RV = hidden_nH.new_empty(min(rows_R, n), V)  # each chunk is written over the one before

@@ -87,10 +87,11 @@ class _CrossEntropy(torch.autograd.Function):
 
 def _chunks(logits_NV: Tensor, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Return an iterator over ``tensors``, cut alike along N."""
-    rows = max(1, (CPU_CHUNK if on_cpu(logits_NV) else GPU_CHUNK) // logits_NV.shape[1])
+    rows = max(1, in_flight(logits_NV) // logits_NV.shape[1])
     return zip(*(tensor.split(rows) for tensor in tensors), strict=True)
 
 
-def on_cpu(tensor: Tensor) -> bool:
-    """Return whether ``tensor`` is on a CPU, or stands for one that is."""
-    return (META_IS.get() if tensor.is_meta else tensor.device.type) == "cpu"
+def in_flight(tensor: Tensor) -> int:
+    """Return how many numbers are worked on at a time where ``tensor`` is."""
+    kind = META_IS.get() if tensor.is_meta else tensor.device.type
+    return CPU_CHUNK if kind == "cpu" else GPU_CHUNK

@@ -211,7 +211,7 @@ class Subject:
         head = self._head(rows)
         few = 1
         if head is not None:  # so many that they fill a chunk of it
-            chunk = chunk_tokens(head_of(self.model).out_features, cpu=self.on_cpu)
+            chunk = chunk_tokens(head_of(self.model).weight)
             few = -(-chunk // self.config.data.seq_len)
         if rows <= 2 * few:
             return self._traced(rows, checkpointing, head)

@@ -34,7 +34,7 @@ def both_ways(values: dict[str, Any], head: str = "chunked") -> tuple[Records, R
     from hfscale.objectives import chunked_head, cross_entropy
 
     asked, usual = list[int](), chunked_head._pass
-    before = chunked_head.CPU_LOGITS, cross_entropy.CPU_CHUNK, chunked_head.LARGE
+    before = chunked_head.CHUNK_BYTES, cross_entropy.CPU_CHUNK, chunked_head.LARGE
 
     def counted(*args: Any) -> Any:
         asked.append(1)
@@ -42,7 +42,7 @@ def both_ways(values: dict[str, Any], head: str = "chunked") -> tuple[Records, R
 
     runs = list[Records]()
     chunked_head._pass = counted
-    chunked_head.CPU_LOGITS, cross_entropy.CPU_CHUNK, chunked_head.LARGE = 20_000, 3_000, 1
+    chunked_head.CHUNK_BYTES, cross_entropy.CPU_CHUNK, chunked_head.LARGE = 80_000, 3_000, 1
     try:
         for way in ("plain", head):
             name = f"{values['run']['name']}-{way}"
@@ -52,7 +52,7 @@ def both_ways(values: dict[str, Any], head: str = "chunked") -> tuple[Records, R
             runs.append(train(values | own))
     finally:
         chunked_head._pass = usual
-        chunked_head.CPU_LOGITS, cross_entropy.CPU_CHUNK, chunked_head.LARGE = before
+        chunked_head.CHUNK_BYTES, cross_entropy.CPU_CHUNK, chunked_head.LARGE = before
     return runs[0], runs[1], len(asked)
 
 
@@ -208,9 +208,14 @@ def refused(values: dict[str, Any]) -> str:
     return "trained"
 
 
-def test_a_compiled_model_has_its_head_compiled_in(corpus: Path, tmp_path: Path) -> None:
-    engine = {"head": "chunked", "compile": True}
-    values = pretraining(corpus, tmp_path, "run", "llama", engine=engine)
+@pytest.mark.parametrize(
+    ("engine", "words"),
+    [({"compile": True}, "engine.compile=false"), ({"precision": "fp16"}, "engine.precision=bf16")],
+)
+def test_what_cannot_be_together_is_refused(
+    corpus: Path, tmp_path: Path, engine: dict[str, Any], words: str
+) -> None:
+    values = pretraining(corpus, tmp_path, "run", "llama", engine=engine | {"head": "chunked"})
     [(key, why)] = problems(RunConfig.model_validate(values))
     assert key == "engine.head"
-    assert "engine.compile=false" in why
+    assert words in why

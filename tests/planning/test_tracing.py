@@ -124,7 +124,7 @@ def test_a_trace_is_what_a_step_holds(kind: str, checkpointing: bool):
 
 
 def test_a_trace_of_a_chunked_head_has_no_logits(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(chunked_head, "CPU_LOGITS", 211 * 32)
+    monkeypatch.setattr(chunked_head, "CHUNK_BYTES", 4 * 211 * 32)
     monkeypatch.setattr(cross_entropy, "CPU_CHUNK", 211 * 8)
     saved, peak = seen_on_a_cpu(model_of("llama", "cpu", torch.float32, False), chunked_loss_of)
     model = model_of("llama", "meta", torch.float32, False)
