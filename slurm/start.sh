@@ -4,6 +4,7 @@ unset RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
 set +eu                               # conda and modules read variables that are not set
 source slurm/site.sh
 set -euo pipefail
+if [ "$(ulimit -f)" = 0 ]; then exit 153; fi    # no file may grow, not even the log that would say so: the code of SIGXFSZ does
 if [ ${#CONTAINER[@]} -gt 0 ]; then
     if [ "$PYTHON" = "${HFSCALE_PYTHON:-}" ]; then PYTHON=python; fi    # the login node's Python is not the image's
 elif ! command -v "$PYTHON" > /dev/null; then

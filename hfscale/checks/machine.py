@@ -100,6 +100,14 @@ def open_files(node: Node) -> Iterator[Finding]:
         yield Finding("open files", "ok", f"at most {most}", value=float(most))
 
 
+def threads(node: Node) -> Iterator[Finding]:
+    """Yield how many threads a rank is to have: what is no number OpenMP takes for all cores."""
+    asked = os.environ.get("OMP_NUM_THREADS", "").strip()
+    numbers = all(part.isdigit() and int(part) for part in asked.split(",") if asked)
+    words = f"OMP_NUM_THREADS is {asked or 'not set'}"
+    yield Finding("threads", "ok" if numbers else "fail", words)
+
+
 def file_size(node: Node) -> Iterator[Finding]:
     """Yield how large a file may become."""
     most, _ = resource.getrlimit(resource.RLIMIT_FSIZE)

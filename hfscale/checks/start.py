@@ -18,7 +18,8 @@ from hfscale.checks.table import BY_NAME, Check, of_depth
 from hfscale.errors import ConfigError
 
 Notices = Sequence[str]
-LIMITS = ("open files", "file size")  # checks of depth `node` that ask nothing but the process
+# checks of depth `node` that ask nothing but the process
+LIMITS = ("open files", "file size", "threads")
 
 
 class Start(Protocol):
@@ -78,18 +79,20 @@ def refuse(start: Start) -> list[str]:
 
 
 def refuse_limits() -> None:
-    """Return if this process may open and write what its ranks will: they inherit its limits.
+    """Return if this process may open and write what its ranks will, and knows how many threads
+    they have: they inherit its limits and variables.
 
     Raises:
-        ConfigError: naming the limit.
+        ConfigError: naming what is too little, or no number.
     """
     for check in (BY_NAME[name] for name in LIMITS):
         for finding in _look(check, None):
             judged = against_need(finding, Needs())
+            needed = f"; needed: {judged.needs}" if judged.needs else ""
             if judged.state == "fail":
                 raise ConfigError(
-                    f"{check.name}: {judged.said}; needed: {judged.needs}",
-                    where="limits of this process",
+                    f"{check.name}: {judged.said}{needed}",
+                    where="limits and variables of this process",
                     remedy=check.remedy,
                 )
 

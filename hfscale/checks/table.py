@@ -200,6 +200,13 @@ CHECKS = (
         each_rank=False,
     ),
     Check(
+        "threads",
+        "node",
+        "hfscale.checks.machine:threads",
+        remedy="say a number in slurm/site.sh or your shell, or leave it to the launcher",
+        each_rank=False,
+    ),
+    Check(
         "locked memory",
         "node",
         "hfscale.checks.machine:locked_memory",
