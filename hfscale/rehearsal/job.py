@@ -59,6 +59,11 @@ def run(config: TrainConfig, world: World, stop: StopRequest) -> bool:
         journal.note("ranks", places=places)
         found = look_at_packages()
         journal.note("packages", words=found.said, code=int(found.state == "fail"))
+    if len(places) != plan.ranks:  # this is not the job that was to be rehearsed
+        group.shutdown()
+        if journal:
+            _judge(run_dir)
+        return True
     faults = Faults(plan, done, run_dir=run_dir, world=world, stop=stop, journal=journal)
     if not train(config, world, stop, device=device, watched_by=[faults]):
         group.shutdown()
