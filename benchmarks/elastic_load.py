@@ -40,7 +40,8 @@ def opened(folder: str, stage: int, precision: str, offload: str) -> tuple[Any, 
 
     from hfscale.checkpoint.manager import CheckpointManager
     from hfscale.config.schema import Checkpoint
-    from hfscale.engine.engine import Engine, construction
+    from hfscale.engine.engine import Engine
+    from hfscale.engine.start import construction
     from tests.engine.tiny import tiny_config
 
     config = tiny_config(stage, precision, world_size=1, offload=offload)

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import gc
 import math
-import warnings
-from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +34,7 @@ from hfscale.engine.groups import layer_names, param_groups
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.engine.layer_sums import LayerSums
 from hfscale.engine.library import deepspeed
+from hfscale.engine.start import extra_named, join_process_group
 from hfscale.engine.wrapper import one_optimizer_below_stage_3
 from hfscale.errors import ConfigError, LossScaleError, UnhealthyError
 
@@ -59,32 +59,6 @@ class StepStats:
     grad_norm: float
     lr: float
     updated: bool = True  # False: ``allow`` said no, or the loss scale was too high
-
-
-def construction(config: TrainConfig, *, device_type: str) -> AbstractContextManager[Any]:
-    """Return the context to build a transformers model in: at ZeRO 3 each parameter is partitioned
-    as soon as its module exists.
-    """
-    if running_stage(config.engine) < 3:
-        return nullcontext()
-    join_process_group()
-    asked = deepspeed_config(config, device_type=device_type)
-    context: AbstractContextManager[Any] = deepspeed.zero.Init(config_dict_or_path=asked)
-    return context
-
-
-def gathered(
-    params: Iterable[nn.Parameter], *, modify: bool = False
-) -> AbstractContextManager[Any]:
-    """Return a context in which ``params`` are whole on every rank. All ranks must enter; with
-    ``modify`` rank 0's values stay.
-    """
-    split = [param for param in params if hasattr(param, "ds_id")]
-    return (
-        deepspeed.zero.GatheredParameters(split, modifier_rank=0 if modify else None)
-        if split
-        else nullcontext()
-    )
 
 
 class Engine:
@@ -134,7 +108,7 @@ class Engine:
             eps=config.optim.eps,
             fused=True,
         )
-        with one_optimizer_below_stage_3():
+        with one_optimizer_below_stage_3(), extra_named(config):
             ds, *_ = deepspeed.initialize(
                 model=model, optimizer=adamw, config=settings, dist_init_required=False
             )
@@ -374,18 +348,6 @@ class Engine:
         self._ds.destroy()
         self._ds = self._zero = self._adamw = None  # type: ignore[assignment]
         gc.collect()
-
-
-def join_process_group() -> None:
-    """Let DeepSpeed use the process group that is up. Its shared-memory kernel serves inference
-    only, and wants a compiler.
-    """
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
-    # DeepSpeed's calls
-    warnings.filterwarnings(
-        "ignore", category=FutureWarning, message="`torch.distributed.*is deprecated"
-    )
 
 
 def _enable_activation_checkpointing(model: nn.Module) -> None:

@@ -49,8 +49,8 @@ class InferenceEngine:
         """
         if how.zero_stage < 3:
             return cls(build(nullcontext), device=device)
-        from hfscale.engine.engine import join_process_group
         from hfscale.engine.library import deepspeed  # slow to import
+        from hfscale.engine.start import join_process_group
 
         join_process_group()
         settings = inference_config(how, precision=precision, device_type=device.type)

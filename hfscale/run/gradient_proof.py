@@ -29,9 +29,10 @@ from torch import Tensor, nn
 from hfscale import run_files
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.agree import sum_over_ranks
-from hfscale.engine.engine import Engine, gathered
+from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
 from hfscale.engine.layer_drop import take_over_layer_drop
+from hfscale.engine.start import gathered
 from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.objectives.base import Batch

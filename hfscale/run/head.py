@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from hfscale.config.schema import TrainConfig
 from hfscale.dist.agree import sum_over_ranks
-from hfscale.engine.engine import Engine, gathered
+from hfscale.engine.engine import Engine
+from hfscale.engine.start import gathered
 from hfscale.errors import ConfigError
 from hfscale.log import logger
 from hfscale.models.call import call

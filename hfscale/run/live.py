@@ -28,8 +28,9 @@ from hfscale.dist.agree import from_rank_0, same_on_all_ranks
 from hfscale.dist.group import device_name
 from hfscale.dist.stop import StopRequest
 from hfscale.dist.world import World, allocation
-from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.engine import Engine
 from hfscale.engine.schedule import learning_rate
+from hfscale.engine.start import construction, gathered
 from hfscale.log import logger
 from hfscale.models.build import accepted, build_model
 from hfscale.models.flops import flops_per_token, peak_flops

@@ -28,7 +28,8 @@ from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.weights import WeightsReader, open_weights
 from hfscale.config.schema import Checkpoint
 from hfscale.dist.world import Place
-from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.engine import Engine
+from hfscale.engine.start import construction, gathered
 from hfscale.errors import CheckpointError
 from hfscale.models.build import build_model
 from tests.engine.tiny import full_state, tiny_config, tiny_engine, train_step

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.engine import Engine
+from hfscale.engine.start import construction, gathered
 from tests.engine.tiny import full_state, tiny_config
 from tests.helpers.ranks import RankFailure, run_ranks
 

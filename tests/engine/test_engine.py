@@ -7,9 +7,10 @@ import math
 import pytest
 import torch
 
-from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import tied
 from hfscale.engine.gradients import norm
+from hfscale.engine.start import construction, gathered
 from hfscale.errors import ConfigError, UnhealthyError
 from tests.engine.tiny import (
     accumulation_error,

@@ -12,8 +12,9 @@ import torch
 from torch import nn
 
 from hfscale.config.schema import Model
-from hfscale.engine.engine import Engine, construction, gathered
+from hfscale.engine.engine import Engine
 from hfscale.engine.layer_drop import take_over_layer_drop
+from hfscale.engine.start import construction, gathered
 from hfscale.errors import ConfigError
 from hfscale.models.build import build_model
 from tests.engine.tiny import full_state, tiny_config

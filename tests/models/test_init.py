@@ -64,7 +64,7 @@ def zero3_digests(family: str, precision: str) -> tuple[dict[str, str], int, int
     """Run on each rank: digests of a ZeRO 3 build, numbers held by this rank, numbers in the
     model.
     """
-    from hfscale.engine.engine import construction, gathered
+    from hfscale.engine.start import construction, gathered
 
     def gather(params: Sequence[nn.Parameter]) -> AbstractContextManager[Any]:
         return gathered(params, modify=True)

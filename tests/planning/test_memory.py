@@ -66,7 +66,8 @@ class RealWatch(Watch):
 
 def held(stage: int, precision: str, times: int, sizes: dict[str, Any]) -> float:
     """Return the most bytes that this rank's tensors take in the second of two steps."""
-    from hfscale.engine.engine import Engine, construction, gathered
+    from hfscale.engine.engine import Engine
+    from hfscale.engine.start import construction, gathered
 
     world = torch.distributed.get_world_size()
     config = tiny_config(

@@ -273,7 +273,8 @@ def on_ranks(stage: int, family: str) -> list[list[list[int]]]:
     """
     import torch.distributed as torch_dist
 
-    from hfscale.engine.engine import Engine, construction
+    from hfscale.engine.engine import Engine
+    from hfscale.engine.start import construction
     from tests.engine.tiny import tiny_config
 
     # else DeepSpeed keeps what is as small as this model whole on every rank
