@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import machine, record, table
-from hfscale.config.rules import unsafe
 from hfscale.config.schema import RunConfig
+from hfscale.config.unsafe import unsafe
 from hfscale.engine.ds_config import deepspeed_config
 from hfscale.errors import UserError
 from tests.helpers.corpus import make_corpus
@@ -139,7 +139,12 @@ class Trial:
             self._folder,
             f"run-{self._runs}",
             "gpt2",
-            engine={"zero_stage": stage, "precision": precision, "extra": extra},
+            engine={
+                "zero_stage": stage,
+                "precision": precision,
+                "extra": extra,
+                "prove": False,  # which would refuse what is wrong
+            },
             optim={"clip_norm": 0.3},
             train={"steps": 4, "global_batch": 16, "micro_batch": 4},
         )
@@ -150,7 +155,7 @@ class Trial:
             deepspeed_config(config, device_type="cpu")
         except UserError:
             return True
-        return bool([*unsafe(config.engine.extra)])
+        return bool([*unsafe(extra, stage=stage)])
 
     def _train(self, stage: int, precision: str, extra: dict[str, Any]) -> list[float]:
         steps = run_ranks(train, 2, self._values(stage, precision, extra))[0]

@@ -12,6 +12,7 @@ from hfscale.config.finetune import FinetuneConfig
 from hfscale.config.inference import HarnessConfig, PredictConfig, ShardsConfig
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.config.section import Section
+from hfscale.config.unsafe import unsafe
 
 # the first whose ``marker`` is there says what a config is of
 KINDS: tuple[type[Section], ...] = (
@@ -33,7 +34,7 @@ def problems(config: Section) -> list[rules.Problem]:
     if isinstance(config, TrainConfig):
         return rules.problems(config)
     if isinstance(config, ShardsConfig):
-        return rules.unsafe(config.engine.extra)
+        return [*unsafe(config.engine.extra, stage=3)]  # as models that only compute are cut
     return []
 
 

@@ -15,24 +15,9 @@ from typing import Literal
 from hfscale.config.finetune import Examples
 from hfscale.config.schema import Data, Engine, Model, Train, TrainConfig
 from hfscale.config.section import Section
+from hfscale.config.unsafe import unsafe
 from hfscale.errors import ConfigError, nearest
 from hfscale.metrics.better import lower_is_better
-
-# What DeepSpeed accepts without a word though losses are then not those of one process (seen with
-# benchmarks.parity), or nothing happens.
-UNSAFE = {
-    "communication_data_type": "gradients would be summed in fewer bits: losses move by 4e-4 "
-    "within 10 steps",
-    "torch_autocast": "the model would compute in other precisions than engine.precision says: "
-    "losses move by 2e-3 within 10 steps",
-    "data_types": "gradients would be accumulated in fewer bits: losses move by 5e-3 within 10 "
-    "steps",
-    "optimizer": "DeepSpeed ignores it: `optim` is the optimizer",
-    "scheduler": "`schedule` sets the learning rate of each step, whatever DeepSpeed's "
-    "scheduler says",
-    "sequence_parallel_size": "DeepSpeed ignores it here: every rank has rows of its own",
-}
-
 
 Problem = tuple[str, str]  # key, what is wrong
 
@@ -41,7 +26,7 @@ def problems(config: TrainConfig) -> list[Problem]:
     """Return everything that sections of a valid shape contradict each other in."""
     data, model = config.data, config.model
     wrong = [*_length_problems(config.train), *_model_problems(model)]
-    wrong += unsafe(config.engine.extra)
+    wrong += unsafe(config.engine.extra, stage=config.engine.zero_stage)
     wrong += _engine_problems(config.engine)
     wrong += _validation_problems(config)
     if not isinstance(data, Examples):
@@ -54,12 +39,6 @@ def problems(config: TrainConfig) -> list[Problem]:
     if sum(part for part in (data.validation, data.test) if isinstance(part, float)) >= 1:
         wrong.append(("data.validation", "validation and test leave nothing to train on"))
     return wrong
-
-
-def unsafe(extra: dict[str, object]) -> list[Problem]:
-    """Return what is wrong with each key of ``engine.extra`` that is in ``UNSAFE``."""
-    known = [(key, why) for key, why in UNSAFE.items() if key in extra]
-    return [(f"engine.extra.{key}", f"{why}; take it out") for key, why in known]
 
 
 def _length_problems(train: Train) -> Iterator[Problem]:

@@ -7,8 +7,8 @@ from __future__ import annotations
 from typing import Any
 
 from hfscale.config.inference import Inference
-from hfscale.config.rules import UNSAFE
 from hfscale.config.schema import Engine, TrainConfig
+from hfscale.config.unsafe import UNSAFE
 from hfscale.errors import ConfigError, nearest
 
 # What `engine.extra` may say: the keys of DeepSpeed that have an effect here, by section. It
@@ -172,10 +172,10 @@ def _refuse_unknown(extra: dict[str, Any], derived: dict[str, Any], section: str
         ConfigError: with the nearest one that it knows.
     """
     top = {name for name in KNOWN if "." not in name}
-    known = (KNOWN[section] if section else top | derived.keys() | UNSAFE.keys()) or set()
+    known = (KNOWN[section] if section else top | derived.keys()) or set()
     for key, value in extra.items():
         name = f"{section}.{key}" if section else key
-        if key not in known:
+        if key not in known and name not in UNSAFE:  # whose own words say more
             raise ConfigError(
                 "DeepSpeed would ignore this key here, or has none of that name",
                 where=f"engine.extra.{name}",

@@ -16,6 +16,7 @@ from hfscale.config.rules import (
     solve_batch,
 )
 from hfscale.config.schema import Best, RunConfig, Train
+from hfscale.config.unsafe import unsafe
 from hfscale.errors import ConfigError
 
 VALUES: dict[str, Any] = {
@@ -63,6 +64,21 @@ def test_the_best_is_the_least_loss_or_the_highest_score(best: dict[str, Any], m
             {"engine": {"extra": {"communication_data_type": "bf16"}}},
             "engine.extra.communication_data_type",
             "fewer bits",
+        ),
+        (
+            {"engine": {"extra": {"zero_optimization": {"overlap_comm": True}}}},
+            "engine.extra.zero_optimization.overlap_comm",
+            "nothing to overlap",
+        ),
+        (
+            {"engine": {"zero_stage": 3, "extra": {"compile": {"deepcompile": True}}}},
+            "engine.extra.compile",
+            "DeepCompile",
+        ),
+        (
+            {"engine": {"extra": {"zero_optimization": {"compute_grad_norm": False}}}},
+            "engine.extra.zero_optimization.compute_grad_norm",
+            "what clips",
         ),
         (
             {"engine": {"extra": {"scheduler": {"type": "WarmupLR"}}}},
@@ -251,3 +267,10 @@ def test_a_difference_shows_both_values():
     [difference], _ = resume_differences(config(), config(run={"seed": 18}))
     assert difference == Difference("run.seed", 17, 18)
     assert str(difference) == "run.seed: 17 -> 18"
+
+
+def test_what_is_switched_off_or_right_at_its_stage_may_be_said():
+    zero = {"overlap_comm": True, "round_robin_gradients": True, "zero_quantized_weights": False}
+    assert [*unsafe({"zero_optimization": zero}, stage=3)] == []
+    [(key, why)] = unsafe({"zero_optimization": zero}, stage=2)
+    assert key.endswith("round_robin_gradients") and "checkpoints" in why
