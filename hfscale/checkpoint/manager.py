@@ -25,10 +25,11 @@ import torch.distributed as torch_dist
 from torch import Tensor
 
 from hfscale.checkpoint import layout
+from hfscale.checkpoint.filling import fill
 from hfscale.checkpoint.manifest import Entry, write_file, write_manifest
 from hfscale.checkpoint.probe import make_probe
 from hfscale.checkpoint.state import CheckpointState
-from hfscale.checkpoint.store import FragmentReader, load_fragments, serialize
+from hfscale.checkpoint.store import serialize
 from hfscale.checkpoint.weights import verify_together
 from hfscale.config.schema import Checkpoint
 from hfscale.dist.agree import from_rank_0, sum_over_ranks
@@ -329,11 +330,7 @@ class CheckpointManager:
                 self._reject(checkpoint, f"is damaged and not loaded: {'; '.join(problems[:3])}")
                 continue
             state = layout.state_of(checkpoint)
-            reader = FragmentReader(checkpoint)
-            load_fragments(reader, engine.fragments(owned=False, frozen=not engine.adapted))
-            reader.close()
-            engine.load_scalars(state.engine)
-            engine.after_load()
+            fill(engine, checkpoint, state)
             self._say(
                 f"loaded {checkpoint}, saved on {state.world_size} ranks at ZeRO "
                 f"{state.zero_stage}: "

@@ -57,6 +57,7 @@ class CheckpointState(Record):
     world_size: Count = 0
     zero_stage: Count = 0
     precision: str = ""
+    optimizer: str = "adamw"  # as of hfscale 0.1, which had no other
     versions: dict[str, str] = {}  # of the libraries
     # of the run
     pretrained: str | None = None

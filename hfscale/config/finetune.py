@@ -9,7 +9,7 @@ from typing import Annotated, ClassVar, Literal, Union
 from pydantic import Field
 
 from hfscale.config.schema import Named, Optim, Tokenizer, TrainConfig
-from hfscale.config.section import AbsolutePath, Decay, HeldOut, Positive, Section, Table
+from hfscale.config.section import AbsolutePath, HeldOut, Positive, Section, Table
 
 
 class Examples(Section):
@@ -43,10 +43,15 @@ class Examples(Section):
 
 
 class FinetuneOptim(Optim):
-    """AdamW as weights that know something are trained (Devlin et al. 2019, BERT, appendix A.3)."""
+    """As weights that know something are trained (Devlin et al. 2019, BERT, appendix A.3)."""
+
+    usual: ClassVar[dict[str, dict[str, object]]] = {
+        **Optim.usual,
+        "adamw": {"betas": (0.9, 0.999), "eps": 1e-8},
+        "muon": {"momentum": 0.95, "betas": (0.9, 0.999), "eps": 1e-8},
+    }
 
     lr: Annotated[float, Field(gt=0)] = 5e-5
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
     weight_decay: Annotated[float, Field(ge=0)] = 0.01
 
 

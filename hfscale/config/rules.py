@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from hfscale.config.finetune import Examples
-from hfscale.config.schema import Data, Engine, Model, Train, TrainConfig
+from hfscale.config.schema import Data, Engine, Model, Optim, Train, TrainConfig
 from hfscale.config.section import Section
 from hfscale.config.unsafe import unsafe
 from hfscale.errors import ConfigError, nearest
@@ -26,6 +26,7 @@ def problems(config: TrainConfig) -> list[Problem]:
     """Return everything that sections of a valid shape contradict each other in."""
     data, model = config.data, config.model
     wrong = [*_length_problems(config.train), *_model_problems(model)]
+    wrong += _optim_problems(config.optim)
     wrong += unsafe(config.engine.extra, stage=config.engine.zero_stage)
     wrong += _engine_problems(config.engine)
     wrong += _validation_problems(config)
@@ -88,6 +89,16 @@ def _engine_problems(engine: Engine) -> Iterator[Problem]:
             "engine.head",
             "the gradient that it makes in the forward pass is too small for fp16, whose loss "
             "scale comes later: set engine.precision=bf16, or engine.head=plain",
+        )
+
+
+def _optim_problems(optim: Optim) -> Iterator[Problem]:
+    for key in optim.unknown:
+        having = [name for name, usual in optim.usual.items() if key in usual]
+        yield (
+            f"optim.{key}",
+            f"{optim.name} has no {key} ({', '.join(having)} have): take it out, or set "
+            f"optim.{key}=null",
         )
 
 

@@ -10,10 +10,11 @@ validated: a job may start somewhere else.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, Union
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from hfscale.config.section import (
     AbsolutePath,
@@ -153,17 +154,48 @@ class Named(Section):
 
 
 class Optim(Section):
-    """AdamW (Loshchilov & Hutter 2019). Norms, biases, states and other vectors are not decayed."""
+    """AdamW (Loshchilov & Hutter 2019), Lion (Chen et al. 2023), SGD with momentum, or Muon (Jordan
+    et al. 2024; matrices of layers, the rest under AdamW). Norms, biases, states and other vectors
+    are not decayed.
 
-    name: Literal["adamw"] = "adamw"
+    What an optimizer does not know is null.
+    """
+
+    usual: ClassVar[dict[str, dict[str, object]]] = {
+        "adamw": {"betas": (0.9, 0.95), "eps": 1e-8},
+        "lion": {"betas": (0.9, 0.99)},
+        "sgd": {"momentum": 0.9},
+        "muon": {"momentum": 0.95, "betas": (0.9, 0.95), "eps": 1e-8},
+    }
+
+    name: Literal["adamw", "lion", "sgd", "muon"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-4
-    betas: tuple[Decay, Decay] = (0.9, 0.95)
-    eps: Annotated[float, Field(gt=0)] = 1e-8
+    betas: tuple[Decay, Decay] | None = None  # AdamW (0.9, 0.95), Lion (0.9, 0.99)
+    eps: Annotated[float, Field(gt=0)] | None = None  # AdamW 1e-8
+    momentum: Decay | None = None  # SGD 0.9, Muon 0.95
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     clip_norm: Annotated[float, Field(ge=0)] = 1.0  # of the global gradient; 0 = off
     layer_decay: Annotated[float, Field(gt=0, le=1)] = (
         1.0  # a layer's learning rate is this share of the one's above it
     )
+    reset: bool = False  # drop what a checkpoint of another optimizer keeps beside the weights
+
+    @model_validator(mode="before")
+    @classmethod
+    def _fill(cls, values: object) -> object:
+        """Give the optimizer what it usually has, where nothing is said."""
+        if not isinstance(values, Mapping):
+            return values
+        usual = cls.usual.get(str(values.get("name", "adamw")), {})
+        missing = {key: value for key, value in usual.items() if values.get(key) is None}
+        return {**values, **missing}
+
+    @property
+    def unknown(self) -> list[str]:
+        """The options that were given, and that this optimizer does not know."""
+        options = {key for usual in self.usual.values() for key in usual}
+        others = sorted(options - self.usual[self.name].keys())
+        return [key for key in others if getattr(self, key) is not None]
 
 
 class Schedule(Section):

@@ -30,10 +30,14 @@ from hfscale.engine.ds_config import deepspeed_config, running_stage
 from hfscale.engine.flops import flops_profiled
 from hfscale.engine.fragments import Fragment
 from hfscale.engine.gradients import Reader
-from hfscale.engine.groups import layer_names, param_groups
+from hfscale.engine.groups import layer_names
+from hfscale.engine.kept import kept
 from hfscale.engine.layer_drop import take_over_layer_drop
 from hfscale.engine.layer_sums import LayerSums
 from hfscale.engine.library import deepspeed
+from hfscale.engine.matrices import Matrices
+from hfscale.engine.muon import Muon
+from hfscale.engine.optimizers import make_optimizer
 from hfscale.engine.start import extra_named, join_process_group
 from hfscale.engine.wrapper import one_optimizer_below_stage_3
 from hfscale.errors import ConfigError, LossScaleError, UnhealthyError
@@ -66,10 +70,10 @@ class Engine:
     process group.
     """
 
-    def __init__(self, ds: Any, adamw: torch.optim.AdamW, config: TrainConfig) -> None:
-        self._ds, self._adamw = ds, adamw
-        self._zero = ds.optimizer  # at stage 0 it is ``adamw`` itself
-        self._clip_norm = config.optim.clip_norm
+    def __init__(self, ds: Any, optimizer: torch.optim.Optimizer, config: TrainConfig) -> None:
+        self._ds, self._optimizer = ds, optimizer
+        self._zero = ds.optimizer  # at stage 0 it is ``optimizer`` itself
+        self.optim = config.optim
         self._norm = 0.0
         self._lr_used: set[float] = set()
         self.stage: int = running_stage(config.engine)
@@ -86,8 +90,11 @@ class Engine:
         self._allow: Allow | None = None
         self._allowed: bool | None = None  # None: not asked yet
         self._layers = LayerSums(lambda: self.fragments(frozen=False), layer_names(ds.module))
-        self._update = adamw.step
-        adamw.step = self._guarded_update  # type: ignore[method-assign]
+        self._groups = dict(parts.flats(self._zero, optimizer, stage=self.stage))
+        if isinstance(optimizer, Muon):
+            optimizer.matrices = self._matrices()
+        self._update = optimizer.step
+        optimizer.step = self._guarded_update  # type: ignore[method-assign]
 
     @classmethod
     def create(cls, model: nn.Module, *, config: TrainConfig, device: torch.device) -> Engine:
@@ -101,20 +108,14 @@ class Engine:
             _enable_activation_checkpointing(model)
         take_over_layer_drop(model)
         join_process_group()
-        adamw = torch.optim.AdamW(
-            param_groups(model, config.optim),
-            lr=0.0,
-            betas=config.optim.betas,
-            eps=config.optim.eps,
-            fused=True,
-        )
+        optimizer = make_optimizer(model, config.optim)
         with one_optimizer_below_stage_3(), extra_named(config):
             ds, *_ = deepspeed.initialize(
-                model=model, optimizer=adamw, config=settings, dist_init_required=False
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         if config.engine.compile:
             ds.compile()
-        return cls(ds, adamw, config)
+        return cls(ds, optimizer, config)
 
     @property
     def module(self) -> Any:
@@ -144,11 +145,11 @@ class Engine:
 
     def step(self, lr: float, *, allow: Allow | None = None, measure: bool = False) -> StepStats:
         """Return what the update with everything accumulated since the last step did: clip, check,
-        AdamW at ``lr``.
+        update at ``lr``.
 
-        ``allow`` is asked once, before AdamW changes anything, with the norm that ``StepStats``
-        will give. Where it says no, weights and moments stay as they are, bit for bit, and training
-        may go on. The norm is the same on all ranks, and ``allow`` must answer alike on all: it
+        ``allow`` is asked once, before anything changes, with the norm that ``StepStats`` will
+        give. Where it says no, weights and moments stay as they are, bit for bit, and training may
+        go on. The norm is the same on all ranks, and ``allow`` must answer alike on all: it
         looks at this norm and at what the ranks have agreed on, so no collective is needed. A norm
         that is not finite is asked about too, and only a no lets training go on. With ``measure``
         the step's ``layer_sums`` are taken on the way.
@@ -159,7 +160,7 @@ class Engine:
                 scale lowered instead, until that is at its floor). The engine must not be trained
                 further.
         """
-        for group in self._adamw.param_groups:
+        for group in self._optimizer.param_groups:
             group["lr"] = lr * group["lr_share"]
         self._lr_used.clear()
         self._allow, self._allowed = allow, None
@@ -178,9 +179,9 @@ class Engine:
             if self.precision != "fp16":
                 self._drop(math.inf)
             return StepStats(float("inf"), lr, updated=False)
-        expected = {lr * group["lr_share"] for group in self._adamw.param_groups}
+        expected = {lr * group["lr_share"] for group in self._optimizer.param_groups}
         assert self._lr_used == expected, (
-            f"AdamW used learning rates {self._lr_used}, not {expected}"
+            f"the optimizer used learning rates {self._lr_used}, not {expected}"
         )
         return StepStats(self._norm, lr, updated=self._allowed is not False)
 
@@ -195,24 +196,24 @@ class Engine:
         finally:
             self._shown = None
 
-    def _show(self, adamw: torch.optim.Optimizer) -> None:
-        """Show what ``adamw`` is about to use, if somebody has asked."""
+    def _show(self) -> None:
+        """Show what the optimizer is about to use, if somebody has asked."""
         if self._shown is None:
             return
         names, read = self._shown
         # as DeepSpeed and torch divide it
-        clipped_by = max(1.0, (self._norm + 1e-6) / (self._clip_norm or math.inf))
+        clipped_by = max(1.0, (self._norm + 1e-6) / (self.optim.clip_norm or math.inf))
         own = self.fragments(frozen=False)
-        gradients.show(own, adamw, read, names=names, clipped_by=clipped_by)
+        gradients.show(own, self._optimizer, read, names=names, clipped_by=clipped_by)
 
     def _guarded_update(self, closure: Any = None) -> Any:
-        """Let AdamW change the weights, unless ``allow`` says no. DeepSpeed calls it in place of
-        ``AdamW.step``, once for each of its groups of parameters; ZeRO has clipped by now.
+        """Update the weights, unless ``allow`` says no. DeepSpeed calls it in place of the
+        optimizer's ``step``, once for each group of parameters; ZeRO has clipped by now.
         """
-        adamw = self._adamw
-        self._lr_used.update(group["lr"] for group in adamw.param_groups)
-        self._norm = self._clip(adamw) if self.stage == 0 else float(self._zero._global_grad_norm)
-        self._show(adamw)
+        optimizer = self._optimizer
+        self._lr_used.update(group["lr"] for group in optimizer.param_groups)
+        self._norm = self._clip() if self.stage == 0 else float(self._zero._global_grad_norm)
+        self._show()
         if self._allowed is None:
             if math.isfinite(self._norm):
                 self._allowed = self._allow is None or self._allow(self._norm)
@@ -220,7 +221,7 @@ class Engine:
                 self._drop(self._norm)
         if not self._allowed:
             return None
-        with self._layers.around(adamw):
+        with self._layers.around(optimizer):
             return self._update(closure)
 
     def _drop(self, norm: float) -> None:
@@ -229,12 +230,12 @@ class Engine:
             raise UnhealthyError("the gradient is not finite; weights were not changed")
         self._allowed = False
 
-    def _clip(self, adamw: torch.optim.Optimizer) -> float:
+    def _clip(self) -> float:
         """Return the norm of the gradient, now clipped: what ZeRO does at the other stages."""
-        params = [param for group in adamw.param_groups for param in group["params"]]
+        params = [param for group in self._optimizer.param_groups for param in group["params"]]
         norm = gradients.norm([param.grad for param in params if param.grad is not None])
-        if self._clip_norm:
-            torch.nn.utils.clip_grads_with_norm_(params, self._clip_norm, norm)
+        if self.optim.clip_norm:
+            torch.nn.utils.clip_grads_with_norm_(params, self.optim.clip_norm, norm)
         return norm.item()
 
     @contextmanager
@@ -267,7 +268,7 @@ class Engine:
         )
         replicated: Iterator[Fragment] = (
             fragment
-            for fragment in parts.replicated(self.module, stage=self.stage, adamw=self._adamw)
+            for fragment in parts.replicated(self.module, stage=self.stage, kept=self._kept)
             if fragment.name not in left_out
         )
         if owned:
@@ -275,9 +276,18 @@ class Engine:
         if self.stage == 0:
             return list(replicated)
         own = parts.partitioned(
-            self.module, self._zero, stage=self.stage, adamw=self._adamw, rank=self.all.rank
+            self.module, self._zero, stage=self.stage, kept=self._kept, rank=self.all.rank
         )
         return [*(fragment for fragment in own if fragment.name not in left_out), *replicated]
+
+    def _kept(self, flat: Tensor) -> dict[str, Tensor]:
+        return kept(self._optimizer, self._groups[flat], flat)
+
+    def _matrices(self) -> Matrices:
+        """Return where the matrices lie that Muon makes orthogonal. Collective."""
+        flats = [flat for flat, group in self._groups.items() if group["orthogonal"]]
+        fragments = self.fragments(owned=False, frozen=False)
+        return Matrices(fragments, flats, place=self.all, replicated=self.stage == 0)
 
     @torch.no_grad()
     def after_load(self) -> None:
@@ -308,7 +318,8 @@ class Engine:
 
     def scalars(self) -> dict[str, Any]:
         """Return the state that is not a tensor: Adam's step count and the loss scaler's."""
-        steps = {int(state["step"]) for state in self._adamw.state.values()}
+        states = self._optimizer.state.values()
+        steps = {int(state["step"]) for state in states if "step" in state}
         assert len(steps) <= 1, f"parameters of one optimizer stand at different steps: {steps}"
         scaler = getattr(self._zero, "loss_scaler", None) if self.precision == "fp16" else None
         return {
@@ -321,15 +332,11 @@ class Engine:
     def load_scalars(self, scalars: dict[str, Any]) -> None:
         """Take over what ``scalars`` returned, on whatever stage and world size."""
         # also for flat weights that are nothing but padding on this rank, and so have no fragments
-        if self.stage == 0:
-            flat = [param for group in self._adamw.param_groups for param in group["params"]]
-        elif self.stage == 3:
-            flat = self._zero.fp32_partitioned_groups_flat
-        else:
-            flat = self._zero.single_partition_of_fp32_groups
-        for weight in flat:
-            parts.trained(self._adamw, weight)
-            self._adamw.state[weight]["step"].fill_(scalars["adam_step"])
+        for flat in self._groups:
+            self._kept(flat)
+            state = self._optimizer.state[flat]
+            if "step" in state:
+                state["step"].fill_(scalars["adam_step"])
         if self.precision == "fp16" and scalars["loss_scaler"]:
             for key, value in scalars["loss_scaler"].items():
                 setattr(self._zero.loss_scaler, key, value)
@@ -346,7 +353,7 @@ class Engine:
             return
         torch_dist.barrier(group=self._ds.seq_data_parallel_group)
         self._ds.destroy()
-        self._ds = self._zero = self._adamw = None  # type: ignore[assignment]
+        self._ds = self._zero = self._optimizer = None  # type: ignore[assignment]
         gc.collect()
 
 

@@ -1,15 +1,15 @@
 """Where each rank's share of the model and optimizer lives, the same view at every ZeRO stage.
 
-A fragment is a range of a flattened parameter with its fp32 weight and Adam's two moments: live,
-flat views, so copying from them saves and copying into them loads. DeepSpeed's own checkpoints tie
-a run to its stage and world size; ranges of named parameters tie it to nothing.
+A fragment is a range of a flattened parameter with its fp32 weight and what the optimizer keeps
+beside it: live, flat views, so copying from them saves and copying into them loads. DeepSpeed's own
+checkpoints tie a run to its stage and world size; ranges of named parameters tie it to nothing.
 
 Legend: W ranks; a parameter has ``numel`` elements, flattened row by row.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,8 @@ from torch import Tensor, nn
 
 from hfscale.dist.world import Place
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
+# the fp32 weight and what is kept beside it, of what the optimizer holds as one tensor
+Kept = Callable[[Tensor], dict[str, Tensor]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Fragment:
     name: str  # as in ``model.named_parameters()`` or ``named_buffers()``
     shape: tuple[int, ...]  # of the whole tensor
     start: int
-    # "weight", and if trained "exp_avg", "exp_avg_sq"; 1-D, equally long, live
+    # "weight", and if trained what the optimizer keeps, by its names; 1-D, equally long, live
     tensors: dict[str, Tensor]
 
     @property
@@ -37,7 +38,7 @@ class Fragment:
 
 
 def partitioned(
-    module: nn.Module, zero: Any, *, stage: int, adamw: torch.optim.AdamW, rank: int
+    module: nn.Module, zero: Any, *, stage: int, kept: Kept, rank: int
 ) -> Iterator[Fragment]:
     """Yield what ZeRO gave to this rank. Fragments of different ranks never overlap."""
     param: Any  # DeepSpeed hangs its own attributes on it
@@ -50,7 +51,7 @@ def partitioned(
                     part.tensors.update(
                         {
                             key: value.narrow(0, offset, part.numel)
-                            for key, value in trained(adamw, flat).items()
+                            for key, value in kept(flat).items()
                         }
                     )
                 yield part
@@ -59,13 +60,12 @@ def partitioned(
             flat = zero.single_partition_of_fp32_groups[mapping.param_group_index]
             here = mapping.get_hp_fragment_address()
             tensors = {
-                key: value.narrow(0, here.start, here.numel)
-                for key, value in trained(adamw, flat).items()
+                key: value.narrow(0, here.start, here.numel) for key, value in kept(flat).items()
             }
             yield Fragment(name, tuple(param.shape), mapping.lp_fragment_address.start, tensors)
 
 
-def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> Iterator[Fragment]:
+def replicated(module: nn.Module, *, stage: int, kept: Kept) -> Iterator[Fragment]:
     """Yield, whole, what every rank holds: persistent buffers, below stage 3 frozen parameters, at
     stage 0 all parameters.
     """
@@ -75,7 +75,7 @@ def replicated(module: nn.Module, *, stage: int, adamw: torch.optim.AdamW) -> It
                 name,
                 tuple(param.shape),
                 0,
-                {key: value.view(-1) for key, value in trained(adamw, param).items()},
+                {key: value.view(-1) for key, value in kept(param).items()},
             )
         elif stage < 3 and not param.requires_grad:
             yield Fragment(name, tuple(param.shape), 0, {"weight": param.detach().view(-1)})
@@ -147,16 +147,17 @@ def tied(module: nn.Module) -> dict[str, str]:
     return {name: home for name, home in homes.items() if home != name}
 
 
-def trained(adamw: torch.optim.AdamW, weight: Tensor) -> dict[str, Tensor]:
-    """Return a parameter's fp32 weight and moments, which are made here if no step has made them
-    yet.
+def flats(
+    zero: Any, optimizer: torch.optim.Optimizer, *, stage: int
+) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Yield what the optimizer holds as one tensor (fp32), with its group; the same number of them
+    on every rank, in the same order.
     """
-    state = adamw.state[weight]
-    if not state:
-        fused = adamw.defaults["fused"]
-        state["step"] = torch.zeros(
-            (), dtype=torch.float32, device=weight.device if fused else "cpu"
-        )
-        for key in MOMENTS:
-            state[key] = torch.zeros_like(weight, memory_format=torch.preserve_format)
-    return {"weight": weight.detach(), **{key: state[key] for key in MOMENTS}}
+    if stage == 0:
+        for group in optimizer.param_groups:
+            yield from ((param, group) for param in group["params"])
+    elif stage == 3:
+        for number, flat in enumerate(zero.fp32_partitioned_groups_flat):
+            yield flat, optimizer.param_groups[zero.sub_group_to_group_id[number]]
+    else:
+        yield from zip(zero.single_partition_of_fp32_groups, optimizer.param_groups, strict=True)

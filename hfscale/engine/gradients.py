@@ -18,15 +18,18 @@ Reader = Callable[[Fragment, Tensor, float], None]
 
 def show(
     fragments: Iterable[Fragment],
-    adamw: torch.optim.Optimizer,
+    optimizer: torch.optim.Optimizer,
     read: Reader,
     *,
     names: Collection[str],
     clipped_by: float,
 ) -> None:
-    """Show the gradients of the parameters ``names`` in what ``adamw`` holds at this moment."""
+    """Show the gradients of the parameters ``names`` in what ``optimizer`` holds at this moment."""
     flats = [
-        param for group in adamw.param_groups for param in group["params"] if param.grad is not None
+        param
+        for group in optimizer.param_groups
+        for param in group["params"]
+        if param.grad is not None
     ]
     for fragment in fragments:
         if fragment.name not in names:

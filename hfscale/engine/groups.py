@@ -1,4 +1,5 @@
-"""What AdamW does to each parameter: which decay, and with which share of the learning rate.
+"""What the optimizer does to each parameter: which decay, with which share of the learning rate,
+and which are matrices that Muon makes orthogonal.
 
 Decay pulls towards zero what multiplies inputs: matrices, convolutions, embeddings. What shifts,
 scales or keeps time (norms, biases, states of a recurrence) is left alone, however many dimensions
@@ -35,22 +36,28 @@ LAYER = re.compile(r"(.*?)\.(\d+)\.")  # the first number in a name is that of a
 
 
 def param_groups(model: nn.Module, optim: Optim) -> list[dict[str, Any]]:
-    """Return AdamW's groups: ``weight_decay`` as ``decays`` says; ``lr_share`` is what a group gets
-    of the learning rate.
+    """Return the optimizer's groups: ``weight_decay`` as ``decays`` says; ``lr_share`` is what a
+    group gets of the learning rate; ``orthogonal``: matrices for Muon.
 
     Raises:
         ConfigError: if nothing is trained, or ``layer_decay`` finds no layers.
     """
-    groups: dict[tuple[int, float], dict[str, Any]] = {}
+    groups: dict[tuple[int, float, bool], dict[str, Any]] = {}
     depths = _depths(model) if optim.layer_decay < 1 else {}
     for name, param in model.named_parameters():
         if param.requires_grad:
             owner = model.get_submodule(name.rpartition(".")[0])
             decay = optim.weight_decay if decays(owner, name, param) else 0.0
             depth = depths.get(name, 0)
+            matrix = optim.name == "muon" and hidden_matrix(owner, name, param)
             group = groups.setdefault(
-                (-depth, -decay),
-                {"params": [], "weight_decay": decay, "lr_share": optim.layer_decay**depth},
+                (-depth, -decay, matrix),
+                {
+                    "params": [],
+                    "weight_decay": decay,
+                    "lr_share": optim.layer_decay**depth,
+                    "orthogonal": matrix,
+                },
             )
             group["params"].append(param)
     if not groups:
@@ -73,6 +80,15 @@ def decays(owner: nn.Module, name: str, param: nn.Parameter) -> bool:
     # a matrix with one row (the head of a regression) is a matrix; a parameter by itself of (1, 1,
     # H) is a vector
     return isinstance(owner, PRODUCTS) or sum(size > 1 for size in shape) >= 2
+
+
+def hidden_matrix(owner: nn.Module, name: str, param: nn.Parameter) -> bool:
+    """Return whether ``param`` multiplies the states between a model's numbered layers: no
+    embedding, no head, no convolution.
+    """
+    if not LAYER.match(name) or not decays(owner, name, param):
+        return False
+    return not isinstance(owner, (nn.Embedding, nn.modules.conv._ConvNd))
 
 
 def layer_names(model: nn.Module) -> dict[str, str]:

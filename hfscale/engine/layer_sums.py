@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from hfscale.engine.fragments import MOMENTS, Fragment
+from hfscale.engine.fragments import Fragment
 
 # elements of a fragment: the norm of an update is then known to some 2 percent
 SAMPLE = 4096
@@ -55,12 +55,12 @@ class LayerSums:
             self.sums.zero_()
 
     @contextmanager
-    def around(self, adamw: torch.optim.Optimizer) -> Iterator[None]:
-        """Measure the update that is made inside, of what ``adamw`` holds at this moment."""
+    def around(self, optimizer: torch.optim.Optimizer) -> Iterator[None]:
+        """Measure the update that is made inside, of what ``optimizer`` holds at this moment."""
         if not self._wanted:
             yield
             return
-        params = [param for group in adamw.param_groups for param in group["params"]]
+        params = [param for group in optimizer.param_groups for param in group["params"]]
         measured = [(param, self._flat(param)) for param in params if param.grad is not None]
         with torch.no_grad():
             before = [self._before(param, flat) for param, flat in measured]
@@ -104,8 +104,7 @@ class LayerSums:
             weight = fragment.tensors["weight"]
             begin = int(weight.storage_offset()) - int(param.storage_offset())
             inside = 0 <= begin < param.numel()
-            trained = MOMENTS[0] in fragment.tensors
-            if trained and inside and weight.untyped_storage().data_ptr() == storage:
+            if inside and weight.untyped_storage().data_ptr() == storage:
                 begins.append(begin)
                 numels.append(fragment.numel)
                 layer.append(self.names.index(self._layers[fragment.name]))

@@ -16,7 +16,8 @@ from hfscale.checkpoint.store import FragmentReader
 from hfscale.reports.status import records
 
 LOGGED = ("batch_digest", "tokens_seen", "lr", "loss", "grad_norm")  # of a step
-TENSORS = ("weight", "exp_avg", "exp_avg_sq")  # of the checkpoint of that step, as is what follows
+# of the checkpoint of that step, as is what follows
+TENSORS = ("weight", "exp_avg", "exp_avg_sq", "momentum_buffer")
 COMPONENTS = (*LOGGED, *TENSORS, "optimizer", "random state", "position in the data")
 
 # step -> component -> what it was each time that the run came there

@@ -320,6 +320,7 @@ def describe(run: Run, opened: OpenData, device: torch.device) -> dict[str, obje
         "world_size": run.world.all.size,
         "zero_stage": config.engine.zero_stage,
         "precision": config.engine.precision,
+        "optimizer": config.optim.name,
         **opened.about,
         "tokenizer_digest": run.shape.data.tokenizer_digest,
         "schedule": config.schedule.model_dump(),

@@ -80,6 +80,8 @@ def test_the_best_is_the_least_loss_or_the_highest_score(best: dict[str, Any], m
             "engine.extra.zero_optimization.compute_grad_norm",
             "what clips",
         ),
+        ({"optim": {"name": "sgd", "eps": 1e-8}}, "optim.eps", "adamw, muon have"),
+        ({"optim": {"momentum": 0.9}}, "optim.momentum", "adamw has no momentum"),
         (
             {"engine": {"extra": {"scheduler": {"type": "WarmupLR"}}}},
             "engine.extra.scheduler",

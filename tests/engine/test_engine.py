@@ -119,7 +119,7 @@ def decay_groups(stage: int) -> list[tuple[float, int]]:
     engine = tiny_engine(tiny_config(stage, world_size=2))
     result = [
         (group["weight_decay"], len(group["params"]) if stage == 0 else -1)
-        for group in engine._adamw.param_groups
+        for group in engine._optimizer.param_groups
     ]
     engine.close()
     return result

@@ -29,6 +29,7 @@ def tiny_config(
     world_size: int = 1,
     accumulation: int = 2,
     clip_norm: float = 0.5,
+    optim: dict[str, Any] | None = None,
     **engine: Any,
 ) -> RunConfig:
     return RunConfig.model_validate(
@@ -38,7 +39,7 @@ def tiny_config(
             "data": {"seq_len": TOKENS, "sources": [{"shards": "none"}]},
             "model": {"architecture": "gpt2"},
             "objective": {"name": "clm"},
-            "optim": {"lr": 0.01, "clip_norm": clip_norm},
+            "optim": {"lr": 0.01, "clip_norm": clip_norm, **(optim or {})},
             "schedule": {"warmup_steps": 3},
             "train": {
                 "steps": TOTAL_STEPS,
