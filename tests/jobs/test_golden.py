@@ -47,7 +47,7 @@ def test_a_run_of_0_1_goes_on_as_it_would_have_then(old: Path) -> None:
         json.loads((run / f"checkpoints/step-0000000{step}" / layout.STATE).read_text())
         for step in (4, 6)
     )
-    assert after.keys() == before.keys() | {"version", "health"}
+    assert after.keys() == before.keys() | {"version", "health", "optimizer"}
     assert not layout.state_of(run / "checkpoints/step-00000006").model_extra, "each key has a name"
 
 
