@@ -244,6 +244,7 @@ def report(about: str, lines: list[Line]) -> None:
     late = [line.off("step_s", by=by_clock) for line in lines[1:]]
     untaught = [line.off("cpu_s") for line in lines]
     within = _within(off, 0.10)
+    by_each = sorted(_taught_by(line, lines) for line in lines)
     header = [
         *("model", "stage", "precision", "rows x tokens x times", "checkpointing", "peak, MiB"),
         *("planned", "off", "processor, s a step", "planned", "off after the first run"),
@@ -258,10 +259,18 @@ def report(about: str, lines: list[Line]) -> None:
         f"- a rank's processor time in a step within 20 % once the first run was checked: "
         f"{_within(slow, 0.20):.0%} of {len(slow)}: {verdict(_within(slow, 0.20), at_least=0.95)}; "
         f"before it, {_within(untaught, 0.20):.0%} of {len(lines)}",
+        f"- the same, whichever run is the one that was checked: {by_each[0]:.0%} to "
+        f"{by_each[-1]:.0%} of the others, usually {median(by_each):.0%}",
         f"- the same by the clock, with whatever else the machine had to do: "
         f"{_within(late, 0.20):.0%}",
     ]
     record("Plan", "\n".join(body))
+
+
+def _taught_by(one: Line, lines: list[Line]) -> float:
+    """Return the part of the others whose step is planned within 20 % once ``one`` was checked."""
+    by = one.seen["cpu_s"] / one.plan.step_s
+    return _within([line.off("cpu_s", by=by) for line in lines if line is not one], 0.20)
 
 
 def _within(off: list[float], part: float) -> float:

@@ -15,6 +15,17 @@ from hfscale.run_files import INCIDENTS
 from tests.helpers.cli import hfscale
 from tests.helpers.corpus import make_corpus, run_values
 
+# of what `hfscale doctor --json` prints
+DOCTOR = {
+    "nodes": ["n1"],
+    "findings": [
+        {"check": "GPU", "said": "torch sees none", "value": None, "unit": ""},
+        {"check": "writing", "said": "", "value": 300.0, "unit": "MB/s a node"},
+        {"check": "memory speed", "said": "", "value": 9.0, "unit": "GB/s a rank"},
+        {"check": "matrix products", "said": "", "value": 0.2, "unit": "TFLOP/s a rank, fp32"},
+    ],
+}
+
 
 def make_base(home: Path) -> Path:
     """Return a folder with shards, raw tars, tables, a run of four steps, its export and its
@@ -27,6 +38,7 @@ def make_base(home: Path) -> Path:
     hfscale("export", "runs/r", "export", cwd=base)
     hfscale("evaluate", "runs/r", cwd=base)
     hfscale("plan", "runs/r", "--check", cwd=base)
+    (base / "runs" / "r" / "doctor.json").write_text(json.dumps(DOCTOR))
     return base
 
 

@@ -89,7 +89,7 @@ def on_export(rng: Random, home: Path) -> Act:
 
 
 RECORDS = ["metrics.jsonl", "environment.json", "attempts/1/ended", "scores", "config.yaml"]
-RECORDS += ["plan.json"]
+RECORDS += ["plan.json", "doctor.json"]
 PLANS = [("plan", "runs/r", "--gpu", "cpu"), ("plan", "runs/r", "--check")]
 HISTORY = ["incidents.jsonl", "goodput.jsonl", "details.jsonl"]
 STATUS, COMPARE, SHOW = ("status", "runs/r"), ("compare", "runs/r"), ("show", "runs/r")
@@ -111,6 +111,9 @@ def on_records(rng: Random, home: Path) -> Act:
     if which == "plan.json":
         bend_json(rng, run / which)
         return command(*rng.choice(PLANS))
+    if which == "doctor.json":
+        bend_json(rng, run / which)
+        return command(*rng.choice(PLANS), "--doctor", "runs/r/doctor.json")
     if which == "scores":
         [file] = run.glob("evaluations/*/*/scores.json")
         bend_json(rng, file)

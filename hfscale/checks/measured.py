@@ -4,9 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
-
-from pydantic import Field
 
 from hfscale.checks.finding import NO_GPU, product_rate
 from hfscale.errors import ConfigError
@@ -14,13 +11,16 @@ from hfscale.planning.memory import BYTES
 from hfscale.planning.site import Measured
 from hfscale.records import Record, load
 
+SPEEDS = ("matrix products", "memory speed", "all-reduce", "writing")
+LEAST, MOST = 1e-6, 1e9  # in the units of doctor: what is outside was not measured
+
 
 class _Found(Record):
     """One of its findings, as far as a plan needs it."""
 
     check: str
     said: str
-    value: Annotated[float, Field(ge=0, lt=1e18)] | None = None
+    value: float | None = None
     unit: str = ""
 
 
@@ -40,6 +40,14 @@ def read_measured(file: Path) -> Measured:
     remedy = f"hfscale doctor --json > {file.name}, on the nodes that are planned for"
     report = load(file, _Report, what="doctor's JSON", remedy=remedy, error=ConfigError)
     found = report.findings
+    for one in found:
+        if one.check in SPEEDS and one.value is not None and not LEAST < one.value < MOST:
+            raise ConfigError(
+                f"{one.check}: this is no speed",
+                where=file,
+                value=one.value,
+                remedy=remedy,
+            )
     flops = {
         precision: 1e12 * rate
         for precision in BYTES

@@ -93,7 +93,7 @@ DEVICES = (
 # one rank of a machine without a GPU, on one of its cores: as this project's own tests run. Speeds
 # are those of one core of a server with AVX-512 and AMX (Xeon, from 2023) as it was seen; of others
 # `hfscale doctor` measures them, and `hfscale plan --check` learns what a step takes
-CPU = Device("cpu", "CPU", (), 0.0, 22 * GB, 2 * T, 0.29 * T, 4 * GB, 1 * GB, 2)
+CPU = Device("cpu", "CPU", (), 0.0, 22 * GB, 1.7 * T, 0.25 * T, 4 * GB, 1 * GB, 2)
 
 
 def device_named(name: str) -> Device:

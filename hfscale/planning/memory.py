@@ -46,8 +46,10 @@ NCCL_BYTES = 0.5 * GIB  # its buffers, with more than one rank
 # resident of a rank once torch, DeepSpeed and transformers are loaded and the model was checked;
 # and what malloc keeps in pieces of memory that comes and goes, as part of the most of it: by a fit
 # to benchmarks/plan.py, which says how far both carry. What stays for good leaves no pieces
-PROCESS_BYTES = 0.515 * GIB
-RETAINED = 0.38
+PROCESS_BYTES = 0.51 * GIB
+PRODUCTS_16_BYTES = 0.05 * GIB  # of products in 16 bit: kernels, and weights in their layout
+STAGE_3_BYTES = 0.07 * GIB  # of what stage 3 keeps for each module and parameter
+RETAINED = 0.23
 TOKENIZING_BYTES = 0.3 * GIB  # of a process that tokenizes
 NCCL_SHM_BYTES = 0.03 * GIB  # of a rank, in /dev/shm
 MOMENTS_OF = ("start", "forward and backward", "last reduction of a backward", "update")
@@ -293,13 +295,21 @@ def _beside(setup: Setup, parts: Parts, saved: Figure, *, passing: float) -> Par
     """
     held = sum(one.value for one in parts)
     if setup.on_cpu:
-        how = "resident once torch, DeepSpeed and transformers are loaded (seen on CPU ranks)"
+        process = PROCESS_BYTES
+        how = "resident once torch, DeepSpeed and transformers are loaded"
+        if setup.bytes < FP32:
+            process += PRODUCTS_16_BYTES
+            how += f", {size(PRODUCTS_16_BYTES)} for products in 16 bit"
+        if setup.stage == 3:
+            process += STAGE_3_BYTES
+            how += f", {size(STAGE_3_BYTES)} for stage 3's own records"
+        how += " (seen on CPU ranks)"
         kept = (
             f"{RETAINED:.0%} of {size(passing)} that come and go: malloc keeps some of what was "
             "freed (seen on CPU ranks)"
         )
         return [
-            _figure("process", PROCESS_BYTES, how),
+            _figure("process", process, how),
             saved,
             _figure("malloc", RETAINED * passing, kept),
         ]

@@ -29,11 +29,12 @@ from hfscale.planning.site import BUS_SPEED, Rate, Site
 from hfscale.planning.tracing import Step, Work
 
 # of one exchange however small: NCCL's and gloo's (assumed)
-LATENCY_S, GLOO_LATENCY_S = 3e-5, 5e-4
+LATENCY_S, GLOO_LATENCY_S = 3e-5, 6e-4
 GAP_S = 3e-6  # of each operator of a GPU: its start and its tail (assumed)
+OPERATOR_S = 2.8e-5  # of each of a CPU: Python and autograd (by a fit to benchmarks/plan.py)
 # over gradients, on a CPU, without ZeRO and with it (by a fit to benchmarks/plan.py)
-PASSES, ZERO_PASSES = 4, 11
-GATHER_PASSES = 2  # over the weights that stage 3 gathers
+PASSES, ZERO_PASSES = 8, 17
+GATHER_PASSES = 3  # over the weights that stage 3 gathers
 FUSED = 0.4  # of the traffic of operators without products, where torch.compile fuses them
 HOST_SPEED = 100e9  # bytes a second, of a node's memory: AdamW on offloaded states
 
@@ -74,7 +75,8 @@ def compute_s(work: Sequence[Work], site: Site, setup: Setup, *, compiled: bool)
     """Return how long the operators of a micro-batch take."""
     peak, traffic = site.flops(setup.precision).speed, site.traffic.speed
     if setup.on_cpu:  # products go through its cache
-        return sum(flops / peak if flops else moved / traffic for flops, moved in work)
+        seconds = sum(flops / peak if flops else moved / traffic for flops, moved in work)
+        return seconds + OPERATOR_S * len(work)
     gap, seconds = GAP_S, 0.0
     for flops, moved in work:
         if compiled and not flops:

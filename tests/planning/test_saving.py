@@ -20,7 +20,7 @@ from hfscale.planning.figures import Figure
 from hfscale.planning.memory import Setup
 from hfscale.planning.plan import make_plan
 from hfscale.planning.saving import COMMIT_S, HASHED, save
-from hfscale.planning.site import BUS_SPEED, DISK_SPEED, Asked, Measured, Site
+from hfscale.planning.site import BUS_SPEED, DISK_SPEED, PRODUCTS, Asked, Measured, Site
 from launch.commands.plan import plan as plan_verb
 from tests.planning.test_check import run_at
 from tests.planning.test_plan import LLAMA_70B, config_of
@@ -109,7 +109,7 @@ def test_a_plan_takes_what_doctor_measured(tmp_path: Path):
     assert (known.exchange, known.disk, known.memory) == (2 * GB, 0.05 * GB, 8 * GB)
     assert known.flops == {"fp32": 0.25e12, "bf16": 0.5e12} and known.on_cpu
     here = Site(CPU, 2, 2, None, 8e9, known)
-    assert (here.flops("bf16").speed, here.memory.speed) == (0.5e12, 8 * GB)
+    assert (here.flops("bf16").speed, here.memory.speed) == (PRODUCTS * 0.5e12, 8 * GB)
     assert (here.exchange.speed, here.disk.speed) == (2 * GB, 0.05 * GB)
     plan = make_plan(config_of(), Asked(gpu="cpu", gpus=2, memory_gib=8, measured=known))
     assert plan.text(explain=True).count("as doctor measured") >= 4
@@ -139,7 +139,8 @@ def test_what_was_measured_elsewhere_is_not_taken(tmp_path: Path):
         ("ok    memory  3 GiB", "not JSON"),
         ('{"nodes": ["n1"]}', "findings"),
         ('{"nodes": [], "findings": []}', "nothing in it was measured"),
-        ('{"nodes": [], "findings": [{"check": "writing", "said": "", "value": -3}]}', "value"),
+        ('{"nodes": [], "findings": [{"check": "writing", "said": "", "value": -3}]}', "no speed"),
+        ('{"nodes": [], "findings": [{"check": "writing", "said": "", "value": NaN}]}', "no speed"),
     ],
 )
 def test_what_is_not_doctors_is_refused(tmp_path: Path, text: str, words: str):

@@ -11,7 +11,7 @@ from hfscale.models.devices import CPU, device_named
 from hfscale.planning.memory import Setup
 from hfscale.planning.parameters import Weights
 from hfscale.planning.site import ARITHMETIC, TOUCHED, TRAFFIC, WIRE, Site
-from hfscale.planning.speed import GAP_S, PASSES, ZERO_PASSES, Speed, speed
+from hfscale.planning.speed import GAP_S, OPERATOR_S, PASSES, ZERO_PASSES, Speed, speed
 from hfscale.planning.tracing import Trace
 
 P = 10_000_000
@@ -88,7 +88,7 @@ def test_a_step_of_cores_by_hand():
     setup = replace(SETUP, on_cpu=True)
     seen = parts(planned(setup, site))
     one = 1e12 / (ARITHMETIC * CPU.flops_16) + 1e9 / (TOUCHED * CPU.memory_speed)
-    assert seen["compute"] == pytest.approx(3 * one)
+    assert seen["compute"] == pytest.approx(3 * (one + 2 * OPERATOR_S))
     passed = 4 * P / (TOUCHED * CPU.memory_speed)
     assert seen["gradients"] == pytest.approx(ZERO_PASSES * passed)
     each = parts(planned(setup.at(2), site))["gradients"]
