@@ -100,6 +100,8 @@ def compare(config: TrainConfig) -> list[str]:
             where=path,
             remedy=f"{_other_name(config)} starts a new run with this config",
         )
+    if newest := layout.newest_state(path):
+        newest.check_optimizer(config.optim, where=path)
     return [f"the run goes on with {difference}" for difference in noticed]
 
 

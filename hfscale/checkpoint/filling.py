@@ -9,7 +9,6 @@ from hfscale.checkpoint.state import CheckpointState
 from hfscale.checkpoint.store import FragmentReader, load_fragments
 from hfscale.engine.engine import Engine
 from hfscale.engine.fragments import Fragment
-from hfscale.errors import CheckpointError
 from hfscale.log import logger
 
 
@@ -23,7 +22,7 @@ def fill(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
     """
     fragments, scalars = engine.fragments(owned=False, frozen=not engine.adapted), state.engine
     if state.optimizer != engine.optim.name:
-        _check_reset(engine, checkpoint, state)
+        state.check_optimizer(engine.optim, where=checkpoint)
         logger.info(f"what {state.optimizer} kept beside the weights is dropped: optim.reset")
         fragments = [_begun_anew(fragment) for fragment in fragments]
         scalars = {**scalars, "adam_step": 0}
@@ -32,19 +31,6 @@ def fill(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
     reader.close()
     engine.load_scalars(scalars)
     engine.after_load()
-
-
-def _check_reset(engine: Engine, checkpoint: Path, state: CheckpointState) -> None:
-    """Return if what a checkpoint of another optimizer keeps may be dropped."""
-    name = engine.optim.name
-    if not engine.optim.reset:
-        raise CheckpointError(
-            "the checkpoint was trained by another optimizer",
-            where=checkpoint,
-            value=f"{state.optimizer}; optim.name={name}",
-            remedy=f"optim.name={state.optimizer} goes on exactly; optim.reset=true takes the "
-            f"weights alone, and {name} begins anew beside them",
-        )
 
 
 def _begun_anew(fragment: Fragment) -> Fragment:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hfscale.config.schema import Optim
 from hfscale.errors import CheckpointError
 from hfscale.records import Count, Record, load
 from hfscale.stream.state import StreamState
@@ -88,6 +89,23 @@ class CheckpointState(Record):
             DataError: if it is damaged, or of an unknown version.
         """
         return StreamState.from_dict(self.stream)
+
+    def check_optimizer(self, optim: Optim, *, where: Path) -> None:
+        """Return if ``optim`` can go on from this checkpoint.
+
+        Raises:
+            CheckpointError: if another optimizer trained it, and ``optim.reset`` does not say that
+                what this one kept beside the weights may be dropped.
+        """
+        if self.optimizer == optim.name or optim.reset:
+            return
+        raise CheckpointError(
+            "the checkpoint was trained by another optimizer",
+            where=where,
+            value=f"{self.optimizer}; optim.name={optim.name}",
+            remedy=f"optim.name={self.optimizer} goes on exactly; optim.reset=true takes the "
+            f"weights alone, and {optim.name} begins anew beside them",
+        )
 
     def to_json(self) -> bytes:
         """Return the file's content: what was given, and nothing that was not."""

@@ -9,6 +9,7 @@ import pytest
 
 from hfscale.checkpoint import layout
 from hfscale.checkpoint.manifest import write_file, write_manifest
+from hfscale.checkpoint.state import CheckpointState
 from hfscale.config.load import load_config
 from hfscale.config.schema import Checkpoint
 from hfscale.errors import CheckpointError, ConfigError, UserError
@@ -77,6 +78,17 @@ def test_a_trained_run_goes_on_with_notices_and_keeps_the_old_values(folder: Pat
         "train.steps: 10 -> 20",
         "engine.zero_stage: 1 -> 3",
     ]
+
+
+def test_another_optimizer_is_refused_before_ranks_start(folder: Path):
+    saved = trained(folder) / "checkpoints/step-00000004"
+    saved.mkdir(parents=True)
+    state = CheckpointState(step=4, optimizer="lion").to_json()
+    write_manifest(saved, [write_file(saved, layout.STATE, [state])], step=4)
+    with pytest.raises(CheckpointError, match="another optimizer") as caught:
+        attempt()
+    assert "optim.reset=true" in caught.value.remedy
+    assert attempt("optim.name=lion") and attempt("optim.reset=true")
 
 
 def test_a_run_directory_is_a_config_and_may_be_moved(folder: Path):
