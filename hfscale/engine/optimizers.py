@@ -57,7 +57,7 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
             "(model.freeze)",
         )
     for group in groups:
-        group["keeps"] = _keeps(optim, orthogonal=group["orthogonal"])
+        group["keeps"] = keeps(optim, orthogonal=group["orthogonal"])
     if optim.name == "lion":
         assert optim.betas is not None
         return Lion(groups, lr=0.0, betas=optim.betas)
@@ -71,7 +71,7 @@ def make_optimizer(model: nn.Module, optim: Optim) -> torch.optim.Optimizer:
     return torch.optim.AdamW(groups, **adamw)
 
 
-def _keeps(optim: Optim, *, orthogonal: bool) -> tuple[str, ...]:
+def keeps(optim: Optim, *, orthogonal: bool) -> tuple[str, ...]:
     """Return the names of what is kept beside a weight."""
     if optim.name == "lion":
         return LION

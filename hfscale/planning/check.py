@@ -188,5 +188,5 @@ def _before(run_dir: Path) -> Checked | None:
 def _changes(before: Checked | None, now: Checked) -> Iterator[str]:
     for key, value in now.setup.items() if before else ():
         old = before.setup.get(key) if before else None
-        if old != value:
+        if old is not None and old != value:
             yield f"{key}: {old} -> {value}"

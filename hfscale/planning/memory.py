@@ -7,14 +7,14 @@ trained, b bytes each at the precision of the run, and W ranks:
                     stage 0      1            2                   3
     weights         4 P          b P          b P                 b P / W
     master (fp32)                4 P / W      4 P / W             4 P / W
-    AdamW           8 P          8 P / W      8 P / W             8 P / W
+    optimizer       k P          k P / W      k P / W             k P / W
     gradients       4 P          4 P          4 P / W             4 P / W
     bucket                       4 R          b R                 4 R
     reduction       4 min(P, 5e8)             (b + 4) min(R, P)   8 min(R, P)
 
-R is ``reduce_bucket_size``, which DeepSpeed allocates whole however small the model is; stage 3
-gathers weights beside. The most that a rank holds is the largest of its moments: start, forward and
-backward, the last reduction, the update.
+k is 8 of AdamW, 4 of Lion and of SGD with momentum. R is ``reduce_bucket_size``, which DeepSpeed
+allocates whole however small the model is; stage 3 gathers weights beside. The most that a rank
+holds is the largest of its moments: start, forward and backward, the last reduction, the update.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from hfscale.planning.tracing import Step
 
 BYTES = {"fp32": 4, "bf16": 2, "fp16": 2}
 FP32 = 4
-MOMENTS = 8  # of AdamW, fp32
 # DeepSpeed's defaults, in elements (deepspeed/runtime/zero/config.py)
 DEFAULTS: Mapping[str, float] = {
     "reduce_bucket_size": 5e8,
@@ -70,6 +69,8 @@ class Setup:
     a_node: int  # ranks of one node
     on_cpu: bool = False
     async_save: bool = True
+    optimizer: str = "AdamW"
+    kept: float = 8.0  # bytes that it keeps beside a trained weight, on average
     tokenizing: int = 0  # processes of a rank
     zero: Mapping[str, float] | None = None  # sizes that engine.extra gives
 
@@ -168,8 +169,8 @@ def _static(setup: Setup, weights: Weights) -> Parts:
         how = f"{count(trained)} x {FP32} bytes{shared}"
         parts.append(_figure("fp32 master", FP32 * trained / ranks, how))
     over = ranks if stage else 1
-    how = f"{count(trained)} x 2 moments x 4 bytes" + (shared if stage else "")
-    parts.append(_figure("AdamW", MOMENTS * trained / over, how))
+    how = f"{count(trained)} x {setup.kept:.4g} bytes" + (shared if stage else "")
+    parts.append(_figure(setup.optimizer, setup.kept * trained / over, how))
     return parts
 
 
@@ -266,7 +267,7 @@ def _update(setup: Setup, weights: Weights, static: Parts) -> Parts:
         share = min(share, setup.size("sub_group_size"))
     elif stage == 2 and b < FP32:
         share = 0.0  # they lie as the optimizer wants them
-    how = f"{count(share)} gradients x 4 bytes, laid end to end for AdamW"
+    how = f"{count(share)} gradients x 4 bytes, laid end to end for {setup.optimizer}"
     return [*whole, _figure("flat gradients", FP32 * share, how)]
 
 
@@ -274,18 +275,21 @@ def _start(setup: Setup, weights: Weights) -> Parts:
     """Return the moment in which DeepSpeed lays the weights out."""
     parts = _static(setup, weights)
     if setup.stage in (0, 3):
-        return [one for one in parts if one.name != "AdamW"]
+        return [one for one in parts if one.name != setup.optimizer]
     flat = setup.bytes * weights.trained
     how = f"{count(weights.trained)} weights x {setup.bytes} bytes, laid end to end beside"
-    kept = [one for one in parts if one.name not in ("AdamW", "fp32 master")]
+    kept = [one for one in parts if one.name not in (setup.optimizer, "fp32 master")]
     return [*kept, _figure("flat weights", flat, how)]
 
 
 def _saved(setup: Setup, weights: Weights) -> Figure:
-    """Return a rank's share of a checkpoint: fp32 weights and moments, frozen weights once."""
-    trained = (FP32 + MOMENTS) * weights.trained
+    """Return a rank's share of a checkpoint: fp32 weights and what the optimizer keeps, frozen
+    weights once.
+    """
+    trained = (FP32 + setup.kept) * weights.trained
     frozen = 0.0 if weights.adapted else setup.bytes * weights.frozen
-    how = f"({count(weights.trained)} x 12 bytes + {size(frozen)} frozen) / {setup.ranks} ranks"
+    each = f"{count(weights.trained)} x {FP32 + setup.kept:.4g} bytes"
+    how = f"({each} + {size(frozen)} frozen) / {setup.ranks} ranks"
     return _figure("save buffers", (trained + frozen) / setup.ranks, how)
 
 
@@ -343,8 +347,8 @@ def _host(setup: Setup, weights: Weights, saved: Figure) -> Parts:
         how = f"{count(whole)} x 4 bytes{each}: each rank builds the model before it is moved"
         parts.append(_figure("model as it is built", here * FP32 * whole, how))
     if setup.offload != "none":
-        width = FP32 + MOMENTS + FP32 + (setup.bytes if setup.stage < 3 else 0)
-        how = f"{count(weights.trained)} x {width} bytes / {ranks} ranks{each}, pinned"
+        width = FP32 + setup.kept + FP32 + (setup.bytes if setup.stage < 3 else 0)
+        how = f"{count(weights.trained)} x {width:.4g} bytes / {ranks} ranks{each}, pinned"
         parts.append(_figure("offloaded optimizer", here * width * weights.trained / ranks, how))
     if setup.offload == "parameters":
         how = f"{count(whole)} x {setup.bytes} bytes / {ranks} ranks{each}, pinned"

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hfscale.planning.figures import Figure, count, total
-from hfscale.planning.memory import FP32, MOMENTS, Setup
+from hfscale.planning.memory import FP32, Setup
 from hfscale.planning.parameters import Weights
 from hfscale.planning.site import BUS_SPEED, Rate, Site
 from hfscale.planning.tracing import Step, Work
@@ -179,9 +179,9 @@ def _exchanges(setup: Setup, weights: Weights) -> float:
 
 def _update(setup: Setup, weights: Weights, site: Site) -> Figure:
     share = weights.trained / (setup.ranks if setup.stage else 1)
-    moved = (2 * (FP32 + MOMENTS) + 2 * FP32 + setup.bytes) * share
+    moved = (2 * (FP32 + setup.kept) + 2 * FP32 + setup.bytes) * share
     if setup.offload == "none":
-        how = f"AdamW reads and writes {count(moved)} bytes at {site.memory.how}"
+        how = f"{setup.optimizer} reads and writes {count(moved)} bytes at {site.memory.how}"
         return Figure("update", moved / site.memory.speed, "s", how)
     over_bus = (FP32 + setup.bytes) * share
     if setup.offload == "parameters":  # fetched twice a micro-batch
@@ -189,7 +189,7 @@ def _update(setup: Setup, weights: Weights, site: Site) -> Figure:
         over_bus += 2 * setup.accumulation * setup.bytes * everything / setup.ranks
     seconds = moved * setup.a_node / HOST_SPEED + over_bus / BUS_SPEED
     how = (
-        f"AdamW on the host moves {count(moved)} bytes x {setup.a_node} ranks at "
+        f"{setup.optimizer} on the host moves {count(moved)} bytes x {setup.a_node} ranks at "
         f"{HOST_SPEED / 1e9:.4g} GB/s, and {count(over_bus)} bytes over the bus at "
         f"{BUS_SPEED / 1e9:.4g} GB/s (assumed)"
     )

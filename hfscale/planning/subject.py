@@ -19,6 +19,8 @@ from hfscale.config.rules import Length
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import Place
 from hfscale.engine.ds_config import deepspeed_config, running_stage
+from hfscale.engine.groups import param_groups
+from hfscale.engine.optimizers import keeps
 from hfscale.errors import ConfigError, UserError
 from hfscale.log import logger
 from hfscale.models.build import accepted, check_head, check_model_config, first_line
@@ -30,7 +32,7 @@ from hfscale.objectives.base import OBJECTIVES, Batch, Objective, Setting, load_
 from hfscale.objectives.chunked_head import ChunkedHead, chunk_tokens, wants_chunks
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.planning.layers import Deep, trace_deep
-from hfscale.planning.memory import DEFAULTS, Setup
+from hfscale.planning.memory import DEFAULTS, FP32, Setup
 from hfscale.planning.parameters import Weights, weights_of
 from hfscale.planning.tracing import OtherDevice, Rows, Step, Trace, checkpoint, quiet
 from hfscale.registry import load_plugin
@@ -44,6 +46,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 META = torch.device("meta")
+OPTIMIZERS = {"adamw": "AdamW", "lion": "Lion", "sgd": "SGD", "muon": "Muon"}
 # of what a layer keeps, where a model cannot be traced: bytes a token and unit of width, without
 # attention's matrix (Korthikanti et al. 2022, sec. 4.1, at 16 bit)
 KEPT_A_UNIT = 34.0
@@ -178,6 +181,19 @@ class Subject:
         if line not in self.assumed:
             self.assumed.append(line)
 
+    @cached_property
+    def _kept(self) -> float:
+        """Bytes that the optimizer keeps beside a trained weight, on average."""
+        optim = self.config.optim
+        bytes_kept = weights = 0
+        for group in param_groups(self.model, optim):
+            number = sum(weight.numel() for weight in group["params"])
+            weights += number
+            bytes_kept += FP32 * number * len(keeps(optim, orthogonal=group["orthogonal"]))
+        if optim.name == "muon":
+            self._assume("muon's work on whole matrices takes memory and time that are not planned")
+        return bytes_kept / max(1, weights)
+
     # ---------------------------------------------------------------------------------------- setup
     def setup(self, ranks: int, *, a_node: int, micro_batch: int | None = None) -> Setup:
         """Return how the config trains on ``ranks`` ranks, with ``micro_batch`` in place of its own
@@ -199,6 +215,8 @@ class Subject:
             a_node=min(ranks, a_node),
             on_cpu=self.on_cpu,
             async_save=config.checkpoint.async_,
+            optimizer=OPTIMIZERS[config.optim.name],
+            kept=self._kept,
             tokenizing=raw if isinstance(raw, int) else 0,
             zero={key: float(settings[key]) for key in DEFAULTS if key in settings},
         )

@@ -113,6 +113,26 @@ def test_what_is_missing_is_assumed_and_said():
     assert [one.title for one in plan.sections][-1] == "the run"
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "kept"),
+    [({"name": "lion"}, 4), ({"name": "sgd"}, 4), ({"name": "sgd", "momentum": 0.0}, 0)],
+)
+def test_what_an_optimizer_keeps_is_planned(optimizer: dict[str, Any], kept: int):
+    values = config_of().model_dump(mode="json", by_alias=True) | {"optim": optimizer}
+    plan = make_plan(RunConfig.model_validate(values), H100)
+    trained = plan.figure("model", "trained").value
+    shares = plan.figure("the run", "a checkpoint").value
+    assert shares == pytest.approx((4 + kept) * trained)
+
+
+def test_muon_keeps_less_and_what_is_not_planned_is_said():
+    values = config_of().model_dump(mode="json", by_alias=True) | {"optim": {"name": "muon"}}
+    plan = make_plan(RunConfig.model_validate(values), H100)
+    trained = plan.figure("model", "trained").value
+    assert 8 * trained < plan.figure("the run", "a checkpoint").value < 12 * trained
+    assert any("muon" in line for line in plan.assumed)
+
+
 def test_nothing_fits_and_that_is_said():
     plan = make_plan(config_of(model__config=LLAMA_70B), Asked(gpu="t4", gpus=1, memory_gib=2))
     assert not plan.fits and not any(row.fits for row in plan.stages)
