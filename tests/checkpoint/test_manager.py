@@ -85,6 +85,27 @@ def each(folder: Path, cases: list[str], **options: Any) -> dict[str, dict[str, 
     }
 
 
+def timed_saves(folder: Path) -> dict[str, list[float]]:
+    engine = tiny_engine(tiny_config(1, "fp32", world_size=1), 0.0)
+    times = {}
+    for name, behind in (("behind", True), ("inside", False)):
+        checkpoints = manager(folder / name, **{"async": behind})
+        assert checkpoints.save_s == 0
+        checkpoints.save(engine, CheckpointState(step=1))
+        checkpoints.wait()
+        times[name] = [checkpoints.save_s, checkpoints.stall_s, checkpoints.write_s]
+    engine.close()
+    return times
+
+
+def test_a_save_counts_its_writing_once(tmp_path: Path):
+    [times] = run_ranks(timed_saves, 1, tmp_path)
+    whole, stall, written = times["behind"]
+    assert whole == stall + written
+    whole, stall, written = times["inside"]
+    assert whole == stall >= written > 0  # training waited for the writing
+
+
 @pytest.mark.slow
 def test_train_6_is_train_3_and_resume_3_and_again_in_new_processes(tmp_path):
     # tests/jobs/test_exact_resume.py has all of them, through the command line
