@@ -19,7 +19,7 @@ from hfscale.planning.memory import Setup
 from hfscale.planning.site import BUS_SPEED, Site
 
 HASHED = 1.2e9  # bytes a second of SHA-256 on one core with its instructions (assumed)
-COMMIT_S = 0.15  # to agree, to sync and to rename, whatever the size (seen on CPU ranks)
+COMMIT_S = 0.05  # to agree, to sync and to rename, whatever the size (seen on CPU ranks)
 SPARE = 1.5  # of what is planned, that a warning should leave
 
 
