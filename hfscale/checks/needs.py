@@ -20,8 +20,7 @@ from hfscale.shards.manifest import TEXT
 if TYPE_CHECKING:
     from hfscale.run.run import Run
 
-SAVED = 12  # bytes of a checkpoint for a trained weight: fp32, and two moments
-HELD = 4  # and for a frozen one
+HELD = 4  # bytes of a checkpoint for a weight
 TEXT_BYTES = 5.0  # of raw text a token: more than tokenizers leave of any common language
 # of the rate of matrix products, what training gets at most
 MOST_MFU = 0.5
@@ -47,6 +46,7 @@ class Needs:
     on_gpu: bool = False
     parameters: int = 0
     trained: int = 0
+    optimizer_bytes: float = 8.0  # that it keeps beside a trained weight
     beside_base: bool = False  # adapters: checkpoints do not hold the frozen weights
     stage: int = 0
     precision: str = "fp32"
@@ -75,7 +75,7 @@ class Needs:
     def checkpoint_bytes(self) -> int:
         """What a checkpoint takes."""
         frozen = 0 if self.beside_base else self.parameters - self.trained
-        return SAVED * self.trained + HELD * frozen
+        return round((HELD + self.optimizer_bytes) * self.trained) + HELD * frozen
 
     @property
     def speed(self) -> tuple[float, str]:
@@ -170,6 +170,9 @@ def needs_of(run: Run, *, ranks: int, nodes: int, on_gpu: bool, tokens_per_s: fl
     Raises:
         UserError: if the parts of the run do not fit together.
     """
+    # torch is slow to import
+    from hfscale.engine.optimizers import kept_a_weight
+
     config, shape = run.config, run.shape
     weights = list(shape.skeleton.parameters())
     return Needs(
@@ -178,6 +181,7 @@ def needs_of(run: Run, *, ranks: int, nodes: int, on_gpu: bool, tokens_per_s: fl
         on_gpu=on_gpu,
         parameters=shape.parameters,
         trained=sum(weight.numel() for weight in weights if weight.requires_grad),
+        optimizer_bytes=kept_a_weight(shape.skeleton, config.optim),
         beside_base=config.model.lora is not None,
         stage=running_stage(config.engine),
         precision=config.engine.precision,

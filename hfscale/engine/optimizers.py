@@ -18,6 +18,8 @@ from hfscale.engine.kept import ADAMW, LION, MOMENTUM, kept
 from hfscale.engine.muon import Muon
 from hfscale.errors import ConfigError
 
+FP32_BYTES = 4
+
 
 class Lion(torch.optim.Optimizer):
     """The sign of a momentum (Chen et al. 2023, "Symbolic discovery of optimization algorithms",
@@ -78,3 +80,13 @@ def keeps(optim: Optim, *, orthogonal: bool) -> tuple[str, ...]:
     if optim.name == "sgd" or orthogonal:
         return MOMENTUM if optim.momentum else ()
     return ADAMW
+
+
+def kept_a_weight(model: nn.Module, optim: Optim) -> float:
+    """Return how many bytes are kept beside a trained weight of ``model``, on average."""
+    kept = numel = 0
+    for group in param_groups(model, optim):
+        own = sum(param.numel() for param in group["params"])
+        numel += own
+        kept += FP32_BYTES * own * len(keeps(optim, orthogonal=group["orthogonal"]))
+    return kept / max(1, numel)

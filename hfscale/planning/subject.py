@@ -19,8 +19,7 @@ from hfscale.config.rules import Length
 from hfscale.config.schema import RunConfig, TrainConfig
 from hfscale.dist.world import Place
 from hfscale.engine.ds_config import deepspeed_config, running_stage
-from hfscale.engine.groups import param_groups
-from hfscale.engine.optimizers import keeps
+from hfscale.engine.optimizers import kept_a_weight
 from hfscale.errors import ConfigError, UserError
 from hfscale.log import logger
 from hfscale.models.build import accepted, check_head, check_model_config, first_line
@@ -32,7 +31,7 @@ from hfscale.objectives.base import OBJECTIVES, Batch, Objective, Setting, load_
 from hfscale.objectives.chunked_head import ChunkedHead, chunk_tokens, wants_chunks
 from hfscale.objectives.cross_entropy import token_losses
 from hfscale.planning.layers import Deep, trace_deep
-from hfscale.planning.memory import DEFAULTS, FP32, Setup
+from hfscale.planning.memory import DEFAULTS, Setup
 from hfscale.planning.parameters import Weights, weights_of
 from hfscale.planning.tracing import OtherDevice, Rows, Step, Trace, checkpoint, quiet
 from hfscale.registry import load_plugin
@@ -184,15 +183,9 @@ class Subject:
     @cached_property
     def _kept(self) -> float:
         """Bytes that the optimizer keeps beside a trained weight, on average."""
-        optim = self.config.optim
-        bytes_kept = weights = 0
-        for group in param_groups(self.model, optim):
-            number = sum(weight.numel() for weight in group["params"])
-            weights += number
-            bytes_kept += FP32 * number * len(keeps(optim, orthogonal=group["orthogonal"]))
-        if optim.name == "muon":
+        if self.config.optim.name == "muon":
             self._assume("muon's work on whole matrices takes memory and time that are not planned")
-        return bytes_kept / max(1, weights)
+        return kept_a_weight(self.model, self.config.optim)
 
     # ---------------------------------------------------------------------------------------- setup
     def setup(self, ranks: int, *, a_node: int, micro_batch: int | None = None) -> Setup:

@@ -45,20 +45,22 @@ def observe(run_dir: Path) -> Evidence:
 
 
 def digests(checkpoint: Path) -> dict[str, str]:
-    """Return the SHA-256 of all weights and of each moment, by whole tensors: the same for every
-    world size and ZeRO stage.
+    """Return the SHA-256 of all weights and of each moment that is kept, by whole tensors: the same
+    for every world size and ZeRO stage.
     """
     reader, hashes = FragmentReader(checkpoint), {kind: hashlib.sha256() for kind in TENSORS}
+    kept = set[str]()
     for name, shape in sorted(reader.shapes.items()):
         for kind in reader.kinds(name):
             whole = reader.read(
                 name, kind, start=0, out=torch.empty(prod(shape), dtype=reader.dtype(name))
             )
+            kept.add(kind)
             hashes[kind].update(
                 f"{name}{list(shape)}".encode() + whole.view(torch.uint8).numpy().tobytes()
             )
     reader.close()
-    return {kind: digest.hexdigest() for kind, digest in hashes.items()}
+    return {kind: digest.hexdigest() for kind, digest in hashes.items() if kind in kept}
 
 
 def first_difference(twin: Evidence, other: Evidence) -> dict[str, object] | None:

@@ -5,13 +5,13 @@ Adam's first moment.
 import sys
 
 if "hfscale.worker" in sys.orig_argv:
-    from hfscale.checkpoint import manager
+    from hfscale.checkpoint import filling
 
-    load = manager.load_fragments
+    load = filling.load_fragments
 
     def forgetful(reader, fragments):
         load(reader, fragments)
         for fragment in fragments:
             fragment.tensors["exp_avg"].zero_()
 
-    manager.load_fragments = forgetful
+    filling.load_fragments = forgetful
